@@ -1,0 +1,68 @@
+"""The exceptions that glmq raises for its user, and the exit code of each.
+
+    GlmqError                  1   something failed that is not listed below
+    ├── UsageError             2   options contradict each other, or a value is out of range
+    ├── InputError             4   what was given to work on is wrong
+    │   ├── CheckpointError        a weight file, its header, index or description
+    │   ├── ModelError             a config.json that is not a GLM-4.1V, or a layout we do not know
+    │   ├── SampleError            calibration images, prompts or answers
+    │   ├── StatisticsError        a statistics folder
+    │   └── CodecError             a compressed weight that is truncated or altered
+    └── ResourceError          5   the machine lacks something
+        ├── SpaceError             disk or memory
+        └── DeviceError            an accelerator or a program that is not there
+
+Exit code 3 is `glmq verify` saying that it found problems; 130 and 143 are Ctrl-C and SIGTERM.
+Each message is one sentence that names the thing, what was wanted, what was found and what to do.
+"""
+
+
+class GlmqError(Exception):
+    """Base of every error with a message meant for the user."""
+
+    exit_code = 1
+    code = "failed"
+    """A stable word for machines, written by --json."""
+
+
+class UsageError(GlmqError):
+    exit_code = 2
+    code = "usage"
+
+
+class InputError(GlmqError):
+    exit_code = 4
+    code = "bad-input"
+
+
+class CheckpointError(InputError):
+    code = "bad-checkpoint"
+
+
+class ModelError(InputError):
+    code = "bad-model"
+
+
+class SampleError(InputError):
+    code = "bad-samples"
+
+
+class StatisticsError(InputError):
+    code = "bad-statistics"
+
+
+class CodecError(InputError):
+    code = "bad-compressed-weight"
+
+
+class ResourceError(GlmqError):
+    exit_code = 5
+    code = "no-resource"
+
+
+class SpaceError(ResourceError):
+    code = "no-space"
+
+
+class DeviceError(ResourceError):
+    code = "no-device"

@@ -1,0 +1,138 @@
+"""What calibration remembers of one linear's input: extremes, histograms, second moment, a few tokens.
+
+Everything here is a sum, a minimum or a maximum over tokens, so results of separate runs merge. The histogram has bins whose
+edges are powers of two times an integer; widening a channel's range merges bins exactly, so the counts depend only on
+the values seen, never on their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BINS = 256
+"""Bins of one channel's histogram, over [-2^exponent, 2^exponent)."""
+MIN_EXPONENT = -40
+"""Narrowest range of a channel: inputs below 2^-40 fall into the two middle bins."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputStats:
+    """The statistics of one distinct linear input of width K, over `tokens` rows."""
+
+    name: str
+    """The site, named after the first linear that reads it, e.g. `model.language_model.layers.0.self_attn.q_proj`."""
+    tokens: int
+    minimum: Tensor
+    """float32 [K]."""
+    maximum: Tensor
+    """float32 [K]."""
+    mean: Tensor
+    """float32 [K]: mean of x over tokens."""
+    histogram: Tensor
+    """int32 [K, BINS]: counts; bin i of channel j covers [(i - 128), (i - 127)) * 2^(exponent[j] - 7)."""
+    exponent: Tensor
+    """int16 [K]: every |x_j| < 2^exponent[j]."""
+    square_mean: Tensor
+    """float32 [K]: mean of x^2 over tokens (the diagonal of the second moment, kept for every input)."""
+    second_moment: Tensor | None
+    """float32 [K, K]: mean of x x^T over tokens, symmetric; None for inputs wider than asked for."""
+    sample: Tensor
+    """float32 [T, K]: T evenly spaced tokens of the calibration set, for error tables."""
+
+    @property
+    def width(self) -> int:
+        return self.minimum.numel()
+
+
+def bin_centers(exponent: Tensor) -> Tensor:
+    """Centre of every bin: float32 [K, BINS] from int16 [K]."""
+    steps = torch.arange(BINS, dtype=torch.float32) - (BINS // 2) + 0.5
+    return torch.ldexp(steps[None, :], (exponent.to(torch.int32) - 7)[:, None])
+
+
+def _exponents(absmax: Tensor) -> Tensor:
+    """Smallest e with absmax < 2^e, at least MIN_EXPONENT: int32 [K]."""
+    exponent = torch.frexp(absmax).exponent
+    return torch.where(absmax > 0, exponent, MIN_EXPONENT).clamp_min(MIN_EXPONENT)
+
+
+def _widen(counts: Tensor, by: Tensor) -> Tensor:
+    """Merge bins so that channel j covers a range 2^by[j] times as wide. counts int32 [K, BINS], by int32 [K] >= 0."""
+    centred = torch.arange(BINS) - BINS // 2
+    index = (centred[None, :] >> by[:, None].clamp_max(8)) + BINS // 2  # floor division keeps negative bins exact
+    return torch.zeros_like(counts).scatter_add_(1, index, counts)
+
+
+class InputAccumulator:
+    """Collects InputStats of one input, sample by sample.
+
+    Args:
+        name: the site.
+        width: K.
+        with_moment: also collect the [K, K] second moment.
+    """
+
+    def __init__(self, name: str, width: int, *, with_moment: bool) -> None:
+        self.name = name
+        self.tokens = 0
+        self._min = torch.full((width,), torch.inf)
+        self._max = torch.full((width,), -torch.inf)
+        self._sum = torch.zeros(width, dtype=torch.float64)
+        self._square = torch.zeros(width, dtype=torch.float64)
+        self._counts = torch.zeros(width, BINS, dtype=torch.int32)
+        self._exponent = torch.full((width,), MIN_EXPONENT, dtype=torch.int32)
+        self._moment = torch.zeros(width, width) if with_moment else None
+        self._rows: list[Tensor] = []
+
+    def update(self, x: Tensor, *, keep_rows: int) -> None:
+        """Add the tokens of one sample.
+
+        Args:
+            x: float [T, K], any float dtype; accumulated in float32 (sums in float64).
+            keep_rows: how many evenly spaced tokens of this sample to keep.
+        """
+        x = x.detach().to(device="cpu", dtype=torch.float32)
+        tokens = x.shape[0]
+        low, high = torch.aminmax(x, dim=0)
+        self._min = torch.minimum(self._min, low)
+        self._max = torch.maximum(self._max, high)
+        self._sum += x.sum(0, dtype=torch.float64)
+        self._square += x.square().sum(0, dtype=torch.float64)
+        exponent = torch.maximum(self._exponent, _exponents(torch.maximum(low.abs(), high.abs())))
+        if self.tokens and not torch.equal(exponent, self._exponent):
+            self._counts = _widen(self._counts, exponent - self._exponent)
+        self._exponent = exponent
+        self._counts += _count(x, exponent)
+        if self._moment is not None:
+            self._moment.addmm_(x.T, x)
+        if keep_rows:
+            picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()
+            self._rows.append(x[picked])
+        self.tokens += tokens
+
+    def finish(self) -> InputStats:
+        """The statistics so far; needs at least one token."""
+        moment = None if self._moment is None else self._moment / self.tokens
+        return InputStats(
+            name=self.name,
+            tokens=self.tokens,
+            minimum=self._min,
+            maximum=self._max,
+            mean=(self._sum / self.tokens).float(),
+            histogram=self._counts,
+            exponent=self._exponent.to(torch.int16),
+            square_mean=(self._square / self.tokens).float(),
+            second_moment=moment,
+            sample=torch.cat(self._rows) if self._rows else torch.zeros(0, self._min.numel()),
+        )
+
+
+def _count(x: Tensor, exponent: Tensor) -> Tensor:
+    """Histogram of x [T, K] with the given exponents: int32 [K, BINS]."""
+    width = x.shape[1]
+    bins = torch.ldexp(x, 7 - exponent[None, :]).floor_().to(torch.int64) + BINS // 2  # exact: scaling by powers of two
+    flat = bins + torch.arange(width) * BINS
+    return torch.bincount(flat.reshape(-1), minlength=width * BINS).to(torch.int32).reshape(width, BINS)

@@ -1,0 +1,79 @@
+"""What the engines yield and hand to each other: frozen records, a unit under each field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from glmq.spec import QuantType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationQParams:
+    """Per-tensor asymmetric int8 activation: xq = clamp(round(x / scale + offset), -128, 127)."""
+
+    scale: float
+    """Positive; exactly representable in float32."""
+    offset: int
+    """In -128..127."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """One quantized linear, before it is written in an engine's format."""
+
+    quant_type: QuantType
+    weight: Tensor
+    """int8 [N, K]: the integers; for W4A8_DYNAMIC the int4 values, one per byte."""
+    weight_scale: Tensor
+    """float32 [N, 1]: step of a row (first stage for W4A8_DYNAMIC)."""
+    bias: Tensor | None
+    """float32 [N]: the float layer's own bias, unchanged, or None."""
+    activation: ActivationQParams | None = None
+    """Static types only."""
+    deq_scale: Tensor | None = None
+    """float32 [N] = input scale * weight scale; static types only."""
+    quant_bias: Tensor | None = None
+    """int32 [N] = round(bias / deq_scale - offset * rowsum(weight)), plus bias correction if asked; static types only."""
+    weight_scale_second: Tensor | None = None
+    """float32 [N, K / group_size]; W4A8_DYNAMIC only."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearReport:
+    """What quantizing one linear did: a row of the error table."""
+
+    name: str
+    quant_type: QuantType
+    rows: int
+    cols: int
+    method: str
+    """How the integers were made: plain, compensated, reference."""
+    step_min: float
+    step_max: float
+    """Smallest and largest weight step of the rows, in weight units after smoothing."""
+    entropy_bits: float
+    """Zero-order entropy of the stored integers, bits per weight."""
+    outlier_share: float
+    """Share of integers with |q| > 7."""
+    zero_share: float
+    """Share of integers that are 0."""
+    saturated: int
+    """Weights cut by the integer grid (off by more than half a step)."""
+    weight_error: float
+    """||W_q - W|| / ||W||, on the smoothed weight."""
+    output_error: float
+    """||y_q - y|| / ||y|| on the token sample, in the NPU's arithmetic."""
+    sqnr_db: float
+    """-20 log10(output_error), decibels."""
+    input_low: float
+    input_high: float
+    """The range that the int8 activation covers, in input units after smoothing; both 0 for dynamic types."""
+    clipped_share: float
+    """Share of calibration input values outside that range."""
+    smoothing: str
+    """How the input channels were scaled, e.g. `m2 (threshold 3.1, 12 channels)`, or `none`."""
+    seconds: float
