@@ -77,3 +77,17 @@ class LinearReport:
     smoothing: str
     """How the input channels were scaled, e.g. `m2 (threshold 3.1, 12 channels)`, or `none`."""
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDone:
+    """One block of a streamed run is finished: a step of the progress bar."""
+
+    name: str
+    """The block's module name."""
+    index: int
+    """Of this block among all, from 0."""
+    total: int
+    seconds: float
+    resident_bytes: int
+    """Resident memory of the process after the block."""

@@ -1,0 +1,1 @@
+"""A float checkpoint and calibration samples -> a statistics folder."""

@@ -1,0 +1,1 @@
+"""What GLM-4.1V is: its config.json layouts, its tensors and groups, its blocks, its inputs."""

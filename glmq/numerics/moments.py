@@ -50,7 +50,7 @@ class InputStats:
 def bin_centers(exponent: Tensor) -> Tensor:
     """Centre of every bin: float32 [K, BINS] from int16 [K]."""
     steps = torch.arange(BINS, dtype=torch.float32) - (BINS // 2) + 0.5
-    return torch.ldexp(steps[None, :], (exponent.to(torch.int32) - 7)[:, None])
+    return torch.ldexp(steps.expand(exponent.numel(), BINS), (exponent.to(torch.int32) - 7)[:, None])
 
 
 def _exponents(absmax: Tensor) -> Tensor:

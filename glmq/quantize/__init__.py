@@ -1,0 +1,1 @@
+"""A checkpoint, its statistics and a recipe -> a quantized checkpoint. No model is run."""

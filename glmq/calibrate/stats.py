@@ -1,0 +1,245 @@
+"""The statistics folder: what `calibrate` hands to `quantize`.
+
+    statistics.json                 schema, fingerprint of the model, samples, settings, one entry per input site
+    {block}.safetensors             the tensors of the sites of one block, named `{site}.{field}`
+
+Fields are those of InputStats. A second moment is stored as its upper triangle by rows, float32 [K * (K + 1) / 2].
+`statistics.json` is written last, so a folder without it is not a statistics folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from glmq import __version__
+from glmq.calibrate.samples import Sample, digest
+from glmq.checkpoint.json_file import FILE_MODE, JsonObject, read_json_object, write_json
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import StatisticsError
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import TEXT, Group, all_blocks
+from glmq.numerics.moments import BINS, InputStats
+
+SCHEMA: Final = "glmq.statistics/1"
+MANIFEST: Final = "statistics.json"
+SAMPLE_ROWS: Final = 256
+"""Tokens of each input that are kept as they are for error tables, evenly over all samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the statistics depend on, beside the model and the samples."""
+
+    compute_dtype: str
+    """Of the forward pass, e.g. `float32`."""
+    max_pixels: int | None
+    wide_moments: bool
+    """Second moments also of the vision tower and of down_proj's wide input."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTokens:
+    """One sample of a finished calibration."""
+
+    name: str
+    tokens: int
+    """Image placeholders, prompt and answer together."""
+    has_answer: bool
+
+
+class StatsWriter:
+    """Writes the files of a statistics folder.
+
+    Args:
+        directory: an existing empty folder.
+    """
+
+    def __init__(self, directory: Path, fingerprint: str, samples: Sequence[Sample], settings: Settings) -> None:
+        self._directory = directory
+        self._fingerprint, self._samples, self._settings = fingerprint, samples, settings
+        self._inputs: JsonObject = {}
+        self._tokens: dict[str, int] = {}
+
+    def set_tokens(self, sample: Sample, tokens: int) -> None:
+        """Remember how many tokens a sample had."""
+        self._tokens[sample.name] = tokens
+
+    def write(self, block: str, inputs: Sequence[InputStats]) -> None:
+        """Store the finished sites of one block."""
+        tensors: dict[str, Tensor] = {}
+        for stats in inputs:
+            tensors |= {f"{stats.name}.{field}": tensor for field, tensor in _fields(stats).items()}
+            self._inputs[stats.name] = {
+                "file": f"{block}.safetensors",
+                "width": stats.width,
+                "tokens": stats.tokens,
+                "second_moment": stats.second_moment is not None,
+            }
+        path = self._directory / f"{block}.safetensors"
+        save_file(tensors, path)
+        path.chmod(FILE_MODE)
+
+    def finish(self) -> None:
+        """Write the manifest, which makes the folder a statistics folder."""
+        samples = [
+            {"name": s.name, "sha256": s.digest, "tokens": self._tokens[s.name], "answer": s.answer is not None}
+            for s in self._samples
+        ]
+        manifest: JsonObject = {
+            "schema": SCHEMA,
+            "glmq": __version__,
+            "model": self._fingerprint,
+            "samples_sha256": digest(self._samples),
+            "compute_dtype": self._settings.compute_dtype,
+            "max_pixels": self._settings.max_pixels,
+            "wide_moments": self._settings.wide_moments,
+            "samples": samples,
+            "inputs": self._inputs,
+        }
+        write_json(self._directory / MANIFEST, manifest, indent=1)
+
+
+class Statistics:
+    """A finished statistics folder, read site by site."""
+
+    def __init__(self, directory: Path, manifest: JsonObject, tensors: Checkpoint) -> None:
+        self.directory = directory
+        self.model_fingerprint = str(manifest["model"])
+        self.samples_digest = str(manifest["samples_sha256"])
+        self.manifest = manifest
+        self._tensors = tensors
+        inputs = manifest["inputs"]
+        assert isinstance(inputs, Mapping)
+        self._inputs: Mapping[str, object] = inputs
+
+    @classmethod
+    def open(cls, directory: Path) -> Statistics:
+        """Open a folder that `glmq calibrate` has finished.
+
+        Raises:
+            StatisticsError: not such a folder, an unfinished one, or one of another version of glmq.
+            CheckpointError: a damaged file in it.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise StatisticsError(
+                f"{directory}: has no {MANIFEST}, so it is not a finished statistics folder; run `glmq calibrate` first"
+            )
+        manifest = read_json_object(path)
+        if manifest.get("schema") != SCHEMA:
+            raise StatisticsError(
+                f"{path}: schema is {manifest.get('schema')!r}, this glmq reads {SCHEMA!r}; run `glmq calibrate` again"
+            )
+        for key, kind in (("model", str), ("samples_sha256", str), ("inputs", Mapping), ("samples", list)):
+            if not isinstance(manifest.get(key), kind):
+                raise StatisticsError(f"{path}: {key!r} is missing or damaged; run `glmq calibrate` again")
+        return cls(directory, manifest, Checkpoint.open(directory))
+
+    def check_model(self, fingerprint: str) -> None:
+        """Raise StatisticsError unless the statistics come from the checkpoint with that fingerprint."""
+        if self.model_fingerprint != fingerprint:
+            raise StatisticsError(
+                f"{self.directory}: these statistics come from another checkpoint "
+                f"(theirs {self.model_fingerprint[:12]}, this model's {fingerprint[:12]}); run `glmq calibrate` on this model"
+            )
+
+    def samples(self) -> list[SampleTokens]:
+        """The samples that the statistics were taken from."""
+        entries = self.manifest["samples"]
+        assert isinstance(entries, list)
+        return [SampleTokens(str(e["name"]), int(e["tokens"]), bool(e["answer"])) for e in entries]
+
+    def __contains__(self, site: str) -> bool:
+        return site in self._inputs
+
+    def input(self, site: str) -> InputStats:
+        """The statistics of one input.
+
+        Raises:
+            StatisticsError: no such site.
+        """
+        entry = self._inputs.get(site)
+        if not isinstance(entry, Mapping):
+            raise StatisticsError(
+                f"{self.directory}: has no statistics of {site!r}; run `glmq calibrate` on this model"
+            )
+        read = self._tensors.read
+        moment = None
+        if entry["second_moment"]:
+            moment = unpack_triangle(read(f"{site}.second_moment"), int(entry["width"]))
+        return InputStats(
+            name=site,
+            tokens=int(entry["tokens"]),
+            minimum=read(f"{site}.minimum"),
+            maximum=read(f"{site}.maximum"),
+            mean=read(f"{site}.mean"),
+            histogram=read(f"{site}.histogram"),
+            exponent=read(f"{site}.exponent"),
+            square_mean=read(f"{site}.square_mean"),
+            second_moment=moment,
+            sample=read(f"{site}.sample"),
+        )
+
+
+def expected_bytes(config: ModelConfig, *, wide_moments: bool) -> int:
+    """About how large the statistics folder of a model is: histograms and second moments, which make up nearly all of it."""
+    total = 0
+    for block in all_blocks(config):
+        for group in block.groups:
+            width = group.width
+            total += width * (BINS + SAMPLE_ROWS + 8) * 4
+            if has_moment(group, config, wide_moments=wide_moments):
+                total += width * (width + 1) // 2 * 4
+    return total
+
+
+def has_moment(group: Group, config: ModelConfig, *, wide_moments: bool) -> bool:
+    """Whether a group's input gets a second moment: text inputs up to the hidden size, or all with `wide_moments`."""
+    return wide_moments or (group.site.startswith(TEXT) and group.width <= config.hidden_size)
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """The upper triangle by rows of a symmetric [K, K]: [K * (K + 1) / 2]."""
+    size = matrix.shape[0]
+    packed = torch.empty(size * (size + 1) // 2, dtype=matrix.dtype)
+    start = 0
+    for row in range(size):
+        packed[start : start + size - row] = matrix[row, row:]
+        start += size - row
+    return packed
+
+
+def unpack_triangle(packed: Tensor, size: int) -> Tensor:
+    """The symmetric [K, K] whose upper triangle by rows is `packed`."""
+    matrix = torch.zeros(size, size, dtype=packed.dtype)
+    start = 0
+    for row in range(size):
+        matrix[row, row:] = packed[start : start + size - row]
+        start += size - row
+    # The lower half is zero, so adding the transpose doubles the diagonal alone.
+    diagonal = matrix.diagonal().clone()
+    matrix += matrix.T.clone()
+    matrix.diagonal().copy_(diagonal)
+    return matrix
+
+
+def _fields(stats: InputStats) -> dict[str, Tensor]:
+    fields = {
+        "minimum": stats.minimum,
+        "maximum": stats.maximum,
+        "mean": stats.mean,
+        "histogram": stats.histogram,
+        "exponent": stats.exponent,
+        "square_mean": stats.square_mean,
+        "sample": stats.sample,
+    }
+    if stats.second_moment is not None:
+        fields["second_moment"] = pack_triangle(stats.second_moment)
+    return fields

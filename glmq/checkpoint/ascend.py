@@ -1,0 +1,366 @@
+"""The tensors that stand for one quantized linear or one norm on disk: names, shapes, dtypes, and the way to and fro.
+
+The engines' kernels compute y = (xq . q + quant_bias) * deq_scale for the static types; a float16 model stores
+deq_scale as the bits of the float32 number in an int64, a bfloat16 model as float32.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.writer import TensorSpec
+from glmq.errors import CheckpointError, UsageError
+from glmq.records import ActivationQParams, QuantizedLinear
+from glmq.spec import INT4, INT8, FloatDtype, QuantType
+
+TORCH_DTYPES: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfloat16}
+CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
+
+SCALE_BIAS_CHUNKS: Final = 16
+"""Columns of a row-parallel scale_bias: one a rank at the largest tensor-parallel size; smaller ones add neighbours."""
+
+_ROWS_AT_ONCE: Final = 1024
+"""Rows that are widened to float64 together; 13696 columns make 112 MB."""
+
+
+def linear_suffixes(quant_type: QuantType, *, mindie: bool, has_bias: bool) -> tuple[str, ...]:
+    """The suffixes that a quantized linear has on disk, in a fixed order, without the dot.
+
+    Raises:
+        CheckpointError: a type that is not stored this way (FLOAT, W8A8SC).
+    """
+    own: tuple[str, ...]
+    match quant_type:
+        case QuantType.W8A8:
+            own = ("input_scale", "input_offset", "quant_bias", "deq_scale", "weight_scale", "weight_offset")
+        case QuantType.W8A8S:
+            own = ("input_scale", "input_offset", "quant_bias", "deq_scale")
+        case QuantType.W8A8_DYNAMIC:
+            own = ("weight_scale", "weight_offset")
+        case QuantType.W4A8_DYNAMIC:
+            own = ("weight_scale", "weight_offset", "weight_scale_second", "weight_offset_second")
+            own = own if mindie else (*own, "scale_bias")
+        case _:
+            raise CheckpointError(f"{quant_type.value} linears are not written by the quantizer")
+    return ("weight", *(("bias",) if has_bias else ()), *own)
+
+
+def linear_specs(
+    name: str,
+    quant_type: QuantType,
+    rows: int,
+    cols: int,
+    *,
+    has_bias: bool,
+    dtype: FloatDtype,
+    group_size: int,
+    mindie: bool,
+    row_parallel: bool,
+) -> list[TensorSpec]:
+    """What `encode_linear` will return for this linear.
+
+    Args:
+        name: of the linear, without `.weight`.
+        quant_type: of the linear.
+        rows: N, output features.
+        cols: K, input features.
+        has_bias: the float layer has a bias.
+        dtype: of the written model.
+        group_size: input columns per second-stage scale; W4A8_DYNAMIC only.
+        mindie: the MindIE form.
+        row_parallel: engines split the linear along K (o_proj, down_proj).
+
+    Raises:
+        UsageError: W4A8_DYNAMIC, and the sizes cannot be packed.
+    """
+    if quant_type is QuantType.W4A8_DYNAMIC:
+        _check_w4a8(name, rows, cols, group_size, mindie=mindie, row_parallel=row_parallel)
+    float_code = CODES[dtype]
+    is_w4a8 = quant_type is QuantType.W4A8_DYNAMIC
+    activation_code = "F32" if dtype is FloatDtype.FP16 else "BF16"
+    scale_code = "F32" if is_w4a8 else float_code
+    groups = cols // group_size if is_w4a8 else 0
+    table: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": ("I8", (rows // 2 if is_w4a8 and not mindie else rows, cols)),
+        "bias": (float_code, (rows,)),
+        "input_scale": (activation_code, (1,)),
+        "input_offset": (activation_code, (1,)),
+        "quant_bias": ("I32", (rows,)),
+        "deq_scale": ("I64" if dtype is FloatDtype.FP16 else "F32", (rows,)),
+        "weight_scale": (scale_code, (rows, 1)),
+        "weight_offset": (scale_code, (rows, 1)),
+        "weight_scale_second": ("F32", (rows, groups)),
+        "weight_offset_second": ("I64", (rows, groups)),
+        "scale_bias": ("F32", (rows, SCALE_BIAS_CHUNKS if row_parallel else 1)),
+    }
+    suffixes = linear_suffixes(quant_type, mindie=mindie, has_bias=has_bias)
+    return [TensorSpec(f"{name}.{suffix}", *table[suffix]) for suffix in suffixes]
+
+
+def _check_w4a8(name: str, rows: int, cols: int, group_size: int, *, mindie: bool, row_parallel: bool) -> None:
+    if group_size < 1 or cols % group_size:
+        raise UsageError(
+            f"{name}: {cols} input columns do not divide into groups of {group_size}; choose another group size"
+        )
+    if not mindie and rows % 2:
+        raise UsageError(f"{name}: {rows} output rows cannot be packed in pairs as W4A8_DYNAMIC wants; keep it float")
+    if not mindie and row_parallel and cols % SCALE_BIAS_CHUNKS:
+        raise UsageError(
+            f"{name}: {cols} input columns do not divide by {SCALE_BIAS_CHUNKS} as W4A8_DYNAMIC wants; keep it float"
+        )
+
+
+def storable_input_scale(scale: float, dtype: FloatDtype) -> float:
+    """The number that a model of `dtype` stores for `scale`: rounded to float32 (float16 models) or to bfloat16."""
+    return float(torch.tensor(scale, dtype=torch.float32 if dtype is FloatDtype.FP16 else torch.bfloat16))
+
+
+def storable_weight_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
+    """The row steps that a W8A8 or W8A8_DYNAMIC model of `dtype` stores: rounded to `dtype`, never to zero.
+
+    Args:
+        scale: float32 [N, 1], positive.
+        dtype: of the written model.
+
+    Returns:
+        float32 [N, 1]: exactly representable in `dtype`; at least its smallest positive number.
+    """
+    target = TORCH_DTYPES[dtype]
+    smallest = torch.finfo(target).smallest_normal * torch.finfo(target).eps  # the smallest subnormal number
+    return scale.float().clamp_min(smallest).to(target).float()
+
+
+def encode_linear(
+    name: str, linear: QuantizedLinear, *, dtype: FloatDtype, mindie: bool, row_parallel: bool
+) -> dict[str, Tensor]:
+    """The tensors of `linear` as they are stored.
+
+    Args:
+        name: of the linear, without `.weight`.
+        linear: its integers and scales.
+        dtype: of the written model.
+        mindie: the MindIE form.
+        row_parallel: engines split the linear along K (o_proj, down_proj); shapes scale_bias.
+
+    Returns:
+        Tensor name -> contiguous CPU tensor, with the names, dtypes and shapes of `linear_specs`.
+
+    Raises:
+        CheckpointError: a field that the type needs is missing, is not finite or positive, or does not fit its dtype.
+    """
+    suffixes = linear_suffixes(linear.quant_type, mindie=mindie, has_bias=linear.bias is not None)
+    is_w4a8 = linear.quant_type is QuantType.W4A8_DYNAMIC
+    found = {"weight": linear.weight}
+    if linear.bias is not None:
+        found["bias"] = _to_float(f"{name}.bias", linear.bias, dtype)
+    if linear.quant_type.is_static:
+        found |= _encode_static(name, linear, dtype)
+    if "weight_scale" in suffixes:
+        _check_positive(f"{name}.weight_scale", linear.weight_scale)
+        found["weight_scale"] = linear.weight_scale if is_w4a8 else _encode_row_scale(linear.weight_scale, dtype)
+        found["weight_offset"] = torch.zeros_like(found["weight_scale"])
+    if is_w4a8:
+        found |= _encode_w4a8(name, linear, mindie=mindie, row_parallel=row_parallel)
+    return {f"{name}.{suffix}": found[suffix].contiguous() for suffix in suffixes}
+
+
+def _encode_static(name: str, linear: QuantizedLinear, dtype: FloatDtype) -> dict[str, Tensor]:
+    if linear.activation is None or linear.deq_scale is None or linear.quant_bias is None:
+        raise CheckpointError(f"{name}: a {linear.quant_type.value} linear needs activation, deq_scale and quant_bias")
+    scale, offset = linear.activation.scale, linear.activation.offset
+    if not scale > 0 or storable_input_scale(scale, dtype) != scale:
+        raise CheckpointError(
+            f"{name}: input scale {scale!r} is not a positive number that a {dtype.value} model can store; "
+            "quantize with storable_input_scale of it"
+        )
+    if not INT8.qmin <= offset <= INT8.qmax:
+        raise CheckpointError(f"{name}: input offset {offset} is outside {INT8.qmin}..{INT8.qmax}")
+    _check_positive(f"{name}.deq_scale", linear.deq_scale)
+    activation_dtype = torch.float32 if dtype is FloatDtype.FP16 else torch.bfloat16
+    deq_scale = linear.deq_scale.float().contiguous()
+    return {
+        "input_scale": torch.tensor([scale], dtype=activation_dtype),
+        "input_offset": torch.tensor([offset], dtype=activation_dtype),
+        "quant_bias": linear.quant_bias,
+        "deq_scale": deq_scale.view(torch.int32).long() if dtype is FloatDtype.FP16 else deq_scale,
+    }
+
+
+def _encode_row_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
+    return storable_weight_scale(scale, dtype).to(TORCH_DTYPES[dtype])
+
+
+def _encode_w4a8(name: str, linear: QuantizedLinear, *, mindie: bool, row_parallel: bool) -> dict[str, Tensor]:
+    second = linear.weight_scale_second
+    if second is None:
+        raise CheckpointError(f"{name}: a W4A8_DYNAMIC linear needs weight_scale_second")
+    _check_positive(f"{name}.weight_scale_second", second)
+    low, high = (int(extreme) for extreme in torch.aminmax(linear.weight))
+    if low < INT4.qmin or high > INT4.qmax:
+        raise CheckpointError(f"{name}: int4 values lie in {low}..{high}, wanted {INT4.qmin}..{INT4.qmax}")
+    found = {"weight_scale_second": second, "weight_offset_second": torch.zeros(second.shape, dtype=torch.int64)}
+    if not mindie:
+        found["weight"] = pack_int4(linear.weight)
+        found["scale_bias"] = _scale_bias(linear.weight, linear.weight_scale, second, row_parallel=row_parallel)
+    return found
+
+
+def pack_int4(q: Tensor) -> Tensor:
+    """Two rows in one: row 2i in the low nibble, row 2i + 1 in the high. int8 [N, K] in -8..7 -> int8 [N / 2, K]."""
+    return q[1::2] * 16 | (q[0::2] & 15)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The inverse of pack_int4: int8 [N / 2, K] -> int8 [N, K] in -8..7."""
+    pairs = torch.stack([((packed & 15) ^ 8) - 8, packed >> 4], dim=1)  # [N / 2, 2, K]
+    return pairs.reshape(-1, packed.shape[1])
+
+
+def _scale_bias(q: Tensor, scale: Tensor, second: Tensor, *, row_parallel: bool) -> Tensor:
+    """8 * sum over input columns of q * bf16(second) * bf16(scale): what the kernel's shift of int4 to unsigned adds.
+
+    The sum runs over all columns, or over each of 16 equal pieces of them for a row-parallel linear. It is computed in
+    float64, where it is exact, and rounded once.
+
+    Args:
+        q: int8 [N, K].
+        scale: float32 [N, 1].
+        second: float32 [N, K / group].
+        row_parallel: 16 sums instead of one.
+
+    Returns:
+        float32 [N, 1] or [N, 16].
+    """
+    rows, cols = q.shape
+    pieces = SCALE_BIAS_CHUNKS if row_parallel else 1
+    sums = torch.empty(rows, pieces, dtype=torch.float64)
+    for row in range(0, rows, _ROWS_AT_ONCE):
+        cut = slice(row, row + _ROWS_AT_ONCE)
+        steps = second[cut].bfloat16().double().repeat_interleave(cols // second.shape[1], dim=1)  # [r, K]
+        sums[cut] = steps.mul_(q[cut]).reshape(steps.shape[0], pieces, -1).sum(2)
+    return (8 * sums * scale.bfloat16().double()).float()
+
+
+def decode_linear(name: str, checkpoint: Checkpoint) -> QuantizedLinear:
+    """The quantized linear `name` of a checkpoint in either form; its type follows from the tensors that it has.
+
+    The row steps of a W8A8S linear are not stored; they are deq_scale / input_scale.
+
+    Raises:
+        CheckpointError: not a quantized linear, a compressed one, or tensors that contradict each other.
+    """
+    quant_type = _type_of(name, checkpoint)
+    weight = checkpoint.read(f"{name}.weight")
+    if weight.dtype != torch.int8 or weight.dim() != 2:
+        raise CheckpointError(f"{name}.weight: wanted int8 [N, K], found {weight.dtype} {tuple(weight.shape)}")
+    bias = checkpoint.read(f"{name}.bias").float() if f"{name}.bias" in checkpoint else None
+    if not quant_type.is_static:
+        scale = checkpoint.read(f"{name}.weight_scale").float()
+        second = None
+        if quant_type is QuantType.W4A8_DYNAMIC:
+            second = checkpoint.read(f"{name}.weight_scale_second").float()
+            weight = unpack_int4(weight) if 2 * weight.shape[0] == scale.shape[0] else weight
+        return QuantizedLinear(quant_type, weight, scale, bias, weight_scale_second=second)
+    deq_scale = decode_deq_scale(f"{name}.deq_scale", checkpoint.read(f"{name}.deq_scale"))
+    activation = _decode_activation(name, checkpoint)
+    if quant_type is QuantType.W8A8:
+        scale = checkpoint.read(f"{name}.weight_scale").float()
+    else:
+        scale = (deq_scale / activation.scale)[:, None]
+    quant_bias = checkpoint.read(f"{name}.quant_bias")
+    return QuantizedLinear(quant_type, weight, scale, bias, activation, deq_scale, quant_bias)
+
+
+def _type_of(name: str, checkpoint: Checkpoint) -> QuantType:
+    def has(suffix: str) -> bool:
+        return f"{name}.{suffix}" in checkpoint
+
+    if has("index"):
+        raise CheckpointError(f"{name}: is compressed (W8A8SC); decompress the checkpoint first")
+    if has("weight_scale_second"):
+        return QuantType.W4A8_DYNAMIC
+    if has("deq_scale"):
+        return QuantType.W8A8 if has("weight_scale") else QuantType.W8A8S
+    if has("weight_scale"):
+        return QuantType.W8A8_DYNAMIC
+    raise CheckpointError(f"{name}: is not a quantized linear, it has neither deq_scale nor weight_scale")
+
+
+def decode_deq_scale(name: str, stored: Tensor) -> Tensor:
+    """float32 [N] from the int64 bits of a float16 model or the float32 numbers of a bfloat16 one.
+
+    Raises:
+        CheckpointError: another dtype, or integers that are not the bits of a positive float32 number.
+    """
+    if stored.dtype == torch.float32:
+        return stored
+    if stored.dtype != torch.int64:
+        raise CheckpointError(f"{name}: wanted int64 (float16 model) or float32 (bfloat16 model), found {stored.dtype}")
+    if not bool(((stored > 0) & (stored < 2**31)).all()):
+        raise CheckpointError(
+            f"{name}: has integers outside 1..2^31-1, which are not the bits of positive float32 numbers"
+        )
+    return stored.to(torch.int32).view(torch.float32)
+
+
+def _decode_activation(name: str, checkpoint: Checkpoint) -> ActivationQParams:
+    scale, offset = checkpoint.read(f"{name}.input_scale"), checkpoint.read(f"{name}.input_offset")
+    if scale.numel() != 1 or offset.numel() != 1:
+        raise CheckpointError(
+            f"{name}: input_scale and input_offset have {scale.numel()} and {offset.numel()} values, wanted one each"
+        )
+    step, zero = float(scale), float(offset)
+    if not 0 < step < float("inf") or not zero.is_integer() or not INT8.qmin <= zero <= INT8.qmax:
+        raise CheckpointError(
+            f"{name}: input_scale {step} and input_offset {zero} are not a positive number and an integer in -128..127"
+        )
+    return ActivationQParams(step, int(zero))
+
+
+def norm_specs(name: str, width: int, *, dtype: FloatDtype, mindie: bool) -> list[TensorSpec]:
+    """What `encode_norm` will return for the RMSNorm `name` of `width` channels."""
+    owners = (name, f"{name}.module") if mindie else (name,)
+    return [
+        TensorSpec(f"{owner}.{suffix}", code, (width,))
+        for owner in owners
+        for suffix, code in (("weight", CODES[dtype]), ("bias", "F32"))
+    ]
+
+
+def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, mindie: bool) -> dict[str, Tensor]:
+    """The tensors of the RMSNorm `name`: weight, zero float32 bias, and both again as `.module.*` in the MindIE form.
+
+    Args:
+        name: of the norm, without `.weight`.
+        weight: float [width], smoothing folded in.
+        dtype: of the written model.
+        mindie: the MindIE form.
+
+    Raises:
+        CheckpointError: the weight does not fit `dtype`.
+    """
+    stored = {"weight": _to_float(f"{name}.weight", weight, dtype), "bias": torch.zeros(weight.shape)}
+    owners = (name, f"{name}.module") if mindie else (name,)
+    return {f"{owner}.{suffix}": tensor for owner in owners for suffix, tensor in stored.items()}
+
+
+def _to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
+    """`tensor` in `dtype`, rounded half to even; refuses what becomes infinite or was not a number before."""
+    stored = tensor.to(TORCH_DTYPES[dtype])
+    if not bool(stored.isfinite().all()):
+        worst = float(tensor.abs().max())
+        raise CheckpointError(
+            f"{name}: its largest magnitude is {worst:g}, which {dtype.value} cannot hold; use bfloat16"
+        )
+    return stored.contiguous()
+
+
+def _check_positive(name: str, scale: Tensor) -> None:
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise CheckpointError(
+            f"{name}: has scales that are not finite and positive, the smallest is {float(scale.min()):g}"
+        )

@@ -1,0 +1,142 @@
+"""quant_model_description.json: which quantization type each tensor has. Read, written, and completed with aliases.
+
+Two forms: ascendV1 (`quant_model_description.json`, with `version`) and the older MindIE one
+(`quant_model_description_{type}.json`, without).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.json_file import JsonObject, read_json_object, write_json
+from glmq.errors import CheckpointError
+from glmq.spec import QuantType
+
+ASCEND_V1: Final = "quant_model_description.json"
+ASCEND_V1_VERSION: Final = "1.0.0"
+
+FOREIGN_KEYS: Final = ("fa_quant_type", "kv_cache_type", "kv_quant_type", "indexer_quant_type", "reduce_quant_type")
+"""Model-wide keys of other features. We never write them: an engine takes even a null `fa_quant_type` as "enabled"."""
+
+_OWN_KEYS: Final = ("version", "model_quant_type", "group_size")
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """The contents of a description file."""
+
+    model_quant_type: str
+    """Upper case, e.g. W8A8S."""
+    version: str | None
+    """None in the MindIE form."""
+    group_size: int | None
+    """Input columns per second-stage scale; W4A8_DYNAMIC only."""
+    tensors: dict[str, str]
+    """Tensor name -> quantization type or FLOAT, aliases included."""
+
+
+def description_name(model_quant_type: str, *, mindie: bool) -> str:
+    """The file's name, e.g. `quant_model_description_w8a8s.json` in the MindIE form."""
+    return f"quant_model_description_{model_quant_type.lower()}.json" if mindie else ASCEND_V1
+
+
+def find_descriptions(directory: Path) -> list[Path]:
+    """Every description file in `directory`, of either form, sorted."""
+    return sorted(directory.glob("quant_model_description*.json"))
+
+
+def tensor_types(
+    names: Iterable[str], linears: Mapping[str, QuantType], *, model_quant_type: QuantType, mindie: bool
+) -> dict[str, str]:
+    """The description's entry of each tensor.
+
+    Args:
+        names: every tensor of the checkpoint.
+        linears: quantized linear -> its type. All its tensors have that type, but its float `.bias` is FLOAT.
+        model_quant_type: given to the `.module.*` norm tensors of the MindIE form, although they are float.
+        mindie: the MindIE form.
+    """
+    types: dict[str, str] = {}
+    for name in names:
+        base, _, suffix = name.rpartition(".")
+        if base in linears and suffix != "bias":
+            types[name] = linears[base].value
+        elif mindie and base.endswith(".module"):
+            types[name] = model_quant_type.value
+        else:
+            types[name] = QuantType.FLOAT.value
+    return types
+
+
+def vllm_aliases(tensors: Mapping[str, str]) -> dict[str, str]:
+    """Keys without a tensor that vLLM-Ascend looks up for GLM-4.1V, each with the type of the tensor it stands for.
+
+    vLLM packs and splits linears otherwise than the checkpoint does: it asks for a fused gate_up_proj and for separate
+    q, k, v in the vision tower, and for separate gate_proj and up_proj in the text layers. MindIE ignores these keys.
+    They do not belong into a description that lies beside W8A8SC parts.
+    """
+    aliases: dict[str, str] = {}
+    for name, kind in tensors.items():
+        if re.fullmatch(r"model\.visual\.(blocks\.\d+\.mlp|merger)\.gate_proj\.weight", name):
+            aliases[name.replace("gate_proj", "gate_up_proj")] = kind
+        elif re.fullmatch(r"model\.visual\.blocks\.\d+\.attn\.qkv\.weight", name):
+            aliases.update({name.replace("qkv", f"{part}_proj"): kind for part in "qkv"})
+        elif re.fullmatch(r"model\.language_model\.layers\.\d+\.mlp\.gate_up_proj\.weight", name):
+            aliases.update({name.replace("gate_up_proj", f"{part}_proj"): kind for part in ("gate", "up")})
+    return {name: kind for name, kind in aliases.items() if name not in tensors}
+
+
+def write_description(directory: Path, description: Description) -> Path:
+    """Write the description in the form that its `version` says (None: MindIE); keys in the order of `tensors`."""
+    document: JsonObject = {}
+    if description.version is not None:
+        document["version"] = description.version
+    document["model_quant_type"] = description.model_quant_type
+    if description.group_size is not None:
+        document["group_size"] = description.group_size
+    document.update(description.tensors)
+    path = directory / description_name(description.model_quant_type, mindie=description.version is None)
+    write_json(path, document, indent=2)
+    return path
+
+
+def read_description(directory: Path) -> Description | None:
+    """The description in `directory`, of either form; None if there is none.
+
+    Raises:
+        CheckpointError: several files, or one that is malformed.
+    """
+    paths = find_descriptions(directory)
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise CheckpointError(
+            f"{directory}: has {len(paths)} descriptions ({names}); remove those of other checkpoints"
+        )
+    return parse_description(paths[0], read_json_object(paths[0])) if paths else None
+
+
+def parse_description(path: Path, document: JsonObject) -> Description:
+    """Check the contents of the description file `path`.
+
+    Raises:
+        CheckpointError: no model_quant_type, or a version, group_size or tensor type of the wrong kind.
+    """
+    kind, version, group_size = (document.get(key) for key in ("model_quant_type", "version", "group_size"))
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{path}: model_quant_type is {kind!r}, wanted a name like 'W8A8S'; write the file again")
+    if version is not None and not (isinstance(version, str) and re.fullmatch(r"[1-9]\d*\.\d+\.\d+", version)):
+        raise CheckpointError(f"{path}: version is {version!r}, wanted one like '1.0.0'; write the file again")
+    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 0):
+        raise CheckpointError(f"{path}: group_size is {group_size!r}, wanted a count of columns; write the file again")
+    tensors: dict[str, str] = {}
+    for name, value in document.items():
+        if name in _OWN_KEYS or name in FOREIGN_KEYS:
+            continue
+        if not isinstance(value, str):
+            raise CheckpointError(f"{path}: the type of {name!r} is {value!r}, wanted a name; write the file again")
+        tensors[name] = value
+    return Description(kind, version, group_size, tensors)

@@ -1,0 +1,178 @@
+"""Parse and distrust a safetensors header. Standard library only.
+
+Layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length, a JSON object
+`{name: {"dtype", "shape", "data_offsets"}, "__metadata__": {...}}`, then the tensors' bytes, without holes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NoReturn, TypeGuard
+
+from glmq.errors import CheckpointError
+
+DTYPE_BYTES: Final[dict[str, int]] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E5M2": 1,
+    "F8_E4M3": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+"""Bytes per element of every dtype code we read, in the order of the format's own list (its writer sorts by it)."""
+
+MAX_HEADER_BYTES: Final = 100_000_000
+"""The limit of the format's own reader."""
+
+_LFS_START: Final = b"version https://git-lfs"
+_MAX_ELEMENTS: Final = 2**62
+"""Larger shapes cannot be addressed; the bound keeps the arithmetic of a lying header small."""
+
+_AGAIN: Final = "the file is damaged or incomplete, download or copy it again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies in its file."""
+
+    name: str
+    dtype: str
+    """Code of the format: "BF16", "F16", "F32", "I8", "I32", "I64", ... (a key of DTYPE_BYTES)."""
+    shape: tuple[int, ...]
+    start: int
+    """Offset of the first byte from the start of the file."""
+    end: int
+    """Offset after the last byte from the start of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that was found consistent with itself and with the size of its file."""
+
+    tensors: dict[str, TensorInfo]
+    """In offset order."""
+    metadata: dict[str, str]
+    data_start: int
+    """Offset of the data section from the start of the file, bytes."""
+    file_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of the safetensors file `path`; tensor data is not read.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not exactly what its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            prefix = file.read(len(_LFS_START))
+            if prefix == _LFS_START:
+                raise CheckpointError(
+                    f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
+                )
+            if len(prefix) < 8:
+                _refuse(path, f"{file_bytes} bytes are too few for a safetensors file, which has at least 8")
+            length = int.from_bytes(prefix[:8], "little")
+            if length > MAX_HEADER_BYTES:
+                _refuse(path, f"header length {length} is above the limit of {MAX_HEADER_BYTES} bytes")
+            if 8 + length > file_bytes:
+                _refuse(path, f"a header of {length} bytes was announced, but only {file_bytes - 8} bytes follow")
+            file.seek(8)
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+    return _parse(path, raw, file_bytes)
+
+
+def _parse(path: Path, raw: bytes, file_bytes: int) -> Header:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for key, value in pairs:
+            if key in found:
+                _refuse(path, f"{key!r} appears twice in the header")
+            found[key] = value
+        return found
+
+    try:
+        document: object = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError):  # ValueError covers bad UTF-8, bad JSON and integers of absurd length
+        _refuse(path, "the header is not JSON")
+    if not isinstance(document, dict):
+        _refuse(path, "the header is not a JSON object")
+    data_start = 8 + len(raw)
+    metadata = _metadata(path, document.pop("__metadata__", {}))
+    infos = [_tensor(path, name, entry, data_start) for name, entry in document.items()]
+    infos.sort(key=lambda info: (info.start, info.end))
+    at = data_start
+    for info in infos:
+        if info.start != at:
+            what = "overlaps the one before it" if info.start < at else "leaves a hole before it"
+            _refuse(path, f"tensor {info.name!r} starts at byte {info.start}, which {what} (wanted {at})")
+        at = info.end
+    if at != file_bytes:
+        what = "is truncated" if file_bytes < at else "has trailing bytes"
+        _refuse(path, f"the file {what}: its tensors end at byte {at}, but it has {file_bytes} bytes")
+    return Header({info.name: info for info in infos}, metadata, data_start, file_bytes)
+
+
+def _metadata(path: Path, found: object) -> dict[str, str]:
+    metadata: dict[str, str] = {}
+    if not isinstance(found, dict):
+        _refuse(path, "__metadata__ is not a JSON object")
+    for key, value in found.items():
+        if not isinstance(value, str):
+            _refuse(path, f"__metadata__ entry {key!r} is not a string")
+        metadata[key] = value
+    return metadata
+
+
+def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
+    """One entry of the header, checked alone: known dtype, sane shape, and offsets that span just that many bytes."""
+    if not name.isprintable():  # also refuses lone surrogates, which could never be shown or written again
+        _refuse(path, f"tensor name {name!a} has characters that cannot be printed")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, f"tensor {name!r} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        _refuse(path, f"tensor {name!r} has the unknown dtype {dtype!a}; known are {', '.join(DTYPE_BYTES)}")
+    if not _is_counts(shape):
+        _refuse(path, f"tensor {name!r} has the shape {shape!a:.100}, which is not a list of non-negative integers")
+    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _refuse(path, f"tensor {name!r} has the data_offsets {offsets!a:.100}, which are not two ascending integers")
+    elements, bound = 1, 1
+    for size in shape:
+        elements *= size
+        bound *= max(size, 1)
+        if bound > _MAX_ELEMENTS:
+            _refuse(path, f"tensor {name!r} has the impossible shape {shape!a:.100}")
+    wanted, found = elements * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
+    if wanted != found:
+        _refuse(path, f"tensor {name!r} spans {found} bytes, but shape {tuple(shape)} of {dtype} needs {wanted}")
+    return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _is_counts(found: object) -> TypeGuard[list[int]]:
+    return isinstance(found, list) and all(type(item) is int and 0 <= item <= _MAX_ELEMENTS for item in found)
+
+
+def _refuse(path: Path, what: str) -> NoReturn:
+    raise CheckpointError(f"{path}: {what}; {_AGAIN}")

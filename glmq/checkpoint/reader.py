@@ -1,0 +1,284 @@
+"""A checkpoint folder as named tensors: lists them from the headers, reads each by its byte range."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.checkpoint.header import DTYPE_BYTES, Header, TensorInfo, read_header
+from glmq.checkpoint.json_file import read_json_object
+from glmq.errors import CheckpointError
+
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+
+_TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+_CODES: Final = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype code, e.g. torch.bfloat16 for "BF16"."""
+    return _TORCH_DTYPES[code]
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype, e.g. "BF16" for torch.bfloat16.
+
+    Raises:
+        CheckpointError: a dtype that we do not store.
+    """
+    if dtype not in _CODES:
+        raise CheckpointError(f"{dtype} cannot be stored; use one of {', '.join(str(known) for known in _CODES)}")
+    return _CODES[dtype]
+
+
+def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
+    """Sort key that compares runs of digits as numbers: layers.2 comes before layers.10."""
+    parts = re.split(r"([0-9]+)", name)
+    # A number is its length and its digits, so that no run of digits is too long for int().
+    keyed = [(len(part.lstrip("0")), part.lstrip("0")) if odd % 2 else (0, part) for odd, part in enumerate(parts)]
+    return keyed, name
+
+
+class Checkpoint(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint folder: name -> TensorInfo, in natural order. Reads are thread-safe.
+
+    Opening reads headers only. Files are opened at the first read of one of their tensors and stay open until `close`.
+    """
+
+    def __init__(self, directory: Path, headers: Mapping[Path, Header]) -> None:
+        self.directory: Final = directory
+        self._headers = dict(headers)
+        self._files: dict[str, Path] = {}
+        for path, header in headers.items():
+            for name in header.tensors:
+                if name in self._files:
+                    raise CheckpointError(
+                        f"{directory}: tensor {name!r} is in {self._files[name].name} and in {path.name}; "
+                        "remove the file that does not belong to this checkpoint"
+                    )
+                self._files[name] = path
+        self._names = sorted(self._files, key=natural_key)
+        self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Find the weight files of `directory` (through its index if it has one) and check every header.
+
+        Raises:
+            CheckpointError: no such folder, no safetensors in it, several indexes, an index that disagrees with the
+                files, a damaged header, a tensor in two files.
+        """
+        if not directory.is_dir():
+            raise CheckpointError(
+                f"{directory}: is not a folder; give the folder that holds config.json and the weights"
+            )
+        indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
+        if len(indexes) > 1:
+            raise CheckpointError(
+                f"{directory}: has {len(indexes)} indexes ({', '.join(path.name for path in indexes)}); "
+                "remove those that do not belong to this checkpoint"
+            )
+        if not indexes:
+            return cls(directory, {path: read_header(path) for path in _bare_files(directory)})
+        weight_map = _read_index(indexes[0])
+        headers = {directory / file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
+        _check_index(indexes[0], weight_map, headers)
+        return cls(directory, headers)
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._headers[self._files[name]].tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def names(self) -> list[str]:
+        """Every tensor name, in natural order."""
+        return list(self._names)
+
+    def files(self) -> list[Path]:
+        """The weight files, sorted by name."""
+        return sorted(self._headers)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor. Raises CheckpointError with the nearest name if there is none."""
+        return self._headers[self.file_of(name)].tensors[name]
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds the tensor. Raises CheckpointError like `info`."""
+        if name not in self._files:
+            near = difflib.get_close_matches(name, self._names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {len(self._names)} other tensors"
+            raise CheckpointError(f"{self.directory}: has no tensor {name!r}; {hint}")
+        return self._files[name]
+
+    def nbytes(self, name: str) -> int:
+        """Size of the tensor's data in the file, bytes."""
+        return self.info(name).nbytes
+
+    def read(self, name: str) -> Tensor:
+        """A fresh CPU tensor with the stored dtype and shape; the file is neither mapped nor read beyond the tensor."""
+        info = self.info(name)
+        return self._read_range(info, info.shape, 0)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start..stop (stop excluded) of dimension 0, read alone.
+
+        Raises:
+            CheckpointError: no such tensor, or not 0 <= start <= stop <= rows.
+        """
+        info = self.info(name)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise CheckpointError(
+                f"{self.file_of(name)}: tensor {name!r} has shape {info.shape}, so rows {start}..{stop} cannot be read"
+            )
+        row_bytes = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
+        return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes)
+
+    def read_finite(self, name: str) -> Tensor:
+        """As `read`; raises CheckpointError if the tensor holds NaN or infinity."""
+        return self.check_finite(name, self.read(name))
+
+    def check_finite(self, name: str, values: Tensor) -> Tensor:
+        """Return `values`, read from tensor `name`; raise CheckpointError if they hold NaN or infinity."""
+        if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+            bad = int((~torch.isfinite(values)).sum())
+            raise CheckpointError(
+                f"{self.file_of(name).name}: tensor {name!r} holds {bad} NaN or infinite values of {values.numel()}; "
+                "download the file again or repair the checkpoint"
+            )
+        return values
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over names, sizes and headers of the weight files and over config.json; no tensor data."""
+        digest = hashlib.sha256()
+        for path in self.files():
+            header = self._headers[path]
+            raw = os.pread(self._handle(path), header.data_start, 0)
+            digest.update(os.fsencode(path.name) + f"\n{header.file_bytes}\n{len(raw)}\n".encode())
+            digest.update(raw)
+        config = self.directory / "config.json"
+        if config.is_file():
+            digest.update(config.read_bytes())
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the files. A later read opens them again."""
+        with self._lock:
+            while self._handles:
+                os.close(self._handles.popitem()[1])
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _handle(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._handles:
+                try:
+                    self._handles[path] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path}: cannot be opened ({error.strerror}); was it moved or deleted?"
+                    ) from None
+            return self._handles[path]
+
+    def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int) -> Tensor:
+        """`shape` elements of the tensor's dtype, `skip` bytes after its first."""
+        path = self._files[info.name]
+        tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))
+        if tensor.numel() == 0:
+            return tensor
+        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        handle, done = self._handle(path), 0
+        while done < len(view):
+            count = os.preadv(handle, [view[done:]], info.start + skip + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{path}: ended while tensor {info.name!r} was read; do not change a file that is in use"
+                )
+            done += count
+        return tensor
+
+
+def _bare_files(directory: Path) -> list[Path]:
+    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+    if not files:
+        others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
+        found = f"found {', '.join(others[:3])}; convert them to safetensors" if others else "is this the right folder?"
+        raise CheckpointError(f"{directory}: wanted *.safetensors weight files, but there are none; {found}")
+    return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor name -> file name, file names without folders."""
+    found = read_json_object(path).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{path}: has no weight_map of tensor names to file names; download it again")
+    weight_map: dict[str, str] = {}
+    for name, file in found.items():
+        if (
+            not isinstance(file, str)
+            or not file.endswith(".safetensors")
+            or "/" in file
+            or "\\" in file
+            or "\0" in file
+        ):
+            raise CheckpointError(
+                f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
+            )
+        weight_map[name] = file
+    for file in sorted(set(weight_map.values())):
+        if not (path.parent / file).is_file():
+            raise CheckpointError(f"{path}: names {file}, which is not in the folder; download the missing file")
+    return weight_map
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> None:
+    """Index and headers must list the same tensors in the same files."""
+    for name, file in weight_map.items():
+        if name not in headers[path.parent / file].tensors:
+            raise CheckpointError(f"{path}: says that {name!r} is in {file}, but it is not; download both again")
+    for file_path, header in headers.items():
+        for name in header.tensors:
+            if name not in weight_map:
+                raise CheckpointError(
+                    f"{path}: does not list {name!r}, which is in {file_path.name}; download both again"
+                )

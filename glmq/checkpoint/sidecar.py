@@ -1,0 +1,119 @@
+"""The small files beside the weights: config.json with the fewest edits, and copies of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
+from glmq.checkpoint.reader import INDEX_SUFFIX
+from glmq.checkpoint.writer import make_directory
+from glmq.errors import CheckpointError
+from glmq.spec import FloatDtype, QuantType
+
+_PATTERNS: Final = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "LICENSE*")
+_MAX_SIDE_FILE_BYTES: Final = 100_000_000
+"""The serving engine refuses larger JSON files, and no tokenizer comes near it."""
+
+
+@dataclass(frozen=True, slots=True)
+class MindieSettings:
+    """`quantization_config` of the MindIE form: how the weights were made. The engine reads group_size only."""
+
+    group_size: int
+    """0 unless weights have second-stage scales."""
+    act_method: int
+    anti_method: str
+    is_lowbit: bool
+    mm_tensor: bool
+    w_sym: bool
+    open_outlier: bool
+    is_dynamic: bool
+    w_bit: int
+    a_bit: int
+    dev_type: str
+
+
+def edit_config(
+    source: Mapping[str, JsonValue], *, dtype: FloatDtype, quant_type: QuantType, mindie: MindieSettings | None
+) -> JsonObject:
+    """The config.json of the quantized model: `source` with the dtypes set and the quantization keys put right.
+
+    Sets `torch_dtype` and `text_config.dtype`, which the engines read, and every other dtype key that is there.
+    `quantize` and `quantization_config` are removed in ascendV1 (one engine would read the latter as the whole
+    description) and set in the MindIE form. Key order is kept; new keys come last.
+
+    Args:
+        source: contents of the float model's config.json, in a layout that has `text_config`.
+        dtype: of the written model.
+        quant_type: of the written model.
+        mindie: None for ascendV1.
+
+    Raises:
+        CheckpointError: `source` has no text_config.
+    """
+    text, vision = source.get("text_config"), source.get("vision_config")
+    if not isinstance(text, Mapping):
+        raise CheckpointError(
+            "config.json: has no text_config, where the engine looks for the dtype; give the nested layout"
+        )
+    edited = _set_dtypes(source, dtype) | {"torch_dtype": dtype.value}
+    edited["text_config"] = _set_dtypes(text, dtype) | {"dtype": dtype.value}
+    if isinstance(vision, Mapping):
+        edited["vision_config"] = _set_dtypes(vision, dtype)
+    if mindie is None:
+        edited.pop("quantize", None)
+        edited.pop("quantization_config", None)
+    else:
+        edited["quantize"] = quant_type.tag
+        edited["quantization_config"] = asdict(mindie)
+    return edited
+
+
+def _set_dtypes(section: Mapping[str, JsonValue], dtype: FloatDtype) -> JsonObject:
+    return {key: dtype.value if key in ("dtype", "torch_dtype") else value for key, value in section.items()}
+
+
+def list_side_files(source_dir: Path) -> list[str]:
+    """Names of the small files that belong into any checkpoint made from `source_dir`, sorted.
+
+    JSON, Python, chat template, text and tokenizer-model files and licences; not config.json (which is edited), not an
+    index or a description (which belong to other weights), nothing hidden, nothing above 100 MB.
+    """
+    names = {path.name for pattern in _PATTERNS for path in source_dir.glob(pattern)}
+    return sorted(name for name in names if _is_side_file(source_dir / name))
+
+
+def _is_side_file(path: Path) -> bool:
+    excluded = (
+        path.name.startswith(".")
+        or path.name == "config.json"
+        or path.name.endswith((INDEX_SUFFIX, ".bin.index.json"))
+        or path.name.startswith("quant_model_description")
+    )
+    return not excluded and path.is_file() and path.stat().st_size <= _MAX_SIDE_FILE_BYTES
+
+
+def copy_side_files(source_dir: Path, out_dir: Path) -> list[str]:
+    """Copy the side files of `source_dir` into `out_dir`: contents only, links resolved, mode 0640.
+
+    Returns:
+        Their names, sorted.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        SpaceError: the disk is full.
+    """
+    make_directory(out_dir)
+    names = list_side_files(source_dir)
+    for name in names:
+        try:
+            content = (source_dir / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{source_dir / name}: cannot be read ({error.strerror}); check its permissions"
+            ) from None
+        write_whole(out_dir / name, content)
+    return names

@@ -1,0 +1,55 @@
+"""The Typer app. `glmq --help` imports neither torch nor transformers: each command imports its engine when it runs."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from glmq import __version__
+from glmq.cli.calibrate import calibrate
+from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand
+from glmq.cli.demo import demo
+from glmq.cli.quantize import quantize
+
+app = typer.Typer(
+    help="Quantize and compress GLM-4.1V for Huawei Ascend NPUs.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings=CONTEXT,
+    rich_markup_mode="rich",
+)
+
+for command in (calibrate, quantize, demo):
+    app.command(cls=GlmqCommand, epilog=EXIT_CODES, context_settings=CONTEXT)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    typer.echo(f"glmq {__version__}")
+    for package in ("torch", "transformers", "safetensors", "torch-npu"):
+        try:
+            typer.echo(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            typer.echo(f"{package} is not installed")
+    raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the versions of glmq and its libraries.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Quantize and compress GLM-4.1V for Huawei Ascend NPUs."""
+
+
+def main() -> None:
+    """The entry point of the `glmq` program."""
+    app(prog_name="glmq")

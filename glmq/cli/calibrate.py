@@ -1,0 +1,62 @@
+"""`glmq calibrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from glmq.cli import options as o
+
+
+def calibrate(
+    model_path: o.ModelPath,
+    stats: Annotated[
+        Path, typer.Option("--stats", help="Folder to write the statistics into.", rich_help_panel=o.OUTPUT)
+    ],
+    calib_images: o.CalibImages = None,
+    calib_samples: o.CalibSamples = None,
+    prompt: o.Prompt = "Please describe this picture in detail.",
+    limit: o.LimitImages = None,
+    max_pixels: o.MaxPixels = None,
+    skip_bad_images: o.SkipBadImages = False,
+    wide_moments: o.WideMoments = False,
+    device_type: o.DeviceType = "cpu",
+    compute_dtype: o.ComputeDtype = "auto",
+    trust_remote_code: o.TrustRemoteCode = False,
+    overwrite: o.Overwrite = False,
+    json_output: o.JsonOutput = False,
+    quiet: o.Quiet = False,
+    debug: o.Debug = False,
+) -> None:
+    """Run calibration samples through the float model, one block in memory at a time, and keep the statistics.
+
+    [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
+    """
+    from glmq.cli.jobs import CalibrationOptions, calibrate_folder
+    from glmq.cli.render import print_json, samples_table, stdout
+
+    chosen = CalibrationOptions(
+        images=calib_images,
+        samples_file=calib_samples,
+        prompt=prompt,
+        limit=limit,
+        max_pixels=max_pixels,
+        skip_bad=skip_bad_images,
+        wide_moments=wide_moments,
+        device_type=device_type,
+        compute_dtype=compute_dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    statistics = calibrate_folder(model_path, stats, chosen, overwrite=overwrite, quiet=quiet or json_output)
+    if json_output:
+        print_json({**statistics.manifest, "folder": str(stats)})
+    elif quiet:
+        stdout.print(str(stats), soft_wrap=True)
+    else:
+        stdout.print(samples_table(statistics.samples()))
+        stdout.print(f"Statistics: {stats}", soft_wrap=True)
+        stdout.print(
+            "Next: ", f"glmq quantize --model_path {model_path} --stats {stats} --save_directory ...", soft_wrap=True
+        )

@@ -1,0 +1,131 @@
+"""The command class of every verb: the seed's spellings of booleans, and the one place where errors are caught."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from glmq.errors import GlmqError, SpaceError
+
+if TYPE_CHECKING:
+    from typer import Context
+
+TRUE_WORDS: Final = frozenset({"true", "1", "yes", "on"})
+FALSE_WORDS: Final = frozenset({"false", "0", "no", "off"})
+
+CONTEXT: Final = {
+    # --model_path and --model-path are one option.
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+    "help_option_names": ["-h", "--help"],
+}
+
+EXIT_CODES: Final = (
+    "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 verify found problems, 4 bad input "
+    "(model, images, statistics), 5 disk, memory or device missing, 130 Ctrl-C, 143 terminated."
+)
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+class GlmqCommand(TyperCommand):
+    """A command that takes `--flag True` beside `--flag`, and turns errors into one sentence and an exit code."""
+
+    # Typed as the base class is, which typer re-exports from its vendored click.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _spell_booleans(args, self.params))
+
+    def invoke(self, ctx: Context) -> Any:
+        json_wanted, debug = bool(ctx.params.get("json_output")), bool(ctx.params.get("debug"))
+        signal.signal(signal.SIGTERM, _raise_terminated)
+        try:
+            return super().invoke(ctx)
+        except GlmqError as error:
+            _complain(error.code, str(error), json_wanted, debug)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            _complain("interrupted", "stopped by Ctrl-C; nothing half-written was left behind", json_wanted, debug)
+            raise typer.Exit(130) from error
+        except Terminated as error:
+            _complain("terminated", "stopped by SIGTERM; nothing half-written was left behind", json_wanted, debug)
+            raise typer.Exit(143) from error
+        except MemoryError as error:
+            _complain(
+                "no-space", "the machine's memory is used up; see --dry-run for what is needed", json_wanted, debug
+            )
+            raise typer.Exit(SpaceError.exit_code) from error
+        except BrokenPipeError:
+            # The reader of our output went away, as `| head` does.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except OSError as error:
+            code = SpaceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else 4
+            what = f"{error.filename}: " if error.filename else ""
+            _complain(
+                "os-error",
+                f"{what}{error.strerror or error}; check the path, its permissions and the disk",
+                json_wanted,
+                debug,
+            )
+            raise typer.Exit(code) from error
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith("typer."):  # a usage error of typer's own: it prints it itself
+                raise
+            text = (
+                f"unexpected failure, {type(error).__name__}: {error}; run again with --debug and report the traceback"
+            )
+            _complain("failed", text, json_wanted, debug)
+            raise typer.Exit(1) from error
+
+
+def _spell_booleans(args: Sequence[str], params: Sequence[object]) -> list[str]:
+    """Rewrite `--flag True`, `--flag=false` to `--flag` and `--no-flag` for options that are such flags."""
+    flags: dict[str, tuple[str, str]] = {}
+    for param in params:
+        if isinstance(param, TyperOption) and param.is_flag and param.secondary_opts:
+            for name in param.opts:
+                flags[name] = (param.opts[0], param.secondary_opts[0])
+    rewritten: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        name = name.replace("_", "-")
+        if name not in flags or arg == "--":
+            rewritten.append(arg)
+            continue
+        if not equals and rest and rest[0].lower() in TRUE_WORDS | FALSE_WORDS:
+            value = rest.pop(0)
+        word = value.lower() or "true"
+        if word not in TRUE_WORDS | FALSE_WORDS:
+            raise typer.BadParameter(f"{name} {value}: True or False is needed")
+        rewritten.append(flags[name][0 if word in TRUE_WORDS else 1])
+    return rewritten
+
+
+def _complain(code: str, message: str, json_wanted: bool, debug: bool) -> None:
+    """One sentence on stderr, or an object on stdout with --json; the traceback first with --debug."""
+    if debug:
+        traceback.print_exc()
+    if json_wanted:
+        typer.echo(json.dumps({"error": {"code": code, "message": message}}, sort_keys=True))
+    else:
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(message, err=True)
+
+
+def _raise_terminated(_: int, __: FrameType | None) -> None:
+    raise Terminated

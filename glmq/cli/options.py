@@ -1,0 +1,120 @@
+"""Option aliases that several verbs share, each declared once, grouped in the panels of --help."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import typer
+
+from glmq.errors import UsageError
+
+MODEL: Final = "Model"
+CALIBRATION: Final = "Calibration"
+QUANTIZATION: Final = "Quantization"
+OUTPUT: Final = "Output"
+RUN: Final = "Run"
+
+ModelPath = Annotated[
+    Path, typer.Option("--model-path", help="Folder of the float GLM-4.1V weights.", rich_help_panel=MODEL)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code/--no-trust-remote-code",
+        help="Let the tokenizer run code that lies in the model folder. GLM-4.1V needs none.",
+        rich_help_panel=MODEL,
+    ),
+]
+CalibImages = Annotated[
+    Path | None,
+    typer.Option(
+        "--calib-images",
+        help="Folder of calibration images, one sample each; 30 are wanted.  \\[default: the photographs that come with glmq]",
+        rich_help_panel=CALIBRATION,
+        show_default=False,
+    ),
+]
+CalibSamples = Annotated[
+    Path | None,
+    typer.Option(
+        "--calib-samples",
+        help="JSON-lines file of samples with image, prompt and text (answer), each optional. Alone, or beside --calib-images.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Prompt = Annotated[str, typer.Option("--prompt", help="What is asked about each image.", rich_help_panel=CALIBRATION)]
+LimitImages = Annotated[
+    int | None,
+    typer.Option("--limit", min=1, help="Use only the first N samples.", rich_help_panel=CALIBRATION),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        "--max-pixels",
+        min=28 * 28,
+        help="Shrink larger images to this many pixels, which saves memory and time.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+SkipBadImages = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad-images/--no-skip-bad-images",
+        help="Leave out files that do not decode as images, instead of stopping.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+WideMoments = Annotated[
+    bool,
+    typer.Option(
+        "--wide-moments/--no-wide-moments",
+        help="Also collect second moments of the vision tower and of down_proj, for compensated rounding there.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+DeviceType = Annotated[
+    Literal["cpu", "npu"], typer.Option("--device-type", help="Where the model runs.", rich_help_panel=RUN)
+]
+ComputeDtype = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    typer.Option(
+        "--compute-dtype",
+        help="Of the calibration forward. auto: fp32 on a CPU, bf16 or fp16 on an NPU.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite/--no-overwrite",
+        help="Replace what is in the output folder, once the new output is whole.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+JsonOutput = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON object on stdout.", rich_help_panel=RUN)
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print errors and the final path only.", rich_help_panel=RUN)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row of every table.", rich_help_panel=RUN)]
+Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks.", rich_help_panel=RUN)]
+
+_SIZE = re.compile(r"(\d+)\s*(GB|MB|GiB|MiB)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4`, `4GB` or `500MB`; a bare number is GB, as in the seed, and GB are 2^30 bytes.
+
+    Raises:
+        UsageError: not such a size, or zero.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or int(match[1]) < 1:
+        raise UsageError(
+            f"--part_file_size {text}: a whole number of GB, at least 1, is needed, or a size like 4GB or 500MB"
+        )
+    unit = (match[2] or "GB").upper()[0]
+    return int(match[1]) * (2**30 if unit == "G" else 2**20)

@@ -1,0 +1,217 @@
+"""`glmq quantize`: the mission's step 1, flag by flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from glmq.cli import options as o
+
+
+def quantize(
+    model_path: o.ModelPath,
+    save_directory: Annotated[
+        Path,
+        typer.Option("--save-directory", help="Folder to write the quantized weights into.", rich_help_panel=o.OUTPUT),
+    ],
+    calib_images: o.CalibImages = None,
+    calib_samples: o.CalibSamples = None,
+    prompt: o.Prompt = "Please describe this picture in detail.",
+    limit: o.LimitImages = None,
+    max_pixels: o.MaxPixels = None,
+    skip_bad_images: o.SkipBadImages = False,
+    compute_dtype: o.ComputeDtype = "auto",
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            "--stats",
+            help="Statistics folder of `glmq calibrate`; written first if it does not exist. Without it they are temporary.",
+            rich_help_panel=o.CALIBRATION,
+        ),
+    ] = None,
+    w_bit: Annotated[int, typer.Option("--w-bit", help="Weight bits: 4 or 8.", rich_help_panel=o.QUANTIZATION)] = 8,
+    a_bit: Annotated[int, typer.Option("--a-bit", help="Activation bits: 8.", rich_help_panel=o.QUANTIZATION)] = 8,
+    is_lowbit: Annotated[
+        bool,
+        typer.Option(
+            "--is-lowbit/--no-is-lowbit",
+            help="The low-bit sparse algorithm: W8A8S, or W4A8_DYNAMIC with --is_dynamic.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
+    co_sparse: Annotated[
+        bool,
+        typer.Option(
+            "--co-sparse/--no-co-sparse",
+            help="W8A8S with outliers chosen over the whole tensor.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
+    is_dynamic: Annotated[
+        bool,
+        typer.Option(
+            "--is-dynamic/--no-is-dynamic",
+            help="Activation scales per token at run time.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
+    anti_method: Annotated[
+        Literal["m2", "none"],
+        typer.Option(
+            "--anti-method", help="Outlier suppression before the norms' linears.", rich_help_panel=o.QUANTIZATION
+        ),
+    ] = "m2",
+    act_method: Annotated[
+        int,
+        typer.Option(
+            "--act-method",
+            help="Activation range: 1 min-max, 2 histogram, 3 the better of both per input.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = 2,
+    open_outlier: Annotated[
+        bool,
+        typer.Option(
+            "--open-outlier/--no-open-outlier",
+            help="Split weight outliers off in sparse types; off: the step covers the largest weight.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = True,
+    fraction: Annotated[
+        float,
+        typer.Option(
+            "--fraction",
+            help="Share of weight outliers that sparse types protect, 0.01 to 0.1.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = 0.01,
+    use_sigma: Annotated[
+        bool,
+        typer.Option(
+            "--use-sigma/--no-use-sigma",
+            help="Choose outliers by standard deviations instead of --fraction.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
+    sigma_factor: Annotated[
+        float,
+        typer.Option("--sigma-factor", help="How many, 1.0 to 3.0, with --use_sigma.", rich_help_panel=o.QUANTIZATION),
+    ] = 3.0,
+    do_smooth: Annotated[
+        bool,
+        typer.Option(
+            "--do-smooth/--no-do-smooth",
+            help="SmoothQuant scales instead of m2's.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
+    group_size: Annotated[
+        int,
+        typer.Option(
+            "--group-size", help="Group length of W4A8_DYNAMIC: 64, 128, 256 or 512.", rich_help_panel=o.QUANTIZATION
+        ),
+    ] = 64,
+    method: Annotated[
+        Literal["compensated", "plain", "reference"],
+        typer.Option(
+            "--method",
+            help="Rounding of weights: error-compensated, to nearest, or the vendor tool's integers.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = "compensated",
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep-float",
+            help="Pattern of linears that stay float beside the vision tower, down_proj and lm_head; repeatable.",
+            rich_help_panel=o.QUANTIZATION,
+            show_default=False,
+        ),
+    ] = None,
+    torch_dtype: Annotated[
+        Literal["bf16", "fp16"],
+        typer.Option("--torch-dtype", help="Dtype of the stored float weights.", rich_help_panel=o.OUTPUT),
+    ] = "bf16",
+    mindie_format: Annotated[
+        bool,
+        typer.Option(
+            "--mindie-format/--no-mindie-format",
+            help="Write the older MindIE layout instead of ascendV1.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = False,
+    part_file_size: Annotated[
+        str | None,
+        typer.Option(
+            "--part-file-size",
+            help="Upper size of one weight file: GB as a whole number, or 4GB, 500MB.  \\[default: one file]",
+            rich_help_panel=o.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: o.Overwrite = False,
+    device_type: o.DeviceType = "cpu",
+    trust_remote_code: o.TrustRemoteCode = False,
+    json_output: o.JsonOutput = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Quantize a float GLM-4.1V for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
+
+    Sparse W8A8S for the Atlas 300I Duo:
+    [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos --w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16[/]
+
+    W8A8 for the Atlas 800I A2:
+    [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
+    """
+    from glmq.cli.jobs import CalibrationOptions, quantize_folder
+    from glmq.cli.render import print_json, show_quantization, stdout
+    from glmq.quantize.recipe import Options
+
+    result = quantize_folder(
+        model_path,
+        save_directory,
+        Options(
+            w_bit=w_bit,
+            a_bit=a_bit,
+            anti_method=anti_method,
+            act_method=act_method,
+            open_outlier=open_outlier,
+            is_dynamic=is_dynamic,
+            is_lowbit=is_lowbit,
+            co_sparse=co_sparse,
+            fraction=fraction,
+            do_smooth=do_smooth,
+            use_sigma=use_sigma,
+            sigma_factor=sigma_factor,
+            torch_dtype=torch_dtype,
+            group_size=group_size,
+            mindie_format=mindie_format,
+            method=method,
+            keep_float=tuple(keep_float or ()),
+        ),
+        CalibrationOptions(
+            images=calib_images,
+            samples_file=calib_samples,
+            prompt=prompt,
+            limit=limit,
+            max_pixels=max_pixels,
+            skip_bad=skip_bad_images,
+            device_type=device_type,
+            compute_dtype=compute_dtype,
+            trust_remote_code=trust_remote_code,
+        ),
+        stats_path=stats,
+        shard_bytes=None if part_file_size is None else o.parse_size(part_file_size),
+        overwrite=overwrite,
+        quiet=quiet or json_output,
+    )
+    if json_output:
+        print_json({**result.document, "folder": str(result.folder)})
+    elif quiet:
+        stdout.print(str(result.folder), soft_wrap=True)
+    else:
+        show_quantization(result, verbose=verbose)

@@ -1,0 +1,206 @@
+"""Records -> progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from glmq.spec import QuantType
+
+if TYPE_CHECKING:
+    from glmq.calibrate.stats import SampleTokens
+    from pathlib import Path
+
+    from glmq.cli.jobs import QuantizationResult
+    from glmq.quantize.recipe import Recipe
+    from glmq.quantize.stream import PartBytes
+    from glmq.records import BlockDone, LinearReport
+
+GIB: Final = 2**30
+MIB: Final = 2**20
+RECENT_BLOCKS: Final = 8
+"""The remaining time is estimated from the last few blocks: early ones (vision) differ from later ones (text)."""
+BAD_ERROR: Final = 0.2
+POOR_ERROR: Final = 0.1
+SHOWN_ROWS: Final = 24
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+class BlockProgress:
+    """One bar over blocks with remaining time and resident memory; plain lines where stderr is no terminal.
+
+    Args:
+        title: what is being done.
+        quiet: draw nothing.
+    """
+
+    def __init__(self, title: str, *, quiet: bool) -> None:
+        self._title, self._quiet = title, quiet
+        self._recent: deque[float] = deque(maxlen=RECENT_BLOCKS)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._started = time.perf_counter()
+        self.peak_bytes = 0
+
+    def __enter__(self) -> BlockProgress:
+        # rich takes FORCE_COLOR for a terminal, so ask the stream itself before drawing a live bar.
+        if not self._quiet and sys.stderr.isatty():
+            columns: list[ProgressColumn] = [
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} blocks  {task.fields[left]}  {task.fields[memory]}"),
+            ]
+            self._bar = Progress(*columns, console=stderr, transient=True)
+            self._task = self._bar.add_task(self._title, total=None, left="", memory="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is None and not self._quiet:
+            seconds = time.perf_counter() - self._started
+            stderr.print(f"{self._title}: {seconds:.1f} s, peak {self.peak_bytes / MIB:.0f} MiB resident")
+
+    def advance(self, done: BlockDone) -> None:
+        """Count one finished block."""
+        self._recent.append(done.seconds)
+        self.peak_bytes = max(self.peak_bytes, done.resident_bytes)
+        left = (done.total - done.index - 1) * sum(self._recent) / len(self._recent)
+        memory = f"{done.resident_bytes / MIB:.0f} MiB"
+        if self._bar is not None:
+            self._bar.update(
+                self._task, total=done.total, completed=done.index + 1, left=f"{left:.0f} s left", memory=memory
+            )
+        elif not self._quiet:
+            stderr.print(
+                f"{self._title}: {done.index + 1}/{done.total} {done.name} {done.seconds:.1f} s, {left:.0f} s left, {memory}",
+                soft_wrap=True,
+            )
+
+
+def print_json(document: dict[str, object]) -> None:
+    """One JSON object on stdout: sorted keys, no NaN, a newline at the end."""
+    sys.stdout.write(json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+
+
+def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> Table:
+    """One row per linear, worst output error first; the tail is left out unless `verbose`."""
+    worst_first = sorted(reports, key=lambda r: (-r.output_error, r.name))
+    shown = worst_first if verbose else worst_first[:SHOWN_ROWS]
+    table = Table(title="Error per linear, worst first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("linear", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    for header in ("step", "bits", "|q|>7", "weight", "output", "SQNR dB", "input range", "clipped"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for r in shown:
+        table.add_row(
+            short_name(r.name),
+            r.quant_type.value,
+            f"{r.step_min:.2g}..{r.step_max:.2g}",
+            f"{r.entropy_bits:.2f}",
+            f"{r.outlier_share:.1%}",
+            f"{r.weight_error:.2%}",
+            _marked(r.output_error),
+            f"{r.sqnr_db:.1f}",
+            f"{r.input_low:.3g}..{r.input_high:.3g}" if r.quant_type.is_static else "per token",
+            f"{r.clipped_share:.3%}" if r.quant_type.is_static else "-",
+        )
+    if len(shown) < len(worst_first):
+        table.caption = (
+            f"{len(worst_first) - len(shown)} better ones are left out; -v shows all, glmq_report.csv has them"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def samples_table(samples: Sequence[SampleTokens]) -> Table:
+    """Tokens of each calibration sample."""
+    table = Table(title="Calibration samples", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("sample")
+    table.add_column("tokens", justify="right")
+    table.add_column("answer")
+    for sample in samples:
+        table.add_row(sample.name, str(sample.tokens), "yes" if sample.has_answer else "no")
+    table.add_row(f"{len(samples)} samples", str(sum(s.tokens for s in samples)), "", style="bold")
+    return table
+
+
+def short_name(name: str) -> str:
+    """`layers.3.mlp.gate_up_proj` for a text linear, `visual...` for one of the vision tower."""
+    return name.removeprefix("model.language_model.").removeprefix("model.")
+
+
+def _marked(error: float) -> Text:
+    """An error with a colour and, for those who see none, a mark."""
+    if error >= BAD_ERROR:
+        return Text(f"!! {error:.2%}", style="bold red")
+    if error >= POOR_ERROR:
+        return Text(f"! {error:.2%}", style="yellow")
+    return Text(f"{error:.2%}", style="green")
+
+
+def parts_table(parts: Sequence[PartBytes]) -> Table:
+    """Bytes before and after by part of the model."""
+    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for header in ("part", "float", "quantized", "ratio"):
+        table.add_column(header, justify="left" if header == "part" else "right")
+    before, after = sum(p.before for p in parts), sum(p.after for p in parts)
+    for name, b, a in [*((p.part.value, p.before, p.after) for p in parts), ("total", before, after)]:
+        table.add_row(name, size(b), size(a), f"{a / b:.3f}" if b else "-")
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes for people: `13.66 GiB`, `7.2 MiB`, `512 B`."""
+    if count >= GIB:
+        return f"{count / GIB:.2f} GiB"
+    if count >= MIB:
+        return f"{count / MIB:.1f} MiB"
+    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
+
+
+def show_quantization(result: QuantizationResult, *, verbose: bool) -> None:
+    """The error table, the bytes, where the output lies, and what to do next."""
+    stdout.print(error_table(result.reports, verbose=verbose))
+    stdout.print(parts_table(result.parts))
+    recipe = result.recipe
+    stdout.print(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {result.folder}", soft_wrap=True)
+    for line in next_steps(result.folder, recipe):
+        stdout.print(line, soft_wrap=True)
+
+
+def next_steps(folder: Path, recipe: Recipe) -> list[str]:
+    """The exact next command for a fresh checkpoint, and which engine takes it."""
+    match recipe.quant_type:
+        case QuantType.W8A8S:
+            return [
+                "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
+                f"  glmq compress --model_path {folder} --save_directory {folder}-sc --tp 1",
+            ]
+        case QuantType.W4A8_DYNAMIC:
+            return [
+                "Note: no current dense engine loads W4A8_DYNAMIC for GLM-4.1V (MindIE refuses it, vLLM-Ascend has it for "
+                "mixtures of experts only)."
+            ]
+        case _:
+            return [
+                f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder} "
+                "in conf/config.json of mindie-service, then start mindieservice_daemon. "
+                "The speed-up needs the NPU engine."
+            ]

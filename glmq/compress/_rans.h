@@ -1,0 +1,317 @@
+/* The rANS tile kernels of GQSC: the same words from each of them. container.py describes the stream.
+ *
+ * One tile is `rows` x `cols` bytes. A round is 32 neighbouring columns of a row, one per lane; the last round of a row may have
+ * fewer real columns, and its other lanes belong to the padding class, whose one symbol of frequency 2^11 costs no bits.
+ * A lane's state x stays in [2^15, 2^31), so signed and unsigned comparisons agree and no product overflows 32 bits.
+ *
+ * Two tiles of one height are decoded side by side: each is a chain of dependent instructions, so a core has room for both
+ * (1.8 times the speed of one, with AVX-512). Encoding gains nothing from it.
+ */
+#ifndef GQSC_RANS_H
+#define GQSC_RANS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GQSC_X86 1
+#include <immintrin.h>
+#else
+#define GQSC_X86 0
+#endif
+
+#if defined(__GNUC__)
+#define GQSC_INLINE static inline __attribute__((always_inline))
+#define GQSC_UNROLL _Pragma("GCC unroll 8")
+#else
+#define GQSC_INLINE static inline
+#define GQSC_UNROLL
+#endif
+
+enum { LANES = 32, PROB_BITS = 11, SLOTS = 1 << PROB_BITS, STATE_BYTES = 4 * LANES, SLACK = 64 };
+#define STATE_LOW ((uint32_t)1 << 15)
+#define STATE_TOP ((uint32_t)1 << 31)
+
+/* Encoder entry of (class, symbol): cumulative frequency in bits 0-10, "write as an escape" in bit 11, frequency in bits 12-23.
+ * Decoder entry of (class, slot): symbol in bits 0-7, slot minus the symbol's first slot in bits 8-18, frequency in bits 19-30. */
+#define ENC_ESCAPE ((uint32_t)1 << 11)
+
+typedef struct {
+    const uint8_t *src; /* the tile's bytes */
+    uint8_t *words;     /* words are written downwards from here; afterwards the first word */
+    uint8_t *escapes;   /* escaped bytes likewise */
+    uint32_t state[LANES];
+} EncodeTile;
+
+typedef struct {
+    uint8_t *dst;
+    const uint8_t *words, *end; /* at least SLACK readable bytes follow `end` */
+    uint32_t state[LANES];
+} DecodeTile;
+
+typedef struct {
+    int64_t rows, cols;
+    const uint8_t *ids;    /* class of each column, padded to a multiple of 32 with the padding class */
+    const uint32_t *table; /* 256 encoder or 2048 decoder entries per class, padding class last */
+} TileShape;
+
+static inline uint32_t load16(const uint8_t *p) {
+    uint16_t w;
+    memcpy(&w, p, 2);
+    return w;
+}
+
+/* ---- plain C ---------------------------------------------------------------------------------------------------------- */
+
+/* The quotient of x < f * 2^20 by f <= 2^11 is (x * ceil(2^43 / f)) >> 43: the product stays below 2^64, and the error
+ * x * (f * ceil(2^43 / f) - 2^43) < f * 2^20 * f <= 2^42 never reaches the next integer. */
+static uint64_t reciprocal[SLOTS + 1];
+
+static void fill_reciprocals(void) {
+    for (uint64_t f = 1; f <= SLOTS; f++) reciprocal[f] = (((uint64_t)1 << 43) + f - 1) / f;
+}
+
+static void encode_scalar(EncodeTile *t, const TileShape *s) {
+    uint8_t *p = t->words, *esc = t->escapes;
+    uint32_t state[LANES];
+    memcpy(state, t->state, sizeof state);
+    for (int64_t r = s->rows - 1; r >= 0; r--) {
+        const uint8_t *row = t->src + r * s->cols;
+        /* Lanes beyond the last column keep their state, so they are simply not visited. */
+        for (int64_t c = s->cols - 1; c >= 0; c--) {
+            uint32_t e = s->table[(uint32_t)s->ids[c] << 8 | row[c]];
+            uint32_t x = state[c & (LANES - 1)], f = e >> 12;
+            if (e & ENC_ESCAPE) *--esc = row[c];
+            uint16_t word = (uint16_t)x;
+            uint32_t full = (x >> 20) >= f;
+            memcpy(p - 2, &word, 2);
+            p -= 2 * full;
+            x >>= 16 * full;
+            uint32_t q = (uint32_t)((x * reciprocal[f]) >> 43);
+            state[c & (LANES - 1)] = x + q * (SLOTS - f) + (e & (SLOTS - 1));
+        }
+    }
+    memcpy(t->state, state, sizeof state);
+    t->words = p;
+    t->escapes = esc;
+}
+
+/* 0 if the words ran out. */
+static int decode_scalar(DecodeTile *t, const TileShape *s) {
+    const uint8_t *p = t->words, *const end = t->end;
+    const uint32_t *const table = s->table;
+    uint8_t *out = t->dst;
+    uint32_t state[LANES];
+    memcpy(state, t->state, sizeof state);
+    for (int64_t r = 0; r < s->rows; r++) {
+        for (int64_t c0 = 0; c0 < s->cols; c0 += LANES) {
+            if (p > end) return 0;
+            const int n = s->cols - c0 < LANES ? (int)(s->cols - c0) : LANES;
+            const uint8_t *const ids = s->ids + c0;
+            for (int i = 0; i < n; i++) {
+                uint32_t x = state[i];
+                uint32_t e = table[(uint32_t)ids[i] << PROB_BITS | (x & (SLOTS - 1))];
+                *out++ = (uint8_t)e;
+                x = (e >> 19) * (x >> PROB_BITS) + ((e >> 8) & (SLOTS - 1));
+                /* Without a branch, which would be wrong for a quarter of the symbols. */
+                uint32_t low = x < STATE_LOW, refilled = x << 16 | load16(p);
+                state[i] = x ^ ((x ^ refilled) & (0u - low));
+                p += 2 * low;
+            }
+        }
+    }
+    memcpy(t->state, state, sizeof state);
+    t->words = p;
+    return 1;
+}
+
+#if GQSC_X86
+/* ---- AVX-512 (F, BW, VL, DQ: Skylake-X and Zen 4 onwards) --------------------------------------------------------------- */
+
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,popcnt")))
+
+/* One group of 16 lanes of one tile; `live` are its real columns. */
+TARGET_AVX512 GQSC_INLINE __m512i encode_group512(EncodeTile *t, __m512i x, const uint8_t *at, __m512i ids, __mmask16 live,
+                                                  const uint32_t *table) {
+    __m512i symbol = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, at));
+    __m512i e = _mm512_i32gather_epi32(_mm512_or_si512(ids, symbol), table, 4);
+    __m512i f = _mm512_srli_epi32(e, 12);
+    __mmask16 full = _mm512_cmpge_epi32_mask(_mm512_srli_epi32(x, 20), f);
+    int n = __builtin_popcount(full);
+    __m256i words = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x));
+    t->words -= 2 * n;
+    _mm256_mask_storeu_epi16(t->words, (__mmask16)_bzhi_u32(0xffff, (unsigned)n), words);
+    x = _mm512_mask_srli_epi32(x, full, x, 16);
+    /* x < 2^31 rounded toward zero, divided toward zero, is at most 1 below the true quotient, which is < 2^20. */
+    __m512 ratio = _mm512_div_round_ps(_mm512_cvt_roundepi32_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC),
+                                       _mm512_cvtepi32_ps(f), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    __m512i q = _mm512_cvttps_epi32(ratio);
+    __m512i gap = _mm512_sub_epi32(_mm512_set1_epi32(SLOTS), f);
+    __m512i y = _mm512_add_epi32(x, _mm512_mullo_epi32(q, gap)); /* q * 2^11 + remainder */
+    __m512i rest = _mm512_sub_epi32(y, _mm512_slli_epi32(q, PROB_BITS));
+    y = _mm512_mask_add_epi32(y, _mm512_cmpge_epi32_mask(rest, f), y, gap);
+    __mmask16 rare = _mm512_test_epi32_mask(e, _mm512_set1_epi32(ENC_ESCAPE));
+    if (__builtin_expect(rare != 0, 0)) {
+        for (int i = 15; i >= 0; i--)
+            if (rare >> i & 1) *--t->escapes = at[i];
+    }
+    return _mm512_add_epi32(y, _mm512_and_si512(e, _mm512_set1_epi32(SLOTS - 1)));
+}
+
+TARGET_AVX512 GQSC_INLINE void encode_round512(EncodeTile *t, __m512i x[2], int64_t at, const uint8_t *ids, __mmask32 live,
+                                               const uint32_t *table) {
+    GQSC_UNROLL for (int half = 1; half >= 0; half--) {
+        __m512i id = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), 8);
+        x[half] = encode_group512(t, x[half], t->src + at + 16 * half, id, (__mmask16)(live >> (16 * half)), table);
+    }
+}
+
+TARGET_AVX512 static void encode_avx512(EncodeTile *tile, const TileShape *s) {
+    EncodeTile t = *tile;
+    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
+    __m512i x[2] = {_mm512_loadu_si512(t.state), _mm512_loadu_si512(t.state + 16)};
+    for (int64_t r = s->rows - 1; r >= 0; r--) {
+        const int64_t row = r * s->cols;
+        if (tail) encode_round512(&t, x, row + whole, s->ids + whole, ((__mmask32)1 << tail) - 1, s->table);
+        for (int64_t c = whole - LANES; c >= 0; c -= LANES)
+            encode_round512(&t, x, row + c, s->ids + c, (__mmask32)-1, s->table);
+    }
+    _mm512_storeu_si512(t.state, x[0]);
+    _mm512_storeu_si512(t.state + 16, x[1]);
+    *tile = t;
+}
+
+TARGET_AVX512 GQSC_INLINE __m512i decode_group512(const uint8_t **words, __m512i x, uint8_t *at, __m512i ids, __mmask16 live,
+                                                  const uint32_t *table) {
+    __m512i slot = _mm512_and_si512(x, _mm512_set1_epi32(SLOTS - 1));
+    __m512i e = _mm512_i32gather_epi32(_mm512_or_si512(ids, slot), table, 4);
+    if (live == 0xffff)
+        _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(e));
+    else
+        _mm_mask_storeu_epi8(at, live, _mm512_cvtepi32_epi8(e));
+    __m512i bias = _mm512_and_si512(_mm512_srli_epi32(e, 8), _mm512_set1_epi32(SLOTS - 1));
+    x = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(e, 19), _mm512_srli_epi32(x, PROB_BITS)), bias);
+    __mmask16 low = _mm512_cmplt_epi32_mask(x, _mm512_set1_epi32((int)STATE_LOW));
+    __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)*words));
+    *words += 2 * __builtin_popcount(low);
+    return _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), _mm512_maskz_expand_epi32(low, word));
+}
+
+TARGET_AVX512 GQSC_INLINE int decode_round512(const int count, DecodeTile *t, __m512i x[][2], int64_t at, const uint8_t *ids,
+                                            __mmask32 live, const uint32_t *table) {
+    int out = 0;
+    GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
+    if (__builtin_expect(out, 0)) return 0;
+    GQSC_UNROLL for (int half = 0; half < 2; half++) {
+        __m512i id = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), PROB_BITS);
+        GQSC_UNROLL for (int i = 0; i < count; i++)
+            x[i][half] = decode_group512(&t[i].words, x[i][half], t[i].dst + at + 16 * half, id,
+                                         (__mmask16)(live >> (16 * half)), table);
+    }
+    return 1;
+}
+
+/* 0 if the words of any of the tiles ran out. */
+TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int count, DecodeTile *tiles, const TileShape *s) {
+    __m512i x[2][2];
+    DecodeTile t[2];
+    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
+    for (int i = 0; i < count; i++) {
+        t[i] = tiles[i];
+        x[i][0] = _mm512_loadu_si512(t[i].state);
+        x[i][1] = _mm512_loadu_si512(t[i].state + 16);
+    }
+    for (int64_t r = 0; r < s->rows; r++) {
+        const int64_t row = r * s->cols;
+        for (int64_t c = 0; c < whole; c += LANES)
+            if (!decode_round512(count, t, x, row + c, s->ids + c, (__mmask32)-1, s->table)) return 0;
+        if (tail && !decode_round512(count, t, x, row + whole, s->ids + whole, ((__mmask32)1 << tail) - 1, s->table)) return 0;
+    }
+    for (int i = 0; i < count; i++) {
+        _mm512_storeu_si512(t[i].state, x[i][0]);
+        _mm512_storeu_si512(t[i].state + 16, x[i][1]);
+        tiles[i] = t[i];
+    }
+    return 1;
+}
+
+TARGET_AVX512 static int decode_one_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(1, t, s); }
+TARGET_AVX512 static int decode_pair_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(2, t, s); }
+
+/* ---- AVX2, decoding only ------------------------------------------------------------------------------------------------- */
+
+#define TARGET_AVX2 __attribute__((target("avx2,popcnt")))
+
+/* For each mask of 8 lanes: which of the next words each lane takes. */
+static uint8_t spread[256][8];
+
+static void fill_spread(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int i = 0, next = 0; i < 8; i++) {
+            spread[mask][i] = (uint8_t)next;
+            next += mask >> i & 1;
+        }
+}
+
+/* One round of one tile; `at` has room for 32 bytes. */
+TARGET_AVX2 GQSC_INLINE void decode_round256(const uint8_t **words, __m256i x[4], uint8_t *at, const uint8_t *ids,
+                                             const uint32_t *table) {
+    const __m256i slots = _mm256_set1_epi32(SLOTS - 1), byte = _mm256_set1_epi32(255);
+    __m256i symbol[4];
+    GQSC_UNROLL for (int g = 0; g < 4; g++) {
+        __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), PROB_BITS);
+        __m256i e = _mm256_i32gather_epi32((const int *)table, _mm256_or_si256(id, _mm256_and_si256(x[g], slots)), 4);
+        symbol[g] = _mm256_and_si256(e, byte);
+        __m256i bias = _mm256_and_si256(_mm256_srli_epi32(e, 8), slots);
+        __m256i y = _mm256_mullo_epi32(_mm256_srli_epi32(e, 19), _mm256_srli_epi32(x[g], PROB_BITS));
+        y = _mm256_add_epi32(y, bias);
+        __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)STATE_LOW), y);
+        int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low));
+        __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)spread[mask]));
+        __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)*words));
+        word = _mm256_permutevar8x32_epi32(word, order);
+        *words += 2 * __builtin_popcount((unsigned)mask);
+        x[g] = _mm256_blendv_epi8(y, _mm256_or_si256(_mm256_slli_epi32(y, 16), word), low);
+    }
+    __m256i pairs = _mm256_packus_epi16(_mm256_packus_epi32(symbol[0], symbol[1]), _mm256_packus_epi32(symbol[2], symbol[3]));
+    const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undo the packs' crossing of 128-bit halves */
+    _mm256_storeu_si256((__m256i *)at, _mm256_permutevar8x32_epi32(pairs, lanes));
+}
+
+TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, const TileShape *s) {
+    __m256i x[2][4];
+    DecodeTile t[2];
+    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
+    for (int i = 0; i < count; i++) {
+        t[i] = tiles[i];
+        for (int g = 0; g < 4; g++) x[i][g] = _mm256_loadu_si256((const __m256i *)(t[i].state + 8 * g));
+    }
+    for (int64_t r = 0; r < s->rows; r++) {
+        const int64_t row = r * s->cols;
+        for (int64_t c = 0; c < s->cols; c += LANES) {
+            int out = 0;
+            GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
+            if (__builtin_expect(out, 0)) return 0;
+            if (c < whole) {
+                GQSC_UNROLL for (int i = 0; i < count; i++)
+                    decode_round256(&t[i].words, x[i], t[i].dst + row + c, s->ids + c, s->table);
+            } else {
+                GQSC_UNROLL for (int i = 0; i < count; i++) {
+                    uint8_t last[LANES];
+                    decode_round256(&t[i].words, x[i], last, s->ids + c, s->table);
+                    memcpy(t[i].dst + row + c, last, (size_t)tail);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(t[i].state + 8 * g), x[i][g]);
+        tiles[i] = t[i];
+    }
+    return 1;
+}
+
+TARGET_AVX2 static int decode_one_avx2(DecodeTile *t, const TileShape *s) { return decode_tiles256(1, t, s); }
+TARGET_AVX2 static int decode_pair_avx2(DecodeTile *t, const TileShape *s) { return decode_tiles256(2, t, s); }
+#endif
+#endif

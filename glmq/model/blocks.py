@@ -1,0 +1,230 @@
+"""GLM-4.1V one block at a time: build on meta, place one block, replay it, drop it.
+
+The model class of transformers is used as it is. Everything before the first block of a tower is opaque: a hook on that
+block captures its call, and the same call is replayed on the block after it. So one path serves transformers 4.53 to 5.x.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, ModelError
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import LM_HEAD, TEXT, VISION
+
+if TYPE_CHECKING:
+    from glmq.model.inputs import ModelInputs
+
+VISION_STEM = tuple(
+    f"{VISION}.{part}" for part in ("patch_embed", "post_conv_layernorm", "embeddings")
+)  # what runs before the first vision block
+VISION_TAIL = tuple(
+    f"{VISION}.{part}" for part in ("post_layernorm", "downsample", "merger")
+)  # what runs after the last one
+
+
+@dataclass(slots=True)
+class BlockCall:
+    """The call of one block: its hidden states, replaced as blocks are replayed, and everything else it is given."""
+
+    hidden: Tensor
+    """Vision: [patches, width]; text: [1, tokens, width]."""
+    kwargs: Mapping[str, object]
+
+
+class _Captured(Exception):
+    """Ends a forward pass at the block whose call was wanted."""
+
+
+class _Inject(nn.Module):
+    """Stands in for all vision blocks: returns their finished output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden: Tensor | None = None
+
+    def forward(self, hidden: Tensor, **_: object) -> Tensor:
+        assert self.hidden is not None
+        return self.hidden
+
+
+class _EmbeddingRows(nn.Module):
+    """An embedding that knows only some rows of its table."""
+
+    def __init__(self, ids: Tensor, rows: Tensor) -> None:
+        super().__init__()
+        self._ids, self._rows = ids, rows
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._rows[torch.searchsorted(self._ids, ids)]
+
+
+class StreamedModel:
+    """A GLM-4.1V whose parameters lie on meta until a part is placed.
+
+    Args:
+        source: the float checkpoint; tensors are read by range and cast to `dtype`.
+        config: its configuration.
+        device: where placed parts live.
+        dtype: of placed parameters and of the hidden states.
+
+    Raises:
+        ModelError: transformers cannot build the model from the configuration.
+    """
+
+    def __init__(self, source: Checkpoint, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.config, self.device, self.dtype = source, config, device, dtype
+        self.model = _build_on_meta(config, dtype)
+        for buffer_owner in self.model.modules():
+            for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
+                setattr(buffer_owner, name, buffer.to(device))
+        self._blocks = self.model.get_submodule(f"{VISION}.blocks")
+        self._inject = _Inject()
+        parameters = inspect.signature(type(self.model.get_submodule("model")).forward).parameters
+        self._wants_token_types = "mm_token_type_ids" in parameters
+
+    def module(self, name: str) -> nn.Module:
+        """The module of that name, placed or not."""
+        return self.model.get_submodule(name)
+
+    @contextmanager
+    def placed(self, *names: str) -> Iterator[None]:
+        """Hold the named modules' parameters in memory while the context lasts.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or holds NaN or infinity.
+        """
+        try:
+            for name in names:
+                self._place(name)
+            yield
+        finally:
+            for name in names:
+                _drop(self.module(name))
+
+    @contextmanager
+    def embedding_rows(self, ids: Tensor) -> Iterator[None]:
+        """Hold the embedding rows of these tokens, and no others, while the context lasts."""
+        text = self.module(TEXT)
+        table = text.embed_tokens
+        name = f"{TEXT}.embed_tokens.weight"
+        unique = ids.unique()
+        if int(unique[-1]) >= self.source.info(name).shape[0]:
+            raise ModelError(
+                f"the tokenizer gives token {int(unique[-1])}, but {name} has {self.source.info(name).shape[0]} rows; "
+                "take tokenizer and weights from the same release"
+            )
+        rows = torch.cat([self.source.read_rows(name, i, i + 1) for i in unique.tolist()])
+        rows = self.source.check_finite(name, rows).to(device=self.device, dtype=self.dtype)
+        text.embed_tokens = _EmbeddingRows(unique.to(self.device), rows)
+        try:
+            yield
+        finally:
+            text.embed_tokens = table
+
+    def vision_call(self, inputs: ModelInputs) -> BlockCall:
+        """The call of the first vision block; needs VISION_STEM placed."""
+        return self._capture(self.module(f"{VISION}.blocks.0"), self.module(VISION), inputs.pixels(self), inputs.grid)
+
+    def text_call(self, inputs: ModelInputs, vision: BlockCall | None) -> BlockCall:
+        """The call of the first text layer; needs its embedding rows and, with an image, VISION_STEM and VISION_TAIL.
+
+        Args:
+            vision: the call of the image's vision blocks, its hidden states being the last block's output.
+        """
+        visual = self.module(VISION)
+        visual.blocks = nn.ModuleList([self._inject])
+        try:
+            self._inject.hidden = None if vision is None else vision.hidden
+            return self._capture(self.module(f"{TEXT}.layers.0"), self.model, **inputs.model_kwargs(self))
+        finally:
+            visual.blocks = self._blocks
+            self._inject.hidden = None
+
+    @torch.no_grad()
+    def replay(self, name: str, call: BlockCall) -> Tensor:
+        """The output of block `name`, which must be placed, for that call."""
+        output = self.module(name)(call.hidden, **call.kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [tokens, vocabulary] from the last layer's [1, tokens, width]; needs the norm and lm_head placed."""
+        normed = self.module(f"{TEXT}.norm")(hidden)
+        return self.module(LM_HEAD)(normed)[0].float()  # type: ignore[no-any-return]
+
+    @property
+    def wants_token_types(self) -> bool:
+        """Whether this transformers version needs `mm_token_type_ids` beside the token ids."""
+        return self._wants_token_types
+
+    def _place(self, name: str) -> None:
+        module = self.module(name)
+        tensors = {}
+        for key, parameter in module.named_parameters():
+            full = f"{name}.{key}"
+            tensor = self.source.read_finite(full)
+            if tuple(tensor.shape) != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{self.source.file_of(full).name}: tensor {full!r} has shape {tuple(tensor.shape)}, "
+                    f"config.json asks for {tuple(parameter.shape)}; take both from the same release"
+                )
+            tensors[key] = tensor.to(device=self.device, dtype=self.dtype)
+        module.load_state_dict(tensors, strict=False, assign=True)  # strict would ask for buffers that are not stored
+        module.requires_grad_(False)
+
+    @torch.no_grad()
+    def _capture(self, block: nn.Module, run: nn.Module, *args: object, **kwargs: object) -> BlockCall:
+        caught: list[BlockCall] = []
+
+        def hook(_: nn.Module, call_args: tuple[Tensor, ...], call_kwargs: Mapping[str, object]) -> None:
+            rest = dict(call_kwargs)
+            hidden = call_args[0] if call_args else rest.pop("hidden_states")
+            assert isinstance(hidden, Tensor)
+            assert len(call_args) <= 1
+            caught.append(BlockCall(hidden, rest))
+            raise _Captured
+
+        handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            run(*args, **kwargs)
+        except _Captured:
+            return caught[0]
+        finally:
+            handle.remove()
+        raise AssertionError("the model ran without reaching its first block")
+
+
+def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        hf_config = Glm4vConfig(**config.nested)
+        with init_empty_weights(include_buffers=False):
+            model = Glm4vForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa")
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"config.json: transformers cannot build a GLM-4.1V from it ({type(error).__name__}: {error})"
+        ) from error
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)  # meta: no memory; image features are cast to this dtype
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _drop(module: nn.Module) -> None:
+    """Put the module's parameters (not its buffers) back on meta."""
+    for child in module.modules():
+        for key, parameter in list(child.named_parameters(recurse=False)):
+            setattr(child, key, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))

@@ -1,0 +1,178 @@
+"""The three layouts of GLM-4.1V's config.json, brought into one.
+
+flat            before 2025-10-25: the text fields lie at the root.
+nested          `text_config` with `rope_scaling`, `rope_theta`, `partial_rotary_factor` and (since 2025-10-25) `dtype`.
+nested, v5      written by transformers 5: the same with `rope_parameters` in place of the three rope fields.
+
+`nested` is the form that transformers 4.53 and 5.x both read exactly and that the serving engine needs, so it is the
+one that glmq hands on. What it cannot bring into that form it refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
+from glmq.errors import ModelError
+
+# Fields of the flat layout that belong to text_config.
+TEXT_FIELDS: Final = (
+    "attention_bias", "attention_dropout", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range",
+    "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "pad_token_id", "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling", "rope_theta",
+    "use_cache", "vocab_size",
+)  # fmt: skip
+
+# Relatives of GLM-4.1V that users confuse with it, and why each is not it.
+RELATIVES: Final = {
+    "glm4v_moe": "GLM-4.5V and GLM-4.6V are mixtures of experts",
+    "chatglm": "glm-4v-9b is the older ChatGLM architecture",
+    "glm_ocr": "GLM-OCR has another text model",
+    "glm4": "GLM-4 has no vision tower",
+    "glm4v_text": "this is the text part alone",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A GLM-4.1V's config.json in the nested layout, and the sizes that glmq needs from it."""
+
+    nested: JsonObject
+    """The nested layout; equal to the file where the file already has it."""
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    vision_hidden: int
+    vision_depth: int
+    vision_out: int
+    vision_intermediate: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    image_size: int
+    in_channels: int
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """Read `config.json` of a checkpoint folder.
+
+    Raises:
+        ModelError: no such folder or file, not a GLM-4.1V, or a layout that glmq does not know.
+        CheckpointError: the file is not a JSON object.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such folder; give the folder of the float weights as --model-path")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory}: has no config.json, so it is not a model folder; give the folder that holds it")
+    return parse_config(read_json_object(path), str(path))
+
+
+def parse_config(raw: JsonObject, where: str) -> ModelConfig:
+    """Check a config.json's contents and bring it into the nested layout. `where` names it in messages."""
+    kind = raw.get("model_type")
+    if kind != "glm4v":
+        why = f": {RELATIVES[kind]}" if isinstance(kind, str) and kind in RELATIVES else ""
+        raise ModelError(
+            f"{where}: model_type is {kind!r}{why}, but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); "
+            "give the folder of a GLM-4.1V"
+        )
+    nested = _nest(raw, where)
+    text = _with_rope_fields(_section(nested, "text_config", where), where)
+    vision = _section(nested, "vision_config", where)
+    nested["text_config"] = text
+    sections = {"text_config": text, "vision_config": vision, "": nested}
+
+    def number(section: str, key: str, default: int | None = None) -> int:
+        value = sections[section].get(key, default)
+        place = f"{section}.{key}" if section else key
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{where}: {place} is {value!r}, a positive integer is needed; restore the file")
+        return value
+
+    heads, hidden = number("text_config", "num_attention_heads"), number("text_config", "hidden_size")
+    config = ModelConfig(
+        nested=nested,
+        hidden_size=hidden,
+        intermediate_size=number("text_config", "intermediate_size"),
+        layers=number("text_config", "num_hidden_layers"),
+        heads=heads,
+        kv_heads=number("text_config", "num_key_value_heads"),
+        head_dim=number("text_config", "head_dim", hidden // heads),
+        vocab_size=number("text_config", "vocab_size"),
+        vision_hidden=number("vision_config", "hidden_size"),
+        vision_depth=number("vision_config", "depth"),
+        vision_out=number("vision_config", "out_hidden_size"),
+        vision_intermediate=number("vision_config", "intermediate_size"),
+        patch_size=number("vision_config", "patch_size"),
+        temporal_patch_size=number("vision_config", "temporal_patch_size", 2),
+        merge_size=number("vision_config", "spatial_merge_size", 2),
+        image_size=number("vision_config", "image_size", 336),
+        in_channels=number("vision_config", "in_channels", 3),
+        image_token_id=number("", "image_token_id"),
+        eos_token_ids=_token_ids(text.get("eos_token_id", nested.get("eos_token_id"))),
+    )
+    if config.heads % config.kv_heads:
+        raise ModelError(f"{where}: {config.heads} attention heads do not divide by {config.kv_heads} key-value heads")
+    return config
+
+
+def _nest(raw: JsonObject, where: str) -> JsonObject:
+    """The config with the text fields inside `text_config`; `raw` itself is not changed."""
+    nested = dict(raw)
+    if isinstance(nested.get("text_config"), dict):
+        return nested
+    if "hidden_size" not in nested:
+        raise ModelError(
+            f"{where}: has neither text_config nor hidden_size, so its layout is none of the three known ones; "
+            "take the config.json that belongs to the weights"
+        )
+    text: JsonObject = {key: nested.pop(key) for key in TEXT_FIELDS if key in nested}
+    text["model_type"] = "glm4v_text"
+    # The engine takes its run dtype from text_config.dtype alone.
+    text["dtype"] = nested.get("torch_dtype", nested.get("dtype", "bfloat16"))
+    nested["text_config"] = text
+    return nested
+
+
+def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
+    value = nested.get(key)
+    if not isinstance(value, dict):
+        raise ModelError(f"{where}: has no {key}, so it is not a vision-language GLM-4.1V; restore the file")
+    return value
+
+
+def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
+    """text_config with the three older rope fields in place of `rope_parameters` (transformers 5)."""
+    if isinstance(text.get("rope_parameters"), dict):
+        text = dict(text)
+        rope = dict(_section(text, "rope_parameters", where))
+        del text["rope_parameters"]
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in rope:
+                text[key] = rope.pop(key)
+        text["rope_scaling"] = rope
+    rope_scaling = text.get("rope_scaling")
+    if not isinstance(rope_scaling, Mapping) or not isinstance(rope_scaling.get("mrope_section"), list):
+        raise ModelError(
+            f"{where}: text_config has no rope_scaling.mrope_section (found {rope_scaling!r}); "
+            "without it the positions of image tokens are wrong: take the config.json that belongs to the weights"
+        )
+    kind = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ModelError(f"{where}: rope_type {kind!r} is unknown, GLM-4.1V uses 'default'")
+    return text
+
+
+def _token_ids(value: JsonValue) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int))

@@ -1,0 +1,184 @@
+"""Images, prompts and answers -> what the model is called with.
+
+The image processor and the tokenizer's chat template are transformers'; the expansion of the image placeholder is ours,
+because transformers' own processor class cannot be made without torchvision (for videos that GLM-4.1V calibration lacks).
+EXIF orientation is not applied, as the serving engine does not apply it either.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from glmq.errors import ModelError, SampleError
+from glmq.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from glmq.model.blocks import StreamedModel
+
+DEFAULT_PROMPT: Final = "Please describe this picture in detail."
+
+# transformers 4.53 resizes to at most this many pixels times the two frames of a still image, whatever the processor's
+# file says; newer ones read the file. The smaller of both gives the same pixels everywhere.
+PIXELS_OF_TWO_FRAMES: Final = 14 * 14 * 2 * 2 * 2 * 6144
+SMALLEST_SIDE: Final = 28
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInputs:
+    """One sample, ready for the model."""
+
+    ids: Tensor
+    """int64 [1, tokens]; image placeholders expanded."""
+    answer_start: int
+    """Index of the first answer token; equal to the number of tokens if there is no answer."""
+    pixel_values: Tensor | None
+    """float32 [patches, channels * temporal * patch * patch], or None without an image."""
+    grid: Tensor | None
+    """int64 [1, 3]: patches in time, height, width; None without an image."""
+    image_token_id: int
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ids.shape[1])
+
+    def pixels(self, model: StreamedModel) -> Tensor:
+        """The pixel values on the model's device, in its dtype."""
+        assert self.pixel_values is not None
+        return self.pixel_values.to(device=model.device, dtype=model.dtype)
+
+    def model_kwargs(self, model: StreamedModel) -> dict[str, object]:
+        """The keyword arguments of the model's forward."""
+        ids = self.ids.to(model.device)
+        kwargs: dict[str, object] = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+        }
+        if model.wants_token_types:
+            kwargs["mm_token_type_ids"] = (ids == self.image_token_id).to(torch.int32)
+        if self.grid is not None:
+            kwargs["pixel_values"] = self.pixels(model)
+            kwargs["image_grid_thw"] = self.grid.to(model.device)
+        return kwargs
+
+
+class Preprocessor:
+    """Makes ModelInputs with the tokenizer and processor settings of a model folder.
+
+    Args:
+        directory: the model folder.
+        config: its configuration.
+        max_pixels: images with more pixels are shrunk first, keeping their shape; None leaves the model's own limit.
+        trust_remote_code: let the tokenizer run code from the folder. GLM-4.1V needs none.
+
+    Raises:
+        ModelError: tokenizer, chat template or processor settings are missing or unusable.
+    """
+
+    def __init__(
+        self, directory: Path, config: ModelConfig, *, max_pixels: int | None, trust_remote_code: bool
+    ) -> None:
+        from transformers import AutoTokenizer, Glm4vImageProcessor
+
+        self._config = config
+        settings = _processor_settings(directory)
+        size = settings.get("size")
+        longest = size.get("longest_edge") if isinstance(size, dict) else None
+        frames = config.temporal_patch_size
+        limit = min(longest if isinstance(longest, int) else PIXELS_OF_TWO_FRAMES, PIXELS_OF_TWO_FRAMES)
+        own_limit = limit // frames
+        bound = own_limit if max_pixels is None else min(max_pixels, own_limit)
+        # At the processor's own limit it resizes by itself, once; below it the picture is resized here first.
+        self._max_pixels = None if bound == PIXELS_OF_TWO_FRAMES // frames else bound
+        chosen = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
+        self._images = Glm4vImageProcessor(
+            patch_size=config.patch_size,
+            temporal_patch_size=frames,
+            merge_size=config.merge_size,
+            size={"shortest_edge": 112 * 112, "longest_edge": PIXELS_OF_TWO_FRAMES},
+            **chosen,
+        )
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise ModelError(
+                f"{directory}: its tokenizer cannot be loaded ({error}); copy the tokenizer files of the release there"
+            ) from error
+        if not self._tokenizer.chat_template:
+            raise ModelError(f"{directory}: has no chat template; copy chat_template.jinja of the release there")
+        self._image_token: str = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
+
+    def encode(self, image: Image.Image | None, prompt: str | None, answer: str | None) -> ModelInputs:
+        """One sample: image and prompt through the chat template, then the answer's tokens.
+
+        With neither image nor prompt the answer's text stands alone.
+
+        Raises:
+            SampleError: the image is too small or too narrow for the model, or the sample has no token.
+        """
+        head: list[int] = []
+        pixel_values = grid = None
+        if image is not None or prompt is not None:
+            content = [{"type": "image"}] if image is not None else []
+            content.append({"type": "text", "text": prompt or ""})
+            text: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            if image is not None:
+                made = self._images(images=self._bounded(image), return_tensors="pt")
+                pixel_values, grid = made["pixel_values"].float(), made["image_grid_thw"]
+                count = int(grid.prod()) // self._config.merge_size**2
+                text = text.replace(self._image_token, self._image_token * count)
+            head = self._tokenizer(text, add_special_tokens=False).input_ids
+        tail: list[int] = self._tokenizer(answer, add_special_tokens=False).input_ids if answer else []
+        if not head and not tail:
+            raise SampleError("a sample has neither image nor prompt nor text; give at least one")
+        return ModelInputs(
+            ids=torch.tensor([head + tail]),
+            answer_start=len(head),
+            pixel_values=pixel_values,
+            grid=grid,
+            image_token_id=self._config.image_token_id,
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of generated tokens, special tokens left out."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+    def _bounded(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        if min(width, height) < SMALLEST_SIDE or max(width, height) > 200 * min(width, height):
+            raise SampleError(
+                f"an image of {width} x {height} pixels: GLM-4.1V needs sides of at least {SMALLEST_SIDE} pixels "
+                "and an aspect ratio of at most 200"
+            )
+        rgb = image.convert("RGB")
+        if self._max_pixels is None or width * height <= self._max_pixels:
+            return rgb
+        ratio = math.sqrt(self._max_pixels / (width * height))
+        size = (max(SMALLEST_SIDE, int(width * ratio)), max(SMALLEST_SIDE, int(height * ratio)))
+        return rgb.resize(size, Image.Resampling.BICUBIC)
+
+
+def _processor_settings(directory: Path) -> dict[str, object]:
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory}: has no preprocessor_config.json; copy it from the model's release")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path}: is not valid JSON ({error}); copy it from the model's release") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{path}: holds a JSON {type(settings).__name__}, not an object; copy it again")
+    return settings

@@ -1,0 +1,106 @@
+"""What the engine's int8 kernels compute, to the integer.
+
+    static:   xq = clamp(round(x / scale + offset), -128, 127);  y = (xq . q + quant_bias) * deq_scale
+    dynamic:  per token scale = max|x| / 127;                    y = (xq . q) * scale * weight_scale + bias
+    W4A8:     the dynamic form with w = q * weight_scale_second * weight_scale
+
+The int32 sums are exact: float32 products over at most 1024 columns stay within 2^24 (128 * 128 * 1024), where every integer is a
+float32 number, so the fast float32 matrix product serves, and the parts are added in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glmq.numerics.affine import quantize
+from glmq.records import ActivationQParams, QuantizedLinear
+from glmq.spec import INT8
+
+EXACT_COLUMNS = 1024
+CHUNK_ROWS = 4096
+INT32_LIMIT = 2**31 - 1
+
+
+def matmul_int8(xq: Tensor, q: Tensor) -> Tensor:
+    """Exact integer product xq . q^T.
+
+    Args:
+        xq: int8 [T, K].
+        q: int8 [N, K].
+
+    Returns:
+        float64 [T, N], integer-valued.
+    """
+    tokens, columns = xq.shape
+    x = xq.float()
+    out = torch.zeros(tokens, q.shape[0], dtype=torch.float64)
+    for row in range(0, q.shape[0], CHUNK_ROWS):
+        part = q[row : row + CHUNK_ROWS].float()  # [<= CHUNK_ROWS, K]
+        for column in range(0, columns, EXACT_COLUMNS):
+            cut = slice(column, column + EXACT_COLUMNS)
+            out[:, row : row + CHUNK_ROWS] += x[:, cut] @ part[:, cut].T
+    return out
+
+
+def quantize_input(x: Tensor, params: ActivationQParams) -> Tensor:
+    """Static int8 activation: clamp(round(x / scale + offset), -128, 127). float32 -> int8, same shape."""
+    return quantize(x, torch.tensor(params.scale), torch.tensor(float(params.offset)), INT8)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic int8 activation: scale = max|x| / 127 of each token. float32 [T, K] -> int8 [T, K], float32 [T, 1]."""
+    scale = x.abs().amax(1, keepdim=True).clamp_min(1e-9) / 127
+    return quantize(x, scale, torch.zeros(()), INT8), scale
+
+
+def fold_bias(q: Tensor, bias: Tensor | None, deq_scale: Tensor, offset: int) -> Tensor:
+    """quant_bias = round(bias / deq_scale - offset * sum_k q[n, k]), clamped to int32.
+
+    Args:
+        q: int8 [N, K].
+        bias: float32 [N] in output units, or None for zero.
+        deq_scale: float32 [N], positive.
+        offset: of the input activation.
+
+    Returns:
+        int32 [N]. Computed in float64, where the integer part is exact.
+    """
+    folded = -float(offset) * q.sum(1, dtype=torch.int64).double()
+    if bias is not None:
+        folded += bias.double() / deq_scale.double()
+    return folded.round_().clamp_(-INT32_LIMIT - 1, INT32_LIMIT).to(torch.int32)
+
+
+def static_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
+    """Run a static linear as the NPU does. float32 [T, K] -> float32 [T, N]."""
+    assert linear.activation is not None
+    assert linear.quant_bias is not None
+    assert linear.deq_scale is not None
+    sums = matmul_int8(quantize_input(x, linear.activation), linear.weight)
+    return ((sums + linear.quant_bias.double()) * linear.deq_scale.double()).float()
+
+
+def dynamic_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
+    """Run a dynamic (per token) or W4A8 linear as the NPU does. float32 [T, K] -> float32 [T, N]."""
+    xq, token_scale = quantize_tokens(x)
+    row_scale = linear.weight_scale.reshape(1, -1).double()
+    if linear.weight_scale_second is None:
+        y = matmul_int8(xq, linear.weight) * row_scale
+    else:
+        y = _grouped_product(xq, linear.weight, linear.weight_scale_second) * row_scale
+    y *= token_scale.double()
+    return (y if linear.bias is None else y + linear.bias.double()).float()
+
+
+def run_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
+    """Run a quantized linear as the NPU does, whatever its type. float32 [T, K] -> float32 [T, N]."""
+    return static_linear(x, linear) if linear.quant_type.is_static else dynamic_linear(x, linear)
+
+
+def _grouped_product(xq: Tensor, q: Tensor, second: Tensor) -> Tensor:
+    """sum over groups of (xq_g . q_g) * second[:, g]. int8 [T, K], int8 [N, K], float32 [N, G] -> float64 [T, N]."""
+    out = torch.zeros(xq.shape[0], q.shape[0], dtype=torch.float64)
+    for index, (x_part, q_part) in enumerate(zip(xq.chunk(second.shape[1], 1), q.chunk(second.shape[1], 1), strict=True)):
+        out += matmul_int8(x_part, q_part) * second[:, index].double()
+    return out

@@ -1,0 +1,60 @@
+"""Numbers that say how far two tensors are apart, and how many bits integers need. One unit each, named in the function."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+INT8_VALUES = 256
+
+
+def relative_l2(candidate: Tensor, reference: Tensor) -> float:
+    """||candidate - reference|| / ||reference||, summed in float64; 0 where both vanish, inf where only the reference does."""
+    noise = (candidate.double() - reference.double()).square().sum().item()
+    signal = reference.double().square().sum().item()
+    if signal == 0:
+        return 0.0 if noise == 0 else math.inf
+    return math.sqrt(noise / signal)
+
+
+def sqnr_db(relative_error: float) -> float:
+    """Signal-to-quantization-noise ratio of a relative L2 error, in decibels: -20 log10(error)."""
+    return math.inf if relative_error == 0 else -20 * math.log10(relative_error)
+
+
+def cosine(candidate: Tensor, reference: Tensor) -> float:
+    """Cosine of the angle between two tensors read as vectors, summed in float64; 0 where one of them vanishes."""
+    a, b = candidate.double().reshape(-1), reference.double().reshape(-1)
+    norms = (a.norm() * b.norm()).item()
+    return (a @ b).item() / norms if norms else 0.0
+
+
+def count_int8(q: Tensor) -> Tensor:
+    """How often each int8 value occurs: int64 [256], entry i counts the value i - 128."""
+    counts = torch.zeros(INT8_VALUES, dtype=torch.int64)
+    for part in q.reshape(-1).split(1 << 24):
+        counts += torch.bincount(part.view(torch.uint8).int() ^ 128, minlength=INT8_VALUES)  # two's complement order -> numeric order
+    return counts
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Zero-order entropy of a histogram of counts, in bits per symbol; 0 for an empty one."""
+    total = counts.sum().item()
+    if total == 0:
+        return 0.0
+    p = counts[counts > 0].double() / total
+    return abs(-(p * p.log2()).sum().item())
+
+
+def kl_nats(reference_logits: Tensor, candidate_logits: Tensor) -> float:
+    """Mean Kullback-Leibler divergence KL(reference || candidate) over positions, in nats. Logits float [T, V]."""
+    p = reference_logits.double().log_softmax(-1)
+    q = candidate_logits.double().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def top1(reference_logits: Tensor, candidate_logits: Tensor) -> float:
+    """Share of positions whose largest logit has the same index. Logits float [T, V]."""
+    return (reference_logits.argmax(-1) == candidate_logits.argmax(-1)).double().mean().item()

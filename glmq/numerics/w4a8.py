@@ -1,0 +1,49 @@
+"""Two-stage weights of W4A8_DYNAMIC: int4 per group of columns, on top of int8 per row.
+
+    w ~= q4 * second[n, k // group_size] * step[n],   q4 in -8..7, second a whole number from 1 to 17
+
+The first stage is an int8 grid with 119 = 7 * 17 steps to the row's maximum; the second multiplies groups of it, so that
+q4 * second stays an int8 value.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glmq.numerics.lowbit import fill_dead_rows, row_chunks, row_max
+from glmq.spec import INT4
+
+FIRST_STAGE = 119
+"""Steps from zero to a row's maximum in the first stage: 7 * 17."""
+BULK = 7
+
+
+def quantize_two_stage(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Two-stage integers by nearest rounding, exactly as the vendor's tool makes them.
+
+    step = max|w| / 119; w8 = round(w / step); second = round(max|w8| / 7) of each group, at least 1;
+    q = clamp(round(w8 / second), -8, 7). Rounding half to even.
+
+    Args:
+        weight: float32 [N, K], K a multiple of group_size.
+        group_size: columns of a group.
+
+    Returns:
+        int8 [N, K] (values -8..7), float32 [N, 1] steps, float32 [N, K / group_size] whole-numbered second scales.
+    """
+    n, k = weight.shape
+    step = fill_dead_rows(row_max(weight) / FIRST_STAGE)
+    q = torch.empty(n, k, dtype=torch.int8)
+    second = torch.empty(n, k // group_size)
+    for rows in row_chunks(weight):
+        w8 = (weight[rows] / step[rows]).round_().reshape(-1, k // group_size, group_size)  # [n, K] -> [n, G, g]
+        second[rows] = (w8.abs().amax(2) / BULK).round_().clamp_min_(1)
+        q4 = (w8 / second[rows][:, :, None]).round_().clamp_(INT4.qmin, INT4.qmax)
+        q[rows] = q4.reshape(-1, k).to(torch.int8)
+    return q, step, second
+
+
+def expand_steps(step: Tensor, second: Tensor, group_size: int) -> Tensor:
+    """The step of every weight: float32 [N, 1], [N, G] -> [N, G * group_size]."""
+    return (step * second).repeat_interleave(group_size, dim=1)

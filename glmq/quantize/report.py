@@ -1,0 +1,68 @@
+"""glmq_report.json and glmq_report.csv beside the weights: what was done, per linear and by part."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Final
+
+from glmq import __version__
+from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue, write_json
+from glmq.quantize.recipe import Recipe
+from glmq.quantize.stream import PartBytes
+from glmq.records import LinearReport
+from glmq.spec import QuantType
+
+SCHEMA: Final = "glmq.quantize/1"
+NAME: Final = "glmq_report"
+
+
+def report_document(
+    reports: Sequence[LinearReport], parts: Sequence[PartBytes], recipe: Recipe, samples_digest: str
+) -> JsonObject:
+    """The report as one JSON object."""
+    weight = recipe.scheme.weight
+    return {
+        "schema": SCHEMA,
+        "glmq": __version__,
+        "quant_type": recipe.quant_type.value,
+        "dtype": recipe.dtype.value,
+        "method": weight.method.value,
+        "step_rule": weight.step_rule.value,
+        "smoothing": recipe.scheme.smoothing.value,
+        "act_range": recipe.scheme.act_range.name.lower(),
+        "samples_sha256": samples_digest,
+        "bytes": [{"part": p.part.value, "before": p.before, "after": p.after} for p in parts],
+        "linears": [_row(report) for report in reports],
+    }
+
+
+def write_report(folder: Path, document: JsonObject, reports: Sequence[LinearReport]) -> None:
+    """Write both files into `folder`, mode 0640."""
+    write_json(folder / f"{NAME}.json", document, indent=1)
+    path = folder / f"{NAME}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(
+            file, [field.name for field in fields(LinearReport) if field.name != "seconds"], lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(_row(report) for report in reports)
+    path.chmod(FILE_MODE)
+
+
+def _row(report: LinearReport) -> dict[str, JsonValue]:
+    """A report's fields as JSON values; the time is left out, so that equal runs write equal bytes."""
+    row: dict[str, JsonValue] = {}
+    for key, value in asdict(report).items():
+        if key == "seconds":
+            continue
+        if isinstance(value, QuantType):
+            row[key] = value.value
+        elif isinstance(value, float) and not math.isfinite(value):
+            row[key] = None  # the decibels of a perfect linear
+        else:
+            row[key] = value
+    return row

@@ -1,0 +1,301 @@
+"""quantize_checkpoint(): plan every output tensor, check the headers, then the loop over blocks, one in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+from torch import Tensor
+
+from glmq.calibrate.stats import Statistics
+from glmq.checkpoint.ascend import CODES, TORCH_DTYPES, encode_linear, encode_norm, linear_specs, norm_specs
+from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, vllm_aliases, write_description
+from glmq.checkpoint.json_file import write_json
+from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
+from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
+from glmq.errors import CheckpointError
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
+from glmq.quantize.layer import FloatLinear, quantize_group
+from glmq.quantize.recipe import GroupPlan, Recipe
+from glmq.records import BlockDone, LinearReport
+from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
+
+ROW_PARALLEL: Final = (".o_proj", ".down_proj", ".attn.proj")
+"""Linears that engines split along their input columns."""
+
+COPY_BYTES: Final = 64 * 2**20
+"""Float tensors are copied in pieces of about this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """Everything that is known before the first weight is read."""
+
+    groups: Mapping[str, GroupPlan]
+    """By site, in model order."""
+    linears: Mapping[str, QuantType]
+    """The linears that become integers."""
+    shards: ShardPlan
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBlock:
+    """One block is written: a step of the progress bar and the rows of its error table."""
+
+    done: BlockDone
+    reports: tuple[LinearReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PartBytes:
+    """Bytes of one part of the model, float checkpoint against quantized one."""
+
+    part: Part
+    before: int
+    after: int
+
+
+def plan_output(
+    source: Checkpoint, config: ModelConfig, recipe: Recipe, groups: Mapping[str, GroupPlan], shard_bytes: int | None
+) -> OutputPlan:
+    """Lay out the output from the headers alone.
+
+    Raises:
+        CheckpointError: the source lacks a tensor of the model, or one has another shape than config.json says.
+        UsageError: a width that the type cannot take.
+    """
+    check_source(source, config)
+    types = {
+        linear.name: plan.quant_type
+        for plan in groups.values()
+        if plan.quant_type is not QuantType.FLOAT
+        for linear in plan.group.linears
+    }
+    shapes = {linear.name: linear for plan in groups.values() for linear in plan.group.linears}
+    norms = set(rms_norms(config))
+    specs: list[TensorSpec] = []
+    for name in source:
+        base, _, suffix = name.rpartition(".")
+        if base in types:
+            if suffix == "weight":
+                specs += _specs_of(shapes[base], types[base], recipe)
+        elif base in norms:
+            specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, mindie=recipe.mindie)
+        else:
+            specs.append(TensorSpec(name, _float_code(source[name].dtype, recipe.dtype), source[name].shape))
+    stem = f"quant_model_weight_{recipe.quant_type.tag}"
+    return OutputPlan(groups, types, plan_shards(specs, stem, shard_bytes))
+
+
+def check_source(source: Checkpoint, config: ModelConfig) -> None:
+    """Raise CheckpointError unless every tensor of the model is there with the shape that config.json asks for."""
+    expected = expected_shapes(config)
+    missing = [name for name in expected if name not in source]
+    if missing:
+        raise CheckpointError(
+            f"{source.directory}: {len(missing)} of the model's {len(expected)} tensors are missing, "
+            f"the first is {missing[0]!r}; download the checkpoint again"
+        )
+    for name, shape in expected.items():
+        if source[name].shape != shape:
+            raise CheckpointError(
+                f"{source.file_of(name).name}: tensor {name!r} has shape {source[name].shape}, "
+                f"config.json asks for {shape}; take both from the same release"
+            )
+
+
+def bytes_by_part(source: Checkpoint, shards: ShardPlan) -> list[PartBytes]:
+    """Tensor bytes before and after, by part of the model."""
+    before, after = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
+    for name in source:
+        before[part_of(name)] += source.nbytes(name)
+    for file in shards.files:
+        for info in file.tensors:
+            after[part_of(info.name)] += info.nbytes
+    return [PartBytes(part, before[part], after[part]) for part in Part]
+
+
+def quantize_checkpoint(
+    source: Checkpoint,
+    config: ModelConfig,
+    statistics: Statistics,
+    recipe: Recipe,
+    plan: OutputPlan,
+    folder: Path,
+) -> Iterator[QuantizedBlock]:
+    """Write the quantized checkpoint into `folder`: weights, description, config.json, side files.
+
+    Weights are read by range, one norm group at a time; float tensors are copied in pieces.
+
+    Yields:
+        A record after each block.
+
+    Raises:
+        CheckpointError: a tensor with NaN or infinity, or one that the stored dtype cannot hold.
+        StatisticsError: the statistics lack an input.
+        SpaceError: the disk fills up.
+    """
+    blocks = all_blocks(config)
+    total = len(blocks) + 1
+    with ShardWriter(plan.shards, folder) as sink:
+        job = _Job(source, statistics, recipe, plan, sink)
+        for index, block in enumerate(blocks):
+            started = time.perf_counter()
+            reports: list[LinearReport] = []
+            for group in block.groups:
+                reports += job.quantize(plan.groups[group.site])
+            job.copy_rest(f"{block.name}.")
+            yield QuantizedBlock(_done(block.name, index, total, started), tuple(reports))
+        started = time.perf_counter()
+        job.copy_rest("")
+        sink.finish()
+    _write_side_files(source, config, recipe, plan, folder)
+    yield QuantizedBlock(_done("embeddings and side files", total - 1, total, started), ())
+
+
+class _Job:
+    """One run: what has been handled so far."""
+
+    def __init__(
+        self, source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: OutputPlan, sink: ShardWriter
+    ) -> None:
+        self._source, self._statistics, self._recipe = source, statistics, recipe
+        self._plan, self._sink = plan, sink
+        self._handled: set[str] = set()
+        self._norms = {
+            info.name.removesuffix(".bias")
+            for file in plan.shards.files
+            for info in file.tensors
+            if info.name.endswith(".bias") and info.name not in source
+        }
+
+    def quantize(self, plan: GroupPlan) -> list[LinearReport]:
+        """Quantize and write one group with its norm; nothing for a group that stays float."""
+        if plan.quant_type is QuantType.FLOAT:
+            return []
+        recipe, group = self._recipe, plan.group
+        norm = None if group.norm is None else self._take(f"{group.norm}.weight")
+        linears = [
+            FloatLinear(
+                shape.name,
+                self._take(f"{shape.name}.weight").float(),
+                self._take(f"{shape.name}.bias").float() if shape.has_bias else None,
+            )
+            for shape in group.linears
+        ]
+        stats = self._statistics.input(group.site)
+        result = quantize_group(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
+        for shape, linear in zip(group.linears, result.linears):
+            self._write(
+                encode_linear(
+                    shape.name,
+                    linear,
+                    dtype=recipe.dtype,
+                    mindie=recipe.mindie,
+                    row_parallel=shape.name.endswith(ROW_PARALLEL),
+                )
+            )
+        if group.norm is not None and result.norm_weight is not None:
+            self._write(encode_norm(group.norm, result.norm_weight, dtype=recipe.dtype, mindie=recipe.mindie))
+        return result.reports
+
+    def copy_rest(self, prefix: str) -> None:
+        """Write every source tensor under `prefix` that no group has taken, cast to the stored dtype."""
+        for name in self._source:
+            if name.startswith(prefix) and name not in self._handled:
+                base = name.rpartition(".")[0]
+                if base in self._norms:
+                    weight = self._take(name)
+                    self._write(encode_norm(base, weight, dtype=self._recipe.dtype, mindie=self._recipe.mindie))
+                else:
+                    self._copy(name)
+
+    def _take(self, name: str) -> Tensor:
+        self._handled.add(name)
+        return self._source.read_finite(name)
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._sink.write(name, tensor)
+
+    def _copy(self, name: str) -> None:
+        self._handled.add(name)
+        info = self._source[name]
+        if not info.shape or 0 in info.shape:
+            self._sink.write(name, self._cast(name, self._source.read_finite(name)))
+            return
+        step = max(1, COPY_BYTES * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], step):
+            rows = self._source.read_rows(name, start, min(start + step, info.shape[0]))
+            self._sink.write_rows(name, start, self._cast(name, self._source.check_finite(name, rows)))
+
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        stored = tensor.to(TORCH_DTYPES[self._recipe.dtype])
+        if stored.numel() and not bool(torch.isfinite(stored.abs().max())):
+            raise CheckpointError(
+                f"{self._source.file_of(name).name}: tensor {name!r} reaches {float(tensor.abs().max()):g}, "
+                f"float16 ends at 65504; pass --torch_dtype bf16 (W8A8 only) or repair the checkpoint"
+            )
+        return stored
+
+
+def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequence[TensorSpec]:
+    return linear_specs(
+        shape.name,
+        quant_type,
+        shape.rows,
+        shape.cols,
+        has_bias=shape.has_bias,
+        dtype=recipe.dtype,
+        group_size=recipe.scheme.weight.group_size,
+        mindie=recipe.mindie,
+        row_parallel=shape.name.endswith(ROW_PARALLEL),
+    )
+
+
+def _float_code(code: str, dtype: FloatDtype) -> str:
+    return CODES[dtype] if code in ("F64", "F32", "F16", "BF16") else code
+
+
+def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, folder: Path) -> None:
+    scheme = recipe.scheme
+    mindie = MindieSettings(
+        group_size=scheme.weight.group_size,
+        act_method=scheme.act_range.value,
+        anti_method=Smoothing.M2.value,
+        is_lowbit=scheme.weight.step_rule in (StepRule.SIGMA, StepRule.FRACTION),
+        mm_tensor=False,
+        w_sym=True,
+        open_outlier=scheme.weight.keep_outliers,
+        is_dynamic=not recipe.quant_type.is_static,
+        w_bit=4 if recipe.quant_type in (QuantType.W8A8S, QuantType.W4A8_DYNAMIC) else 8,
+        a_bit=8,
+        dev_type="npu",
+    )
+    edited = edit_config(
+        config.nested, dtype=recipe.dtype, quant_type=recipe.quant_type, mindie=mindie if recipe.mindie else None
+    )
+    write_json(folder / "config.json", edited, indent=4)
+    copy_side_files(source.directory, folder)
+    names = [info.name for file in plan.shards.files for info in file.tensors]
+    types = tensor_types(names, plan.linears, model_quant_type=recipe.quant_type, mindie=recipe.mindie)
+    description = Description(
+        model_quant_type=recipe.quant_type.value,
+        version=None if recipe.mindie else ASCEND_V1_VERSION,
+        group_size=None if recipe.mindie else scheme.weight.group_size or None,
+        tensors=types if recipe.mindie else types | vllm_aliases(types),
+    )
+    write_description(folder, description)
+
+
+def _done(name: str, index: int, total: int, started: float) -> BlockDone:
+    return BlockDone(name, index, total, time.perf_counter() - started, psutil.Process().memory_info().rss)
