@@ -6,6 +6,7 @@ deq_scale as the bits of the float32 number in an int64, a bfloat16 model as flo
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -172,7 +173,7 @@ def _encode_static(name: str, linear: QuantizedLinear, dtype: FloatDtype) -> dic
     if linear.activation is None or linear.deq_scale is None or linear.quant_bias is None:
         raise CheckpointError(f"{name}: a {linear.quant_type.value} linear needs activation, deq_scale and quant_bias")
     scale, offset = linear.activation.scale, linear.activation.offset
-    if not scale > 0 or storable_input_scale(scale, dtype) != scale:
+    if not 0 < scale < math.inf or storable_input_scale(scale, dtype) != scale:
         raise CheckpointError(
             f"{name}: input scale {scale!r} is not a positive number that a {dtype.value} model can store; "
             "quantize with storable_input_scale of it"
@@ -314,7 +315,7 @@ def _decode_activation(name: str, checkpoint: Checkpoint) -> ActivationQParams:
             f"{name}: input_scale and input_offset have {scale.numel()} and {offset.numel()} values, wanted one each"
         )
     step, zero = float(scale), float(offset)
-    if not 0 < step < float("inf") or not zero.is_integer() or not INT8.qmin <= zero <= INT8.qmax:
+    if not 0 < step < math.inf or not zero.is_integer() or not INT8.qmin <= zero <= INT8.qmax:
         raise CheckpointError(
             f"{name}: input_scale {step} and input_offset {zero} are not a positive number and an integer in -128..127"
         )

@@ -2,6 +2,83 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
-def demo() -> None:
-    """Run everything on the embedded tiny GLM-4.1V."""
+import typer
+
+from glmq.cli import options as o
+
+HELD_OUT_PICTURE = "000.png"
+MAX_TOKENS = 64
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder to keep the results in.  \\[default: a temporary one, removed at the end]",
+            rich_help_panel=o.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: o.Overwrite = False,
+    debug: o.Debug = False,
+) -> None:
+    """Run everything on the embedded tiny GLM-4.1V: calibrate, quantize, and compare two captions of an unseen picture."""
+    from glmq.checkpoint.folder import check_target
+    from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
+
+    if out is not None:
+        check_target(out, overwrite=overwrite)
+    with TemporaryDirectory(prefix="glmq-demo-") if out is None else nullcontext(str(out)) as folder:
+        _run(Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images" / HELD_OUT_PICTURE, overwrite=overwrite)
+
+
+def _run(folder: Path, model: Path, pictures: Path, unseen: Path, *, overwrite: bool) -> None:
+    from glmq.cli.jobs import CalibrationOptions, calibrate_folder, quantize_folder
+    from glmq.cli.render import captions_table, show_quantization, stdout
+    from glmq.quantize.recipe import Options
+
+    stats, quantized = folder / "statistics", folder / "w8a8s"
+    _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --stats {stats}")
+    calibration = CalibrationOptions(images=pictures)
+    calibrate_folder(model, stats, calibration, overwrite=overwrite, quiet=False)
+    _say(
+        f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
+        "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
+    )
+    result = quantize_folder(
+        model,
+        quantized,
+        Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16"),
+        calibration,
+        stats_path=stats,
+        shard_bytes=None,
+        overwrite=overwrite,
+        quiet=False,
+    )
+    show_quantization(result, verbose=False)
+    stdout.print()
+    stdout.print(captions_table(unseen.name, {"float": _caption(model, unseen), "W8A8S": _caption(quantized, unseen)}))
+
+
+def _caption(folder: Path, picture: Path) -> str:
+    """What the checkpoint in `folder`, float or quantized, says about a picture."""
+    from PIL import Image
+
+    from glmq.audit.behaviour import generate, whole_model
+    from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+
+    with whole_model(folder) as model, Image.open(picture) as image:
+        preprocessor = Preprocessor(folder, model.config, max_pixels=None, trust_remote_code=False)
+        return preprocessor.decode(generate(model, preprocessor.encode(image, DEFAULT_PROMPT, None), MAX_TOKENS))
+
+
+def _say(command: str) -> None:
+    from glmq.cli.render import stderr
+
+    stderr.print(f"\n$ {command}", style="bold", soft_wrap=True)

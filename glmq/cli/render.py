@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TextIO
 
 from rich import box
 from rich.console import Console
@@ -35,8 +37,17 @@ BAD_ERROR: Final = 0.2
 POOR_ERROR: Final = 0.1
 SHOWN_ROWS: Final = 24
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+PIPE_WIDTH: Final = 140
+"""Columns of output that goes to a file or another program, unless COLUMNS says otherwise."""
+
+
+def _console(stream: TextIO, *, is_stderr: bool) -> Console:
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(stderr=is_stderr, highlight=False, width=width)
+
+
+stdout = _console(sys.stdout, is_stderr=False)
+stderr = _console(sys.stderr, is_stderr=True)
 
 
 class BlockProgress:
@@ -99,28 +110,43 @@ def print_json(document: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorColumn:
+    """One column of the error table, shown on terminals at least `from_width` characters wide."""
+
+    header: str
+    cell: Callable[[LinearReport], str | Text]
+    from_width: int = 0
+
+
+def _static(report: LinearReport, text: str) -> str:
+    return text if report.quant_type.is_static else "per token"
+
+
+ERROR_COLUMNS: Final = (
+    ErrorColumn("type", lambda r: r.quant_type.value, 96),
+    ErrorColumn("step", lambda r: f"{r.step_min:.2g}..{r.step_max:.2g}", 124),
+    ErrorColumn("bits", lambda r: f"{r.entropy_bits:.2f}"),
+    ErrorColumn("|q|>7", lambda r: f"{r.outlier_share:.1%}", 84),
+    ErrorColumn("weight", lambda r: f"{r.weight_error:.2%}"),
+    ErrorColumn("output", lambda r: _marked(r.output_error)),
+    ErrorColumn("SQNR dB", lambda r: f"{r.sqnr_db:.1f}"),
+    ErrorColumn("input range", lambda r: _static(r, f"{r.input_low:.3g}..{r.input_high:.3g}"), 110),
+    ErrorColumn("clipped", lambda r: _static(r, f"{r.clipped_share:.3%}"), 74),
+)
+
+
 def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> Table:
     """One row per linear, worst output error first; the tail is left out unless `verbose`."""
     worst_first = sorted(reports, key=lambda r: (-r.output_error, r.name))
     shown = worst_first if verbose else worst_first[:SHOWN_ROWS]
     table = Table(title="Error per linear, worst first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    table.add_column("linear", no_wrap=True)
-    table.add_column("type", no_wrap=True)
-    for header in ("step", "bits", "|q|>7", "weight", "output", "SQNR dB", "input range", "clipped"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for r in shown:
-        table.add_row(
-            short_name(r.name),
-            r.quant_type.value,
-            f"{r.step_min:.2g}..{r.step_max:.2g}",
-            f"{r.entropy_bits:.2f}",
-            f"{r.outlier_share:.1%}",
-            f"{r.weight_error:.2%}",
-            _marked(r.output_error),
-            f"{r.sqnr_db:.1f}",
-            f"{r.input_low:.3g}..{r.input_high:.3g}" if r.quant_type.is_static else "per token",
-            f"{r.clipped_share:.3%}" if r.quant_type.is_static else "-",
-        )
+    table.add_column("linear", no_wrap=True, overflow="fold")
+    columns = [column for column in ERROR_COLUMNS if stdout.width >= column.from_width]
+    for column in columns:
+        table.add_column(column.header, justify="right", no_wrap=True)
+    for report in shown:
+        table.add_row(short_name(report.name), *(column.cell(report) for column in columns))
     if len(shown) < len(worst_first):
         table.caption = (
             f"{len(worst_first) - len(shown)} better ones are left out; -v shows all, glmq_report.csv has them"
@@ -138,6 +164,15 @@ def samples_table(samples: Sequence[SampleTokens]) -> Table:
     for sample in samples:
         table.add_row(sample.name, str(sample.tokens), "yes" if sample.has_answer else "no")
     table.add_row(f"{len(samples)} samples", str(sum(s.tokens for s in samples)), "", style="bold")
+    return table
+
+
+def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
+    """What each model says about a picture that calibration did not see, side by side."""
+    table = Table(title=f"Captions of {picture}, not used for calibration", box=box.SIMPLE_HEAD, title_justify="left")
+    for label in captions:
+        table.add_column(label, ratio=1)
+    table.add_row(*captions.values())
     return table
 
 

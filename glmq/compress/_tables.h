@@ -91,7 +91,6 @@ static const uint8_t *sampled_row(const Sample *s, int64_t i) {
 static int64_t count_sampled_rows(int64_t rows, int64_t cols) {
     int64_t wanted = (SAMPLE + cols - 1) / cols;
     if (wanted > MAX_SAMPLED_ROWS) wanted = MAX_SAMPLED_ROWS;
-    if (wanted < MIN_CLASSIFIED_ROWS) wanted = MIN_CLASSIFIED_ROWS;
     return wanted < rows ? wanted : rows;
 }
 

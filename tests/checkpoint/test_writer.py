@@ -63,7 +63,9 @@ def test_a_single_file_has_the_bytes_of_the_formats_own_writer(tmp_path: Path) -
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(
-        st.text(st.characters(exclude_categories=["C"]), min_size=1).filter(lambda name: name.isprintable()),
+        st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=100).filter(
+            lambda name: name.isprintable()
+        ),
         st.tuples(
             st.sampled_from([torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]),
             st.lists(st.integers(0, 4), max_size=3),
