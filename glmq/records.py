@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from glmq.spec import QuantType
 
@@ -91,3 +91,17 @@ class BlockDone:
     seconds: float
     resident_bytes: int
     """Resident memory of the process after the block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong with a checkpoint."""
+
+    check: int
+    """Number of the check that found it."""
+    severity: Literal["error", "warning"]
+    """An error keeps an engine from loading it or makes wrong results; a warning may."""
+    tensor: str
+    """The tensor, linear or norm it is about; empty for the checkpoint as a whole."""
+    message: str
+    """One sentence: what was wanted and what was found."""

@@ -1,18 +1,135 @@
-"""What a checkpoint does: captions of a small model, and float against quantized block by block."""
+"""What a checkpoint does: float against candidate block by block, and captions of a small model.
+
+Both models run side by side through the same inputs, one block of each in memory. The candidate's int8 linears compute in
+the NPU's own arithmetic. Sums run in float64 in the order of the samples.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
+import psutil
 import torch
+from torch import Tensor, nn
 
-from glmq.audit.int8_model import open_model, placed
+from glmq.audit.int8_model import Int8Linear, int8_linears, open_model, placed
+from glmq.calibrate.samples import Sample, open_image
+from glmq.checkpoint.ascend import decode_linear
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.blocks import StreamedModel
-from glmq.model.glm4v import LM_HEAD
-from glmq.model.inputs import ModelInputs
+from glmq.errors import SampleError
+from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
+from glmq.model.config import ModelConfig, read_config
+from glmq.model.glm4v import LM_HEAD, TEXT, Block, merger_block, text_blocks, vision_block
+from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.numerics.affine import covered_range
+from glmq.numerics.int8_linear import run_linear
+from glmq.records import BlockDone, QuantizedLinear
+
+HEAD_ROWS: Final = 8192
+"""Rows of lm_head that are in memory at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearBehaviour:
+    """One int8 linear on the given inputs."""
+
+    name: str
+    error: float
+    """||y_q - y|| / ||y||; both are fed the float model's hidden states, the candidate through its own norm."""
+    covered_low: float
+    covered_high: float
+    """What the int8 activation represents; both 0 for dynamic types."""
+    seen_low: float
+    seen_high: float
+    """Of the candidate's own input, while it runs on its own hidden states."""
+    clipped_share: float
+    """Share of those input values that lie more than half a step outside what is covered."""
+    excess: float
+    """How far the farthest value lies outside, as a share of the covered width; 0 where nothing clips."""
+    excess_sample: str
+    """The sample of that value; empty where nothing clips."""
+    largest_output: float
+    """Largest |y| of the candidate on its own hidden states."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBehaviour:
+    """One block on the given inputs, each model on its own hidden states."""
+
+    done: BlockDone
+    error: float
+    """||h_q - h|| / ||h|| of the hidden states after the block: what has built up so far."""
+    linears: tuple[LinearBehaviour, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePredictions:
+    """The predicted tokens of one sample: of its answer, or without one, of what follows the image."""
+
+    name: str
+    positions: int
+    kl: float
+    """Mean KL(float || candidate), nats."""
+    top1: float
+    """Share of positions at which both models prefer the same token."""
+    nll_float: float | None
+    nll_candidate: float | None
+    """Mean negative log-likelihood of the answer's tokens, nats; None without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The predicted tokens of all samples, each position weighing the same."""
+
+    positions: int
+    kl: float
+    top1: float
+    nll_float: float | None
+    nll_candidate: float | None
+    samples: tuple[SamplePredictions, ...]
+
+
+def compare_behaviour(
+    reference: Checkpoint,
+    candidate: Checkpoint,
+    config: ModelConfig,
+    samples: Sequence[Sample],
+    preprocessor: Preprocessor,
+) -> Iterator[BlockBehaviour | Predictions]:
+    """Run the samples through both checkpoints.
+
+    Args:
+        reference: float.
+        candidate: float or quantized, not compressed.
+        config: of both.
+        samples: at least one.
+        preprocessor: makes the inputs of both.
+
+    Yields:
+        One record after each block of the vision tower (if there are images), the merger and each text layer,
+        and at the end the predictions.
+
+    Raises:
+        CheckpointError: a tensor of either is missing, not finite, has another shape or contradicts others.
+        SampleError: an image that the model cannot take.
+    """
+    pair = _Pair(open_model(reference, config), open_model(candidate, config))
+    run = _Run(pair, config, samples, preprocessor, set(int8_linears(candidate)))
+    has_images = any(sample.image is not None for sample in samples)
+    total = config.layers + 1 + (config.vision_depth + 1 if has_images else 0)
+    started = time.perf_counter()
+    for index, (name, error, linears) in enumerate(run.steps(has_images=has_images)):
+        now = time.perf_counter()
+        done = BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss)
+        yield BlockBehaviour(done, error, linears)
+        started = time.perf_counter()
+    yield run.predictions()
 
 
 @contextmanager
@@ -29,14 +146,14 @@ def whole_model(directory: Path) -> Iterator[StreamedModel]:
         CheckpointError: a tensor is missing, has another shape, is not finite, or is compressed.
     """
     with Checkpoint.open(directory) as source:
-        model = open_model(source)
+        model = open_model(source, read_config(directory))
         with placed(model, "model", LM_HEAD):
             yield model
 
 
 @torch.no_grad()
 def generate(model: StreamedModel, inputs: ModelInputs, max_tokens: int) -> list[int]:
-    """The greedy continuation of `inputs` by a wholly placed model: at most `max_tokens` ids, the end token left out."""
+    """The greedy continuation of `inputs` by a wholly placed model: at most `max_tokens` ids, without the end token."""
     ends = model.config.eos_token_ids
     output = model.model.generate(  # type: ignore[operator]
         **(inputs.model_kwargs(model) | {"use_cache": True}),
@@ -47,3 +164,322 @@ def generate(model: StreamedModel, inputs: ModelInputs, max_tokens: int) -> list
     )
     made: list[int] = output[0, inputs.tokens :].tolist()
     return made[:-1] if made and made[-1] in ends else made
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The two models."""
+
+    reference: StreamedModel
+    candidate: StreamedModel
+
+    @contextmanager
+    def placed(self, *names: str) -> Iterator[None]:
+        with placed(self.reference, *names), placed(self.candidate, *names):
+            yield
+
+
+@dataclass(slots=True)
+class _Calls:
+    """One sample's call of the next block in each model."""
+
+    reference: BlockCall
+    candidate: BlockCall
+
+
+class _LinearSums:
+    """What is added up for one int8 linear over the samples."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._noise = self._signal = 0.0
+        self._covered = (0.0, 0.0)
+        self._low, self._high = math.inf, -math.inf
+        self._values = self._clipped = 0
+        self._excess, self._excess_sample = 0.0, ""
+        self._largest = 0.0
+
+    def add_error(self, y_candidate: Tensor, y: Tensor) -> None:
+        self._noise += (y_candidate - y).double().square().sum().item()
+        self._signal += y.double().square().sum().item()
+
+    def add_input(self, x: Tensor, linear: QuantizedLinear, sample: str) -> None:
+        low, high = (float(v) for v in torch.aminmax(x))
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._values += x.numel()
+        if linear.activation is None:
+            return
+        self._covered = bottom, top = covered_range(linear.activation)
+        half = linear.activation.scale / 2  # rounding brings these back inside
+        self._clipped += int(((x < bottom - half) | (x > top + half)).sum())
+        excess = max(bottom - half - low, high - top - half) / (top - bottom)
+        if excess > self._excess:
+            self._excess, self._excess_sample = excess, sample
+
+    def add_output(self, y: Tensor) -> None:
+        self._largest = max(self._largest, float(y.abs().max()))
+
+    def finish(self) -> LinearBehaviour:
+        return LinearBehaviour(
+            name=self._name,
+            error=_ratio(self._noise, self._signal),
+            covered_low=self._covered[0],
+            covered_high=self._covered[1],
+            seen_low=self._low,
+            seen_high=self._high,
+            clipped_share=self._clipped / max(1, self._values),
+            excess=self._excess,
+            excess_sample=self._excess_sample,
+            largest_output=self._largest,
+        )
+
+
+class _Run:
+    """One comparison: the calls in flight, nothing else."""
+
+    def __init__(
+        self,
+        pair: _Pair,
+        config: ModelConfig,
+        samples: Sequence[Sample],
+        preprocessor: Preprocessor,
+        int8: set[str],
+    ) -> None:
+        self._pair, self._config, self._samples = pair, config, samples
+        self._preprocessor, self._int8 = preprocessor, int8
+        self._calls: dict[int, _Calls] = {}
+        self._sample = ""
+
+    def steps(self, *, has_images: bool) -> Iterator[tuple[str, float, tuple[LinearBehaviour, ...]]]:
+        """Do the work; yields name, built-up error and linears of each block when it is done."""
+        if has_images:
+            self._start_vision()
+            for index in range(self._config.vision_depth):
+                yield self._replay(vision_block(self._config, index))
+        merged = self._start_text()
+        if has_images:
+            yield merged
+        for block in text_blocks(self._config):
+            yield self._replay(block)
+
+    def predictions(self) -> Predictions:
+        """The predicted tokens; needs all steps done."""
+        pair = self._pair
+        inputs = [self._inputs(sample) for sample in self._samples]
+        places = [_scored(i) for i in inputs]
+        hidden: list[Tensor] = []
+        with pair.placed(f"{TEXT}.norm"), torch.no_grad():
+            for model, of in ((pair.reference, "reference"), (pair.candidate, "candidate")):
+                norm = model.module(f"{TEXT}.norm")
+                rows = [norm(getattr(self._calls[i], of).hidden)[0, place] for i, place in enumerate(places)]
+                hidden.append(torch.cat(rows).float())  # [positions, width]
+        targets = torch.cat([_targets(i, place) for i, place in zip(inputs, places, strict=True)])
+        sums = _HeadSums(targets)
+        heads = [_Head(model.source) for model in (pair.reference, pair.candidate)]
+        for start in range(0, self._config.vocab_size, HEAD_ROWS):
+            stop = min(start + HEAD_ROWS, self._config.vocab_size)
+            sums.add(start, *(head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True)))
+        return _summarize(sums, self._samples, [place.numel() for place in places])
+
+    def _start_vision(self) -> None:
+        pair = self._pair
+        with pair.placed(*VISION_STEM):
+            for index, sample in enumerate(self._samples):
+                if sample.image is not None:
+                    inputs = self._inputs(sample)
+                    self._calls[index] = _Calls(pair.reference.vision_call(inputs), pair.candidate.vision_call(inputs))
+
+    def _start_text(self) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
+        block, pair = merger_block(self._config), self._pair
+        parts = (*VISION_STEM, *VISION_TAIL) if self._calls else ()
+        sums = self._sums(block)
+        with pair.placed(*parts), self._watching(block, sums):
+            for index, sample in enumerate(self._samples):
+                self._sample = sample.name
+                inputs, vision = self._inputs(sample), self._calls.get(index)
+                with pair.reference.embedding_rows(inputs.ids), pair.candidate.embedding_rows(inputs.ids):
+                    self._calls[index] = _Calls(
+                        pair.reference.text_call(inputs, None if vision is None else vision.reference),
+                        pair.candidate.text_call(inputs, None if vision is None else vision.candidate),
+                    )
+        return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
+
+    def _replay(self, block: Block) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
+        pair, sums = self._pair, self._sums(block)
+        with pair.placed(block.name), self._watching(block, sums):
+            for index, calls in self._calls.items():
+                self._sample = self._samples[index].name
+                calls.reference.hidden = pair.reference.replay(block.name, calls.reference)
+                calls.candidate.hidden = pair.candidate.replay(block.name, calls.candidate)
+        return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
+
+    def _built_up(self) -> float:
+        noise = signal = 0.0
+        for calls in self._calls.values():
+            reference = calls.reference.hidden.double()
+            noise += (calls.candidate.hidden.double() - reference).square().sum().item()
+            signal += reference.square().sum().item()
+        return _ratio(noise, signal)
+
+    def _sums(self, block: Block) -> dict[str, _LinearSums]:
+        return {
+            linear.name: _LinearSums(linear.name)
+            for group in block.groups
+            for linear in group.linears
+            if linear.name in self._int8
+        }
+
+    @contextmanager
+    def _watching(self, block: Block, sums: Mapping[str, _LinearSums]) -> Iterator[None]:
+        """While the context lasts, feed both models' int8 linears to their sums."""
+        pair = self._pair
+        before_norm: dict[str, Tensor] = {}
+
+        def remember(norm: str) -> object:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                before_norm[norm] = args[0]
+
+            return pair.reference.module(norm).register_forward_pre_hook(hook)
+
+        def measure_error(name: str, norm: str | None) -> object:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+                x = args[0] if norm is None else pair.candidate.module(norm)(before_norm[norm])
+                # forward, not a call: the candidate's own hooks see its own inputs only
+                sums[name].add_error(pair.candidate.module(name).forward(x), y)
+
+            return pair.reference.module(name).register_forward_hook(hook)
+
+        def measure_use(name: str) -> object:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+                assert isinstance(module, Int8Linear)
+                sums[name].add_input(args[0], module.linear, self._sample)
+                sums[name].add_output(y)
+
+            return pair.candidate.module(name).register_forward_hook(hook)
+
+        handles: list[object] = []
+        for group in block.groups:
+            watched = [linear.name for linear in group.linears if linear.name in sums]
+            if watched and group.norm is not None:
+                handles.append(remember(group.norm))
+            for name in watched:
+                handles += [measure_error(name, group.norm), measure_use(name)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()  # type: ignore[attr-defined]
+
+    def _inputs(self, sample: Sample) -> ModelInputs:
+        try:
+            return self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+        except SampleError as error:
+            raise SampleError(f"{sample.name}: {error}") from error
+
+
+class _Head:
+    """lm_head of one checkpoint, read a few rows at a time."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source = source
+        self._int8 = decode_linear(LM_HEAD, source) if source[f"{LM_HEAD}.weight"].dtype == "I8" else None
+
+    def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """float32 [T, stop - start] from float32 [T, width]."""
+        if self._int8 is None:
+            return x @ self._source.read_rows(f"{LM_HEAD}.weight", start, stop).float().T
+        rows = {
+            field: None if (value := getattr(self._int8, field)) is None else value[start:stop]
+            for field in ("weight", "weight_scale", "bias", "deq_scale", "quant_bias", "weight_scale_second")
+        }
+        return run_linear(x, replace(self._int8, **rows))
+
+
+class _HeadSums:
+    """Softmax sums over the vocabulary, which arrives in pieces; float64, one entry per position.
+
+    With logits a (float) and b (candidate): S = sum exp(a - m), U = sum exp(a - m) (a - b) for the running maximum m, so
+    KL = U / S - logsumexp(a) + logsumexp(b).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        count = targets.numel()
+        self.targets = targets
+        self._top = torch.full((2, count), -math.inf, dtype=torch.float64)
+        self._sum = torch.zeros(2, count, dtype=torch.float64)
+        self._difference = torch.zeros(count, dtype=torch.float64)
+        self._best = torch.zeros(2, count, dtype=torch.int64)
+        self._wanted = torch.zeros(2, count, dtype=torch.float64)
+
+    def add(self, start: int, reference: Tensor, candidate: Tensor) -> None:
+        """The logits of the tokens from `start` on, [T, rows] of each model."""
+        a, b = reference.double(), candidate.double()
+        for side, logits in enumerate((a, b)):
+            highest, where = logits.max(1)
+            self._best[side] = torch.where(highest > self._top[side], where + start, self._best[side])
+            top = torch.maximum(highest, self._top[side])
+            shrink = (self._top[side] - top).exp()
+            weights = (logits - top[:, None]).exp()
+            self._sum[side] = self._sum[side] * shrink + weights.sum(1)
+            if side == 0:
+                self._difference = self._difference * shrink + (weights * (a - b)).sum(1)
+            self._top[side] = top
+            inside = (self.targets >= start) & (self.targets < start + logits.shape[1])
+            self._wanted[side, inside] = logits[inside, self.targets[inside] - start]
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """KL, agreement (0 or 1), and negative log-likelihood of the targets in each model, of each position."""
+        partition = self._top + self._sum.log()
+        kl = self._difference / self._sum[0] - partition[0] + partition[1]
+        nll = partition - self._wanted
+        return kl, (self._best[0] == self._best[1]).double(), nll[0], nll[1]
+
+
+def _scored(inputs: ModelInputs) -> Tensor:
+    """The positions whose prediction counts: those of the answer's tokens, or without an answer all after the image."""
+    if inputs.answer_start < inputs.tokens:
+        return torch.arange(max(inputs.answer_start, 1) - 1, inputs.tokens - 1)
+    images = (inputs.ids[0] == inputs.image_token_id).nonzero()
+    return torch.arange(int(images[-1]) if images.numel() else 0, inputs.tokens)
+
+
+def _targets(inputs: ModelInputs, places: Tensor) -> Tensor:
+    """The answer's token that each position should predict; -1 without an answer."""
+    if inputs.answer_start == inputs.tokens:
+        return torch.full_like(places, -1)
+    return inputs.ids[0, places + 1]
+
+
+def _summarize(sums: _HeadSums, samples: Sequence[Sample], counts: Sequence[int]) -> Predictions:
+    columns = sums.finish()
+
+    def means(name: str, cut: slice) -> SamplePredictions:
+        kl, top1, nll_float, nll_candidate = (column[cut] for column in columns)
+        answered = sums.targets[cut] >= 0
+        has_answer = bool(answered.any())
+        return SamplePredictions(
+            name=name,
+            positions=kl.numel(),
+            kl=float(kl.mean()),
+            top1=float(top1.mean()),
+            nll_float=float(nll_float[answered].mean()) if has_answer else None,
+            nll_candidate=float(nll_candidate[answered].mean()) if has_answer else None,
+        )
+
+    rows: list[SamplePredictions] = []
+    start = 0
+    for sample, count in zip(samples, counts, strict=True):
+        if count:
+            rows.append(means(sample.name, slice(start, start + count)))
+        start += count
+    total = means("", slice(0, start))
+    return Predictions(
+        total.positions, total.kl, total.top1, total.nll_float, total.nll_candidate, tuple(rows)
+    )
+
+
+def _ratio(noise: float, signal: float) -> float:
+    """sqrt(noise / signal); 0 where both vanish, infinite where only the signal does."""
+    if signal == 0:
+        return 0.0 if noise == 0 else math.inf
+    return math.sqrt(noise / signal)

@@ -1,8 +1,8 @@
 """Any checkpoint of GLM-4.1V, float or quantized, as a streamed model whose int8 linears compute as the NPU does.
 
-The model is the float one of `glmq.model.blocks`; linears that are stored as integers are replaced by `Int8Linear`, and a norm
-with a stored bias adds it. Results stay in the model's compute dtype: they are not rounded to the engine's half precision,
-so that numbers of float16 and bfloat16 checkpoints compare.
+The model is the float one of `glmq.model.blocks`; linears that are stored as integers are replaced by `Int8Linear`,
+and a norm with a stored bias adds it. Everything else is computed in float32, and results are not rounded to the
+engine's half precision, so that numbers of float16 and bfloat16 checkpoints compare.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from glmq.checkpoint.ascend import decode_linear
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.model.blocks import StreamedModel
-from glmq.model.config import ModelConfig, read_config
+from glmq.model.config import ModelConfig
 from glmq.model.glm4v import all_blocks, rms_norms
 from glmq.numerics.int8_linear import run_linear
 from glmq.records import QuantizedLinear
@@ -57,14 +57,13 @@ class Int8Linear(nn.Module):
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
 
-def open_model(source: Checkpoint) -> StreamedModel:
-    """The streamed float32 CPU model of a checkpoint folder, float or quantized; place its parts with `placed` of this module.
+def open_model(source: Checkpoint, config: ModelConfig) -> StreamedModel:
+    """The streamed float32 CPU model of a checkpoint, float or quantized; place its parts with this module's `placed`.
 
     Raises:
-        ModelError: the folder's config.json is not a GLM-4.1V's.
+        ModelError: transformers cannot build the model from the configuration.
         CheckpointError: compressed weights, or an int8 tensor where the model has no linear.
     """
-    config = read_config(source.directory)
     model = StreamedModel(source, config, device=torch.device("cpu"), dtype=torch.float32)
     _check_names(source, config)
     for name in int8_linears(source):
@@ -84,7 +83,7 @@ def placed(model: StreamedModel, *names: str) -> Iterator[None]:
     """Hold the named modules in memory, integers included, while the context lasts.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, is not finite, or contradicts its linear's other tensors.
+        CheckpointError: a tensor is missing, has another shape, is not finite, or contradicts others of its linear.
     """
     linears = [part for name in names for part in model.module(name).modules() if isinstance(part, Int8Linear)]
     with model.placed(*names):

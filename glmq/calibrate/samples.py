@@ -57,7 +57,7 @@ def default_images() -> Path:
 def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | None) -> SampleSet:
     """One sample per image of the folder, sorted by name, each with the same prompt.
 
-    Text files (.md, .txt, .json, .jsonl) and hidden files beside the images are no images and are passed over silently;
+    Text files (.md, .txt, .json, .jsonl) and hidden files are no images and are passed over silently;
     anything else that does not decode is rejected.
 
     Raises:
@@ -100,7 +100,7 @@ def read_samples(path: Path, *, limit: int | None) -> SampleSet:
         SampleError: no such file, a line that is not such an object, or an image that does not decode.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may hold
     except (OSError, UnicodeDecodeError) as error:
         raise SampleError(f"{path}: cannot be read ({error}); give a JSON-lines file as --calib-samples") from error
     samples = tuple(_parse_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
@@ -114,7 +114,8 @@ def open_image(sample: Sample) -> Image.Image | None:
     if sample.image is None:
         return None
     with Image.open(sample.image) as image:
-        return image.convert("RGB")
+        rgb: Image.Image = image.convert("RGB")
+        return rgb
 
 
 def digest(samples: Sequence[Sample]) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from glmq import __version__
 from glmq.calibrate.samples import Sample, digest
-from glmq.checkpoint.json_file import FILE_MODE, JsonObject, read_json_object, write_json
+from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import StatisticsError
 from glmq.model.config import ModelConfig
@@ -82,13 +82,11 @@ class StatsWriter:
                 "tokens": stats.tokens,
                 "second_moment": stats.second_moment is not None,
             }
-        path = self._directory / f"{block}.safetensors"
-        save_file(tensors, path)
-        path.chmod(FILE_MODE)
+        write_whole(self._directory / f"{block}.safetensors", save(tensors))
 
     def finish(self) -> None:
         """Write the manifest, which makes the folder a statistics folder."""
-        samples = [
+        samples: list[JsonValue] = [
             {"name": s.name, "sha256": s.digest, "tokens": self._tokens[s.name], "answer": s.answer is not None}
             for s in self._samples
         ]
@@ -137,8 +135,17 @@ class Statistics:
             raise StatisticsError(
                 f"{path}: schema is {manifest.get('schema')!r}, this glmq reads {SCHEMA!r}; run `glmq calibrate` again"
             )
-        for key, kind in (("model", str), ("samples_sha256", str), ("inputs", Mapping), ("samples", list)):
-            if not isinstance(manifest.get(key), kind):
+        inputs, samples = manifest.get("inputs"), manifest.get("samples")
+        sound = {
+            "model": isinstance(manifest.get("model"), str),
+            "samples_sha256": isinstance(manifest.get("samples_sha256"), str),
+            "inputs": isinstance(inputs, Mapping)
+            and all(_has(entry, width=int, tokens=int, second_moment=bool) for entry in inputs.values()),
+            "samples": isinstance(samples, list)
+            and all(_has(entry, name=str, tokens=int, answer=bool) for entry in samples),
+        }
+        for key, is_sound in sound.items():
+            if not is_sound:
                 raise StatisticsError(f"{path}: {key!r} is missing or damaged; run `glmq calibrate` again")
         return cls(directory, manifest, Checkpoint.open(directory))
 
@@ -186,6 +193,11 @@ class Statistics:
             second_moment=moment,
             sample=read(f"{site}.sample"),
         )
+
+
+def _has(entry: object, **kinds: type) -> bool:
+    """Whether a JSON value is an object with values of these types."""
+    return isinstance(entry, Mapping) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def expected_bytes(config: ModelConfig, *, wide_moments: bool) -> int:

@@ -134,12 +134,17 @@ def _lay_out(file_name: str, specs: Iterable[TensorSpec]) -> PlannedFile:
     return PlannedFile(file_name, header, tuple(tensors))
 
 
-def check_room(directory: Path, bytes_needed: int) -> None:
-    """Raise SpaceError unless the disk of `directory` (which need not exist yet) has `bytes_needed` bytes free."""
+def free_bytes(directory: Path) -> int:
+    """Free bytes on the disk of `directory`, which need not exist yet."""
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing).free
+
+
+def check_room(directory: Path, bytes_needed: int) -> None:
+    """Raise SpaceError unless the disk of `directory` has `bytes_needed` bytes free."""
+    free = free_bytes(directory)
     if free < bytes_needed:
         raise _no_space(directory, bytes_needed, free)
 

@@ -10,15 +10,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from glmq.cli.config_file import dump_config, read_config_file
 from glmq.errors import GlmqError, SpaceError
-
-if TYPE_CHECKING:
-    from typer import Context
 
 TRUE_WORDS: Final = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS: Final = frozenset({"false", "0", "no", "off"})
@@ -42,11 +40,18 @@ class Terminated(BaseException):
 class GlmqCommand(TyperCommand):
     """A command that takes `--flag True` beside `--flag`, and turns errors into one sentence and an exit code."""
 
-    # Typed as the base class is, which typer re-exports from its vendored click.
+    # Any: the base class is typed with classes of typer's vendored click, which have no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _spell_booleans(args, self.params))
+        args = _spell_booleans(args, self.params)
+        file = _config_file(args)
+        if file is not None:
+            ctx.default_map = read_config_file(file, self.params)
+        return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params.get("dump_config"):
+            typer.echo(dump_config(ctx.params), nl=False)
+            raise typer.Exit
         json_wanted, debug = bool(ctx.params.get("json_output")), bool(ctx.params.get("debug"))
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
@@ -89,6 +94,16 @@ class GlmqCommand(TyperCommand):
             )
             _complain("failed", text, json_wanted, debug)
             raise typer.Exit(1) from error
+
+
+def _config_file(args: Sequence[str]) -> str | None:
+    """The value of --config, before the options are parsed: it supplies their defaults."""
+    for index, arg in enumerate(args):
+        if arg == "--config" and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith("--config="):
+            return arg.partition("=")[2]
+    return None
 
 
 def _spell_booleans(args: Sequence[str], params: Sequence[object]) -> list[str]:

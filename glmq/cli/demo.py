@@ -35,14 +35,19 @@ def demo(
     if out is not None:
         check_target(out, overwrite=overwrite)
     with TemporaryDirectory(prefix="glmq-demo-") if out is None else nullcontext(str(out)) as folder:
-        _run(Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images" / HELD_OUT_PICTURE, overwrite=overwrite)
+        _run(
+            Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images" / HELD_OUT_PICTURE, overwrite=overwrite
+        )
 
 
 def _run(folder: Path, model: Path, pictures: Path, unseen: Path, *, overwrite: bool) -> None:
-    from glmq.cli.jobs import CalibrationOptions, calibrate_folder, quantize_folder
+    import torch
+
+    from glmq.cli.jobs import CalibrationOptions, QuantizationJob, calibrate_folder, quantize_folder
     from glmq.cli.render import captions_table, show_quantization, stdout
     from glmq.quantize.recipe import Options
 
+    torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
     stats, quantized = folder / "statistics", folder / "w8a8s"
     _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --stats {stats}")
     calibration = CalibrationOptions(images=pictures)
@@ -51,16 +56,9 @@ def _run(folder: Path, model: Path, pictures: Path, unseen: Path, *, overwrite: 
         f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
         "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
     )
-    result = quantize_folder(
-        model,
-        quantized,
-        Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16"),
-        calibration,
-        stats_path=stats,
-        shard_bytes=None,
-        overwrite=overwrite,
-        quiet=False,
-    )
+    options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16")
+    job = QuantizationJob(model, quantized, options, calibration, stats_path=stats)
+    result = quantize_folder(job, overwrite=overwrite, quiet=False)
     show_quantization(result, verbose=False)
     stdout.print()
     stdout.print(captions_table(unseen.name, {"float": _caption(model, unseen), "W8A8S": _caption(quantized, unseen)}))

@@ -24,6 +24,8 @@ from glmq.errors import UsageError
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+from glmq.quantize.dry_run import RunPlan, make_run_plan
+from glmq.quantize.fallback import with_fallback, worst_groups
 from glmq.quantize.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
 from glmq.quantize.report import report_document, write_report
 from glmq.quantize.stream import (
@@ -31,6 +33,7 @@ from glmq.quantize.stream import (
     PartBytes,
     bytes_by_part,
     check_source,
+    measure_checkpoint,
     plan_output,
     quantize_checkpoint,
 )
@@ -51,6 +54,23 @@ class CalibrationOptions:
     device_type: str = "cpu"
     compute_dtype: str = "auto"
     trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationJob:
+    """What to quantize, how, and where to."""
+
+    model_path: Path
+    out_path: Path
+    options: Options
+    calibration: CalibrationOptions
+    stats_path: Path | None = None
+    """Statistics to reuse, or to write if the folder does not exist; None makes temporary ones."""
+    shard_bytes: int | None = None
+    fallback_topk: int = 0
+    """Keep this many of the worst groups float."""
+    max_error: float | None = None
+    """Keep groups with a larger relative output error float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +98,67 @@ def calibrate_folder(
     return Statistics.open(stats_path)
 
 
-def quantize_folder(
-    model_path: Path,
-    out_path: Path,
-    options: Options,
-    calibration: CalibrationOptions,
-    *,
-    stats_path: Path | None,
-    shard_bytes: int | None,
-    overwrite: bool,
-    quiet: bool,
-) -> QuantizationResult:
+def quantize_folder(job: QuantizationJob, *, overwrite: bool, quiet: bool) -> QuantizationResult:
     """Run `glmq quantize`: everything that can be refused is refused before the first weight is read."""
-    recipe = make_recipe(options)
-    if out_path.resolve() == model_path.resolve():
-        raise UsageError(f"{out_path}: is the folder of the float weights; choose another --save_directory")
-    check_target(out_path, overwrite=overwrite)
-    config = read_config(model_path)
-    with Checkpoint.open(model_path) as source:
-        groups = plan_groups(recipe, config)
-        plan = plan_output(source, config, recipe, groups, shard_bytes)
+    with _planned(job, overwrite=overwrite) as (source, config, recipe, plan):
         _say_patterns(recipe, config, quiet=quiet)
-        check_room(out_path, plan.shards.nbytes)
-        with _statistics(source, config, calibration, stats_path, out_path, quiet=quiet) as statistics:
-            return _quantize(source, config, recipe, plan, statistics, out_path, overwrite=overwrite, quiet=quiet)
+        check_room(job.out_path, plan.shards.nbytes)
+        calibration, stats, out = job.calibration, job.stats_path, job.out_path
+        with _statistics(source, config, calibration, stats, out, quiet=quiet) as statistics:
+            if job.fallback_topk or job.max_error is not None:
+                recipe = _fall_back(source, config, statistics, recipe, plan, job, quiet=quiet)
+                plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
+            return _quantize(source, config, recipe, plan, statistics, job.out_path, overwrite=overwrite, quiet=quiet)
+
+
+def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
+    """Run `glmq quantize --dry-run`: read config.json and headers, touch nothing."""
+    with _planned(job, overwrite=overwrite) as (source, config, recipe, plan):
+        needed = 0
+        if job.stats_path is None or not job.stats_path.exists():
+            load_samples(job.calibration, quiet=True)
+            needed = expected_bytes(config, wide_moments=job.calibration.wide_moments)
+        else:
+            Statistics.open(job.stats_path).check_model(source.fingerprint())
+        return make_run_plan(source, config, recipe, plan, statistics_bytes=needed)
+
+
+@contextmanager
+def _planned(job: QuantizationJob, *, overwrite: bool) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
+    """The open source and the plan of the whole output, from options, config.json and headers."""
+    recipe = make_recipe(job.options)
+    if job.out_path.resolve() == job.model_path.resolve():
+        raise UsageError(f"{job.out_path}: is the folder of the float weights; choose another --save_directory")
+    check_target(job.out_path, overwrite=overwrite)
+    config = read_config(job.model_path)
+    with Checkpoint.open(job.model_path) as source:
+        groups = plan_groups(recipe, config)
+        yield source, config, recipe, plan_output(source, config, recipe, groups, job.shard_bytes)
+
+
+def _fall_back(
+    source: Checkpoint,
+    config: ModelConfig,
+    statistics: Statistics,
+    recipe: Recipe,
+    plan: OutputPlan,
+    job: QuantizationJob,
+    *,
+    quiet: bool,
+) -> Recipe:
+    """Measure every group first, then keep the worst float."""
+    reports: list[LinearReport] = []
+    with BlockProgress("measure", quiet=quiet) as progress:
+        for block in measure_checkpoint(source, config, statistics, recipe, plan.groups):
+            reports += block.reports
+            progress.advance(block.done)
+    kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
+    if not quiet:
+        names = [linear.name for group in kept for linear in group.group.linears]
+        stderr.print(f"{len(names)} linears stay float; the same by hand:", soft_wrap=True)
+        for name in names:
+            stderr.print(f"  --keep-float {name}", soft_wrap=True)
+    return with_fallback(recipe, kept)
 
 
 def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, ...]:
@@ -211,6 +268,6 @@ def _quantize(
 
 
 def _say_patterns(recipe: Recipe, config: ModelConfig, *, quiet: bool) -> None:
-    if not quiet:
-        for pattern in recipe.keep_float:
-            stderr.print(f"--keep-float {pattern!r} matches {count_matches(pattern, config)} linears", soft_wrap=True)
+    for rule in recipe.rules:
+        if rule.option and not quiet:
+            stderr.print(f"{rule.option} matches {count_matches(rule.pattern, config)} linears", soft_wrap=True)

@@ -93,6 +93,21 @@ Overwrite = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="TOML file of option values, e.g. w_bit = 4; what the command line says counts more.",
+        rich_help_panel=RUN,
+        is_eager=True,
+    ),
+]
+DumpConfig = Annotated[
+    bool,
+    typer.Option(
+        "--dump-config", help="Print the options in effect as TOML for --config, and stop.", rich_help_panel=RUN
+    ),
+]
 JsonOutput = Annotated[
     bool, typer.Option("--json", help="Print the result as one JSON object on stdout.", rich_help_panel=RUN)
 ]

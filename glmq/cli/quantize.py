@@ -130,6 +130,37 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--layer",
+            help="PATTERN=TYPE, e.g. '*.mlp.down_proj=W8A8' or '*.layers.0.*=FLOAT'; repeatable, the last match counts.",
+            rich_help_panel=o.QUANTIZATION,
+            show_default=False,
+        ),
+    ] = None,
+    fallback_topk: Annotated[
+        int,
+        typer.Option(
+            "--fallback-topk",
+            min=0,
+            help="Keep this many of the worst linears float, by measured output error; q, k, v count as one.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = 0,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error",
+            min=0.0,
+            help="Keep linears with a larger relative output error float.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["mindie-300i-duo", "mindie-800i-a2", "vllm-ascend", "generic"],
+        typer.Option("--target", help="Refuse what this engine on this chip does not load.", rich_help_panel=o.OUTPUT),
+    ] = "generic",
     torch_dtype: Annotated[
         Literal["bf16", "fp16"],
         typer.Option("--torch-dtype", help="Dtype of the stored float weights.", rich_help_panel=o.OUTPUT),
@@ -152,6 +183,16 @@ def quantize(
         ),
     ] = None,
     overwrite: o.Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the plan per linear, exact output bytes, disk and memory needed; touch nothing.",
+            rich_help_panel=o.RUN,
+        ),
+    ] = False,
+    config: o.ConfigFile = None,
+    dump_config: o.DumpConfig = False,
     device_type: o.DeviceType = "cpu",
     trust_remote_code: o.TrustRemoteCode = False,
     json_output: o.JsonOutput = False,
@@ -162,16 +203,17 @@ def quantize(
     """Quantize a float GLM-4.1V for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
 
     Sparse W8A8S for the Atlas 300I Duo:
-    [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos --w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16[/]
+    [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos
+    --w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16[/]
 
     W8A8 for the Atlas 800I A2:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
-    from glmq.cli.jobs import CalibrationOptions, quantize_folder
-    from glmq.cli.render import print_json, show_quantization, stdout
+    from glmq.cli.jobs import CalibrationOptions, QuantizationJob, plan_folder, quantize_folder
+    from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout
     from glmq.quantize.recipe import Options
 
-    result = quantize_folder(
+    job = QuantizationJob(
         model_path,
         save_directory,
         Options(
@@ -192,6 +234,8 @@ def quantize(
             mindie_format=mindie_format,
             method=method,
             keep_float=tuple(keep_float or ()),
+            layer=tuple(layer or ()),
+            target=target,
         ),
         CalibrationOptions(
             images=calib_images,
@@ -206,9 +250,13 @@ def quantize(
         ),
         stats_path=stats,
         shard_bytes=None if part_file_size is None else o.parse_size(part_file_size),
-        overwrite=overwrite,
-        quiet=quiet or json_output,
+        fallback_topk=fallback_topk,
+        max_error=max_error,
     )
+    if dry_run:
+        show_run_plan(plan_folder(job, overwrite=overwrite), save_directory, as_json=json_output, verbose=verbose)
+        return
+    result = quantize_folder(job, overwrite=overwrite, quiet=quiet or json_output)
     if json_output:
         print_json({**result.document, "folder": str(result.folder)})
     elif quiet:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -18,13 +18,15 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from glmq.checkpoint.writer import free_bytes
 from glmq.spec import QuantType
 
 if TYPE_CHECKING:
-    from glmq.calibrate.stats import SampleTokens
     from pathlib import Path
 
+    from glmq.calibrate.stats import SampleTokens
     from glmq.cli.jobs import QuantizationResult
+    from glmq.quantize.dry_run import RunPlan
     from glmq.quantize.recipe import Recipe
     from glmq.quantize.stream import PartBytes
     from glmq.records import BlockDone, LinearReport
@@ -174,6 +176,41 @@ def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
         table.add_column(label, ratio=1)
     table.add_row(*captions.values())
     return table
+
+
+def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) -> None:
+    """What a run would do and need, as tables or JSON."""
+    free = free_bytes(folder)
+    if as_json:
+        print_json(
+            {
+                "schema": "glmq.plan/1",
+                "linears": [asdict(linear) | {"quant_type": linear.quant_type.value} for linear in plan.linears],
+                "bytes": [{"part": p.part.value, "before": p.before, "after": p.after} for p in plan.parts],
+                "files": [{"name": name, "bytes": count} for name, count in plan.files],
+                "output_bytes": plan.output_bytes,
+                "statistics_bytes": plan.statistics_bytes,
+                "free_bytes": free,
+                "peak_bytes": plan.peak_bytes,
+            }
+        )
+        return
+    table = Table(title="Linears", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for header in ("linear", "type", "shape", "by"):
+        table.add_column(header, no_wrap=True)
+    shown = [linear for linear in plan.linears if verbose or linear.quant_type is not QuantType.FLOAT]
+    for linear in shown:
+        shape = f"{linear.rows} x {linear.cols}"
+        table.add_row(short_name(linear.name), linear.quant_type.value, shape, linear.rule or "default")
+    if len(shown) < len(plan.linears):
+        table.caption = f"{len(plan.linears) - len(shown)} linears stay float; -v lists them"
+        table.caption_justify = "left"
+    stdout.print(table)
+    stdout.print(parts_table(plan.parts))
+    for name, count in plan.files:
+        stdout.print(f"{name}: {count} bytes")
+    stdout.print(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
+    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most, beside the samples' hidden states")
 
 
 def short_name(name: str) -> str:

@@ -81,11 +81,11 @@ typedef struct {
     int64_t rows, cols, sampled;
 } Sample;
 
-static const uint8_t *sampled_row(const Sample *s, int64_t i) {
+/* Row i of the sample; `second` takes other rows of the same stretches. */
+static const uint8_t *sampled_row(const Sample *s, int64_t i, int second) {
     int64_t stride = s->rows / s->sampled;
-    /* i * rows / sampled, without the product leaving 64 bits */
     int64_t start = i * stride + i * (s->rows % s->sampled) / s->sampled;
-    return s->matrix + (start + i % stride) * s->cols;
+    return s->matrix + (start + (i + (second ? stride / 2 : 0)) % stride) * s->cols;
 }
 
 static int64_t count_sampled_rows(int64_t rows, int64_t cols) {
@@ -204,7 +204,7 @@ static int choose_classes(const Sample *s, uint8_t *klass) {
         int64_t n = s->cols - c0 < BLOCK ? s->cols - c0 : BLOCK;
         int16_t *block = hist + c0 * FOLDS;
         for (int64_t i = 0; i < s->sampled; i++) {
-            const uint8_t *row = sampled_row(s, i) + c0;
+            const uint8_t *row = sampled_row(s, i, 0) + c0;
             int16_t *h = block;
             for (int64_t c = 0; c < n; c++, h += FOLDS) h[fold_of[row[c]]]++;
         }
@@ -283,7 +283,7 @@ static int choose_tables(const uint8_t *matrix, int64_t rows, int64_t cols, uint
     uint32_t counts[2][MAX_CLASSES][256];
     memset(counts, 0, sizeof counts);
     for (int64_t i = 0; i < s.sampled; i++) {
-        const uint8_t *row = sampled_row(&s, i);
+        const uint8_t *row = sampled_row(&s, i, 1);
         for (int64_t c = 0; c < cols; c++) counts[c & 1][klass[c]][row[c]]++;
     }
     for (int k = 0; k < classes; k++) {

@@ -40,9 +40,12 @@ from glmq.errors import CodecError, DeviceError, SpaceError
 try:
     from glmq.compress import _codec
 except ImportError:  # no compiler when glmq was installed
-    KERNELS: Final[tuple[str, ...]] = ()
+    _kernels: tuple[str, ...] = ()
 else:
-    KERNELS = _codec.list_kernels()
+    _kernels = _codec.list_kernels()
+
+KERNELS: Final = _kernels
+"""The kernels of the compiled coder that this processor runs, fastest first; empty without one."""
 
 Backend: TypeAlias = Literal["auto", "c", "numpy", "avx512", "avx2", "scalar"]
 """`auto`: the compiled coder if it is there, else numpy. `c`: its fastest kernel. The last three: that kernel."""
@@ -109,7 +112,9 @@ def encode(
         raise CodecError(f"matrix to compress: wanted int8 with 2 dimensions, found {matrix.dtype} with {matrix.ndim}")
     rows, cols = matrix.shape
     if matrix.size == 0 or cols > MAX_TILE_BYTES:
-        raise CodecError(f"matrix to compress: {rows} x {cols} is not possible; wanted 1 row or more, 1 to 2^28 columns")
+        raise CodecError(
+            f"matrix to compress: {rows} x {cols} is not possible; wanted 1 row or more, 1 to 2^28 columns"
+        )
     matrix = np.ascontiguousarray(matrix)
     tile_rows = min(max(min(tile_bytes, MAX_TILE_BYTES) // cols, 1), rows)
     tiles = [matrix[begin : begin + tile_rows] for begin in range(0, rows, tile_rows)]
@@ -149,14 +154,14 @@ def decode(blob: Blob, *, backend: Backend = "auto", threads: int = 1) -> NDArra
         DeviceError: a backend that is not on this machine.
     """
     file = _bytes_of(blob)
-    container = read_container(memoryview(file))
+    container = read_container(file.data)
     return _decode(file, container, 0, len(container.tiles), backend, threads)
 
 
 def decode_tile(blob: Blob, index: int, *, backend: Backend = "auto") -> NDArray[np.int8]:
     """Tile `index` alone, int8 [rows of the tile, cols]. Raises as `decode`; IndexError for a tile that is not there."""
     file = _bytes_of(blob)
-    container = read_container(memoryview(file))
+    container = read_container(file.data)
     if not 0 <= index < len(container.tiles):
         raise IndexError(f"tile {index} of {len(container.tiles)}")
     return _decode(file, container, index, index + 1, backend, threads=1)
@@ -168,7 +173,7 @@ def decode_rows(blob: Blob, start: int, stop: int, *, backend: Backend = "auto")
     Raises as `decode`; IndexError unless 0 <= start < stop <= rows.
     """
     file = _bytes_of(blob)
-    container = read_container(memoryview(file))
+    container = read_container(file.data)
     if not 0 <= start < stop <= container.rows:
         raise IndexError(f"rows {start} to {stop} of {container.rows}")
     first, last = start // container.tile_rows, -(-stop // container.tile_rows)
@@ -178,7 +183,7 @@ def decode_rows(blob: Blob, start: int, stop: int, *, backend: Backend = "auto")
 
 def read_info(blob: Blob) -> CodecInfo:
     """What the file says about itself; checks everything but the payload. Raises CodecError as `decode`."""
-    container = read_container(memoryview(_bytes_of(blob)))
+    container = read_container(_bytes_of(blob).data)
     kinds = [tile.kind for tile in container.tiles]
     columns = np.bincount(container.class_of_column, minlength=1)[: len(container.frequencies)]
     coded = len(container.frequencies) > 0
@@ -209,7 +214,9 @@ def _decode(
     try:
         out = np.empty((rows, cols), dtype=np.int8)
     except (MemoryError, ValueError) as error:
-        raise SpaceError(f"compressed weight: no memory for its {rows} x {cols} = {rows * cols} bytes; free some") from error
+        raise SpaceError(
+            f"compressed weight: no memory for its {rows} x {cols} = {rows * cols} bytes; free some"
+        ) from error
     ids = padded_classes(container.class_of_column, len(container.frequencies))
     table = decoder_table(container.frequencies)
 
@@ -233,7 +240,7 @@ def _decode(
                 if kind != RANS:
                     stored = file[tile.start : tile.start + tile.size].view(np.int8)
                     decoded[:] = stored.reshape(decoded.shape) if kind == RAW else stored
-                found = xxhash.xxh3_64_intdigest(decoded)
+                found = xxhash.xxh3_64_intdigest(decoded.data)
                 if found != tile.digest:
                     raise CodecError(
                         f"compressed weight: tile {first + number}: checksum is {found:016x}, stored is {tile.digest:016x}; "
@@ -252,17 +259,21 @@ def _resolve(backend: Backend) -> str | None:
     if backend == "numpy" or (backend == "auto" and not KERNELS):
         return None
     if not KERNELS:
-        raise DeviceError(f"codec backend {backend!r}: glmq was installed without a C compiler; reinstall with one, or use numpy")
+        raise DeviceError(
+            f"codec backend {backend!r}: glmq was installed without a C compiler; reinstall with one, or use numpy"
+        )
     if backend in ("auto", "c"):
         return KERNELS[0]
     if backend not in KERNELS:
-        raise DeviceError(f"codec backend {backend!r}: this processor does not run it; it runs {', '.join(KERNELS)} and numpy")
+        raise DeviceError(
+            f"codec backend {backend!r}: this processor does not run it; it runs {', '.join(KERNELS)} and numpy"
+        )
     return backend
 
 
 def _smallest(tile: NDArray[np.int8], payload: bytes, escapes: int) -> tuple[int, bytes, int, int]:
     """Kind, payload, escapes and digest of a tile, in the kind that takes the fewest bytes."""
-    digest = xxhash.xxh3_64_intdigest(tile)
+    digest = xxhash.xxh3_64_intdigest(tile.data)
     if (tile[0] == tile[0, 0]).all() and (tile == tile[0, 0]).all():
         return CONSTANT, tile[0, :1].tobytes(), 0, digest
     if len(payload) >= tile.size:

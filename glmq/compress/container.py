@@ -69,7 +69,7 @@ _MAGIC: Final = b"GQSC"
 _FIELDS: Final = struct.Struct("<4s6BHIQQIIQQ")
 _DIGEST: Final = struct.Struct("<Q")
 _HEADER_BYTES: Final = _FIELDS.size + _DIGEST.size
-_INDEX: Final = np.dtype([("digest", "<u8"), ("kind_size", "<u4"), ("escapes", "<u4")])
+_ENTRY: Final = struct.Struct("<QII")
 _VERSION: Final = 1
 _ROW_MAJOR: Final = 0
 
@@ -133,9 +133,9 @@ def write_container(
         frequencies = frequencies[:0]
     class_map = _pack_class_map(class_of_column, len(frequencies))
     tables = b"".join(_pack_frequencies(row) for row in frequencies)
-    index = np.empty(len(payloads), dtype=_INDEX)
-    for at, (kind, payload, escapes, digest) in enumerate(payloads):
-        index[at] = (digest, kind << 30 | len(payload), escapes)
+    index = b"".join(
+        _ENTRY.pack(digest, kind << 30 | len(payload), escapes) for kind, payload, escapes, digest in payloads
+    )
     payload_bytes = sum(len(payload) for _, payload, _, _ in payloads)
     fields = _FIELDS.pack(
         _MAGIC,
@@ -154,7 +154,7 @@ def write_container(
         payload_bytes,
         digest_matrix([digest for _, _, _, digest in payloads]),
     )
-    sides = [class_map, tables, index.tobytes()]
+    sides = [class_map, tables, index]
     head = xxhash.xxh3_64_intdigest(b"".join([fields, *sides]))
     return b"".join([fields, _DIGEST.pack(head), *sides, *(payload for _, payload, _, _ in payloads), TAIL])
 
@@ -169,7 +169,9 @@ def read_container(file: memoryview) -> Container:
         CodecError: any field that a writer cannot have written.
     """
     if len(file) < _HEADER_BYTES:
-        raise CodecError(f"compressed weight: {len(file)} bytes are shorter than a header of {_HEADER_BYTES}; it is truncated")
+        raise CodecError(
+            f"compressed weight: {len(file)} bytes are shorter than a header of {_HEADER_BYTES}; it is truncated"
+        )
     (
         magic,
         version,
@@ -188,7 +190,9 @@ def read_container(file: memoryview) -> Container:
         matrix_digest,
     ) = _FIELDS.unpack_from(file)
     if magic != _MAGIC:
-        raise CodecError(f"compressed weight: begins with {magic!r}, not {_MAGIC!r}; glmq's portable codec did not write it")
+        raise CodecError(
+            f"compressed weight: begins with {magic!r}, not {_MAGIC!r}; glmq's portable codec did not write it"
+        )
     _expect("version", version, _VERSION)
     _expect("layout", layout, _ROW_MAJOR)
     _expect("log2 of the table sum", prob_bits, PROB_BITS)
@@ -196,17 +200,21 @@ def read_container(file: memoryview) -> Container:
     _expect("escape", escape, ESCAPE)
     _expect("reserved field", reserved, 0)
     if classes > MAX_CLASSES:
-        raise CodecError(f"compressed weight: {classes} column classes, at most {MAX_CLASSES} are possible; it is altered")
+        raise CodecError(
+            f"compressed weight: {classes} column classes, at most {MAX_CLASSES} are possible; it is altered"
+        )
     if not (1 <= rows < 1 << 48 and 1 <= cols <= MAX_TILE_BYTES):
         raise CodecError(f"compressed weight: a matrix of {rows} x {cols} is not possible; it is altered")
     if not (1 <= tile_rows <= rows and (tile_rows == 1 or tile_rows * cols <= MAX_TILE_BYTES)):
-        raise CodecError(f"compressed weight: tiles of {tile_rows} rows for {rows} x {cols} are not possible; it is altered")
+        raise CodecError(
+            f"compressed weight: tiles of {tile_rows} rows for {rows} x {cols} are not possible; it is altered"
+        )
     _expect("number of tiles", tiles, -(-rows // tile_rows))
     bits = class_bits(classes)
     map_at = _HEADER_BYTES
     tables_at = map_at + -(-cols * bits // 8)
     index_at = tables_at + table_bytes
-    payload_at = index_at + tiles * _INDEX.itemsize
+    payload_at = index_at + tiles * _ENTRY.size
     wanted = payload_at + payload_bytes + len(TAIL)
     if len(file) != wanted:
         state = "truncated" if len(file) < wanted else "altered"
@@ -215,9 +223,8 @@ def read_container(file: memoryview) -> Container:
     found = xxhash.xxh3_64_intdigest(b"".join([file[: _FIELDS.size], file[map_at:payload_at]]))
     if found != head_digest:
         raise CodecError(
-            f"compressed weight: checksum of header, tables and index is {found:016x}, stored is {head_digest:016x}; it is altered"
+            f"compressed weight: checksum of its head is {found:016x}, stored is {head_digest:016x}; it is altered"
         )
-    index = np.frombuffer(file[index_at:payload_at], dtype=_INDEX)
     if file[payload_at + payload_bytes :] != TAIL:
         raise CodecError("compressed weight: the 64 bytes at its end are not zero; it is altered")
     return Container(
@@ -226,7 +233,9 @@ def read_container(file: memoryview) -> Container:
         tile_rows=tile_rows,
         class_of_column=_unpack_class_map(file[map_at:tables_at], cols, classes),
         frequencies=_unpack_frequencies(file[tables_at:index_at], classes),
-        tiles=_read_index(index, rows, cols, tile_rows, classes, payload_at, payload_bytes, matrix_digest),
+        tiles=_read_index(
+            file[index_at:payload_at], rows, cols, tile_rows, classes, payload_at, payload_bytes, matrix_digest
+        ),
         matrix_digest=matrix_digest,
         file_bytes=len(file),
     )
@@ -254,7 +263,7 @@ def _unpack_class_map(packed: memoryview, cols: int, classes: int) -> NDArray[np
     if flat[cols * bits :].any():
         raise CodecError("compressed weight: class map: the bits after the last column are not zero; it is altered")
     spread = flat[: cols * bits].reshape(cols, bits)
-    class_of_column = (spread << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
+    class_of_column: NDArray[np.uint8] = (spread << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
     highest = int(class_of_column.max())
     if highest >= max(classes, 1):
         raise CodecError(f"compressed weight: class map: a column of class {highest}, of {classes}; it is altered")
@@ -274,7 +283,9 @@ def _unpack_frequencies(packed: memoryview, classes: int) -> NDArray[np.uint16]:
     frequencies = np.zeros((classes, 256), dtype=np.uint16)
     at = 0
     for number in range(classes):
-        live = np.flatnonzero(np.unpackbits(np.frombuffer(packed[at : at + 32], dtype=np.uint8), bitorder="little")).tolist()
+        live = np.flatnonzero(
+            np.unpackbits(np.frombuffer(packed[at : at + 32], dtype=np.uint8), bitorder="little")
+        ).tolist()
         at += 32
         total = 0
         for value in live:
@@ -292,12 +303,14 @@ def _unpack_frequencies(packed: memoryview, classes: int) -> NDArray[np.uint16]:
                 "escape; it is altered"
             )
     if at != len(packed):
-        raise CodecError(f"compressed weight: tables: {classes} of them need {at} bytes, found {len(packed)}; it is altered")
+        raise CodecError(
+            f"compressed weight: tables: {classes} of them need {at} bytes, found {len(packed)}; it is altered"
+        )
     return frequencies
 
 
 def _read_index(
-    index: NDArray[np.void],
+    index: memoryview,
     rows: int,
     cols: int,
     tile_rows: int,
@@ -308,7 +321,7 @@ def _read_index(
 ) -> tuple[Tile, ...]:
     tiles = []
     start = payload_at
-    for number, (digest, kind_size, escapes) in enumerate(index.tolist()):
+    for number, (digest, kind_size, escapes) in enumerate(_ENTRY.iter_unpack(index)):
         kind, size = kind_size >> 30, kind_size & ((1 << 30) - 1)
         height = min(tile_rows, rows - number * tile_rows)
         if kind == RANS:

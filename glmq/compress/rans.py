@@ -17,12 +17,9 @@ from glmq.compress.container import ESCAPE, FREQUENCY_SUM, LANES, PROB_BITS, STA
 IntArray = NDArray[np.int64]
 
 _SLOT: Final = FREQUENCY_SUM - 1
-_ONE_PER_BYTE: Final = 0x0101010101010101
 
 
-def encode_tiles(
-    tiles: NDArray[np.int8], ids: NDArray[np.uint8], table: NDArray[np.uint32]
-) -> list[tuple[bytes, int]]:
+def encode_tiles(tiles: NDArray[np.int8], ids: NDArray[np.uint8], table: NDArray[np.uint32]) -> list[tuple[bytes, int]]:
     """Encode tiles of equal height.
 
     Args:
@@ -88,10 +85,7 @@ def decode_tiles(
         return int(np.argmin(in_range))
     words, begin, end = _gather_words(file, tiles)
     offsets = (ids.astype(np.int64) << PROB_BITS).reshape(-1, LANES)
-    # Frequencies move up to bit 32, so that one shift isolates them.
-    entries = table.reshape(-1).astype(np.int64)
-    entries = entries >> 19 << 32 | entries & ((1 << 19) - 1)
-    stopped = _step(state, begin, words, offsets, entries, tiles[0].rows, tiles[-1].rows, out.view(np.uint8))
+    stopped = _step(state, begin, words, offsets, table.reshape(-1), tiles[0].rows, tiles[-1].rows, out.view(np.uint8))
     first_row = 0
     for number, tile in enumerate(tiles):
         decoded = out[first_row : first_row + tile.rows].view(np.uint8).reshape(-1)
@@ -116,19 +110,22 @@ def _step(
     begin: IntArray,
     words: IntArray,
     offsets: IntArray,
-    entries: IntArray,
+    table: NDArray[np.uint32],
     height: int,
     last_height: int,
     out: NDArray[np.uint8],
 ) -> IntArray:
     """Run all tiles' lanes through all rounds.
 
+    A round is some twenty numpy calls on arrays of 32 numbers a tile, so the calls themselves cost most: outputs are
+    positional, constants are arrays, methods stand for functions of the same name.
+
     Args:
         state: int64 [tiles, 32], changed in place to the final states.
         begin: int64 [tiles], where each tile's words begin.
         words: int64, the words of all tiles.
-        offsets: int64 [rounds, 32], where each column's table begins in `entries`.
-        entries: int64: value in the low byte, then slot minus first slot, frequency from bit 32.
+        offsets: int64 [rounds, 32], where each column's table begins in `table`.
+        table: uint32, flat, from `tables.decoder_table`.
         height: rows of each tile but the last.
         last_height: rows of the last tile.
         out: uint8 [rows of all tiles, cols], written; escapes not yet in place.
@@ -136,8 +133,14 @@ def _step(
     Returns:
         int64 [tiles], where each tile stopped reading; a tile that ran out of words stops beyond its end.
     """
-    stopped = begin.copy()
-    slot, entry, scaled, word = (np.empty_like(state) for _ in range(4))
+    value_of = table.astype(np.uint8)
+    offset_of = (table >> 8 & _SLOT).astype(np.int64)
+    frequency_of = (table >> 19).astype(np.int64)
+    slot_mask, prob_bits, state_low, word_bits = (np.array(n) for n in (_SLOT, PROB_BITS, STATE_LOW, 16))
+    one_per_byte, top_byte = np.array(0x0101010101010101), np.array(56)
+    stopped: IntArray = begin.copy()
+    slot, factor, word = (np.empty_like(state) for _ in range(3))
+    values = np.empty((len(offsets), *state.shape), dtype=np.uint8)
     low = np.empty(state.shape, dtype=bool)
     # Which word a lane takes: its running count among the lanes of its tile that take one. Multiplying eight flags, one a
     # byte, by 0x01...01 counts within the eight; `counts` carries on from the last word read to each next eight.
@@ -149,33 +152,36 @@ def _step(
     for row in range(height):
         if row == last_height:
             stopped[-1] = counts[-1, 0] + 1
-            state, slot, entry, scaled, word, low = state[:-1], slot[:-1], entry[:-1], scaled[:-1], word[:-1], low[:-1]
+            state, slot, factor, word, low, values = (
+                state[:-1],
+                slot[:-1],
+                factor[:-1],
+                word[:-1],
+                low[:-1],
+                values[:, :-1],
+            )
             counts, carried, running, position = counts[:-1], carried[:-1], running[:-1], position[:-1]
-        flags = low.view("<i8")
-        bytes_running = running.view(np.uint8).reshape(position.shape)
-        flat_position = position.reshape(state.shape)
-        row_of_tiles = out[row::height]
-        for column, offset in zip(range(0, out.shape[1], LANES), offsets):
-            np.bitwise_and(state, _SLOT, out=slot)
-            np.add(slot, offset, out=slot)
-            np.take(entries, slot, out=entry, mode="clip")
-            bytes_out = row_of_tiles[:, column : column + LANES]
-            np.copyto(bytes_out, entry[:, : bytes_out.shape[1]], casting="unsafe")
-            np.right_shift(state, PROB_BITS, out=state)
-            np.right_shift(entry, 32, out=scaled)
-            np.multiply(state, scaled, out=state)
-            np.right_shift(entry, 8, out=entry)
-            np.bitwise_and(entry, _SLOT, out=entry)
-            np.add(state, entry, out=state)
-            np.less(state, STATE_LOW, out=low)
-            np.multiply(flags, _ONE_PER_BYTE, out=running)
-            np.right_shift(running, 56, out=counts[:, 1:])
-            np.cumsum(counts, axis=1, out=carried)
-            np.add(bytes_running, carried[:, :4, None], out=position)
-            np.take(words, flat_position, out=word, mode="clip")
-            np.left_shift(state, 16, out=scaled)
-            np.bitwise_or(scaled, word, out=scaled)
-            np.copyto(state, scaled, where=low)
+        flags, of_eights, carry = low.view("<i8"), counts[:, 1:], carried[:, :4, None]
+        of_lanes, flat_position = running.view(np.uint8).reshape(position.shape), position.reshape(state.shape)
+        for offset, value in zip(offsets, values):
+            np.bitwise_and(state, slot_mask, slot)
+            np.add(slot, offset, slot)
+            value_of.take(slot, None, value, "clip")
+            np.right_shift(state, prob_bits, state)
+            frequency_of.take(slot, None, factor, "clip")
+            np.multiply(state, factor, state)
+            offset_of.take(slot, None, factor, "clip")
+            np.add(state, factor, state)
+            np.less(state, state_low, low)
+            np.multiply(flags, one_per_byte, running)
+            np.right_shift(running, top_byte, of_eights)
+            np.add.accumulate(counts, 1, None, carried)
+            np.add(of_lanes, carry, position)
+            words.take(flat_position, None, word, "clip")
+            np.left_shift(state, word_bits, factor)
+            np.bitwise_or(word, factor, word)
+            np.copyto(state, word, where=low)
             counts[:, 0] = carried[:, 4]
+        out[row::height] = values.swapaxes(0, 1).reshape(len(state), -1)[:, : out.shape[1]]
     stopped[: len(counts)] = counts[:, 0] + 1
     return stopped

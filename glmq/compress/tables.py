@@ -3,15 +3,17 @@
 Columns of a quantized weight differ mostly in scale: outlier smoothing leaves a few per cent of them several times larger
 than the rest. One table per class of alike columns takes the code below the zero-order entropy of the matrix.
 
-    1. A sample of rows is counted, about 2^20 values, evenly spread and not in step with any power of two.
+    1. Two samples of rows are taken, about 2^20 values each, evenly spread and not in step with any power of two: one to choose
+       classes from, and other rows to count for the tables. Counted on the first, the tables would fit the chance by which
+       its columns were told apart.
     2. Each column gets a histogram over 64 folds (sign, and magnitude: exact to 15, then coarser), and a scale group: its mean
        magnitude in eighths of an octave.
     3. Neighbouring groups are merged, each time the pair whose merging costs the fewest bits; of the partitions into 1 to
        8 classes the one with the fewest bits wins, tables and class map included.
     4. Twice, each column moves to the class that codes its histogram in the fewest bits (Lloyd's iteration under
        Kullback-Leibler divergence).
-    5. Each class's counts are scaled to frequencies of sum 2^11. A value rarer than a quarter of a slot gets none and is written
-       as an escape, so a value that the sample missed costs bits, never correctness.
+    5. Each class's counts are scaled to frequencies of sum 2^11. A value rarer than a quarter of a slot gets none and is
+       written as an escape, so a value that the sample missed costs bits, never correctness.
 
 Only integers decide, so the same matrix gives the same bytes everywhere. The compiled coder repeats this step by step
 (`_tables.h`); this module is its oracle and stands in where it could not be built.
@@ -50,11 +52,12 @@ def choose_tables(matrix: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[
         the class of each column, uint8 [cols], and the frequencies, uint16 [classes, 256], each row of sum 2048.
     """
     rows, cols = matrix.shape
-    values = matrix[_sampled_rows(rows, cols)].view(np.uint8)
+    choosing, counting = _sampled_rows(rows, cols)
     if rows < _MIN_CLASSIFIED_ROWS or cols > _MAX_CLASSIFIED_COLS:
         class_of_column = np.zeros(cols, dtype=np.int64)
     else:
-        class_of_column = _choose_classes(values, rows)
+        class_of_column = _choose_classes(matrix[choosing].view(np.uint8), rows)
+    values = matrix[counting].view(np.uint8)
     classes = int(class_of_column.max()) + 1
     counts = np.bincount((values + (class_of_column << 8)).reshape(-1), minlength=classes * 256).reshape(classes, 256)
     return class_of_column.astype(np.uint8), np.stack([normalise(row) for row in counts])
@@ -127,13 +130,14 @@ def normalise(counts: IntArray) -> NDArray[np.uint16]:
     return frequencies
 
 
-def _sampled_rows(rows: int, cols: int) -> IntArray:
-    """Indices of the rows to count, rising."""
+def _sampled_rows(rows: int, cols: int) -> tuple[IntArray, IntArray]:
+    """Indices of the rows to choose classes from, and of those to count for the tables, one of each per stretch of rows."""
     count = min(-(-_SAMPLE // cols), _MAX_SAMPLED_ROWS, rows)
     at = np.arange(count, dtype=np.int64)
     stride, rest = divmod(rows, count)
-    # The last term walks through all residues: a pattern that repeats every few rows is met in every phase.
-    return at * stride + at * rest // count + at % stride
+    start = at * stride + at * rest // count
+    # The last terms walk through all residues: a pattern that repeats every few rows is met in every phase.
+    return start + at % stride, start + (at + stride // 2) % stride
 
 
 def _choose_classes(values: NDArray[np.uint8], rows: int) -> IntArray:
@@ -183,7 +187,8 @@ def _reassign(hist: IntArray, class_of_column: IntArray, classes: int) -> IntArr
     sums = np.stack([hist[class_of_column == k].sum(0) for k in range(classes)])
     whole = _log2_fixed(2 * sums.sum(1) + _FOLDS)
     length = (whole[:, None] - _log2_fixed(2 * sums + 1)) >> 8  # [classes, folds], bits * 2^8
-    return np.argmin(hist @ length.T, axis=1)
+    nearest: IntArray = np.argmin(hist @ length.T, axis=1)
+    return nearest
 
 
 def _code_bits(hist: IntArray) -> int:
@@ -193,7 +198,7 @@ def _code_bits(hist: IntArray) -> int:
 
 
 def _log2_fixed(n: IntArray) -> IntArray:
-    """floor-ish log2(n) * 2^16 by table and interpolation, for 1 <= n < 2^32; 0 for n = 0."""
+    """log2(n) * 2^16 by table and interpolation, within 1, for 1 <= n < 2^32; 0 for n = 0."""
     n = np.asarray(n, dtype=np.int64)
     exponent = np.frexp(np.maximum(n, 1).astype(np.float64))[1].astype(np.int64) - 1  # exact below 2^53
     mantissa = np.maximum(n, 1) << (31 - exponent)
@@ -215,9 +220,13 @@ def _log_fractions() -> IntArray:
 
 
 def _fold_of_magnitude(m: IntArray) -> IntArray:
-    return np.select([m < 16, m < 32, m < 64, m < 128], [m, 16 + (m - 16) // 2, 24 + (m - 32) // 8, 28 + (m - 64) // 16], 31)
+    return np.select(
+        [m < 16, m < 32, m < 64, m < 128], [m, 16 + (m - 16) // 2, 24 + (m - 32) // 8, 28 + (m - 64) // 16], 31
+    )
 
 
 _LOG_FRACTION: Final = _log_fractions()
 _FOLD_OF: Final = np.concatenate([_fold_of_magnitude(np.arange(128)), 32 + _fold_of_magnitude(np.arange(128, 0, -1))])
-_FOLD_MAGNITUDE: Final = np.concatenate([np.arange(16), 16 + 2 * np.arange(8), 32 + 8 * np.arange(4), 64 + 16 * np.arange(4)])
+_FOLD_MAGNITUDE: Final = np.concatenate(
+    [np.arange(16), 16 + 2 * np.arange(8), 32 + 8 * np.arange(4), 64 + 16 * np.arange(4)]
+)

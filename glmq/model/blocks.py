@@ -41,7 +41,7 @@ class BlockCall:
     kwargs: Mapping[str, object]
 
 
-class _Captured(Exception):
+class _CapturedError(Exception):
     """Ends a forward pass at the block whose call was wanted."""
 
 
@@ -193,12 +193,12 @@ class StreamedModel:
             assert isinstance(hidden, Tensor)
             assert len(call_args) <= 1
             caught.append(BlockCall(hidden, rest))
-            raise _Captured
+            raise _CapturedError
 
         handle = block.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             run(*args, **kwargs)
-        except _Captured:
+        except _CapturedError:
             return caught[0]
         finally:
             handle.remove()

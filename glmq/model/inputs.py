@@ -116,7 +116,13 @@ class Preprocessor:
             ) from error
         if not self._tokenizer.chat_template:
             raise ModelError(f"{directory}: has no chat template; copy chat_template.jinja of the release there")
-        self._image_token: str = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
+        image_token: str | None = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
+        if image_token is None:
+            raise ModelError(
+                f"{directory}: its tokenizer has no token {config.image_token_id}, the image_token_id of config.json; "
+                "take both from the same release"
+            )
+        self._image_token = image_token
 
     def encode(self, image: Image.Image | None, prompt: str | None, answer: str | None) -> ModelInputs:
         """One sample: image and prompt through the chat template, then the answer's tokens.
@@ -124,9 +130,11 @@ class Preprocessor:
         With neither image nor prompt the answer's text stands alone.
 
         Raises:
-            SampleError: the image is too small or too narrow for the model, or the sample has no token.
+            SampleError: the image is too small or too narrow for the model, a text holds the image placeholder, or the
+                sample has no token.
         """
         head: list[int] = []
+        count = 0
         pixel_values = grid = None
         if image is not None or prompt is not None:
             content = [{"type": "image"}] if image is not None else []
@@ -143,6 +151,12 @@ class Preprocessor:
         tail: list[int] = self._tokenizer(answer, add_special_tokens=False).input_ids if answer else []
         if not head and not tail:
             raise SampleError("a sample has neither image nor prompt nor text; give at least one")
+        found = (head + tail).count(self._config.image_token_id)
+        if found != count:
+            raise SampleError(
+                f"{found} image placeholders where {count} are needed: {self._image_token} must not be part of a prompt "
+                "or answer, and the chat template must place it once"
+            )
         return ModelInputs(
             ids=torch.tensor([head + tail]),
             answer_start=len(head),

@@ -18,7 +18,7 @@ from glmq.numerics.moments import InputStats
 from glmq.numerics.w4a8 import expand_steps
 from glmq.quantize.methods import METHODS, Integers
 from glmq.records import ActivationQParams, LinearReport, QuantizedLinear
-from glmq.spec import ActRange, FloatDtype, IntGrid, INT4, Smoothing, WeightScheme
+from glmq.spec import INT4, ActRange, FloatDtype, Smoothing, WeightScheme
 
 LARGEST_BIAS = float(2**30)
 """A bias folds into at most 2^30 output steps; the integer sums need the rest of int32."""

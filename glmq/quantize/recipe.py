@@ -1,12 +1,12 @@
 """Options -> a frozen Recipe, and a Recipe -> the quantization type of every linear. What contradicts is refused here.
 
-Nothing is ignored in silence: an option that has no effect in the chosen mode is refused when it is set away from its default.
+Nothing is ignored in silence: an option without effect in the chosen mode is refused when set away from its default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import difflib
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
@@ -14,6 +14,7 @@ from glmq.errors import UsageError
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import DEFAULT_FLOAT, Group, all_blocks
 from glmq.quantize.layer import GroupScheme
+from glmq.quantize.targets import ENGINES, Target, check_target
 from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
 
 GROUP_SIZES: Final = (64, 128, 256, 512)
@@ -43,6 +44,18 @@ class Options:
     mindie_format: bool = False
     method: str = Method.COMPENSATED.value
     keep_float: tuple[str, ...] = ()
+    layer: tuple[str, ...] = ()
+    target: str = Target.GENERIC.value
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """A pattern of linear names and the type that they get; of several that match, the last one counts."""
+
+    pattern: str
+    quant_type: QuantType
+    option: str
+    """How the user wrote it, for messages; empty for the default rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +63,28 @@ class Recipe:
     """What quantize does to a checkpoint."""
 
     quant_type: QuantType
+    """Of the model; linears may have another by rule."""
     dtype: FloatDtype
     scheme: GroupScheme
+    """Of linears with the model's type."""
     mindie: bool
-    keep_float: tuple[str, ...]
-    """Patterns of linears that stay float beside the default ones."""
+    rules: tuple[LayerRule, ...]
+    group_size: int
+    """Of W4A8_DYNAMIC linears."""
+    target: Target
+
+    def rule_of(self, name: str) -> LayerRule | None:
+        """The rule that decides about a linear: the last one that matches."""
+        matching = [rule for rule in self.rules if fnmatchcase(name, rule.pattern)]
+        return matching[-1] if matching else None
+
+    def scheme_of(self, quant_type: QuantType) -> GroupScheme:
+        """The scheme of linears of that type."""
+        if quant_type is self.quant_type:
+            return self.scheme
+        group_size = self.group_size if quant_type is QuantType.W4A8_DYNAMIC else 0
+        weight = replace(self.scheme.weight, quant_type=quant_type, step_rule=StepRule.ROW_MAX, group_size=group_size)
+        return replace(self.scheme, weight=weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +107,8 @@ def make_recipe(options: Options) -> Recipe:
     rule = _step_rule(options, quant_type)
     _refuse_without_effect(options, quant_type, rule)
     dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
-    if quant_type is QuantType.W8A8S and dtype is FloatDtype.BF16:
-        raise UsageError(
-            "--torch_dtype bf16 with a sparse type (W8A8S): no engine loads it, the 300I Duo has no bfloat16; "
-            "pass --torch_dtype fp16"
-        )
+    target = Target(options.target)
+    check_target(target, quant_type, dtype, mindie=options.mindie_format)
     weight = WeightScheme(
         quant_type=quant_type,
         step_rule=rule,
@@ -93,33 +120,36 @@ def make_recipe(options: Options) -> Recipe:
     )
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
     scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), bias_correction=False)
-    return Recipe(quant_type, dtype, scheme, options.mindie_format, options.keep_float)
+    rules = (
+        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in DEFAULT_FLOAT),
+        *(_parse_rule(text, quant_type, target) for text in options.layer),
+        *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
+    )
+    return Recipe(quant_type, dtype, scheme, options.mindie_format, rules, options.group_size, target)
 
 
 def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     """The plan of every group, keyed by site, in model order.
 
     Raises:
-        UsageError: a pattern that matches no quantizable linear, splits a group, or leaves nothing to quantize.
+        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize.
     """
     groups = [group for block in all_blocks(config) for group in block.groups]
-    candidates = [
-        linear.name for group in groups for linear in group.linears if not matches(linear.name, DEFAULT_FLOAT)
-    ]
-    for pattern in recipe.keep_float:
-        if not any(fnmatchcase(name, pattern) for name in candidates):
+    for rule in recipe.rules:
+        if rule.option and not count_matches(rule.pattern, config):
+            names = [linear.name for group in groups for linear in group.linears]
+            near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
             raise UsageError(
-                f"--keep-float {pattern!r} matches none of the {len(candidates)} linears that would be quantized; "
-                f"their names look like {candidates[0]!r}"
+                f"{rule.option} matches none of the model's {len(names)} linears; their names look like {near[0]!r}"
             )
     plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
     if all(plan.quant_type is QuantType.FLOAT for plan in plans.values()):
-        raise UsageError("--keep-float leaves no linear to quantize; narrow the patterns")
+        raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
     return plans
 
 
 def count_matches(pattern: str, config: ModelConfig) -> int:
-    """How many linears of the model a pattern names."""
+    """How many linears of the model a pattern names (`*`, `?`, `[...]` as in a shell, case-sensitive)."""
     return sum(
         fnmatchcase(linear.name, pattern)
         for block in all_blocks(config)
@@ -128,20 +158,42 @@ def count_matches(pattern: str, config: ModelConfig) -> int:
     )
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a linear's name matches one of the patterns (`*` and `?` as in a shell, case-sensitive)."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'")
+    known = {t.value: t for t in QuantType if t is not QuantType.W8A8SC}
+    quant_type = known.get(name.upper())
+    if quant_type is None:
+        raise UsageError(f"--layer {text!r}: unknown type {name!r}; known are {', '.join(known)}")
+    if quant_type in (QuantType.FLOAT, model_type):
+        return LayerRule(pattern, quant_type, f"--layer {text!r}")
+    if quant_type is QuantType.W8A8S or model_type is QuantType.W8A8S:
+        raise UsageError(
+            f"--layer {text!r} in a {model_type.value} model: sparse linears cannot be mixed with other types, "
+            "their engine reads one type; use FLOAT or the model's own type"
+        )
+    if not ENGINES[target].mixes_types:
+        raise UsageError(
+            f"--layer {text!r} with --target {target.value}: MindIE reads one quantization type per model, "
+            f"this one is {model_type.value}; use FLOAT, or another target"
+        )
+    return LayerRule(pattern, quant_type, f"--layer {text!r}")
 
 
 def _group_type(group: Group, recipe: Recipe) -> QuantType:
-    kept = [linear.name for linear in group.linears if matches(linear.name, (*DEFAULT_FLOAT, *recipe.keep_float))]
-    if kept and len(kept) < len(group.linears):
-        rest = [linear.name for linear in group.linears if linear.name not in kept]
+    found: dict[QuantType, tuple[str, str]] = {}
+    for linear in group.linears:
+        rule = recipe.rule_of(linear.name)
+        quant_type = recipe.quant_type if rule is None else rule.quant_type
+        found.setdefault(quant_type, (linear.name, rule.option if rule else ""))
+    if len(found) > 1:
+        (first, (name, option)), (second, (other, other_option)) = list(found.items())[:2]
         raise UsageError(
-            f"--keep-float keeps {kept[0]} float but not {rest[0]}: the engines load the linears of one input as one tensor, "
-            "so they must be of one type; let the pattern match all of them"
+            f"{option or other_option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
+            "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
         )
-    return QuantType.FLOAT if kept else recipe.quant_type
+    return next(iter(found))
 
 
 def _check_ranges(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""quantize_checkpoint(): plan every output tensor, check the headers, then the loop over blocks, one in memory at a time."""
+"""quantize_checkpoint(): plan every output tensor, check the headers, then loop over blocks, one in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shar
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
-from glmq.quantize.layer import FloatLinear, quantize_group
+from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group
 from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
@@ -145,7 +145,7 @@ def quantize_checkpoint(
     blocks = all_blocks(config)
     total = len(blocks) + 1
     with ShardWriter(plan.shards, folder) as sink:
-        job = _Job(source, statistics, recipe, plan, sink)
+        job = _Job(source, config, statistics, recipe, sink)
         for index, block in enumerate(blocks):
             started = time.perf_counter()
             reports: list[LinearReport] = []
@@ -160,49 +160,64 @@ def quantize_checkpoint(
     yield QuantizedBlock(_done("embeddings and side files", total - 1, total, started), ())
 
 
+def measure_checkpoint(
+    source: Checkpoint,
+    config: ModelConfig,
+    statistics: Statistics,
+    recipe: Recipe,
+    groups: Mapping[str, GroupPlan],
+) -> Iterator[QuantizedBlock]:
+    """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
+    blocks = [b for b in all_blocks(config) if any(groups[g.site].quant_type is not QuantType.FLOAT for g in b.groups)]
+    for index, block in enumerate(blocks):
+        started = time.perf_counter()
+        reports: list[LinearReport] = []
+        for group in block.groups:
+            if groups[group.site].quant_type is not QuantType.FLOAT:
+                reports += _quantize_plan(source, statistics, recipe, groups[group.site]).reports
+        yield QuantizedBlock(_done(block.name, index, len(blocks), started), tuple(reports))
+
+
+def _quantize_plan(source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: GroupPlan) -> GroupResult:
+    """Read one group's weights and quantize them."""
+    group = plan.group
+    norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
+    linears = [
+        FloatLinear(
+            shape.name,
+            source.read_finite(f"{shape.name}.weight").float(),
+            source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
+        )
+        for shape in group.linears
+    ]
+    stats = statistics.input(group.site)
+    return quantize_group(linears, stats, recipe.scheme_of(plan.quant_type), norm_weight=norm, dtype=recipe.dtype)
+
+
 class _Job:
     """One run: what has been handled so far."""
 
     def __init__(
-        self, source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: OutputPlan, sink: ShardWriter
+        self, source: Checkpoint, config: ModelConfig, statistics: Statistics, recipe: Recipe, sink: ShardWriter
     ) -> None:
-        self._source, self._statistics, self._recipe = source, statistics, recipe
-        self._plan, self._sink = plan, sink
+        self._source, self._statistics, self._recipe, self._sink = source, statistics, recipe, sink
+        self._norms = set(rms_norms(config))
         self._handled: set[str] = set()
-        self._norms = {
-            info.name.removesuffix(".bias")
-            for file in plan.shards.files
-            for info in file.tensors
-            if info.name.endswith(".bias") and info.name not in source
-        }
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm; nothing for a group that stays float."""
         if plan.quant_type is QuantType.FLOAT:
             return []
         recipe, group = self._recipe, plan.group
-        norm = None if group.norm is None else self._take(f"{group.norm}.weight")
-        linears = [
-            FloatLinear(
-                shape.name,
-                self._take(f"{shape.name}.weight").float(),
-                self._take(f"{shape.name}.bias").float() if shape.has_bias else None,
-            )
-            for shape in group.linears
-        ]
-        stats = self._statistics.input(group.site)
-        result = quantize_group(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
+        result = _quantize_plan(self._source, self._statistics, recipe, plan)
         for shape, linear in zip(group.linears, result.linears):
+            self._handled |= {f"{shape.name}.weight", f"{shape.name}.bias"}
+            parallel = shape.name.endswith(ROW_PARALLEL)
             self._write(
-                encode_linear(
-                    shape.name,
-                    linear,
-                    dtype=recipe.dtype,
-                    mindie=recipe.mindie,
-                    row_parallel=shape.name.endswith(ROW_PARALLEL),
-                )
+                encode_linear(shape.name, linear, dtype=recipe.dtype, mindie=recipe.mindie, row_parallel=parallel)
             )
         if group.norm is not None and result.norm_weight is not None:
+            self._handled.add(f"{group.norm}.weight")
             self._write(encode_norm(group.norm, result.norm_weight, dtype=recipe.dtype, mindie=recipe.mindie))
         return result.reports
 
@@ -212,14 +227,11 @@ class _Job:
             if name.startswith(prefix) and name not in self._handled:
                 base = name.rpartition(".")[0]
                 if base in self._norms:
-                    weight = self._take(name)
+                    self._handled.add(name)
+                    weight = self._source.read_finite(name)
                     self._write(encode_norm(base, weight, dtype=self._recipe.dtype, mindie=self._recipe.mindie))
                 else:
                     self._copy(name)
-
-    def _take(self, name: str) -> Tensor:
-        self._handled.add(name)
-        return self._source.read_finite(name)
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -256,7 +268,7 @@ def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequ
         shape.cols,
         has_bias=shape.has_bias,
         dtype=recipe.dtype,
-        group_size=recipe.scheme.weight.group_size,
+        group_size=recipe.scheme_of(quant_type).weight.group_size,
         mindie=recipe.mindie,
         row_parallel=shape.name.endswith(ROW_PARALLEL),
     )

@@ -1,0 +1,62 @@
+"""`--config run.toml` and `--dump-config`: the options of a command as a TOML file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import typer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+NOT_IN_FILES: Final = frozenset(
+    {"config", "dump_config", "help", "debug", "json_output", "quiet", "verbose", "dry_run"}
+)
+"""Options of one run, not of a recipe."""
+
+
+def read_config_file(file: str, params: Sequence[object]) -> dict[str, object]:
+    """The values of a TOML file, keyed as the command's parameters are.
+
+    Raises:
+        typer.BadParameter: unreadable, not TOML, or a key that is no option of this command.
+    """
+    try:
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--config {file}: cannot be read ({error})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise typer.BadParameter(f"--config {file}: is not TOML ({error})") from error
+    names = {str(name) for param in params if (name := getattr(param, "name", None)) not in NOT_IN_FILES}
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+            raise typer.BadParameter(f"--config {file}: unknown key {key!r}; {hint}")
+        found[name] = value
+    return found
+
+
+def dump_config(params: Mapping[str, object]) -> str:
+    """The options in effect as TOML, sorted; what is unset is left out."""
+    lines = []
+    for name, value in sorted(params.items()):
+        if name in NOT_IN_FILES or value is None:
+            continue
+        plain = str(value) if isinstance(value, Path) else value
+        lines.append(f"{name} = {_toml(plain)}\n")
+    return "".join(lines)
+
+
+def _toml(value: object) -> str:
+    # JSON's booleans, numbers, strings and lists of them are TOML's too.
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)

@@ -1,0 +1,25 @@
+import numpy as np
+from numpy.typing import NDArray
+
+def list_kernels() -> tuple[str, ...]: ...
+def choose_tables(matrix: NDArray[np.int8], rows: int, cols: int, /) -> tuple[bytes, bytes]: ...
+def encode_tile(
+    kernel: str,
+    tile: NDArray[np.int8],
+    rows: int,
+    cols: int,
+    ids: NDArray[np.uint8],
+    table: NDArray[np.uint32],
+    scratch: NDArray[np.uint8],
+    /,
+) -> tuple[bytes, int]: ...
+def decode_tiles(
+    kernel: str,
+    file: NDArray[np.uint8],
+    jobs: NDArray[np.int64],
+    cols: int,
+    ids: NDArray[np.uint8],
+    table: NDArray[np.uint32],
+    out: NDArray[np.int8],
+    /,
+) -> int: ...

@@ -1,0 +1,83 @@
+"""The seed command of glmq beside the vendor's published package: same checkpoint, same photographs, one run.
+
+    python tests/benchmarks/against_vendor.py --vendor-python vendor/bin/python [--hidden 1024 --layers 2 --images 2]
+
+Whole processes, one after the other; `vendor_runner.py` says how to make the vendor's environment. Prints wall seconds, CPU seconds
+and peak resident memory of both, and their ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from make_checkpoint import make_checkpoint, text_size
+
+from glmq.calibrate.samples import default_images
+
+SEED = ["--w_bit", "4", "--is_lowbit", "True", "--fraction", "0.01", "--use_sigma", "True", "--torch_dtype", "fp16"]
+VENDOR_SEED = {"w_bit": 4, "is_lowbit": True, "fraction": 0.01, "use_sigma": True}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One finished process."""
+
+    wall_s: float
+    cpu_s: float
+    peak_mib: float
+    last_line: str
+
+
+def measure(command: list[str], folder: Path) -> Measured:
+    """Run a command to its end and read the operating system's account of it."""
+    started = time.perf_counter()
+    with (folder / "out.txt").open("w+b") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        out.seek(0)
+        text = out.read().decode(errors="replace")
+    if status:
+        raise SystemExit(f"{command[0]} failed:\n{text[-3000:]}")
+    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vendor-python", type=Path, required=True)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    images = default_images().resolve()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = folder / "model"
+        make_checkpoint(model, text_size(a.hidden, a.layers))
+        runner = Path(__file__).with_name("vendor_runner.py").resolve()
+        common = ["--images", str(images), "--limit", str(a.images), "--config", json.dumps(VENDOR_SEED)]
+        vendor_python = str(a.vendor_python.absolute())
+        vendor = measure([vendor_python, str(runner), str(model), str(folder / "vendor"), *common], folder)
+        paths = ["--model_path", str(model), "--save_directory", str(folder / "glmq"), "--calib_images", str(images)]
+        ours = measure([sys.executable, "-m", "glmq", "quantize", *paths, "--limit", str(a.images), *SEED], folder)
+    print(f"hidden {a.hidden}, {a.layers} layers, {a.images} photographs, {os.cpu_count()} cores")
+    print(f"{'':10}{'wall s':>10}{'CPU s':>10}{'peak MiB':>10}")
+    for label, m in (("vendor", vendor), ("glmq", ours)):
+        print(f"{label:10}{m.wall_s:10.1f}{m.cpu_s:10.1f}{m.peak_mib:10.0f}")
+    print(f"{'ratio':10}{vendor.wall_s / ours.wall_s:10.1f}{vendor.cpu_s / ours.cpu_s:10.1f}{vendor.peak_mib / ours.peak_mib:10.2f}")
+    print(f"vendor stages: {vendor.last_line}")
+    if a.json:
+        a.json.write_text(json.dumps({"vendor": asdict(vendor), "glmq": asdict(ours)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

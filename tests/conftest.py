@@ -1,0 +1,79 @@
+"""Fixtures that many rooms share: the tiny trained model, a smaller random one, their statistics, a quantized checkpoint."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import load_full
+from make_checkpoint import Size, make_checkpoint
+
+from glmq.cli.jobs import CalibrationOptions, calibrate_folder, quantize_folder
+from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
+from glmq.quantize.recipe import Options
+
+torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers looks at it when it is imported
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The embedded trained model: 6 text layers, 3 vision blocks, bf16. Do not write into it."""
+    return TINY_CHECKPOINT
+
+
+@pytest.fixture(scope="session")
+def pictures() -> Path:
+    """The 16 pictures that the tiny model is calibrated on."""
+    return TINY_PICTURES
+
+
+@pytest.fixture(scope="session")
+def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's statistics folder over all 16 pictures."""
+    folder = tmp_path_factory.mktemp("tiny") / "stats"
+    calibrate_folder(tiny, folder, CalibrationOptions(images=pictures), overwrite=False, quiet=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_seed(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model quantized with the mission's command: W8A8S by sigma, fp16."""
+    folder = tmp_path_factory.mktemp("tiny") / "w8a8s"
+    options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16")
+    quantize_folder(
+        tiny, folder, options, CalibrationOptions(),
+        stats_path=tiny_stats, shard_bytes=None, overwrite=False, quiet=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with random weights: 2 text layers of width 64, 1 vision block of width 32, bf16. Do not write into it."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    make_checkpoint(folder, Size())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_stats(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's statistics over two pictures."""
+    folder = tmp_path_factory.mktemp("small") / "stats"
+    calibrate_folder(small, folder, CalibrationOptions(images=pictures, limit=2), overwrite=False, quiet=True)
+    return folder
+
+
+@pytest.fixture
+def small_copy(small: Path, tmp_path: Path) -> Path:
+    """The small model, to be damaged."""
+    folder = tmp_path / "model"
+    shutil.copytree(small, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def full_model(tiny: Path) -> torch.nn.Module:
+    """The tiny model as transformers itself loads it, in float32."""
+    return load_full(tiny, torch.float32)

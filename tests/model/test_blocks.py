@@ -1,0 +1,175 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edit_json, edit_tensors, full_model_kwargs, load_full, streamed_logits
+from PIL import Image
+from torch import nn
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, ModelError
+from glmq.model.blocks import VISION_STEM, VISION_TAIL, StreamedModel
+from glmq.model.config import read_config
+from glmq.model.glm4v import all_blocks
+from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.model.tiny import TINY_CASES
+
+LAYER = "model.language_model.layers.0"
+CPU = torch.device("cpu")
+
+
+def samples(tiny: Path) -> dict[str, ModelInputs]:
+    """A picture with prompt and answer, one without answer, a prompt alone, a text alone."""
+    preprocessor = Preprocessor(tiny, read_config(tiny), max_pixels=None, trust_remote_code=False)
+    case = json.loads((TINY_CASES / "images.jsonl").read_text().splitlines()[0])
+    text = json.loads((TINY_CASES / "texts.jsonl").read_text().splitlines()[0])["text"]
+    image = Image.open(TINY_CASES / case["image"])
+    wide = image.resize((224, 84))
+    return {
+        "image, prompt and answer": preprocessor.encode(image, case["prompt"], case["text"]),
+        "wide image and prompt": preprocessor.encode(wide, case["prompt"], None),
+        "prompt alone": preprocessor.encode(None, case["prompt"], None),
+        "text alone": preprocessor.encode(None, None, text),
+    }
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = getattr(torch, request.param)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, full_model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    return full_model if dtype is torch.float32 else load_full(tiny, dtype)
+
+
+@pytest.mark.parametrize(
+    "kind", ["image, prompt and answer", "wide image and prompt", "prompt alone", "text alone"]
+)
+def test_streamed_logits_equal_the_whole_models_bit_for_bit(
+    kind: str, tiny: Path, whole: nn.Module, dtype: torch.dtype
+) -> None:
+    inputs = samples(tiny)[kind]
+    with torch.no_grad():
+        wanted = whole(**full_model_kwargs(inputs, whole)).logits[0]
+    assert wanted.dtype is dtype
+    assert torch.equal(streamed_logits(tiny, read_config(tiny), inputs, dtype), wanted.float())
+
+
+@pytest.fixture
+def streamed(small: Path) -> Iterator[StreamedModel]:
+    with Checkpoint.open(small) as source:
+        yield StreamedModel(source, read_config(small), device=CPU, dtype=torch.float32)
+
+
+def in_memory(model: StreamedModel) -> set[str]:
+    """Names of the parameters that are not on meta."""
+    return {name for name, parameter in model.model.named_parameters() if parameter.device.type != "meta"}
+
+
+def test_a_fresh_model_has_every_parameter_on_meta_and_every_buffer_in_memory(streamed: StreamedModel) -> None:
+    assert in_memory(streamed) == set()
+    assert {buffer.device.type for buffer in streamed.model.buffers()} == {"cpu"}
+    assert {parameter.dtype for parameter in streamed.model.parameters()} == {torch.float32}
+
+
+def test_only_the_placed_blocks_parameters_are_in_memory(streamed: StreamedModel) -> None:
+    for block in all_blocks(streamed.config):
+        with streamed.placed(block.name):
+            wanted = {name for name in streamed.source if name.startswith(f"{block.name}.")}
+            assert in_memory(streamed) == wanted
+        assert in_memory(streamed) == set()
+
+
+def test_stem_and_tail_hold_the_vision_tower_but_its_blocks(streamed: StreamedModel) -> None:
+    with streamed.placed(*VISION_STEM, *VISION_TAIL):
+        visual = {name for name in streamed.source if name.startswith("model.visual.")}
+        assert in_memory(streamed) == {name for name in visual if not name.startswith("model.visual.blocks.")}
+
+
+def test_placed_parameters_are_the_files_values(streamed: StreamedModel) -> None:
+    with streamed.placed(LAYER):
+        for name, parameter in streamed.module(LAYER).named_parameters():
+            assert torch.equal(parameter, streamed.source.read(f"{LAYER}.{name}").float())
+            assert not parameter.requires_grad
+
+
+def test_a_block_is_dropped_when_its_context_ends_in_an_error(streamed: StreamedModel) -> None:
+    with pytest.raises(RuntimeError, match="^inside$"), streamed.placed(LAYER):
+        raise RuntimeError("inside")
+    assert in_memory(streamed) == set()
+
+
+def test_embedding_rows_hold_the_samples_tokens_alone(streamed: StreamedModel) -> None:
+    name = "model.language_model.embed_tokens.weight"
+    ids = torch.tensor([[9, 3, 3, 1535]])
+    with streamed.embedding_rows(ids):
+        rows = streamed.module("model.language_model").embed_tokens(ids)
+        assert torch.equal(rows, streamed.source.read(name)[ids].float())
+        assert in_memory(streamed) == set()
+    assert type(streamed.module("model.language_model").embed_tokens) is nn.Embedding
+
+
+def test_a_token_beyond_the_embedding_is_refused(streamed: StreamedModel) -> None:
+    with pytest.raises(ModelError) as caught, streamed.embedding_rows(torch.tensor([[3, 1536]])):
+        pass
+    assert str(caught.value) == (
+        "the tokenizer gives token 1536, but model.language_model.embed_tokens.weight has 1536 rows; "
+        "take tokenizer and weights from the same release"
+    )
+
+
+def place_layer(folder: Path) -> str:
+    """What placing the first text layer of a damaged checkpoint says, and that it leaves nothing behind."""
+    with Checkpoint.open(folder) as source:
+        model = StreamedModel(source, read_config(folder), device=CPU, dtype=torch.float32)
+        with pytest.raises(CheckpointError) as caught, model.placed(LAYER):
+            pass
+        assert in_memory(model) == set()
+    return str(caught.value)
+
+
+def test_a_tensor_of_another_shape_is_named(small_copy: Path) -> None:
+    name = f"{LAYER}.self_attn.o_proj.weight"
+    edit_tensors(small_copy, lambda tensors: tensors.update({name: tensors[name][:, :32].contiguous()}))
+    assert place_layer(small_copy) == (
+        f"model-00001-of-00001.safetensors: tensor '{name}' has shape (64, 32), "
+        "config.json asks for (64, 64); take both from the same release"
+    )
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_tensor_that_is_not_finite_is_named(bad: float, small_copy: Path) -> None:
+    name = f"{LAYER}.mlp.down_proj.weight"
+    edit_tensors(small_copy, lambda tensors: tensors[name][3, 5:7].fill_(bad))
+    assert place_layer(small_copy) == (
+        f"model-00001-of-00001.safetensors: tensor '{name}' holds 2 NaN or infinite values of 6144; "
+        "download the file again or repair the checkpoint"
+    )
+
+
+def test_a_missing_tensor_is_named_with_its_neighbour(small_copy: Path) -> None:
+    name = f"{LAYER}.input_layernorm.weight"
+    edit_tensors(small_copy, lambda tensors: tensors.pop(name))
+    edit_json(small_copy / "model.safetensors.index.json", lambda index: index["weight_map"].pop(name))
+    assert place_layer(small_copy) == (
+        f"{small_copy}: has no tensor '{name}'; did you mean 'model.language_model.layers.1.input_layernorm.weight'?"
+    )
+
+
+def test_a_nan_in_an_embedding_row_is_named_only_when_the_row_is_used(small_copy: Path) -> None:
+    name = "model.language_model.embed_tokens.weight"
+    edit_tensors(small_copy, lambda tensors: tensors[name][7].fill_(torch.nan))
+    with Checkpoint.open(small_copy) as source:
+        model = StreamedModel(source, read_config(small_copy), device=CPU, dtype=torch.float32)
+        with model.embedding_rows(torch.tensor([[6, 8]])):
+            pass
+        with pytest.raises(CheckpointError) as caught, model.embedding_rows(torch.tensor([[7, 8]])):
+            pass
+    assert str(caught.value) == (
+        f"model-00001-of-00001.safetensors: tensor '{name}' holds 64 NaN or infinite values of 128; "
+        "download the file again or repair the checkpoint"
+    )

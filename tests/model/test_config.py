@@ -1,0 +1,257 @@
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edit_json, streamed_logits
+from PIL import Image
+
+from glmq.checkpoint.json_file import JsonObject, read_json_object
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, ModelError
+from glmq.model.blocks import StreamedModel
+from glmq.model.config import ModelConfig, parse_config, read_config
+from glmq.model.inputs import Preprocessor
+from glmq.model.tiny import TINY_CHECKPOINT
+
+NESTED = read_json_object(TINY_CHECKPOINT / "config.json")
+"""The layout of the hub since 2025-10-25."""
+
+
+def nested() -> JsonObject:
+    """A fresh copy."""
+    copy: JsonObject = json.loads(json.dumps(NESTED))
+    return copy
+
+
+def flat() -> JsonObject:
+    """The layout before 2025-10-25: text fields at the root, no `dtype` of the text part."""
+    config = nested()
+    text = config.pop("text_config")
+    for key in ("model_type", "dtype", "image_token_id", "video_token_id"):
+        del text[key]
+    return text | config
+
+
+def version_5() -> JsonObject:
+    """The layout that transformers 5 writes: `rope_parameters`, `dtype`."""
+    config = nested()
+    text = config["text_config"]
+    rope = {key: text.pop(key) for key in ("rope_theta", "partial_rotary_factor")}
+    text["rope_parameters"] = text.pop("rope_scaling") | rope
+    config["dtype"] = config.pop("torch_dtype")
+    return config
+
+
+LAYOUTS = {"nested": nested, "flat": flat, "version 5": version_5}
+
+
+def sizes(config: ModelConfig) -> ModelConfig:
+    """The config without the layout's own dictionary."""
+    return replace(config, nested={})
+
+
+def test_the_tiny_models_config_is_read_number_by_number() -> None:
+    assert parse_config(nested(), "config.json") == ModelConfig(
+        nested=NESTED,
+        hidden_size=192, intermediate_size=512, layers=6, heads=6, kv_heads=2, head_dim=32, vocab_size=1536,
+        vision_hidden=96, vision_depth=3, vision_out=192, vision_intermediate=512,
+        patch_size=14, temporal_patch_size=2, merge_size=2, image_size=112, in_channels=3,
+        image_token_id=14, eos_token_ids=(0, 7),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_sizes(layout: str) -> None:
+    found = parse_config(LAYOUTS[layout](), "config.json")
+    assert sizes(found) == sizes(parse_config(nested(), "config.json"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_has_the_text_fields_where_the_engine_reads_them(layout: str) -> None:
+    text = parse_config(LAYOUTS[layout](), "config.json").nested["text_config"]
+    wanted = {key: value for key, value in NESTED["text_config"].items() if not key.endswith("token_id")}
+    assert {key: text[key] for key in wanted} == wanted
+    assert "rope_parameters" not in text
+
+
+def test_the_flat_layout_leaves_no_text_field_at_the_root() -> None:
+    root = parse_config(flat(), "config.json").nested
+    assert set(root) == set(NESTED)
+
+
+def test_a_flat_config_without_a_dtype_is_taken_for_the_releases_bfloat16() -> None:
+    config = flat()
+    del config["torch_dtype"]
+    assert parse_config(config, "config.json").nested["text_config"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_reading_changes_nothing_in_the_document(layout: str) -> None:
+    document = LAYOUTS[layout]()
+    parse_config(document, "config.json")
+    assert document == LAYOUTS[layout]()
+
+
+@pytest.fixture(scope="module")
+def logits_by_layout(tiny: Path, pictures: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, make in LAYOUTS.items():
+        config = parse_config(make(), "config.json")
+        preprocessor = Preprocessor(tiny, config, max_pixels=None, trust_remote_code=False)
+        inputs = preprocessor.encode(Image.open(pictures / "00.png"), "What is this?", None)
+        found[name] = streamed_logits(tiny, config, inputs, torch.float32)
+    return found
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "nested"])
+def test_every_layout_gives_the_same_logits_bit_for_bit(layout: str, logits_by_layout: dict[str, torch.Tensor]) -> None:
+    assert logits_by_layout["nested"].abs().max() > 1
+    assert torch.equal(logits_by_layout[layout], logits_by_layout["nested"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("glm4v_moe", ": GLM-4.5V and GLM-4.6V are mixtures of experts"),
+        ("chatglm", ": glm-4v-9b is the older ChatGLM architecture"),
+        ("glm_ocr", ": GLM-OCR has another text model"),
+        ("glm4", ": GLM-4 has no vision tower"),
+        ("glm4v_text", ": this is the text part alone"),
+        ("llama", ""),
+        (None, ""),
+        (["glm4v"], ""),
+    ],
+)
+def test_another_model_is_refused_by_its_kind(kind: object, why: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(nested() | {"model_type": kind}, "there/config.json")
+    assert str(caught.value) == (
+        f"there/config.json: model_type is {kind!r}{why}, but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); "
+        "give the folder of a GLM-4.1V"
+    )
+
+
+def without(*path: str) -> Callable[[], JsonObject]:
+    """The nested layout without one key."""
+
+    def make() -> JsonObject:
+        config = nested()
+        section = config
+        for key in path[:-1]:
+            section = section[key]
+        del section[path[-1]]
+        return config
+
+    return make
+
+
+def with_value(section: str, key: str, value: object) -> JsonObject:
+    config = nested()
+    (config[section] if section else config)[key] = value
+    return config
+
+
+def test_a_layout_that_is_none_of_the_three_is_refused() -> None:
+    config = flat()
+    del config["hidden_size"]
+    with pytest.raises(ModelError) as caught:
+        parse_config(config, "config.json")
+    assert str(caught.value) == (
+        "config.json: has neither text_config nor hidden_size, so its layout is none of the three known ones; "
+        "take the config.json that belongs to the weights"
+    )
+
+
+def test_a_model_without_a_vision_tower_is_refused() -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(without("vision_config")(), "config.json")
+    assert str(caught.value) == (
+        "config.json: has no vision_config, so it is not a vision-language GLM-4.1V; restore the file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope", "shown"), [(None, "None"), ({"rope_type": "default"}, "{'rope_type': 'default'}"), ("x", "'x'")]
+)
+def test_a_config_without_sections_of_the_rotary_positions_is_refused(rope: object, shown: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("text_config", "rope_scaling", rope), "config.json")
+    assert str(caught.value) == (
+        f"config.json: text_config has no rope_scaling.mrope_section (found {shown}); "
+        "without it the positions of image tokens are wrong: take the config.json that belongs to the weights"
+    )
+
+
+def test_a_rope_type_of_another_model_is_refused() -> None:
+    rope = {"rope_type": "yarn", "mrope_section": [2, 3, 3]}
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("text_config", "rope_scaling", rope), "config.json")
+    assert str(caught.value) == "config.json: rope_type 'yarn' is unknown, GLM-4.1V uses 'default'"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("text_config", "hidden_size"), ("text_config", "intermediate_size"), ("text_config", "num_hidden_layers"),
+        ("text_config", "num_attention_heads"), ("text_config", "num_key_value_heads"), ("text_config", "vocab_size"),
+        ("vision_config", "hidden_size"), ("vision_config", "depth"), ("vision_config", "out_hidden_size"),
+        ("vision_config", "intermediate_size"), ("vision_config", "patch_size"),
+        ("vision_config", "temporal_patch_size"), ("vision_config", "spatial_merge_size"),
+        ("vision_config", "image_size"), ("vision_config", "in_channels"), ("", "image_token_id"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [0, -1, "64", 64.0, True, None, [64]])
+def test_a_size_that_is_no_positive_integer_is_refused(section: str, key: str, value: object) -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value(section, key, value), "config.json")
+    place = f"{section}.{key}" if section else key
+    assert str(caught.value) == f"config.json: {place} is {value!r}, a positive integer is needed; restore the file"
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("text_config", "num_key_value_heads", 4), "config.json")
+    assert str(caught.value) == "config.json: 6 attention heads do not divide by 4 key-value heads"
+
+
+def test_a_head_size_that_is_given_wins_over_the_quotient() -> None:
+    assert parse_config(with_value("text_config", "head_dim", 64), "config.json").head_dim == 64
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_config(tmp_path / "none")
+    assert str(caught.value) == (
+        f"{tmp_path / 'none'}: no such folder; give the folder of the float weights as --model-path"
+    )
+
+
+def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_config(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it"
+    )
+
+
+def test_a_config_that_is_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / 'config.json'}: is not JSON (Expecting value: line 1 column 16 (char 15)); "
+        "download or write it again"
+    )
+
+
+def test_a_config_that_transformers_cannot_build_is_refused_with_its_reason(small_copy: Path) -> None:
+    edit_json(small_copy / "config.json", lambda c: c["text_config"].update(hidden_act="no-such-function"))
+    config = read_config(small_copy)
+    with Checkpoint.open(small_copy) as source, pytest.raises(ModelError) as caught:
+        StreamedModel(source, config, device=torch.device("cpu"), dtype=torch.float32)
+    assert str(caught.value) == (
+        "config.json: transformers cannot build a GLM-4.1V from it (KeyError: 'no-such-function')"
+    )

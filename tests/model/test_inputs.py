@@ -1,0 +1,273 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edit_json
+from PIL import Image
+
+from glmq.errors import ModelError, SampleError
+from glmq.model.config import read_config
+from glmq.model.inputs import Preprocessor
+from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT
+
+PROMPT = "Please describe this picture in detail."
+IMAGE_TOKEN = 14
+HEAD = [2, 4, 7]
+"""[gMASK], <sop>, <|user|> in the tiny model's vocabulary."""
+
+
+def preprocessor(folder: Path = TINY_CHECKPOINT, *, max_pixels: int | None = None) -> Preprocessor:
+    return Preprocessor(folder, read_config(TINY_CHECKPOINT), max_pixels=max_pixels, trust_remote_code=False)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    """A smooth coloured picture."""
+    return Image.linear_gradient("L").resize((width, height)).convert("RGB")
+
+
+@pytest.fixture
+def side_files(tmp_path: Path) -> Path:
+    """The tiny model's tokenizer and processor files, to be damaged."""
+    for path in TINY_CHECKPOINT.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "grid"),
+    # Sides are rounded to multiples of 28 and patches are 14 wide; below 12544 / 2 pixels the image is enlarged.
+    [(112, 112, (1, 8, 8)), (224, 84, (1, 6, 16)), (640, 480, (1, 34, 46)), (28, 28, (1, 6, 6)), (100, 41, (1, 4, 10))],
+)
+def test_one_placeholder_stands_for_each_merged_patch(width: int, height: int, grid: tuple[int, ...]) -> None:
+    inputs = preprocessor().encode(picture(width, height), PROMPT, None)
+    assert tuple(inputs.grid[0].tolist()) == grid
+    patches = grid[1] * grid[2]
+    assert int((inputs.ids == IMAGE_TOKEN).sum()) == patches // 4
+    assert tuple(inputs.pixel_values.shape) == (patches, 3 * 2 * 14 * 14)
+    assert inputs.pixel_values.dtype is torch.float32
+
+
+def test_an_image_beyond_the_models_limit_is_shrunk_to_6032_tokens() -> None:
+    inputs = preprocessor().encode(Image.new("RGB", (3840, 2160)), PROMPT, None)
+    assert inputs.grid.tolist() == [[1, 116, 208]]
+    assert int((inputs.ids == IMAGE_TOKEN).sum()) == 6032
+
+
+def test_the_prompts_ids_are_the_templates_with_the_placeholder_repeated() -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_CHECKPOINT)
+    template = f"[gMASK]<sop><|user|>\n<|begin_of_image|><|image|><|end_of_image|>{PROMPT}<|assistant|>\n"
+    wanted = tokenizer(template, add_special_tokens=False).input_ids
+    at = wanted.index(IMAGE_TOKEN)
+    inputs = preprocessor().encode(picture(112, 112), PROMPT, None)
+    assert inputs.ids.tolist() == [wanted[:at] + [IMAGE_TOKEN] * 16 + wanted[at + 1 :]]
+    assert inputs.ids[0, :3].tolist() == HEAD
+    assert inputs.answer_start == inputs.tokens == len(wanted) + 15
+
+
+def test_an_answer_follows_the_prompt() -> None:
+    from transformers import AutoTokenizer
+
+    answer = "A grey picture."
+    alone = preprocessor().encode(picture(112, 112), PROMPT, None)
+    inputs = preprocessor().encode(picture(112, 112), PROMPT, answer)
+    tail = AutoTokenizer.from_pretrained(TINY_CHECKPOINT)(answer, add_special_tokens=False).input_ids
+    assert inputs.ids.tolist() == [alone.ids[0].tolist() + tail]
+    assert inputs.answer_start == alone.tokens
+
+
+def test_a_prompt_alone_goes_through_the_template_without_an_image() -> None:
+    inputs = preprocessor().encode(None, PROMPT, None)
+    assert inputs.ids[0, :3].tolist() == HEAD
+    assert not (inputs.ids == IMAGE_TOKEN).any()
+    assert inputs.pixel_values is None
+    assert inputs.grid is None
+
+
+def test_an_answer_alone_is_plain_text() -> None:
+    inputs = preprocessor().encode(None, None, "feature")
+    assert inputs.answer_start == 0
+    assert preprocessor().decode(inputs.ids[0].tolist()) == "feature"
+
+
+def test_decoding_leaves_special_tokens_and_outer_space_out() -> None:
+    inputs = preprocessor().encode(picture(112, 112), "Why?", " Because. ")
+    assert preprocessor().decode(inputs.ids[0, inputs.answer_start - 2 :].tolist()) == "Because."
+
+
+@pytest.mark.parametrize("prompt", [None, ""])
+def test_a_sample_with_nothing_in_it_is_refused(prompt: str | None) -> None:
+    with pytest.raises(SampleError) as caught:
+        preprocessor().encode(None, None, prompt)
+    assert str(caught.value) == "a sample has neither image nor prompt nor text; give at least one"
+
+
+@pytest.mark.parametrize(
+    ("sample", "found", "wanted"),
+    [
+        ((picture(112, 112), "What is <|image|>?", None), 32, 16),
+        ((picture(112, 112), PROMPT, "An <|image|>."), 17, 16),
+        ((None, "What is <|image|>?", None), 1, 0),
+        ((None, None, "<|image|><|image|>"), 2, 0),
+    ],
+)
+def test_a_text_with_the_image_placeholder_is_refused(
+    sample: tuple[Image.Image | None, str | None, str | None], found: int, wanted: int
+) -> None:
+    with pytest.raises(SampleError) as caught:
+        preprocessor().encode(*sample)
+    assert str(caught.value) == (
+        f"{found} image placeholders where {wanted} are needed: <|image|> must not be part of a prompt or answer, "
+        "and the chat template must place it once"
+    )
+
+
+def test_a_limit_of_pixels_shrinks_larger_images_and_keeps_their_shape() -> None:
+    limited = preprocessor(max_pixels=112 * 112)
+    assert limited.encode(picture(448, 448), PROMPT, None).grid.tolist() == [[1, 8, 8]]
+    assert limited.encode(picture(448, 112), PROMPT, None).grid.tolist() == [[1, 4, 16]]
+
+
+def test_a_limit_of_pixels_leaves_smaller_images_alone() -> None:
+    image = picture(112, 112)
+    free = preprocessor().encode(image, PROMPT, None)
+    bounded = preprocessor(max_pixels=112 * 112).encode(image, PROMPT, None)
+    assert torch.equal(free.pixel_values, bounded.pixel_values)
+
+
+def test_the_files_own_limit_counts_the_pixels_of_two_frames(side_files: Path) -> None:
+    edit_json(side_files / "preprocessor_config.json", lambda c: c["size"].update(longest_edge=2 * 112 * 112))
+    assert preprocessor(side_files).encode(picture(448, 448), PROMPT, None).grid.tolist() == [[1, 8, 8]]
+
+
+def test_a_limit_above_the_files_own_does_not_lift_it(side_files: Path) -> None:
+    edit_json(side_files / "preprocessor_config.json", lambda c: c["size"].update(longest_edge=2 * 112 * 112))
+    found = preprocessor(side_files, max_pixels=10**6).encode(picture(448, 448), PROMPT, None)
+    assert found.grid.tolist() == [[1, 8, 8]]
+
+
+def test_mean_and_deviation_are_read_from_the_file(side_files: Path) -> None:
+    edit_json(side_files / "preprocessor_config.json", lambda c: c.update(image_mean=[0.0] * 3, image_std=[1.0] * 3))
+    white = Image.new("RGB", (112, 112), "white")
+    assert torch.equal(preprocessor(side_files).encode(white, PROMPT, None).pixel_values, torch.ones(64, 1176))
+
+
+def test_a_picture_with_transparency_or_a_palette_is_taken_as_rgb() -> None:
+    image = picture(112, 112)
+    wanted = preprocessor().encode(image, PROMPT, None).pixel_values
+    for mode in ("RGBA", "L"):
+        assert torch.equal(preprocessor().encode(image.convert(mode), PROMPT, None).pixel_values, wanted)
+
+
+@pytest.mark.parametrize(("width", "height"), [(27, 500), (500, 27), (28 * 201, 28), (28, 28 * 201)])
+def test_an_image_that_the_model_cannot_take_is_refused_with_its_size(width: int, height: int) -> None:
+    with pytest.raises(SampleError) as caught:
+        preprocessor().encode(picture(width, height), PROMPT, None)
+    assert str(caught.value) == (
+        f"an image of {width} x {height} pixels: GLM-4.1V needs sides of at least 28 pixels "
+        "and an aspect ratio of at most 200"
+    )
+
+
+def test_the_narrowest_and_the_smallest_image_are_taken() -> None:
+    assert preprocessor().encode(picture(28 * 200, 28), PROMPT, None).grid.tolist() == [[1, 2, 400]]
+
+
+def test_a_missing_tokenizer_is_named(side_files: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (side_files / name).unlink()
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{side_files}: its tokenizer cannot be loaded (")
+    assert sentence.endswith("); copy the tokenizer files of the release there")
+
+
+def test_a_missing_chat_template_is_named(side_files: Path) -> None:
+    (side_files / "chat_template.jinja").unlink()
+    edit_json(side_files / "tokenizer_config.json", lambda c: c.pop("chat_template", None))
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == f"{side_files}: has no chat template; copy chat_template.jinja of the release there"
+
+
+def test_a_tokenizer_without_the_image_token_is_refused() -> None:
+    config = replace(read_config(TINY_CHECKPOINT), image_token_id=151343)
+    with pytest.raises(ModelError) as caught:
+        Preprocessor(TINY_CHECKPOINT, config, max_pixels=None, trust_remote_code=False)
+    assert str(caught.value) == (
+        f"{TINY_CHECKPOINT}: its tokenizer has no token 151343, the image_token_id of config.json; "
+        "take both from the same release"
+    )
+
+
+def test_a_missing_processor_file_is_named(side_files: Path) -> None:
+    (side_files / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == f"{side_files}: has no preprocessor_config.json; copy it from the model's release"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"{", "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
+               "copy it from the model's release"),
+        (b"\xff\xfe", "is not valid JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); "
+                      "copy it from the model's release"),
+        (b"[]", "holds a JSON list, not an object; copy it again"),
+    ],
+)  # fmt: skip
+def test_a_damaged_processor_file_is_named(content: bytes, what: str, side_files: Path) -> None:
+    path = side_files / "preprocessor_config.json"
+    path.write_bytes(content)
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == f"{path}: {what}"
+
+
+def judged(case: dict[str, str | None]) -> dict[str, object]:
+    """A sample as the independent judge of quantized checkpoints builds it, with transformers' own classes."""
+    from transformers import AutoTokenizer, Glm4vImageProcessor
+
+    config = json.loads((TINY_CHECKPOINT / "config.json").read_text())
+    tokenizer, vision = AutoTokenizer.from_pretrained(TINY_CHECKPOINT), config["vision_config"]
+    processor = Glm4vImageProcessor(
+        patch_size=vision["patch_size"],
+        temporal_patch_size=vision["temporal_patch_size"],
+        merge_size=vision["spatial_merge_size"],
+    )
+    token = tokenizer.convert_ids_to_tokens(config["image_token_id"])
+    found: dict[str, object] = {"pixel_values": None, "grid": None}
+    head = []
+    if case["prompt"] or case["image"]:
+        content = ([{"type": "image"}] if case["image"] else []) + [{"type": "text", "text": case["prompt"] or ""}]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        if case["image"]:
+            made = processor(images=Image.open(TINY_CASES / case["image"]).convert("RGB"), return_tensors="pt")
+            text = text.replace(token, token * (int(made["image_grid_thw"].prod()) // 4))
+            found |= {"pixel_values": made["pixel_values"].float(), "grid": made["image_grid_thw"]}
+        head = tokenizer(text, add_special_tokens=False).input_ids
+    tail = tokenizer(case["text"], add_special_tokens=False).input_ids
+    return found | {"ids": torch.tensor([head + tail]), "answer_start": len(head)}
+
+
+@pytest.mark.parametrize(("file", "number"), [("images.jsonl", 0), ("images.jsonl", 17), ("texts.jsonl", 0)])
+def test_inputs_are_those_of_an_independent_judge(file: str, number: int) -> None:
+    case = json.loads((TINY_CASES / file).read_text().splitlines()[number])
+    wanted = judged(case)
+    image = Image.open(TINY_CASES / case["image"]) if case["image"] else None
+    found = preprocessor().encode(image, case["prompt"], case["text"])
+    assert torch.equal(found.ids, wanted["ids"])
+    assert found.answer_start == wanted["answer_start"]
+    for name in ("pixel_values", "grid"):
+        tensor, other = getattr(found, name), wanted[name]
+        assert (tensor is None) == (other is None)
+        assert tensor is None or torch.equal(tensor, other)
