@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TYPE_CHECKING
 
 from glmq.spec import QuantType
 
@@ -77,6 +79,18 @@ class LinearReport:
     smoothing: str
     """How the input channels were scaled, e.g. `m2 (threshold 3.1, 12 channels)`, or `none`."""
     seconds: float
+
+
+def report_row(report: LinearReport) -> dict[str, str | int | float | None]:
+    """A report as JSON values. The decibels of a perfect linear, infinity, become None."""
+    row = asdict(report) | {"quant_type": report.quant_type.value}
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def parse_row(row: Mapping[str, Any]) -> LinearReport:
+    """The inverse of report_row."""
+    values = {key: math.inf if value is None else value for key, value in row.items()}
+    return LinearReport(**values | {"quant_type": QuantType(row["quant_type"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import load_full
+from helpers import glmq, load_full
 from make_checkpoint import Size, make_checkpoint
 
-from glmq.cli.jobs import CalibrationOptions, calibrate_folder, quantize_folder
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
-from glmq.quantize.recipe import Options
 
 torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers looks at it when it is imported
@@ -33,7 +31,7 @@ def pictures() -> Path:
 def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's statistics folder over all 16 pictures."""
     folder = tmp_path_factory.mktemp("tiny") / "stats"
-    calibrate_folder(tiny, folder, CalibrationOptions(images=pictures), overwrite=False, quiet=True)
+    glmq("calibrate", "--model-path", tiny, "--calib-images", pictures, "--stats", folder)
     return folder
 
 
@@ -41,10 +39,9 @@ def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFact
 def tiny_seed(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model quantized with the mission's command: W8A8S by sigma, fp16."""
     folder = tmp_path_factory.mktemp("tiny") / "w8a8s"
-    options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16")
-    quantize_folder(
-        tiny, folder, options, CalibrationOptions(),
-        stats_path=tiny_stats, shard_bytes=None, overwrite=False, quiet=True,
+    glmq(
+        "quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", folder,
+        "--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16",
     )  # fmt: skip
     return folder
 
@@ -61,7 +58,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_stats(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's statistics over two pictures."""
     folder = tmp_path_factory.mktemp("small") / "stats"
-    calibrate_folder(small, folder, CalibrationOptions(images=pictures, limit=2), overwrite=False, quiet=True)
+    glmq("calibrate", "--model-path", small, "--calib-images", pictures, "--limit", 2, "--stats", folder)
     return folder
 
 

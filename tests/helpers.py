@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from typer.testing import Result
+
     from glmq.model.config import ModelConfig
     from glmq.model.inputs import ModelInputs
+
+
+def run(*args: object) -> Result:
+    """Run `glmq` with these arguments in this process; whatever the exit code."""
+    from typer.testing import CliRunner
+
+    from glmq.cli.app import app
+
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def glmq(*args: object) -> Result:
+    """Run `glmq` with these arguments in this process; it must succeed."""
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
@@ -85,3 +104,14 @@ def full_model_kwargs(inputs: ModelInputs, model: nn.Module) -> dict[str, object
     if inputs.pixel_values is not None:
         kwargs |= {"pixel_values": inputs.pixel_values, "image_grid_thw": inputs.grid}
     return kwargs
+
+
+def slow_histogram(values: list[float]) -> tuple[int, list[int]]:
+    """Exponent and counts of one channel, value by value: 256 bins of width 2^(exponent - 7) from -2^exponent on."""
+    exponent = -40
+    while not max(abs(value) for value in values) < 2.0**exponent:
+        exponent += 1
+    counts = [0] * 256
+    for value in values:
+        counts[math.floor(value / 2.0 ** (exponent - 7)) + 128] += 1
+    return exponent, counts

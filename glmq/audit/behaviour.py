@@ -388,11 +388,18 @@ class _Head:
         """float32 [T, stop - start] from float32 [T, width]."""
         if self._int8 is None:
             return x @ self._source.read_rows(f"{LM_HEAD}.weight", start, stop).float().T
-        rows = {
-            field: None if (value := getattr(self._int8, field)) is None else value[start:stop]
-            for field in ("weight", "weight_scale", "bias", "deq_scale", "quant_bias", "weight_scale_second")
-        }
-        return run_linear(x, replace(self._int8, **rows))
+        cut = slice(start, stop)
+        whole = self._int8
+        part = replace(
+            whole,
+            weight=whole.weight[cut],
+            weight_scale=whole.weight_scale[cut],
+            bias=None if whole.bias is None else whole.bias[cut],
+            deq_scale=None if whole.deq_scale is None else whole.deq_scale[cut],
+            quant_bias=None if whole.quant_bias is None else whole.quant_bias[cut],
+            weight_scale_second=None if whole.weight_scale_second is None else whole.weight_scale_second[cut],
+        )
+        return run_linear(x, part)
 
 
 class _HeadSums:

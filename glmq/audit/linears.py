@@ -46,7 +46,8 @@ LARGEST_ERROR: Final = {
 0.01 for ordinary rows, 0.15 where one weight in 4096 carries the row. Steps of 3 sigma / 7 or 4 sigma / 7 give 0.12 or
 0.17, twice that with error compensation. Unrelated weights give 1.4, a missing one 1."""
 
-_ELEMENTS_AT_ONCE: Final = 2**24
+_ELEMENTS_AT_ONCE: Final = 2**22
+"""Weights that are widened to float64 together: 32 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +214,32 @@ def _check_arithmetic(subject: Subject) -> Iterator[Finding]:
             if bool((off > STEP_TOLERANCE).any()):
                 message = f"differs from deq_scale / input_scale by up to {100 * float(off.max()):.2g} %"
                 yield Finding(11, "error", f"{name}.weight_scale", message)
+    if subject.is_packed:
+        yield from _check_scale_bias(subject)
     if error is not None and not error <= LARGEST_ERROR[subject.kind]:
         message = (
             f"is {error:.3g} of the float weight's norm away from it, wanted at most {LARGEST_ERROR[subject.kind]}"
         )
         yield Finding(16, "error", f"{name}.weight", message)
+
+
+def _check_scale_bias(subject: Subject) -> Iterator[Finding]:
+    """Part of check 11: scale_bias = 8 * sum of q * bf16(second) * bf16(step) over all columns, or over 16 pieces of them.
+
+    A float32 sum of K terms in any order is off by at most K * 2^-24 of the sum of their magnitudes.
+    """
+    name = f"{subject.name}.scale_bias"
+    stored = subject.checkpoint.read(name).double()
+    step, second = (t.bfloat16().double() for t in (_steps(subject), _second(subject)) if t is not None)
+    worst = 0.0
+    for row, q in _integer_rows(subject):
+        cut, cols = slice(row, row + q.shape[0]), q.shape[1]
+        terms = 8 * step[cut] * second[cut].repeat_interleave(cols // second.shape[1], dim=1) * q
+        terms = terms.reshape(q.shape[0], stored.shape[1], -1)  # [r, K] -> [r, pieces, K / pieces]
+        off, slack = (stored[cut] - terms.sum(2)).abs(), terms.shape[2] * 2.0**-24 * terms.abs().sum(2)
+        worst = max(worst, float(torch.where(off > slack, off, 0.0).max()))
+    if worst > 0:
+        yield Finding(11, "error", name, f"differs from 8 * sum(int4 * scales) by up to {worst:g}")
 
 
 def _bias(subject: Subject) -> Tensor:

@@ -67,7 +67,7 @@ def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | No
         raise SampleError(f"{directory}: no such folder; give a folder of images as --calib-images")
     samples: list[Sample] = []
     rejected: list[Rejected] = []
-    for path in sorted(p for p in directory.iterdir() if p.is_file() and not p.name.startswith(".")):
+    for path in sorted(p for p in directory.iterdir() if not p.is_dir() and not p.name.startswith(".")):
         if path.suffix.lower() in (".md", ".txt", ".json", ".jsonl"):
             continue
         reason = _image_defect(path)
@@ -93,8 +93,8 @@ def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | No
 def read_samples(path: Path, *, limit: int | None) -> SampleSet:
     """The samples of a JSON-lines file, in its order.
 
-    Each line is an object with `image` (path relative to the file), `prompt` and `text` (the answer); any may be null or absent,
-    but not all. A line with `text` alone is plain text.
+    Each line is an object with `image` (path relative to the file), `prompt` and `text` (the answer); any may be null or
+    absent, but not all. A line with `text` alone is plain text.
 
     Raises:
         SampleError: no such file, a line that is not such an object, or an image that does not decode.

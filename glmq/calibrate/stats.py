@@ -71,18 +71,25 @@ class StatsWriter:
         """Remember how many tokens a sample had."""
         self._tokens[sample.name] = tokens
 
-    def write(self, block: str, inputs: Sequence[InputStats]) -> None:
-        """Store the finished sites of one block."""
+    def write(self, block: str, inputs: Sequence[InputStats]) -> JsonObject:
+        """Store the finished sites of one block. Returns their manifest entries."""
         tensors: dict[str, Tensor] = {}
+        entries: JsonObject = {}
         for stats in inputs:
             tensors |= {f"{stats.name}.{field}": tensor for field, tensor in _fields(stats).items()}
-            self._inputs[stats.name] = {
+            entries[stats.name] = {
                 "file": f"{block}.safetensors",
                 "width": stats.width,
                 "tokens": stats.tokens,
                 "second_moment": stats.second_moment is not None,
             }
         write_whole(self._directory / f"{block}.safetensors", save(tensors))
+        self.restore(entries)
+        return entries
+
+    def restore(self, entries: Mapping[str, JsonValue]) -> None:
+        """Take over the manifest entries of a block that an interrupted run has stored."""
+        self._inputs.update(entries)
 
     def finish(self) -> None:
         """Write the manifest, which makes the folder a statistics folder."""

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TypeAlias
 
 import psutil
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from glmq.calibrate.capture import watching
 from glmq.calibrate.samples import Sample, open_image
 from glmq.calibrate.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.json_file import JsonObject, write_whole
 from glmq.device import release
 from glmq.errors import SampleError
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
-from glmq.model.glm4v import LM_HEAD, TEXT, Block, head_block, merger_block, text_blocks, vision_block
+from glmq.model.glm4v import LM_HEAD, TEXT, Block, all_blocks, head_block, merger_block, text_blocks, vision_block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.numerics.moments import InputAccumulator, InputStats
 from glmq.records import BlockDone
@@ -28,11 +33,23 @@ def calibrate_checkpoint(
     preprocessor: Preprocessor,
     sink: StatsWriter,
     settings: Settings,
+    journal: Journal,
+    folder: Path,
 ) -> Iterator[BlockDone]:
     """Run the samples through the model, one block in memory at a time, and write the statistics of every linear input.
 
     The vision tower runs over all images first, block by block, then the text layers. One copy of the hidden states
-    is kept per sample. Sums run in the order of the samples.
+    is kept per sample. Sums run in the order of the samples. Each finished block is journalled with the hidden states that
+    it left, so that an interrupted run continues after it with the same bits.
+
+    Args:
+        model: the streamed float model.
+        samples: the calibration samples, in the order of the sums.
+        preprocessor: of the same model folder.
+        sink: where the statistics go.
+        settings: of this run.
+        journal: finished blocks of an interrupted run are in it.
+        folder: where hidden states are kept between blocks.
 
     Yields:
         A record after each block.
@@ -42,34 +59,76 @@ def calibrate_checkpoint(
         SampleError: an image that the model cannot take, or a sample whose hidden states overflow.
     """
     run = _Run(model, samples, preprocessor, sink, settings)
-    config = model.config
-    total = config.vision_depth + 1 + config.layers + 1
-    steps = _steps(run)
+    states = _States(folder)
+    first = len(journal.finished)
+    for entry in journal.finished.values():
+        inputs = entry["inputs"]
+        assert isinstance(inputs, Mapping)
+        sink.restore(inputs)
+    total = len(all_blocks(model.config))
     started = time.perf_counter()
-    for index, name in enumerate(steps):
+    for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
+        states.save(index, calls)
+        journal.record(name, {"inputs": entries})
+        states.forget(index - 1)
         release(model.device)
         now = time.perf_counter()
         yield BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss)
         started = time.perf_counter()
+    states.forget(total - 1)
     sink.finish()
 
 
-def _steps(run: _Run) -> Iterator[str]:
-    """Do the work; yields the name of each block when it is done."""
+Calls: TypeAlias = dict[int, BlockCall]
+"""The calls in flight, by index of the sample."""
+
+
+def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonObject, Calls]]:
+    """Do the work from block `first` on; yields each block's name, manifest entries and calls when it is done."""
     config = run.model.config
-    vision_calls = run.start_vision()
-    for index in range(config.vision_depth):
+    calls = run.start_vision()
+    depth = config.vision_depth
+    if 0 < first <= depth:
+        states.load(first - 1, calls)
+    for index in range(first, depth):
         block = vision_block(config, index)
-        run.replay_block(block, vision_calls)
-        yield block.name
-    text_calls = run.start_text(vision_calls)
-    vision_calls.clear()
-    yield merger_block(config).name
-    for block in text_blocks(config):
-        run.replay_block(block, text_calls)
-        yield block.name
-    run.finish_text(text_calls)
-    yield LM_HEAD
+        entries = run.replay_block(block, calls)
+        yield block.name, entries, calls
+    # On a resume past this point the text calls are made anew, but for their hidden states, which come from the folder.
+    entries, calls = run.start_text(calls, watch=first <= depth)
+    if first <= depth:
+        yield merger_block(config).name, entries, calls
+    elif first <= depth + 1 + config.layers:
+        states.load(first - 1, calls)
+    for block in text_blocks(config)[max(0, first - depth - 1) :]:
+        entries = run.replay_block(block, calls)
+        yield block.name, entries, calls
+    if first <= depth + 1 + config.layers:
+        yield LM_HEAD, run.finish_text(calls), {}
+
+
+class _States:
+    """The hidden states after the last finished block, on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def save(self, index: int, calls: Calls) -> None:
+        """Keep the states that block `index` left, whole or not at all."""
+        write_whole(self._path(index), save({str(sample): call.hidden.contiguous() for sample, call in calls.items()}))
+
+    def load(self, index: int, calls: Calls) -> None:
+        """Put the states that block `index` left into the calls."""
+        stored = load_file(self._path(index))
+        for sample, call in calls.items():
+            call.hidden = stored[str(sample)].to(call.hidden.device)
+
+    def forget(self, index: int) -> None:
+        """Remove what is no longer needed."""
+        self._path(index).unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f".states-{index:03d}"
 
 
 class _Run:
@@ -87,57 +146,68 @@ class _Run:
         self._samples, self._preprocessor, self._settings = samples, preprocessor, settings
         self._keep_rows = max(1, SAMPLE_ROWS // len(samples))
 
-    def start_vision(self) -> dict[int, BlockCall]:
+    def start_vision(self) -> Calls:
         """The first vision block's call of every sample with an image."""
-        calls: dict[int, BlockCall] = {}
+        calls: Calls = {}
         with self.model.placed(*VISION_STEM):
             for index, sample in enumerate(self._samples):
                 if sample.image is not None:
                     calls[index] = self.model.vision_call(self._inputs(sample))
         return calls
 
-    def start_text(self, vision_calls: dict[int, BlockCall]) -> dict[int, BlockCall]:
-        """The first text layer's call of every sample; the merger's inputs are watched on the way."""
+    def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[JsonObject, Calls]:
+        """The first text layer's call of every sample; with `watch` the merger's inputs are collected on the way."""
         model, block = self.model, merger_block(self.model.config)
         accumulators = self._accumulators(block)
-        calls: dict[int, BlockCall] = {}
+        calls: Calls = {}
         parts = (*VISION_STEM, *VISION_TAIL) if vision_calls else ()
         with model.placed(*parts), watching(model, block, accumulators, keep_rows=self._keep_rows):
             for index, sample in enumerate(self._samples):
                 inputs = self._inputs(sample)
                 self.sink.set_tokens(sample, inputs.tokens)
-                with model.embedding_rows(inputs.ids):
+                with model.embedding_rows(inputs.ids), self._blaming(sample):
                     calls[index] = model.text_call(inputs, vision_calls.pop(index, None))
-                self._check(calls[index].hidden, sample, block.name)
-        self._write(block, accumulators)
-        return calls
+                    _check_finite(calls[index].hidden, block.name)
+        return self._write(block, accumulators) if watch else {}, calls
 
-    def replay_block(self, block: Block, calls: dict[int, BlockCall]) -> None:
+    def replay_block(self, block: Block, calls: Calls) -> JsonObject:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""
         model = self.model
         accumulators = self._accumulators(block)
         watch = watching(model, block, accumulators, keep_rows=self._keep_rows)
         with model.placed(block.name) if calls else nullcontext(), watch:
             for index, call in calls.items():
-                call.hidden = model.replay(block.name, call)
-                self._check(call.hidden, self._samples[index], block.name)
-        self._write(block, accumulators)
+                with self._blaming(self._samples[index]):
+                    call.hidden = model.replay(block.name, call)
+                    _check_finite(call.hidden, block.name)
+        return self._write(block, accumulators)
 
-    def finish_text(self, calls: dict[int, BlockCall]) -> None:
+    def finish_text(self, calls: Calls) -> JsonObject:
         """The statistics of lm_head's input; the head itself is not run."""
         model, block = self.model, head_block(self.model.config)
         accumulators = self._accumulators(block)
         with model.placed(f"{TEXT}.norm"), torch.no_grad():
-            for call in calls.values():
+            for index, call in calls.items():
                 hidden = model.module(f"{TEXT}.norm")(call.hidden)
-                accumulators[LM_HEAD].update(hidden.reshape(-1, hidden.shape[-1]), keep_rows=self._keep_rows)
-        self._write(block, accumulators)
+                with self._blaming(self._samples[index]):
+                    accumulators[LM_HEAD].update(hidden.reshape(-1, hidden.shape[-1]), keep_rows=self._keep_rows)
+        return self._write(block, accumulators)
 
     def _inputs(self, sample: Sample) -> ModelInputs:
-        try:
+        with self._blaming(sample):
             return self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+
+    @contextmanager
+    def _blaming(self, sample: Sample) -> Iterator[None]:
+        """Name the sample in what goes wrong with it."""
+        try:
+            yield
         except SampleError as error:
             raise SampleError(f"{sample.name}: {error}") from error
+        except FloatingPointError as error:
+            narrow = self.model.dtype is not torch.float32
+            advice = "use --compute-dtype fp32, or leave this sample out" if narrow else "leave this sample out"
+            raise SampleError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
 
     def _accumulators(self, block: Block) -> dict[str, InputAccumulator]:
         config, wide = self.model.config, self._settings.wide_moments
@@ -148,14 +218,12 @@ class _Run:
             for group in block.groups
         }
 
-    def _write(self, block: Block, accumulators: dict[str, InputAccumulator]) -> None:
+    def _write(self, block: Block, accumulators: dict[str, InputAccumulator]) -> JsonObject:
         finished: list[InputStats] = [a.finish() for a in accumulators.values() if a.tokens]
-        if finished:
-            self.sink.write(block.name, finished)
+        return self.sink.write(block.name, finished) if finished else {}
 
-    def _check(self, hidden: Tensor, sample: Sample, block: str) -> None:
-        if not torch.isfinite(hidden).all():
-            raise SampleError(
-                f"{sample.name}: the hidden states after {block} hold NaN or infinity in {self.model.dtype}; "
-                "use --compute-dtype fp32, or leave this sample out"
-            )
+
+def _check_finite(hidden: Tensor, block: str) -> None:
+    """Raise FloatingPointError for NaN or infinity."""
+    if not torch.isfinite(hidden).all():
+        raise FloatingPointError(f"the hidden states after {block} hold NaN or infinity")

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all."""
+"""An output folder that appears whole or not at all, and whose unfinished state can be resumed."""
 
 from __future__ import annotations
 
@@ -7,37 +7,47 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
+from glmq.checkpoint import journal
 from glmq.checkpoint.json_file import DIRECTORY_MODE
-from glmq.errors import UsageError
+from glmq.errors import InputError, UsageError
 
 
 class OutputFolder:
-    """Work in a hidden sibling folder; `finish` gives it its name, leaving with an exception removes it.
+    """Work in a hidden sibling folder; `finish` gives it its name.
+
+    Leaving with an error that a repetition would meet again (bad input, wrong usage) removes the hidden folder. After an
+    interruption (Ctrl-C, a kill, a full disk) it stays if it has a journal, so that the run can be resumed.
 
     Args:
         target: the folder to make.
         overwrite: a non-empty `target` is replaced at `finish`, and stays untouched until then.
+        resume: continue in the hidden folder of an interrupted run.
 
     Raises:
-        UsageError: `target` is not empty and `overwrite` is false, or it is a file.
+        UsageError: see `check_target`.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
-        check_target(target, overwrite=overwrite)
+    def __init__(self, target: Path, *, overwrite: bool, resume: bool = False) -> None:
+        check_target(target, overwrite=overwrite, resume=resume)
         self.target = target
-        self.path = target.parent / f".{target.name}.partial"
+        self.path = partial_path(target)
         """Where to write until `finish`."""
+        self._resume = resume
 
     def __enter__(self) -> OutputFolder:
-        shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True)
+        if not self._resume:
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self.path.chmod(DIRECTORY_MODE)  # mkdir's mode is cut by the umask
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
+        if error is None:
+            return
+        hopeless = isinstance(error, InputError | UsageError) and not self._resume
+        if hopeless or not journal.read_lines(self.path / journal.NAME):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self) -> None:
@@ -52,12 +62,32 @@ class OutputFolder:
             os.rename(self.path, self.target)
 
 
-def check_target(target: Path, *, overwrite: bool) -> None:
-    """Raise UsageError unless `target` can become an output folder."""
+def partial_path(target: Path) -> Path:
+    """The hidden folder where `target` grows."""
+    return target.parent / f".{target.name}.partial"
+
+
+def check_target(target: Path, *, overwrite: bool, resume: bool = False) -> None:
+    """Check that `target` can become an output folder.
+
+    Raises:
+        UsageError: it is a file, it is not empty and `overwrite` is false, or an interrupted run lies beside it that neither
+            `resume` continues nor `overwrite` drops.
+    """
     if target.is_dir():
         if any(target.iterdir()) and not overwrite:
-            raise UsageError(
-                f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents"
-            )
+            raise UsageError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
     elif target.exists():
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
+    if not resume and not overwrite:
+        refuse_interrupted(target)
+
+
+def refuse_interrupted(target: Path) -> None:
+    """Raise UsageError if the unfinished folder of an interrupted run lies beside `target`."""
+    lines = journal.read_lines(partial_path(target) / journal.NAME)
+    if lines:
+        raise UsageError(
+            f"{target}: an interrupted run of {len(lines) - 1} finished blocks lies beside it; "
+            "pass --resume to continue it, or --overwrite to start again"
+        )

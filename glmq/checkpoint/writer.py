@@ -240,6 +240,11 @@ class ShardWriter:
         if self._next_row[name] == total:
             self._written.add(name)
 
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk."""
+        for handle in self._handles.values():
+            os.fsync(handle)
+
     def mark_written(self, names: Iterable[str]) -> None:
         """Count tensors that an earlier run wrote into the partial files as written."""
         for name in names:
@@ -258,8 +263,7 @@ class ShardWriter:
                 f"{self.directory}: {len(missing)} of {len(self._places)} planned tensors were not written, "
                 f"the first is {missing[0]!r}; this is a bug in the caller"
             )
-        for handle in self._handles.values():
-            os.fsync(handle)
+        self.sync()
         self._close()
         for file in self.plan.files:
             os.replace(self._partial(file), self.directory / file.name)

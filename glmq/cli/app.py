@@ -10,6 +10,7 @@ import typer
 from glmq import __version__
 from glmq.cli.calibrate import calibrate
 from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand
+from glmq.cli.compress import compress
 from glmq.cli.demo import demo
 from glmq.cli.quantize import quantize
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (calibrate, quantize, demo):
+for command in (calibrate, quantize, compress, demo):
     app.command(cls=GlmqCommand, epilog=EXIT_CODES, context_settings=CONTEXT)(command)
 
 

@@ -26,6 +26,7 @@ def calibrate(
     compute_dtype: o.ComputeDtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -49,7 +50,9 @@ def calibrate(
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,
     )
-    statistics = calibrate_folder(model_path, stats, chosen, overwrite=overwrite, quiet=quiet or json_output)
+    statistics = calibrate_folder(
+        model_path, stats, chosen, overwrite=overwrite, resume=resume, quiet=quiet or json_output
+    )
     if json_output:
         print_json({**statistics.manifest, "folder": str(stats)})
     elif quiet:

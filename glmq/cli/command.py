@@ -60,10 +60,14 @@ class GlmqCommand(TyperCommand):
             _complain(error.code, str(error), json_wanted, debug)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            _complain("interrupted", "stopped by Ctrl-C; nothing half-written was left behind", json_wanted, debug)
+            _complain(
+                "interrupted", "stopped by Ctrl-C; --resume continues after the last finished block", json_wanted, debug
+            )
             raise typer.Exit(130) from error
         except Terminated as error:
-            _complain("terminated", "stopped by SIGTERM; nothing half-written was left behind", json_wanted, debug)
+            _complain(
+                "terminated", "stopped by SIGTERM; --resume continues after the last finished block", json_wanted, debug
+            )
             raise typer.Exit(143) from error
         except MemoryError as error:
             _complain(

@@ -51,14 +51,14 @@ def _run(folder: Path, model: Path, pictures: Path, unseen: Path, *, overwrite: 
     stats, quantized = folder / "statistics", folder / "w8a8s"
     _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --stats {stats}")
     calibration = CalibrationOptions(images=pictures)
-    calibrate_folder(model, stats, calibration, overwrite=overwrite, quiet=False)
+    calibrate_folder(model, stats, calibration, overwrite=overwrite, resume=False, quiet=False)
     _say(
         f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
         "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
     )
     options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16")
     job = QuantizationJob(model, quantized, options, calibration, stats_path=stats)
-    result = quantize_folder(job, overwrite=overwrite, quiet=False)
+    result = quantize_folder(job, overwrite=overwrite, resume=False, quiet=False)
     show_quantization(result, verbose=False)
     stdout.print()
     stdout.print(captions_table(unseen.name, {"float": _caption(model, unseen), "W8A8S": _caption(quantized, unseen)}))

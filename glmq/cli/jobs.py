@@ -6,21 +6,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 
-from glmq.calibrate.samples import WANTED_IMAGES, Sample, default_images, list_images, read_samples
+from glmq import __version__
+from glmq.calibrate.samples import WANTED_IMAGES, Sample, default_images, digest, list_images, read_samples
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter, expected_bytes
 from glmq.calibrate.stream import calibrate_checkpoint
-from glmq.checkpoint.folder import OutputFolder, check_target
+from glmq.checkpoint.folder import OutputFolder, check_target, refuse_interrupted
+from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import check_room
 from glmq.cli.render import BlockProgress, stderr
 from glmq.device import default_compute_dtype, resolve
-from glmq.errors import UsageError
+from glmq.errors import InputError, UsageError
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
@@ -85,35 +87,38 @@ class QuantizationResult:
 
 
 def calibrate_folder(
-    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, quiet: bool
+    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, resume: bool, quiet: bool
 ) -> Statistics:
     """Run `glmq calibrate`: write the statistics folder and open it."""
-    check_target(stats_path, overwrite=overwrite)
+    check_target(stats_path, overwrite=overwrite, resume=resume)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         samples = load_samples(options, quiet=quiet)
-        with OutputFolder(stats_path, overwrite=overwrite) as folder:
+        with OutputFolder(stats_path, overwrite=overwrite, resume=resume) as folder:
             _calibrate(source, config, samples, options, folder.path, quiet=quiet)
             folder.finish()
     return Statistics.open(stats_path)
 
 
-def quantize_folder(job: QuantizationJob, *, overwrite: bool, quiet: bool) -> QuantizationResult:
+def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult:
     """Run `glmq quantize`: everything that can be refused is refused before the first weight is read."""
-    with _planned(job, overwrite=overwrite) as (source, config, recipe, plan):
+    with _planned(job, overwrite=overwrite, resume=resume) as (source, config, recipe, plan):
         _say_patterns(recipe, config, quiet=quiet)
         check_room(job.out_path, plan.shards.nbytes)
         calibration, stats, out = job.calibration, job.stats_path, job.out_path
-        with _statistics(source, config, calibration, stats, out, quiet=quiet) as statistics:
+        with _statistics(source, config, calibration, stats, out, resume=resume, quiet=quiet) as statistics:
             if job.fallback_topk or job.max_error is not None:
                 recipe = _fall_back(source, config, statistics, recipe, plan, job, quiet=quiet)
                 plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
-            return _quantize(source, config, recipe, plan, statistics, job.out_path, overwrite=overwrite, quiet=quiet)
+            with OutputFolder(job.out_path, overwrite=overwrite, resume=resume) as folder:
+                result = _quantize(source, config, recipe, plan, statistics, folder, quiet=quiet)
+                folder.finish()
+            return result
 
 
 def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
     """Run `glmq quantize --dry-run`: read config.json and headers, touch nothing."""
-    with _planned(job, overwrite=overwrite) as (source, config, recipe, plan):
+    with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
         needed = 0
         if job.stats_path is None or not job.stats_path.exists():
             load_samples(job.calibration, quiet=True)
@@ -124,12 +129,16 @@ def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
 
 
 @contextmanager
-def _planned(job: QuantizationJob, *, overwrite: bool) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
+def _planned(
+    job: QuantizationJob, *, overwrite: bool, resume: bool
+) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
     """The open source and the plan of the whole output, from options, config.json and headers."""
     recipe = make_recipe(job.options)
     if job.out_path.resolve() == job.model_path.resolve():
         raise UsageError(f"{job.out_path}: is the folder of the float weights; choose another --save_directory")
-    check_target(job.out_path, overwrite=overwrite)
+    check_target(job.out_path, overwrite=overwrite, resume=resume)
+    if not resume and not overwrite:
+        refuse_interrupted(_own_statistics(job.out_path))
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(recipe, config)
@@ -188,29 +197,33 @@ def _statistics(
     stats_path: Path | None,
     out_path: Path,
     *,
+    resume: bool,
     quiet: bool,
 ) -> Iterator[Statistics]:
     """The statistics to quantize with: the given folder's, or fresh ones, kept if a folder was named."""
-    if stats_path is not None and stats_path.exists() and any(stats_path.iterdir()):
-        statistics = Statistics.open(stats_path)
+    folder = stats_path or _own_statistics(out_path)
+    if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
+        statistics = Statistics.open(folder)
         statistics.check_model(source.fingerprint())
-        yield statistics
-        return
-    samples = load_samples(options, quiet=quiet)
-    if stats_path is not None:
-        with OutputFolder(stats_path, overwrite=False) as folder:
-            _calibrate(source, config, samples, options, folder.path, quiet=quiet)
-            folder.finish()
-        yield Statistics.open(stats_path)
-        return
-    out_path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, where there is room for gigabytes; /tmp is often small.
-    temporary = Path(mkdtemp(prefix=f".{out_path.name}.statistics-", dir=out_path.absolute().parent))
+    else:
+        samples = load_samples(options, quiet=quiet)
+        with OutputFolder(folder, overwrite=stats_path is None, resume=resume) as output:
+            _calibrate(source, config, samples, options, output.path, quiet=quiet)
+            output.finish()
+        statistics = Statistics.open(folder)
     try:
-        _calibrate(source, config, samples, options, temporary, quiet=quiet)
-        yield Statistics.open(temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield statistics
+    except (InputError, UsageError):
+        if stats_path is None:
+            shutil.rmtree(folder)
+        raise
+    if stats_path is None:
+        shutil.rmtree(folder)
+
+
+def _own_statistics(out_path: Path) -> Path:
+    """Where statistics lie that nobody named: beside the output, where there is room for gigabytes; /tmp is often small."""
+    return out_path.absolute().parent / f".{out_path.name}.statistics"
 
 
 def _calibrate(
@@ -223,7 +236,6 @@ def _calibrate(
     quiet: bool,
 ) -> None:
     check_source(source, config)
-    check_room(folder, expected_bytes(config, wide_moments=options.wide_moments))
     device = resolve(options.device_type)
     dtype = compute_dtype(options.compute_dtype, device)
     settings = Settings(str(dtype).removeprefix("torch."), options.max_pixels, options.wide_moments)
@@ -231,10 +243,34 @@ def _calibrate(
         source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
     )
     model = StreamedModel(source, config, device=device, dtype=dtype)
+    journal = Journal(
+        folder,
+        {
+            "model": source.fingerprint(),
+            "samples": digest(samples),
+            "compute dtype": settings.compute_dtype,
+            "max pixels": str(settings.max_pixels),
+            "wide moments": str(settings.wide_moments),
+            **_machine(),
+        },
+    )
+    if not journal.finished:
+        check_room(folder, expected_bytes(config, wide_moments=options.wide_moments))
     sink = StatsWriter(folder, source.fingerprint(), samples, settings)
     with BlockProgress("calibrate", quiet=quiet) as progress:
-        for done in calibrate_checkpoint(model, samples, preprocessor, sink, settings):
+        for done in calibrate_checkpoint(model, samples, preprocessor, sink, settings, journal, folder):
             progress.advance(done)
+    journal.remove()
+
+
+def _machine() -> dict[str, str]:
+    """What the last bits of a float32 product depend on, beside its inputs."""
+    return {
+        "glmq": __version__,
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -249,22 +285,28 @@ def _quantize(
     recipe: Recipe,
     plan: OutputPlan,
     statistics: Statistics,
-    out_path: Path,
+    folder: OutputFolder,
     *,
-    overwrite: bool,
     quiet: bool,
 ) -> QuantizationResult:
+    settings = {
+        "model": source.fingerprint(),
+        "samples": statistics.samples_digest,
+        "recipe": str(recipe),
+        "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
+        **_machine(),
+    }
+    journal = Journal(folder.path, settings)
     reports: list[LinearReport] = []
-    with OutputFolder(out_path, overwrite=overwrite) as folder:
-        with BlockProgress("quantize", quiet=quiet) as progress:
-            for block in quantize_checkpoint(source, config, statistics, recipe, plan, folder.path):
-                reports += block.reports
-                progress.advance(block.done)
-        parts = bytes_by_part(source, plan.shards)
-        document = report_document(reports, parts, recipe, statistics.samples_digest)
-        write_report(folder.path, document, reports)
-        folder.finish()
-    return QuantizationResult(out_path, recipe, tuple(reports), tuple(parts), document)
+    with BlockProgress("quantize", quiet=quiet) as progress:
+        for block in quantize_checkpoint(source, config, statistics, recipe, plan, folder.path, journal):
+            reports += block.reports
+            progress.advance(block.done)
+    parts = bytes_by_part(source, plan.shards)
+    document = report_document(reports, parts, recipe, statistics.samples_digest)
+    write_report(folder.path, document, reports)
+    journal.remove()
+    return QuantizationResult(folder.target, recipe, tuple(reports), tuple(parts), document)
 
 
 def _say_patterns(recipe: Recipe, config: ModelConfig, *, quiet: bool) -> None:

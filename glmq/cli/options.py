@@ -74,6 +74,14 @@ WideMoments = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--no-resume",
+        help="Continue an interrupted run after its last finished block; the output has the same bytes as an unbroken one.",
+        rich_help_panel=RUN,
+    ),
+]
 DeviceType = Annotated[
     Literal["cpu", "npu"], typer.Option("--device-type", help="Where the model runs.", rich_help_panel=RUN)
 ]

@@ -183,6 +183,7 @@ def quantize(
         ),
     ] = None,
     overwrite: o.Overwrite = False,
+    resume: o.Resume = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -256,7 +257,7 @@ def quantize(
     if dry_run:
         show_run_plan(plan_folder(job, overwrite=overwrite), save_directory, as_json=json_output, verbose=verbose)
         return
-    result = quantize_folder(job, overwrite=overwrite, quiet=quiet or json_output)
+    result = quantize_folder(job, overwrite=overwrite, resume=resume, quiet=quiet or json_output)
     if json_output:
         print_json({**result.document, "folder": str(result.folder)})
     elif quiet:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmq.checkpoint.json_file import DISK_FULL
-from glmq.compress.fractal import to_nz
+from glmq.compress.fractal import COLS, ROWS, count_fractals, to_nz
 from glmq.compress.manifest import CodecKind
 from glmq.compress.weight_codec import Compressed, StoredTensor
 from glmq.errors import CodecError, DeviceError, SpaceError, UsageError
@@ -38,7 +38,6 @@ _PACKAGE: Final = "msmodelslim"
 _BUILD: Final = f"pytorch/weight_compression/compress_graph/build/{PROGRAM}"
 _PATH: Final = re.compile(r"[A-Za-z0-9_./-]+")
 _MAX_DEPTH: Final = 32
-_ROWS, _COLS, _FRACTAL = 16, 32, 512
 
 
 def find_executor(given: Path | None) -> Path | None:
@@ -107,7 +106,7 @@ class AscendCodec:
         source, weight, index, info = (folder / stem for stem in ("input", "weight", "index", "info"))
         for output in (weight, index, info):
             output.unlink(missing_ok=True)
-        n1, k1 = -(-rows // _ROWS), -(-cols // _COLS)
+        k1, n1 = count_fractals(rows, cols)
         _write_input(source, to_nz(matrix))
         # k1, n1, isTight, k_value, n_value, compressType (0: low sparsity), isTiling
         numbers = (k1, n1, 1, 1, 1, 0, 0)
@@ -137,7 +136,11 @@ class AscendCodec:
             process = self._start([str(self._program), *arguments], folder, output.fileno())
             try:
                 status = process.wait(self._time_limit)
-            except subprocess.TimeoutExpired:
+            except BaseException as error:
+                _kill(process)
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
                 raise DeviceError(
                     f"{name}: {PROGRAM} did not finish in {self._time_limit:g} s{_last_words(log)}; "
                     "is the NPU busy or hung? see `npu-smi info`"
@@ -145,8 +148,6 @@ class AscendCodec:
             finally:
                 with self._lock:
                     self._running.discard(process)
-                    _kill(process)
-                process.wait()
         if status != 0:
             raise DeviceError(
                 f"{name}: {PROGRAM} failed with exit status {status}{_last_words(log)}; "
@@ -185,13 +186,15 @@ class AscendCodec:
             raise refuse(f"its info file has {len(content)} bytes, wanted 12 (three numbers)")
         tiling_n, tiling_k, announced = (int(value) for value in np.frombuffer(content, dtype="<u4"))
         if (tiling_n, tiling_k) != (TILING, TILING):
-            raise refuse(f"its tilings are {tiling_n} and {tiling_k}, and the engine's kernel knows only {TILING} and {TILING}")
-        found, padded = weight.stat().st_size, n1 * k1 * _FRACTAL
+            raise refuse(
+                f"its tilings are {tiling_n} and {tiling_k}, and the engine's kernel knows only {TILING} and {TILING}"
+            )
+        found, padded = weight.stat().st_size, n1 * ROWS * k1 * COLS
         if found != announced:
             raise refuse(f"its weight file has {found} bytes, its info file says {announced}")
         if not 0 < found <= padded:
             raise refuse(f"its weight file has {found} bytes, wanted 1 to {padded}")
-        wanted = index_bytes(n1 * _ROWS, k1 * _COLS)
+        wanted = index_bytes(n1 * ROWS, k1 * COLS)
         if index.stat().st_size != wanted:
             raise refuse(f"its index file has {index.stat().st_size} bytes, wanted {wanted}")
         return found
@@ -199,7 +202,7 @@ class AscendCodec:
 
 def index_bytes(rows: int, cols: int) -> int:
     """Length of the index of a weight [rows, cols]: 8 bytes per 8 x 8 fractals of 16 x 32."""
-    return 8 * -(-rows // (8 * _ROWS)) * -(-cols // (8 * _COLS))
+    return 8 * -(-rows // (8 * ROWS)) * -(-cols // (8 * COLS))
 
 
 def _check_path(folder: Path) -> None:
@@ -229,8 +232,6 @@ def _last_words(log: Path) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process with everything it started."""
-    try:
+    """Kill the process, if it still runs, with everything it started."""
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        process.kill()

@@ -22,7 +22,7 @@ def count_fractals(rows: int, cols: int) -> tuple[int, int]:
 
 
 def to_nz(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
-    """int8 [rows, cols] -> int8 [k1, n1, 16, 32], contiguous; what is added is 0."""
+    """int8 [rows, cols] -> int8 [k1, n1, 16, 32], contiguous; what is added is 0. May share its memory."""
     rows, cols = matrix.shape
     k1, n1 = count_fractals(rows, cols)
     if (rows, cols) != (n1 * ROWS, k1 * COLS):
@@ -33,7 +33,7 @@ def to_nz(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
 
 
 def from_nz(fractals: NDArray[np.int8], rows: int, cols: int) -> NDArray[np.int8]:
-    """int8 [k1, n1, 16, 32] -> int8 [rows, cols], contiguous; the rest, which padding added, is dropped."""
+    """int8 [k1, n1, 16, 32] -> int8 [rows, cols], contiguous, without the padding. May share its memory."""
     k1, n1 = count_fractals(rows, cols)
     matrix = fractals.reshape(k1, n1, ROWS, COLS).transpose(1, 2, 0, 3).reshape(n1 * ROWS, k1 * COLS)
     return np.ascontiguousarray(matrix[:rows, :cols])

@@ -33,6 +33,9 @@ from glmq.errors import CheckpointError
 
 MANIFEST: Final = "glmq_manifest.json"
 SCHEMA: Final = "glmq.compress/1"
+REPORT: Final = "glmq_compress_report"
+"""Stem of the report; the only files of the folder, with the manifest, that are not made from the source's."""
+REPORT_FILES: Final = (f"{REPORT}.json", f"{REPORT}.csv")
 _AGAIN: Final = "the folder is damaged or incomplete, copy it again"
 
 
@@ -137,7 +140,8 @@ def read_manifest(folder: Path) -> Manifest:
     document = read_json_object(path)
     digest = document.pop("digest", None)
     if document.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path}: schema is {document.get('schema')!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
+        found = document.get("schema")
+        raise CheckpointError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
     if digest != _document_digest(document):
         raise CheckpointError(f"{path}: its checksum does not fit its contents; {_AGAIN}")
     try:
@@ -159,7 +163,9 @@ def checked_bytes(folder: Path, name: str, record: FileRecord) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), but the manifest lists it; {_AGAIN}") from None
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}), but the manifest lists it; {_AGAIN}"
+        ) from None
     if len(content) != record.nbytes or digest_of(content) != record.digest:
         raise CheckpointError(f"{path}: its checksum is not the one in {MANIFEST}; {_AGAIN}")
     return content

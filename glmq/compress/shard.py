@@ -102,7 +102,9 @@ def vision_heads(config: ModelConfig) -> int:
     vision = config.nested["vision_config"]
     heads = vision.get("num_heads") if isinstance(vision, dict) else None
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise ModelError(f"config.json: vision_config.num_heads is {heads!r}, a positive integer is needed; restore the file")
+        raise ModelError(
+            f"config.json: vision_config.num_heads is {heads!r}, a positive integer is needed; restore the file"
+        )
     return heads
 
 
@@ -251,6 +253,11 @@ def read_matrix(source: Checkpoint, tensor: RankTensor) -> NDArray[np.int8]:
         matrix[at : at + block.shape[0]] = block
         at += block.shape[0]
     return matrix.numpy()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_slice(source: Checkpoint, part: Slice, code: str) -> Iterator[Tensor]:

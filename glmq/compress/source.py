@@ -17,11 +17,10 @@ from glmq.model.config import ModelConfig, read_config
 from glmq.model.glm4v import TEXT, expected_shapes
 from glmq.spec import FloatDtype, QuantType
 
-_COMPRESSIBLE: Final = re.compile(
-    rf"{re.escape(TEXT)}\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_up|down)_proj)"
-)
+_COMPRESSIBLE: Final = re.compile(rf"{re.escape(TEXT)}\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_up|down)_proj)")
 _HOW: Final = (
-    "make one from the float weights with `glmq quantize --w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16`"
+    "make one from the float weights with `glmq quantize --w_bit 4 --is_lowbit True --use_sigma True "
+    "--torch_dtype fp16`"
 )
 
 
@@ -75,7 +74,9 @@ def _read_description(directory: Path, config: JsonObject) -> Description:
         )
     kind = description.model_quant_type
     if kind == QuantType.W8A8SC.value:
-        raise CheckpointError(f"{directory}: is W8A8SC, which is compressed already; give the W8A8S folder it was made from")
+        raise CheckpointError(
+            f"{directory}: is W8A8SC, which is compressed already; give the W8A8S folder it was made from"
+        )
     if kind != QuantType.W8A8S.value:
         raise CheckpointError(f"{directory}: is {kind}, but only W8A8S can be compressed; {_HOW}")
     if description.version is None:
@@ -96,7 +97,9 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, description: Des
     directory = checkpoint.directory
     for name in checkpoint:
         if not checkpoint[name].shape or 0 in checkpoint[name].shape:
-            raise CheckpointError(f"{directory}: tensor {name!r} has shape {checkpoint[name].shape}, which no engine takes")
+            raise CheckpointError(
+                f"{directory}: tensor {name!r} has shape {checkpoint[name].shape}, which no engine takes"
+            )
         if name not in description.tensors:
             raise CheckpointError(
                 f"{directory}: tensor {name!r} is not in quant_model_description.json; take both from the same release"
@@ -129,12 +132,20 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, description: Des
 def _check_linear(checkpoint: Checkpoint, name: str) -> None:
     if not _COMPRESSIBLE.fullmatch(name):
         raise CheckpointError(
-            f"{checkpoint.directory}: {name} is quantized, but the engine takes compressed weights only for q, k, v, o, gate_up "
-            "and down of the text layers; keep it float"
+            f"{checkpoint.directory}: {name} is quantized, but the engine takes compressed weights only for q, k, v, o, "
+            "gate_up and down of the text layers; keep it float"
         )
     rows, cols = checkpoint[f"{name}.weight"].shape
     wanted = linear_specs(
-        name, QuantType.W8A8S, rows, cols, has_bias=False, dtype=FloatDtype.FP16, group_size=0, mindie=False, row_parallel=False
+        name,
+        QuantType.W8A8S,
+        rows,
+        cols,
+        has_bias=False,
+        dtype=FloatDtype.FP16,
+        group_size=0,
+        mindie=False,
+        row_parallel=False,
     )
     for spec in wanted:
         if checkpoint.info(spec.name).shape != spec.shape:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmq.checkpoint.json_file import write_whole
+from glmq.checkpoint.writer import TensorSpec
 from glmq.compress.codec import encode, read_info
 from glmq.compress.manifest import CodecKind
 
@@ -32,6 +33,10 @@ class StoredTensor:
     """Safetensors code."""
     shape: tuple[int, ...]
     path: Path
+
+    def spec(self, linear: str) -> TensorSpec:
+        """The tensor as it will be written for `linear`."""
+        return TensorSpec(f"{linear}{self.suffix}", self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ TEXT: Final = "model.language_model"
 VISION: Final = "model.visual"
 LM_HEAD: Final = "lm_head"
 
+ROW_PARALLEL: Final = (".o_proj", ".down_proj", ".attn.proj")
+"""Endings of linears that engines split along their input columns."""
+
 DEFAULT_FLOAT: Final = (f"{VISION}.*", "*.mlp.down_proj", LM_HEAD)
 """Linears that stay float unless asked for, as in the mission."""
 

@@ -93,10 +93,15 @@ class InputAccumulator:
         Args:
             x: float [T, K], any float dtype; accumulated in float32 (sums in float64).
             keep_rows: how many evenly spaced tokens of this sample to keep.
+
+        Raises:
+            FloatingPointError: NaN or infinity; nothing is added then.
         """
         x = x.detach().to(device="cpu", dtype=torch.float32)
         tokens = x.shape[0]
-        low, high = torch.aminmax(x, dim=0)
+        low, high = torch.aminmax(x, dim=0)  # hands NaN on
+        if not torch.isfinite(torch.stack((low, high))).all():
+            raise FloatingPointError(f"the input of {self.name} holds NaN or infinity")
         self._min = torch.minimum(self._min, low)
         self._max = torch.maximum(self._max, high)
         self._sum += x.sum(0, dtype=torch.float64)
@@ -133,6 +138,8 @@ class InputAccumulator:
 def _count(x: Tensor, exponent: Tensor) -> Tensor:
     """Histogram of x [T, K] with the given exponents: int32 [K, BINS]."""
     width = x.shape[1]
-    bins = torch.ldexp(x, 7 - exponent[None, :]).floor_().to(torch.int64) + BINS // 2  # exact: scaling by powers of two
-    flat = bins + torch.arange(width) * BINS
+    first = torch.arange(width, dtype=torch.int32) * BINS + BINS // 2  # of channel j's bin for zero
+    bins = torch.ldexp(x, 7 - exponent[None, :]).floor_()  # exact: scaling by powers of two
+    bins -= ((x < 0) & (bins == 0)).float()  # but for tiny negative numbers, which the scaling turns into zero
+    flat = bins.to(torch.int32) + first
     return torch.bincount(flat.reshape(-1), minlength=width * BINS).to(torch.int32).reshape(width, BINS)

@@ -40,7 +40,7 @@ class RunPlan:
     statistics_bytes: int
     """Disk that calibration needs; 0 where statistics are given."""
     peak_bytes: int
-    """Estimated resident memory: the process, plus the largest norm group in float32 three times over with its second moment."""
+    """Estimated resident memory: the process, and the largest norm group in float32 three times with its second moment."""
 
 
 def make_run_plan(

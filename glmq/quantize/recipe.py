@@ -267,7 +267,7 @@ def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRu
         raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
     if options.act_method != 2 and not quant_type.is_static:
         raise UsageError(
-            f"--act_method {options.act_method} has no effect with --is_dynamic True: activation ranges are found at run time; drop it"
+            f"--act_method {options.act_method} has no effect with --is_dynamic True: ranges are found at run time; drop it"
         )
     if options.group_size != DEFAULT_GROUP_SIZE and quant_type is not QuantType.W4A8_DYNAMIC:
         raise UsageError(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
@@ -13,8 +12,7 @@ from glmq import __version__
 from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue, write_json
 from glmq.quantize.recipe import Recipe
 from glmq.quantize.stream import PartBytes
-from glmq.records import LinearReport
-from glmq.spec import QuantType
+from glmq.records import LinearReport, report_row
 
 SCHEMA: Final = "glmq.quantize/1"
 NAME: Final = "glmq_report"
@@ -54,15 +52,5 @@ def write_report(folder: Path, document: JsonObject, reports: Sequence[LinearRep
 
 
 def _row(report: LinearReport) -> dict[str, JsonValue]:
-    """A report's fields as JSON values; the time is left out, so that equal runs write equal bytes."""
-    row: dict[str, JsonValue] = {}
-    for key, value in asdict(report).items():
-        if key == "seconds":
-            continue
-        if isinstance(value, QuantType):
-            row[key] = value.value
-        elif isinstance(value, float) and not math.isfinite(value):
-            row[key] = None  # the decibels of a perfect linear
-        else:
-            row[key] = value
-    return row
+    """A report without its time, so that equal runs write equal bytes."""
+    return {key: value for key, value in report_row(report).items() if key != "seconds"}

@@ -15,20 +15,18 @@ from torch import Tensor
 from glmq.calibrate.stats import Statistics
 from glmq.checkpoint.ascend import CODES, TORCH_DTYPES, encode_linear, encode_norm, linear_specs, norm_specs
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, vllm_aliases, write_description
-from glmq.checkpoint.json_file import write_json
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.json_file import JsonObject, write_json
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
+from glmq.model.glm4v import ROW_PARALLEL, LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
 from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group
 from glmq.quantize.recipe import GroupPlan, Recipe
-from glmq.records import BlockDone, LinearReport
+from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
-
-ROW_PARALLEL: Final = (".o_proj", ".down_proj", ".attn.proj")
-"""Linears that engines split along their input columns."""
 
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
@@ -129,13 +127,15 @@ def quantize_checkpoint(
     recipe: Recipe,
     plan: OutputPlan,
     folder: Path,
+    journal: Journal,
 ) -> Iterator[QuantizedBlock]:
     """Write the quantized checkpoint into `folder`: weights, description, config.json, side files.
 
-    Weights are read by range, one norm group at a time; float tensors are copied in pieces.
+    Weights are read by range, one norm group at a time; float tensors are copied in pieces. Each finished block is
+    journalled; blocks that the journal has already are not done again.
 
     Yields:
-        A record after each block.
+        A record after each block, also for those of an interrupted run.
 
     Raises:
         CheckpointError: a tensor with NaN or infinity, or one that the stored dtype cannot hold.
@@ -144,14 +144,17 @@ def quantize_checkpoint(
     """
     blocks = all_blocks(config)
     total = len(blocks) + 1
-    with ShardWriter(plan.shards, folder) as sink:
+    with ShardWriter(plan.shards, folder, resume=bool(journal.finished), keep_partial=True) as sink:
         job = _Job(source, config, statistics, recipe, sink)
         for index, block in enumerate(blocks):
             started = time.perf_counter()
-            reports: list[LinearReport] = []
-            for group in block.groups:
-                reports += job.quantize(plan.groups[group.site])
-            job.copy_rest(f"{block.name}.")
+            if block.name in journal.finished:
+                reports = job.restore(journal.finished[block.name])
+            else:
+                reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
+                job.copy_rest(f"{block.name}.")
+                sink.sync()
+                journal.record(block.name, job.take_payload(reports))
             yield QuantizedBlock(_done(block.name, index, total, started), tuple(reports))
         started = time.perf_counter()
         job.copy_rest("")
@@ -203,6 +206,22 @@ class _Job:
         self._source, self._statistics, self._recipe, self._sink = source, statistics, recipe, sink
         self._norms = set(rms_norms(config))
         self._handled: set[str] = set()
+        self._fresh: list[str] = []
+
+    def take_payload(self, reports: Sequence[LinearReport]) -> JsonObject:
+        """What a resumed run needs of the block that was just written."""
+        written, self._fresh = self._fresh, []
+        return {"written": written, "handled": sorted(self._handled), "reports": [report_row(r) for r in reports]}
+
+    def restore(self, payload: JsonObject) -> list[LinearReport]:
+        """Count a block of an interrupted run as done; returns its reports."""
+        written, handled, rows = payload["written"], payload["handled"], payload["reports"]
+        assert isinstance(written, list)
+        assert isinstance(handled, list)
+        assert isinstance(rows, list)
+        self._sink.mark_written(written)
+        self._handled |= set(handled)
+        return [parse_row(row) for row in rows]
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm; nothing for a group that stays float."""
@@ -236,9 +255,11 @@ class _Job:
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self._sink.write(name, tensor)
+            self._fresh.append(name)
 
     def _copy(self, name: str) -> None:
         self._handled.add(name)
+        self._fresh.append(name)
         info = self._source[name]
         if not info.shape or 0 in info.shape:
             self._sink.write(name, self._cast(name, self._source.read_finite(name)))

@@ -46,9 +46,7 @@ def whole(tiny: Path, full_model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return full_model if dtype is torch.float32 else load_full(tiny, dtype)
 
 
-@pytest.mark.parametrize(
-    "kind", ["image, prompt and answer", "wide image and prompt", "prompt alone", "text alone"]
-)
+@pytest.mark.parametrize("kind", ["image, prompt and answer", "wide image and prompt", "prompt alone", "text alone"])
 def test_streamed_logits_equal_the_whole_models_bit_for_bit(
     kind: str, tiny: Path, whole: nn.Module, dtype: torch.dtype
 ) -> None:
@@ -98,7 +96,7 @@ def test_placed_parameters_are_the_files_values(streamed: StreamedModel) -> None
 
 
 def test_a_block_is_dropped_when_its_context_ends_in_an_error(streamed: StreamedModel) -> None:
-    with pytest.raises(RuntimeError, match="^inside$"), streamed.placed(LAYER):
+    with pytest.raises(RuntimeError, match="inside"), streamed.placed(LAYER):
         raise RuntimeError("inside")
     assert in_memory(streamed) == set()
 

@@ -80,7 +80,8 @@ def test_a_text_layers_groups_are_fed_by_the_norm_before_them(real: ModelConfig)
     ]
     assert [linear.has_bias for group in block.groups for linear in group.linears] == [True] * 3 + [False] * 3
     assert [group.site for group in block.groups] == [
-        f"{block.name}{end}" for end in (".self_attn.q_proj", ".self_attn.o_proj", ".mlp.gate_up_proj", ".mlp.down_proj")
+        f"{block.name}{end}"
+        for end in (".self_attn.q_proj", ".self_attn.o_proj", ".mlp.gate_up_proj", ".mlp.down_proj")
     ]
 
 

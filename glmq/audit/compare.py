@@ -1,0 +1,368 @@
+"""Two checkpoints against each other: weights as the model uses them, worst first; names, config.json, description.
+
+Integers are compared by the weights they stand for. Where a norm differs between the two (smoothing), its scales are taken
+out of the linears behind it, so that a difference is one of the function and not of how it is spread over norm and linear.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.audit.folder import Folder, Kind, layer_of, role_of
+from glmq.audit.weights import StoredMatrix, column_scales, read_ahead
+from glmq.checkpoint.json_file import JsonValue
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, ModelError, UsageError
+from glmq.model.config import parse_config
+from glmq.model.glm4v import all_blocks
+from glmq.numerics.metrics import count_int8, entropy_bits, sqnr_db
+
+LINEAR_SUFFIXES: Final = (
+    "input_scale",
+    "input_offset",
+    "quant_bias",
+    "deq_scale",
+    "weight_scale",
+    "weight_offset",
+    "weight_scale_second",
+    "weight_offset_second",
+    "scale_bias",
+)
+"""Tensors that belong to an integer linear and are compared with its weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDiff:
+    """One tensor of both checkpoints, the second against the first."""
+
+    name: str
+    """Of the tensor, with `.weight` or `.bias`."""
+    layer: str
+    role: str
+    type_a: str
+    type_b: str
+    """INT8 or INT4 for integers with steps, else the dtype code."""
+    elements: int
+    identical: bool
+    """The stored bytes, and for integers their steps, are equal."""
+    noise: float
+    """Sum of squared differences, after the norm's scales are taken out."""
+    signal: float
+    """Sum of squares of the first."""
+    max_abs: float
+    cosine: float
+    undone: tuple[float, float] | None
+    """Smallest and largest column scale that was taken out; None where the norms agree."""
+    changed_share: float | None
+    """Share of integers that differ; None unless both are integers."""
+    step_ratio: tuple[float, float, float] | None
+    """Smallest, median and largest step of the second over that of the first; None unless both are integers."""
+    input_scale_ratio: float | None
+    """Of static int8 linears in both."""
+    input_offset_change: int | None
+    entropy_a: float | None
+    entropy_b: float | None
+    """Bits per integer; None for floats."""
+
+    @property
+    def relative_l2(self) -> float:
+        """||B - A|| / ||A||; infinite where only A vanishes."""
+        if self.signal == 0:
+            return 0.0 if self.noise == 0 else math.inf
+        return math.sqrt(self.noise / self.signal)
+
+    @property
+    def sqnr_db(self) -> float:
+        return sqnr_db(self.relative_l2)
+
+
+@dataclass(frozen=True, slots=True)
+class Incomparable:
+    """A tensor of both that cannot be compared."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDiff:
+    """All compared tensors of one layer, or of everything."""
+
+    layer: str
+    tensors: int
+    relative_l2: float
+    worst: str
+    """The role of the tensor with the largest relative difference."""
+    worst_relative_l2: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """A key of config.json or of the description that differs; None where it is absent."""
+
+    key: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NamePattern:
+    """Tensors that only one checkpoint has, numbers in their names replaced by N."""
+
+    pattern: str
+    count: int
+
+
+def compare_weights(a: Folder, b: Folder) -> Iterator[WeightDiff | Incomparable]:
+    """Compare every weight and bias that both have, in natural order, a few megabytes in memory.
+
+    Raises:
+        UsageError: one of them is neither a float nor an un-sharded quantized checkpoint.
+        CheckpointError: a weight file cannot be read.
+    """
+    for folder in (a, b):
+        if folder.kind not in (Kind.FLOAT, Kind.QUANTIZED):
+            raise UsageError(
+                f"{folder.directory}: holds {folder.kind.value}; weights of float and un-compressed quantized "
+                "checkpoints can be compared, run `glmq decompress` first"
+            )
+    norms = _norms_in_front(a, b)
+    with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+        for name in one:
+            base, _, suffix = name.rpartition(".")
+            if name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
+                continue
+            try:
+                yield _compare(name, one, other, norms.get(base))
+            except CheckpointError as error:
+                yield Incomparable(name, str(error))
+
+
+def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:
+    """One row per layer in the order of the diffs, and `total` at the end."""
+    layers: dict[str, list[WeightDiff]] = {}
+    for diff in diffs:
+        layers.setdefault(diff.layer, []).append(diff)
+    everything = [diff for members in layers.values() for diff in members]
+    return [_sum(layer, members) for layer, members in (*layers.items(), ("total", everything)) if members]
+
+
+def only_in(a: Folder, b: Folder) -> list[NamePattern]:
+    """Tensors of `a` that `b` lacks, by pattern; those that make up an integer linear of `a` are left out."""
+    there = {tensor.name for tensor in b.tensors}
+    patterns: dict[str, int] = {}
+    for tensor in a.tensors:
+        if tensor.name not in there and tensor.name.rpartition(".")[2] not in LINEAR_SUFFIXES:
+            pattern = re.sub(r"\.\d+\.", ".N.", tensor.name)
+            patterns[pattern] = patterns.get(pattern, 0) + 1
+    return [NamePattern(pattern, count) for pattern, count in patterns.items()]
+
+
+def config_changes(a: Folder, b: Folder) -> list[KeyChange]:
+    """Keys of config.json, dotted, that differ."""
+    return _changes(_flatten(a.config), _flatten(b.config))
+
+
+def description_changes(a: Folder, b: Folder) -> list[KeyChange]:
+    """Keys of the description that differ, numbers in tensor names replaced by N where all such keys change alike."""
+    if not a.description or not b.description:
+        return []
+    found: dict[tuple[str, str | None, str | None], int] = {}
+    for change in _changes(_flatten(a.description), _flatten(b.description)):
+        key = (re.sub(r"\.\d+\.", ".N.", change.key), change.a, change.b)
+        found[key] = found.get(key, 0) + 1
+    return [KeyChange(key if n == 1 else f"{key} ({n} keys)", x, y) for (key, x, y), n in found.items()]
+
+
+def _norms_in_front(a: Folder, b: Folder) -> Mapping[str, str | None]:
+    """The norm before each linear, by the first config.json that is a GLM-4.1V's; empty without one."""
+    for folder in (a, b):
+        try:
+            config = parse_config(folder.config, str(folder.directory))
+        except ModelError:
+            continue
+        return {x.name: group.norm for block in all_blocks(config) for group in block.groups for x in group.linears}
+    return {}
+
+
+def _compare(name: str, a: Checkpoint, b: Checkpoint, norm: str | None) -> WeightDiff | Incomparable:
+    base, _, suffix = name.rpartition(".")
+    shapes = a.info(name).shape, b.info(name).shape
+    if suffix == "weight" and all(len(shape) == 2 for shape in shapes):
+        one, other = StoredMatrix(a, base), StoredMatrix(b, base)
+        if (one.rows, one.cols) != (other.rows, other.cols):
+            return Incomparable(name, f"is {one.rows} x {one.cols} in the first, {other.rows} x {other.cols} in the other")
+        return _compare_matrices(name, one, other, column_scales(a, b, norm), *_inputs(base, a, b))
+    if shapes[0] != shapes[1]:
+        return Incomparable(name, f"has shape {list(shapes[0])} in the first, {list(shapes[1])} in the other")
+    return _compare_plain(name, a, b)
+
+
+def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int | None]:
+    """Ratio of the input scales and difference of the input offsets of a static linear in both."""
+    names = f"{base}.input_scale", f"{base}.input_offset"
+    if any(name not in checkpoint for name in names for checkpoint in (a, b)):
+        return None, None
+    scales, offsets = ([float(c.read(name).flatten()[0]) for c in (a, b)] for name in names)
+    return (scales[1] / scales[0] if scales[0] else None), round(offsets[1] - offsets[0])
+
+
+class _Sums:
+    """Sums over the pieces of one tensor: float32 within a piece, Python's float64 between them."""
+
+    def __init__(self) -> None:
+        self.noise = self.a = self.b = self.max_abs = 0.0
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Two float32 pieces of one shape; `b` is overwritten."""
+        x, y = a.reshape(-1), b.reshape(-1)
+        self.a += float(torch.dot(x, x))
+        self.b += float(torch.dot(y, y))
+        y -= x
+        self.noise += float(torch.dot(y, y))
+        low, high = torch.aminmax(y)
+        self.max_abs = max(self.max_abs, -float(low), float(high))
+
+    def add_equal(self, a: Tensor) -> None:
+        """A piece that is equal in both."""
+        x = a.reshape(-1)
+        square = float(torch.dot(x, x))
+        self.a += square
+        self.b += square
+
+    @property
+    def cosine(self) -> float:
+        """a . b = (a . a + b . b - d . d) / 2; 1 where both vanish, 0 where one does."""
+        norms = math.sqrt(self.a) * math.sqrt(self.b)
+        if norms == 0:
+            return 1.0 if self.a == self.b else 0.0
+        return min(1.0, (self.a + self.b - self.noise) / 2 / norms)
+
+
+def _compare_matrices(
+    name: str,
+    a: StoredMatrix,
+    b: StoredMatrix,
+    scales: Tensor | None,
+    input_scale_ratio: float | None,
+    input_offset_change: int | None,
+) -> WeightDiff:
+    sums, counts = _Sums(), (torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64))
+    inverse = None if scales is None else 1 / scales
+    same_steps = _equal(a.step, b.step) and _equal(a.second, b.second)
+    changed, identical = 0, same_steps and scales is None
+    reads = [partial(_read_both, a, b, start, stop) for start, stop in a.pieces()]
+    for start, x, y in read_ahead(reads):
+        same = x.dtype == y.dtype and torch.equal(x, y)
+        if a.is_integer and b.is_integer:
+            changed += 0 if same else int((x != y).sum())
+        for side, integers, matrix in ((0, x, a), (1, y, b)):
+            if matrix.is_integer:
+                counts[side].add_(count_int8(integers))
+        identical = identical and same
+        values = a.values(x, start)
+        if same and same_steps and inverse is None:
+            sums.add_equal(values)
+            continue
+        others = b.values(y, start)
+        sums.add(values, others if inverse is None else others.mul_(inverse))
+    both = a.is_integer and b.is_integer
+    return WeightDiff(
+        name=name,
+        layer=layer_of(name),
+        role=role_of(name),
+        type_a=_type(a),
+        type_b=_type(b),
+        elements=a.rows * a.cols,
+        identical=identical,
+        noise=sums.noise,
+        signal=sums.a,
+        max_abs=sums.max_abs,
+        cosine=sums.cosine,
+        undone=None if scales is None else (float(scales.min()), float(scales.max())),
+        changed_share=changed / max(1, a.rows * a.cols) if both else None,
+        step_ratio=_step_ratio(a, b),
+        input_scale_ratio=input_scale_ratio,
+        input_offset_change=input_offset_change,
+        entropy_a=entropy_bits(counts[0]) if a.is_integer else None,
+        entropy_b=entropy_bits(counts[1]) if b.is_integer else None,
+    )
+
+
+def _read_both(a: StoredMatrix, b: StoredMatrix, start: int, stop: int) -> tuple[int, Tensor, Tensor]:
+    return start, a.stored(start, stop), b.stored(start, stop)
+
+
+def _compare_plain(name: str, a: Checkpoint, b: Checkpoint) -> WeightDiff:
+    """A bias, norm or convolution: small enough to read as a whole."""
+    one, other = a.read(name), b.read(name)
+    sums = _Sums()
+    sums.add(one.float(), other.float().clone())
+    return WeightDiff(
+        name=name,
+        layer=layer_of(name),
+        role=role_of(name),
+        type_a=a.info(name).dtype,
+        type_b=b.info(name).dtype,
+        elements=one.numel(),
+        identical=one.dtype == other.dtype and torch.equal(one, other),
+        noise=sums.noise,
+        signal=sums.a,
+        max_abs=sums.max_abs,
+        cosine=sums.cosine,
+        undone=None,
+        changed_share=None,
+        step_ratio=None,
+        input_scale_ratio=None,
+        input_offset_change=None,
+        entropy_a=None,
+        entropy_b=None,
+    )
+
+
+def _type(matrix: StoredMatrix) -> str:
+    if matrix.is_integer:
+        return "INT8" if matrix.second is None else "INT4"
+    return matrix.dtype
+
+
+def _step_ratio(a: StoredMatrix, b: StoredMatrix) -> tuple[float, float, float] | None:
+    if a.step is None or b.step is None:
+        return None
+    ratio = b.step / a.step
+    return float(ratio.min()), float(ratio.median()), float(ratio.max())
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _sum(layer: str, diffs: list[WeightDiff]) -> LayerDiff:
+    noise, signal = sum(d.noise for d in diffs), sum(d.signal for d in diffs)
+    worst = max(diffs, key=lambda d: d.relative_l2)
+    error = math.sqrt(noise / signal) if signal else 0.0
+    label = worst.role if layer != "total" else worst.name
+    return LayerDiff(layer, len(diffs), error, label, worst.relative_l2)
+
+
+def _flatten(document: Mapping[str, JsonValue], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> list[KeyChange]:
+    keys = [*a, *(key for key in b if key not in a)]
+    return [KeyChange(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]

@@ -1,0 +1,224 @@
+"""What a folder is, from headers and JSON files alone. Neither torch nor transformers is imported here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.description import find_descriptions
+from glmq.checkpoint.header import TensorInfo, read_header
+from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
+from glmq.errors import CheckpointError
+from glmq.spec import QuantType
+
+STATISTICS: Final = "statistics.json"
+FLOAT_CODES: Final = ("F16", "BF16", "F32", "F64")
+_PART: Final = re.compile(r"part(\d+)-of-(\d+)")
+_RANK: Final = re.compile(r"model-rank-(\d+)-part-\d+\.safetensors")
+
+
+class Kind(Enum):
+    """What lies in a folder."""
+
+    FLOAT = "float checkpoint"
+    QUANTIZED = "quantized checkpoint"
+    PARTS = "compressed parts, one folder a rank (MindIE)"
+    SHARDED = "compressed parts, one file a rank (vLLM-Ascend)"
+    STATISTICS = "calibration statistics"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a folder."""
+
+    name: str
+    """As stored; in a tree of parts with the rank's folder or file in front, e.g. `part0-of-2/language_model.norm.weight`."""
+    info: TensorInfo
+    file: Path
+    quant_type: str
+    """By the description; where it has no entry, FLOAT for float dtypes and `?` for integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder's tensors and JSON files."""
+
+    directory: Path
+    kind: Kind
+    quant_type: str | None
+    """model_quant_type of the description; None without one."""
+    form: str | None
+    """`ascendV1` or `MindIE form`; None without a description."""
+    config: JsonObject
+    """Empty where config.json is missing or unreadable."""
+    description: JsonObject
+    """Empty without one."""
+    tensors: tuple[StoredTensor, ...]
+    """In natural order of their names."""
+    problems: tuple[str, ...]
+    """Why something here could not be read, one sentence each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.info.nbytes for tensor in self.tensors)
+
+    @property
+    def float_codes(self) -> tuple[str, ...]:
+        """Dtype codes of the float matrices, the most bytes first."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors:
+            if tensor.info.dtype in FLOAT_CODES and len(tensor.info.shape) > 1:
+                sizes[tensor.info.dtype] = sizes.get(tensor.info.dtype, 0) + tensor.info.nbytes
+        return tuple(sorted(sizes, key=lambda code: -sizes[code]))
+
+
+def scan_folder(directory: Path) -> Folder:
+    """Read every header and the description and config.json of a folder; weights are not read.
+
+    Raises:
+        CheckpointError: no such folder, or nothing in it that glmq knows.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is not a folder; give the folder that holds config.json and the weights")
+    problems: list[str] = []
+    groups = _weight_files(directory)
+    if not groups:
+        raise CheckpointError(
+            f"{directory}: has neither safetensors files nor part folders with some; is this the right folder?"
+        )
+    kind = _kind(directory, groups)
+    config = _read(directory / "config.json", problems) if (directory / "config.json").is_file() else {}
+    if not config and kind is not Kind.STATISTICS and not problems:
+        problems.append(f"{directory}: has no config.json, so no engine can load it; copy it from the float checkpoint")
+    description, form = _description(directory, groups, problems)
+    quant_type = description.get("model_quant_type")
+    tensors: list[StoredTensor] = []
+    for prefix, files in groups.items():
+        seen: dict[str, Path] = {}
+        own, _ = _description(files[0].parent, {}, []) if prefix and kind is Kind.PARTS else (description, None)
+        for file in files:
+            try:
+                header = read_header(file)
+            except CheckpointError as error:
+                problems.append(str(error))
+                continue
+            for name, info in header.tensors.items():
+                if name in seen:
+                    problems.append(f"{file.name}: has {name!r}, which is also in {seen[name].name}; engines refuse that")
+                    continue
+                seen[name] = file
+                tensors.append(StoredTensor(f"{prefix}{name}", info, file, _type_of(info, own)))
+    tensors.sort(key=lambda tensor: _natural(tensor.name))
+    if not description and kind is Kind.FLOAT and any(t.info.dtype == "I8" for t in tensors):
+        kind = Kind.QUANTIZED
+        problems.append(f"{directory}: has int8 tensors but no quant_model_description.json; engines take it for float")
+    return Folder(
+        directory,
+        kind,
+        quant_type if isinstance(quant_type, str) else None,
+        form,
+        config,
+        description,
+        tuple(tensors),
+        tuple(problems),
+    )
+
+
+def _weight_files(directory: Path) -> dict[str, list[Path]]:
+    """Weight files by the prefix that their tensors get: none, or a rank's."""
+    own = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+    if own and all(_RANK.fullmatch(path.name) for path in own):
+        groups: dict[str, list[Path]] = {}
+        for path in own:
+            groups.setdefault(f"rank{_rank(path)}/", []).append(path)
+        return groups
+    if own:
+        return {"": own}
+    return {
+        f"{part.name}/": files
+        for part in sorted(directory.iterdir(), key=lambda path: _natural(path.name))
+        if _PART.fullmatch(part.name) and (files := sorted(part.glob("*.safetensors")))
+    }
+
+
+def _rank(path: Path) -> int:
+    match = _RANK.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _kind(directory: Path, groups: Mapping[str, list[Path]]) -> Kind:
+    if (directory / STATISTICS).is_file():
+        return Kind.STATISTICS
+    prefix = next(iter(groups))
+    if prefix:
+        return Kind.PARTS if prefix.startswith("part") else Kind.SHARDED
+    return Kind.QUANTIZED if find_descriptions(directory) else Kind.FLOAT
+
+
+def _description(
+    directory: Path, groups: Mapping[str, list[Path]], problems: list[str]
+) -> tuple[JsonObject, str | None]:
+    """The description of a folder, or of its first part that has one; and the form that its name says."""
+    places = [directory, *(files[0].parent for prefix, files in groups.items() if prefix)]
+    for place in places:
+        paths = find_descriptions(place)
+        if len(paths) > 1:
+            problems.append(f"{place}: has {len(paths)} descriptions; engines take the one without a type in its name")
+        if paths:
+            form = "ascendV1" if paths[0].name == "quant_model_description.json" else "MindIE form"
+            return _read(paths[0], problems), form
+    return {}, None
+
+
+def _read(path: Path, problems: list[str]) -> JsonObject:
+    try:
+        return read_json_object(path)
+    except CheckpointError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _type_of(info: TensorInfo, description: Mapping[str, JsonValue]) -> str:
+    found = description.get(info.name)
+    if isinstance(found, str):
+        return found
+    return QuantType.FLOAT.value if info.dtype in FLOAT_CODES else "?"
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Runs of digits compare as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def layer_of(name: str) -> str:
+    """The block or other place that a tensor belongs to: `layers.3`, `visual.blocks.0`, `visual.merger`, `embed_tokens`.
+
+    Takes names with and without `model.`, and those of statistics and of parts.
+    """
+    prefix, _, bare = name.rpartition("/")
+    bare = bare.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    match = re.match(r"(layers\.\d+|visual\.blocks\.\d+|visual\.[a-z_]+|[a-z_]+)", bare)
+    layer = bare if match is None else match[1]
+    return f"{prefix}/{layer}" if prefix else layer
+
+
+def role_of(name: str) -> str:
+    """What a tensor is within its block: `self_attn.q_proj`, `input_layernorm`; the block's last word where it is alone."""
+    bare = name.rpartition("/")[2]
+    base = bare.rpartition(".")[0] or bare
+    layer = layer_of(bare)
+    role = base[base.find(layer) + len(layer) :].lstrip(".") if layer in base else base
+    return role or layer.rpartition(".")[2]
+
+
+def iter_quantized(folder: Folder) -> Iterator[str]:
+    """Names of linears that are stored as integers: those with an int8 `.weight`."""
+    for tensor in folder.tensors:
+        if tensor.name.endswith(".weight") and tensor.info.dtype == "I8":
+            yield tensor.name.removesuffix(".weight")

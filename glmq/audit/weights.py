@@ -1,0 +1,119 @@
+"""The real weights of a linear, float or integer, a few rows at a time; and what the norm in front does to its columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Final, TypeVar
+
+import torch
+from torch import Tensor
+
+from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError
+
+PIECE_ELEMENTS: Final = 2**20
+"""Elements of one piece: some arrays of them fit into the processor's cache."""
+READ_AHEAD: Final = 4
+"""Pieces that are read while one is computed with."""
+
+_T = TypeVar("_T")
+
+
+class StoredMatrix:
+    """A 2-D weight of a checkpoint, float or integer with steps.
+
+    Args:
+        checkpoint: not compressed.
+        name: of the linear (or embedding), without `.weight`.
+
+    Raises:
+        CheckpointError: the tensors of an integer weight are missing or contradict each other.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        self._checkpoint, self._name = checkpoint, f"{name}.weight"
+        info = checkpoint.info(self._name)
+        self.is_integer: Final = info.dtype == "I8"
+        if len(info.shape) != 2:
+            raise CheckpointError(f"{self._name}: has shape {list(info.shape)}, a matrix is wanted")
+        self.dtype: Final = info.dtype
+        self.rows, self.cols = info.shape
+        self.step: Tensor | None = None
+        """float32 [rows, 1] of an integer weight."""
+        self.second: Tensor | None = None
+        """float32 [rows, groups] of a two-stage weight."""
+        self._packed = False
+        if self.is_integer:
+            self._read_steps(name)
+
+    def _read_steps(self, name: str) -> None:
+        checkpoint = self._checkpoint
+        if f"{name}.deq_scale" in checkpoint:
+            deq = decode_deq_scale(f"{name}.deq_scale", checkpoint.read(f"{name}.deq_scale"))
+            self.step = (deq / checkpoint.read(f"{name}.input_scale").float()).reshape(-1, 1)
+        else:
+            self.step = checkpoint.read(f"{name}.weight_scale").float().reshape(-1, 1)
+        if f"{name}.weight_scale_second" in checkpoint:
+            self.second = checkpoint.read(f"{name}.weight_scale_second").float()
+        self._packed = self.second is not None and 2 * self.rows == self.step.shape[0]
+        self.rows *= 2 if self._packed else 1
+        if self.step.shape[0] != self.rows or (self.second is not None and self.cols % self.second.shape[-1]):
+            raise CheckpointError(
+                f"{self._name}: {self.rows} x {self.cols} integers have {self.step.shape[0]} row steps"
+                + ("" if self.second is None else f" and second-stage scales {list(self.second.shape)}")
+            )
+
+    def stored(self, start: int, stop: int) -> Tensor:
+        """Rows as they are stored, two int4 rows unpacked into two int8 ones; `start` and `stop` even."""
+        if self._packed:
+            return unpack_int4(self._checkpoint.read_rows(self._name, start // 2, stop // 2))
+        return self._checkpoint.read_rows(self._name, start, stop)
+
+    def values(self, stored: Tensor, start: int) -> Tensor:
+        """Real weights, a fresh float32 [n, cols], of `stored` rows that begin at `start`."""
+        if self.step is None:
+            return stored.float().clone() if stored.dtype == torch.float32 else stored.float()
+        cut = slice(start, start + stored.shape[0])
+        if self.second is None:
+            return stored.float().mul_(self.step[cut])
+        grouped = stored.float().reshape(stored.shape[0], self.second.shape[1], -1)  # [n, K] -> [n, G, g]
+        return grouped.mul_((self.second[cut] * self.step[cut])[:, :, None]).reshape(stored.shape)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """Row ranges of about PIECE_ELEMENTS elements, their borders even."""
+        height = max(2, PIECE_ELEMENTS // max(1, self.cols) // 2 * 2)
+        return [(start, min(start + height, self.rows)) for start in range(0, self.rows, height)]
+
+
+def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Tensor | None:
+    """What smoothing multiplied the columns of `after`'s linears by: norm of `before` / norm of `after`.
+
+    Returns:
+        float32 [K]; 1 where either norm is zero; None where there is no norm or nothing was scaled.
+    """
+    name = f"{norm}.weight"
+    if norm is None or name not in before or name not in after:
+        return None
+    old, new = before.read(name).float(), after.read(name).float()
+    if old.shape != new.shape or torch.equal(old, new):
+        return None
+    return torch.where((old != 0) & (new != 0), old / new, 1.0)
+
+
+def read_ahead(reads: Sequence[Callable[[], _T]]) -> Iterator[_T]:
+    """The results of `reads` in their order; the next few run in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[Future[_T]] = []
+        rest = iter(reads)
+        try:
+            for read in rest:
+                waiting.append(pool.submit(read))
+                if len(waiting) > READ_AHEAD:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()

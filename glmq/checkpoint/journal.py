@@ -1,0 +1,86 @@
+"""The journal of a long run: its settings, and each block that is finished. What a resumed run trusts.
+
+`journal.jsonl` lies in the hidden folder where the output grows. The first line holds the settings, each further line one
+finished block. A line is written and synced only after everything that it speaks of; a torn last line counts as absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue
+from glmq.errors import UsageError
+
+NAME: Final = "journal.jsonl"
+
+
+class Journal:
+    """The finished blocks of a run.
+
+    Args:
+        folder: the work folder; a journal that lies there is continued.
+        settings: everything that the output's bytes depend on.
+
+    Raises:
+        UsageError: the journal that lies there was written with other settings; both values are named.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+        self._path = folder / NAME
+        self.finished: dict[str, JsonObject] = {}
+        """Payload of each finished block, in order."""
+        lines = read_lines(self._path)
+        if lines:
+            self._check(lines[0], settings)
+            self.finished = {str(line["block"]): line for line in lines[1:]}
+            self._rewrite(lines)
+        else:
+            self._rewrite([dict(settings)])
+
+    def record(self, block: str, payload: Mapping[str, JsonValue]) -> None:
+        """Say that a block is finished; what a later run needs of it is in `payload`."""
+        line: JsonObject = {"block": block, **payload}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished[block] = line
+
+    def remove(self) -> None:
+        """The run is whole: the output no longer needs its journal."""
+        self._path.unlink()
+
+    def _check(self, found: JsonObject, settings: Mapping[str, str]) -> None:
+        for key in sorted({*found, *settings}):
+            if found.get(key) != settings.get(key):
+                raise UsageError(
+                    f"--resume: the unfinished run in {self._path.parent} had {key} {found.get(key)!r}, "
+                    f"this one has {settings.get(key)!r}; run with the same, or start again with --overwrite"
+                )
+
+    def _rewrite(self, lines: list[JsonObject]) -> None:
+        """Put whole lines alone into the file, so that a torn one does not swallow the next."""
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        partial.chmod(FILE_MODE)
+        os.replace(partial, self._path)
+
+
+def read_lines(path: Path) -> list[JsonObject]:
+    """The whole lines of a journal; empty if there is none."""
+    if not path.exists():
+        return []
+    lines: list[JsonObject] = []
+    for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(raw)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
+    return lines

@@ -1,0 +1,142 @@
+"""`glmq compress`: the mission's step 2, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from glmq.cli import options as o
+from glmq.errors import UsageError
+
+COMPRESSION = "Compression"
+
+
+def compress(
+    model_path: Annotated[
+        Path,
+        typer.Option(
+            "--model-path",
+            help="Folder of the W8A8S weights; with --decompress, of what glmq compress wrote.",
+            rich_help_panel=o.MODEL,
+        ),
+    ],
+    save_directory: Annotated[
+        Path,
+        typer.Option("--save-directory", help="Folder to write into.", rich_help_panel=o.OUTPUT),
+    ],
+    tp: Annotated[
+        int | None,
+        typer.Option(
+            "--tp",
+            min=1,
+            help="Tensor-parallel size to serve with: one part per rank, 1, 2 or 4.  \\[default: 1, or torchrun's processes]",
+            rich_help_panel=COMPRESSION,
+            show_default=False,
+        ),
+    ] = None,
+    codec: Annotated[
+        Literal["auto", "portable", "ascend"],
+        typer.Option(
+            "--codec",
+            help="ascend: W8A8SC for the engine, by the vendor's compress program. portable: glmq's own lossless form, for "
+            "storage and transport, which no engine reads. auto: ascend if the program is found, else portable.",
+            rich_help_panel=COMPRESSION,
+        ),
+    ] = "auto",
+    executor: Annotated[
+        Path | None,
+        typer.Option(
+            "--executor",
+            envvar="GLMQ_EXECUTOR",
+            help="Path of the vendor's program compress_excutor.  \\[default: where msmodelslim builds it]",
+            rich_help_panel=COMPRESSION,
+            show_default=False,
+        ),
+    ] = None,
+    layout: Annotated[
+        Literal["mindie", "vllm-ascend"],
+        typer.Option(
+            "--layout",
+            help="Engine whose names and cuts are written. vllm-ascend is a best effort that was never run.",
+            rich_help_panel=COMPRESSION,
+        ),
+    ] = "mindie",
+    decompress: Annotated[
+        bool,
+        typer.Option(
+            "--decompress/--no-decompress",
+            help="Restore what a portable folder was made from, bit for bit.",
+            rich_help_panel=COMPRESSION,
+        ),
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            "--jobs",
+            min=1,
+            help="Weights worked on at a time; each needs a few times its own size in memory.  \\[default: the cores]",
+            rich_help_panel=o.RUN,
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: o.Overwrite = False,
+    json_output: o.JsonOutput = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Compress W8A8S weights to W8A8SC for the Atlas 300I Duo, one part per tensor-parallel rank.
+
+    In one process, or one process per rank; the bytes are the same:
+    [bold]glmq compress --model_path W8A8S --save_directory OUT --tp 2[/]
+    [bold]torchrun --nproc_per_node 2 -m glmq compress --model_path W8A8S --save_directory OUT[/]
+
+    The way back from the portable form:
+    [bold]glmq compress --decompress --model_path OUT --save_directory W8A8S[/]
+    """
+    from glmq.cli.compress_job import compress_folder, restore_folder
+    from glmq.cli.compress_view import show_compression, show_restored
+    from glmq.cli.render import print_json, stdout
+    from glmq.compress.layouts import Layout
+
+    be_quiet = quiet or json_output
+    if decompress:
+        if tp is not None or codec == "ascend" or layout != "mindie":
+            raise UsageError(
+                "--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out"
+            )
+        restored = restore_folder(model_path, save_directory, jobs=jobs, overwrite=overwrite, quiet=be_quiet)
+        if json_output:
+            print_json({
+                "schema": "glmq.decompress/1",
+                "folder": str(restored.folder),
+                "layout": restored.layout.value,
+                "world_size": restored.world,
+                "weight_bytes": restored.weight_bytes,
+            })  # fmt: skip
+        elif quiet:
+            stdout.print(str(restored.folder), soft_wrap=True)
+        else:
+            show_restored(restored)
+        return
+    result = compress_folder(
+        model_path,
+        save_directory,
+        tp=tp,
+        codec_name=codec,
+        executor=executor,
+        layout=Layout(layout),
+        jobs=jobs,
+        overwrite=overwrite,
+        quiet=be_quiet,
+    )
+    if result is None:  # a rank above 0 of torchrun
+        return
+    if json_output:
+        print_json({**result.document, "folder": str(result.folder)})
+    elif quiet:
+        stdout.print(str(result.folder), soft_wrap=True)
+    else:
+        show_compression(result, verbose=verbose)

@@ -1,0 +1,201 @@
+"""What `glmq compress` shows: progress by bytes on stderr, tables on stdout, and the next step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from rich import box
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from glmq.cli.render import MIB, SHOWN_ROWS, size, stderr, stdout
+from glmq.compress.layouts import Layout
+from glmq.compress.manifest import REPORT, CodecKind
+
+if TYPE_CHECKING:
+    from glmq.cli.compress_job import CompressionResult, RestoreResult
+    from glmq.compress.report import PartSizes, RankTotals
+    from glmq.compress.stream import CompressedLinear
+
+_LINES: Final = 20
+"""Progress lines where stderr is no terminal."""
+
+
+class ByteProgress:
+    """One bar over bytes with remaining time and resident memory; a few plain lines where stderr is no terminal.
+
+    Args:
+        title: what is being done.
+        total: bytes to do.
+        quiet: draw nothing.
+    """
+
+    def __init__(self, title: str, total: int, *, quiet: bool) -> None:
+        self._title, self._total, self._quiet = title, total, quiet
+        self._done = self._peak_bytes = 0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._started = time.perf_counter()
+
+    def __enter__(self) -> ByteProgress:
+        # rich takes FORCE_COLOR for a terminal, so ask the stream itself before drawing a live bar.
+        if not self._quiet and sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[memory]}"),
+            )
+            self._bar = Progress(*columns, console=stderr, transient=True)
+            self._task = self._bar.add_task(self._title, total=self._total, memory="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is None and not self._quiet:
+            seconds = time.perf_counter() - self._started
+            stderr.print(
+                f"{self._title}: {size(self._done)} in {seconds:.1f} s, peak {self._peak_bytes / MIB:.0f} MiB resident"
+            )
+
+    def advance(self, name: str, nbytes: int, resident_bytes: int) -> None:
+        """Count finished bytes."""
+        line_before, self._done = self._done * _LINES // max(self._total, 1), self._done + nbytes
+        self._peak_bytes = max(self._peak_bytes, resident_bytes)
+        memory = f"{resident_bytes / MIB:.0f} MiB"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, memory=memory)
+        elif not self._quiet and self._done * _LINES // max(self._total, 1) > line_before:
+            seconds = time.perf_counter() - self._started
+            left = seconds * (self._total - self._done) / self._done
+            stderr.print(
+                f"{self._title}: {size(self._done)} of {size(self._total)}, {name}, {left:.0f} s left, {memory}",
+                soft_wrap=True,
+            )
+
+
+def show_compression(result: CompressionResult, *, verbose: bool) -> None:
+    """The linears, the ranks, the bytes in three forms, where the output lies, and what to do next."""
+    stdout.print(linear_table(result.linears, result.world, verbose=verbose))
+    stdout.print(rank_table(result.ranks))
+    stdout.print(size_table(result.sizes, result.codec, result.world))
+    what = "W8A8SC" if result.codec is CodecKind.ASCEND else "W8A8S in glmq's portable form"
+    stdout.print(f"{what}, world size {result.world}, written to {result.folder}", soft_wrap=True)
+    for line in next_steps(result):
+        stdout.print(line, soft_wrap=True)
+
+
+def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bool) -> Table:
+    """One row per linear and rank, most bits per weight first; the tail is left out unless `verbose`."""
+    largest_first = sorted(linears, key=lambda linear: (-linear.bits_per_weight, linear.name, linear.rank))
+    shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
+    table = Table(
+        title="Compressed linears, most bits first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
+    )
+    table.add_column("linear", no_wrap=True)
+    for header in ("rank", "rows x cols", "bits", "ratio", "entropy", "class gain", "seconds"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for linear in shown:
+        table.add_row(
+            linear.name.removeprefix("model.").removeprefix("language_model.").removeprefix("model."),
+            f"{linear.rank}/{world}",
+            f"{linear.rows} x {linear.cols}",
+            f"{linear.bits_per_weight:.3f}",
+            f"{linear.ratio:.2f}",
+            f"{linear.entropy_bits:.3f}",
+            "-" if linear.class_gain_bits is None else f"{linear.class_gain_bits:.3f}",
+            f"{linear.seconds:.2f}",
+        )
+    if len(shown) < len(largest_first):
+        table.caption = (
+            f"{len(largest_first) - len(shown)} smaller ones are left out; -v shows all, {REPORT}.csv has them"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def rank_table(ranks: Sequence[RankTotals]) -> Table:
+    """Each rank's file and its compressed linears together."""
+    table = Table(title="Ranks", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("rank")
+    for header in ("linears", "int8", "compressed", "bits", "ratio", "whole file"):
+        table.add_column(header, justify="right")
+    for rank in ranks:
+        table.add_row(
+            str(rank.rank),
+            str(rank.linears),
+            size(rank.weights),
+            size(rank.stored_bytes),
+            f"{8 * rank.stored_bytes / rank.weights:.3f}",
+            f"{rank.weights / rank.stored_bytes:.2f}",
+            size(rank.file_bytes),
+        )
+    return table
+
+
+def size_table(sizes: Sequence[PartSizes], codec: CodecKind, world: int) -> Table:
+    """Bytes by part of the model: float, quantized, compressed."""
+    last = "W8A8SC" if codec is CodecKind.ASCEND else "portable"
+    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("part")
+    for header in ("float16", "W8A8S", last if world == 1 else f"{last}, {world} ranks", "ratio to float16"):
+        table.add_column(header, justify="right")
+    rows = [(s.part.value, s.float16, s.w8a8s, s.compressed) for s in sizes]
+    total = ("total", sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows))
+    for name, float16, w8a8s, compressed in (*rows, total):
+        table.add_row(
+            name, size(float16), size(w8a8s), size(compressed), f"{compressed / float16:.3f}" if float16 else "-"
+        )
+    return table
+
+
+def next_steps(result: CompressionResult) -> list[str]:
+    """The exact next step for a fresh folder."""
+    folder, world = result.folder, result.world
+    if result.codec is CodecKind.PORTABLE:
+        return [
+            "This form is for storage, transport and checks: no serving engine reads it. The engine's W8A8SC is made from the "
+            "W8A8S folder on a host that has the vendor's compress program:",
+            f"  glmq compress --model_path {result.source} --save_directory {result.source}-sc --tp {world} --codec ascend",
+            "Next: store or copy the folder, and restore what it was made from with",
+            f"  glmq compress --decompress --model_path {folder} --save_directory {folder}-restored",
+        ]
+    if result.layout is Layout.VLLM_ASCEND:
+        return [
+            "Note: this layout is a best effort, from reading vLLM-Ascend's source and never run; MindIE's is the tested one.",
+            f"Next, on the Atlas 300I Duo: vllm serve {folder} --quantization ascend --load-format sharded_state "
+            f"--dtype float16 --tensor-parallel-size {world}",
+        ]
+    devices = ", ".join(str(rank) for rank in range(world))
+    return [
+        f"Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
+        f"{folder}, worldSize to {world} and npuDeviceIds to [[{devices}]], then start mindieservice_daemon."
+    ]
+
+
+def show_restored(result: RestoreResult) -> None:
+    """What was restored, and what to do with it."""
+    if result.layout is Layout.SOURCE:
+        stdout.print(
+            f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
+        )
+        stdout.print("Next: compress it for the engine, or look at it:", soft_wrap=True)
+        stdout.print(f"  glmq inspect {result.folder}", soft_wrap=True)
+    else:
+        stdout.print(
+            f"{result.world} W8A8S parts, {size(result.weight_bytes)} of weights, restored to {result.folder}",
+            soft_wrap=True,
+        )
+        stdout.print(
+            "Next: compare or store them. Only an un-sharded W8A8S folder can be compressed, and only W8A8SC parts are served.",
+            soft_wrap=True,
+        )
