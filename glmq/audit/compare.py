@@ -60,7 +60,8 @@ class WeightDiff:
     max_abs: float
     cosine: float
     undone: tuple[float, float] | None
-    """Smallest and largest column scale that was taken out; None where the norms agree."""
+    """Smallest and largest channel scale that was taken out; of a norm that was, only channels that are zero in one of both
+    count as different. None where norms agree."""
     changed_share: float | None
     """Share of integers that differ; None unless both are integers."""
     step_ratio: tuple[float, float, float] | None
@@ -135,13 +136,17 @@ def compare_weights(a: Folder, b: Folder) -> Iterator[WeightDiff | Incomparable]
                 "checkpoints can be compared, run `glmq decompress` first"
             )
     norms = _norms_in_front(a, b)
+    folding = set(norms.values())
     with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
         for name in one:
             base, _, suffix = name.rpartition(".")
             if name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
                 continue
             try:
-                yield _compare(name, one, other, norms.get(base))
+                if suffix == "weight" and base in folding:
+                    yield _compare_plain(name, one, other, column_scales(one, other, base))
+                else:
+                    yield _compare(name, one, other, norms.get(base))
             except CheckpointError as error:
                 yield Incomparable(name, str(error))
 
@@ -203,7 +208,7 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, norm: str | None) -> Weigh
         return _compare_matrices(name, one, other, column_scales(a, b, norm), *_inputs(base, a, b))
     if shapes[0] != shapes[1]:
         return Incomparable(name, f"has shape {list(shapes[0])} in the first, {list(shapes[1])} in the other")
-    return _compare_plain(name, a, b)
+    return _compare_plain(name, a, b, None)
 
 
 def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int | None]:
@@ -301,11 +306,14 @@ def _read_both(a: StoredMatrix, b: StoredMatrix, start: int, stop: int) -> tuple
     return start, a.stored(start, stop), b.stored(start, stop)
 
 
-def _compare_plain(name: str, a: Checkpoint, b: Checkpoint) -> WeightDiff:
-    """A bias, norm or convolution: small enough to read as a whole."""
+def _compare_plain(name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | None) -> WeightDiff:
+    """A bias, norm or convolution: small enough to read as a whole. `scales` of a norm are those that linears carry."""
     one, other = a.read(name), b.read(name)
     sums = _Sums()
-    sums.add(one.float(), other.float().clone())
+    values = other.float().clone()
+    if scales is not None:
+        values = torch.where((one == 0) | (other == 0), values, one.float())
+    sums.add(one.float(), values)
     return WeightDiff(
         name=name,
         layer=layer_of(name),
@@ -318,7 +326,7 @@ def _compare_plain(name: str, a: Checkpoint, b: Checkpoint) -> WeightDiff:
         signal=sums.a,
         max_abs=sums.max_abs,
         cosine=sums.cosine,
-        undone=None,
+        undone=None if scales is None else (float(scales.min()), float(scales.max())),
         changed_share=None,
         step_ratio=None,
         input_scale_ratio=None,

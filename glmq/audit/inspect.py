@@ -166,7 +166,8 @@ def describe_layers(layers: Sequence[str]) -> str:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return match[1] + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"{match[1]}{listed}"
 
 
 def describe_folder(folder: Folder) -> str:

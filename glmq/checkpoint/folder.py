@@ -52,19 +52,21 @@ class OutputFolder:
 
     def finish(self) -> None:
         """Put the finished folder in the target's place."""
-        if self.target.exists():
-            old = self.target.parent / f".{self.target.name}.old"
+        place = self.target.resolve()  # a link stays one
+        if place.exists():
+            old = place.parent / f".{place.name}.old"
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(self.target, old)
-            os.rename(self.path, self.target)
+            os.rename(place, old)
+            os.rename(self.path, place)
             shutil.rmtree(old)
         else:
-            os.rename(self.path, self.target)
+            os.rename(self.path, place)
 
 
 def partial_path(target: Path) -> Path:
-    """The hidden folder where `target` grows."""
-    return target.parent / f".{target.name}.partial"
+    """The hidden folder where `target` grows, on the same disk."""
+    place = target.resolve()
+    return place.parent / f".{place.name}.partial"
 
 
 def check_target(target: Path, *, overwrite: bool, resume: bool = False) -> None:

@@ -11,43 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from make_checkpoint import make_checkpoint, text_size
+from process import SEED, measure
 
 from glmq.calibrate.samples import default_images
 
-SEED = ["--w_bit", "4", "--is_lowbit", "True", "--fraction", "0.01", "--use_sigma", "True", "--torch_dtype", "fp16"]
 VENDOR_SEED = {"w_bit": 4, "is_lowbit": True, "fraction": 0.01, "use_sigma": True}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One finished process."""
-
-    wall_s: float
-    cpu_s: float
-    peak_mib: float
-    last_line: str
-
-
-def measure(command: list[str], folder: Path) -> Measured:
-    """Run a command to its end and read the operating system's account of it."""
-    started = time.perf_counter()
-    with (folder / "out.txt").open("w+b") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - started
-        out.seek(0)
-        text = out.read().decode(errors="replace")
-    if status:
-        raise SystemExit(f"{command[0]} failed:\n{text[-3000:]}")
-    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -73,7 +47,9 @@ def main() -> None:
     print(f"{'':10}{'wall s':>10}{'CPU s':>10}{'peak MiB':>10}")
     for label, m in (("vendor", vendor), ("glmq", ours)):
         print(f"{label:10}{m.wall_s:10.1f}{m.cpu_s:10.1f}{m.peak_mib:10.0f}")
-    print(f"{'ratio':10}{vendor.wall_s / ours.wall_s:10.1f}{vendor.cpu_s / ours.cpu_s:10.1f}{vendor.peak_mib / ours.peak_mib:10.2f}")
+    print(
+        f"{'ratio':10}{vendor.wall_s / ours.wall_s:10.1f}{vendor.cpu_s / ours.cpu_s:10.1f}{vendor.peak_mib / ours.peak_mib:10.2f}"
+    )
     print(f"vendor stages: {vendor.last_line}")
     if a.json:
         a.json.write_text(json.dumps({"vendor": asdict(vendor), "glmq": asdict(ours)}, indent=1) + "\n")

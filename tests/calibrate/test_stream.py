@@ -35,7 +35,7 @@ def calibrate(
     model: Path, samples: tuple[Sample, ...], out: Path, *, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[BlockDone, StreamedModel]]:
     """Run the engine; yields its records with the model at that moment."""
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     with Checkpoint.open(model) as source:
         streamed = StreamedModel(source, read_config(model), device=torch.device("cpu"), dtype=dtype)
         sink = StatsWriter(out, source.fingerprint(), samples, WIDE)
@@ -215,7 +215,23 @@ def test_a_run_that_stops_midway_leaves_no_manifest(small: Path, samples: tuple[
     run = calibrate(small, samples, tmp_path / "stats")
     next(run)
     run.close()
-    assert [path.name for path in (tmp_path / "stats").iterdir()] == ["model.visual.blocks.0.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [
+        ".states-000", "journal.jsonl", "model.visual.blocks.0.safetensors",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", range(6))
+def test_a_run_that_was_stopped_after_any_block_continues_to_the_same_bytes(
+    blocks: int, small: Path, samples: tuple[Sample, ...], statistics: Statistics, tmp_path: Path
+) -> None:
+    out = tmp_path / "stats"
+    run = calibrate(small, samples, out)
+    for _ in range(blocks):
+        next(run)
+    run.close()
+    done = [done.index for done, _ in calibrate(small, samples, out)]
+    assert done == list(range(blocks, 5))
+    assert tree(out) == tree(statistics.directory)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

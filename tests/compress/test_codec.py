@@ -185,12 +185,19 @@ def test_a_decoder_written_from_the_description_reads_the_file(kind):
 
 
 def test_the_bytes_of_a_file_never_change():
-    r, c = np.mgrid[0:96, 0:80]
+    r, c = np.mgrid[0:400, 0:90]
     hashed = (r * 2654435761 + c * 40503 + r * c * 97) % 4093
-    matrix = ((hashed % 13 + hashed // 13 % 13 + hashed // 169 % 13 - 18) * np.where(c % 20 == 3, 6, 1)).astype(np.int8)
-    blob = codec.encode(matrix, tile_bytes=4096)
-    assert hashlib.sha256(matrix.tobytes()).hexdigest() == "MATRIX"
-    assert hashlib.sha256(blob).hexdigest() == "BLOB"
+    matrix = hashed % 13 + hashed // 13 % 13 + hashed // 169 % 13 - 18
+    matrix = (matrix * np.where(c % 10 == 3, 6, 1)).astype(np.int8)
+    matrix[::97, 5] = -128
+    blob = codec.encode(matrix, tile_bytes=16384)
+    info = codec.read_info(blob)
+    assert (info.columns_of_class, info.escapes, info.tiles) == ((81, 9), 5, 3)
+    assert (
+        hashlib.sha256(matrix.tobytes()).hexdigest()
+        == "b33dd3c2e0f9f749eb04118938a0423271b32b5e2b154c69d062a0857a5ab8f7"
+    )
+    assert hashlib.sha256(blob).hexdigest() == "a98f28c80e5a45249d0357af1bc6f8e4e761a2aa003012b01f029051fe8066bf"
 
 
 def test_the_number_of_threads_changes_nothing():

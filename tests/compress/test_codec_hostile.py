@@ -5,18 +5,13 @@ import struct
 import numpy as np
 import pytest
 import xxhash
+from forge import HEAD, read_fields, sections, sign, with_fields
 
 from glmq.compress import codec
 from glmq.compress.container import class_bits
 from glmq.errors import CodecError, SpaceError
 
 BACKENDS = ("numpy", *codec.KERNELS)
-
-HEAD = struct.Struct("<4sBBBBBBHIQQIIQQQ")
-FIELDS = (
-    *("magic", "version", "layout", "classes", "prob_bits", "lanes", "escape", "reserved", "tile_rows", "rows", "cols"),
-    *("tiles", "table_bytes", "payload_bytes", "matrix_digest", "head_digest"),
-)
 
 
 def make_matrix():
@@ -44,31 +39,8 @@ def blob(matrix):
     return blob
 
 
-def sections(blob):
-    """Where class map, tables, index and payload begin."""
-    head = dict(zip(FIELDS, HEAD.unpack_from(blob)))
-    tables = 64 + -(-head["cols"] * class_bits(head["classes"]) // 8)
-    index = tables + head["table_bytes"]
-    return 64, tables, index, index + 16 * head["tiles"]
-
-
-def sign(blob):
-    """The same bytes with checksums that fit: what a forger would send."""
-    head = dict(zip(FIELDS, HEAD.unpack_from(blob)))
-    *_, index, payload = sections(blob)
-    head["matrix_digest"] = xxhash.xxh3_64_intdigest(
-        b"".join(blob[at : at + 8] for at in range(index, min(payload, len(blob)), 16))
-    )
-    fields = HEAD.pack(*head.values())[:56]
-    return fields + struct.pack("<Q", xxhash.xxh3_64_intdigest(fields + blob[64:payload])) + blob[64:]
-
-
 def alter(blob, at, new):
     return sign(blob[:at] + new + blob[at + len(new) :])
-
-
-def with_field(blob, **changes):
-    return HEAD.pack(*(dict(zip(FIELDS, HEAD.unpack_from(blob))) | changes).values()) + blob[64:]
 
 
 def refusal(blob, backend="auto"):
@@ -161,7 +133,7 @@ NEWER = "it is altered or of a newer glmq"
     ],
 )
 def test_a_header_that_no_writer_makes_is_refused(blob, changes, sentence):
-    assert refusal(with_field(blob, **changes)) == f"compressed weight: {sentence}"
+    assert refusal(with_fields(blob, **changes)) == f"compressed weight: {sentence}"
 
 
 def test_an_altered_head_is_told_by_its_checksum(blob):
@@ -199,9 +171,9 @@ def test_tables_that_do_not_fit_are_refused(blob):
     )
     without_escape = refusal(alter(blob, tables + 16, bytes([blob[tables + 16] & 0xFE])))
     assert without_escape.startswith("compressed weight: table 0: frequencies sum to ")
-    cut = with_field(blob[: index - 1] + blob[index:], table_bytes=index - tables - 1)
+    cut = with_fields(blob[: index - 1] + blob[index:], table_bytes=index - tables - 1)
     assert "no frequency for value" in refusal(sign(cut))
-    longer = with_field(blob[:index] + b"\0" + blob[index:], table_bytes=index - tables + 1)
+    longer = with_fields(blob[:index] + b"\0" + blob[index:], table_bytes=index - tables + 1)
     classes = len(codec.read_info(blob).columns_of_class)
     assert refusal(sign(longer)) == (
         f"compressed weight: tables: {classes} of them need {index - tables} bytes, found {index - tables + 1}; it is altered"
@@ -227,7 +199,7 @@ def test_a_tail_that_is_not_zero_is_refused(blob):
 
 
 def test_a_forged_matrix_digest_is_refused(blob):
-    head = dict(zip(FIELDS, HEAD.unpack_from(blob)))
+    head = read_fields(blob)
     fields = HEAD.pack(*(head | {"matrix_digest": 5}).values())[:56]
     forged = fields + struct.pack("<Q", xxhash.xxh3_64_intdigest(fields + blob[64 : sections(blob)[3]])) + blob[64:]
     assert refusal(forged) == (
@@ -280,7 +252,7 @@ def test_the_message_names_the_tile(blob, backend):
 def test_a_matrix_beyond_memory_is_named():
     """A forger needs few bytes to announce a matrix of constant tiles that no machine can hold."""
     tile = codec.encode(np.full((1, 1 << 10), 9, dtype=np.int8))
-    head = dict(zip(FIELDS, HEAD.unpack_from(tile)))
+    head = read_fields(tile)
     rows = (1 << 40) + 1
     head |= {"rows": rows, "cols": 1 << 28, "tile_rows": 1, "tiles": 1}
     with pytest.raises(CodecError, match=r"^compressed weight: number of tiles is 1, wanted 1099511627777"):

@@ -1,0 +1,98 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from glmq import device
+from glmq.errors import DeviceError
+
+ANY_ACCELERATOR = torch.device("meta")
+"""Stands for an NPU: what matters is that it is no CPU."""
+
+
+class StandIn:
+    """What glmq uses of torch.npu, with a record of the calls."""
+
+    def __init__(self, *, available: bool = True, bf16: bool = True) -> None:
+        self.calls: list[str] = []
+        self._available, self._bf16 = available, bf16
+
+    def is_available(self) -> bool:
+        return self._available
+
+    def is_bf16_supported(self) -> bool:
+        return self._bf16
+
+    def current_device(self) -> int:
+        return 0
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, npu: StandIn) -> StandIn:
+    monkeypatch.setattr(device, "_load_npu", lambda: npu)
+    return npu
+
+
+def test_a_cpu_needs_no_npu_library() -> None:
+    assert device.resolve("cpu") == torch.device("cpu")
+    assert device.default_compute_dtype(torch.device("cpu")) is torch.float32
+    device.release(torch.device("cpu"))
+
+
+def test_a_missing_torch_npu_is_explained() -> None:
+    with pytest.raises(DeviceError) as caught:
+        device.resolve("npu")
+    assert str(caught.value) == (
+        "--device-type npu: torch_npu cannot be imported (No module named 'torch_npu'); install it with "
+        "`pip install glmq[npu]` on a machine with CANN, or use --device-type cpu"
+    )
+
+
+def test_a_torch_npu_without_an_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, StandIn(available=False))
+    with pytest.raises(DeviceError) as caught:
+        device.resolve("npu")
+    assert str(caught.value) == (
+        "--device-type npu: torch_npu finds no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, "
+        "or use --device-type cpu"
+    )
+
+
+def test_the_visible_npu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    npu = install(monkeypatch, StandIn())
+    asked: list[object] = []
+    monkeypatch.setattr(device, "_npu_device", lambda found: asked.append(found) or ANY_ACCELERATOR)
+    assert device.resolve("npu") is ANY_ACCELERATOR
+    assert asked == [npu]
+
+
+def test_torch_npu_is_imported_before_torchs_npu_module_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    npu = StandIn()
+    imported: list[str] = []
+
+    def import_module(name: str) -> object:
+        imported.append(name)
+        return SimpleNamespace(npu=npu)
+
+    monkeypatch.setattr(device.importlib, "import_module", import_module)
+    assert device._load_npu() is npu
+    assert imported == ["torch_npu", "torch"]
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_an_npu_computes_in_the_best_half_precision_that_it_has(
+    bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, StandIn(bf16=bf16))
+    assert device.default_compute_dtype(ANY_ACCELERATOR) is dtype
+
+
+def test_releasing_waits_for_the_npu_before_its_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    npu = install(monkeypatch, StandIn())
+    device.release(ANY_ACCELERATOR)
+    assert npu.calls == ["synchronize", "empty_cache"]
