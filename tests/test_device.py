@@ -1,3 +1,4 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -44,11 +45,12 @@ def test_a_cpu_needs_no_npu_library() -> None:
     device.release(torch.device("cpu"))
 
 
-def test_a_missing_torch_npu_is_explained() -> None:
+def test_a_missing_torch_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
     with pytest.raises(DeviceError) as caught:
         device.resolve("npu")
     assert str(caught.value) == (
-        "--device-type npu: torch_npu cannot be imported (No module named 'torch_npu'); install it with "
+        "--device-type npu: torch_npu cannot be imported (import of torch_npu halted; None in sys.modules); install it with "
         "`pip install glmq[npu]` on a machine with CANN, or use --device-type cpu"
     )
 

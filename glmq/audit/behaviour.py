@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,20 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from glmq.audit.int8_model import Int8Linear, int8_linears, open_model, placed
-from glmq.calibrate.samples import Sample, open_image
 from glmq.checkpoint.ascend import decode_linear
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import SampleError
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.glm4v import LM_HEAD, TEXT, Block, merger_block, text_blocks, vision_block
-from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.model.inputs import ModelInputs
 from glmq.numerics.affine import covered_range
 from glmq.numerics.int8_linear import run_linear
 from glmq.records import BlockDone, QuantizedLinear
 
 HEAD_ROWS: Final = 8192
 """Rows of lm_head that are in memory at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One input that both models are given."""
+
+    name: str
+    has_image: bool
+    encode: Callable[[], ModelInputs]
+    """Makes the input; called three times, so that the pixels of many images need not be held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,20 +104,15 @@ class Predictions:
 
 
 def compare_behaviour(
-    reference: Checkpoint,
-    candidate: Checkpoint,
-    config: ModelConfig,
-    samples: Sequence[Sample],
-    preprocessor: Preprocessor,
+    reference: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case]
 ) -> Iterator[BlockBehaviour | Predictions]:
-    """Run the samples through both checkpoints.
+    """Run the cases through both checkpoints.
 
     Args:
         reference: float.
         candidate: float or quantized, not compressed.
         config: of both.
-        samples: at least one.
-        preprocessor: makes the inputs of both.
+        cases: at least one.
 
     Yields:
         One record after each block of the vision tower (if there are images), the merger and each text layer,
@@ -117,11 +120,10 @@ def compare_behaviour(
 
     Raises:
         CheckpointError: a tensor of either is missing, not finite, has another shape or contradicts others.
-        SampleError: an image that the model cannot take.
     """
     pair = _Pair(open_model(reference, config), open_model(candidate, config))
-    run = _Run(pair, config, samples, preprocessor, set(int8_linears(candidate)))
-    has_images = any(sample.image is not None for sample in samples)
+    run = _Run(pair, config, cases, set(int8_linears(candidate)))
+    has_images = any(case.has_image for case in cases)
     total = config.layers + 1 + (config.vision_depth + 1 if has_images else 0)
     started = time.perf_counter()
     for index, (name, error, linears) in enumerate(run.steps(has_images=has_images)):
@@ -237,16 +239,8 @@ class _LinearSums:
 class _Run:
     """One comparison: the calls in flight, nothing else."""
 
-    def __init__(
-        self,
-        pair: _Pair,
-        config: ModelConfig,
-        samples: Sequence[Sample],
-        preprocessor: Preprocessor,
-        int8: set[str],
-    ) -> None:
-        self._pair, self._config, self._samples = pair, config, samples
-        self._preprocessor, self._int8 = preprocessor, int8
+    def __init__(self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: set[str]) -> None:
+        self._pair, self._config, self._cases, self._int8 = pair, config, cases, int8
         self._calls: dict[int, _Calls] = {}
         self._sample = ""
 
@@ -265,7 +259,7 @@ class _Run:
     def predictions(self) -> Predictions:
         """The predicted tokens; needs all steps done."""
         pair = self._pair
-        inputs = [self._inputs(sample) for sample in self._samples]
+        inputs = [case.encode() for case in self._cases]
         places = [_scored(i) for i in inputs]
         hidden: list[Tensor] = []
         with pair.placed(f"{TEXT}.norm"), torch.no_grad():
@@ -279,14 +273,14 @@ class _Run:
         for start in range(0, self._config.vocab_size, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, self._config.vocab_size)
             sums.add(start, *(head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True)))
-        return _summarize(sums, self._samples, [place.numel() for place in places])
+        return _summarize(sums, self._cases, [place.numel() for place in places])
 
     def _start_vision(self) -> None:
         pair = self._pair
         with pair.placed(*VISION_STEM):
-            for index, sample in enumerate(self._samples):
-                if sample.image is not None:
-                    inputs = self._inputs(sample)
+            for index, case in enumerate(self._cases):
+                if case.has_image:
+                    inputs = case.encode()
                     self._calls[index] = _Calls(pair.reference.vision_call(inputs), pair.candidate.vision_call(inputs))
 
     def _start_text(self) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
@@ -294,9 +288,9 @@ class _Run:
         parts = (*VISION_STEM, *VISION_TAIL) if self._calls else ()
         sums = self._sums(block)
         with pair.placed(*parts), self._watching(block, sums):
-            for index, sample in enumerate(self._samples):
-                self._sample = sample.name
-                inputs, vision = self._inputs(sample), self._calls.get(index)
+            for index, case in enumerate(self._cases):
+                self._sample = case.name
+                inputs, vision = case.encode(), self._calls.get(index)
                 with pair.reference.embedding_rows(inputs.ids), pair.candidate.embedding_rows(inputs.ids):
                     self._calls[index] = _Calls(
                         pair.reference.text_call(inputs, None if vision is None else vision.reference),
@@ -308,7 +302,7 @@ class _Run:
         pair, sums = self._pair, self._sums(block)
         with pair.placed(block.name), self._watching(block, sums):
             for index, calls in self._calls.items():
-                self._sample = self._samples[index].name
+                self._sample = self._cases[index].name
                 calls.reference.hidden = pair.reference.replay(block.name, calls.reference)
                 calls.candidate.hidden = pair.candidate.replay(block.name, calls.candidate)
         return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
@@ -369,12 +363,6 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()  # type: ignore[attr-defined]
-
-    def _inputs(self, sample: Sample) -> ModelInputs:
-        try:
-            return self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
-        except SampleError as error:
-            raise SampleError(f"{sample.name}: {error}") from error
 
 
 class _Head:
@@ -457,7 +445,7 @@ def _targets(inputs: ModelInputs, places: Tensor) -> Tensor:
     return inputs.ids[0, places + 1]
 
 
-def _summarize(sums: _HeadSums, samples: Sequence[Sample], counts: Sequence[int]) -> Predictions:
+def _summarize(sums: _HeadSums, cases: Sequence[Case], counts: Sequence[int]) -> Predictions:
     columns = sums.finish()
 
     def means(name: str, cut: slice) -> SamplePredictions:
@@ -475,14 +463,12 @@ def _summarize(sums: _HeadSums, samples: Sequence[Sample], counts: Sequence[int]
 
     rows: list[SamplePredictions] = []
     start = 0
-    for sample, count in zip(samples, counts, strict=True):
+    for case, count in zip(cases, counts, strict=True):
         if count:
-            rows.append(means(sample.name, slice(start, start + count)))
+            rows.append(means(case.name, slice(start, start + count)))
         start += count
     total = means("", slice(0, start))
-    return Predictions(
-        total.positions, total.kl, total.top1, total.nll_float, total.nll_candidate, tuple(rows)
-    )
+    return Predictions(total.positions, total.kl, total.top1, total.nll_float, total.nll_candidate, tuple(rows))
 
 
 def _ratio(noise: float, signal: float) -> float:

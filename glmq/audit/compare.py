@@ -204,7 +204,9 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, norm: str | None) -> Weigh
     if suffix == "weight" and all(len(shape) == 2 for shape in shapes):
         one, other = StoredMatrix(a, base), StoredMatrix(b, base)
         if (one.rows, one.cols) != (other.rows, other.cols):
-            return Incomparable(name, f"is {one.rows} x {one.cols} in the first, {other.rows} x {other.cols} in the other")
+            return Incomparable(
+                name, f"is {one.rows} x {one.cols} in the first, {other.rows} x {other.cols} in the other"
+            )
         return _compare_matrices(name, one, other, column_scales(a, b, norm), *_inputs(base, a, b))
     if shapes[0] != shapes[1]:
         return Incomparable(name, f"has shape {list(shapes[0])} in the first, {list(shapes[1])} in the other")

@@ -68,6 +68,11 @@ def check_target(folder: Folder, target: Target) -> Iterator[Finding]:
     if folder.kind is Kind.STATISTICS:
         yield Finding(number, "error", "", "the folder holds calibration statistics, no model")
         return
+    if folder.kind is Kind.PORTABLE:
+        yield Finding(
+            number, "error", "", "the weights are in glmq's storage form; `glmq compress --decompress` restores them"
+        )
+        return
     for problem in folder.problems:
         yield Finding(number, "error", "", problem)
     config = None
@@ -97,6 +102,8 @@ def describe_engines(folder: Folder) -> str:
             return "no current engine: MindIE refuses it, vLLM-Ascend has it for mixtures of experts only"
         case _, Kind.FLOAT:
             return "any engine for float GLM-4.1V; the input of `glmq quantize`"
+        case _, Kind.PORTABLE:
+            return "no engine; `glmq compress --decompress` restores the W8A8S weights"
         case _, Kind.STATISTICS:
             return "the input of `glmq quantize --stats`"
         case _:
@@ -137,7 +144,11 @@ def _mindie_config(folder: Folder) -> _Complaints:
     if not isinstance(_section(text, "rope_scaling").get("mrope_section"), list):
         yield True, "", "text_config.rope_scaling.mrope_section is missing; MindIE needs it"
     if folder.quant_type in ("W8A8S", "W8A8SC") and dtype == "bfloat16":
-        yield True, "", f"text_config.dtype is bfloat16; {folder.quant_type} runs on the Atlas 300I Duo, in float16 only"
+        yield (
+            True,
+            "",
+            f"text_config.dtype is bfloat16; {folder.quant_type} runs on the Atlas 300I Duo, in float16 only",
+        )
 
 
 def _mindie_route(folder: Folder) -> Generator[tuple[bool, str, str], None, bool]:
@@ -150,18 +161,33 @@ def _mindie_route(folder: Folder) -> Generator[tuple[bool, str, str], None, bool
     if folder.form != "ascendV1":
         found = None if folder.quant_type is None else folder.quant_type.lower()
         if quantize is None:
-            yield True, "", "config.json has no quantize, so MindIE does not look for a description with a type in its name"
+            yield (
+                True,
+                "",
+                "config.json has no quantize, so MindIE does not look for a description with a type in its name",
+            )
             return False
         if quantize != found:
-            yield True, "", f"config.json says quantize {quantize!r}, the description is for {found!r}: FileNotFoundError"
+            yield (
+                True,
+                "",
+                f"config.json says quantize {quantize!r}, the description is for {found!r}: FileNotFoundError",
+            )
             return False
         yield False, "", f"MindIE calls this form deprecated; it wants {ASCEND_V1}"
     elif quantize is not None and quantize != str(folder.quant_type).lower():
-        yield True, "", f"config.json says quantize {quantize!r}, which MindIE takes over the description's {folder.quant_type}"
+        yield (
+            True,
+            "",
+            f"config.json says quantize {quantize!r}, which MindIE takes over the description's {folder.quant_type}",
+        )
     if folder.quant_type is None:
         yield True, "model_quant_type", "is not in the description: KeyError"
         return False
-    sizes = [folder.description.get("group_size", 0), _section(folder.config, "quantization_config").get("group_size", 0)]
+    sizes = [
+        folder.description.get("group_size", 0),
+        _section(folder.config, "quantization_config").get("group_size", 0),
+    ]
     for size in sizes:
         if size not in GROUP_SIZES:
             yield True, "group_size", f"is {size!r}; MindIE takes 64, 128 or 256: NotImplementedError"
@@ -211,9 +237,7 @@ def _mindie_tensors(folder: Folder, config: ModelConfig) -> _Complaints:
                 yield from _linear_tensors(stored, linear.name, folder, dtype)
 
 
-def _linear_tensors(
-    stored: Mapping[str, StoredTensor], name: str, folder: Folder, dtype: str | None
-) -> _Complaints:
+def _linear_tensors(stored: Mapping[str, StoredTensor], name: str, folder: Folder, dtype: str | None) -> _Complaints:
     """What both engines need of one linear of an un-sharded checkpoint."""
     weight = stored.get(f"{name}.weight")
     if weight is None:
@@ -224,7 +248,11 @@ def _linear_tensors(
             yield False, weight.name, f"is described as {described} but stored as {weight.info.dtype}; it runs as float"
         return
     if described == "FLOAT" or described not in TYPES:
-        yield True, weight.name, f"is stored as {weight.info.dtype} but described as {described}: its integers run as float"
+        yield (
+            True,
+            weight.name,
+            f"is stored as {weight.info.dtype} but described as {described}: its integers run as float",
+        )
         return
     for suffix in SUFFIXES.get(described, ()):
         tensor = stored.get(f"{name}.{suffix}")
@@ -236,13 +264,21 @@ def _linear_tensors(
             yield True, tensor.name, f"has shape {list(tensor.info.shape)}, wanted [rows, 1]: IndexError"
         elif suffix == "deq_scale" and dtype is not None and tensor.info.dtype != ("I64" if dtype == "F16" else "F32"):
             wanted = "the bits of float32 as I64" if dtype == "F16" else "F32"
-            yield True, tensor.name, f"is {tensor.info.dtype}, a model that runs in {dtype} wants {wanted}: silent garbage"
+            yield (
+                True,
+                tensor.name,
+                f"is {tensor.info.dtype}, a model that runs in {dtype} wants {wanted}: silent garbage",
+            )
 
 
 def _mindie_parts(folder: Folder, config: ModelConfig) -> _Complaints:
     quantize = folder.config.get("quantize")
     if quantize not in (None, "w8a8sc"):
-        yield True, "", f"config.json says quantize {quantize!r}; MindIE then does not look into the parts: FileNotFoundError"
+        yield (
+            True,
+            "",
+            f"config.json says quantize {quantize!r}; MindIE then does not look into the parts: FileNotFoundError",
+        )
     if (folder.directory / ASCEND_V1).exists():
         yield True, "", f"{ASCEND_V1} lies beside the parts; MindIE takes its type for theirs"
     stored = {tensor.name: tensor for tensor in folder.tensors}
@@ -267,7 +303,11 @@ def _mindie_parts(folder: Folder, config: ModelConfig) -> _Complaints:
 def _vllm(folder: Folder, config: ModelConfig | None) -> _Complaints:
     yield False, "", "vLLM-Ascend does not list GLM-4.1V as supported; that look-ups succeed does not mean that it runs"
     if "quantization_config" in folder.config:
-        yield True, "", "config.json has quantization_config, which vLLM takes for the whole description: every look-up fails"
+        yield (
+            True,
+            "",
+            "config.json has quantization_config, which vLLM takes for the whole description: every look-up fails",
+        )
     if folder.kind is Kind.PARTS:
         yield True, "", "the weights are parts for MindIE; vLLM-Ascend reads model-rank-*.safetensors"
         return
@@ -284,7 +324,11 @@ def _vllm(folder: Folder, config: ModelConfig | None) -> _Complaints:
     if folder.kind is not Kind.SHARDED and (folder.directory / "model.safetensors.index.json").exists():
         yield True, "", "model.safetensors.index.json is there; vLLM drops every weight file that it does not name"
     if folder.quant_type == "W4A8_DYNAMIC":
-        yield True, "", "W4A8_DYNAMIC is for mixtures of experts in vLLM-Ascend; a dense linear raises NotImplementedError"
+        yield (
+            True,
+            "",
+            "W4A8_DYNAMIC is for mixtures of experts in vLLM-Ascend; a dense linear raises NotImplementedError",
+        )
     elif folder.quant_type in ("W8A8S", "W8A8SC"):
         yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only"
     if config is None:

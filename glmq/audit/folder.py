@@ -16,6 +16,7 @@ from glmq.errors import CheckpointError
 from glmq.spec import QuantType
 
 STATISTICS: Final = "statistics.json"
+PORTABLE_FILE: Final = ".gqsc.safetensors"
 FLOAT_CODES: Final = ("F16", "BF16", "F32", "F64")
 _PART: Final = re.compile(r"part(\d+)-of-(\d+)")
 _RANK: Final = re.compile(r"model-rank-(\d+)-part-\d+\.safetensors")
@@ -28,6 +29,7 @@ class Kind(Enum):
     QUANTIZED = "quantized checkpoint"
     PARTS = "compressed parts, one folder a rank (MindIE)"
     SHARDED = "compressed parts, one file a rank (vLLM-Ascend)"
+    PORTABLE = "compressed with the portable codec: for storage, no engine reads it"
     STATISTICS = "calibration statistics"
 
 
@@ -100,7 +102,7 @@ def scan_folder(directory: Path) -> Folder:
     tensors: list[StoredTensor] = []
     for prefix, files in groups.items():
         seen: dict[str, Path] = {}
-        own, _ = _description(files[0].parent, {}, []) if prefix and kind is Kind.PARTS else (description, None)
+        own, _ = _description(files[0].parent, {}, []) if prefix and kind is not Kind.SHARDED else (description, None)
         for file in files:
             try:
                 header = read_header(file)
@@ -109,7 +111,9 @@ def scan_folder(directory: Path) -> Folder:
                 continue
             for name, info in header.tensors.items():
                 if name in seen:
-                    problems.append(f"{file.name}: has {name!r}, which is also in {seen[name].name}; engines refuse that")
+                    problems.append(
+                        f"{file.name}: has {name!r}, which is also in {seen[name].name}; engines refuse that"
+                    )
                     continue
                 seen[name] = file
                 tensors.append(StoredTensor(f"{prefix}{name}", info, file, _type_of(info, own)))
@@ -156,6 +160,8 @@ def _kind(directory: Path, groups: Mapping[str, list[Path]]) -> Kind:
     if (directory / STATISTICS).is_file():
         return Kind.STATISTICS
     prefix = next(iter(groups))
+    if any(path.name.endswith(PORTABLE_FILE) for files in groups.values() for path in files):
+        return Kind.PORTABLE
     if prefix:
         return Kind.PARTS if prefix.startswith("part") else Kind.SHARDED
     return Kind.QUANTIZED if find_descriptions(directory) else Kind.FLOAT

@@ -175,7 +175,7 @@ def describe_folder(folder: Folder) -> str:
     floats = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
     dtype = next((floats[code] for code in folder.float_codes), "")
     if folder.kind is Kind.STATISTICS:
-        return folder.kind.value
+        return str(folder.kind.value)
     parts = [folder.kind.value]
     if folder.quant_type is not None:
         parts.append(f"{folder.quant_type} ({folder.form})")

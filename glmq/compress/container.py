@@ -70,6 +70,7 @@ _FIELDS: Final = struct.Struct("<4s6BHIQQIIQQ")
 _DIGEST: Final = struct.Struct("<Q")
 _HEADER_BYTES: Final = _FIELDS.size + _DIGEST.size
 _ENTRY: Final = struct.Struct("<QII")
+_VARINTS: Final = tuple(bytes([n]) if n < 0x80 else bytes([n & 0x7F | 0x80, n >> 7]) for n in range(FREQUENCY_SUM))
 _VERSION: Final = 1
 _ROW_MAJOR: Final = 0
 
@@ -272,11 +273,8 @@ def _unpack_class_map(packed: memoryview, cols: int, classes: int) -> NDArray[np
 
 def _pack_frequencies(frequencies: NDArray[np.uint16]) -> bytes:
     live = frequencies != 0
-    packed = bytearray(np.packbits(live, bitorder="little").tobytes())
-    for frequency in frequencies[live].tolist():
-        low, high = (frequency - 1) & 0x7F, (frequency - 1) >> 7
-        packed += bytes([low | 0x80, high]) if high else bytes([low])
-    return bytes(packed)
+    presence = np.packbits(live, bitorder="little").tobytes()
+    return presence + b"".join([_VARINTS[frequency - 1] for frequency in frequencies[live].tolist()])
 
 
 def _unpack_frequencies(packed: memoryview, classes: int) -> NDArray[np.uint16]:

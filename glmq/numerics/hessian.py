@@ -1,7 +1,17 @@
-"""The quadratic form that error-compensated rounding minimises: damp it, order it, factor it. Float32.
+"""The quadratic form that error-compensated rounding minimises: shrink it, order it, factor it. Float32.
 
-For one row w of a weight with inputs x, quantizing to q loses E[(w.x - q.xq)^2]. With xq = x + e, where e is the rounding noise of
-the int8 activation (independent, variance v per channel), this is (w - q) H (w - q)^T + v |q|^2, H = E[x x^T].
+Rounding a row w of a weight to q loses E[((w - q) x)^2] = (w - q) H (w - q)^T with H = E[x x^T]. When the columns are rounded one after
+the other and each error is made up for in the columns that follow, column k costs curvature_k per squared unit: the variance
+of x_k that the columns after it cannot imitate.
+
+Damping. H comes from a few thousand calibration tokens; inputs met later span directions that they never showed, and a plain
+inverse would trust the emptiness. H is therefore shrunk towards its own diagonal, (1 - a) H + a diag(H), the classic
+estimator of Ledoit & Wolf (2004) with a diagonal target. Unlike a multiple of the identity (Frantar et al. 2022), it
+commutes with channel scales, so smoothing and rounding see the same form.
+
+Order. The sum of the curvatures depends on the order. The greedy order from the end (the column with the least remaining variance goes
+last, then is projected out) is the pivoted Cholesky rule, known from decoding of multi-antenna signals (Wolniansky et al.
+1998, V-BLAST); it is taken in blocks, so that it runs at matrix-product speed.
 """
 
 from __future__ import annotations
@@ -13,8 +23,13 @@ import torch
 from torch import Tensor
 
 from glmq.errors import StatisticsError
+from glmq.numerics.moments import InputStats
 
-RETRIES: Final = 6
+SHRINKAGE: Final = 0.1
+"""Weight of the diagonal. Results move by 2 % between 0.03 and 0.2."""
+DIAGONAL_FLOOR: Final = 1e-6
+"""A channel that calibration never used still costs this share of the mean channel."""
+ORDER_BLOCKS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,40 +39,77 @@ class Factor:
     order: Tensor
     """int64 [K]: the column that is rounded first, second, ..."""
     feedback: Tensor
-    """float32 [K, K]: U, strictly upper triangular, in processing order."""
+    """float32 [K, K]: U in processing order; an error of 1 in column i asks for U[i, k] more in column k."""
     curvature: Tensor
-    """float32 [K]: what a unit of rounding error costs once the columns after it have compensated, in processing order."""
+    """float32 [K]: cost of a squared unit of rounding error, in processing order."""
+
+    def by_column(self) -> Tensor:
+        """The curvature in the order of the weight's columns: float32 [K]."""
+        out = torch.empty_like(self.curvature)
+        out[self.order] = self.curvature
+        return out
 
 
-def factor(moment: Tensor, damping: float) -> Factor:
-    """Factor a second moment for columns processed by falling curvature.
+def shrunk_moment(stats: InputStats, scales: Tensor | None = None) -> Tensor | None:
+    """Second moment of the input divided by `scales`, shrunk towards its diagonal, with a floor under the diagonal.
 
-    The upper-times-lower form is the ordinary Cholesky factor of the matrix with rows and columns reversed, reversed again; no
-    inverse is formed, so float32 serves. When the factorisation fails (a moment that is not positive definite
-    in float32), the damping is multiplied by 10, at most RETRIES times.
+    Returns:
+        float32 [K, K], positive definite as far as float32 resolves it; None where the statistics hold no second moment.
+    """
+    if stats.second_moment is None:
+        return None
+    moment = stats.second_moment.clone() if scales is None else stats.second_moment / (scales[:, None] * scales)
+    diagonal = moment.diagonal().clone()
+    mean = float(diagonal.mean())
+    floor = DIAGONAL_FLOOR * mean if mean > 0 else 1.0  # an input that is always zero: any integers do
+    moment.mul_(1 - SHRINKAGE).diagonal().copy_(diagonal.clamp_min(floor))
+    return moment
+
+
+def factor(moment: Tensor) -> Factor:
+    """Order and factor a positive definite second moment; `moment` is not changed.
+
+    The upper-times-lower form is the ordinary Cholesky factor of the matrix with rows and columns reversed, reversed again: no
+    inverse is formed, and float32 serves.
 
     Args:
-        moment: float32 [K, K], symmetric, positive semi-definite; not changed.
-        damping: added to the diagonal, as a share of its mean.
+        moment: float32 [K, K] from `shrunk_moment`.
 
     Raises:
-        StatisticsError: not factorable even with the largest damping, e.g. because it holds NaN.
+        StatisticsError: not positive definite: the statistics hold NaN, or are no second moment at all.
     """
-    diagonal = moment.diagonal()
-    mean = diagonal.mean()
-    if not mean > 0:
-        mean = torch.ones(())  # an input that is always zero: any integers do
-    order = diagonal.argsort(descending=True, stable=True)
+    order = rounding_order(moment)
     backwards = order.flip(0)
-    flipped = moment[backwards][:, backwards]
-    for attempt in range(RETRIES + 1):
-        damped = flipped + torch.eye(len(order)) * (damping * 10**attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if info.item() == 0:
-            upper = lower.flip(0, 1)
-            scale = upper.diagonal().clone()
-            return Factor(order, (upper / scale).triu_(1), scale.square())
-    raise StatisticsError(
-        f"the second moment of {len(order)} input channels is not positive definite even with a damping of "
-        f"{damping * 10**RETRIES:g}: calibrate again"
-    )
+    lower, info = torch.linalg.cholesky_ex(moment[backwards][:, backwards])
+    if info.item() != 0 or not bool(lower.diagonal().isfinite().all()):
+        raise StatisticsError(
+            f"the second moment of an input with {len(order)} channels is not positive definite: calibrate again"
+        )
+    upper = lower.flip(0, 1)
+    scale = upper.diagonal().clone()
+    return Factor(order, (upper / scale).triu_(1), scale.square_())
+
+
+def rounding_order(moment: Tensor) -> Tensor:
+    """The order in which columns are rounded: those with the least remaining variance last, K / 32 at a time.
+
+    Args:
+        moment: float32 [K, K], positive definite.
+
+    Returns:
+        int64 [K], a permutation.
+    """
+    size = moment.shape[0]
+    block = -(-size // ORDER_BLOCKS)
+    left, remaining, taken = moment, torch.arange(size), list[Tensor]()
+    while len(remaining):
+        rank = left.diagonal().argsort(stable=True)
+        now, later = rank[:block], rank[block:]
+        taken.append(remaining[now])
+        remaining = remaining[later]
+        if len(later):
+            corner, side = left[now][:, now], left[now][:, later]
+            root = torch.linalg.cholesky_ex(corner).L
+            half = torch.linalg.solve_triangular(root, side, upper=False)  # [block, rest]
+            left = torch.addmm(left[later][:, later], half.T, half, alpha=-1)
+    return torch.cat(taken).flip(0)

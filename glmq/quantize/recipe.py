@@ -188,9 +188,10 @@ def _group_type(group: Group, recipe: Recipe) -> QuantType:
         quant_type = recipe.quant_type if rule is None else rule.quant_type
         found.setdefault(quant_type, (linear.name, rule.option if rule else ""))
     if len(found) > 1:
-        (first, (name, option)), (second, (other, other_option)) = list(found.items())[:2]
+        # The type that an option asked for comes before the one that was left as it was.
+        (first, (name, option)), (second, (other, _)) = sorted(found.items(), key=lambda item: not item[1][1])[:2]
         raise UsageError(
-            f"{option or other_option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
+            f"{option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
             "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
         )
     return next(iter(found))

@@ -28,6 +28,9 @@ from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
 
+FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
+"""Dtypes of float weights that we take."""
+
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
 
@@ -93,7 +96,10 @@ def plan_output(
 
 
 def check_source(source: Checkpoint, config: ModelConfig) -> None:
-    """Raise CheckpointError unless every tensor of the model is there with the shape that config.json asks for."""
+    """Raise CheckpointError unless every tensor of the model is there, float, with the shape that config.json asks for.
+
+    Other tensors may lie beside them, but none of the model's own modules may have more than its own.
+    """
     expected = expected_shapes(config)
     missing = [name for name in expected if name not in source]
     if missing:
@@ -106,6 +112,17 @@ def check_source(source: Checkpoint, config: ModelConfig) -> None:
             raise CheckpointError(
                 f"{source.file_of(name).name}: tensor {name!r} has shape {source[name].shape}, "
                 f"config.json asks for {shape}; take both from the same release"
+            )
+        if source[name].dtype not in FLOAT_CODES:
+            raise CheckpointError(
+                f"{source.file_of(name).name}: tensor {name!r} is {source[name].dtype}, one of {', '.join(FLOAT_CODES)} "
+                "is needed; give the float weights, not a quantized checkpoint"
+            )
+    owners = {name.rpartition(".")[0] for name in expected}
+    for name in source:
+        if name not in expected and name.rpartition(".")[0] in owners:
+            raise CheckpointError(
+                f"{source.file_of(name).name}: tensor {name!r} is no part of a GLM-4.1V; give the float release's weights"
             )
 
 
@@ -296,7 +313,7 @@ def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequ
 
 
 def _float_code(code: str, dtype: FloatDtype) -> str:
-    return CODES[dtype] if code in ("F64", "F32", "F16", "BF16") else code
+    return CODES[dtype] if code in FLOAT_CODES else code
 
 
 def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, folder: Path) -> None:

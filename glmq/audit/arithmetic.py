@@ -1,0 +1,266 @@
+"""The numbers of each integer linear: can its sums overflow, do its weights stand for the float ones, are they as reported.
+
+`check_structure` recomputes quant_bias and the steps; here the integers themselves are examined, row by row and column by
+column, against the float checkpoint with the smoothing undone, and against what glmq's own report beside the weights says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.audit.weights import StoredMatrix, column_scales, read_ahead
+from glmq.checkpoint.ascend import decode_deq_scale
+from glmq.checkpoint.json_file import JsonValue
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError
+from glmq.numerics.int8_linear import INT32_LIMIT
+from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.records import Finding
+
+ARITHMETIC_CHECK: Final = 30
+REPORT_CHECK: Final = 32
+
+FP16_LIMIT: Final = 65504.0
+GAIN_FLOOR: Final = 0.05
+"""Deviation of a row's or column's gain from 1 that is never called wrong: bfloat16 scales and coarse steps reach 0.02."""
+GAIN_DEVIATIONS: Final = 10.0
+"""Rounding errors e of relative size r leave a gain of 1 + N(0, r / sqrt(n)) over n weights; 7 is the largest number of
+such deviations met in checkpoints of this project and of the vendor's tool."""
+FARTHEST_STEPS: Final = {"INT8": 32.0, "INT4": 7.5}
+"""How many steps a single weight may lie from the float one; nearest rounding stays within 0.5, error compensation within
+a few. A flip of the highest bit moves an int8 weight by 128 steps and an int4 weight by 8."""
+MIDDLING: Final = 8
+"""Columns and rows that are too few for statistics of a gain are not judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearArithmetic:
+    """One integer linear."""
+
+    name: str
+    type: str
+    """INT8 or INT4."""
+    entropy_bits: float
+    """Zero-order entropy of the integers, bits per weight."""
+    zero_share: float
+    outlier_share: float
+    """Share of integers with |q| > 7."""
+    accumulator_share: float
+    """Largest possible |int32 sum|, quant_bias included, over 2^31; 1 or more can overflow. 0 for two-stage types."""
+    bias_output: float
+    """Largest |quant_bias * deq_scale|: what a rank's partial sum carries beside its products. 0 for dynamic types."""
+    result_bound: float
+    """|y| that no int8 input can exceed; reached only if every channel is at its worst at once. 0 for dynamic types."""
+    against: WeightDistance | None
+    """None without a float checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDistance:
+    """How integers with their steps stand to the float weight, columns scaled as smoothing did."""
+
+    relative_l2: float
+    """||W_q - W|| / ||W||."""
+    farthest_steps: float
+    """Largest |W_q - W| in steps of its row (and group)."""
+    row_gain: tuple[int, float, float]
+    """The row whose <W_q, W> / <W, W> deviates most from 1: its index, that gain, and the deviation allowed."""
+    column_gain: tuple[int, float, float]
+    """The same of the columns."""
+
+
+def measure_linears(
+    candidate: Checkpoint, reference: Checkpoint | None, norms: Mapping[str, str | None]
+) -> Iterator[LinearArithmetic | Finding]:
+    """Every integer linear of `candidate`, a few megabytes in memory.
+
+    Args:
+        candidate: un-sharded, not compressed.
+        reference: the float checkpoint it was made from, or None.
+        norms: the norm in front of each linear, whose change tells the smoothing.
+
+    Yields:
+        Its numbers, or a finding that says why they cannot be computed.
+    """
+    for weight in candidate:
+        name = weight.removesuffix(".weight")
+        if name == weight or candidate[weight].dtype != "I8" or len(candidate[weight].shape) != 2:
+            continue
+        try:
+            yield _measure(name, candidate, reference, norms.get(name))
+        except CheckpointError as error:
+            yield Finding(ARITHMETIC_CHECK, "error", name, f"cannot be computed with: {error}")
+
+
+def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Finding]:
+    """What is wrong with the numbers of one linear."""
+
+    def finding(suffix: str, message: str) -> Finding:
+        return Finding(ARITHMETIC_CHECK, "error", f"{numbers.name}.{suffix}", message)
+
+    if numbers.accumulator_share >= 1:
+        yield finding(
+            "quant_bias", f"lets int32 sums reach {numbers.accumulator_share:.3g} times what an int32 can hold"
+        )
+    if is_fp16 and numbers.bias_output > FP16_LIMIT:
+        yield finding("quant_bias", f"stands for {numbers.bias_output:.4g}, float16 results end at {FP16_LIMIT:g}")
+    distance = numbers.against
+    if distance is None:
+        return
+    if distance.farthest_steps > FARTHEST_STEPS[numbers.type]:
+        yield finding(
+            "weight",
+            f"has a weight {distance.farthest_steps:.3g} steps from the float one, wanted at most "
+            f"{FARTHEST_STEPS[numbers.type]:g}: was a bit flipped?",
+        )
+    for what, (index, gain, allowed) in (("row", distance.row_gain), ("column", distance.column_gain)):
+        if not abs(gain - 1) <= allowed:
+            cause = "its step" if what == "row" else "the norm in front"
+            yield finding(
+                "weight",
+                f"{what} {index} is {gain:.3g} times the float {what}, wanted 1 within {allowed:.2g}; "
+                f"{cause} or the {what} is wrong",
+            )
+
+
+def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonValue]) -> Iterator[Finding]:
+    """Whether the integers are those that glmq_report.json was written for: any changed integer moves their counts.
+
+    Args:
+        numbers: of one linear.
+        report: contents of glmq_report.json.
+    """
+    linears = report.get("linears")
+    rows = [row for row in linears if isinstance(row, Mapping)] if isinstance(linears, list) else []
+    row = next((row for row in rows if row.get("name") == numbers.name), None)
+    if row is None:
+        return
+    for key, found in (
+        ("entropy_bits", numbers.entropy_bits),
+        ("zero_share", numbers.zero_share),
+        ("outlier_share", numbers.outlier_share),
+    ):
+        wanted = row.get(key)
+        # The report holds the same sums of the same counts, so only another order of summing may differ, by some ulps.
+        if isinstance(wanted, float) and abs(found - wanted) > 1e-12 * max(1.0, abs(wanted)):
+            message = f"has {key} {found:.9g}, glmq_report.json says {wanted:.9g}: the integers were changed since"
+            yield Finding(REPORT_CHECK, "error", f"{numbers.name}.weight", message)
+            return
+
+
+class _Distance:
+    """Sums towards a WeightDistance."""
+
+    def __init__(self, rows: int, cols: int) -> None:
+        self._noise_rows, self._signal_rows, self._dot_rows = (torch.zeros(rows, dtype=torch.float64) for _ in range(3))
+        self._noise_cols, self._signal_cols, self._dot_cols = (torch.zeros(cols, dtype=torch.float64) for _ in range(3))
+        self._farthest = 0.0
+
+    def add(self, start: int, found: Tensor, wanted: Tensor, steps: Tensor) -> None:
+        """Rows from `start` on: float32 [n, K] each; steps broadcast to them."""
+        cut = slice(start, start + found.shape[0])
+        error = found - wanted
+        for target, rows, product in (
+            (self._noise_cols, self._noise_rows, error.square()),
+            (self._signal_cols, self._signal_rows, wanted.square()),
+            (self._dot_cols, self._dot_rows, found * wanted),
+        ):
+            target += product.sum(0)
+            rows[cut] = product.sum(1).double()
+        self._farthest = max(self._farthest, float(error.div_(steps).abs().max()))
+
+    def finish(self) -> WeightDistance:
+        noise, signal = float(self._noise_rows.sum()), float(self._signal_rows.sum())
+        return WeightDistance(
+            relative_l2=math.sqrt(noise / signal) if signal else (0.0 if noise == 0 else math.inf),
+            farthest_steps=self._farthest,
+            row_gain=_worst_gain(self._dot_rows, self._signal_rows, self._noise_rows, self._noise_cols.numel()),
+            column_gain=_worst_gain(self._dot_cols, self._signal_cols, self._noise_cols, self._noise_rows.numel()),
+        )
+
+
+def _worst_gain(dot: Tensor, signal: Tensor, noise: Tensor, count: int) -> tuple[int, float, float]:
+    """Index, gain and allowed deviation of the worst of several vectors of `count` weights each."""
+    alive = signal > 0
+    if not bool(alive.any()) or count < MIDDLING:
+        return 0, 1.0, GAIN_FLOOR
+    gain = torch.where(alive, dot / signal, 1.0)
+    typical = float((noise[alive] / signal[alive]).sqrt().median())  # the median ignores the damaged one
+    index = int((gain - 1).abs().nan_to_num(math.inf).argmax())
+    return index, float(gain[index]), max(GAIN_FLOOR, GAIN_DEVIATIONS * typical / math.sqrt(count))
+
+
+def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, norm: str | None) -> LinearArithmetic:
+    matrix = StoredMatrix(candidate, name)
+    source = _source(name, matrix, reference)
+    scales = None if reference is None else column_scales(reference, candidate, norm)
+    distance = None if source is None else _Distance(matrix.rows, matrix.cols)
+    counts = torch.zeros(256, dtype=torch.int64)
+    positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
+    reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]
+    for start, q, original in read_ahead(reads):
+        cut = slice(start, start + q.shape[0])
+        counts += count_int8(q)
+        positive[cut] = q.clamp_min(0).sum(1, dtype=torch.int64)
+        negative[cut] = q.clamp_max(0).sum(1, dtype=torch.int64)
+        if distance is not None and original is not None and source is not None:
+            wanted = source.values(original, start)
+            wanted = wanted if scales is None else wanted.mul_(scales)
+            distance.add(start, matrix.values(q, start), wanted, _steps(matrix, cut))
+    share, bias_output, bound = _bounds(name, candidate, positive, negative)
+    values = torch.arange(-128, 128)
+    total = max(1, int(counts.sum()))
+    return LinearArithmetic(
+        name=name,
+        type="INT8" if matrix.second is None else "INT4",
+        entropy_bits=entropy_bits(counts),
+        zero_share=int(counts[128]) / total,
+        outlier_share=int(counts[values.abs() > 7].sum()) / total,
+        accumulator_share=share if matrix.second is None else 0.0,
+        bias_output=bias_output,
+        result_bound=bound,
+        against=None if distance is None else distance.finish(),
+    )
+
+
+def _source(name: str, matrix: StoredMatrix, reference: Checkpoint | None) -> StoredMatrix | None:
+    """The float weight, if there is one of the same shape; another shape is a finding of the structure."""
+    if reference is None or f"{name}.weight" not in reference:
+        return None
+    source = StoredMatrix(reference, name)
+    return source if (source.rows, source.cols) == (matrix.rows, matrix.cols) else None
+
+
+def _read(
+    matrix: StoredMatrix, source: StoredMatrix | None, start: int, stop: int
+) -> tuple[int, Tensor, Tensor | None]:
+    return start, matrix.stored(start, stop), None if source is None else source.stored(start, stop)
+
+
+def _steps(matrix: StoredMatrix, cut: slice) -> Tensor:
+    assert matrix.step is not None
+    if matrix.second is None:
+        return matrix.step[cut]
+    return (matrix.second[cut] * matrix.step[cut]).repeat_interleave(matrix.cols // matrix.second.shape[1], dim=1)
+
+
+def _bounds(name: str, candidate: Checkpoint, positive: Tensor, negative: Tensor) -> tuple[float, float, float]:
+    """(largest |int32 sum| / 2^31, largest |quant_bias * deq_scale|, largest |y|) over all int8 inputs."""
+    high, low = 127 * positive - 128 * negative, 127 * negative - 128 * positive  # int64 [N]
+    largest = torch.maximum(high, -low)
+    if f"{name}.quant_bias" not in candidate or f"{name}.deq_scale" not in candidate:
+        return float(largest.max()) / (INT32_LIMIT + 1), 0.0, 0.0
+    bias = candidate.read(f"{name}.quant_bias").long()
+    deq = decode_deq_scale(f"{name}.deq_scale", candidate.read(f"{name}.deq_scale")).double()
+    if bias.shape != high.shape or deq.shape != high.shape:
+        raise CheckpointError(f"{name}: quant_bias and deq_scale have not one entry for each of {high.numel()} rows")
+    ends = torch.maximum((high + bias).abs(), (low + bias).abs())
+    share = float(torch.maximum(ends, largest).max()) / (INT32_LIMIT + 1)
+    return share, float((bias.double() * deq).abs().max()), float((ends.double() * deq).max())

@@ -1,0 +1,74 @@
+"""Error-compensated rounding: each column's rounding error is made up for in the columns that are rounded after it.
+
+The loop of GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the feedback form of QuIP (Chee et al. 2023, arXiv 2307.13304, LDLQ): with
+H = (I + U) D (I + U)^T, column k is rounded at
+
+    target_k = w_k + sum over earlier columns i of (w_i - q_i * step) * U[i, k],
+
+and the loss is sum_k D_k (target_k - q_k * step)^2. Reading U from the left needs no inverse and no update of columns that
+wait. Blocked twice: a wide block takes all earlier columns in one matrix product, narrow blocks inside it take the wide block's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.numerics.hessian import Factor
+from glmq.spec import IntGrid
+
+ROWS_AT_ONCE: Final = 4096
+WIDE: Final = 256
+NARROW: Final = 16
+
+
+def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGrid) -> Tensor:
+    """Integers q that keep (weight - q * step) small under the factored second moment.
+
+    Nearest rounding, half to even, of the compensated target; clamped to the grid, and what the clamp cuts is compensated too.
+
+    Args:
+        weight: float32 [N, K].
+        step: float32 [N, G], positive; column k has the step of group k // (K / G). G = 1: one step per row.
+        factor: of the second moment, K wide.
+        grid: the integers.
+
+    Returns:
+        int8 [N, K]. Needs about 10 bytes of temporaries for each of ROWS_AT_ONCE * K weights.
+    """
+    rows, columns = weight.shape
+    group_of = factor.order // (columns // step.shape[1])
+    out = torch.empty(rows, columns, dtype=torch.int8)
+    for start in range(0, rows, ROWS_AT_ONCE):
+        cut = slice(start, min(start + ROWS_AT_ONCE, rows))
+        ordered = weight[cut].T[factor.order]  # [n, K] -> [K, n]: a column of the weight is contiguous
+        steps = step[cut].T.contiguous()  # [G, n]
+        out[cut, factor.order] = _round_rows(ordered, steps, group_of.tolist(), factor.feedback, grid).T
+    return out
+
+
+def _round_rows(weight: Tensor, steps: Tensor, group_of: list[int], feedback: Tensor, grid: IntGrid) -> Tensor:
+    """weight float32 [K, n] in processing order -> int8 [K, n]."""
+    columns = weight.shape[0]
+    error = torch.empty_like(weight)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    for wide in range(0, columns, WIDE):
+        wide_end = min(wide + WIDE, columns)
+        target = weight[wide:wide_end].clone()
+        if wide:
+            target.addmm_(feedback[:wide, wide:wide_end].T, error[:wide])
+        for narrow in range(wide, wide_end, NARROW):
+            end = min(narrow + NARROW, wide_end)
+            part = target[narrow - wide : end - wide]
+            if narrow > wide:
+                part.addmm_(feedback[wide:narrow, narrow:end].T, error[wide:narrow])
+            for column in range(narrow, end):
+                step = steps[group_of[column]]
+                rounded = (part[column - narrow] / step).round_().clamp_(grid.qmin, grid.qmax)
+                q[column] = rounded
+                torch.addcmul(weight[column], rounded, step, value=-1, out=error[column])
+                if column + 1 < end:
+                    part[column - narrow + 1 :].addr_(feedback[column, column + 1 : end], error[column])
+    return q

@@ -1,0 +1,120 @@
+"""A killed run, continued with --resume, ends with the bytes of an unbroken one."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import glmq, run, tree
+
+from glmq.checkpoint.journal import Journal
+
+SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
+BLOCKS = 5
+"""Of the small model: a vision block, the merger, two text layers, lm_head; calibrate and quantize pass each once."""
+
+
+def command(small: Path, pictures: Path, out: Path) -> list[object]:
+    paths = ["--model_path", small, "--save_directory", out, "--calib_images", pictures]
+    return ["quantize", *paths, "--limit", 2, *SEED]
+
+
+def run_and_die(arguments: list[object], record: int, *, after: bool) -> None:
+    """Run in a forked child that kills itself (kill -9) right before or right after it journals that block."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+        original = Journal.record
+
+        def dying(self: Journal, *args: object) -> None:
+            nonlocal count
+            if count == record and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(self, *args)  # type: ignore[arg-type]
+            if count == record and after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+        Journal.record = dying  # type: ignore[method-assign]
+        run(*arguments)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    glmq(*command(small, pictures, out))
+    return tree(out)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("record", range(2 * BLOCKS))
+def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
+    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int, after: bool
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(small, pictures, out)
+    run_and_die(arguments, record, after=after)
+    assert not out.exists()
+    glmq(*arguments, "--resume")
+    assert tree(out) == unbroken
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(
+    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = [*command(small, pictures, out), "--resume"]
+    for _ in range(2 * BLOCKS):
+        run_and_die(arguments, 0, after=True)
+        assert not out.exists()
+    glmq(*arguments)
+    assert tree(out) == unbroken
+
+
+def test_a_plain_run_after_a_kill_says_that_it_can_resume(small: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = command(small, pictures, out)
+    run_and_die(arguments, 2, after=True)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: {tmp_path}/.out.statistics: an interrupted run of 3 finished blocks lies beside it; "
+        "pass --resume to continue it, or --overwrite to start again\n"
+    )
+
+
+def test_a_resume_with_another_recipe_is_refused_with_both_values(
+    small: Path, small_stats: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    paths = ["--model_path", small, "--save_directory", out, "--stats", small_stats]
+    run_and_die(["quantize", *paths, *SEED], 1, after=True)
+    result = run("quantize", *paths, *SEED, "--resume", "--part_file_size", 1)
+    assert result.exit_code == 2
+    assert "had files 'quant_model_weight_w8a8s.safetensors" in result.stderr
+    assert "this one has 'quant_model_weight_w8a8s-00001-of-00001.safetensors" in result.stderr
+
+
+def test_overwrite_drops_the_interrupted_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", "--model_path", small, "--save_directory", out, "--stats", small_stats, *SEED]
+    run_and_die(arguments, 1, after=True)
+    glmq(*arguments, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_torn_last_line_of_the_journal_counts_as_absent(
+    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(small, pictures, out)
+    run_and_die(arguments, BLOCKS + 2, after=True)
+    path = tmp_path / ".out.partial" / "journal.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    glmq(*arguments, "--resume")
+    assert tree(out) == unbroken

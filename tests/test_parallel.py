@@ -1,0 +1,71 @@
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from glmq.errors import UsageError
+from glmq.parallel import Group, Place, read_place
+
+
+def test_a_process_alone_is_rank_0_of_1_and_talks_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert read_place() == Place(0, 1)
+    with Group(Place(0, 1)) as group:
+        assert group.gather("text") == ["text"]
+
+
+def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert read_place() == Place(2, 4)
+
+
+@pytest.mark.parametrize(("rank", "world"), [("4", "4"), ("-1", "4"), ("one", "4"), ("0", "")])
+def test_an_environment_that_torchrun_does_not_make_is_refused(
+    monkeypatch: pytest.MonkeyPatch, rank: str, world: str
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UsageError) as caught:
+        read_place()
+    assert str(caught.value) == (
+        f"RANK={rank} and WORLD_SIZE={world}: are not what torchrun sets; unset them or use torchrun"
+    )
+
+
+def test_ranks_gather_each_others_words_and_notice_a_hanging_and_a_dead_one() -> None:
+    program = textwrap.dedent(
+        """
+        import os, sys, time
+        from datetime import timedelta
+        from glmq.parallel import Group, LostRanksError, read_place
+        place = read_place()
+        with Group(place, timedelta(seconds=2)) as group:
+            print(group.gather("word %d" % place.rank), flush=True)
+            if place.rank == 1:
+                time.sleep(4)
+                os._exit(0)
+            try:
+                group.gather("again")
+            except LostRanksError as error:
+                print(str(error).partition("(")[0], flush=True)
+        os._exit(0)
+        """
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                 "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120) for process in processes]
+    words = "['word 0', 'word 1']\n"
+    assert [out for out, _ in said] == [f"{words}rank 0 of 2: lost the other ranks \n", words], said
