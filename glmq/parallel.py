@@ -8,6 +8,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Final
 
+import torch
 import torch.distributed as dist
 
 from glmq.errors import GlmqError, UsageError
@@ -79,12 +80,19 @@ class Group:
         """
         if self.place.world == 1:
             return [text]
-        texts: list[str] = [""] * self.place.world
+        own = torch.frombuffer(bytearray(f"{text}\n".encode()), dtype=torch.uint8)  # never empty
         try:
-            dist.all_gather_object(texts, text)
+            sizes = self._all_gather(torch.tensor([own.numel()]))
+            longest = max(int(size) for size in sizes)
+            padded = self._all_gather(torch.nn.functional.pad(own, (0, longest - own.numel())))
         except RuntimeError as error:
             raise self._lost(error) from error
-        return texts
+        return [bytes(row[: int(size)].numpy()).decode().removesuffix("\n") for row, size in zip(padded, sizes)]
+
+    def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
+        every = [torch.empty_like(own) for _ in range(self.place.world)]
+        dist.all_gather(every, own)
+        return every
 
     def _lost(self, error: Exception) -> LostRanksError:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -28,7 +28,7 @@ ALLOWED = {
     "model": WORDS | {"checkpoint", "device"},
     "calibrate": WORDS | {"model", "numerics", "checkpoint", "device", "parallel"},
     "quantize": WORDS | {"model", "numerics", "checkpoint", "device", "parallel", "calibrate.stats"},
-    "compress": WORDS | {"checkpoint", "parallel"},
+    "compress": WORDS | {"checkpoint", "model", "parallel"},
     "audit": WORDS | {"checkpoint", "numerics", "model", "compress", "calibrate.stats"},
     "cli": WORDS
     | {"numerics", "checkpoint", "device", "parallel", "model", "calibrate", "quantize", "compress", "audit"},

@@ -1,7 +1,8 @@
+import os
 import socket
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -36,36 +37,53 @@ def test_an_environment_that_torchrun_does_not_make_is_refused(
     )
 
 
-def test_ranks_gather_each_others_words_and_notice_a_hanging_and_a_dead_one() -> None:
-    program = textwrap.dedent(
-        """
-        import os, sys, time
-        from datetime import timedelta
-        from glmq.parallel import Group, LostRanksError, read_place
-        place = read_place()
-        with Group(place, timedelta(seconds=2)) as group:
-            print(group.gather("word %d" % place.rank), flush=True)
-            if place.rank == 1:
-                time.sleep(4)
-                os._exit(0)
-            try:
-                group.gather("again")
-            except LostRanksError as error:
-                print(str(error).partition("(")[0], flush=True)
+PROGRAM = """
+import os, sys, time
+from datetime import timedelta
+from glmq.parallel import Group, LostRanksError, read_place
+
+place = read_place()
+
+def meet_again(group):
+    try:
+        group.gather("again")
+    except LostRanksError as error:
+        print(str(error).partition("(")[0], flush=True)
+
+os.environ["MASTER_PORT"] = sys.argv[1]
+with Group(place, timedelta(seconds=1)) as group:
+    print(group.gather("word %d" % place.rank), flush=True)
+    if place.rank == 1:
+        time.sleep(2)
+    else:
+        meet_again(group)
+os.environ["MASTER_PORT"] = sys.argv[2]
+with Group(place, timedelta(hours=1)) as group:
+    print(group.gather("word %d" % place.rank), flush=True)
+    if place.rank == 1:
         os._exit(0)
-        """
-    )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meet_again(group)
+"""
+
+
+def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
+    ports = []
+    for _ in range(2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(str(probe.getsockname()[1]))
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                 "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)},
+            [sys.executable, "-c", PROGRAM, *ports],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"RANK": str(rank)},
+            cwd=Path(__file__).parents[1],
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=120) for process in processes]
-    words = "['word 0', 'word 1']\n"
-    assert [out for out, _ in said] == [f"{words}rank 0 of 2: lost the other ranks \n", words], said
+    words, lost = "['word 0', 'word 1']\n", "rank 0 of 2: lost the other ranks \n"
+    assert [out for out, _ in said] == [words + lost + words + lost, words + words], said

@@ -124,7 +124,7 @@ def compare_behaviour(
     pair = _Pair(open_model(reference, config), open_model(candidate, config))
     run = _Run(pair, config, cases, set(int8_linears(candidate)))
     has_images = any(case.has_image for case in cases)
-    total = config.layers + 1 + (config.vision_depth + 1 if has_images else 0)
+    total = config.layers + (config.vision_depth + 1 if has_images else 0)
     started = time.perf_counter()
     for index, (name, error, linears) in enumerate(run.steps(has_images=has_images)):
         now = time.perf_counter()
@@ -151,6 +151,19 @@ def whole_model(directory: Path) -> Iterator[StreamedModel]:
         model = open_model(source, read_config(directory))
         with placed(model, "model", LM_HEAD):
             yield model
+
+
+def caption(
+    checkpoint: Checkpoint, config: ModelConfig, questions: Sequence[ModelInputs], max_tokens: int
+) -> list[list[int]]:
+    """The greedy answer to each question by a small checkpoint, float or quantized, wholly in memory.
+
+    Raises:
+        CheckpointError: as `whole_model`.
+    """
+    model = open_model(checkpoint, config)
+    with placed(model, "model", LM_HEAD):
+        return [generate(model, question, max_tokens) for question in questions]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -24,6 +24,8 @@ from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.model.config import parse_config
 from glmq.model.glm4v import all_blocks
 from glmq.numerics.metrics import count_int8, entropy_bits, sqnr_db
+
+HISTOGRAM_BINS: Final = 64
 
 LINEAR_SUFFIXES: Final = (
     "input_scale",
@@ -50,7 +52,8 @@ class WeightDiff:
     type_a: str
     type_b: str
     """INT8 or INT4 for integers with steps, else the dtype code."""
-    elements: int
+    shape: tuple[int, ...]
+    """Rows and columns of an integer weight as the model uses it, not as it is packed."""
     identical: bool
     """The stored bytes, and for integers their steps, are equal."""
     noise: float
@@ -122,8 +125,8 @@ class NamePattern:
     count: int
 
 
-def compare_weights(a: Folder, b: Folder) -> Iterator[WeightDiff | Incomparable]:
-    """Compare every weight and bias that both have, in natural order, a few megabytes in memory.
+def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[WeightDiff | Incomparable]:
+    """Compare every weight and bias in `names` that both have, in natural order, a few megabytes in memory.
 
     Raises:
         UsageError: one of them is neither a float nor an un-sharded quantized checkpoint.
@@ -133,14 +136,14 @@ def compare_weights(a: Folder, b: Folder) -> Iterator[WeightDiff | Incomparable]
         if folder.kind not in (Kind.FLOAT, Kind.QUANTIZED):
             raise UsageError(
                 f"{folder.directory}: holds {folder.kind.value}; weights of float and un-compressed quantized "
-                "checkpoints can be compared, run `glmq decompress` first"
+                "checkpoints can be compared, run `glmq compress --decompress` first"
             )
     norms = _norms_in_front(a, b)
     folding = set(norms.values())
     with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
         for name in one:
             base, _, suffix = name.rpartition(".")
-            if name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
+            if name not in names or name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
                 continue
             try:
                 if suffix == "weight" and base in folding:
@@ -149,6 +152,44 @@ def compare_weights(a: Folder, b: Folder) -> Iterator[WeightDiff | Incomparable]
                     yield _compare(name, one, other, norms.get(base))
             except CheckpointError as error:
                 yield Incomparable(name, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramPair:
+    """Both sides' real weights of one tensor, over the same bins."""
+
+    name: str
+    low: float
+    high: float
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[HistogramPair]:
+    """Histograms of some matrices that `compare_weights` compared, each read twice: for its range, then for its counts."""
+    norms = _norms_in_front(a, b)
+    with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+        for name in names:
+            base = name.removesuffix(".weight")
+            matrices = StoredMatrix(one, base), StoredMatrix(other, base)
+            scales = column_scales(one, other, norms.get(base))
+            inverses = (None, None if scales is None else 1 / scales)
+            low, high = math.inf, -math.inf
+            for matrix, inverse in zip(matrices, inverses, strict=True):
+                for values in _real_values(matrix, inverse):
+                    smallest, largest = torch.aminmax(values)
+                    low, high = min(low, float(smallest)), max(high, float(largest))
+            counts = [torch.zeros(HISTOGRAM_BINS, dtype=torch.float64) for _ in matrices]
+            for total, matrix, inverse in zip(counts, matrices, inverses, strict=True):
+                for values in _real_values(matrix, inverse):
+                    total += torch.histc(values, HISTOGRAM_BINS, low, high if high > low else low + 1)
+            yield HistogramPair(name, low, high, *(tuple(int(n) for n in total.tolist()) for total in counts))
+
+
+def _real_values(matrix: StoredMatrix, inverse: Tensor | None) -> Iterator[Tensor]:
+    for start, stop in matrix.pieces():
+        values = matrix.values(matrix.stored(start, stop), start)
+        yield values if inverse is None else values.mul_(inverse)
 
 
 def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:
@@ -288,7 +329,7 @@ def _compare_matrices(
         role=role_of(name),
         type_a=_type(a),
         type_b=_type(b),
-        elements=a.rows * a.cols,
+        shape=(a.rows, a.cols),
         identical=identical,
         noise=sums.noise,
         signal=sums.a,
@@ -322,7 +363,7 @@ def _compare_plain(name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | Non
         role=role_of(name),
         type_a=a.info(name).dtype,
         type_b=b.info(name).dtype,
-        elements=one.numel(),
+        shape=tuple(one.shape),
         identical=one.dtype == other.dtype and torch.equal(one, other),
         noise=sums.noise,
         signal=sums.a,

@@ -107,7 +107,7 @@ def _check_names(source: Checkpoint, config: ModelConfig) -> None:
         if name not in known:
             raise CheckpointError(
                 f"{source.directory}: {name}.weight is int8, but {name} is no linear of the model; "
-                "is this a compressed or sharded checkpoint? Run `glmq decompress` first"
+                "is this a compressed or sharded checkpoint? Run `glmq compress --decompress` first"
             )
 
 

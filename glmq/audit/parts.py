@@ -188,8 +188,8 @@ def _check_top(folder: Folder, number: int) -> Generator[Finding, None, ModelCon
         for key in ("torch_dtype", "dtype"):
             found = section.get(key, "float16") if isinstance(section, Mapping) else "float16"
             if found != "float16":
-                path = f"{where}.{key}".lstrip(".")
-                yield Finding(number, "error", "", f"config.json says {path} {found!r}, W8A8SC runs in float16 only")
+                place = f"{where}.{key}".lstrip(".")
+                yield Finding(number, "error", "", f"config.json says {place} {found!r}, W8A8SC runs in float16 only")
     if folder.kind is Kind.PARTS:
         for path in find_descriptions(folder.directory):
             yield Finding(

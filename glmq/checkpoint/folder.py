@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -83,6 +84,25 @@ def check_target(target: Path, *, overwrite: bool, resume: bool = False) -> None
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
     if not resume and not overwrite:
         refuse_interrupted(target)
+
+
+def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) -> None:
+    """Check that replacing `target` would remove nothing that is read.
+
+    Args:
+        target: the output folder.
+        option: that names it, for the message.
+        inputs: what is read, e.g. `the float weights`, and where it lies; None for what is not given.
+
+    Raises:
+        UsageError: an input is `target` or lies in it.
+    """
+    place = target.resolve()
+    for what, path in inputs.items():
+        if path is not None and place == path.resolve():
+            raise UsageError(f"{target}: is the folder of {what}; choose another {option}")
+        if path is not None and place in path.resolve().parents:
+            raise UsageError(f"{target}: holds {what} ({path}); choose another {option}")
 
 
 def refuse_interrupted(target: Path) -> None:

@@ -12,7 +12,9 @@ from glmq.cli.calibrate import calibrate
 from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand
 from glmq.cli.compress import compress
 from glmq.cli.demo import demo
+from glmq.cli.inspect import inspect
 from glmq.cli.quantize import quantize
+from glmq.cli.verify import verify
 
 app = typer.Typer(
     help="Quantize and compress GLM-4.1V for Huawei Ascend NPUs.",
@@ -23,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (calibrate, quantize, compress, demo):
+for command in (calibrate, quantize, compress, inspect, verify, demo):
     app.command(cls=GlmqCommand, epilog=EXIT_CODES, context_settings=CONTEXT)(command)
 
 

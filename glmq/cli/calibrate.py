@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -61,5 +62,6 @@ def calibrate(
         stdout.print(samples_table(statistics.samples()))
         stdout.print(f"Statistics: {stats}", soft_wrap=True)
         stdout.print(
-            "Next: ", f"glmq quantize --model_path {model_path} --stats {stats} --save_directory ...", soft_wrap=True
+            f"Next: glmq quantize --model_path {quote(str(model_path))} --stats {quote(str(stats))} --save_directory ...",
+            soft_wrap=True,
         )

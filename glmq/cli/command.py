@@ -42,17 +42,26 @@ class GlmqCommand(TyperCommand):
 
     # Any: the base class is typed with classes of typer's vendored click, which have no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        args = _spell_booleans(args, self.params)
-        file = _config_file(args)
-        if file is not None:
-            ctx.default_map = read_config_file(file, self.params)
-        return super().parse_args(ctx, args)
+        json_wanted = "--json" in args
+        try:
+            args = _spell_booleans(args, self.params)
+            file = _config_file(args)
+            if file is not None:
+                ctx.default_map = read_config_file(file, self.params)
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if not json_wanted or not _is_usage_error(error):
+                raise
+            _complain("usage", error.format_message(), json_wanted, debug=False)  # type: ignore[attr-defined]
+            raise typer.Exit(2) from error
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.params.get("dump_config"):
             typer.echo(dump_config(ctx.params), nl=False)
             raise typer.Exit
         json_wanted, debug = bool(ctx.params.get("json_output")), bool(ctx.params.get("debug"))
+        can_resume = "resume" in ctx.params
+        left = "--resume continues after the last finished block" if can_resume else "nothing half-written was left behind"
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             return super().invoke(ctx)
@@ -60,14 +69,10 @@ class GlmqCommand(TyperCommand):
             _complain(error.code, str(error), json_wanted, debug)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            _complain(
-                "interrupted", "stopped by Ctrl-C; --resume continues after the last finished block", json_wanted, debug
-            )
+            _complain("interrupted", f"stopped by Ctrl-C; {left}", json_wanted, debug)
             raise typer.Exit(130) from error
         except Terminated as error:
-            _complain(
-                "terminated", "stopped by SIGTERM; --resume continues after the last finished block", json_wanted, debug
-            )
+            _complain("terminated", f"stopped by SIGTERM; {left}", json_wanted, debug)
             raise typer.Exit(143) from error
         except MemoryError as error:
             _complain(
@@ -91,13 +96,18 @@ class GlmqCommand(TyperCommand):
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            if type(error).__module__.startswith("typer."):  # a usage error of typer's own: it prints it itself
+            if _is_usage_error(error):  # typer prints it
                 raise
             text = (
                 f"unexpected failure, {type(error).__name__}: {error}; run again with --debug and report the traceback"
             )
             _complain("failed", text, json_wanted, debug)
             raise typer.Exit(1) from error
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether it is one of typer's own usage errors, whose base class has no public name."""
+    return type(error).__module__.startswith("typer.") and not isinstance(error, typer.Exit | typer.Abort)
 
 
 def _config_file(args: Sequence[str]) -> str | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import typer
 
 from glmq.cli import options as o
 from glmq.errors import UsageError
 
-COMPRESSION = "Compression"
+COMPRESSION: Final = "Compression"
 
 
 def compress(

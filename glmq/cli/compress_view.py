@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -160,14 +161,15 @@ def size_table(sizes: Sequence[PartSizes], codec: CodecKind, world: int) -> Tabl
 
 def next_steps(result: CompressionResult) -> list[str]:
     """The exact next step for a fresh folder."""
-    folder, world = result.folder, result.world
+    folder, world = quote(str(result.folder)), result.world
     if result.codec is CodecKind.PORTABLE:
+        source, engine_folder = quote(str(result.source)), quote(f"{result.source}-sc")
         return [
             "This form is for storage, transport and checks: no serving engine reads it. The engine's W8A8SC is made from the "
             "W8A8S folder on a host that has the vendor's compress program:",
-            f"  glmq compress --model_path {result.source} --save_directory {result.source}-sc --tp {world} --codec ascend",
+            f"  glmq compress --model_path {source} --save_directory {engine_folder} --tp {world} --codec ascend",
             "Next: store or copy the folder, and restore what it was made from with",
-            f"  glmq compress --decompress --model_path {folder} --save_directory {folder}-restored",
+            f"  glmq compress --decompress --model_path {folder} --save_directory {quote(f'{result.folder}-restored')}",
         ]
     if result.layout is Layout.VLLM_ASCEND:
         return [
@@ -178,7 +180,7 @@ def next_steps(result: CompressionResult) -> list[str]:
     devices = ", ".join(str(rank) for rank in range(world))
     return [
         f"Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
-        f"{folder}, worldSize to {world} and npuDeviceIds to [[{devices}]], then start mindieservice_daemon."
+        f"{result.folder}, worldSize to {world} and npuDeviceIds to [[{devices}]], then start mindieservice_daemon."
     ]
 
 
@@ -189,7 +191,7 @@ def show_restored(result: RestoreResult) -> None:
             f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
         )
         stdout.print("Next: compress it for the engine, or look at it:", soft_wrap=True)
-        stdout.print(f"  glmq inspect {result.folder}", soft_wrap=True)
+        stdout.print(f"  glmq inspect {quote(str(result.folder))}", soft_wrap=True)
     else:
         stdout.print(
             f"{result.world} W8A8S parts, {size(result.weight_bytes)} of weights, restored to {result.folder}",

@@ -15,7 +15,7 @@ from glmq import __version__
 from glmq.calibrate.samples import WANTED_IMAGES, Sample, default_images, digest, list_images, read_samples
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter, expected_bytes
 from glmq.calibrate.stream import calibrate_checkpoint
-from glmq.checkpoint.folder import OutputFolder, check_target, refuse_interrupted
+from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
@@ -90,6 +90,7 @@ def calibrate_folder(
     model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, resume: bool, quiet: bool
 ) -> Statistics:
     """Run `glmq calibrate`: write the statistics folder and open it."""
+    check_apart(stats_path, "--stats", {"the float weights": model_path, **_sources(options)})
     check_target(stats_path, overwrite=overwrite, resume=resume)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
@@ -134,8 +135,10 @@ def _planned(
 ) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
     """The open source and the plan of the whole output, from options, config.json and headers."""
     recipe = make_recipe(job.options)
-    if job.out_path.resolve() == job.model_path.resolve():
-        raise UsageError(f"{job.out_path}: is the folder of the float weights; choose another --save_directory")
+    inputs = {"the float weights": job.model_path, **_sources(job.calibration), "the statistics": job.stats_path}
+    check_apart(job.out_path, "--save_directory", inputs)
+    if job.stats_path is not None:
+        check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **_sources(job.calibration)})
     check_target(job.out_path, overwrite=overwrite, resume=resume)
     if not resume and not overwrite:
         refuse_interrupted(_own_statistics(job.out_path))
@@ -168,6 +171,11 @@ def _fall_back(
         for name in names:
             stderr.print(f"  --keep-float {name}", soft_wrap=True)
     return with_fallback(recipe, kept)
+
+
+def _sources(options: CalibrationOptions) -> dict[str, Path | None]:
+    """Where calibration samples come from."""
+    return {"the calibration images": options.images, "the calibration samples": options.samples_file}
 
 
 def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, ...]:

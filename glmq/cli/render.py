@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -18,7 +19,6 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from glmq.checkpoint.writer import free_bytes
 from glmq.spec import QuantType
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ PIPE_WIDTH: Final = 140
 
 def _console(stream: TextIO, *, is_stderr: bool) -> Console:
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    return Console(stderr=is_stderr, highlight=False, width=width)
+    # Paths and patterns hold brackets and colons, which are neither markup nor emoji.
+    return Console(stderr=is_stderr, highlight=False, markup=False, emoji=False, width=width)
 
 
 stdout = _console(sys.stdout, is_stderr=False)
@@ -180,6 +181,8 @@ def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
 
 def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) -> None:
     """What a run would do and need, as tables or JSON."""
+    from glmq.checkpoint.writer import free_bytes  # imports torch, which `glmq inspect` starts without
+
     free = free_bytes(folder)
     if as_json:
         print_json(
@@ -263,7 +266,7 @@ def next_steps(folder: Path, recipe: Recipe) -> list[str]:
         case QuantType.W8A8S:
             return [
                 "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
-                f"  glmq compress --model_path {folder} --save_directory {folder}-sc --tp 1",
+                f"  glmq compress --model_path {quote(str(folder))} --save_directory {quote(f'{folder}-sc')} --tp 1",
             ]
         case QuantType.W4A8_DYNAMIC:
             return [

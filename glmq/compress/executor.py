@@ -86,21 +86,23 @@ class AscendCodec:
     def kind(self) -> CodecKind:
         return CodecKind.ASCEND
 
-    def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
-        """See Codec.
-
-        Raises:
-            CodecError: a weight larger than the program takes.
-            UsageError: a folder whose path the program refuses.
-            DeviceError: the program failed, ran too long, or wrote something else than the engine needs.
-            SpaceError: the disk is full.
-        """
-        rows, cols = matrix.shape
+    def check(self, name: str, rows: int, cols: int) -> None:
+        """See Codec. Raises CodecError for a weight larger than the program takes."""
         if max(rows, cols) > MAX_DIMENSION:
             raise CodecError(
                 f"{name}: is {rows} x {cols}, the engine's compression ends at {MAX_DIMENSION} per dimension; "
                 "split it over more ranks (--tp) or keep it float"
             )
+
+    def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
+        """See Codec.
+
+        Raises:
+            UsageError: a folder whose path the program refuses.
+            DeviceError: the program failed, ran too long, or wrote something else than the engine needs.
+            SpaceError: the disk is full.
+        """
+        rows, cols = matrix.shape
         folder = folder.resolve()
         _check_path(folder)
         source, weight, index, info = (folder / stem for stem in ("input", "weight", "index", "info"))

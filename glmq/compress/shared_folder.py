@@ -34,6 +34,7 @@ class SharedFolder:
         self._output = output
         self._group = group
         self._is_first = group.place.rank == 0
+        self._is_told = False
         self.path: Final = output.path
         """Where to write until `finish`."""
 
@@ -59,8 +60,9 @@ class SharedFolder:
             return
         with suppress(OSError):
             (self.path / _STOP).touch()
-        # Whoever was told to stop has heard of the failure, and a signal leaves no time to tell.
-        if isinstance(error, Exception) and not isinstance(error, (OtherRankError, LostRanksError)):
+        # A signal leaves no time to tell, and of a failure that came from the others they have heard.
+        is_news = not self._is_told and not isinstance(error, (OtherRankError, LostRanksError))
+        if is_news and isinstance(error, Exception):
             with suppress(Exception):
                 self._exchange("", error)
         shutil.rmtree(self.path, ignore_errors=True)
@@ -92,6 +94,7 @@ class SharedFolder:
     def _exchange(self, text: str, failure: Exception | None) -> list[str]:
         said = self._group.gather(json.dumps({"text": text, "failure": None if failure is None else str(failure)}))
         if failure is not None:
+            self._is_told = True
             raise failure
         texts: list[str] = []
         for rank, words in enumerate(map(json.loads, said)):

@@ -68,8 +68,9 @@ def open_source(directory: Path) -> Source:
 def _read_description(directory: Path, config: JsonObject) -> Description:
     description = read_description(directory)
     if description is None:
+        dtype = config.get("torch_dtype", config.get("dtype", "dtype unknown"))
         raise CheckpointError(
-            f"{directory}: holds float weights ({config.get('torch_dtype', 'dtype unknown')}), it has no "
+            f"{directory}: holds float weights ({dtype}), it has no "
             f"quant_model_description.json; W8A8S weights are needed: {_HOW}"
         )
     kind = description.model_quant_type

@@ -173,6 +173,8 @@ def compress_checkpoint(
         CodecError, DeviceError: a weight that cannot be compressed.
         SpaceError: the disk fills up.
     """
+    for tensor in (tensor for tensors in plans.values() for tensor in tensors if tensor.is_matrix):
+        codec.check(tensor.spec.name.removesuffix(".weight"), *tensor.spec.shape)
     for rank, tensors in plans.items():
         directory, stem = _place(folder, codec.kind, layout, rank, world)
         make_directory(directory)

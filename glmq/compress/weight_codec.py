@@ -54,6 +54,10 @@ class Codec(Protocol):
     @property
     def kind(self) -> CodecKind: ...
 
+    def check(self, name: str, rows: int, cols: int) -> None:
+        """Raise CodecError if a weight of this size cannot be compressed; called for all before the first is."""
+        ...
+
     def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
         """Compress int8 [N, K] into files in `folder`, which is empty; `name` is for error messages."""
         ...
@@ -69,6 +73,9 @@ class PortableCodec:
     @property
     def kind(self) -> CodecKind:
         return CodecKind.PORTABLE
+
+    def check(self, name: str, rows: int, cols: int) -> None:
+        """Every weight of a model can be compressed."""
 
     def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
         """See Codec. Raises SpaceError if the disk is full."""

@@ -66,6 +66,18 @@ def shrunk_moment(stats: InputStats, scales: Tensor | None = None) -> Tensor | N
     return moment
 
 
+def meeting_variance(stats: InputStats, *, compensated: bool) -> Tensor:
+    """What a squared unit of rounding error in each column costs: its curvature if the error will be compensated, else E[x_j^2].
+
+    float32 [K], before any scaling. The curvature is found on unit-variance channels, so that the order does not
+    depend on their units, and scaled back.
+    """
+    floor = torch.finfo(torch.float32).tiny
+    deviation = stats.square_mean.clamp_min(floor).sqrt()
+    moment = shrunk_moment(stats, deviation) if compensated else None
+    return stats.square_mean if moment is None else factor(moment).by_column() * deviation.square()
+
+
 def factor(moment: Tensor) -> Factor:
     """Order and factor a positive definite second moment; `moment` is not changed.
 

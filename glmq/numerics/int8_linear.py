@@ -101,6 +101,8 @@ def run_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
 def _grouped_product(xq: Tensor, q: Tensor, second: Tensor) -> Tensor:
     """sum over groups of (xq_g . q_g) * second[:, g]. int8 [T, K], int8 [N, K], float32 [N, G] -> float64 [T, N]."""
     out = torch.zeros(xq.shape[0], q.shape[0], dtype=torch.float64)
-    for index, (x_part, q_part) in enumerate(zip(xq.chunk(second.shape[1], 1), q.chunk(second.shape[1], 1), strict=True)):
+    for index, (x_part, q_part) in enumerate(
+        zip(xq.chunk(second.shape[1], 1), q.chunk(second.shape[1], 1), strict=True)
+    ):
         out += matmul_int8(x_part, q_part) * second[:, index].double()
     return out

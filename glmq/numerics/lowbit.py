@@ -130,6 +130,22 @@ def row_max(weight: Tensor) -> Tensor:
     return torch.maximum(low.neg(), high)
 
 
+def column_max(weight: Tensor) -> Tensor:
+    """Largest magnitude of each column: [N, K] -> float32 [K]."""
+    low, high = torch.aminmax(weight, dim=0)
+    return torch.maximum(low.neg(), high)
+
+
+def row_energy(weight: Tensor) -> Tensor:
+    """Squared norm of each row, rows in chunks: [N, K] -> float32 [N, 1]."""
+    return torch.cat([weight[rows].square().sum(1, keepdim=True) for rows in row_chunks(weight)])
+
+
+def column_energy(weight: Tensor) -> Tensor:
+    """Squared norm of each column, rows in chunks: [N, K] -> float32 [K]."""
+    return torch.stack([weight[rows].square().sum(0) for rows in row_chunks(weight)]).sum(0)
+
+
 def grid_of(scheme: WeightScheme) -> IntGrid:
     """The integers that the vendor's tool allows for the scheme: co_sparse never writes -128."""
     return INT8_SYMMETRIC if scheme.step_rule is StepRule.TENSOR_FRACTION else INT8

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from glmq.errors import UsageError
-from glmq.numerics.lowbit import fill_dead_rows, row_max
+from glmq.numerics.lowbit import fill_dead_rows, row_energy, row_max
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.spec import INT8
 
@@ -45,6 +45,8 @@ class RateCurve:
     """Entropy in bits per weight, falling."""
     loss: tuple[float, ...]
     """Expected squared output error over squared output, rising."""
+    rule_bits: float
+    """Bits per weight that the step rule of the flags would spend."""
 
 
 def even_rows(weight: Tensor, count: int) -> Tensor:
@@ -58,9 +60,8 @@ def balanced_steps(weight: Tensor) -> Tensor:
 
     float32 [N, K] -> float32 [N, 1], positive.
     """
-    spread = weight.square().mean(1, keepdim=True).sqrt_()
-    total = spread.square().mean().sqrt()
-    return fill_dead_rows((spread * total).sqrt_())
+    mean_square = row_energy(weight) / weight.shape[1]
+    return fill_dead_rows((mean_square * mean_square.mean()).pow(0.25))
 
 
 def coarse_steps(weight: Tensor, profile: Tensor, log_step: float) -> Tensor:
@@ -68,7 +69,7 @@ def coarse_steps(weight: Tensor, profile: Tensor, log_step: float) -> Tensor:
     return torch.maximum(profile * 2.0**log_step, row_max(weight) / INT8.qmax)
 
 
-def rate_curve(name: str, weight: Tensor, curvature: Tensor, signal: float) -> RateCurve:
+def rate_curve(name: str, weight: Tensor, curvature: Tensor, signal: float, rule_bits: float) -> RateCurve:
     """Entropy and expected loss of nearest rounding over a range of steps.
 
     Args:
@@ -76,6 +77,7 @@ def rate_curve(name: str, weight: Tensor, curvature: Tensor, signal: float) -> R
         weight: float32 [N, K], after smoothing.
         curvature: float32 [K]: cost of a squared unit of error in column k.
         signal: mean over rows of the squared output, E[(w x)^2].
+        rule_bits: what the flags' rule would spend.
     """
     sample = even_rows(weight, CURVE_ROWS)
     profile = even_rows(balanced_steps(weight), CURVE_ROWS)
@@ -86,7 +88,12 @@ def rate_curve(name: str, weight: Tensor, curvature: Tensor, signal: float) -> R
         bits.append(entropy_bits(count_int8(rounded.to(torch.int8))))
         noise = rounded.mul_(step).sub_(sample).square_().mean(0) @ curvature
         loss.append(float(noise) / max(signal, torch.finfo(torch.float32).tiny))
-    return RateCurve(name, weight.numel(), tuple(bits), tuple(loss))
+    return RateCurve(name, weight.numel(), tuple(bits), tuple(loss), rule_bits)
+
+
+def mean_rule_bits(curves: Sequence[RateCurve]) -> float:
+    """Mean bits per weight that the flags' rule spends over all these linears: the budget where no other target is given."""
+    return sum(c.rule_bits * c.weights for c in curves) / sum(c.weights for c in curves)
 
 
 def solve_bits(curves: Sequence[RateCurve], target_bits: float) -> list[float]:

@@ -1,29 +1,48 @@
 """Column scales that move outlier channels from the activations into the weights, and their exact fold into the norm in front.
 
     y = W x = (W * s) (x / s);   the norm's weight absorbs 1 / s, the weight's columns absorb s.
+
+The scale part of Outlier Suppression+ (Wei et al. 2023, arXiv 2304.09145) and SmoothQuant (Xiao et al. 2022, arXiv 2211.10438) choose s_j
+from ranges so that int8 activations come out well. Here the weights have fewer bits than the activations, so both kinds of noise count.
+With v_j the variance of x_j that a rounding error in column j meets, and u_j^2 the mean square of column j of the weights:
+
+    weights      step^2 sum_j v_j / s_j^2,   step^2 ~ sum_j s_j^2 u_j^2 (a step follows the largest or the typical scaled weight)
+    activations  step^2 sum_j s_j^2 u_j^2,   step^2 ~ max_j x_j^2 / s_j^2 (the step follows the largest scaled input)
+
+Both are products of the same two sums as long as peaks are alike, and by Cauchy-Schwarz the product is least at
+s_j = sqrt(sqrt(v_j) / u_j). A coder that sees one histogram asks for the same scales: with log-spreads a_j of the inputs and b_j of the columns, noise
+grows by var(a_j - t_j) and entropy by var(b_j + t_j) nats, together least at t_j = (a_j - b_j) / 2. Under
+error-compensated rounding v_j is the curvature of column j (hessian.py), else E[x_j^2].
+
+Where a few tokens have peaks far above the rest, activations need scales that look at the peaks; the search tries them, and takes
+them only for a clear gain, since peaks of few calibration tokens are poor guides to other tokens' peaks.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
-from glmq.numerics.lowbit import grid_of, safe_steps
+from glmq.numerics.affine import TORCH_DTYPE
+from glmq.numerics.lowbit import column_energy, column_max, row_max
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.moments import InputStats
-from glmq.spec import FloatDtype, QuantType, WeightScheme
+from glmq.numerics.rate import balanced_steps, coarse_steps, even_rows
+from glmq.spec import FloatDtype, QuantType, Smoothing
 
 SEARCH_ROWS: Final = 512
 """Rows of a linear that the search looks at, evenly spaced: candidates are compared, not measured."""
-THRESHOLDS: Final = 24
-EXPONENTS: Final = (0.25, 0.5, 0.75)
-SMALLEST: Final = 1e-8
+FLOOR: Final = 1e-3
+"""Channels and columns quieter than this share of the root mean square are scaled as if they had it."""
+PEAK_SHARES: Final = (0.25, 0.5, 0.75, 1.0)
+CLEAR_GAIN: Final = 2 / 3
+"""Scales that follow peaks must lower the predicted squared error to this share of what the closed form has."""
+STRENGTHS: Final = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""SmoothQuant's alpha."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,71 +50,38 @@ class ScaleChoice:
     """Column scales and how they were found."""
 
     scales: Tensor
-    """float32 [K], positive."""
+    """float32 [K], positive, with geometric mean 1."""
     label: str
 
 
-def search_rows(weight: Tensor) -> Tensor:
-    """At most SEARCH_ROWS evenly spaced rows of a weight. [N, K] -> [<= SEARCH_ROWS, K]."""
-    return weight[torch.linspace(0, weight.shape[0] - 1, min(SEARCH_ROWS, weight.shape[0])).round().long()]
-
-
-def choose_m2_scales(stats: InputStats, weights: Sequence[Tensor], scheme: WeightScheme) -> ScaleChoice:
-    """Search s_j = h_j^a / w_j^(1-a) for channels with h_j above a threshold, else 1, by predicted output error.
-
-    h_j is half the range of input channel j and w_j the largest weight of its columns. Follows Outlier Suppression+
-    (Wei et al. 2023, arXiv 2304.09145), the scale part only, with all samples and the quantized group's own error as the objective.
+def choose_scales(
+    kind: Smoothing, stats: InputStats, weights: Sequence[Tensor], variance: Tensor, quant_type: QuantType
+) -> ScaleChoice:
+    """Choose the column scales of a norm group by predicted output error.
 
     Args:
+        kind: M2 or SMOOTHQUANT.
         stats: of the group's input, unscaled.
         weights: float32 [N_i, K] of the linears that share the input.
-        scheme: how the weights will be quantized.
+        variance: float32 [K]: what a rounding error in column j meets, v_j above.
+        quant_type: of the weights.
     """
-    rows = [search_rows(w) for w in weights]
-    half_range = ((stats.maximum - stats.minimum) / 2).clamp_min(SMALLEST)
-    top = torch.stack([w.abs().amax(0) for w in weights]).amax(0).clamp_min(SMALLEST)
-    ordered = half_range.sort(descending=True).values
-    picks = torch.linspace(0, 1, THRESHOLDS).pow(2).mul(ordered.numel() - 1).round().long().unique()
-    best = ScaleChoice(torch.ones_like(top), "none")
-    least = predicted_error(stats, rows, best.scales, scheme)
-    for index in picks.tolist():
-        threshold = float(ordered[index])
-        for exponent in EXPONENTS:
-            wanted = half_range**exponent / top ** (1 - exponent)
-            chosen = half_range >= threshold
-            scales = torch.where(chosen, wanted, 1.0)
-            error = predicted_error(stats, rows, scales, scheme)
-            if error < least:
-                least = error
-                label = f"m2 (threshold {threshold:.3g}, exponent {exponent}, {index + 1} channels)"
-                best = ScaleChoice(scales, label)
-    return best
-
-
-def predicted_error(stats: InputStats, rows: Sequence[Tensor], scales: Tensor, scheme: WeightScheme) -> float:
-    """Expected squared output error over squared output, summed over linears, for nearest rounding at equal bits per weight.
-
-    Weights lose step^2 / 12 * sum_j E[x_j^2] / s_j^2 per row, activations step^2 / 12 * sum_j s_j^2 W_j^2. Sparse types are
-    compared at equal entropy: an entropy of H bits more is worth a step 2^H times smaller.
-    """
-    low, high = (stats.minimum / scales).min().clamp_max(0), (stats.maximum / scales).max().clamp_min(0)
-    static = scheme.quant_type.is_static
-    act_step = (high - low) / 255 if static else torch.maximum(high, -low) / 127
-    noise = (stats.square_mean / scales.square()).sum()
-    total = 0.0
-    for w in rows:
-        scaled = w * scales
-        signal = float((w.square() * stats.square_mean).sum()) if stats.second_moment is None else float(
-            ((w @ stats.second_moment) * w).sum()
-        )
-        step = safe_steps(scaled, scheme)
-        weight_loss = float(step.square().sum() * noise) / 12
-        if scheme.quant_type is QuantType.W8A8S:
-            weight_loss *= 4 ** entropy_bits(count_int8(quantize_weight(scaled, step, grid_of(scheme))))
-            weight_loss /= 4**4
-        act_loss = float(act_step.square() * scaled.square().sum()) / 12
-        total += (weight_loss + act_loss) / max(signal, math.ulp(0.0))
-    return total
+    spread = _floored(torch.stack([column_energy(w) for w in weights]).sum(0).sqrt())
+    typical = _floored(variance.sqrt())
+    peak = _floored(torch.maximum(stats.maximum, stats.minimum.neg()))
+    rows = [even_rows(w, SEARCH_ROWS) for w in weights]
+    predict = _predictor(stats, rows, variance, quant_type)
+    if kind is Smoothing.SMOOTHQUANT:
+        top = _floored(torch.stack([column_max(w) for w in weights]).amax(0))
+        tried = [(_centred(peak**a / top ** (1 - a)), f"smoothquant (strength {a})") for a in STRENGTHS]
+        scales, label = min(tried, key=lambda t: predict(t[0]))
+        return ScaleChoice(scales, label)
+    closed = _centred((typical / spread).sqrt())
+    tried = [(_centred((typical ** (1 - p) * peak**p / spread).sqrt()), f"m2 (peaks {p})") for p in PEAK_SHARES]
+    scales, label = min(tried, key=lambda t: predict(t[0]))
+    if predict(scales) < CLEAR_GAIN * predict(closed):
+        return ScaleChoice(scales, label)
+    return ScaleChoice(closed, "m2")
 
 
 def fold_scales(norm_weight: Tensor, scales: Tensor, dtype: FloatDtype) -> tuple[Tensor, Tensor]:
@@ -120,3 +106,44 @@ def fold_scales(norm_weight: Tensor, scales: Tensor, dtype: FloatDtype) -> tuple
     new = torch.where(original == 0, 0.0, magnitude.copysign(original)).to(half)
     effective = torch.where(original == 0, 1.0, original / new.float())
     return new, effective
+
+
+def _predictor(
+    stats: InputStats, rows: Sequence[Tensor], variance: Tensor, quant_type: QuantType
+) -> Callable[[Tensor], float]:
+    """Expected squared output error over squared output, summed over linears, as a function of the scales.
+
+    Sparse types are compared at equal entropy: H bits more are worth a step 2^H times smaller.
+    """
+    signals = [float((w.square() * stats.square_mean).sum().clamp_min(torch.finfo(torch.float32).tiny)) for w in rows]
+    if stats.second_moment is not None:
+        signals = [float(((w @ stats.second_moment) * w).sum().clamp_min(s * FLOOR)) for w, s in zip(rows, signals)]
+
+    def predict(scales: Tensor) -> float:
+        low, high = (stats.minimum / scales).min().clamp_max(0), (stats.maximum / scales).max().clamp_min(0)
+        act_step = (high - low) / 255 if quant_type.is_static else torch.maximum(high, -low) / 127
+        noise = (variance / scales.square()).sum()
+        total = 0.0
+        for w, signal in zip(rows, signals, strict=True):
+            scaled = w * scales
+            if quant_type is QuantType.W8A8S:
+                step = coarse_steps(scaled, balanced_steps(scaled), -2.0)
+                bits = entropy_bits(count_int8((scaled / step).round_().to(torch.int8)))
+                weight_noise = float(step.square().sum() * noise) * 4 ** (bits - 4)  # at 4 bits
+            else:
+                weight_noise = float((row_max(scaled) / 127).square().sum() * noise)
+            total += (weight_noise + float(act_step.square() * scaled.square().sum())) / 12 / signal
+        return total
+
+    return predict
+
+
+def _floored(x: Tensor) -> Tensor:
+    """Lift what is below FLOOR times the root mean square; ones where everything is zero. [K] -> [K], positive."""
+    rms = x.square().mean().sqrt()
+    return x.clamp_min(float(rms) * FLOOR) if rms > 0 else torch.ones_like(x)
+
+
+def _centred(scales: Tensor) -> Tensor:
+    """Divide by the geometric mean: only ratios matter, and the norm's weight should stay where it is."""
+    return scales / scales.log().mean().exp()

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glmq.numerics import affine, lowbit, metrics, ranges, smooth
-from glmq.numerics.int8_linear import fold_bias, run_linear
+from glmq.numerics import affine, lowbit, metrics, ranges
+from glmq.numerics.budget import rule_bits
+from glmq.numerics.hessian import Factor, factor, meeting_variance, shrunk_moment
+from glmq.numerics.int8_linear import fold_bias, quantize_input, run_linear
+from glmq.numerics.lowbit import row_chunks
 from glmq.numerics.moments import InputStats
+from glmq.numerics.rate import CURVE_ROWS, RateCurve, even_rows, mean_rule_bits, rate_curve, solve_bits
+from glmq.numerics.smooth import choose_scales, fold_scales
 from glmq.numerics.w4a8 import expand_steps
-from glmq.quantize.methods import METHODS, Integers
+from glmq.quantize.methods import METHODS, Integers, WeightJob
 from glmq.records import ActivationQParams, LinearReport, QuantizedLinear
-from glmq.spec import INT4, ActRange, FloatDtype, Smoothing, WeightScheme
+from glmq.spec import INT4, INT8, ActRange, FloatDtype, Method, QuantType, Smoothing, WeightScheme
 
 LARGEST_BIAS = float(2**30)
 """A bias folds into at most 2^30 output steps; the integer sums need the rest of int32."""
@@ -64,6 +69,7 @@ def quantize_group(
     *,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
+    bits: Sequence[float] | None = None,
 ) -> GroupResult:
     """Quantize the linears that share one input.
 
@@ -73,69 +79,165 @@ def quantize_group(
         scheme: how.
         norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None (o_proj, down_proj) means no smoothing.
         dtype: of the checkpoint to be written.
+        bits: entropy that each linear may have, bits per weight, from `solve_bits` over the whole model; sparse types only. None: plain
+            and reference methods follow the scheme's step rule, the compensated one divides what the rule spends on this group.
+
+    Raises:
+        StatisticsError: a second moment that is not positive definite.
     """
-    new_norm, scales, label = _smooth(linears, stats, scheme, norm_weight, dtype)
     started = time.perf_counter()
-    activation = _activation(linears, stats, scheme, scales, dtype) if scheme.weight.quant_type.is_static else None
-    sample = stats.sample if scales is None else stats.sample / scales
+    group = _prepare(linears, stats, scheme, norm_weight, dtype)
+    if bits is None and scheme.weight.quant_type is QuantType.W8A8S and scheme.weight.method is Method.COMPENSATED:
+        curves = _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
+        bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
-    for linear in linears:
-        weight = linear.weight if scales is None else linear.weight * scales
-        integers = METHODS[scheme.weight.method](weight, scheme.weight, dtype)
-        result = _assemble(linear, integers, scheme, activation)
+    for index, linear in enumerate(linears):
+        weight = linear.weight if group.scales is None else linear.weight * group.scales
+        method = Method.PLAIN if group.factor is None else scheme.weight.method
+        wanted = None if bits is None else bits[index]
+        integers = METHODS[method](WeightJob(weight, scheme.weight, dtype, group.factor, wanted))
+        result = _assemble(linear, weight, integers, stats, scheme, group)
         quantized.append(result)
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        reports.append(_report(linear, weight, result, stats, scheme, scales, sample, label, seconds))
-    return GroupResult(quantized, reports, new_norm, scales)
+        reports.append(_report(linear, weight, result, stats, scheme, group, method, seconds))
+    return GroupResult(quantized, reports, group.norm_weight, group.scales)
 
 
-def _smooth(
+def rate_curves(
+    linears: Sequence[FloatLinear],
+    stats: InputStats,
+    scheme: GroupScheme,
+    *,
+    norm_weight: Tensor | None,
+    dtype: FloatDtype,
+) -> list[RateCurve]:
+    """What each linear of a group loses at how many bits, and how many the flags' rule would spend: the first pass over a sparse model.
+
+    Arguments as for `quantize_group`. Give the curves of all groups to `solve_bits`.
+    """
+    group = _prepare(linears, stats, scheme, norm_weight, dtype)
+    return _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What the linears of a group share."""
+
+    norm_weight: Tensor | None
+    scales: Tensor | None
+    label: str
+    activation: ActivationQParams | None
+    factor: Factor | None
+    """None: no compensation asked for, or no second moment to do it with."""
+
+
+def _prepare(
     linears: Sequence[FloatLinear],
     stats: InputStats,
     scheme: GroupScheme,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
-) -> tuple[Tensor | None, Tensor | None, str]:
-    """The new norm weight, the effective scales and a label."""
-    if norm_weight is None:
-        return None, None, "none"
-    if scheme.smoothing is Smoothing.NONE:
-        return norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none"
-    choice = smooth.choose_m2_scales(stats, [linear.weight for linear in linears], scheme.weight)
-    new_norm, effective = smooth.fold_scales(norm_weight, choice.scales, dtype)
-    return new_norm, effective, choice.label
+) -> _Group:
+    weights = [linear.weight for linear in linears]
+    compensated = scheme.weight.method is Method.COMPENSATED
+    scales, label = None, "none"
+    if norm_weight is not None and scheme.smoothing is Smoothing.NONE:
+        norm_weight = norm_weight.to(affine.TORCH_DTYPE[dtype])
+    elif norm_weight is not None:
+        variance = meeting_variance(stats, compensated=compensated)
+        choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
+        norm_weight, scales = fold_scales(norm_weight, choice.scales, dtype)
+        label = f"{choice.label}, {float(scales.min()):.2g} to {float(scales.max()):.2g}"
+    static = scheme.weight.quant_type.is_static
+    activation = _activation(weights, stats, scheme.act_range, scales, dtype) if static else None
+    moment = shrunk_moment(stats, scales) if compensated else None
+    return _Group(norm_weight, scales, label, activation, None if moment is None else factor(moment))
+
+
+def _curves(
+    linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, group: _Group, *, smoothed: bool
+) -> list[RateCurve]:
+    smoothed = smoothed and scheme.smoothing is not Smoothing.NONE
+    budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=smoothed)
+    ones = torch.ones(stats.width)
+    scales = ones if group.scales is None else group.scales
+    cost = stats.square_mean / scales.square() if group.factor is None else group.factor.by_column()
+    curves = []
+    for linear, budget in zip(linears, budgets, strict=True):
+        rows = even_rows(linear.weight, CURVE_ROWS)
+        moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment
+        signal = float(((rows @ moment) * rows).sum(1).mean())
+        curves.append(rate_curve(linear.name, linear.weight * scales, cost, signal, budget))
+    return curves
 
 
 def _activation(
-    linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, dtype: FloatDtype
+    weights: Sequence[Tensor], stats: InputStats, kind: ActRange, scales: Tensor | None, dtype: FloatDtype
 ) -> ActivationQParams:
     """The one activation scale and offset that all linears of the group share."""
-    if scheme.act_range is ActRange.MINMAX:
-        low, high = ranges.minmax_range(stats, scales)
-    else:
-        energy = torch.stack([linear.weight.square().sum(0) for linear in linears]).sum(0)
-        low, high = ranges.histogram_range(stats, scales, energy if scales is None else energy * scales.square())
-    return affine.activation_qparams(low, high, dtype=dtype)
+    extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
+    if kind is ActRange.MINMAX:
+        return extremes
+    energy = torch.stack([lowbit.column_energy(w) for w in weights]).sum(0)
+    scaled_energy = energy if scales is None else energy * scales.square()
+    optimal = affine.activation_qparams(*ranges.histogram_range(stats, scales, scaled_energy), dtype=dtype)
+    if kind is ActRange.HISTOGRAM:
+        return optimal
+    sample = stats.sample if scales is None else stats.sample / scales
+    return min((extremes, optimal), key=lambda params: _input_loss(sample, params, weights, scales))
+
+
+def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:
+    """Squared output error on the token sample that quantizing only the input causes."""
+    error = (quantize_input(sample, params).float() - params.offset) * params.scale - sample
+    unscaled = error if scales is None else error * scales
+    return sum(float((unscaled @ w.T).square().sum()) for w in weights)
 
 
 def _assemble(
-    linear: FloatLinear, integers: Integers, scheme: GroupScheme, activation: ActivationQParams | None
+    linear: FloatLinear, weight: Tensor, integers: Integers, stats: InputStats, scheme: GroupScheme, group: _Group
 ) -> QuantizedLinear:
-    """Put integers, steps and biases together; FORMAT of the static types: deq_scale and quant_bias in float32 and int32."""
+    """Put integers, steps and biases together; deq_scale in float32, quant_bias within int32."""
     deq_scale = quant_bias = None
-    if activation is not None:
-        deq_scale = (integers.step * activation.scale).reshape(-1)
-        quant_bias = fold_bias(integers.q, linear.bias, deq_scale, activation.offset)
+    if group.activation is not None:
+        integers = _lift_steps(weight, integers, linear.bias, group.activation)
+        deq_scale = (integers.step * group.activation.scale).reshape(-1)
+        bias = linear.bias
+        if scheme.bias_correction:
+            missing = _mean_error(weight, integers, stats.mean if group.scales is None else stats.mean / group.scales)
+            bias = missing if bias is None else bias + missing
+        quant_bias = fold_bias(integers.q, bias, deq_scale, group.activation.offset)
     return QuantizedLinear(
         quant_type=scheme.weight.quant_type,
         weight=integers.q,
         weight_scale=integers.step,
         bias=linear.bias,
-        activation=activation,
+        activation=group.activation,
         deq_scale=deq_scale,
         quant_bias=quant_bias,
         weight_scale_second=integers.second,
     )
+
+
+def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor | None, activation: ActivationQParams) -> Integers:
+    """Widen the steps of rows whose weights are so small that the bias would leave int32; such rows are rounded anew."""
+    if bias is None:
+        return integers
+    least = (bias.abs() / (LARGEST_BIAS * activation.scale))[:, None]
+    low = (integers.step < least)[:, 0]
+    if not bool(low.any()):
+        return integers
+    q, step = integers.q.clone(), torch.maximum(integers.step, least)
+    q[low] = affine.quantize_weight(weight[low], step[low], INT8)
+    return Integers(q, step)
+
+
+def _mean_error(weight: Tensor, integers: Integers, mean: Tensor) -> Tensor:
+    """(weight - q * step) mean: what the mean output lacks, float32 [N]."""
+    parts = [
+        weight[rows] @ mean - (integers.q[rows].float() @ mean) * integers.step[rows, 0] for rows in row_chunks(weight)
+    ]
+    return torch.cat(parts)
 
 
 def _report(
@@ -144,9 +246,8 @@ def _report(
     result: QuantizedLinear,
     stats: InputStats,
     scheme: GroupScheme,
-    scales: Tensor | None,
-    sample: Tensor,
-    label: str,
+    group: _Group,
+    method: Method,
     seconds: float,
 ) -> LinearReport:
     """Measure one quantized linear against its float original."""
@@ -156,13 +257,15 @@ def _report(
     noise = signal = 0.0
     saturated = 0
     grid = INT4 if result.weight_scale_second is not None else lowbit.grid_of(scheme.weight)
-    for rows in lowbit.row_chunks(weight):
+    for rows in row_chunks(weight):
         step = _steps_of(result, rows, scheme.weight.group_size)
         error = result.weight[rows].float().mul_(step).sub_(weight[rows])
         noise += error.square().sum().item()
         signal += weight[rows].square().sum().item()
-        edge = (result.weight[rows] == grid.qmin) | (result.weight[rows] == grid.qmax)
-        saturated += int((edge & (error.abs() > 0.5001 * step)).sum())
+        saturated += int(
+            (weight[rows] > (grid.qmax + 0.5) * step).sum() + (weight[rows] < (grid.qmin - 0.5) * step).sum()
+        )
+    sample = stats.sample if group.scales is None else stats.sample / group.scales
     low, high = (0.0, 0.0) if result.activation is None else affine.covered_range(result.activation)
     y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
     output_error = metrics.relative_l2(run_linear(sample, result), y)
@@ -171,7 +274,7 @@ def _report(
         quant_type=result.quant_type,
         rows=weight.shape[0],
         cols=weight.shape[1],
-        method=scheme.weight.method.value,
+        method=method.value,
         step_min=float(result.weight_scale.min()),
         step_max=float(result.weight_scale.max()),
         entropy_bits=metrics.entropy_bits(counts),
@@ -183,8 +286,8 @@ def _report(
         sqnr_db=metrics.sqnr_db(output_error),
         input_low=low,
         input_high=high,
-        clipped_share=0.0 if result.activation is None else ranges.clipped_share(stats, scales, low, high),
-        smoothing=label,
+        clipped_share=0.0 if result.activation is None else ranges.clipped_share(stats, group.scales, low, high),
+        smoothing=group.label,
         seconds=seconds,
     )
 

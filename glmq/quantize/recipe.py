@@ -143,9 +143,22 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
                 f"{rule.option} matches none of the model's {len(names)} linears; their names look like {near[0]!r}"
             )
     plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
+    for plan in plans.values():
+        _check_width(plan, recipe)
     if all(plan.quant_type is QuantType.FLOAT for plan in plans.values()):
         raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
     return plans
+
+
+def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
+    """The vendor's fraction rule needs at least one outlier per row; glmq's own methods do without."""
+    weight = recipe.scheme_of(plan.quant_type).weight
+    by_fraction = plan.quant_type is QuantType.W8A8S and weight.step_rule is StepRule.FRACTION
+    if by_fraction and weight.method is Method.REFERENCE and int(weight.fraction * plan.group.width) < 1:
+        raise UsageError(
+            f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
+            "less than one; pass a larger --fraction or another --method"
+        )
 
 
 def count_matches(pattern: str, config: ModelConfig) -> int:

@@ -145,14 +145,14 @@ def test_stop_ends_a_running_program_and_starts_no_other(tmp_path: Path) -> None
 
 
 def test_a_weight_above_the_programs_limit_is_refused(tmp_path: Path) -> None:
-    codec, work = make(tmp_path)
+    codec, _ = make(tmp_path)
     with pytest.raises(CodecError) as caught:
-        codec.compress(NAME, np.zeros((50_001, 1), dtype=np.int8), work)
+        codec.check(NAME, 50_001, 1)
     assert str(caught.value) == (
         f"{NAME}: is 50001 x 1, the engine's compression ends at 50000 per dimension; "
         "split it over more ranks (--tp) or keep it float"
     )
-    codec.compress(NAME, np.zeros((50_000, 1), dtype=np.int8), work)
+    codec.check(NAME, 50_000, 50_000)
 
 
 def test_a_path_that_the_program_refuses_is_refused_first(tmp_path: Path) -> None:
@@ -183,7 +183,9 @@ def test_the_given_program_must_be_one(tmp_path: Path) -> None:
         assert str(caught.value) == f"--executor {path}: is not a program; {how_to_build()}"
 
 
-def test_the_installed_package_is_searched_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_installed_package_is_searched_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "msmodelslim"
     build = package / "pytorch" / "weight_compression" / "compress_graph" / "build"
     build.mkdir(parents=True)

@@ -61,7 +61,9 @@ def expected_linears(
                 activation(f"{target}.{linear}", f"{name}.{linear}")
         for suffix in ("weight", *(("deq_scale", "quant_bias") if is_quantized else ())):
             gate, up = t[f"{name}.mlp.gate_up_proj.{suffix}"].chunk(2)
-            out[f"{target}.mlp.gate_up_proj.{suffix}"] = torch.cat([my_share(gate, rank, world), my_share(up, rank, world)])
+            out[f"{target}.mlp.gate_up_proj.{suffix}"] = torch.cat(
+                [my_share(gate, rank, world), my_share(up, rank, world)]
+            )
         if is_quantized:
             activation(f"{target}.mlp.gate_up_proj", f"{name}.mlp.gate_up_proj")
     return out
@@ -72,8 +74,13 @@ def expected_vision(t: dict[str, Tensor], config: dict, rank: int, world: int) -
     mlps = {"visual.merger": f"{VISION}.merger"}
     for i in range(config["vision_config"]["depth"]):
         name, target = f"{VISION}.blocks.{i}", f"visual.blocks.{i}"
-        out[f"{target}.norm1.weight"], out[f"{target}.norm2.weight"] = t[f"{name}.norm1.weight"], t[f"{name}.norm2.weight"]
-        out[f"{target}.attn.qkv.weight"] = torch.cat([my_share(x, rank, world) for x in t[f"{name}.attn.qkv.weight"].chunk(3)])
+        out[f"{target}.norm1.weight"], out[f"{target}.norm2.weight"] = (
+            t[f"{name}.norm1.weight"],
+            t[f"{name}.norm2.weight"],
+        )
+        out[f"{target}.attn.qkv.weight"] = torch.cat(
+            [my_share(x, rank, world) for x in t[f"{name}.attn.qkv.weight"].chunk(3)]
+        )
         out[f"{target}.attn.proj.weight"] = my_share(t[f"{name}.attn.proj.weight"], rank, world, dim=1)
         mlps[f"{target}.mlp"] = f"{name}.mlp"
     for target, name in mlps.items():
@@ -158,7 +165,9 @@ def test_the_split_of_the_tiny_model_is_the_obvious_one(tiny_seed: Path, layout:
 
 @pytest.mark.parametrize("layout", [Layout.MINDIE, Layout.VLLM_ASCEND])
 @pytest.mark.parametrize(("world", "kv_heads"), [(2, 1), (4, 1), (4, 2), (4, 4), (4, 8)])
-def test_key_and_value_heads_are_dealt_out_or_repeated(tmp_path: Path, layout: Layout, world: int, kv_heads: int) -> None:
+def test_key_and_value_heads_are_dealt_out_or_repeated(
+    tmp_path: Path, layout: Layout, world: int, kv_heads: int
+) -> None:
     compare(write_w8a8s(tmp_path, kv_heads=kv_heads, attention_bias=True), layout, world)
 
 
@@ -196,7 +205,13 @@ def test_types_of_a_part_name_the_codec_for_weights_only() -> None:
 
 
 def test_vllm_types_change_quantized_weights_and_their_aliases_only() -> None:
-    types = {"q.weight": "W8A8S", "q.deq_scale": "W8A8S", "q.bias": "FLOAT", "gate.weight": "W8A8S", "n.weight": "FLOAT"}
+    types = {
+        "q.weight": "W8A8S",
+        "q.deq_scale": "W8A8S",
+        "q.bias": "FLOAT",
+        "gate.weight": "W8A8S",
+        "n.weight": "FLOAT",
+    }
     assert vllm_types(types) == types | {"q.weight": "W8A8SC", "gate.weight": "W8A8SC"}
 
 

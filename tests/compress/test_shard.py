@@ -38,7 +38,12 @@ def test_world_sizes_that_divide_are_accepted(config: ModelConfig, world: int) -
         ({"intermediate_size": 90}, 4, "90 rows of gate and up do not divide by 4", "1, 2"),
         ({"vision_out": 130}, 4, "130 rows of the vision tower's gate and up do not divide by 4", "1, 2"),
         ({"vision_intermediate": 42}, 4, "42 rows of the merger's gate and up do not divide by 4", "1, 2"),
-        ({"heads": 12, "kv_heads": 3}, 2, "3 key-value heads can neither be dealt out nor be repeated over 2 ranks", "1"),
+        (
+            {"heads": 12, "kv_heads": 3},
+            2,
+            "3 key-value heads can neither be dealt out nor be repeated over 2 ranks",
+            "1",
+        ),
     ],
 )
 def test_a_world_size_that_does_not_divide_names_the_numbers_and_what_works(
@@ -51,7 +56,9 @@ def test_a_world_size_that_does_not_divide_names_the_numbers_and_what_works(
 
 def test_vision_heads_must_divide_too(config: ModelConfig) -> None:
     vision = dict(config.nested["vision_config"]) | {"num_heads": 3}
-    with pytest.raises(UsageError, match=r"3 vision heads do not divide by 2; world sizes that work for this model: 1$"):
+    with pytest.raises(
+        UsageError, match=r"3 vision heads do not divide by 2; world sizes that work for this model: 1$"
+    ):
         check_world(replace(config, nested=config.nested | {"vision_config": vision}), 2)
 
 

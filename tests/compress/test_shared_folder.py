@@ -9,7 +9,7 @@ import pytest
 
 from glmq.checkpoint.folder import OutputFolder
 from glmq.compress.shared_folder import OtherRankError, SharedFolder
-from glmq.errors import GlmqError, UsageError
+from glmq.errors import GlmqError
 from glmq.parallel import Group, LostRanksError, Place
 
 
@@ -31,14 +31,14 @@ class ThreadGroup(Group):
         return texts
 
 
-def run(target: Path, world: int, work: Callable[[int, SharedFolder], None], *, overwrite: bool = False) -> list[str]:
+def run(target: Path, world: int, work: Callable[[int, SharedFolder], None]) -> list[str]:
     """Do `work` on every rank; returns what each rank raised (empty: nothing)."""
     barrier, said, raised = threading.Barrier(world), [""] * world, [""] * world
 
     def rank_main(rank: int) -> None:
         group = ThreadGroup(rank, barrier, said)
         try:
-            with SharedFolder(OutputFolder(target, overwrite=overwrite), group) as folder:
+            with SharedFolder(OutputFolder(target, overwrite=False), group) as folder:
                 work(rank, folder)
                 folder.finish()
         except BaseException as error:
@@ -81,7 +81,9 @@ def test_a_rank_that_fails_is_heard_by_all_and_nothing_is_left(tmp_path: Path, f
         folder.meet("done")
 
     told = f"OtherRankError: stopped because rank {failing} failed: weights are bad"
-    assert run(tmp_path / "out", 2, work) == [("GlmqError: weights are bad" if r == failing else told) for r in range(2)]
+    assert run(tmp_path / "out", 2, work) == [
+        ("GlmqError: weights are bad" if r == failing else told) for r in range(2)
+    ]
     assert left_over(tmp_path) == []
 
 
@@ -107,18 +109,6 @@ def test_a_rank_that_is_interrupted_leaves_without_a_word_and_nothing_is_left(tm
 
     assert run(tmp_path / "out", 2, work) == ["LostRanksError: gone", "KeyboardInterrupt: "]
     assert left_over(tmp_path) == []
-
-
-def test_a_target_that_is_taken_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-
-    def work(rank: int, folder: SharedFolder) -> None:
-        raise AssertionError("never comes here")
-
-    with pytest.raises(UsageError, match="is not empty"):
-        OutputFolder(tmp_path / "out", overwrite=False)
-    assert left_over(tmp_path / "out") == ["mine"]
 
 
 def test_a_failed_rename_is_everybodys_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

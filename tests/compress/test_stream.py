@@ -30,7 +30,7 @@ from glmq.compress.stream import (
     zero_order_entropy,
 )
 from glmq.compress.weight_codec import Codec, Compressed, PortableCodec
-from glmq.errors import UsageError
+from glmq.errors import CodecError, UsageError
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_a_mindie_folder_has_exactly_the_files_and_tensors_of_the_format(
 ) -> None:
     run(source, AscendCodec(write_stand_in(tmp_path)), Layout.MINDIE, world, tmp_path / "out")
     sides = {
-        "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json", "tokenizer.json",
-        "tokenizer_config.json", "video_preprocessor_config.json",
+        "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json",
+        "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json",
     }  # fmt: skip
     weights = {f"part{rank}-of-{world}/quant_model_weight_w8a8sc.safetensors" for rank in range(world)}
     descriptions = {f"part{rank}-of-{world}/quant_model_description.json" for rank in range(world)}
@@ -191,6 +191,17 @@ def test_an_error_in_one_weight_stops_the_others(source: Source, tmp_path: Path)
     assert codec.stopped
 
 
+def test_a_weight_that_is_too_large_is_refused_before_anything_is_written(source: Source, tmp_path: Path) -> None:
+    class Small(PortableCodec):
+        def check(self, name: str, rows: int, cols: int) -> None:
+            if (rows, cols) == (88, 128):
+                raise CodecError(name)
+
+    with pytest.raises(CodecError, match=r"^language_model\.layers\.0\.mlp\.gate_up_proj$"):
+        run(source, Small(), Layout.MINDIE, 2, tmp_path / "out")
+    assert not tree(tmp_path / "out")
+
+
 def test_the_portable_codec_takes_one_rank_as_it_is_and_no_vllm_layout() -> None:
     assert choose_layout(CodecKind.PORTABLE, Layout.MINDIE, 1) is Layout.SOURCE
     assert choose_layout(CodecKind.PORTABLE, Layout.MINDIE, 2) is Layout.MINDIE
@@ -204,7 +215,8 @@ def test_the_portable_codec_takes_one_rank_as_it_is_and_no_vllm_layout() -> None
 
 
 @pytest.mark.parametrize(
-    ("values", "bits"), [([5], 0.0), ([1, 1, 1], 0.0), ([-128, 127], 1.0), ([0, 0, 1, -1], 1.5), (range(-128, 128), 8.0)]
+    ("values", "bits"),
+    [([5], 0.0), ([1, 1, 1], 0.0), ([-128, 127], 1.0), ([0, 0, 1, -1], 1.5), (range(-128, 128), 8.0)],
 )
 def test_entropy_is_that_of_the_histogram(values: list[int], bits: float) -> None:
     assert zero_order_entropy(np.array([values], dtype=np.int8)) == bits

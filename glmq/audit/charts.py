@@ -1,0 +1,250 @@
+"""Inline SVG charts for the HTML page: text that a browser draws without scripts or a network.
+
+Colours are classes of the page's style sheet, so that charts follow its light and dark themes. Each mark has a <title>,
+which browsers show when it is pointed at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+WIDTH: Final = 960
+LABEL_WIDTH: Final = 170
+
+
+@dataclass(frozen=True, slots=True)
+class RangeBar:
+    """What an int8 activation covers, and what was seen."""
+
+    label: str
+    low: float
+    high: float
+    seen_low: float | None
+    seen_high: float | None
+
+
+def heat_map(columns: Sequence[str], rows: Sequence[str], values: Mapping[tuple[str, str], float], what: str) -> str:
+    """Cells by (column, row), darker for larger values on a logarithmic scale; numbers in them where there is room."""
+    positive = [value for value in values.values() if 0 < value < math.inf]
+    if not positive:
+        return _note(f"No {what} above zero.")
+    low, high = min(positive), max(positive)
+    span = math.log(high / low) or 1.0
+    cell_w, cell_h = (WIDTH - LABEL_WIDTH) / len(columns), 26
+    parts: list[str] = []
+    for y, row in enumerate(rows):
+        top = 22 + y * cell_h
+        parts.append(_text(LABEL_WIDTH - 8, top + cell_h / 2 + 4, row, anchor="end"))
+        for x, column in enumerate(columns):
+            value = values.get((column, row))
+            if value is None:
+                continue
+            share = 0.0 if value <= 0 else min(1.0, max(0.0, math.log(min(value, high) / low) / span))
+            left = LABEL_WIDTH + x * cell_w
+            parts.append(
+                f"<g><title>{escape(f'{column} {row}: {percent(value)}')}</title>"
+                f'<rect class="heat" x="{left + 1:.1f}" y="{top + 1}" width="{cell_w - 2:.1f}" height="{cell_h - 2}" '
+                f'rx="3" fill-opacity="{0.08 + 0.92 * share:.3f}"/>'
+            )
+            if cell_w > 46:
+                shade = "on-dark" if share > 0.55 else "on-light"
+                parts.append(
+                    _text(left + cell_w / 2, top + cell_h / 2 + 4, percent(value), anchor="middle", kind=shade)
+                )
+            parts.append("</g>")
+    every = max(1, math.ceil(len(columns) / 20))
+    for x, column in enumerate(columns):
+        if x % every == 0:
+            parts.append(_text(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
+    parts.append(_text(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
+    return _svg(22 + len(rows) * cell_h + 4, parts, what)
+
+
+def columns_chart(labels: Sequence[str], values: Sequence[float], what: str) -> str:
+    """Upright columns from zero, with a grid."""
+    height, top, bottom = 190, 10, 34
+    finite = [value for value in values if math.isfinite(value)]
+    limit = _round_up(max(finite, default=0.0))
+    if limit == 0:
+        return _note(f"No {what} above zero.")
+    left, plot_h = 64, height - top - bottom
+    parts: list[str] = []
+    for tick in range(5):
+        value = limit * tick / 4
+        y = top + plot_h * (1 - tick / 4)
+        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 8, y + 4, percent(value), anchor="end"))
+    step = (WIDTH - left) / len(values)
+    width = min(46.0, step * 0.72)
+    every = max(1, math.ceil(len(labels) * 44 / (WIDTH - left)))
+    for x, (label, value) in enumerate(zip(labels, values, strict=True)):
+        tall = plot_h * min(1.0, value / limit) if math.isfinite(value) else plot_h
+        centre = left + (x + 0.5) * step
+        parts.append(
+            f'<rect class="bar" x="{centre - width / 2:.1f}" y="{top + plot_h - tall:.1f}" width="{width:.1f}" '
+            f'height="{max(tall, 0.5):.1f}" rx="2"><title>{escape(f"{label}: {percent(value)}")}</title></rect>'
+        )
+        if x % every == 0:
+            parts.append(_text(centre, height - 14, _short(label), anchor="middle"))
+    return _svg(height, parts, what)
+
+
+def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:
+    """One horizontal bar per key, of parts in bytes; the same part has the same colour in each."""
+    names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
+    longest = max((sum(parts.values()) for parts in bars.values()), default=0)
+    if longest == 0:
+        return _note(f"No {what}.")
+    room = WIDTH - LABEL_WIDTH - 90
+    out: list[str] = []
+    for y, (label, parts) in enumerate(bars.items()):
+        top, x = 6 + y * 38, float(LABEL_WIDTH)
+        out.append(_text(LABEL_WIDTH - 8, top + 18, label, anchor="end"))
+        for name, nbytes in parts.items():
+            wide = room * nbytes / longest
+            out.append(
+                f'<rect class="part{names.index(name) % 6}" x="{x:.1f}" y="{top}" width="{max(wide - 1, 0.5):.1f}" '
+                f'height="26" rx="2"><title>{escape(f"{name}: {size(nbytes)}")}</title></rect>'
+            )
+            x += wide
+        out.append(_text(x + 8, top + 18, size(sum(parts.values()))))
+    top, x = 14 + len(bars) * 38, float(LABEL_WIDTH)
+    for index, name in enumerate(names):
+        out.append(f'<rect class="part{index % 6}" x="{x:.1f}" y="{top}" width="11" height="11" rx="2"/>')
+        out.append(_text(x + 17, top + 10, name))
+        x += 34 + 7.0 * len(name)
+    return _svg(top + 20, out, what)
+
+
+def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high: float, what: str) -> str:
+    """Two histograms over the same bins: the first filled, the second a line; heights are square roots of counts."""
+    height, top, bottom, width = 150, 8, 22, 460
+    limit = math.sqrt(max((*before, *after), default=0)) or 1.0
+    plot_h, step = height - top - bottom, width / max(1, len(before))
+
+    def level(count: int) -> float:
+        return top + plot_h * (1 - math.sqrt(count) / limit)
+
+    base = top + plot_h
+    filled = " ".join(
+        f"{x * step:.1f},{level(c):.1f} {(x + 1) * step:.1f},{level(c):.1f}" for x, c in enumerate(before)
+    )
+    line = " ".join(f"{x * step:.1f},{level(c):.1f} {(x + 1) * step:.1f},{level(c):.1f}" for x, c in enumerate(after))
+    parts = [
+        f'<polygon class="area" points="0,{base} {filled} {width},{base}"/>',
+        f'<polyline class="line" points="{line}"/>',
+        f'<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/>',
+        _text(0, height - 6, f"{low:.3g}"),
+        _text(width, height - 6, f"{high:.3g}", anchor="end"),
+    ]
+    if low < 0 < high:
+        zero = width * -low / (high - low)
+        parts.append(_text(zero, height - 6, "0", anchor="middle"))
+    return _svg(height, parts, what, width)
+
+
+def sparkline(counts: Sequence[int]) -> str:
+    """A histogram a line of text high; heights are square roots of counts."""
+    limit = math.sqrt(max(counts, default=0)) or 1.0
+    bars = "".join(
+        f'<rect class="bar" x="{x * 3}" y="{18 - 18 * math.sqrt(count) / limit:.1f}" width="2.4" '
+        f'height="{18 * math.sqrt(count) / limit:.1f}"/>'
+        for x, count in enumerate(counts)
+    )
+    return f'<svg class="spark" viewBox="0 0 {3 * len(counts)} 18" width="{3 * len(counts)}" height="18">{bars}</svg>'
+
+
+def range_chart(bars: Sequence[RangeBar], what: str) -> str:
+    """Each range on its own line, all on one axis: sign(x) * log(1 + |x|), which shows small and large ranges alike."""
+    ends = [abs(v) for b in bars for v in (b.low, b.high, b.seen_low or 0.0, b.seen_high or 0.0)]
+    limit = math.log1p(max(ends, default=0.0))
+    if limit == 0:
+        return _note(f"No {what}.")
+    left, right, line_h = 250, 12, 20
+    half = (WIDTH - left - right) / 2
+
+    def place(value: float) -> float:
+        return left + half + half * math.copysign(math.log1p(abs(value)), value) / limit
+
+    parts: list[str] = []
+    bottom = 8 + len(bars) * line_h
+    for value in (*(-t for t in reversed(_decades(max(ends)))), 0.0, *_decades(max(ends))):
+        parts.append(f'<line class="grid" x1="{place(value):.1f}" x2="{place(value):.1f}" y1="4" y2="{bottom}"/>')
+        parts.append(_text(place(value), bottom + 15, f"{value:g}", anchor="middle"))
+    for y, bar in enumerate(bars):
+        top = 8 + y * line_h
+        parts.append(_text(left - 8, top + 12, bar.label, anchor="end"))
+        note = f"{bar.label}: covered {bar.low:.4g} to {bar.high:.4g}"
+        if bar.seen_low is not None and bar.seen_high is not None:
+            note += f", seen {bar.seen_low:.4g} to {bar.seen_high:.4g}"
+        parts.append(
+            f'<g><title>{escape(note)}</title><rect class="cover" x="{place(bar.low):.1f}" y="{top + 2}" '
+            f'width="{max(1.0, place(bar.high) - place(bar.low)):.1f}" height="12" rx="3"/>'
+        )
+        if bar.seen_low is not None and bar.seen_high is not None:
+            clips = bar.seen_low < bar.low or bar.seen_high > bar.high
+            parts.append(
+                f'<line class="{"clip" if clips else "seen"}" x1="{place(bar.seen_low):.1f}" '
+                f'x2="{place(bar.seen_high):.1f}" y1="{top + 8}" y2="{top + 8}"/>'
+            )
+        parts.append("</g>")
+    return _svg(bottom + 22, parts, what)
+
+
+def percent(value: float) -> str:
+    """A share for people: `3.9 %`, `0.04 %`, `1e-05 %`, `inf`."""
+    if not math.isfinite(value):
+        return "inf"
+    scaled = 100 * value
+    if scaled == 0:
+        return "0 %"
+    return f"{scaled:.3g} %" if scaled >= 0.001 else f"{scaled:.0e} %"
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: `13.66 GiB`, `7.2 MiB`, `512 B`."""
+    for unit, digits in ((2**30, 2), (2**20, 1), (2**10, 1)):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.{digits}f} {'GMK'[(2**30, 2**20, 2**10).index(unit)]}iB"
+    return f"{nbytes} B"
+
+
+def _decades(largest: float) -> list[float]:
+    """Powers of ten up to the largest value; half of it where that is below one."""
+    if largest < 1:
+        return [largest / 2]
+    return [10.0**power for power in range(int(math.log10(largest)) + 1)]
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
+    if value <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= value * 0.999999)
+
+
+def _short(label: str) -> str:
+    """The number of a layer, or the last word of a name, short enough to stand below a column."""
+    last = label.rpartition(".")[2]
+    return last if len(last) < 9 else f"{last[:7]}…"
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "label") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _note(text: str) -> str:
+    return f'<p class="muted">{escape(text)}</p>'
+
+
+def _svg(height: float, parts: Iterable[str], what: str, width: int = WIDTH) -> str:
+    body = "\n".join(parts)
+    return (
+        f'<svg class="chart" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
+        f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg>'
+    )

@@ -1,0 +1,110 @@
+"""`glmq verify`: is a checkpoint right, before it reaches an NPU?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from glmq.cli import options as o
+from glmq.cli.inspect import Html
+
+LIMITS = "Limits"
+FAILED = 3
+"""Exit code: problems were found."""
+
+
+def verify(
+    candidate: Annotated[
+        Path,
+        typer.Argument(help="Folder of a quantized or compressed checkpoint, whoever wrote it.", metavar="CANDIDATE"),
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            "--reference",
+            help="Folder of the float weights it was made from; of a compressed checkpoint, of its W8A8S weights.",
+            rich_help_panel=o.MODEL,
+        ),
+    ] = None,
+    target: Annotated[
+        Literal["mindie", "vllm-ascend"] | None,
+        typer.Option(
+            "--target",
+            help="Also emulate this engine's look-ups in headers and JSON files.",
+            rich_help_panel=o.MODEL,
+            show_default=False,
+        ),
+    ] = None,
+    calib_images: Annotated[
+        Path | None,
+        typer.Option(
+            "--calib-images",
+            help="Folder of images to run both models on; needs --reference.",
+            rich_help_panel=o.CALIBRATION,
+        ),
+    ] = None,
+    cases: Annotated[
+        Path | None,
+        typer.Option(
+            "--cases",
+            help="JSON-lines file of cases with image, prompt and text (answer) to run both models on; needs --reference.",
+            rich_help_panel=o.CALIBRATION,
+        ),
+    ] = None,
+    prompt: o.Prompt = "Please describe this picture in detail.",
+    limit: o.LimitImages = None,
+    max_pixels: o.MaxPixels = None,
+    max_kl: Annotated[
+        float,
+        typer.Option("--max-kl", min=0, help="Mean KL(float || candidate) in nats.", rich_help_panel=LIMITS),
+    ] = 0.1,
+    min_top1: Annotated[
+        float,
+        typer.Option(
+            "--min-top1", min=0, max=1, help="Share of positions with the same top token.", rich_help_panel=LIMITS
+        ),
+    ] = 0.9,
+    max_error: Annotated[
+        float,
+        typer.Option("--max-error", min=0, help="Relative output error of the worst linear.", rich_help_panel=LIMITS),
+    ] = 0.3,
+    html: Html = None,
+    json_output: o.JsonOutput = False,
+    quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
+    debug: o.Debug = False,
+) -> None:
+    """Check files, arithmetic and behaviour of a checkpoint; exit code 3 if something is wrong.
+
+    [bold]glmq verify W8A8S --reference FLOAT --calib-images photos --html verify.html[/]
+
+    [bold]glmq verify W8A8 --target mindie[/]
+    """
+    from glmq.audit.engines import Target
+    from glmq.audit.report import verification_document, verification_page, write_page
+    from glmq.audit.verify import Limits
+    from glmq.cli.render import print_json, stderr
+    from glmq.cli.verify_job import load_samples, verify_folder
+    from glmq.cli.verify_view import show_verification
+
+    found = verify_folder(
+        candidate,
+        reference,
+        [] if target is None else [Target(target)],
+        Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
+        load_samples(calib_images, cases, prompt, limit),
+        max_pixels=max_pixels,
+        quiet=quiet or json_output,
+    )
+    if html is not None:
+        write_page(html, verification_page(found))
+    if json_output:
+        print_json(dict(verification_document(found)))
+    else:
+        show_verification(found, quiet=quiet, verbose=verbose)
+        if html is not None and not quiet:
+            stderr.print(f"written: {html}", soft_wrap=True)
+    if not found.passed:
+        raise typer.Exit(FAILED)

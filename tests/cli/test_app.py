@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+from helpers import run
+
+from glmq import __version__
+
+VERBS = ("calibrate", "quantize", "compress", "demo")
+
+
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS)])
+def test_help_needs_neither_torch_nor_transformers(verb: tuple[str, ...]) -> None:
+    code = (
+        "import sys\n"
+        "from glmq.cli.app import app\n"
+        "try:\n"
+        f"    app({[*verb, '--help']!r})\n"
+        "finally:\n"
+        "    heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'PIL'} & set(sys.modules)\n"
+        "    print('heavy:', sorted(heavy), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "heavy: []\n")
+    assert "Usage:" in done.stdout
+
+
+def test_the_overview_names_every_verb_and_the_exit_codes() -> None:
+    text = run("--help").stdout
+    assert all(verb in text for verb in VERBS)
+    joined = " ".join(text.split())
+    assert "0 done, 1 unexpected failure, 2 wrong usage, 3 verify found problems, 4 bad input" in joined
+    assert "130 Ctrl-C, 143 terminated" in joined
+
+
+def test_without_a_verb_the_overview_is_shown() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "Usage:" in result.stdout
+
+
+@pytest.mark.parametrize("spelling", ["-h", "--help"])
+def test_both_spellings_of_help_work_for_a_verb(spelling: str) -> None:
+    result = run("quantize", spelling)
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_the_help_of_quantize_lists_every_parameter_of_the_mission() -> None:
+    text = run("quantize", "--help").stdout
+    for name in (
+        "model-path", "calib-images", "save-directory", "part-file-size", "w-bit", "a-bit", "device-type",
+        "trust-remote-code", "anti-method", "act-method", "open-outlier", "is-dynamic", "is-lowbit", "co-sparse",
+        "fraction", "do-smooth", "use-sigma", "sigma-factor", "torch-dtype", "group-size", "mindie-format",
+    ):  # fmt: skip
+        assert f"--{name}" in text
+
+
+def test_the_version_comes_with_those_of_the_libraries() -> None:
+    result = run("--version")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"glmq {__version__}"
+    assert f"torch {metadata.version('torch')}" in lines
+    assert [line.split()[0] for line in lines] == ["glmq", "torch", "transformers", "safetensors", "torch-npu"]
+
+
+def test_an_unknown_verb_is_wrong_usage() -> None:
+    result = run("quantise")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "No such command 'quantise'" in result.stderr

@@ -1,0 +1,259 @@
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from glmq import errors
+from glmq.cli.command import CONTEXT, GlmqCommand
+
+
+def work() -> None:
+    """What the command does; tests replace it."""
+
+
+def make_app() -> typer.Typer:
+    """One command with the options that GlmqCommand knows about."""
+    app = typer.Typer(pretty_exceptions_enable=False, context_settings=CONTEXT)
+
+    @app.command(cls=GlmqCommand, context_settings=CONTEXT)
+    def act(
+        is_lowbit: Annotated[bool, typer.Option("--is-lowbit/--no-is-lowbit")] = False,
+        open_outlier: Annotated[bool, typer.Option("--open-outlier/--no-open-outlier")] = True,
+        w_bit: Annotated[int, typer.Option("--w-bit")] = 8,
+        prompt: Annotated[str, typer.Option("--prompt")] = "",
+        json_output: Annotated[bool, typer.Option("--json")] = False,
+        debug: Annotated[bool, typer.Option("--debug")] = False,
+    ) -> None:
+        work()
+        typer.echo(f"{is_lowbit} {open_outlier} {w_bit} {prompt!r}")
+
+    @app.command(cls=GlmqCommand, context_settings=CONTEXT)
+    def long_run(resume: Annotated[bool, typer.Option("--resume/--no-resume")] = False) -> None:
+        work()
+
+    return app
+
+
+def call(*args: str) -> Result:
+    return CliRunner().invoke(make_app(), args)
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules[__name__], "work", fail)
+
+
+@pytest.mark.parametrize(
+    ("args", "value"),
+    [
+        ([], False),
+        (["--is-lowbit"], True),
+        (["--is_lowbit"], True),
+        (["--no-is-lowbit"], False),
+        (["--no_is_lowbit"], False),
+        (["--is_lowbit", "True"], True),
+        (["--is_lowbit", "False"], False),
+        (["--is-lowbit", "true"], True),
+        (["--is-lowbit=false"], False),
+        (["--is_lowbit=TRUE"], True),
+        (["--is_lowbit", "1"], True),
+        (["--is_lowbit=0"], False),
+        (["--is_lowbit", "yes"], True),
+        (["--is_lowbit", "off"], False),
+        (["--is_lowbit", "True", "--is_lowbit", "False"], False),
+    ],
+)
+def test_a_flag_takes_every_spelling_of_the_seed(args: list[str], value: bool) -> None:
+    result = call("act", *args, "--w_bit", "4")
+    assert (result.exit_code, result.stdout) == (0, f"{value} True 4 ''\n")
+
+
+def test_a_flag_that_is_on_by_default_can_be_switched_off() -> None:
+    for args in (["--open_outlier", "False"], ["--no-open-outlier"], ["--open-outlier=no"]):
+        assert call("act", *args).stdout == "False False 8 ''\n"
+
+
+def test_a_flags_word_is_not_taken_from_another_option() -> None:
+    assert call("act", "--is_lowbit", "--prompt", "True").stdout == "True True 8 'True'\n"
+    assert call("act", "--prompt", "is_lowbit", "--is_lowbit", "False").stdout == "False True 8 'is_lowbit'\n"
+
+
+@pytest.mark.parametrize("word", ["maybe", "2", "None", "TrueTrue"])
+def test_another_word_for_a_flag_is_wrong_usage(word: str) -> None:
+    attached = call("act", f"--is_lowbit={word}")
+    assert attached.exit_code == 2
+    assert f"--is-lowbit {word}: True or False is needed" in attached.stderr
+    apart = call("act", "--is_lowbit", word)
+    assert apart.exit_code == 2
+    assert word in apart.stderr
+
+
+def test_a_number_that_is_none_is_wrong_usage() -> None:
+    result = call("act", "--w_bit", "four")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Invalid value for '--w-bit'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "exit_code", "code"),
+    [
+        (errors.GlmqError, 1, "failed"),
+        (errors.UsageError, 2, "usage"),
+        (errors.InputError, 4, "bad-input"),
+        (errors.CheckpointError, 4, "bad-checkpoint"),
+        (errors.ModelError, 4, "bad-model"),
+        (errors.SampleError, 4, "bad-samples"),
+        (errors.StatisticsError, 4, "bad-statistics"),
+        (errors.CodecError, 4, "bad-compressed-weight"),
+        (errors.ResourceError, 5, "no-resource"),
+        (errors.SpaceError, 5, "no-space"),
+        (errors.DeviceError, 5, "no-device"),
+    ],
+)
+def test_every_error_is_one_sentence_and_its_exit_code(
+    kind: type[errors.GlmqError], exit_code: int, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, kind("a [red] sentence"))
+    result = call("act")
+    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", "error: a [red] sentence\n")
+    result = call("act", "--json")
+    assert (result.exit_code, result.stderr) == (exit_code, "")
+    assert json.loads(result.stdout) == {"error": {"code": code, "message": "a [red] sentence"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "sentence"),
+    [
+        (
+            ZeroDivisionError("division by zero"), 1,
+            "unexpected failure, ZeroDivisionError: division by zero; run again with --debug and report the traceback",
+        ),
+        (MemoryError(), 5, "the machine's memory is used up; see --dry-run for what is needed"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5,
+            "/data/out: No space left on device; check the path, its permissions and the disk",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"), 5,
+            "Disk quota exceeded; check the path, its permissions and the disk",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/out"), 4,
+            "/data/out: Permission denied; check the path, its permissions and the disk",
+        ),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; nothing half-written was left behind"),
+    ],
+)  # fmt: skip
+def test_other_failures_are_one_sentence_too(
+    error: BaseException, exit_code: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, error)
+    result = call("act")
+    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", f"error: {sentence}\n")
+    assert json.loads(call("act", "--json").stdout)["error"]["message"] == sentence
+
+
+def test_a_run_that_can_be_resumed_says_so_when_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    result = call("long-run")
+    assert result.exit_code == 130
+    assert result.stderr == "error: stopped by Ctrl-C; --resume continues after the last finished block\n"
+
+
+def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, errors.ModelError("no"))
+    assert "Traceback" not in call("act").stderr
+    shown = call("act", "--debug").stderr
+    assert shown.startswith("Traceback (most recent call last):\n")
+    assert shown.endswith("glmq.errors.ModelError: no\nerror: no\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--w_bit", "four"], "Invalid value for '--w-bit': "),
+        (["--is_lowbit=maybe"], "Invalid value: --is-lowbit maybe: True or False is needed"),
+        (["--no-such-option"], "No such option: --no-such-option"),
+        (["surplus"], "Got unexpected extra argument"),
+    ],
+)
+def test_wrong_usage_is_one_object_with_json(args: list[str], message: str) -> None:
+    result = call("act", "--json", *args)
+    assert (result.exit_code, result.stderr) == (2, "")
+    found = json.loads(result.stdout)["error"]
+    assert found["code"] == "usage"
+    assert found["message"].startswith(message)
+
+
+SCRIPT = """
+import sys, time
+from typing import Annotated
+import typer
+from glmq.cli.command import CONTEXT, GlmqCommand
+app = typer.Typer(context_settings=CONTEXT)
+@app.command(cls=GlmqCommand)
+def act(
+    rows: int = 0,
+    json_output: Annotated[bool, typer.Option("--json")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume")] = False,
+) -> None:
+    try:
+        print("started", flush=True)
+        for number in range(rows):
+            print(number, flush=True)
+        time.sleep(30 if not rows else 0)
+    finally:
+        print("cleaned up", file=sys.stderr, flush=True)
+app()
+"""
+
+
+def start(*args: str) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: int, name: str) -> None:
+    process = start()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert stderr == f"cleaned up\nerror: stopped by {name}; --resume continues after the last finished block\n"
+
+
+def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
+    process = start("--rows", "200000")
+    assert process.stdout is not None
+    process.stdout.close()
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.stderr is not None
+    with process.stderr:
+        assert (process.returncode, process.stderr.read()) == (1, "cleaned up\n")
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "glmq", "quantize", "--model-path", tmp_path, "--save-directory", tmp_path / "out"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (4, "")
+    assert done.stderr == (
+        f"error: {tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it\n"
+    )

@@ -1,0 +1,304 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import glmq, run, tree
+from random_w8a8s import write_stand_in, write_w8a8s
+
+from glmq.compress import stream
+from glmq.compress.executor import how_to_build
+from glmq.compress.weight_codec import PortableCodec
+
+REPOSITORY = Path(__file__).parents[2]
+NOTE = (
+    "note: compress_excutor, the vendor's compress program, was not found, so the weights are written in glmq's portable form: "
+    "lossless, for storage and transport, but no serving engine reads it. For the engine's W8A8SC, "
+    + how_to_build()
+    + "."
+)
+
+
+@pytest.fixture(autouse=True)
+def no_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No program, unless a test brings one."""
+    for name in ("GLMQ_EXECUTOR", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("glmq.compress.executor.find_spec", lambda name: None)
+
+
+@pytest.fixture(scope="module")
+def w8a8s(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint that can be split over 1, 2 and 4 ranks. Do not write into it."""
+    return write_w8a8s(tmp_path_factory.mktemp("source") / "w8a8s")
+
+
+def compress(source: Path, out: Path, *options: object) -> list[object]:
+    return ["compress", "--model_path", source, "--save_directory", out, *options]
+
+
+def complaint(exit_code: int, *arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == exit_code, result.output
+    return result.stderr.splitlines()[-1]
+
+
+def left_over(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir())
+
+
+def test_without_the_vendors_program_the_portable_form_is_written_and_said_so(w8a8s: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = glmq(*compress(w8a8s, out))
+    assert result.stderr.splitlines()[0] == NOTE
+    lines = result.stdout.splitlines()
+    assert f"W8A8S in glmq's portable form, world size 1, written to {out}" in lines
+    assert lines[-1] == f"  glmq compress --decompress --model_path {out} --save_directory {out}-restored"
+    for column in ("rows x cols", "bits", "ratio", "entropy", "class gain", "seconds", "float16", "W8A8S", "portable"):
+        assert column in result.stdout
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_the_way_back_restores_the_source(w8a8s: Path, tmp_path: Path) -> None:
+    glmq(*compress(w8a8s, tmp_path / "out", "--codec", "portable"))
+    result = glmq(*compress(tmp_path / "out", tmp_path / "back", "--decompress"))
+    assert tree(tmp_path / "back") == tree(w8a8s)
+    assert result.stdout.splitlines()[-1] == f"  glmq inspect {tmp_path / 'back'}"
+
+
+def test_the_way_back_of_several_ranks_restores_parts(w8a8s: Path, tmp_path: Path) -> None:
+    glmq(*compress(w8a8s, tmp_path / "out", "--codec", "portable", "--tp", 4))
+    result = glmq(*compress(tmp_path / "out", tmp_path / "back", "--decompress", "--json"))
+    document = json.loads(result.stdout)
+    assert (document["schema"], document["layout"], document["world_size"]) == ("glmq.decompress/1", "mindie", 4)
+    assert sorted(path.name for path in (tmp_path / "back").glob("part*")) == [f"part{rank}-of-4" for rank in range(4)]
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_with_the_vendors_program_the_engines_form_is_written(
+    w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    program, out = write_stand_in(tmp_path), tmp_path / "out"
+    options: list[object] = ["--tp", 2]
+    if by_variable:
+        monkeypatch.setenv("GLMQ_EXECUTOR", str(program))
+    else:
+        options += ["--executor", program]
+    result = glmq(*compress(w8a8s, out, *options))
+    assert result.stderr.splitlines()[0] == f"codec ascend: {program}"
+    assert result.stdout.splitlines()[-1] == (
+        "Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
+        f"{out}, worldSize to 2 and npuDeviceIds to [[0, 1]], then start mindieservice_daemon."
+    )
+    assert (out / "part1-of-2" / "quant_model_weight_w8a8sc.safetensors").is_file()
+
+
+def test_the_vllm_layout_is_called_a_best_effort(w8a8s: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    program = write_stand_in(tmp_path)
+    result = glmq(*compress(w8a8s, out, "--tp", 2, "--layout", "vllm-ascend", "--executor", program))
+    assert result.stdout.splitlines()[-2:] == [
+        "Note: this layout is a best effort, from reading vLLM-Ascend's source and never run; MindIE's is the tested one.",
+        f"Next, on the Atlas 300I Duo: vllm serve {out} --quantization ascend --load-format sharded_state --dtype float16 "
+        "--tensor-parallel-size 2",
+    ]
+    assert (out / "model-rank-1-part-0.safetensors").is_file()
+
+
+def test_help_names_the_variable_the_best_effort_and_both_spellings_work(w8a8s: Path, tmp_path: Path) -> None:
+    text = " ".join(glmq("compress", "--help").output.replace("│", " ").split())
+    assert "GLMQ_EXECUTOR" in text
+    assert "vllm-ascend is a best effort that was never run" in text
+    assert "torchrun --nproc_per_node 2 -m glmq compress" in text
+    out = tmp_path / "out"
+    result = glmq("compress", "--model-path", w8a8s, "--save-directory", out, "--codec", "portable", "-q")
+    assert (result.stdout, result.stderr) == (f"{out}\n", "")
+
+
+def test_json_is_the_report_of_the_folder(w8a8s: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = glmq(*compress(w8a8s, out, "--tp", 2, "--json"))
+    document = json.loads(result.stdout)
+    assert document.pop("folder") == str(out)
+    assert document == json.loads((out / "glmq_compress_report.json").read_text())
+    assert (document["schema"], document["codec"], document["world_size"]) == ("glmq.compress-report/1", "portable", 2)
+    rows = (out / "glmq_compress_report.csv").read_text().splitlines()
+    assert rows[0] == "rank,name,rows,cols,stored_bytes,bits_per_weight,ratio,entropy_bits,class_gain_bits"
+    # 2 ranks, 2 layers, and query_key_value, o_proj, gate_up_proj in each
+    assert len(rows) - 1 == len(document["linears"]) == 2 * 2 * 3
+    assert rows[1].startswith("0,language_model.layers.0.self_attn.query_key_value,96,128,")
+    assert [rank["file"] for rank in document["ranks"]] == [
+        f"part{rank}-of-2/glmq_weight_w8a8s.gqsc.safetensors" for rank in range(2)
+    ]
+    by_part = {row["part"]: row for row in document["bytes"]}
+    # vocabulary 204, width 128, two bytes; the embedding is whole with one row more on each of the two ranks
+    assert by_part["embeddings and lm_head"] == {
+        "part": "embeddings and lm_head", "float16": 2 * 204 * 128 * 2, "w8a8s": 2 * 204 * 128 * 2,
+        "compressed": 2 * 205 * 128 * 2 + 204 * 128 * 2,
+    }  # fmt: skip
+
+
+def test_every_row_is_shown_with_verbose_only(tmp_path: Path) -> None:
+    source = write_w8a8s(tmp_path / "w8a8s", layers=10)
+    short = glmq(*compress(source, tmp_path / "a", "--codec", "portable")).stdout
+    whole = glmq(*compress(source, tmp_path / "b", "--codec", "portable", "-v")).stdout
+    assert "26 smaller ones are left out; -v shows all, glmq_compress_report.csv has them" in short
+    assert whole.count("0/1") == 50
+
+
+def test_an_existing_output_is_kept_without_overwrite_and_replaced_with_it(w8a8s: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    assert complaint(2, *compress(w8a8s, out)) == (
+        f"error: {out}: is not empty; choose another folder, or pass --overwrite to replace its contents"
+    )
+    assert left_over(out) == ["mine"]
+    glmq(*compress(w8a8s, out, "--overwrite"))
+    assert "mine" not in left_over(out)
+    assert left_over(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--tp", 3], "--tp 3: 3 is not a world size that the serving engine is known to load; "),
+        (["--layout", "vllm-ascend"], "--layout vllm-ascend: exists only with --codec ascend; "),
+        (["--decompress", "--tp", 2], "--decompress: takes no --tp, --codec or --layout, the folder says what it is; "),
+        (["--decompress", "--codec", "ascend"], "--decompress: takes no --tp, --codec or --layout, "),
+    ],
+)
+def test_options_that_contradict_are_wrong_usage(
+    w8a8s: Path, tmp_path: Path, options: list[object], sentence: str
+) -> None:
+    assert complaint(2, *compress(w8a8s, tmp_path / "out", *options)).startswith(f"error: {sentence}")
+    assert left_over(tmp_path) == []
+
+
+def test_the_trained_tiny_model_with_six_heads_is_not_split_over_four(tiny_seed: Path, tmp_path: Path) -> None:
+    assert complaint(2, *compress(tiny_seed, tmp_path / "out", "--tp", 4)) == (
+        "error: --tp 4: 6 attention heads do not divide by 4; world sizes that work for this model: 1, 2"
+    )
+
+
+def test_the_source_is_never_written_over(w8a8s: Path) -> None:
+    for out in (w8a8s, w8a8s.parent):
+        assert complaint(2, *compress(w8a8s, out, "--overwrite")) == (
+            f"error: {out}: is or holds the folder that is read; choose another --save_directory"
+        )
+
+
+def test_a_missing_program_is_a_missing_device(w8a8s: Path, tmp_path: Path) -> None:
+    assert complaint(5, *compress(w8a8s, tmp_path / "out", "--codec", "ascend")) == (
+        f"error: --codec ascend: compress_excutor, the vendor's compress program, was not found; {how_to_build()}"
+    )
+    assert complaint(5, *compress(w8a8s, tmp_path / "out", "--executor", tmp_path / "none")) == (
+        f"error: --executor {tmp_path / 'none'}: is not a program; {how_to_build()}"
+    )
+    assert left_over(tmp_path) == []
+
+
+def test_what_is_no_w8a8s_is_bad_input(tiny: Path, tmp_path: Path) -> None:
+    assert complaint(4, *compress(tiny, tmp_path / "out")).startswith(f"error: {tiny}: holds float weights (bfloat16)")
+    result = run(*compress(tiny, tmp_path / "out", "--json"))
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["error"]["code"] == "bad-checkpoint"
+    assert left_over(tmp_path) == []
+
+
+def test_a_broken_program_leaves_nothing(w8a8s: Path, tmp_path: Path) -> None:
+    program = write_stand_in(tmp_path, "other tiling")
+    assert complaint(5, *compress(w8a8s, tmp_path / "out", "--executor", program, "--tp", 2)).startswith(
+        "error: language_model.layers.0.self_attn.query_key_value: compress_excutor ended with status 0, but its tilings are"
+    )
+    assert left_over(tmp_path) == ["compress_excutor"]
+
+
+def test_a_full_disk_leaves_nothing(w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    monkeypatch.setattr(os, "pwrite", full)
+    sentence = complaint(5, *compress(w8a8s, out, "--overwrite"))
+    assert "bytes are to be written, but its disk has" in sentence
+    assert left_over(tmp_path) == ["out"]
+    assert left_over(out) == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "exit_code", "word"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_an_interruption_leaves_nothing_and_the_old_output_untouched(
+    w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal_number: int, exit_code: int, word: str
+) -> None:
+    out = tmp_path / "out"
+    glmq(*compress(w8a8s, out, "--codec", "portable"))
+    before = tree(out)
+    written = stream._write_stored
+
+    def interrupt(*arguments: object) -> dict[str, str]:
+        os.kill(os.getpid(), signal_number)
+        return written(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream, "_write_stored", interrupt)
+    assert complaint(exit_code, *compress(w8a8s, out, "--codec", "portable", "--overwrite")) == (
+        f"error: stopped by {word}; nothing half-written was left behind"
+    )
+    assert tree(out) == before
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_an_altered_portable_folder_is_bad_input_and_leaves_nothing(w8a8s: Path, tmp_path: Path) -> None:
+    glmq(*compress(w8a8s, tmp_path / "out", "--codec", "portable"))
+    path = tmp_path / "out" / "part0-of-1" / "glmq_weight_w8a8s.gqsc.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-70] ^= 1  # in the last blob, before its tail of 64 zeros
+    path.write_bytes(content)
+    sentence = complaint(4, *compress(tmp_path / "out", tmp_path / "back", "--decompress"))
+    assert "v_proj.weight.gqsc': compressed weight: tile 0: " in sentence
+    assert left_over(tmp_path) == ["out"]
+
+
+def test_tp_must_agree_with_torchrun(w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert complaint(2, *compress(w8a8s, tmp_path / "out", "--tp", 4)) == (
+        "error: --tp 4: torchrun started 2 processes, one per rank; leave --tp out"
+    )
+    assert complaint(2, *compress(w8a8s, tmp_path / "out", "--decompress")) == (
+        "error: --decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself"
+    )
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [*launcher, "-m", "glmq", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -> None:
+    glmq(*compress(w8a8s, tmp_path / "one", "--tp", 2, "--codec", "portable"))
+    result = torchrun(*compress(w8a8s, tmp_path / "two", "--codec", "portable"))
+    assert result.returncode == 0, result.stderr
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert result.stdout.count("written to") == 1
+
+
+def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Path, tmp_path: Path) -> None:
+    program = write_stand_in(tmp_path, "kills rank 1")
+    result = torchrun(*compress(w8a8s, tmp_path / "out", "--executor", program))
+    assert result.returncode != 0
+    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert left_over(tmp_path) == ["compress_excutor"]
+
+
+def test_the_portable_codec_has_nothing_to_stop() -> None:
+    PortableCodec().stop()
