@@ -89,8 +89,9 @@ def report_row(report: LinearReport) -> dict[str, str | int | float | None]:
 
 def parse_row(row: Mapping[str, Any]) -> LinearReport:
     """The inverse of report_row."""
-    values = {key: math.inf if value is None else value for key, value in row.items()}
-    return LinearReport(**values | {"quant_type": QuantType(row["quant_type"])})
+    values: dict[str, Any] = {key: math.inf if value is None else value for key, value in row.items()}
+    values["quant_type"] = QuantType(row["quant_type"])
+    return LinearReport(**values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from make_checkpoint import Size, make_checkpoint
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 
 torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
+for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(name, None)  # they change how typer and rich draw
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers looks at it when it is imported
 
 

@@ -115,3 +115,26 @@ def slow_histogram(values: list[float]) -> tuple[int, list[int]]:
     for value in values:
         counts[math.floor(value / 2.0 ** (exponent - 7)) + 128] += 1
     return exponent, counts
+
+
+class StandInNpu:
+    """What glmq uses of torch.npu, with a record of the calls."""
+
+    def __init__(self, *, available: bool = True, bf16: bool = True) -> None:
+        self.calls: list[str] = []
+        self._available, self._bf16 = available, bf16
+
+    def is_available(self) -> bool:
+        return self._available
+
+    def is_bf16_supported(self) -> bool:
+        return self._bf16
+
+    def current_device(self) -> int:
+        return 0
+
+    def synchronize(self) -> None:
+        self.calls.append("synchronize")
+
+    def empty_cache(self) -> None:
+        self.calls.append("empty_cache")

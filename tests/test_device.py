@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import StandInNpu
 
 from glmq import device
 from glmq.errors import DeviceError
@@ -11,30 +12,7 @@ ANY_ACCELERATOR = torch.device("meta")
 """Stands for an NPU: what matters is that it is no CPU."""
 
 
-class StandIn:
-    """What glmq uses of torch.npu, with a record of the calls."""
-
-    def __init__(self, *, available: bool = True, bf16: bool = True) -> None:
-        self.calls: list[str] = []
-        self._available, self._bf16 = available, bf16
-
-    def is_available(self) -> bool:
-        return self._available
-
-    def is_bf16_supported(self) -> bool:
-        return self._bf16
-
-    def current_device(self) -> int:
-        return 0
-
-    def synchronize(self) -> None:
-        self.calls.append("synchronize")
-
-    def empty_cache(self) -> None:
-        self.calls.append("empty_cache")
-
-
-def install(monkeypatch: pytest.MonkeyPatch, npu: StandIn) -> StandIn:
+def install(monkeypatch: pytest.MonkeyPatch, npu: StandInNpu) -> StandInNpu:
     monkeypatch.setattr(device, "_load_npu", lambda: npu)
     return npu
 
@@ -56,7 +34,7 @@ def test_a_missing_torch_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_torch_npu_without_an_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, StandIn(available=False))
+    install(monkeypatch, StandInNpu(available=False))
     with pytest.raises(DeviceError) as caught:
         device.resolve("npu")
     assert str(caught.value) == (
@@ -66,7 +44,7 @@ def test_a_torch_npu_without_an_npu_is_explained(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_visible_npu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    npu = install(monkeypatch, StandIn())
+    npu = install(monkeypatch, StandInNpu())
     asked: list[object] = []
     monkeypatch.setattr(device, "_npu_device", lambda found: asked.append(found) or ANY_ACCELERATOR)
     assert device.resolve("npu") is ANY_ACCELERATOR
@@ -74,7 +52,7 @@ def test_the_visible_npu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_npu_is_imported_before_torchs_npu_module_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    npu = StandIn()
+    npu = StandInNpu()
     imported: list[str] = []
 
     def import_module(name: str) -> object:
@@ -90,11 +68,11 @@ def test_torch_npu_is_imported_before_torchs_npu_module_is_used(monkeypatch: pyt
 def test_an_npu_computes_in_the_best_half_precision_that_it_has(
     bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(monkeypatch, StandIn(bf16=bf16))
+    install(monkeypatch, StandInNpu(bf16=bf16))
     assert device.default_compute_dtype(ANY_ACCELERATOR) is dtype
 
 
 def test_releasing_waits_for_the_npu_before_its_memory_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    npu = install(monkeypatch, StandIn())
+    npu = install(monkeypatch, StandInNpu())
     device.release(ANY_ACCELERATOR)
     assert npu.calls == ["synchronize", "empty_cache"]

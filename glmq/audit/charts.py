@@ -14,6 +14,7 @@ from typing import Final
 
 WIDTH: Final = 960
 LABEL_WIDTH: Final = 170
+HEAT_SPAN: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,15 @@ class RangeBar:
 
 
 def heat_map(columns: Sequence[str], rows: Sequence[str], values: Mapping[tuple[str, str], float], what: str) -> str:
-    """Cells by (column, row), darker for larger values on a logarithmic scale; numbers in them where there is room."""
+    """Cells by (column, row), darker for larger values; numbers in them where there is room.
+
+    The scale is logarithmic over the largest value's last HEAT_SPAN; smaller values are all as light as can be.
+    """
     positive = [value for value in values.values() if 0 < value < math.inf]
     if not positive:
         return _note(f"No {what} above zero.")
-    low, high = min(positive), max(positive)
+    high = max(positive)
+    low = max(min(positive), high / HEAT_SPAN)
     span = math.log(high / low) or 1.0
     cell_w, cell_h = (WIDTH - LABEL_WIDTH) / len(columns), 26
     parts: list[str] = []
@@ -150,12 +155,11 @@ def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high
 def sparkline(counts: Sequence[int]) -> str:
     """A histogram a line of text high; heights are square roots of counts."""
     limit = math.sqrt(max(counts, default=0)) or 1.0
-    bars = "".join(
-        f'<rect class="bar" x="{x * 3}" y="{18 - 18 * math.sqrt(count) / limit:.1f}" width="2.4" '
-        f'height="{18 * math.sqrt(count) / limit:.1f}"/>'
-        for x, count in enumerate(counts)
+    steps = "".join(f"V{18 - 18 * math.sqrt(count) / limit:.1f}h3" for count in counts)
+    return (
+        f'<svg class="spark" viewBox="0 0 {3 * len(counts)} 18" width="{3 * len(counts)}" height="18">'
+        f'<path class="bar" d="M0 18{steps}V18z"/></svg>'
     )
-    return f'<svg class="spark" viewBox="0 0 {3 * len(counts)} 18" width="{3 * len(counts)}" height="18">{bars}</svg>'
 
 
 def range_chart(bars: Sequence[RangeBar], what: str) -> str:
@@ -186,23 +190,27 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
             f'width="{max(1.0, place(bar.high) - place(bar.low)):.1f}" height="12" rx="3"/>'
         )
         if bar.seen_low is not None and bar.seen_high is not None:
-            clips = bar.seen_low < bar.low or bar.seen_high > bar.high
-            parts.append(
-                f'<line class="{"clip" if clips else "seen"}" x1="{place(bar.seen_low):.1f}" '
-                f'x2="{place(bar.seen_high):.1f}" y1="{top + 8}" y2="{top + 8}"/>'
-            )
+            y_line = top + 8
+            parts.append(_line("seen", place(bar.seen_low), place(bar.seen_high), y_line))
+            if bar.seen_low < bar.low:
+                parts.append(_line("clip", place(bar.seen_low), place(bar.low), y_line))
+            if bar.seen_high > bar.high:
+                parts.append(_line("clip", place(bar.high), place(bar.seen_high), y_line))
         parts.append("</g>")
     return _svg(bottom + 22, parts, what)
 
 
 def percent(value: float) -> str:
-    """A share for people: `3.9 %`, `0.04 %`, `1e-05 %`, `inf`."""
+    """A share for people: `3.90 %`, `0.04 %`, `< 0.001 %`, `inf`."""
     if not math.isfinite(value):
         return "inf"
     scaled = 100 * value
     if scaled == 0:
         return "0 %"
-    return f"{scaled:.3g} %" if scaled >= 0.001 else f"{scaled:.0e} %"
+    if scaled < 0.001:
+        return "< 0.001 %"
+    digits = 0 if scaled >= 99.95 else 1 if scaled >= 10 else 2 if scaled >= 0.1 else 3
+    return f"{scaled:.{digits}f} %"
 
 
 def size(nbytes: int) -> str:
@@ -229,13 +237,19 @@ def _round_up(value: float) -> float:
 
 
 def _short(label: str) -> str:
-    """The number of a layer, or the last word of a name, short enough to stand below a column."""
+    """The number of a layer (v3 in the vision tower), or the last word of a name, short enough to stand below a column."""
     last = label.rpartition(".")[2]
+    if last.isdigit() and "visual" in label:
+        return f"v{last}"
     return last if len(last) < 9 else f"{last[:7]}…"
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "label") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _line(kind: str, x1: float, x2: float, y: float) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>'
 
 
 def _note(text: str) -> str:

@@ -26,8 +26,8 @@ def cell(text: str, tone: Tone = "plain", *, code: bool = False) -> Cell:
     """Text with a tone, which is shown as a colour and as a mark, or in the typewriter face."""
     inner = f"<code>{escape(text)}</code>" if code else escape(text)
     mark = _MARKS[tone]
-    if tone == "plain":
-        return Cell(inner)
+    if tone == "plain" or not text:
+        return Cell(inner if text else "")
     return Cell(f'<span class="{tone}"><span class="mark">{mark}</span> {inner}</span>')
 
 
@@ -47,13 +47,15 @@ def cards(*made: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | Cell]], *, text_columns: int = 1) -> str:
-    """A table whose first `text_columns` are flush left and the rest, numbers, flush right."""
+    """A table whose first `text_columns` are flush left and the rest, numbers, flush right. Empty columns are left out."""
     if not rows:
         return '<p class="muted">None.</p>'
+    used = [index for index in range(len(header)) if any(row[index] not in ("", Cell("")) for row in rows)]
 
     def line(cells: Sequence[str | Cell], tag: str) -> str:
         made = []
-        for index, item in enumerate(cells):
+        for index in used:
+            item = cells[index]
             kind = "" if index < text_columns else ' class="num"'
             made.append(f"<{tag}{kind}>{item.html if isinstance(item, Cell) else escape(item)}</{tag}>")
         return f"<tr>{''.join(made)}</tr>"
@@ -124,6 +126,7 @@ footer { color: var(--muted); padding-bottom: 32px; font-size: 13px; }
 .mark { font-weight: 700; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 18px 0; }
 .card { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
+.card .muted { overflow-wrap: anywhere; }
 .card .value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; color: var(--text); }
 .card.good .mark { color: var(--good); } .card.warn .mark { color: var(--warn); } .card.bad .mark { color: var(--bad); }
 .card.bad { border-color: var(--bad); }
@@ -150,7 +153,7 @@ svg text.on-dark { fill: var(--surface); font-size: 11.5px; }
 .area { fill: var(--accent); fill-opacity: 0.28; }
 .line { fill: none; stroke: var(--second); stroke-width: 1.6; }
 .cover { fill: var(--accent); fill-opacity: 0.32; }
-.seen { stroke: var(--good); stroke-width: 3; } .clip { stroke: var(--bad); stroke-width: 3; }
+.seen { stroke: var(--text); stroke-width: 1.6; } .clip { stroke: var(--bad); stroke-width: 4; }
 .part0 { fill: var(--p0); } .part1 { fill: var(--p1); } .part2 { fill: var(--p2); }
 .part3 { fill: var(--p3); } .part4 { fill: var(--p4); } .part5 { fill: var(--p5); }
 @media print { body { background: #fff; } section, .card { break-inside: avoid; } }

@@ -52,6 +52,8 @@ VERIFY_SCHEMA: Final = "glmq.verify/1"
 POOR_ERROR: Final = 0.1
 BAD_ERROR: Final = 0.2
 """From where on a relative error is marked."""
+NEGLIGIBLE: Final = 1e-6
+"""Casting bfloat16 to float16 loses a few subnormal numbers, no more."""
 LISTED: Final = 60
 """Rows of a table that are shown at once; the rest is folded away."""
 
@@ -280,16 +282,17 @@ def inspection_page(found: Inspection) -> str:
     """`glmq inspect A --html`."""
     folder, every = found.folder, tensor_rows(found.folder)
     problems = [cell(problem, "bad") for problem in folder.problems]
+    errors = len(problems)
     for target, findings in found.engines.items():
-        if folder.problems:
-            findings = [f for f in findings if f.message not in folder.problems]
-        problems += [_engine_cell(target, finding) for finding in findings]
+        own = [finding for finding in findings if finding.message not in folder.problems]
+        errors += sum(finding.severity == "error" for finding in own)
+        problems += [_engine_cell(target, finding) for finding in own]
     sections = [
         cards(
             card("Kind", folder.quant_type or folder.kind.name.lower().capitalize(), note=describe_folder(folder)),
             card("Tensors", f"{len(folder.tensors):,}"),
             card("Bytes", size(folder.nbytes), note=f"{folder.nbytes:,}"),
-            card("Problems", str(len(problems)), "bad" if folder.problems else "warn" if problems else "good"),
+            card("Problems", str(errors), "bad" if errors else "good", f"{len(problems) - errors} notes"),
         ),
         section("For which engine", f"<p>{describe_engines(folder)}</p>".replace("`", ""), _list(problems)),
         section(
@@ -335,7 +338,7 @@ _VALUE_HEADER: Final = ("tensor", "histogram", "minimum", "maximum", "std", "bit
 
 def _value_row(row: TensorRow, values: TensorValues) -> list[str | Cell]:
     return [
-        cell(row.name, code=True),
+        cell(_short(row.name), code=True),
         Cell(sparkline(values.histogram)),
         f"{values.minimum:.4g}",
         f"{values.maximum:.4g}",
@@ -368,20 +371,22 @@ def comparison_page(found: Comparison) -> str:
     columns = list(dict.fromkeys(d.layer for d in matrices if "." in d.layer and "visual" not in d.layer))
     columns = sorted(columns, key=lambda layer: [int(p) if p.isdigit() else -1 for p in layer.split(".")])
     roles = list(dict.fromkeys(diff.role for diff in sorted(matrices, key=lambda d: d.name) if diff.layer in columns))
-    layers = [layer for layer in found.layers if layer.layer != "total"]
+    layers = [layer for layer in found.layers if layer.layer != "total" and layer.relative_l2 > NEGLIGIBLE]
+    rest = len(found.layers) - 1 - len(layers)
     sections = [
         cards(
             card("Difference", percent(error), _tone(error), "||B - A|| / ||A|| over all tensors"),
             card("Tensors that differ", f"{changed:,} of {len(found.diffs):,}"),
             card("Worst", "none" if total is None else percent(total.worst_relative_l2),
-                 "plain" if total is None else _tone(total.worst_relative_l2), "" if total is None else total.worst),
+                 "plain" if total is None else _tone(total.worst_relative_l2), "" if total is None else _short(total.worst)),
             card("Only in one of them", str(names_differ), note="patterns of names"),
             card("Bytes", f"{size(found.a.nbytes)} → {size(found.b.nbytes)}"),
         ),
         section("Error by layer and linear", heat_map(columns, roles, {(d.layer, d.role): d.relative_l2 for d in matrices},
                 "relative error"), note="||B - A|| / ||A|| of each weight, darker is worse, logarithmic.")
         if columns else "",
-        section("Error by layer", columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative error")),
+        section("Error by layer", columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative error"),
+                note=f"{rest} others differ by less than a millionth, or not at all."),
         section("Bytes by part", stacked_bars({"A": _part_bytes(found.a), "B": _part_bytes(found.b)}, "bytes by part")),
     ]  # fmt: skip
     if found.histograms:
@@ -425,7 +430,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
     if diff.entropy_a is not None and diff.entropy_b is not None:
         bits = f"{diff.entropy_a:.2f} → {diff.entropy_b:.2f}"
     return [
-        cell(diff.name, code=True),
+        cell(_short(diff.name), code=True),
         f"{diff.type_a} → {diff.type_b}",
         cell(percent(diff.relative_l2), _tone(diff.relative_l2)),
         "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
@@ -488,17 +493,13 @@ def verification_page(found: Verification) -> str:
                 note="||y_q - y|| / ||y|| in the NPU's arithmetic, both fed the float model's hidden states.",
             )
         )
-        bars = [
-            RangeBar(_short(x.name), x.covered_low, x.covered_high, x.seen_low, x.seen_high)
-            for x in behaviours
-            if x.covered_high > x.covered_low
-        ]
+        bars = _seen_ranges(behaviours)
         if bars:
             sections.append(
                 section(
                     "Input ranges",
                     range_chart(bars, "input ranges"),
-                    note="Wide: what the int8 activation covers. Line: what was seen, red where it clips.",
+                    note="Wide: what the int8 activation covers. Line: what was seen, red where it lies outside.",
                 )
             )
     sections.append(section("Linears, worst first", _linears_table(found)))
@@ -525,6 +526,17 @@ def verification_page(found: Verification) -> str:
     if found.reference is not None:
         subtitle.append(f"against {found.reference}")
     return page(f"glmq verify: {found.candidate.name}", subtitle, *sections)
+
+
+def _seen_ranges(behaviours: Sequence[LinearBehaviour]) -> list[RangeBar]:
+    """Covered and seen input ranges of the static linears; one bar for those that share an input."""
+    bars: dict[tuple[str, float, float, float, float], RangeBar] = {}
+    for x in behaviours:
+        if x.covered_high > x.covered_low:
+            key = (_place(x.name)[0], x.covered_low, x.covered_high, x.seen_low, x.seen_high)
+            bar = RangeBar(_short(x.name), x.covered_low, x.covered_high, x.seen_low, x.seen_high)
+            bars.setdefault(key, bar)
+    return list(bars.values())
 
 
 def _findings_table(found: Verification) -> str:
@@ -609,5 +621,5 @@ def _place(name: str) -> tuple[str, str]:
 
 
 def _short(name: str) -> str:
-    """A linear's or block's name without what all have in common."""
-    return name.removeprefix("model.language_model.").removeprefix("model.").removesuffix(".weight")
+    """A tensor's, linear's or block's name without what all have in common."""
+    return name.removeprefix("model.language_model.").removeprefix("model.")

@@ -17,7 +17,7 @@ class OutputFolder:
     """Work in a hidden sibling folder; `finish` gives it its name.
 
     Leaving with an error that a repetition would meet again (bad input, wrong usage) removes the hidden folder. After an
-    interruption (Ctrl-C, a kill, a full disk) it stays if it has a journal, so that the run can be resumed.
+    interruption (Ctrl-C, a kill, a full disk) it stays if a block is finished, so that the run can be resumed.
 
     Args:
         target: the folder to make.
@@ -48,7 +48,7 @@ class OutputFolder:
         if error is None:
             return
         hopeless = isinstance(error, InputError | UsageError) and not self._resume
-        if hopeless or not journal.read_lines(self.path / journal.NAME):
+        if hopeless or not _finished_blocks(self.target):
             shutil.rmtree(self.path, ignore_errors=True)
 
     def finish(self) -> None:
@@ -107,9 +107,15 @@ def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) ->
 
 def refuse_interrupted(target: Path) -> None:
     """Raise UsageError if the unfinished folder of an interrupted run lies beside `target`."""
-    lines = journal.read_lines(partial_path(target) / journal.NAME)
-    if lines:
+    blocks = _finished_blocks(target)
+    if blocks:
         raise UsageError(
-            f"{target}: an interrupted run of {len(lines) - 1} finished blocks lies beside it; "
+            f"{target}: an interrupted run of {blocks} finished blocks lies beside it; "
             "pass --resume to continue it, or --overwrite to start again"
         )
+
+
+def _finished_blocks(target: Path) -> int:
+    """How much an interrupted run for `target` has done: without a finished block there is nothing to resume."""
+    lines = journal.read_lines(partial_path(target) / journal.NAME)
+    return max(0, len(lines) - 1)  # the first line holds the settings

@@ -61,7 +61,9 @@ class GlmqCommand(TyperCommand):
             raise typer.Exit
         json_wanted, debug = bool(ctx.params.get("json_output")), bool(ctx.params.get("debug"))
         can_resume = "resume" in ctx.params
-        left = "--resume continues after the last finished block" if can_resume else "nothing half-written was left behind"
+        left = (
+            "--resume continues after the last finished block" if can_resume else "nothing half-written was left behind"
+        )
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             return super().invoke(ctx)
@@ -76,7 +78,10 @@ class GlmqCommand(TyperCommand):
             raise typer.Exit(143) from error
         except MemoryError as error:
             _complain(
-                "no-space", "the machine's memory is used up; see --dry-run for what is needed", json_wanted, debug
+                "no-space",
+                "the machine's memory is used up; close other programs, or use a machine with more",
+                json_wanted,
+                debug,
             )
             raise typer.Exit(SpaceError.exit_code) from error
         except BrokenPipeError:

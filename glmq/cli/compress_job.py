@@ -87,7 +87,7 @@ def compress_folder(
         ranks = range(world) if place.world == 1 else [place.rank]
         plans = plan_ranks(source, chosen, world, ranks)
         total = planned_bytes(plans)
-        check_room(out_path, total)
+        check_room(out_path, total * place.world)  # every rank writes about as much as this one
         own_linears: list[CompressedLinear] = []
         own_parts: list[PartWritten] = []
         title = "compress" if place.world == 1 else f"compress rank 0 of {world}"

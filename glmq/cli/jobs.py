@@ -26,6 +26,7 @@ from glmq.errors import InputError, UsageError
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+from glmq.numerics.rate import RateCurve, solve_bits
 from glmq.quantize.dry_run import RunPlan, make_run_plan
 from glmq.quantize.fallback import with_fallback, worst_groups
 from glmq.quantize.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
@@ -38,6 +39,7 @@ from glmq.quantize.stream import (
     measure_checkpoint,
     plan_output,
     quantize_checkpoint,
+    rate_checkpoint,
 )
 from glmq.records import LinearReport
 
@@ -160,8 +162,9 @@ def _fall_back(
 ) -> Recipe:
     """Measure every group first, then keep the worst float."""
     reports: list[LinearReport] = []
+    bits = _spread_bits(source, config, recipe, plan, statistics, quiet=quiet)
     with BlockProgress("measure", quiet=quiet) as progress:
-        for block in measure_checkpoint(source, config, statistics, recipe, plan.groups):
+        for block in measure_checkpoint(source, config, statistics, recipe, plan.groups, bits=bits):
             reports += block.reports
             progress.advance(block.done)
     kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
@@ -287,6 +290,27 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return default_compute_dtype(device) if name == "auto" else known[name]
 
 
+def _spread_bits(
+    source: Checkpoint,
+    config: ModelConfig,
+    recipe: Recipe,
+    plan: OutputPlan,
+    statistics: Statistics,
+    *,
+    quiet: bool,
+) -> dict[str, float]:
+    """Bits per weight of each sparse linear so that their mean is the recipe's target; empty without one."""
+    if recipe.target_bits is None:
+        return {}
+    curves: list[RateCurve] = []
+    with BlockProgress("rate", quiet=quiet) as progress:
+        for block in rate_checkpoint(source, config, statistics, recipe, plan.groups):
+            curves += block.curves
+            progress.advance(block.done)
+    bits = solve_bits(curves, recipe.target_bits)
+    return {curve.name: wanted for curve, wanted in zip(curves, bits)}
+
+
 def _quantize(
     source: Checkpoint,
     config: ModelConfig,
@@ -304,10 +328,11 @@ def _quantize(
         "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
         **_machine(),
     }
+    bits = _spread_bits(source, config, recipe, plan, statistics, quiet=quiet)
     journal = Journal(folder.path, settings)
     reports: list[LinearReport] = []
     with BlockProgress("quantize", quiet=quiet) as progress:
-        for block in quantize_checkpoint(source, config, statistics, recipe, plan, folder.path, journal):
+        for block in quantize_checkpoint(source, config, statistics, recipe, plan, folder.path, journal, bits=bits):
             reports += block.reports
             progress.advance(block.done)
     parts = bytes_by_part(source, plan.shards)

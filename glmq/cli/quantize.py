@@ -139,6 +139,26 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bits",
+            min=0.5,
+            max=8.0,
+            help="Mean entropy of the sparse weights, bits each, spread over the linears for the least error.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = None,
+    target_ratio: Annotated[
+        float | None,
+        typer.Option(
+            "--target-ratio",
+            min=0.0625,
+            max=1.0,
+            help="The same as a share: compressed bytes of the sparse weights over their int8 bytes.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = None,
     fallback_topk: Annotated[
         int,
         typer.Option(
@@ -234,6 +254,8 @@ def quantize(
             group_size=group_size,
             mindie_format=mindie_format,
             method=method,
+            target_bits=target_bits,
+            target_ratio=target_ratio,
             keep_float=tuple(keep_float or ()),
             layer=tuple(layer or ()),
             target=target,

@@ -21,7 +21,8 @@ from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import even_rows
 from glmq.spec import WeightScheme
 
-THRESHOLDS: Final = 16
+THRESHOLDS: Final = 12
+"""Thresholds tried, by how many channels lie above: 0 to all above the standard deviation, denser towards few."""
 BUDGET_ROWS: Final = 512
 """Rows of a linear that the budget is measured on, evenly spaced."""
 
@@ -45,10 +46,12 @@ def rule_bits(weights: Sequence[Tensor], stats: InputStats, scheme: WeightScheme
     top = torch.stack([column_max(w) for w in weights]).amax(0)
     wanted = (half_range / top.clamp_min(torch.finfo(torch.float32).tiny)).sqrt()
     spread = (stats.square_mean.mean() - stats.mean.mean().square()).clamp_min(0).sqrt()
+    loudest = torch.where(top > 0, half_range, 0.0).argsort(descending=True, stable=True)
+    most = int((half_range > spread).sum())
     best: list[float] = []
-    for t in torch.linspace(0, 1, THRESHOLDS):
-        threshold = spread + t * (half_range.max() - spread).clamp_min(0)
-        scales = torch.where((half_range > threshold) & (top > 0), wanted, 1.0)
+    for scaled in sorted({round(most * (i / THRESHOLDS) ** 2) for i in range(THRESHOLDS + 1)}):
+        scales = torch.ones_like(wanted)
+        scales[loudest[:scaled]] = wanted[loudest[:scaled]]
         bits = [_entropy(w * scales, scheme) for w in rows]
         if not best or _total(bits, weights) < _total(best, weights):
             best = bits

@@ -33,6 +33,9 @@ CURVE_ROWS: Final = 512
 CURVE_LOG_STEPS: Final = tuple(i / 2 for i in range(-8, 5))
 """Steps of a curve's points, as log2 of the step over the root mean square of the weight."""
 TOLERANCE_BITS: Final = 0.002
+FEWER_BITS: Final = 1.0
+MORE_BITS: Final = 2.0
+INT8_BITS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,31 +102,33 @@ def mean_rule_bits(curves: Sequence[RateCurve]) -> float:
 def solve_bits(curves: Sequence[RateCurve], target_bits: float) -> list[float]:
     """Bits per weight of each linear so that the mean over all weights is the target and the sum of the losses is least.
 
-    Curves are read as straight lines of log(loss) over bits between their points. Bisection on the common slope.
+    Curves are read as straight lines of log(loss) over bits between their points; the common slope is found by bisection. No
+    linear goes further than FEWER_BITS below or MORE_BITS above the target: the loss of a linear whose output is
+    dominated by a few huge tokens looks small, and starving it on that evidence fails on other text.
 
     Args:
         curves: one per linear.
         target_bits: mean bits per weight over all linears.
 
     Returns:
-        One number per curve; their weighted mean is at most the target.
+        One number per curve; their weighted mean is at most the target, and less where no step spends that much.
 
     Raises:
-        UsageError: the target lies outside what the steps of the curves reach.
+        UsageError: the target is less than these linears can reach, or more than an int8 holds.
     """
     weights = torch.tensor([c.weights for c in curves], dtype=torch.float64)
-    bits, loss = (torch.stack(x) for x in zip(*(_dense(c) for c in curves), strict=True))  # [linears, points]
+    bits, loss = (torch.stack(x) for x in zip(*(_window(c, target_bits) for c in curves), strict=True))
     share = (weights / weights.sum())[:, None]
+    least = float((share * bits.amin(1, keepdim=True)).sum())
+    if not least <= target_bits <= INT8_BITS:
+        raise UsageError(
+            f"a mean of {target_bits:.3f} bits per weight was asked for, but these linears can have {least:.3f} to {INT8_BITS}"
+        )
 
     def choose(log_slope: float) -> Tensor:
         return bits.gather(1, (loss + 2.0**log_slope * share * bits).argmin(1, keepdim=True))
 
-    finest, coarsest = (float((share * choose(s)).sum()) for s in (-80.0, 40.0))
-    if not coarsest <= target_bits <= finest:
-        raise UsageError(
-            f"a mean of {target_bits:.3f} bits per weight was asked for, but these linears reach {coarsest:.3f} to {finest:.3f}"
-        )
-    low, high = -80.0, 40.0
+    low, high = -100.0, 100.0  # log2 of the slope: at `high` every linear has the fewest bits of its window
     for _ in range(60):
         middle = (low + high) / 2
         if float((share * choose(middle)).sum()) > target_bits:
@@ -163,12 +168,16 @@ def solve_log_step(entropy_at: Callable[[float], float], target_bits: float, sta
     return log_step if below is None else below
 
 
-def _dense(curve: RateCurve) -> tuple[Tensor, Tensor]:
-    """The curve on 512 equal steps of bits: float64 bits and loss, by linear interpolation of log(loss)."""
-    points = sorted({b: e for b, e in zip(curve.bits, curve.loss, strict=True)}.items())
+def _window(curve: RateCurve, target_bits: float) -> tuple[Tensor, Tensor]:
+    """The part of a curve around the target, at 512 equal steps of bits: float64 bits and loss."""
+    points = sorted(dict(zip(curve.bits, curve.loss, strict=True)).items())
     b = torch.tensor([p[0] for p in points], dtype=torch.float64)
-    e = torch.tensor([p[1] for p in points], dtype=torch.float64).clamp_min(1e-30).log()
-    grid = torch.linspace(float(b[0]), float(b[-1]), 512, dtype=torch.float64)
+    log_loss = torch.tensor([p[1] for p in points], dtype=torch.float64).clamp_min(1e-30).log()
+    fewest = min(max(target_bits - FEWER_BITS, points[0][0]), points[-1][0])
+    most = max(min(target_bits + MORE_BITS, points[-1][0]), fewest)
+    grid = torch.linspace(fewest, most, 512, dtype=torch.float64)
+    if len(points) == 1:  # all weights equal: one entropy whatever the step
+        return grid, log_loss.exp().expand(512)
     right = torch.searchsorted(b, grid).clamp(1, len(b) - 1)
     t = (grid - b[right - 1]) / (b[right] - b[right - 1])
-    return grid, (e[right - 1] + t * (e[right] - e[right - 1])).exp()
+    return grid, torch.lerp(log_loss[right - 1], log_loss[right], t).exp()

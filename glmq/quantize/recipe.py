@@ -43,6 +43,8 @@ class Options:
     group_size: int = DEFAULT_GROUP_SIZE
     mindie_format: bool = False
     method: str = Method.COMPENSATED.value
+    target_bits: float | None = None
+    target_ratio: float | None = None
     keep_float: tuple[str, ...] = ()
     layer: tuple[str, ...] = ()
     target: str = Target.GENERIC.value
@@ -72,6 +74,8 @@ class Recipe:
     group_size: int
     """Of W4A8_DYNAMIC linears."""
     target: Target
+    target_bits: float | None
+    """Mean entropy of the sparse linears' integers, bits per weight; None: the flags' rule decides."""
 
     def rule_of(self, name: str) -> LayerRule | None:
         """The rule that decides about a linear: the last one that matches."""
@@ -125,7 +129,16 @@ def make_recipe(options: Options) -> Recipe:
         *(_parse_rule(text, quant_type, target) for text in options.layer),
         *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
     )
-    return Recipe(quant_type, dtype, scheme, options.mindie_format, rules, options.group_size, target)
+    return Recipe(
+        quant_type,
+        dtype,
+        scheme,
+        options.mindie_format,
+        rules,
+        options.group_size,
+        target,
+        _target_bits(options, quant_type),
+    )
 
 
 def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
@@ -208,6 +221,26 @@ def _group_type(group: Group, recipe: Recipe) -> QuantType:
             "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
         )
     return next(iter(found))
+
+
+def _target_bits(options: Options, quant_type: QuantType) -> float | None:
+    if options.target_bits is None and options.target_ratio is None:
+        return None
+    name = "--target-bits" if options.target_ratio is None else "--target-ratio"
+    if options.target_bits is not None and options.target_ratio is not None:
+        raise UsageError("--target-bits with --target-ratio: they name the same size in two ways; choose one")
+    if quant_type is not QuantType.W8A8S:
+        raise UsageError(
+            f"{name} has no effect in {quant_type.value}: only sparse types (W8A8S) are compressed; drop it"
+        )
+    if options.method == Method.REFERENCE.value:
+        raise UsageError(
+            f"{name} with --method reference: the vendor's rule alone decides the size there; drop one of them"
+        )
+    if options.target_bits is not None:
+        return options.target_bits
+    assert options.target_ratio is not None
+    return 8 * options.target_ratio
 
 
 def _check_ranges(options: Options) -> None:

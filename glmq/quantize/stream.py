@@ -22,8 +22,9 @@ from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import ROW_PARALLEL, LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
-from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group
+from glmq.model.glm4v import ROW_PARALLEL, Group, LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
+from glmq.numerics.rate import RateCurve
+from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group, rate_curves
 from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
@@ -52,6 +53,14 @@ class QuantizedBlock:
 
     done: BlockDone
     reports: tuple[LinearReport, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RatedBlock:
+    """One block's linears are measured: what each loses at how many bits."""
+
+    done: BlockDone
+    curves: tuple[RateCurve, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +154,8 @@ def quantize_checkpoint(
     plan: OutputPlan,
     folder: Path,
     journal: Journal,
+    *,
+    bits: Mapping[str, float],
 ) -> Iterator[QuantizedBlock]:
     """Write the quantized checkpoint into `folder`: weights, description, config.json, side files.
 
@@ -162,7 +173,7 @@ def quantize_checkpoint(
     blocks = all_blocks(config)
     total = len(blocks) + 1
     with ShardWriter(plan.shards, folder, resume=bool(journal.finished), keep_partial=True) as sink:
-        job = _Job(source, config, statistics, recipe, sink)
+        job = _Job(source, config, statistics, recipe, sink, bits)
         for index, block in enumerate(blocks):
             started = time.perf_counter()
             if block.name in journal.finished:
@@ -186,6 +197,8 @@ def measure_checkpoint(
     statistics: Statistics,
     recipe: Recipe,
     groups: Mapping[str, GroupPlan],
+    *,
+    bits: Mapping[str, float],
 ) -> Iterator[QuantizedBlock]:
     """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
     blocks = [b for b in all_blocks(config) if any(groups[g.site].quant_type is not QuantType.FLOAT for g in b.groups)]
@@ -194,13 +207,47 @@ def measure_checkpoint(
         reports: list[LinearReport] = []
         for group in block.groups:
             if groups[group.site].quant_type is not QuantType.FLOAT:
-                reports += _quantize_plan(source, statistics, recipe, groups[group.site]).reports
+                reports += _quantize_plan(source, statistics, recipe, groups[group.site], bits).reports
         yield QuantizedBlock(_done(block.name, index, len(blocks), started), tuple(reports))
 
 
-def _quantize_plan(source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: GroupPlan) -> GroupResult:
+def rate_checkpoint(
+    source: Checkpoint,
+    config: ModelConfig,
+    statistics: Statistics,
+    recipe: Recipe,
+    groups: Mapping[str, GroupPlan],
+) -> Iterator[RatedBlock]:
+    """Measure what each sparse linear loses at how many bits: the first pass of a run with a target size."""
+    blocks = [b for b in all_blocks(config) if any(groups[g.site].quant_type is QuantType.W8A8S for g in b.groups)]
+    for index, block in enumerate(blocks):
+        started = time.perf_counter()
+        curves: list[RateCurve] = []
+        for group in block.groups:
+            if groups[group.site].quant_type is QuantType.W8A8S:
+                linears, norm = _read_group(source, group)
+                stats = statistics.input(group.site)
+                curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
+        yield RatedBlock(_done(block.name, index, len(blocks), started), tuple(curves))
+
+
+def _quantize_plan(
+    source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]
+) -> GroupResult:
     """Read one group's weights and quantize them."""
-    group = plan.group
+    linears, norm = _read_group(source, plan.group)
+    return quantize_group(
+        linears,
+        statistics.input(plan.group.site),
+        recipe.scheme_of(plan.quant_type),
+        norm_weight=norm,
+        dtype=recipe.dtype,
+        bits=[bits[linear.name] for linear in linears] if bits else None,
+    )
+
+
+def _read_group(source: Checkpoint, group: Group) -> tuple[list[FloatLinear], Tensor | None]:
+    """The float weights of a group and its norm's."""
     norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
     linears = [
         FloatLinear(
@@ -210,17 +257,23 @@ def _quantize_plan(source: Checkpoint, statistics: Statistics, recipe: Recipe, p
         )
         for shape in group.linears
     ]
-    stats = statistics.input(group.site)
-    return quantize_group(linears, stats, recipe.scheme_of(plan.quant_type), norm_weight=norm, dtype=recipe.dtype)
+    return linears, norm
 
 
 class _Job:
     """One run: what has been handled so far."""
 
     def __init__(
-        self, source: Checkpoint, config: ModelConfig, statistics: Statistics, recipe: Recipe, sink: ShardWriter
+        self,
+        source: Checkpoint,
+        config: ModelConfig,
+        statistics: Statistics,
+        recipe: Recipe,
+        sink: ShardWriter,
+        bits: Mapping[str, float],
     ) -> None:
         self._source, self._statistics, self._recipe, self._sink = source, statistics, recipe, sink
+        self._bits = bits
         self._norms = set(rms_norms(config))
         self._handled: set[str] = set()
         self._fresh: list[str] = []
@@ -245,7 +298,7 @@ class _Job:
         if plan.quant_type is QuantType.FLOAT:
             return []
         recipe, group = self._recipe, plan.group
-        result = _quantize_plan(self._source, self._statistics, recipe, plan)
+        result = _quantize_plan(self._source, self._statistics, recipe, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
             self._handled |= {f"{shape.name}.weight", f"{shape.name}.bias"}
             parallel = shape.name.endswith(ROW_PARALLEL)

@@ -1,7 +1,6 @@
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,14 +294,12 @@ def test_an_image_that_the_model_cannot_take_stops_the_run_by_its_name(small: Pa
 
 
 def test_more_samples_than_kept_tokens_keep_one_token_each(
-    small: Path, samples: tuple[Sample, ...], tmp_path: Path
+    small: Path, samples: tuple[Sample, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = replace(samples[1], answer="ab", prompt=None)
-    many = tuple(replace(text, name=f"text {number}") for number in range(SAMPLE_ROWS + 1))
-    for _ in calibrate(small, many, tmp_path / "stats"):
+    monkeypatch.setattr("glmq.calibrate.stream.SAMPLE_ROWS", 2)
+    for _ in calibrate(small, samples, tmp_path / "stats"):
         pass
-    found = Statistics.open(tmp_path / "stats").input("lm_head")
-    assert found.sample.shape == (SAMPLE_ROWS + 1, 64)
+    assert Statistics.open(tmp_path / "stats").input("lm_head").sample.shape == (3, 64)
 
 
 def test_the_forward_runs_in_the_asked_dtype(small: Path, samples: tuple[Sample, ...], tmp_path: Path) -> None:

@@ -143,6 +143,19 @@ def test_a_run_that_stopped_before_its_first_journal_line_leaves_nothing(
     assert tree(target.parent) == {}
 
 
+def test_a_run_that_stopped_before_its_first_block_leaves_nothing(target: Path) -> None:
+    interrupt(target, blocks=0)
+    assert tree(target.parent) == {}
+
+
+def test_a_run_that_was_killed_before_its_first_block_is_no_run_to_resume(target: Path) -> None:
+    partial_path(target).mkdir(parents=True)
+    Journal(partial_path(target), {})
+    check_target(target, overwrite=False)
+    with OutputFolder(target, overwrite=False) as folder:
+        assert list(folder.path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, SpaceError, OSError])
 def test_an_interrupted_run_stays_to_be_resumed(error: type[BaseException], target: Path) -> None:
     interrupt(target, blocks=2, error=error)

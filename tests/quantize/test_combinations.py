@@ -79,9 +79,16 @@ COMBINATIONS = list(itertools.product(MODES, VARIATIONS, FORMS))
 
 def refused(mode: Mode, variation: dict[str, object], form: dict[str, object]) -> str | None:
     """The option that must be named in the refusal, or None if it must work: the mission's table in other words."""
-    if mode.quant_type == "W8A8S" and form["torch_dtype"] == "bf16" and not _without_effect(mode, variation):
+    ineffective = _without_effect(mode, variation)
+    if ineffective is not None:
+        return ineffective
+    if mode.quant_type == "W8A8S" and form["torch_dtype"] == "bf16":
         return "--torch_dtype"
-    return _without_effect(mode, variation)
+    if mode.name == "fraction" and variation == {"method": "reference"}:
+        return "--fraction 0.01 with --method reference"  # the small model's rows have 64 weights
+    if variation.get("group_size") == 128:
+        return "choose another group size"
+    return None
 
 
 def _without_effect(mode: Mode, variation: dict[str, object]) -> str | None:
@@ -91,10 +98,6 @@ def _without_effect(mode: Mode, variation: dict[str, object]) -> str | None:
     for option in ("use_sigma", "sigma_factor", "fraction", "open_outlier", "act_method", "group_size"):
         if option in variation and option not in effective:
             return f"--{option}"
-    if mode.name == "fraction" and variation == {"method": "reference"}:
-        return "--fraction 0.01 with --method reference"
-    if variation.get("group_size") == 128:
-        return "choose another group size"  # the small model's inputs are 64 wide
     return None
 
 

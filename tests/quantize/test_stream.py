@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmq.calibrate.stats import Statistics
-from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import read_config
@@ -511,35 +510,6 @@ def test_float_weights_of_another_dtype_are_taken(
     out = tmp_path / "out"
     glmq("quantize", "--model_path", small_copy, "--calib_images", pictures, "--limit", 1, "--save_directory", out)
     assert torch.equal(weights(out)["lm_head.weight"], tensors["lm_head.weight"].bfloat16())
-
-
-@pytest.mark.parametrize("blocks", [1, 3, 5])
-def test_a_run_that_was_stopped_after_any_block_continues_to_the_same_bytes(
-    blocks: int,
-    small: Path,
-    small_stats: Path,
-    outputs: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    record, count = Journal.record, 0
-
-    def stop(self: Journal, block: str, payload: dict) -> None:
-        nonlocal count
-        record(self, block, payload)
-        count += 1
-        if count == blocks:
-            raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    command = ("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", out, *SEED)
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "record", stop)
-        assert run(*command).exit_code == 130
-    assert not out.exists()
-    glmq(*command, "--resume")
-    assert tree(tmp_path / "out") == tree(outputs["W8A8S fp16"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_reports_bytes_are_those_of_the_files(outputs: dict[str, Path], small: Path) -> None:

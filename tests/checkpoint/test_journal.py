@@ -1,0 +1,85 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from glmq.checkpoint.journal import NAME, Journal, read_lines
+from glmq.errors import UsageError
+
+SETTINGS = {"model": "ab", "recipe": "W8A8S"}
+
+
+def finished(folder: Path, *blocks: str) -> Path:
+    """The journal of a run that has finished these blocks."""
+    journal = Journal(folder, SETTINGS)
+    for number, block in enumerate(blocks):
+        journal.record(block, {"number": number})
+    return folder / NAME
+
+
+def test_the_first_line_is_the_settings_and_each_block_adds_one(tmp_path: Path) -> None:
+    path = finished(tmp_path, "a", "b")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        SETTINGS, {"block": "a", "number": 0}, {"block": "b", "number": 1},
+    ]  # fmt: skip
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_later_run_finds_the_finished_blocks_in_order(tmp_path: Path) -> None:
+    finished(tmp_path, "b", "a")
+    journal = Journal(tmp_path, SETTINGS)
+    assert list(journal.finished.items()) == [
+        ("b", {"block": "b", "number": 0}), ("a", {"block": "a", "number": 1}),
+    ]  # fmt: skip
+    journal.record("c", {"number": 2})
+    assert list(Journal(tmp_path, SETTINGS).finished) == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("cut", range(1, 29))
+def test_a_torn_last_line_counts_as_absent_and_does_not_spoil_the_next(cut: int, tmp_path: Path) -> None:
+    path = finished(tmp_path, "a", "b")
+    whole = path.read_bytes()
+    assert len(whole.splitlines(keepends=True)[-1]) == 28
+    path.write_bytes(whole[:-cut])
+    journal = Journal(tmp_path, SETTINGS)
+    # Only the line feed is missing after a cut of one byte: the line itself is whole.
+    assert list(journal.finished) == (["a", "b"] if cut == 1 else ["a"])
+    journal.record("c", {})
+    assert list(Journal(tmp_path, SETTINGS).finished) == [*journal.finished]
+
+
+@pytest.mark.parametrize("garbage", [b"\x00\x00\x00\n", b"[1]\n", b"\xff\xfe\n", b"nonsense"])
+def test_nothing_is_trusted_after_a_line_that_is_no_object(garbage: bytes, tmp_path: Path) -> None:
+    path = finished(tmp_path, "a")
+    path.write_bytes(path.read_bytes() + garbage + b'{"block": "b"}\n')
+    assert list(Journal(tmp_path, SETTINGS).finished) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "found", "given"),
+    [
+        ({"model": "cd", "recipe": "W8A8S"}, "model", "'ab'", "'cd'"),
+        ({"model": "ab"}, "recipe", "'W8A8S'", "None"),
+        ({"model": "ab", "recipe": "W8A8S", "threads": "2"}, "threads", "None", "'2'"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(
+    settings: dict[str, str], key: str, found: str, given: str, tmp_path: Path
+) -> None:
+    path = finished(tmp_path, "a")
+    before = path.read_bytes()
+    with pytest.raises(UsageError) as caught:
+        Journal(tmp_path, settings)
+    assert str(caught.value) == (
+        f"--resume: the unfinished run in {tmp_path} had {key} {found}, this one has {given}; "
+        "run with the same, or start again with --overwrite"
+    )
+    assert path.read_bytes() == before
+
+
+def test_a_finished_run_takes_its_journal_away(tmp_path: Path) -> None:
+    path = finished(tmp_path, "a")
+    Journal(tmp_path, SETTINGS).remove()
+    assert list(tmp_path.iterdir()) == []
+    assert read_lines(path) == []

@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+from helpers import glmq, run
+
+from glmq.cli.config_file import dump_config, read_config_file
+
+
+def dumped(*options: object) -> dict[str, str]:
+    """What `glmq quantize --dump-config` prints, line by line."""
+    out = glmq("quantize", "--model_path", "m", "--save_directory", "o", *options, "--dump-config").stdout
+    return dict(line.split(" = ", 1) for line in out.splitlines())
+
+
+def test_the_dump_has_every_option_in_effect_sorted() -> None:
+    found = dumped("--w_bit", 4, "--is_lowbit", "True", "--keep-float", "a*", "--keep-float", "b")
+    assert list(found) == sorted(found)
+    assert found["w_bit"] == "4"
+    assert found["is_lowbit"] == "true"
+    assert found["open_outlier"] == "true"
+    assert found["fraction"] == "0.01"
+    assert found["torch_dtype"] == '"bf16"'
+    assert found["model_path"] == '"m"'
+    assert json.loads(found["keep_float"]) == ["a*", "b"]
+    assert not {"stats", "config", "dump_config", "json_output", "debug", "dry_run"} & set(found)
+
+
+def test_a_file_supplies_defaults_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'w_bit = 4\nis-lowbit = true\ntorch_dtype = "fp16"\nopen_outlier = false\nkeep_float = ["*.o_proj"]\n'
+    )
+    found = dumped("--config", file, "--torch_dtype", "bf16")
+    assert (found["w_bit"], found["is_lowbit"], found["open_outlier"]) == ("4", "true", "false")
+    assert found["torch_dtype"] == '"bf16"'
+    assert found["keep_float"] == '["*.o_proj"]'
+    assert dumped(f"--config={file}", "--is_lowbit", "False")["is_lowbit"] == "false"
+
+
+def test_what_was_dumped_reads_back_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    options = (
+        "--w_bit",
+        4,
+        "--is_lowbit",
+        "True",
+        "--prompt",
+        'A "quoted" \\ prompt\n\u00e9',
+        "--part_file_size",
+        "4GB",
+    )
+    first = dumped(*options)
+    file.write_text("".join(f"{name} = {value}\n" for name, value in first.items()), encoding="utf-8")
+    assert dumped("--config", file) == first
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"w_bits = 4", "unknown key 'w_bits'; did you mean 'w_bit'?"),
+        (b"debug = true", "unknown key 'debug'; "),
+        (b"w_bit = ", "is not TOML ("),
+        (b"\xff", "cannot be read ("),
+        (None, "cannot be read ("),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_wrong_usage(content: bytes | None, what: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_bytes(content)
+    result = run("quantize", "--config", file, "--model_path", "m", "--save_directory", "o", "--json")
+    assert (result.exit_code, result.stderr) == (2, "")
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "usage"
+    assert error["message"].startswith(f"Invalid value: --config {file}: {what}")
+
+
+@pytest.mark.parametrize("line", ['w_bit = "four"', 'torch_dtype = "fp32"', "fraction = [1]"])
+def test_a_value_of_another_kind_is_wrong_usage(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(line)
+    result = run("quantize", "--config", file, "--model_path", "m", "--save_directory", "o")
+    assert result.exit_code == 2
+    assert f"--{line.split()[0].replace('_', '-')}" in result.stderr
+
+
+def test_unset_values_are_left_out() -> None:
+    assert dump_config({"b": None, "a": Path("x"), "c": ("y",), "quiet": True}) == 'a = "x"\nc = ["y"]\n'
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.toml").touch()
+    assert read_config_file(str(tmp_path / "empty.toml"), []) == {}
+    assert dumped("--config", tmp_path / "empty.toml") == dumped()

@@ -1,0 +1,485 @@
+"""`glmq quantize` as its users call it: the mission's command, what it prints, and one sentence for every bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import StandInNpu, edit_json, glmq, run, tree
+
+from glmq import device
+from glmq.checkpoint.reader import Checkpoint
+
+SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
+FILE = "model-00001-of-00001.safetensors"
+WEIGHTS = "quant_model_weight_w8a8s.safetensors"
+
+
+def the_missions_command(model: Path, out: Path, images: Path, device_type: str) -> list[object]:
+    """Step 1 of the mission, flag by flag."""
+    return [
+        "--model_path", model,
+        "--save_directory", out,
+        "--calib_images", images,
+        "--w_bit", 4,
+        "--a_bit", 8,
+        "--device_type", device_type,
+        "--anti_method", "m2",
+        "--is_lowbit", "True",
+        "--fraction", 0.01,
+        "--use_sigma", "True",
+        "--torch_dtype", "fp16",
+        "--trust_remote_code", "True",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seed_output(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the mission's command writes on a CPU."""
+    out = tmp_path_factory.mktemp("seed") / "out"
+    glmq("quantize", *the_missions_command(small, out, pictures, "cpu"))
+    return tree(out)
+
+
+def test_the_missions_command_runs_as_a_program(
+    small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "glmq", "quantize", *the_missions_command(small, out, pictures, "cpu")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert tree(out) == seed_output
+    assert "Error per linear, worst first" in done.stdout
+    assert "\nquantize: 6/6 embeddings and side files" in done.stderr
+    assert "Warning" not in done.stderr
+
+
+def test_the_missions_command_runs_on_an_npu(
+    small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npu = StandInNpu()
+    monkeypatch.setattr(device, "_load_npu", lambda: npu)
+    monkeypatch.setattr(device, "_npu_device", lambda _: torch.device("cpu"))
+    # The stand-in's device is a CPU, for which nothing is released; any other kind is.
+    monkeypatch.setattr("glmq.calibrate.stream.release", lambda _: device.release(torch.device("meta")))
+    glmq("quantize", *the_missions_command(small, tmp_path / "out", pictures, "npu"))
+    assert npu.calls == ["synchronize", "empty_cache"] * 5  # a vision block, the merger, two text layers, lm_head
+    assert tree(tmp_path / "out") == seed_output
+
+
+def test_dashes_and_flags_are_the_same_command(
+    small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path
+) -> None:
+    glmq(
+        "quantize", "--model-path", small, "--save-directory", tmp_path / "out", "--calib-images", pictures,
+        "--w-bit", 4, "--is-lowbit", "--use-sigma", "--torch-dtype", "fp16", "--no-overwrite",
+    )  # fmt: skip
+    assert tree(tmp_path / "out") == seed_output
+
+
+def command(model: Path, stats: Path, out: Path, *options: object) -> list[object]:
+    return ["quantize", "--model_path", model, "--stats", stats, "--save_directory", out, *options]
+
+
+def test_the_screen_shows_errors_bytes_and_the_next_command(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a [red] folder"
+    result = glmq(*command(small, small_stats, out, *SEED))
+    text = result.stdout
+    rows = re.findall(r"^ (layers\.\S+) +W8A8S .*? (!?!? ?[\d.]+)% +\S+ +\S+ +\S+ *$", text, re.MULTILINE)
+    assert len(rows) == 10
+    errors = [float(error.lstrip("! ")) for _, error in rows]
+    assert errors == sorted(errors, reverse=True)
+    assert re.search(r"^ text linears +96\.5 KiB +57\.\d KiB +0\.59\d *$", text, re.MULTILINE)
+    assert text.splitlines()[-3:] == [
+        f"W8A8S (float16) written to {out}",
+        "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
+        f"  glmq compress --model_path '{out}' --save_directory '{out}-sc' --tp 1",
+    ]
+
+
+def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp_path: Path) -> None:
+    result = glmq(
+        "quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", pictures, *SEED
+    )
+    lines = result.stderr.splitlines()
+    assert lines[0] == "note: 16 calibration images; 30 are wanted for accuracy"
+    blocks = [
+        "model.visual.blocks.0",
+        "model.visual.merger",
+        *(f"model.language_model.layers.{i}" for i in (0, 1)),
+        "lm_head",
+    ]
+    wanted = [f"calibrate: {i}/5 {name}" for i, name in enumerate(blocks, 1)] + ["calibrate:"]
+    blocks.append("embeddings and side files")
+    wanted += [f"quantize: {i}/6 {name}" for i, name in enumerate(blocks, 1)] + ["quantize:"]
+    ends = [
+        r" \d+\.\d s, \d+ s left, \d+ MiB" if "/" in start else r" \d+\.\d s, peak \d+ MiB resident" for start in wanted
+    ]
+    assert len(lines) == 1 + len(wanted)
+    for line, start, end in zip(lines[1:], wanted, ends, strict=True):
+        assert re.fullmatch(re.escape(start) + end, line)
+
+
+def test_quiet_prints_the_folder_and_nothing_else(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a [bold] :smile: folder"
+    result = glmq(*command(small, small_stats, out, "--quiet"))
+    assert (result.stdout, result.stderr) == (f"{out}\n", "")
+
+
+def test_json_is_the_report_and_the_folder(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = glmq(*command(small, small_stats, out, "--json"))
+    found = json.loads(result.stdout)
+    assert result.stderr == ""
+    assert found.pop("folder") == str(out)
+    assert found == json.loads((out / "glmq_report.json").read_text())
+    assert (found["schema"], found["quant_type"]) == ("glmq.quantize/1", "W8A8")
+    assert (
+        result.stdout == json.dumps(found | {"folder": str(out)}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+    )
+
+
+def test_patterns_say_how_many_linears_they_match(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    result = glmq(
+        *command(small, small_stats, tmp_path / "out", "--keep-float", "*.o_proj"),
+        "--keep-float", "*.self_attn.[qkv]_proj", "--layer", "*.layers.0.mlp.down_proj=W8A8",
+    )  # fmt: skip
+    assert result.stderr.splitlines()[:3] == [
+        "--layer '*.layers.0.mlp.down_proj=W8A8' matches 1 linears",
+        "--keep-float '*.o_proj' matches 2 linears",
+        "--keep-float '*.self_attn.[qkv]_proj' matches 6 linears",
+    ]
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        quantized = [name for name, info in checkpoint.items() if info.dtype == "I8"]
+    assert quantized == [
+        "model.language_model.layers.0.mlp.down_proj.weight",
+        "model.language_model.layers.0.mlp.gate_up_proj.weight",
+        "model.language_model.layers.1.mlp.gate_up_proj.weight",
+    ]
+
+
+def test_statistics_are_kept_where_they_are_asked_for_and_used_again(
+    small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats, images = tmp_path / "stats", ("--calib_images", pictures, "--limit", 1)
+    glmq(*command(small, stats, tmp_path / "one"), *images)
+    before = tree(stats)
+    monkeypatch.setattr("glmq.cli.jobs._calibrate", None)
+    glmq(*command(small, stats, tmp_path / "two"))
+    assert tree(stats) == before
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "stats", "two"]
+
+
+def test_overwriting_replaces_an_older_output(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    glmq(*command(small, small_stats, out, *SEED))
+    glmq(*command(small, small_stats, out, "--overwrite", "True"))
+    assert sorted(path.name for path in out.glob("quant*")) == [
+        "quant_model_description.json",
+        "quant_model_weight_w8a8.safetensors",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_dry_run_reads_headers_and_writes_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = json.loads(glmq(*command(small, small_stats, out, "--dry-run", "--json", *SEED)).stdout)
+    assert list(tmp_path.iterdir()) == []
+    glmq(*command(small, small_stats, out, *SEED))
+    assert found["files"] == [{"name": WEIGHTS, "bytes": (out / WEIGHTS).stat().st_size}]
+    assert found["output_bytes"] == (out / WEIGHTS).stat().st_size
+
+
+def test_options_written_to_a_file_give_the_same_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    options = command(small, small_stats, out, *SEED, "--keep-float", "*.o_proj")
+    (tmp_path / "run.toml").write_text(glmq(*options, "--dump-config").stdout)
+    glmq(*options)
+    glmq("quantize", "--config", tmp_path / "run.toml", "--save_directory", again)
+    assert tree(again) == tree(out)
+
+
+Bad = Callable[[Path, Path, Path], tuple[list[object], int, str]]
+"""(work folder with a copy of the model in it, statistics, pictures) -> arguments, exit code, sentence."""
+
+
+def config_edit(edit: Callable[[dict], object], sentence: str) -> Bad:
+    def make(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+        edit_json(work / "model" / "config.json", edit)
+        return command(work / "model", stats, work / "out"), 4, sentence.format(config=work / "model" / "config.json")
+
+    return make
+
+
+def options(*added: object, code: int, sentence: str) -> Bad:
+    def make(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+        return command(work / "model", stats, work / "out", *added), code, sentence.format(work=work)
+
+    return make
+
+
+def missing_shard(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    (work / "model" / FILE).unlink()
+    index = work / "model" / "model.safetensors.index.json"
+    sentence = f"{index}: names {FILE}, which is not in the folder; download the missing file"
+    return command(work / "model", stats, work / "out"), 4, sentence
+
+
+def truncated_shard(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    path = work / "model" / FILE
+    whole = path.stat().st_size
+    os.truncate(path, whole - 1000)
+    with pytest.raises(Exception, match="bytes") as caught:  # the reader's own sentence, asserted in its tests
+        Checkpoint.open(work / "model")
+    assert str(caught.value).startswith(f"{path}: ")
+    return command(work / "model", stats, work / "out"), 4, str(caught.value)
+
+
+def no_weights(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    model = work / "model"
+    (model / FILE).rename(model / "pytorch_model.bin")
+    (model / "model.safetensors.index.json").unlink()
+    sentence = f"{model}: wanted *.safetensors weight files, but there are none; found pytorch_model.bin; "
+    return command(model, stats, work / "out"), 4, sentence + "convert them to safetensors"
+
+
+def no_model(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    sentence = f"{work / 'none'}: no such folder; give the folder of the float weights as --model-path"
+    return command(work / "none", stats, work / "out"), 4, sentence
+
+
+def calibrating(work: Path, images: Path, *added: object) -> list[object]:
+    paths = ["--model_path", work / "model", "--calib_images", images, "--save_directory", work / "out"]
+    return ["quantize", *paths, *added]
+
+
+def no_images(work: Path, _: Path, __: Path) -> tuple[list[object], int, str]:
+    (work / "images").mkdir()
+    (work / "images" / "README.md").touch()
+    sentence = (
+        f"{work / 'images'}: holds no image (bmp, gif, jpeg, jpg, png, tif, tiff, webp are read); "
+        "put some there, 30 are wanted for accuracy"
+    )
+    return calibrating(work, work / "images"), 4, sentence
+
+
+def bad_images(work: Path, _: Path, pictures: Path) -> tuple[list[object], int, str]:
+    images = work / "images"
+    shutil.copytree(pictures, images)
+    (images / "zz.png").write_bytes(b"no image")
+    sentence = (
+        f"{images}: 1 of 17 files are not usable images: zz.png (UnidentifiedImageError: does not decode as an image); "
+        "remove them or pass --skip-bad-images"
+    )
+    return calibrating(work, images), 4, sentence
+
+
+def no_tokenizer(work: Path, _: Path, pictures: Path) -> tuple[list[object], int, str]:
+    (work / "model" / "chat_template.jinja").unlink()
+    sentence = f"{work / 'model'}: has no chat template; copy chat_template.jinja of the release there"
+    return calibrating(work, pictures), 4, sentence
+
+
+def output_not_empty(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    (work / "out").mkdir()
+    (work / "out" / "notes.txt").touch()
+    sentence = f"{work / 'out'}: is not empty; choose another folder, or pass --overwrite to replace its contents"
+    return command(work / "model", stats, work / "out"), 2, sentence
+
+
+def output_is_a_file(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    (work / "out").touch()
+    sentence = f"{work / 'out'}: is a file, a folder is needed; choose another name"
+    return command(work / "model", stats, work / "out", "--overwrite"), 2, sentence
+
+
+def output_is_the_input(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    (work / "link").symlink_to(work / "model")
+    sentence = f"{work / 'link'}: is the folder of the float weights; choose another --save_directory"
+    return command(work / "model", stats, work / "link", "--overwrite"), 2, sentence
+
+
+def output_holds_the_input(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    sentence = f"{work}: holds the float weights ({work / 'model'}); choose another --save_directory"
+    return command(work / "model", stats, work, "--overwrite"), 2, sentence
+
+
+def output_is_the_images(work: Path, _: Path, pictures: Path) -> tuple[list[object], int, str]:
+    shutil.copytree(pictures, work / "out")
+    sentence = f"{work / 'out'}: is the folder of the calibration images; choose another --save_directory"
+    return calibrating(work, work / "out", "--overwrite"), 2, sentence
+
+
+def output_is_the_statistics(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    shutil.copytree(stats, work / "stats")
+    sentence = f"{work / 'stats'}: is the folder of the statistics; choose another --save_directory"
+    return command(work / "model", work / "stats", work / "stats", "--overwrite"), 2, sentence
+
+
+def statistics_in_the_model(work: Path, _: Path, __: Path) -> tuple[list[object], int, str]:
+    sentence = f"{work / 'model'}: is the folder of the float weights; choose another --stats"
+    return command(work / "model", work / "model", work / "out"), 2, sentence
+
+
+def unfinished_statistics(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
+    shutil.copytree(stats, work / "stats")
+    (work / "stats" / "statistics.json").unlink()
+    sentence = (
+        f"{work / 'stats'}: has no statistics.json, so it is not a finished statistics folder; "
+        "run `glmq calibrate` first"
+    )
+    return command(work / "model", work / "stats", work / "out"), 4, sentence
+
+
+NEEDED = "but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); give the folder of a GLM-4.1V"
+
+BAD_INPUTS: dict[str, Bad] = {
+    "a mixture of experts": config_edit(
+        lambda c: c.update(model_type="glm4v_moe"),
+        f"{{config}}: model_type is 'glm4v_moe': GLM-4.5V and GLM-4.6V are mixtures of experts, {NEEDED}",
+    ),
+    "an older ChatGLM": config_edit(
+        lambda c: c.update(model_type="chatglm"),
+        f"{{config}}: model_type is 'chatglm': glm-4v-9b is the older ChatGLM architecture, {NEEDED}",
+    ),
+    "an unknown layout": config_edit(
+        lambda c: c.pop("text_config"),
+        "{config}: has neither text_config nor hidden_size, so its layout is none of the three known ones; "
+        "take the config.json that belongs to the weights",
+    ),
+    "a missing shard": missing_shard,
+    "a truncated shard": truncated_shard,
+    "no safetensors": no_weights,
+    "no model": no_model,
+    "no images": no_images,
+    "bad images": bad_images,
+    "no chat template": no_tokenizer,
+    "bf16 with a sparse type": options(
+        "--w_bit", 4, "--is_lowbit", "True", code=2,
+        sentence="--torch_dtype bf16 with a sparse type (W8A8S): no engine loads it, the 300I Duo has no bfloat16; "
+        "pass --torch_dtype fp16",
+    ),
+    "contradicting options": options(
+        "--co_sparse", "True", *SEED, code=2,
+        sentence="--co_sparse True with --is_lowbit True: they are two algorithms for the same type; choose one",
+    ),
+    "sigma_factor out of range": options(
+        *SEED, "--sigma_factor", 3.5, code=2, sentence="--sigma_factor 3.5: a number from 1.0 to 3.0 is needed"
+    ),
+    "fraction out of range": options(
+        *SEED, "--fraction", 0.5, code=2, sentence="--fraction 0.5: a number from 0.01 to 0.1 is needed"
+    ),
+    "a part size that is none": options(
+        "--part_file_size", "0", code=2,
+        sentence="--part_file_size 0: a whole number of GB, at least 1, is needed, or a size like 4GB or 500MB",
+    ),
+    "a pattern without a match": options(
+        "--keep-float", "lm_heat", code=2,
+        sentence="--keep-float 'lm_heat' matches none of the model's 22 linears; their names look like 'lm_head'",
+    ),
+    "an output that is not empty": output_not_empty,
+    "an output that is a file": output_is_a_file,
+    "an output that is the input": output_is_the_input,
+    "an output that holds the input": output_holds_the_input,
+    "an output that is the images' folder": output_is_the_images,
+    "an output that is the statistics' folder": output_is_the_statistics,
+    "statistics in the model's folder": statistics_in_the_model,
+    "unfinished statistics": unfinished_statistics,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("what", BAD_INPUTS)
+def test_bad_input_is_one_sentence_and_leaves_everything_as_it_was(
+    what: str, as_json: bool, small_copy: Path, small_stats: Path, pictures: Path
+) -> None:
+    work = small_copy.parent
+    arguments, code, sentence = BAD_INPUTS[what](work, small_stats, pictures)
+    before = tree(work)
+    result = run(*arguments, "--json" if as_json else "--quiet")
+    assert result.exit_code == code
+    if as_json:
+        assert json.loads(result.stdout)["error"]["message"] == sentence
+        assert result.stderr == ""
+    else:
+        assert (result.stdout, result.stderr) == ("", f"error: {sentence}\n")
+    assert tree(work) == before
+
+
+def test_bad_images_are_left_out_and_counted_when_asked_to(small: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "images")
+    (tmp_path / "images" / "zz.png").write_bytes(b"no image")
+    result = glmq(
+        "quantize", "--model_path", small, "--calib_images", tmp_path / "images", "--limit", 2,
+        "--save_directory", tmp_path / "out", "--skip-bad-images",
+    )  # fmt: skip
+    assert result.stderr.splitlines()[:2] == [
+        "left out zz.png: UnidentifiedImageError: does not decode as an image",
+        "1 files left out, 2 images used",
+    ]
+
+
+def test_a_disk_without_room_stops_the_run_before_it_starts(
+    small: Path, small_stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    result = run(*command(small, small_stats, tmp_path / "out", "-q"))
+    found = re.fullmatch(
+        rf"error: {tmp_path / 'out'}: (\d+) bytes are to be written, but its disk has 1000 free; "
+        r"make room or choose another disk\n",
+        result.stderr,
+    )
+    assert result.exit_code == 5
+    assert found is not None
+    assert int(found[1]) > 600_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_torch_npu_stops_the_run(
+    small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", None)
+    result = run("quantize", *the_missions_command(small, tmp_path / "out", pictures, "npu"), "-q")
+    assert result.exit_code == 5
+    assert result.stderr == (
+        "error: --device-type npu: torch_npu cannot be imported (import of torch_npu halted; None in sys.modules); "
+        "install it with `pip install glmq[npu]` on a machine with CANN, or use --device-type cpu\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--w_bit", "--device_type", "--torch_dtype", "--anti_method", "--fraction"])
+def test_a_value_of_another_kind_is_wrong_usage(option: str, small: Path, tmp_path: Path) -> None:
+    result = run("quantize", "--model_path", small, "--save_directory", tmp_path / "out", option, "cuda")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"Invalid value for '{option.replace('_', '-')}'" in result.stderr
+
+
+def test_a_missing_path_is_wrong_usage(small: Path) -> None:
+    result = run("quantize", "--model_path", small)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Missing option '--save-directory'" in result.stderr
+
+
+@pytest.mark.parametrize("engine", ["calibrate_checkpoint", "quantize_checkpoint"])
+def test_ctrl_c_before_the_first_block_leaves_nothing(
+    engine: str, small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"glmq.cli.jobs.{engine}", stop)
+    stats = tmp_path / "stats"
+    result = run(*command(small, stats, tmp_path / "out", "--calib_images", pictures, "--limit", 1, "-q"))
+    assert result.exit_code == 130
+    assert result.stderr == "error: stopped by Ctrl-C; --resume continues after the last finished block\n"
+    assert [path.name for path in tmp_path.iterdir()] == (["stats"] if engine == "quantize_checkpoint" else [])

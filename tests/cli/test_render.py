@@ -1,0 +1,197 @@
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from glmq.cli import render
+from glmq.cli.render import BlockProgress, error_table, next_steps, parts_table, print_json, short_name, size, stdout
+from glmq.model.glm4v import Part
+from glmq.quantize.recipe import Options, make_recipe
+from glmq.quantize.stream import PartBytes
+from glmq.records import BlockDone, LinearReport
+from glmq.spec import QuantType
+
+REPORT = LinearReport(
+    name="model.language_model.layers.0.self_attn.q_proj", quant_type=QuantType.W8A8S, rows=64, cols=32, method="plain",
+    step_min=0.25, step_max=0.5, entropy_bits=3.875, outlier_share=0.0625, zero_share=0.125, saturated=0,
+    weight_error=0.0625, output_error=0.03125, sqnr_db=30.103, input_low=-2.5, input_high=3.25, clipped_share=0.001,
+    smoothing="none", seconds=0.5,
+)  # fmt: skip
+
+
+def reports(*errors: float) -> list[LinearReport]:
+    return [replace(REPORT, name=f"layers.{i}", output_error=error) for i, error in enumerate(errors)]
+
+
+def text_of(table: object, width: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of a table on a console of that width, without trailing blanks and empty lines."""
+    buffer = io.StringIO()
+    monkeypatch.setattr(stdout, "_width", width)
+    monkeypatch.setattr(stdout, "_file", buffer)
+    stdout.print(table() if callable(table) else table)
+    return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def done(index: int, seconds: float, *, total: int = 4, megabytes: int = 100) -> BlockDone:
+    return BlockDone(f"block {index}", index, total, seconds, megabytes * 2**20)
+
+
+def test_progress_on_a_pipe_is_a_line_per_block(capsys: pytest.CaptureFixture[str]) -> None:
+    with BlockProgress("quantize", quiet=False) as progress:
+        progress.advance(done(0, 2.0))
+        progress.advance(done(1, 4.0, megabytes=300))
+        progress.advance(done(2, 0.06, megabytes=200))
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[:3] == [
+        "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB",
+        "quantize: 2/4 block 1 4.0 s, 6 s left, 300 MiB",
+        "quantize: 3/4 block 2 0.1 s, 2 s left, 200 MiB",
+    ]
+    assert re.fullmatch(r"quantize: 0\.\d s, peak 300 MiB resident", lines[3])
+    assert progress.peak_bytes == 300 * 2**20
+
+
+def test_the_rest_is_estimated_from_the_last_eight_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+    with BlockProgress("quantize", quiet=False) as progress:
+        for index in range(10):
+            progress.advance(done(index, 100.0 if index < 2 else 1.0, total=20))
+    assert capsys.readouterr().err.splitlines()[9] == "quantize: 10/20 block 9 1.0 s, 10 s left, 100 MiB"
+
+
+def test_quiet_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with BlockProgress("quantize", quiet=True) as progress:
+        progress.advance(done(0, 1.0))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_that_fails_shows_no_total(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError), BlockProgress("quantize", quiet=False):
+        print(1 / 0)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with BlockProgress("quantize", quiet=False) as progress:
+        progress.advance(done(0, 2.0))
+        progress.advance(done(1, 2.0))
+        assert progress._bar is not None
+        progress._bar.refresh()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "2/4 blocks  4 s left  100 MiB" in plain
+    assert "quantize: 1/4" not in plain
+    assert re.search(r"quantize: 0\.\d s, peak 100 MiB resident\n$", plain)
+
+
+def test_forced_colour_makes_no_bar_out_of_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with BlockProgress("quantize", quiet=False) as progress:
+        progress.advance(done(0, 2.0))
+        assert progress._bar is None
+    assert "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB" in capsys.readouterr().err
+
+
+def test_the_worst_linear_comes_first_and_bad_ones_have_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = text_of(lambda: error_table(reports(0.05, 0.25, 0.1, 0.05), verbose=False), 140, monkeypatch)
+    rows = [line.split() for line in lines if line.lstrip().startswith("layers.")]
+    assert [row[0] for row in rows] == ["layers.1", "layers.2", "layers.0", "layers.3"]
+    assert [" ".join(row[6:-3]) for row in rows] == ["!! 25.00%", "! 10.00%", "5.00%", "5.00%"]
+
+
+def test_every_column_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = text_of(lambda: error_table([REPORT], verbose=False), 140, monkeypatch)
+    assert lines[1].split() == [
+        "linear", "type", "step", "bits", "|q|>7", "weight", "output", "SQNR", "dB", "input", "range", "clipped"
+    ]  # fmt: skip
+    assert lines[-1].split() == [
+        "layers.0.self_attn.q_proj", "W8A8S", "0.25..0.5", "3.88", "6.2%", "6.25%", "3.12%", "30.1", "-2.5..3.25", "0.100%"
+    ]  # fmt: skip
+
+
+def test_dynamic_types_have_no_input_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamic = replace(REPORT, quant_type=QuantType.W8A8_DYNAMIC)
+    row = text_of(lambda: error_table([dynamic], verbose=False), 140, monkeypatch)[-1]
+    assert row.endswith("per token   per token")
+
+
+@pytest.mark.parametrize("width", [60, 74, 84, 96, 110, 124, 140])
+def test_a_narrow_terminal_shows_fewer_columns_and_breaks_no_row(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = text_of(lambda: error_table([REPORT], verbose=False), width, monkeypatch)
+    assert len(lines) == 4  # title, heads, rule, row
+    assert all(len(line) <= width for line in lines)
+    assert "output" in lines[1]
+    assert ("clipped" in lines[1]) is (width >= 74)
+
+
+def test_a_long_table_is_cut_unless_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = reports(*(0.01 * i for i in range(30)))
+    cut = text_of(lambda: error_table(many, verbose=False), 140, monkeypatch)
+    assert sum(line.lstrip().startswith("layers.") for line in cut) == 24
+    assert cut[-1].strip() == "6 better ones are left out; -v shows all, glmq_report.csv has them"
+    whole = text_of(lambda: error_table(many, verbose=True), 140, monkeypatch)
+    assert sum(line.lstrip().startswith("layers.") for line in whole) == 30
+
+
+def test_the_bytes_of_each_part_and_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [PartBytes(Part.TEXT_LINEARS, 2**31, 2**30), PartBytes(Part.NORMS, 0, 512)]
+    lines = text_of(parts_table(parts), 140, monkeypatch)
+    assert [line.split() for line in lines[-3:]] == [
+        ["text", "linears", "2.00", "GiB", "1.00", "GiB", "0.500"],
+        ["text", "norms", "0", "B", "512", "B", "-"],
+        ["total", "2.00", "GiB", "1.00", "GiB", "0.500"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (7_550_000, "7.2 MiB"), (2**30, "1.00 GiB"), (14_667_314_155, "13.66 GiB")],
+)  # fmt: skip
+def test_sizes_are_written_for_people(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_names_are_short_without_what_all_share() -> None:
+    assert short_name("model.language_model.layers.3.mlp.gate_up_proj") == "layers.3.mlp.gate_up_proj"
+    assert short_name("model.visual.merger.proj") == "visual.merger.proj"
+    assert short_name("lm_head") == "lm_head"
+
+
+def test_json_has_sorted_keys_and_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"b": "\u00e9", "a": 0.5})
+    out = capsys.readouterr().out
+    assert out == '{\n "a": 0.5,\n "b": "\u00e9"\n}\n'
+    assert json.loads(out) == {"a": 0.5, "b": "\u00e9"}
+    with pytest.raises(ValueError, match="Out of range float values"):
+        print_json({"a": float("nan")})
+
+
+def test_the_next_step_depends_on_the_type() -> None:
+    folder = Path("/data/my out")
+    sparse = make_recipe(Options(w_bit=4, is_lowbit=True, torch_dtype="fp16"))
+    assert next_steps(folder, sparse)[-1] == (
+        "  glmq compress --model_path '/data/my out' --save_directory '/data/my out-sc' --tp 1"
+    )
+    assert "set modelWeightPath to /data/my out in" in next_steps(folder, make_recipe(Options()))[0]
+    w4a8 = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True))
+    assert next_steps(folder, w4a8)[0].startswith("Note: no current dense engine loads W4A8_DYNAMIC for GLM-4.1V")
+
+
+def test_paths_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for console in (render.stdout, render.stderr):
+        console.print("/data/[red]/:smile:/[/bold]", soft_wrap=True)
+    assert capsys.readouterr() == ("/data/[red]/:smile:/[/bold]\n",) * 2
