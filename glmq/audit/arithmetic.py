@@ -105,6 +105,21 @@ def measure_linears(
             yield Finding(ARITHMETIC_CHECK, "error", name, f"cannot be computed with: {error}")
 
 
+def check_shifts(candidate: Checkpoint, norms: Mapping[str, str | None]) -> Iterator[Finding]:
+    """A norm bias moves the input of its linears, and with plain biases behind it nothing takes that back.
+
+    Args:
+        candidate: un-sharded; its quant_bias tensors are held to the float biases by check 11.
+        norms: the norm in front of each linear.
+    """
+    for norm in sorted({norm for norm in norms.values() if norm is not None}):
+        name = f"{norm}.bias"
+        if name in candidate and bool(candidate.read(name).any()):
+            yield Finding(
+                ARITHMETIC_CHECK, "error", name, "is not zero, which shifts the input of the linears behind it"
+            )
+
+
 def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Finding]:
     """What is wrong with the numbers of one linear."""
     severity: Literal["error", "warning"]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from glmq.audit.folder import Folder, Kind, layer_of, role_of
-from glmq.audit.weights import StoredMatrix, column_scales, read_ahead
+from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, count_bytes, read_ahead, row_ranges
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.model.config import parse_config
 from glmq.model.glm4v import all_blocks
-from glmq.numerics.metrics import count_int8, entropy_bits, sqnr_db
+from glmq.numerics.metrics import entropy_bits, sqnr_db
 
 HISTOGRAM_BINS: Final = 64
 
@@ -308,20 +308,21 @@ def _compare_matrices(
     same_steps = _equal(a.step, b.step) and _equal(a.second, b.second)
     changed, identical = 0, same_steps and scales is None
     reads = [partial(_read_both, a, b, start, stop) for start, stop in a.pieces()]
-    for start, x, y in read_ahead(reads):
+    for first, x, y in read_ahead(reads):
         same = x.dtype == y.dtype and torch.equal(x, y)
         if a.is_integer and b.is_integer:
             changed += 0 if same else int((x != y).sum())
         for side, integers, matrix in ((0, x, a), (1, y, b)):
             if matrix.is_integer:
-                counts[side].add_(count_int8(integers))
+                counts[side].add_(count_bytes(integers))
         identical = identical and same
-        values = a.values(x, start)
-        if same and same_steps and inverse is None:
-            sums.add_equal(values)
-            continue
-        others = b.values(y, start)
-        sums.add(values, others if inverse is None else others.mul_(inverse))
+        for start, stop in row_ranges(0, x.shape[0], a.cols, CACHE_ELEMENTS):
+            values = a.values(x[start:stop], first + start)
+            if same and same_steps and inverse is None:
+                sums.add_equal(values)
+                continue
+            others = b.values(y[start:stop], first + start)
+            sums.add(values, others if inverse is None else others.mul_(inverse))
     both = a.is_integer and b.is_integer
     return WeightDiff(
         name=name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glmq.audit.arithmetic import LinearArithmetic, judge_against_report, judge_linear, measure_linears
+from glmq.audit.arithmetic import LinearArithmetic, check_shifts, judge_against_report, judge_linear, measure_linears
 from glmq.audit.behaviour import BlockBehaviour, Predictions
 from glmq.audit.engines import Target, check_target
 from glmq.audit.folder import Kind, scan_folder
@@ -122,11 +122,12 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Find
     except CheckpointError:  # the structure's findings say why
         return
     with checkpoint:
+        if source is not None:
+            yield from check_shifts(checkpoint, norms)
         for record in measure_linears(checkpoint, source, norms):
             yield record
             if isinstance(record, LinearArithmetic):
-                is_fp16 = checkpoint[f"{record.name}.weight"].dtype == "I8" and _is_fp16(checkpoint, record.name)
-                yield from judge_linear(record, is_fp16=is_fp16)
+                yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))
                 yield from judge_against_report(record, report)
 
 

@@ -13,9 +13,11 @@ from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 
-PIECE_ELEMENTS: Final = 2**20
-"""Elements of one piece: some arrays of them fit into the processor's cache."""
-READ_AHEAD: Final = 4
+PIECE_ELEMENTS: Final = 2**22
+"""Elements that are read at a time."""
+CACHE_ELEMENTS: Final = 2**18
+"""Elements that are computed with at a time: a few float32 arrays of them fit into the processor's cache."""
+READ_AHEAD: Final = 2
 """Pieces that are read while one is computed with."""
 
 _T = TypeVar("_T")
@@ -83,8 +85,27 @@ class StoredMatrix:
 
     def pieces(self) -> list[tuple[int, int]]:
         """Row ranges of about PIECE_ELEMENTS elements, their borders even."""
-        height = max(2, PIECE_ELEMENTS // max(1, self.cols) // 2 * 2)
-        return [(start, min(start + height, self.rows)) for start in range(0, self.rows, height)]
+        return list(row_ranges(0, self.rows, self.cols, PIECE_ELEMENTS))
+
+
+def row_ranges(start: int, stop: int, cols: int, elements: int) -> Iterator[tuple[int, int]]:
+    """Cuts of the rows start..stop of about that many elements each; their borders are an even number of rows apart."""
+    height = max(2, elements // max(1, cols) // 2 * 2)
+    return ((row, min(row + height, stop)) for row in range(start, stop, height))
+
+
+def count_bytes(q: Tensor) -> Tensor:
+    """How often each int8 value occurs, as `count_int8`, but two values at a time: int64 [256], entry i counts i - 128."""
+    flat = q.reshape(-1)
+    even = flat[: flat.numel() // 2 * 2].view(torch.int16)  # any two neighbours as one code
+    pairs = torch.zeros(2**16, dtype=torch.int64)
+    for part in even.split(PIECE_ELEMENTS):
+        pairs += torch.bincount(part.int() + 2**15, minlength=2**16)
+    square = pairs.roll(-(2**15)).reshape(256, 256)  # entry [high, low] of the unsigned code
+    counts = (square.sum(0) + square.sum(1)).roll(128)  # from unsigned to signed order
+    if flat.numel() % 2:
+        counts[int(flat[-1]) + 128] += 1
+    return counts
 
 
 def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Tensor | None:

@@ -79,7 +79,9 @@ def check_target(target: Path, *, overwrite: bool, resume: bool = False) -> None
     """
     if target.is_dir():
         if any(target.iterdir()) and not overwrite:
-            raise UsageError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
+            raise UsageError(
+                f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents"
+            )
     elif target.exists():
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
     if not resume and not overwrite:

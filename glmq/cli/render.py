@@ -70,8 +70,8 @@ class BlockProgress:
         self.peak_bytes = 0
 
     def __enter__(self) -> BlockProgress:
-        # rich takes FORCE_COLOR for a terminal, so ask the stream itself before drawing a live bar.
-        if not self._quiet and sys.stderr.isatty():
+        # rich takes FORCE_COLOR for a terminal, so ask the stream too before drawing a live bar; TERM=dumb can show none.
+        if not self._quiet and sys.stderr.isatty() and stderr.is_interactive:
             columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
                 BarColumn(),

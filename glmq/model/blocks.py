@@ -6,6 +6,7 @@ block captures its call, and the same call is replayed on the block after it. So
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -211,7 +212,7 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
     logging.set_verbosity_error()
     try:
-        hf_config = Glm4vConfig(**config.nested)
+        hf_config = Glm4vConfig(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
         with init_empty_weights(include_buffers=False):
             model = Glm4vForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa")
     except (TypeError, ValueError, KeyError, AttributeError) as error:

@@ -86,6 +86,9 @@ class Preprocessor:
     def __init__(
         self, directory: Path, config: ModelConfig, *, max_pixels: int | None, trust_remote_code: bool
     ) -> None:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # transformers 5 warns that torchvision is missing, which we do not want
         from transformers import AutoTokenizer, Glm4vImageProcessor
 
         self._config = config

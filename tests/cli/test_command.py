@@ -138,7 +138,7 @@ def test_every_error_is_one_sentence_and_its_exit_code(
             ZeroDivisionError("division by zero"), 1,
             "unexpected failure, ZeroDivisionError: division by zero; run again with --debug and report the traceback",
         ),
-        (MemoryError(), 5, "the machine's memory is used up; see --dry-run for what is needed"),
+        (MemoryError(), 5, "the machine's memory is used up; close other programs, or use a machine with more"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5,
             "/data/out: No space left on device; check the path, its permissions and the disk",

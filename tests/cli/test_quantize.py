@@ -474,7 +474,7 @@ def test_a_missing_path_is_wrong_usage(small: Path) -> None:
 def test_ctrl_c_before_the_first_block_leaves_nothing(
     engine: str, small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"glmq.cli.jobs.{engine}", stop)

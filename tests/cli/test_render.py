@@ -83,8 +83,8 @@ def test_a_run_that_fails_shows_no_total(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(render.stderr, "is_interactive", True)  # rich asks when the console is made
     with BlockProgress("quantize", quiet=False) as progress:
         progress.advance(done(0, 2.0))
         progress.advance(done(1, 2.0))
@@ -94,6 +94,15 @@ def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> N
     assert "2/4 blocks  4 s left  100 MiB" in plain
     assert "quantize: 1/4" not in plain
     assert re.search(r"quantize: 0\.\d s, peak 100 MiB resident\n$", plain)
+
+
+def test_a_terminal_that_can_draw_nothing_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(render.stderr, "is_interactive", False)  # TERM=dumb
+    with BlockProgress("quantize", quiet=False) as progress:
+        progress.advance(done(0, 2.0))
+    assert "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB" in terminal.getvalue()
 
 
 def test_forced_colour_makes_no_bar_out_of_lines(
@@ -159,7 +168,10 @@ def test_the_bytes_of_each_part_and_their_sum(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (7_550_000, "7.2 MiB"), (2**30, "1.00 GiB"), (14_667_314_155, "13.66 GiB")],
+    [
+        (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (7_550_000, "7.2 MiB"), (2**30, "1.00 GiB"),
+        (14_667_314_155, "13.66 GiB"),
+    ],
 )  # fmt: skip
 def test_sizes_are_written_for_people(count: int, text: str) -> None:
     assert size(count) == text

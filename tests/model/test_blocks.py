@@ -74,6 +74,13 @@ def test_a_fresh_model_has_every_parameter_on_meta_and_every_buffer_in_memory(st
     assert {parameter.dtype for parameter in streamed.model.parameters()} == {torch.float32}
 
 
+def test_building_the_model_changes_nothing_in_the_config(small: Path) -> None:
+    config = read_config(small)
+    with Checkpoint.open(small) as source:
+        StreamedModel(source, config, device=CPU, dtype=torch.float32)
+    assert config == read_config(small)
+
+
 def test_only_the_placed_blocks_parameters_are_in_memory(streamed: StreamedModel) -> None:
     for block in all_blocks(streamed.config):
         with streamed.placed(block.name):
