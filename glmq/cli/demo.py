@@ -13,6 +13,7 @@ from glmq.cli import options as o
 
 HELD_OUT_PICTURE = "000.png"
 MAX_TOKENS = 64
+VERIFIED_CASES = 4
 
 
 def demo(
@@ -28,27 +29,33 @@ def demo(
     overwrite: o.Overwrite = False,
     debug: o.Debug = False,
 ) -> None:
-    """Run everything on the embedded tiny GLM-4.1V: calibrate, quantize, and compare two captions of an unseen picture."""
+    """Run everything on the embedded tiny GLM-4.1V: calibrate, quantize, compress, verify, two captions."""
     from glmq.checkpoint.folder import check_target
     from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
 
     if out is not None:
         check_target(out, overwrite=overwrite)
     with TemporaryDirectory(prefix="glmq-demo-") if out is None else nullcontext(str(out)) as folder:
-        _run(
-            Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images" / HELD_OUT_PICTURE, overwrite=overwrite
-        )
+        _run(Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images.jsonl", overwrite=overwrite)
 
 
-def _run(folder: Path, model: Path, pictures: Path, unseen: Path, *, overwrite: bool) -> None:
+def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: bool) -> None:
+    unseen = cases.parent / "images" / HELD_OUT_PICTURE
     import torch
 
+    from glmq.audit.verify import Limits
+    from glmq.cli.compress_job import compress_folder
+    from glmq.cli.compress_view import size_table
     from glmq.cli.jobs import CalibrationOptions, QuantizationJob, calibrate_folder, quantize_folder
     from glmq.cli.render import captions_table, show_quantization, stdout
+    from glmq.cli.verify_job import load_samples, verify_folder
+    from glmq.cli.verify_view import show_verification
+    from glmq.compress.layouts import Layout
+    from glmq.model.inputs import DEFAULT_PROMPT
     from glmq.quantize.recipe import Options
 
     torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
-    stats, quantized = folder / "statistics", folder / "w8a8s"
+    stats, quantized, packed = folder / "statistics", folder / "w8a8s", folder / "w8a8s-compressed"
     _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --stats {stats}")
     calibration = CalibrationOptions(images=pictures)
     calibrate_folder(model, stats, calibration, overwrite=overwrite, resume=False, quiet=False)
@@ -60,6 +67,24 @@ def _run(folder: Path, model: Path, pictures: Path, unseen: Path, *, overwrite: 
     job = QuantizationJob(model, quantized, options, calibration, stats_path=stats)
     result = quantize_folder(job, overwrite=overwrite, resume=False, quiet=False)
     show_quantization(result, verbose=False)
+    _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
+    compression = compress_folder(
+        quantized,
+        packed,
+        tp=1,
+        codec_name="portable",
+        executor=None,
+        layout=Layout.MINDIE,
+        jobs=None,
+        overwrite=overwrite,
+        quiet=False,
+    )
+    assert compression is not None  # one process is rank 0
+    stdout.print(size_table(compression.sizes, compression.codec, compression.world))
+    _say(f"glmq verify {quantized} --reference {model} --cases {cases}")
+    samples = load_samples(None, cases, DEFAULT_PROMPT, VERIFIED_CASES)
+    found = verify_folder(quantized, model, [], Limits(), samples, max_pixels=None, quiet=False)
+    show_verification(found, quiet=True, verbose=False)
     stdout.print()
     stdout.print(captions_table(unseen.name, {"float": _caption(model, unseen), "W8A8S": _caption(quantized, unseen)}))
 
