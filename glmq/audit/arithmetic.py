@@ -15,13 +15,13 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from glmq.audit.weights import StoredMatrix, column_scales, read_ahead
+from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, count_bytes, row_ranges, run_ahead
 from glmq.checkpoint.ascend import decode_deq_scale
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.numerics.int8_linear import INT32_LIMIT
-from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.numerics.metrics import entropy_bits
 from glmq.records import Finding
 
 ARITHMETIC_CHECK: Final = 30
@@ -241,15 +241,18 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, nor
     counts = torch.zeros(256, dtype=torch.int64)
     positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
     reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]
-    for start, q, original in read_ahead(reads):
+    for start, q, original in run_ahead(reads, 1):
         cut = slice(start, start + q.shape[0])
-        counts += count_int8(q)
+        counts += count_bytes(q)
         positive[cut] = q.clamp_min(0).sum(1, dtype=torch.int64)
         negative[cut] = q.clamp_max(0).sum(1, dtype=torch.int64)
-        if distance is not None and original is not None and source is not None:
-            wanted = source.values(original, start)
+        if distance is None or original is None or source is None:
+            continue
+        for first, last in row_ranges(0, q.shape[0], matrix.cols, CACHE_ELEMENTS):
+            row = start + first
+            wanted = source.values(original[first:last], row)
             wanted = wanted if scales is None else wanted.mul_(scales)
-            distance.add(start, matrix.values(q, start), wanted, _steps(matrix, cut))
+            distance.add(row, matrix.values(q[first:last], row), wanted, _steps(matrix, slice(row, start + last)))
     share, bias_output, bound = _bounds(name, candidate, positive, negative)
     values = torch.arange(-128, 128)
     total = max(1, int(counts.sum()))

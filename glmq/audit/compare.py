@@ -7,6 +7,7 @@ out of the linears behind it, so that a difference is one of the function and no
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glmq.audit.folder import Folder, Kind, layer_of, role_of
-from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, count_bytes, read_ahead, row_ranges
+from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, count_bytes, row_ranges, run_ahead
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
@@ -26,6 +27,8 @@ from glmq.model.glm4v import all_blocks
 from glmq.numerics.metrics import entropy_bits, sqnr_db
 
 HISTOGRAM_BINS: Final = 64
+WORKERS: Final = min(8, os.cpu_count() or 1)
+"""Threads that read and compare pieces of a weight."""
 
 LINEAR_SUFFIXES: Final = (
     "input_scale",
@@ -264,10 +267,13 @@ def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int 
 
 
 class _Sums:
-    """Sums over the pieces of one tensor: float32 within a piece, Python's float64 between them."""
+    """Sums over rows of one tensor: float32 within a few, Python's float64 between them."""
 
     def __init__(self) -> None:
         self.noise = self.a = self.b = self.max_abs = 0.0
+        self.changed = 0
+        self.identical = True
+        self.counts = [torch.zeros(256, dtype=torch.int64) for _ in range(2)]
 
     def add(self, a: Tensor, b: Tensor) -> None:
         """Two float32 pieces of one shape; `b` is overwritten."""
@@ -286,6 +292,17 @@ class _Sums:
         self.a += square
         self.b += square
 
+    def merge(self, other: _Sums) -> None:
+        """Add the sums over other rows."""
+        self.noise += other.noise
+        self.a += other.a
+        self.b += other.b
+        self.max_abs = max(self.max_abs, other.max_abs)
+        self.changed += other.changed
+        self.identical = self.identical and other.identical
+        for mine, theirs in zip(self.counts, other.counts, strict=True):
+            mine += theirs
+
     @property
     def cosine(self) -> float:
         """a . b = (a . a + b . b - d . d) / 2; 1 where both vanish, 0 where one does."""
@@ -293,6 +310,28 @@ class _Sums:
         if norms == 0:
             return 1.0 if self.a == self.b else 0.0
         return min(1.0, (self.a + self.b - self.noise) / 2 / norms)
+
+
+def _sum_rows(
+    a: StoredMatrix, b: StoredMatrix, inverse: Tensor | None, same_steps: bool, rows: tuple[int, int]
+) -> _Sums:
+    """Read some rows of both and sum over them. Runs in several threads at once."""
+    sums, (first, last) = _Sums(), rows
+    x, y = a.stored(first, last), b.stored(first, last)
+    same = sums.identical = x.dtype == y.dtype and torch.equal(x, y)
+    if a.is_integer and b.is_integer and not same:
+        sums.changed = int((x != y).sum())
+    for counts, integers, matrix in zip(sums.counts, (x, y), (a, b), strict=True):
+        if matrix.is_integer:
+            counts += count_bytes(integers)
+    for start, stop in row_ranges(0, last - first, a.cols, CACHE_ELEMENTS):
+        values = a.values(x[start:stop], first + start)
+        if same and same_steps and inverse is None:
+            sums.add_equal(values)
+            continue
+        others = b.values(y[start:stop], first + start)
+        sums.add(values, others if inverse is None else others.mul_(inverse))
+    return sums
 
 
 def _compare_matrices(
@@ -303,26 +342,11 @@ def _compare_matrices(
     input_scale_ratio: float | None,
     input_offset_change: int | None,
 ) -> WeightDiff:
-    sums, counts = _Sums(), (torch.zeros(256, dtype=torch.int64), torch.zeros(256, dtype=torch.int64))
     inverse = None if scales is None else 1 / scales
     same_steps = _equal(a.step, b.step) and _equal(a.second, b.second)
-    changed, identical = 0, same_steps and scales is None
-    reads = [partial(_read_both, a, b, start, stop) for start, stop in a.pieces()]
-    for first, x, y in read_ahead(reads):
-        same = x.dtype == y.dtype and torch.equal(x, y)
-        if a.is_integer and b.is_integer:
-            changed += 0 if same else int((x != y).sum())
-        for side, integers, matrix in ((0, x, a), (1, y, b)):
-            if matrix.is_integer:
-                counts[side].add_(count_bytes(integers))
-        identical = identical and same
-        for start, stop in row_ranges(0, x.shape[0], a.cols, CACHE_ELEMENTS):
-            values = a.values(x[start:stop], first + start)
-            if same and same_steps and inverse is None:
-                sums.add_equal(values)
-                continue
-            others = b.values(y[start:stop], first + start)
-            sums.add(values, others if inverse is None else others.mul_(inverse))
+    sums = _Sums()
+    for piece in run_ahead((partial(_sum_rows, a, b, inverse, same_steps, rows) for rows in a.pieces()), WORKERS):
+        sums.merge(piece)
     both = a.is_integer and b.is_integer
     return WeightDiff(
         name=name,
@@ -331,23 +355,19 @@ def _compare_matrices(
         type_a=_type(a),
         type_b=_type(b),
         shape=(a.rows, a.cols),
-        identical=identical,
+        identical=sums.identical and same_steps and scales is None,
         noise=sums.noise,
         signal=sums.a,
         max_abs=sums.max_abs,
         cosine=sums.cosine,
         undone=None if scales is None else (float(scales.min()), float(scales.max())),
-        changed_share=changed / max(1, a.rows * a.cols) if both else None,
+        changed_share=sums.changed / max(1, a.rows * a.cols) if both else None,
         step_ratio=_step_ratio(a, b),
         input_scale_ratio=input_scale_ratio,
         input_offset_change=input_offset_change,
-        entropy_a=entropy_bits(counts[0]) if a.is_integer else None,
-        entropy_b=entropy_bits(counts[1]) if b.is_integer else None,
+        entropy_a=entropy_bits(sums.counts[0]) if a.is_integer else None,
+        entropy_b=entropy_bits(sums.counts[1]) if b.is_integer else None,
     )
-
-
-def _read_both(a: StoredMatrix, b: StoredMatrix, start: int, stop: int) -> tuple[int, Tensor, Tensor]:
-    return start, a.stored(start, stop), b.stored(start, stop)
 
 
 def _compare_plain(name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | None) -> WeightDiff:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -17,9 +18,6 @@ PIECE_ELEMENTS: Final = 2**22
 """Elements that are read at a time."""
 CACHE_ELEMENTS: Final = 2**18
 """Elements that are computed with at a time: a few float32 arrays of them fit into the processor's cache."""
-READ_AHEAD: Final = 2
-"""Pieces that are read while one is computed with."""
-
 _T = TypeVar("_T")
 
 
@@ -123,18 +121,17 @@ def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Te
     return torch.where((old != 0) & (new != 0), old / new, 1.0)
 
 
-def read_ahead(reads: Sequence[Callable[[], _T]]) -> Iterator[_T]:
-    """The results of `reads` in their order; the next few run in a thread meanwhile."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[Future[_T]] = []
-        rest = iter(reads)
+def run_ahead(calls: Iterable[Callable[[], _T]], workers: int) -> Iterator[_T]:
+    """The results of `calls` in their order; `workers` threads do the next few meanwhile."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[_T]] = deque()
         try:
-            for read in rest:
-                waiting.append(pool.submit(read))
-                if len(waiting) > READ_AHEAD:
-                    yield waiting.pop(0).result()
+            for call in calls:
+                waiting.append(pool.submit(call))
+                if len(waiting) > workers + 1:
+                    yield waiting.popleft().result()
             while waiting:
-                yield waiting.pop(0).result()
+                yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()

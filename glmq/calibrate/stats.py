@@ -164,6 +164,15 @@ class Statistics:
                 f"(theirs {self.model_fingerprint[:12]}, this model's {fingerprint[:12]}); run `glmq calibrate` on this model"
             )
 
+    def check_samples(self, wanted: str) -> None:
+        """Raise StatisticsError unless they were taken from the samples with that digest."""
+        if self.samples_digest != wanted:
+            raise StatisticsError(
+                f"{self.directory}: these statistics come from other samples, prompt or limit than the command names "
+                f"(theirs {self.samples_digest[:12]}, the command's {wanted[:12]}); drop --calib_images and --calib-samples "
+                "to use them as they are, or run `glmq calibrate` again"
+            )
+
     def samples(self) -> list[SampleTokens]:
         """The samples that the statistics were taken from."""
         entries = self.manifest["samples"]

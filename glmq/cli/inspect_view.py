@@ -67,6 +67,9 @@ def compare_folders(
     )
     from glmq.audit.report import Comparison
 
+    import torch
+
+    torch.set_num_threads(1)  # weights are compared piece by piece, each in a thread of its own
     one, other = scan_folder(a), scan_folder(b)
     names = {row.name for row in choose_rows(tensor_rows(one), layer=layer, name=name, sort="name")}
     diffs: list[WeightDiff] = []

@@ -216,6 +216,8 @@ def _statistics(
     if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
         statistics = Statistics.open(folder)
         statistics.check_model(source.fingerprint())
+        if stats_path is not None and (options.images is not None or options.samples_file is not None):
+            statistics.check_samples(digest(load_samples(options, quiet=True)))
     else:
         samples = load_samples(options, quiet=quiet)
         with OutputFolder(folder, overwrite=stats_path is None, resume=resume) as output:

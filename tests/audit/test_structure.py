@@ -165,7 +165,8 @@ def make(good: dict[str, Path], tmp_path: Path) -> Make:
 
 def found(directory: Path, source: Checkpoint | None) -> list[tuple[int, str, str]]:
     findings = list(check_structure(directory, source))
-    assert all(finding.severity == "error" for finding in findings)
+    # A mixture of types is wrong for MindIE alone; all else is wrong for every engine.
+    assert {finding.check for finding in findings if finding.severity == "warning"} <= {12}
     return [(finding.check, finding.tensor, finding.message) for finding in findings]
 
 
