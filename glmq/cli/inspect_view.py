@@ -56,6 +56,8 @@ def compare_folders(
     a: Path, b: Path, *, layer: str | None, name: str | None, with_histograms: bool, quiet: bool
 ) -> Comparison:
     """Compare two folders under a progress bar; the patterns choose tensors by their names in A."""
+    import torch
+
     from glmq.audit.compare import (
         WeightDiff,
         compare_weights,
@@ -66,8 +68,6 @@ def compare_folders(
         weight_histograms,
     )
     from glmq.audit.report import Comparison
-
-    import torch
 
     torch.set_num_threads(1)  # weights are compared piece by piece, each in a thread of its own
     one, other = scan_folder(a), scan_folder(b)
