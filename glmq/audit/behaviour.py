@@ -10,27 +10,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from glmq.audit.int8_model import Int8Linear, int8_linears, open_model, placed
-from glmq.checkpoint.ascend import decode_linear
+from glmq.audit.predictions import HEAD_ROWS, Head, HeadSums, Predictions, scored_places, summarize, target_ids
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.glm4v import LM_HEAD, TEXT, Block, merger_block, text_blocks, vision_block
 from glmq.model.inputs import ModelInputs
 from glmq.numerics.affine import covered_range
-from glmq.numerics.int8_linear import run_linear
 from glmq.records import BlockDone, QuantizedLinear
-
-HEAD_ROWS: Final = 8192
-"""Rows of lm_head that are in memory at one time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,33 +69,6 @@ class BlockBehaviour:
     error: float
     """||h_q - h|| / ||h|| of the hidden states after the block: what has built up so far."""
     linears: tuple[LinearBehaviour, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplePredictions:
-    """The predicted tokens of one sample: of its answer, or without one, of what follows the image."""
-
-    name: str
-    positions: int
-    kl: float
-    """Mean KL(float || candidate), nats."""
-    top1: float
-    """Share of positions at which both models prefer the same token."""
-    nll_float: float | None
-    nll_candidate: float | None
-    """Mean negative log-likelihood of the answer's tokens, nats; None without an answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Predictions:
-    """The predicted tokens of all samples, each position weighing the same."""
-
-    positions: int
-    kl: float
-    top1: float
-    nll_float: float | None
-    nll_candidate: float | None
-    samples: tuple[SamplePredictions, ...]
 
 
 def compare_behaviour(
@@ -273,20 +241,20 @@ class _Run:
         """The predicted tokens; needs all steps done."""
         pair = self._pair
         inputs = [case.encode() for case in self._cases]
-        places = [_scored(i) for i in inputs]
+        places = [scored_places(i) for i in inputs]
         hidden: list[Tensor] = []
         with pair.placed(f"{TEXT}.norm"), torch.no_grad():
             for model, of in ((pair.reference, "reference"), (pair.candidate, "candidate")):
                 norm = model.module(f"{TEXT}.norm")
                 rows = [norm(getattr(self._calls[i], of).hidden)[0, place] for i, place in enumerate(places)]
                 hidden.append(torch.cat(rows).float())  # [positions, width]
-        targets = torch.cat([_targets(i, place) for i, place in zip(inputs, places, strict=True)])
-        sums = _HeadSums(targets)
-        heads = [_Head(model.source) for model in (pair.reference, pair.candidate)]
+        targets = torch.cat([target_ids(i, place) for i, place in zip(inputs, places, strict=True)])
+        sums = HeadSums(targets)
+        heads = [Head(model.source) for model in (pair.reference, pair.candidate)]
         for start in range(0, self._config.vocab_size, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, self._config.vocab_size)
             sums.add(start, *(head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True)))
-        return _summarize(sums, self._cases, [place.numel() for place in places])
+        return summarize(sums, [case.name for case in self._cases], [place.numel() for place in places])
 
     def _start_vision(self) -> None:
         pair = self._pair
@@ -376,112 +344,6 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()  # type: ignore[attr-defined]
-
-
-class _Head:
-    """lm_head of one checkpoint, read a few rows at a time."""
-
-    def __init__(self, source: Checkpoint) -> None:
-        self._source = source
-        self._int8 = decode_linear(LM_HEAD, source) if source[f"{LM_HEAD}.weight"].dtype == "I8" else None
-
-    def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """float32 [T, stop - start] from float32 [T, width]."""
-        if self._int8 is None:
-            return x @ self._source.read_rows(f"{LM_HEAD}.weight", start, stop).float().T
-        cut = slice(start, stop)
-        whole = self._int8
-        part = replace(
-            whole,
-            weight=whole.weight[cut],
-            weight_scale=whole.weight_scale[cut],
-            bias=None if whole.bias is None else whole.bias[cut],
-            deq_scale=None if whole.deq_scale is None else whole.deq_scale[cut],
-            quant_bias=None if whole.quant_bias is None else whole.quant_bias[cut],
-            weight_scale_second=None if whole.weight_scale_second is None else whole.weight_scale_second[cut],
-        )
-        return run_linear(x, part)
-
-
-class _HeadSums:
-    """Softmax sums over the vocabulary, which arrives in pieces; float64, one entry per position.
-
-    With logits a (float) and b (candidate): S = sum exp(a - m), U = sum exp(a - m) (a - b) for the running maximum m, so
-    KL = U / S - logsumexp(a) + logsumexp(b).
-    """
-
-    def __init__(self, targets: Tensor) -> None:
-        count = targets.numel()
-        self.targets = targets
-        self._top = torch.full((2, count), -math.inf, dtype=torch.float64)
-        self._sum = torch.zeros(2, count, dtype=torch.float64)
-        self._difference = torch.zeros(count, dtype=torch.float64)
-        self._best = torch.zeros(2, count, dtype=torch.int64)
-        self._wanted = torch.zeros(2, count, dtype=torch.float64)
-
-    def add(self, start: int, reference: Tensor, candidate: Tensor) -> None:
-        """The logits of the tokens from `start` on, [T, rows] of each model."""
-        a, b = reference.double(), candidate.double()
-        for side, logits in enumerate((a, b)):
-            highest, where = logits.max(1)
-            self._best[side] = torch.where(highest > self._top[side], where + start, self._best[side])
-            top = torch.maximum(highest, self._top[side])
-            shrink = (self._top[side] - top).exp()
-            weights = (logits - top[:, None]).exp()
-            self._sum[side] = self._sum[side] * shrink + weights.sum(1)
-            if side == 0:
-                self._difference = self._difference * shrink + (weights * (a - b)).sum(1)
-            self._top[side] = top
-            inside = (self.targets >= start) & (self.targets < start + logits.shape[1])
-            self._wanted[side, inside] = logits[inside, self.targets[inside] - start]
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """KL, agreement (0 or 1), and negative log-likelihood of the targets in each model, of each position."""
-        partition = self._top + self._sum.log()
-        kl = self._difference / self._sum[0] - partition[0] + partition[1]
-        nll = partition - self._wanted
-        return kl, (self._best[0] == self._best[1]).double(), nll[0], nll[1]
-
-
-def _scored(inputs: ModelInputs) -> Tensor:
-    """The positions whose prediction counts: those of the answer's tokens, or without an answer all after the image."""
-    if inputs.answer_start < inputs.tokens:
-        return torch.arange(max(inputs.answer_start, 1) - 1, inputs.tokens - 1)
-    images = (inputs.ids[0] == inputs.image_token_id).nonzero()
-    return torch.arange(int(images[-1]) if images.numel() else 0, inputs.tokens)
-
-
-def _targets(inputs: ModelInputs, places: Tensor) -> Tensor:
-    """The answer's token that each position should predict; -1 without an answer."""
-    if inputs.answer_start == inputs.tokens:
-        return torch.full_like(places, -1)
-    return inputs.ids[0, places + 1]
-
-
-def _summarize(sums: _HeadSums, cases: Sequence[Case], counts: Sequence[int]) -> Predictions:
-    columns = sums.finish()
-
-    def means(name: str, cut: slice) -> SamplePredictions:
-        kl, top1, nll_float, nll_candidate = (column[cut] for column in columns)
-        answered = sums.targets[cut] >= 0
-        has_answer = bool(answered.any())
-        return SamplePredictions(
-            name=name,
-            positions=kl.numel(),
-            kl=float(kl.mean()),
-            top1=float(top1.mean()),
-            nll_float=float(nll_float[answered].mean()) if has_answer else None,
-            nll_candidate=float(nll_candidate[answered].mean()) if has_answer else None,
-        )
-
-    rows: list[SamplePredictions] = []
-    start = 0
-    for case, count in zip(cases, counts, strict=True):
-        if count:
-            rows.append(means(case.name, slice(start, start + count)))
-        start += count
-    total = means("", slice(0, start))
-    return Predictions(total.positions, total.kl, total.top1, total.nll_float, total.nll_candidate, tuple(rows))
 
 
 def _ratio(noise: float, signal: float) -> float:

@@ -88,7 +88,7 @@ def choose_rows(rows: Sequence[TensorRow], *, layer: str | None, name: str | Non
 
     Args:
         layer: a number (`3`, the text layer), or a pattern with * and ? for the layer, e.g. `visual.*`; None takes all.
-        name: a pattern for the whole name; one without * is looked for anywhere in it; None takes all.
+        name: a pattern with * and ? for the end of the name, or text that is looked for anywhere in it; None takes all.
         sort: a key of SORT_KEYS.
 
     Raises:
@@ -102,7 +102,7 @@ def choose_rows(rows: Sequence[TensorRow], *, layer: str | None, name: str | Non
             known = sorted({row.layer for row in rows})
             raise UsageError(f"--layer {layer}: matches no layer; there are {', '.join(known[:8])} and so on")
     if name is not None:
-        pattern = name if any(mark in name for mark in "*?[") else f"*{name}*"
+        pattern = f"*{name}" if any(mark in name for mark in "*?[") else f"*{name}*"
         chosen = [row for row in chosen if fnmatchcase(row.name, pattern)]
         if not chosen:
             raise UsageError(f"--name {name}: matches none of {len(rows)} tensors; try a part of a name or use *")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from glmq.audit.arithmetic import LinearArithmetic, check_shifts, judge_against_report, judge_linear, measure_linears
-from glmq.audit.behaviour import BlockBehaviour, Predictions
+from glmq.audit.behaviour import BlockBehaviour
 from glmq.audit.engines import Target, check_target
 from glmq.audit.folder import Kind, scan_folder
 from glmq.audit.parts import check_manifest, check_parts, check_portable, is_compressed
+from glmq.audit.predictions import Predictions
 from glmq.audit.structure import check_structure
 from glmq.checkpoint.json_file import JsonObject, read_json_object
 from glmq.checkpoint.reader import Checkpoint

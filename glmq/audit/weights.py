@@ -14,9 +14,9 @@ from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 
-PIECE_ELEMENTS: Final = 2**22
+PIECE_ELEMENTS: Final = 2**20
 """Elements that are read at a time."""
-CACHE_ELEMENTS: Final = 2**18
+CACHE_ELEMENTS: Final = 2**17
 """Elements that are computed with at a time: a few float32 arrays of them fit into the processor's cache."""
 _T = TypeVar("_T")
 

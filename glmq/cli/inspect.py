@@ -27,7 +27,11 @@ def inspect(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option("--name", help="Only tensors whose name matches (*, ?) or contains this.", rich_help_panel=CHOICE),
+        typer.Option(
+            "--name",
+            help="Only tensors whose name ends in this pattern (*, ?) or contains this text.",
+            rich_help_panel=CHOICE,
+        ),
     ] = None,
     sort: Annotated[
         Literal["name", "bytes", "type", "role"],
@@ -86,14 +90,8 @@ def _inspect_one(
     from glmq.audit.engines import Target, check_target
     from glmq.audit.folder import Kind, scan_folder
     from glmq.audit.inspect import choose_rows, tensor_rows
-    from glmq.audit.report import (
-        Inspection,
-        inspection_csv,
-        inspection_document,
-        inspection_page,
-        write_csv,
-        write_page,
-    )
+    from glmq.audit.pages import inspection_page, write_page
+    from glmq.audit.report import Inspection, inspection_csv, inspection_document, write_csv
     from glmq.cli.inspect_view import read_values, show_inspection
     from glmq.cli.render import print_json
 
@@ -130,7 +128,8 @@ def _inspect_two(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    from glmq.audit.report import comparison_csv, comparison_document, comparison_page, write_csv, write_page
+    from glmq.audit.pages import comparison_page, write_page
+    from glmq.audit.report import comparison_csv, comparison_document, write_csv
     from glmq.cli.inspect_view import compare_folders, show_comparison
     from glmq.cli.render import print_json
 

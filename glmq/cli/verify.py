@@ -83,7 +83,8 @@ def verify(
     [bold]glmq verify W8A8 --target mindie[/]
     """
     from glmq.audit.engines import Target
-    from glmq.audit.report import verification_document, verification_page, write_page
+    from glmq.audit.pages import verification_page, write_page
+    from glmq.audit.report import verification_document
     from glmq.audit.verify import Limits
     from glmq.cli.render import print_json, stderr
     from glmq.cli.verify_job import load_samples, verify_folder

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from glmq.audit.arithmetic import LinearArithmetic
-from glmq.audit.behaviour import BlockBehaviour, Case, Predictions, caption, compare_behaviour
+from glmq.audit.behaviour import BlockBehaviour, Case, caption, compare_behaviour
 from glmq.audit.engines import Target
 from glmq.audit.folder import Kind, scan_folder
 from glmq.audit.inspect import describe_folder
+from glmq.audit.predictions import Predictions
 from glmq.audit.report import Caption, Verification
 from glmq.audit.verify import (
     BEHAVIOUR_CHECK,
@@ -75,8 +76,8 @@ def verify_folder(
                 message = f"cannot be measured: {error}"
                 findings.append(Finding(BEHAVIOUR_CHECK, "error", "", message))
         is_fp16 = folder.float_codes[:1] == ("F16",)
-        findings += [found for block in blocks for found in judge_block(block, limits, is_fp16=is_fp16)]
         findings += [] if predictions is None else judge_predictions(predictions, limits)
+        findings += [found for block in blocks for found in judge_block(block, limits, is_fp16=is_fp16)]
     return Verification(
         candidate=candidate,
         reference=reference,

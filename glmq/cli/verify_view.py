@@ -23,12 +23,12 @@ def show_verification(found: Verification, *, quiet: bool, verbose: bool) -> Non
         _show_linears(found, verbose=verbose)
         _show_blocks(found)
         _show_predictions(found, verbose=verbose)
-    _show_verdict(found)
+    _show_verdict(found, quiet=quiet)
 
 
 def _show_findings(found: Verification, *, verbose: bool) -> None:
     groups: dict[int, list[Finding]] = {}
-    for finding in found.findings:
+    for finding in sorted(found.findings, key=lambda finding: finding.severity):  # errors before warnings
         groups.setdefault(finding.check, []).append(finding)
     for check, findings in sorted(groups.items()):
         errors = sum(finding.severity == "error" for finding in findings)
@@ -52,32 +52,27 @@ def _show_linears(found: Verification, *, verbose: bool) -> None:
     )
     if not names:
         return
-    header = (
-        "linear",
-        "output error",
-        "weight error",
-        "bits",
-        "clipped",
-        "beyond",
-        "worst sample",
-        "of int32",
-        "max |y|",
-    )
-    table = plain_table("Integer linears, worst first", header, left=1)
+    rows: list[list[str | Text]] = []
     for name in names if verbose else names[:SHOWN_ROWS]:
         one, other = behaviours.get(name), arithmetic.get(name)
         against = None if other is None else other.against
-        table.add_row(
-            short(name),
-            "" if one is None else marked(one.error),
-            "" if against is None else f"{against.relative_l2:.2%}",
-            "" if other is None else f"{other.entropy_bits:.2f}",
-            "" if one is None or one.covered_high == one.covered_low else f"{one.clipped_share:.3%}",
-            "" if one is None or not one.excess else f"{one.excess:.0%}",
-            "" if one is None else one.excess_sample,
-            "" if other is None else f"{other.accumulator_share:.2%}",
-            "" if one is None else f"{one.largest_output:.3g}",
+        rows.append(
+            [
+                short(name),
+                "" if one is None else marked(one.error),
+                "" if against is None else f"{against.relative_l2:.2%}",
+                "" if other is None else f"{other.entropy_bits:.2f}",
+                "" if one is None or one.covered_high == one.covered_low else f"{one.clipped_share:.3%}",
+                "" if one is None or not one.excess else f"{one.excess:.0%}",
+                "" if one is None else one.excess_sample,
+                "" if one is None else f"{one.largest_output:.3g}",
+            ]
         )
+    header = ("linear", "output error", "weight error", "bits", "clipped", "beyond", "worst sample", "max |y|")
+    used = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    table = plain_table("Integer linears, worst first", [header[column] for column in used], left=1)
+    for row in rows:
+        table.add_row(*(row[column] for column in used))
     if len(names) > SHOWN_ROWS and not verbose:
         table.caption = f"{len(names) - SHOWN_ROWS} more; -v shows all"
         table.caption_justify = "left"
@@ -120,7 +115,7 @@ def _show_predictions(found: Verification, *, verbose: bool) -> None:
         stdout.print(f"  candidate  {caption.candidate}", soft_wrap=True)
 
 
-def _show_verdict(found: Verification) -> None:
+def _show_verdict(found: Verification, *, quiet: bool) -> None:
     errors = sum(finding.severity == "error" for finding in found.findings)
     warnings = len(found.findings) - errors
     what = ["files", "integers"] if found.linears else ["files"]
@@ -131,6 +126,8 @@ def _show_verdict(found: Verification) -> None:
         stdout.print(Text(text, style="bold green"))
     else:
         stdout.print(Text(f"!! failed: {errors} errors, {warnings} warnings in {checked}", style="bold red"))
+    if quiet:
+        return
     if found.predictions is None and found.reference is None:
         stdout.print("not checked: the float weights (--reference) and behaviour (--calib-images or --cases with it)")
     elif found.predictions is None and found.linears:

@@ -1,7 +1,7 @@
 """The affine integer grid: choose parameters, quantize, dequantize.
 
-Rounding is half to even everywhere (torch.round), and scaling is a division, not a product with the reciprocal: both are what the
-engines' kernels and the vendor's tool do, and agreement is wanted to the bit.
+Rounding is half to even everywhere (torch.round), and scaling is a division, not a product with the reciprocal: both
+are what the engines' kernels and the vendor's tool do, and agreement is wanted to the bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def activation_qparams(low: float, high: float, *, dtype: FloatDtype = FloatDtyp
     Args:
         low: smallest value to represent.
         high: largest value to represent.
-        dtype: of the written model. A bfloat16 model stores the scale as bfloat16, so it is rounded before the offset is chosen.
+        dtype: of the written model. A bfloat16 model stores the scale as bfloat16, so it is rounded before the offset
+            is chosen.
     """
     bottom = torch.tensor(low, dtype=torch.float32).clamp_max(0.0)
     top = torch.tensor(high, dtype=torch.float32).clamp_min(0.0)

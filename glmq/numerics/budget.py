@@ -1,9 +1,10 @@
 """How many bits the flags ask for: the entropy of the integers that the vendor's step rules would write.
 
---use_sigma, --fraction and --co_sparse do not name a size; they name a rule, and the rule applied to the vendor's smoothed weights has an
-entropy. That entropy is the budget that compensated rounding may spend. The vendor scales channels whose half-range h_j
-exceeds a threshold by sqrt(h_j / max|W_j|), and searches the threshold from the standard deviation of the input to its maximum; which one it
-finds depends on its first sample, so the budget is the least entropy over that search range.
+--use_sigma, --fraction and --co_sparse do not name a size; they name a rule, and the rule applied to the vendor's
+smoothed weights has an entropy. That entropy is the budget that compensated rounding may spend. The vendor scales
+channels whose half-range h_j exceeds a threshold by sqrt(h_j / max|W_j|), and searches the threshold from the standard
+deviation of the input to its maximum; which one it finds depends on its first sample, so the budget is the least
+entropy over that search range.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Error-compensated rounding: each column's rounding error is made up for in the columns that are rounded after it.
 
-The loop of GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the feedback form of QuIP (Chee et al. 2023, arXiv 2307.13304, LDLQ): with
-H = (I + U) D (I + U)^T, column k is rounded at
+The loop of GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the feedback form of QuIP (Chee et al. 2023, arXiv
+2307.13304, LDLQ): with H = (I + U) D (I + U)^T, column k is rounded at
 
     target_k = w_k + sum over earlier columns i of (w_i - q_i * step) * U[i, k],
 
-and the loss is sum_k D_k (target_k - q_k * step)^2. Reading U from the left needs no inverse and no update of columns that
-wait. Blocked twice: a wide block takes all earlier columns in one matrix product, narrow blocks inside it take the wide block's.
+and the loss is sum_k D_k (target_k - q_k * step)^2. Reading U from the left needs no inverse and no update of columns
+that wait. Blocked twice: a wide block takes all earlier columns in one matrix product, narrow blocks inside it take the
+wide block's.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from torch import Tensor
 from glmq.numerics.hessian import Factor
 from glmq.spec import IntGrid
 
-ROWS_AT_ONCE: Final = 2048
+ROWS_AT_ONCE: Final = 4096
 WIDE: Final = 256
-NARROW: Final = 16
+NARROW: Final = 8
 # With these, every elementwise step of the inner loop has fewer than 2^15 values, which torch does in the calling
-# thread: handing 10 microseconds of work to a pool costs more than doing it, and on a busy machine a thousand times more.
+# thread: handing 10 microseconds of work to a pool costs more than doing it, on a busy machine a thousand times more.
+# (torch.round always uses the pool.)
 ROUNDER: Final = 1.5 * 2.0**23
-"""Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, half to even (torch.round uses the pool)."""
+"""Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, half to even, as torch.round does."""
 
 
 def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGrid) -> Tensor:
     """Integers q that keep (weight - q * step) small under the factored second moment.
 
-    Nearest rounding, half to even, of the compensated target; clamped to the grid, and what the clamp cuts is compensated too.
+    Nearest rounding, half to even, of the compensated target; clamped to the grid, and what the clamp cuts is
+    compensated too.
 
     Args:
         weight: float32 [N, K].

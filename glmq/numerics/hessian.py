@@ -1,17 +1,17 @@
 """The quadratic form that error-compensated rounding minimises: shrink it, order it, factor it. Float32.
 
-Rounding a row w of a weight to q loses E[((w - q) x)^2] = (w - q) H (w - q)^T with H = E[x x^T]. When the columns are rounded one after
-the other and each error is made up for in the columns that follow, column k costs curvature_k per squared unit: the variance
-of x_k that the columns after it cannot imitate.
+Rounding a row w of a weight to q loses E[((w - q) x)^2] = (w - q) H (w - q)^T with H = E[x x^T]. When the columns are
+rounded one after the other and each error is made up for in the columns that follow, column k costs curvature_k per
+squared unit: the variance of x_k that the columns after it cannot imitate.
 
-Damping. H comes from a few thousand calibration tokens; inputs met later span directions that they never showed, and a plain
-inverse would trust the emptiness. H is therefore shrunk towards its own diagonal, (1 - a) H + a diag(H), the classic
-estimator of Ledoit & Wolf (2004) with a diagonal target. Unlike a multiple of the identity (Frantar et al. 2022), it
-commutes with channel scales, so smoothing and rounding see the same form.
+Damping. H comes from a few thousand calibration tokens; inputs met later span directions that they never showed, and a
+plain inverse would trust the emptiness. H is therefore shrunk towards its own diagonal, (1 - a) H + a diag(H), the
+classic estimator of Ledoit & Wolf (2004) with a diagonal target. Unlike a multiple of the identity (Frantar et al.
+2022), it commutes with channel scales, so smoothing and rounding see the same form.
 
-Order. The sum of the curvatures depends on the order. The greedy order from the end (the column with the least remaining variance goes
-last, then is projected out) is the pivoted Cholesky rule, known from decoding of multi-antenna signals (Wolniansky et al.
-1998, V-BLAST); it is taken in blocks, so that it runs at matrix-product speed.
+Order. The sum of the curvatures depends on the order. The greedy order from the end (the column with the least
+remaining variance goes last, then is projected out) is the pivoted Cholesky rule, known from decoding of multi-antenna
+signals (Wolniansky et al. 1998, V-BLAST); it is taken in blocks, so that it runs at matrix-product speed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def shrunk_moment(stats: InputStats, scales: Tensor | None = None) -> Tensor | N
     """Second moment of the input divided by `scales`, shrunk towards its diagonal, with a floor under the diagonal.
 
     Returns:
-        float32 [K, K], positive definite as far as float32 resolves it; None where the statistics hold no second moment.
+        float32 [K, K], positive definite as far as float32 resolves it; None where the statistics hold no second
+        moment.
     """
     if stats.second_moment is None:
         return None
@@ -67,10 +68,13 @@ def shrunk_moment(stats: InputStats, scales: Tensor | None = None) -> Tensor | N
 
 
 def meeting_variance(stats: InputStats, *, compensated: bool) -> Tensor:
-    """What a squared unit of rounding error in each column costs: its curvature if the error will be compensated, else E[x_j^2].
+    """What a squared unit of rounding error in each column costs.
 
-    float32 [K], before any scaling. The curvature is found on unit-variance channels, so that the order does not
-    depend on their units, and scaled back.
+    Its curvature if the error will be compensated, else E[x_j^2]. The curvature is found on channels of unit variance,
+    so that the order does not depend on their units, and scaled back.
+
+    Returns:
+        float32 [K], for the unscaled input.
     """
     floor = torch.finfo(torch.float32).tiny
     deviation = stats.square_mean.clamp_min(floor).sqrt()
@@ -81,8 +85,8 @@ def meeting_variance(stats: InputStats, *, compensated: bool) -> Tensor:
 def factor(moment: Tensor) -> Factor:
     """Order and factor a positive definite second moment; `moment` is not changed.
 
-    The upper-times-lower form is the ordinary Cholesky factor of the matrix with rows and columns reversed, reversed again: no
-    inverse is formed, and float32 serves.
+    The upper-times-lower form is the ordinary Cholesky factor of the matrix with rows and columns reversed, reversed
+    again: no inverse is formed, and float32 serves.
 
     Args:
         moment: float32 [K, K] from `shrunk_moment`.

@@ -4,8 +4,8 @@
     dynamic:  per token scale = max|x| / 127;                    y = (xq . q) * scale * weight_scale + bias
     W4A8:     the dynamic form with w = q * weight_scale_second * weight_scale
 
-The int32 sums are exact: float32 products over at most 1024 columns stay within 2^24 (128 * 128 * 1024), where every integer is a
-float32 number, so the fast float32 matrix product serves, and the parts are added in float64.
+The int32 sums are exact: float32 products over at most 1024 columns stay within 2^24 (128 * 128 * 1024), where every
+integer is a float32 number, so the fast float32 matrix product serves, and the parts are added in float64.
 """
 
 from __future__ import annotations

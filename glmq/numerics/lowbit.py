@@ -1,10 +1,11 @@
-"""The weight step of each row: one rule per quantization type, exact as the vendor's tool has it, and in a form that loses nothing.
+"""The weight step of each row: the rules of the vendor's tool, exactly, and in a form that loses no weight.
 
-A sparse (W8A8S) row keeps its bulk in -7..7 and its outliers in larger integers of the same step. What differs is where the bulk ends:
+A sparse (W8A8S) row keeps its bulk in -7..7 and its outliers in larger integers of the same step. What differs is where
+the bulk ends:
 
     SIGMA            largest |w| <= sigma_factor * std(|w|) of the row (sample standard deviation)
     FRACTION         k-th largest |w| of the row, k = int(fraction * K)
-    TENSOR_FRACTION  largest |w| of the row that is not above the k-th largest |w| of the tensor, k = int(fraction * N * K)
+    TENSOR_FRACTION  largest |w| of the row up to the k-th largest |w| of the tensor, k = int(fraction * N * K)
     ROW_MAX          largest |w| of the row, spread over 127 steps instead of 7
 
 The exact rules give a zero step to rows without a bulk and cut outliers beyond 127 steps; the safe form repairs both.
@@ -119,7 +120,7 @@ def safe_steps(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
 
 def fill_dead_rows(steps: Tensor) -> Tensor:
-    """Give rows with a zero step (all-zero rows) the largest step of the others, or 1 if there is none. [N, 1] -> [N, 1]."""
+    """Give rows with a zero step (all-zero rows) the largest of the others, or 1 if there is none. [N, 1], both."""
     largest = steps.max()
     return torch.where(steps > 0, steps, largest if largest > 0 else torch.ones(()))
 
@@ -176,6 +177,7 @@ def _share(fraction: float, size: int, what: str) -> int:
     k = int(fraction * size)
     if k == 0:
         raise UsageError(
-            f"fraction {fraction} of {what} of {size} weights is less than one weight: use a larger fraction or another method"
+            f"fraction {fraction} of {what} of {size} weights is less than one weight: use a larger fraction, "
+            "or another method"
         )
     return k

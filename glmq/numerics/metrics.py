@@ -1,4 +1,4 @@
-"""Numbers that say how far two tensors are apart, and how many bits integers need. One unit each, named in the function."""
+"""How far two tensors are apart, and how many bits integers need. One unit each, named in the function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INT8_VALUES = 256
 
 
 def relative_l2(candidate: Tensor, reference: Tensor) -> float:
-    """||candidate - reference|| / ||reference||, summed in float64; 0 where both vanish, inf where only the reference does."""
+    """||candidate - reference|| / ||reference||, in float64; 0 where both vanish, inf where only the reference does."""
     noise = (candidate.double() - reference.double()).square().sum().item()
     signal = reference.double().square().sum().item()
     if signal == 0:

@@ -1,13 +1,14 @@
 """The range that a static int8 activation covers, from calibration statistics and channel scales.
 
-MINMAX covers every value seen. HISTOGRAM minimises the expected squared error that quantizing the input causes in the output,
+MINMAX covers every value seen. HISTOGRAM minimises the expected squared error that quantizing the input causes in the
+output,
 
     sum over channels j of ||W_j||^2 * E[(x_j - xq_j)^2],
 
-where W_j is a column of the weight: a value inside the range loses step^2 / 12, a value outside loses its distance to the range. Both
-ends are searched together over a grid, from the per-channel histograms, after scaling; nothing is truncated to integers. The range that is
-best for the calibration tokens is then widened by HEADROOM: tokens met later reach further, and a value that is cut
-costs far more than the slightly coarser step.
+where W_j is a column of the weight: a value inside the range loses step^2 / 12, a value outside loses its distance to
+the range. Both ends are searched together over a grid, from the per-channel histograms, after scaling; nothing is
+truncated to integers. The range that is best for the calibration tokens is then widened by HEADROOM: tokens met later
+reach further, and a value that is cut costs far more than the slightly coarser step.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.moments import InputStats, bin_centers
-from glmq.spec import INT8
+from glmq.spec import INT8, QuantType
 
 CANDIDATES: Final = 129
 """Candidate ends on each side, from the extreme down to zero in equal steps."""
 STEPS: Final = INT8.qmax - INT8.qmin
-HEADROOM: Final = 1.25
+HEADROOM: Final = {QuantType.W8A8: 1.25, QuantType.W8A8S: 1.5}
+"""How much wider than best for the calibration tokens. A sparse weight's own noise hides a coarser activation step."""
 
 
 def minmax_range(stats: InputStats, scales: Tensor | None) -> tuple[float, float]:
@@ -44,13 +46,16 @@ def scaled_values(stats: InputStats, scales: Tensor | None) -> Tensor:
     return values if scales is None else values / scales[:, None]
 
 
-def histogram_range(stats: InputStats, scales: Tensor | None, column_energy: Tensor) -> tuple[float, float]:
+def histogram_range(
+    stats: InputStats, scales: Tensor | None, column_energy: Tensor, quant_type: QuantType
+) -> tuple[float, float]:
     """The range with the least expected output error, widened by HEADROOM.
 
     Args:
         stats: of the unscaled input.
         scales: float32 [K], the input of channel j is divided by scales[j]; None for ones.
         column_energy: float32 [K]: squared norm of column j of all linears that read the input, after scaling.
+        quant_type: a static one; it decides the headroom.
 
     Returns:
         low <= 0 <= high.
@@ -66,7 +71,8 @@ def histogram_range(stats: InputStats, scales: Tensor | None, column_energy: Ten
     rounding = weights.sum() * ((highs[None, :] - lows[:, None]) / STEPS).square() / 12
     loss = rounding + loss_high[None, :] + loss_low[:, None]  # [low candidate, high candidate]
     best = int(loss.argmin())
-    return HEADROOM * float(lows[best // CANDIDATES]), HEADROOM * float(highs[best % CANDIDATES])
+    headroom = HEADROOM[quant_type]
+    return headroom * float(lows[best // CANDIDATES]), headroom * float(highs[best % CANDIDATES])
 
 
 def clipped_share(stats: InputStats, scales: Tensor | None, low: float, high: float) -> float:

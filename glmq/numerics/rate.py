@@ -1,17 +1,19 @@
 """Bits against error: where the bits of a sparse checkpoint go, and the step that spends exactly that many.
 
-A sparse weight is stored as int8 but compressed by an entropy coder, so its size is its zero-order entropy, and the step is free. The loss of
-a linear is its squared output error over its squared output, expected from the curvatures. Over a whole model the sum of the losses at
-a given total of bits is least where all linears have the same slope, -d loss / d (bits * weights) (Shoham & Gersho 1988): a
-small linear (k_proj, v_proj) buys much accuracy for few bits.
+A sparse weight is stored as int8 but compressed by an entropy coder, so its size is its zero-order entropy, and the
+step is free. The loss of a linear is its squared output error over its squared output, expected from the curvatures.
+Over a whole model the sum of the losses at a given total of bits is least where all linears have the same slope, -d
+loss / d (bits * weights) (Shoham & Gersho 1988): a small linear (k_proj, v_proj) buys much accuracy for few bits.
 
 Within a linear, two facts, both derived for rounding noise step^2 / 12 and a coder that sees one histogram per linear:
-- Rows. With log-spreads of variance v over rows, steps that follow the spread lose v nats to the arithmetic-geometric mean, equal steps lose v
-  nats to the mixed histogram; steps that follow its square root lose half of it, which is the least.
+- Rows. With log-spreads of variance v over rows, steps that follow the spread lose v nats to the inequality of the
+  arithmetic and the geometric mean, equal steps lose v nats to the mixed histogram (Gaussian rows, to second order).
+  Steps that follow the square root of the spread lose half of that, which is the least.
 - Columns. See smooth.py.
 
-Rounding that also weighs code lengths (zero preferred where it is cheap) was measured and left out: at equal entropy it gains less
-than 0.3 % of the error above 2 bits and 2 % at 1.5 bits, as theory says of entropy-coded scalar quantization.
+Rounding that also weighs code lengths (zero preferred where it is cheap) was measured and left out: at equal entropy it
+gains less than 0.3 % of the error above 2 bits and 2 % at 1.5 bits, as theory says of entropy-coded scalar
+quantization.
 """
 
 from __future__ import annotations
@@ -95,16 +97,16 @@ def rate_curve(name: str, weight: Tensor, curvature: Tensor, signal: float, rule
 
 
 def mean_rule_bits(curves: Sequence[RateCurve]) -> float:
-    """Mean bits per weight that the flags' rule spends over all these linears: the budget where no other target is given."""
+    """Mean bits per weight that the flags' rule spends on these linears: the budget where no target is given."""
     return sum(c.rule_bits * c.weights for c in curves) / sum(c.weights for c in curves)
 
 
 def solve_bits(curves: Sequence[RateCurve], target_bits: float) -> list[float]:
-    """Bits per weight of each linear so that the mean over all weights is the target and the sum of the losses is least.
+    """Bits per weight of each linear, so that the mean over all weights is the target and the sum of losses is least.
 
-    Curves are read as straight lines of log(loss) over bits between their points; the common slope is found by bisection. No
-    linear goes further than FEWER_BITS below or MORE_BITS above the target: the loss of a linear whose output is
-    dominated by a few huge tokens looks small, and starving it on that evidence fails on other text.
+    Curves are read as straight lines of log(loss) over bits between their points; the common slope is found by
+    bisection. No linear goes further than FEWER_BITS below or MORE_BITS above the target: the loss of a linear whose
+    output is dominated by a few huge tokens looks small, and starving it on that evidence fails on other text.
 
     Args:
         curves: one per linear.
@@ -122,7 +124,8 @@ def solve_bits(curves: Sequence[RateCurve], target_bits: float) -> list[float]:
     least = float((share * bits.amin(1, keepdim=True)).sum())
     if not least <= target_bits <= INT8_BITS:
         raise UsageError(
-            f"a mean of {target_bits:.3f} bits per weight was asked for, but these linears can have {least:.3f} to {INT8_BITS}"
+            f"a mean of {target_bits:.3f} bits per weight was asked for, "
+            f"but these linears can have {least:.3f} to {INT8_BITS}"
         )
 
     def choose(log_slope: float) -> Tensor:
@@ -138,34 +141,56 @@ def solve_bits(curves: Sequence[RateCurve], target_bits: float) -> list[float]:
     return [float(b) for b in choose(high)]
 
 
-def solve_log_step(entropy_at: Callable[[float], float], target_bits: float, start: float) -> float:
-    """The log2 step at which a falling entropy is within TOLERANCE_BITS below the target.
+def solve_log_steps(
+    entropies_at: Callable[[Sequence[float]], Sequence[float]], target_bits: Sequence[float], starts: Sequence[float]
+) -> list[float]:
+    """The log2 steps at which several falling entropies are within TOLERANCE_BITS below their targets.
 
-    Secant with slope -1 (one bit per doubling of the step), kept inside a bracket by bisection.
+    Secant with slope -1 (one bit per doubling of the step), kept inside a bracket by bisection. All are tried in
+    lockstep, so that one call rounds all linears of a group.
 
     Args:
-        entropy_at: entropy in bits of the integers at a log2 step; falling up to sampling noise.
-        target_bits: not to be exceeded.
-        start: first guess.
+        entropies_at: entropy in bits of each linear's integers at its log2 step; falling up to sampling noise.
+        target_bits: not to be exceeded, one per linear.
+        starts: first guesses, one per linear.
 
     Returns:
-        The smallest tried log2 step whose entropy does not exceed the target; 12 tries.
+        The smallest tried log2 steps whose entropies do not exceed the targets; at most 12 tries.
     """
-    below: float | None = None
-    above: float | None = None
-    log_step = start
+    searches = [_Search(start) for start in starts]
     for _ in range(12):
-        excess = entropy_at(log_step) - target_bits
+        entropies = entropies_at([search.log_step for search in searches])
+        for search, entropy, target in zip(searches, entropies, target_bits, strict=True):
+            search.learn(entropy - target)
+        if all(search.is_done for search in searches):
+            break
+    return [search.log_step if search.below is None else search.below for search in searches]
+
+
+class _Search:
+    """One bracketed secant search of solve_log_steps."""
+
+    def __init__(self, start: float) -> None:
+        self.log_step = start
+        self.below: float | None = None
+        """The smallest step whose entropy was not above the target."""
+        self._above: float | None = None
+        self.is_done = False
+
+    def learn(self, excess: float) -> None:
+        """Take the entropy at `log_step`, less its target, and move on."""
+        if self.is_done:
+            return
         if excess <= 0:
-            below = log_step if below is None else min(below, log_step)
-            if excess >= -TOLERANCE_BITS:
-                break
+            self.below = self.log_step if self.below is None else min(self.below, self.log_step)
+            self.is_done = excess >= -TOLERANCE_BITS
+            if self.is_done:
+                return
         else:
-            above = log_step if above is None else max(above, log_step)
-        log_step += excess + TOLERANCE_BITS / 2
-        if below is not None and above is not None and not above < log_step < below:
-            log_step = (above + below) / 2
-    return log_step if below is None else below
+            self._above = self.log_step if self._above is None else max(self._above, self.log_step)
+        self.log_step += excess + TOLERANCE_BITS / 2
+        if self.below is not None and self._above is not None and not self._above < self.log_step < self.below:
+            self.log_step = (self._above + self.below) / 2
 
 
 def _window(curve: RateCurve, target_bits: float) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,22 @@
-"""Column scales that move outlier channels from the activations into the weights, and their exact fold into the norm in front.
+"""Column scales that move outlier channels from the inputs into the weights, and their exact fold into the norm.
 
     y = W x = (W * s) (x / s);   the norm's weight absorbs 1 / s, the weight's columns absorb s.
 
-The scale part of Outlier Suppression+ (Wei et al. 2023, arXiv 2304.09145) and SmoothQuant (Xiao et al. 2022, arXiv 2211.10438) choose s_j
-from ranges so that int8 activations come out well. Here the weights have fewer bits than the activations, so both kinds of noise count.
-With v_j the variance of x_j that a rounding error in column j meets, and u_j^2 the mean square of column j of the weights:
+The scale part of Outlier Suppression+ (Wei et al. 2023, arXiv 2304.09145) and SmoothQuant (Xiao et al. 2022, arXiv
+2211.10438) choose s_j from ranges so that int8 activations come out well. Here the weights have fewer bits than the
+activations, so both kinds of noise count. With v_j the variance of x_j that a rounding error in column j meets, and
+u_j^2 the mean square of column j of the weights:
 
-    weights      step^2 sum_j v_j / s_j^2,   step^2 ~ sum_j s_j^2 u_j^2 (a step follows the largest or the typical scaled weight)
-    activations  step^2 sum_j s_j^2 u_j^2,   step^2 ~ max_j x_j^2 / s_j^2 (the step follows the largest scaled input)
+    weights      step^2 sum_j v_j / s_j^2,     step^2 ~ sum_j s_j^2 u_j^2   (the step follows the scaled weights)
+    activations  step^2 sum_j s_j^2 u_j^2,     step^2 ~ max_j x_j^2 / s_j^2 (the step follows the largest scaled input)
 
-Both are products of the same two sums as long as peaks are alike, and by Cauchy-Schwarz the product is least at
-s_j = sqrt(sqrt(v_j) / u_j). A coder that sees one histogram asks for the same scales: with log-spreads a_j of the inputs and b_j of the columns, noise
-grows by var(a_j - t_j) and entropy by var(b_j + t_j) nats, together least at t_j = (a_j - b_j) / 2. Under
-error-compensated rounding v_j is the curvature of column j (hessian.py), else E[x_j^2].
+Both are products of the same two sums as long as peaks are alike, and by Cauchy-Schwarz the product is least at s_j =
+sqrt(sqrt(v_j) / u_j). A coder that sees one histogram asks for the same scales: with log-spreads a_j of the inputs and
+b_j of the columns, noise grows by var(a_j - t_j) and entropy by var(b_j + t_j) nats, together least at t_j = (a_j -
+b_j) / 2. Under error-compensated rounding v_j is the curvature of column j (hessian.py), else E[x_j^2].
 
-Where a few tokens have peaks far above the rest, activations need scales that look at the peaks; the search tries them, and takes
-them only for a clear gain, since peaks of few calibration tokens are poor guides to other tokens' peaks.
+Where a few tokens have peaks far above the rest, activations need scales that look at the peaks; the search tries them,
+and takes them only for a clear gain, since peaks of few calibration tokens are poor guides to other tokens' peaks.
 """
 
 from __future__ import annotations
@@ -87,8 +88,9 @@ def choose_scales(
 def fold_scales(norm_weight: Tensor, scales: Tensor, dtype: FloatDtype) -> tuple[Tensor, Tensor]:
     """Divide a norm's weight by `scales` as far as its storage dtype allows, and say what was really divided by.
 
-    The stored weight is chosen first, new = round_to_dtype(norm / s), then the effective scale norm / new is what the columns
-    must be multiplied with, so that norm and columns compose to the original function whatever the rounding did.
+    The stored weight is chosen first, new = round_to_dtype(norm / s), then the effective scale norm / new is what the
+    columns must be multiplied with, so that norm and columns compose to the original function whatever the rounding
+    did.
 
     Args:
         norm_weight: [K], the float norm's weight, any float dtype.
@@ -97,7 +99,8 @@ def fold_scales(norm_weight: Tensor, scales: Tensor, dtype: FloatDtype) -> tuple
 
     Returns:
         The new norm weight [K] in the storage dtype, and the effective scales, float32 [K], positive. A channel whose
-        norm weight is zero keeps scale 1: its input is always zero. Results outside the dtype's normal range are moved to its edge.
+        norm weight is zero keeps scale 1: its input is always zero. Results outside the dtype's normal range are moved
+            to its edge.
     """
     half = TORCH_DTYPE[dtype]
     limits = torch.finfo(half)

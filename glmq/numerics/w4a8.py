@@ -2,8 +2,8 @@
 
     w ~= q4 * second[n, k // group_size] * step[n],   q4 in -8..7, second a whole number from 1 to 17
 
-The first stage is an int8 grid with 119 = 7 * 17 steps to the row's maximum; the second multiplies groups of it, so that
-q4 * second stays an int8 value.
+The first stage is an int8 grid with 119 = 7 * 17 steps to the row's maximum; the second multiplies groups of it, so
+that q4 * second stays an int8 value.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def quantize_two_stage(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor,
 def fit_second_stage(weight: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Steps of both stages with the least weighted rounding error.
 
-    The first stage is the row's maximum / 119; the second-stage scale of each group is the whole number among those from
-    the one that just reaches the group's maximum down to its half that loses least, clamping included.
+    The first stage is the row's maximum / 119; the second-stage scale of each group is the whole number among those
+    from the one that just reaches the group's maximum down to its half that loses least, clamping included.
 
     Args:
         weight: float32 [N, K], K a multiple of group_size.

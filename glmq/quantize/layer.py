@@ -1,4 +1,4 @@
-"""One norm group: linears that read the same input. Smooth, choose the range, round the weights, fold the biases, report.
+"""One norm group, the linears that read the same input: smooth, choose the range, round, fold the biases, report.
 
 Pure on tensors: the same inputs give the same bits.
 """
@@ -21,7 +21,7 @@ from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import CURVE_ROWS, RateCurve, even_rows, mean_rule_bits, rate_curve, solve_bits
 from glmq.numerics.smooth import choose_scales, fold_scales
 from glmq.numerics.w4a8 import expand_steps
-from glmq.quantize.methods import METHODS, Integers, WeightJob
+from glmq.quantize.methods import METHODS, Integers, WeightJob, spend_bits
 from glmq.records import ActivationQParams, LinearReport, QuantizedLinear
 from glmq.spec import INT4, INT8, ActRange, FloatDtype, Method, QuantType, Smoothing, WeightScheme
 
@@ -77,10 +77,11 @@ def quantize_group(
         linears: one or more, all [N_i, K].
         stats: calibration statistics of their input, [K].
         scheme: how.
-        norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None (o_proj, down_proj) means no smoothing.
+        norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None (o_proj, down_proj): no smoothing.
         dtype: of the checkpoint to be written.
-        bits: entropy that each linear may have, bits per weight, from `solve_bits` over the whole model; sparse types only. None: plain
-            and reference methods follow the scheme's step rule, the compensated one divides what the rule spends on this group.
+        bits: entropy that each linear may have, bits per weight, from `solve_bits` over the whole model; sparse types
+            only. None: plain and reference methods follow the scheme's step rule, the compensated one divides what the
+            rule spends on this group.
 
     Raises:
         StatisticsError: a second moment that is not positive definite.
@@ -91,11 +92,14 @@ def quantize_group(
         curves = _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
         bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
-    for index, linear in enumerate(linears):
-        weight = linear.weight if group.scales is None else linear.weight * group.scales
-        method = Method.PLAIN if group.factor is None else scheme.weight.method
-        wanted = None if bits is None else bits[index]
-        integers = METHODS[method](WeightJob(weight, scheme.weight, dtype, group.factor, wanted))
+    method = Method.PLAIN if scheme.weight.method is Method.COMPENSATED and group.factor is None else scheme.weight.method
+    weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
+    if bits is None:
+        jobs = [WeightJob(weight, scheme.weight, dtype, group.factor) for weight in weights]
+        rounded = [METHODS[method](job) for job in jobs]
+    else:
+        rounded = spend_bits(weights, bits, group.factor)
+    for linear, weight, integers in zip(linears, weights, rounded, strict=True):
         result = _assemble(linear, weight, integers, stats, scheme, group)
         quantized.append(result)
         seconds, started = time.perf_counter() - started, time.perf_counter()
@@ -111,9 +115,9 @@ def rate_curves(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
 ) -> list[RateCurve]:
-    """What each linear of a group loses at how many bits, and how many the flags' rule would spend: the first pass over a sparse model.
+    """What each linear of a group loses at how many bits, and how many bits the flags' rule would spend.
 
-    Arguments as for `quantize_group`. Give the curves of all groups to `solve_bits`.
+    The first pass over a sparse model: give the curves of all groups to `solve_bits`. Arguments as for `quantize_group`.
     """
     group = _prepare(linears, stats, scheme, norm_weight, dtype)
     return _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
@@ -144,12 +148,13 @@ def _prepare(
     if norm_weight is not None and scheme.smoothing is Smoothing.NONE:
         norm_weight = norm_weight.to(affine.TORCH_DTYPE[dtype])
     elif norm_weight is not None:
-        variance = meeting_variance(stats, compensated=compensated)
+        eight_bits = scheme.weight.quant_type in (QuantType.W8A8, QuantType.W8A8_DYNAMIC)
+        variance = meeting_variance(stats, compensated=compensated and not eight_bits)
         choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
         norm_weight, scales = fold_scales(norm_weight, choice.scales, dtype)
         label = f"{choice.label}, {float(scales.min()):.2g} to {float(scales.max()):.2g}"
     static = scheme.weight.quant_type.is_static
-    activation = _activation(weights, stats, scheme.act_range, scales, dtype) if static else None
+    activation = _activation(weights, stats, scheme, scales, dtype) if static else None
     moment = shrunk_moment(stats, scales) if compensated else None
     return _Group(norm_weight, scales, label, activation, None if moment is None else factor(moment))
 
@@ -172,16 +177,17 @@ def _curves(
 
 
 def _activation(
-    weights: Sequence[Tensor], stats: InputStats, kind: ActRange, scales: Tensor | None, dtype: FloatDtype
+    weights: Sequence[Tensor], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, dtype: FloatDtype
 ) -> ActivationQParams:
     """The one activation scale and offset that all linears of the group share."""
     extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
-    if kind is ActRange.MINMAX:
+    if scheme.act_range is ActRange.MINMAX:
         return extremes
     energy = torch.stack([lowbit.column_energy(w) for w in weights]).sum(0)
     scaled_energy = energy if scales is None else energy * scales.square()
-    optimal = affine.activation_qparams(*ranges.histogram_range(stats, scales, scaled_energy), dtype=dtype)
-    if kind is ActRange.HISTOGRAM:
+    low, high = ranges.histogram_range(stats, scales, scaled_energy, scheme.weight.quant_type)
+    optimal = affine.activation_qparams(low, high, dtype=dtype)
+    if scheme.act_range is ActRange.HISTOGRAM:
         return optimal
     sample = stats.sample if scales is None else stats.sample / scales
     return min((extremes, optimal), key=lambda params: _input_loss(sample, params, weights, scales))
@@ -220,7 +226,7 @@ def _assemble(
 
 
 def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor | None, activation: ActivationQParams) -> Integers:
-    """Widen the steps of rows whose weights are so small that the bias would leave int32; such rows are rounded anew."""
+    """Widen the steps of rows so quiet that their bias would leave int32, and round these rows anew."""
     if bias is None:
         return integers
     least = (bias.abs() / (LARGEST_BIAS * activation.scale))[:, None]

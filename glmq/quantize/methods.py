@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,9 +14,9 @@ from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.gptq import round_compensated
 from glmq.numerics.hessian import Factor
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.spec import INT4, INT8, FloatDtype, Method, QuantType, WeightScheme
+from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, QuantType, WeightScheme
 
-RATE_ROWS: Final = 1024
+RATE_ROWS: Final = 512
 """Rows, evenly spaced, on which the step for a wanted entropy is found."""
 FINAL_TRIES: Final = 3
 FP16_SPACING: Final = 2.0**-24
@@ -46,29 +46,23 @@ class WeightJob:
     """Of the checkpoint to be written."""
     factor: Factor | None
     """Of the input's second moment, after smoothing; COMPENSATED only."""
-    bits: float | None
-    """Entropy that a sparse weight may have, bits per weight; None means that the step rule decides."""
 
 
 def plain(job: WeightJob) -> Integers:
-    """Nearest integers with the rule's step, repaired so that nothing is lost; or with the step that has the wanted entropy."""
+    """Nearest integers with the rule's step, repaired so that nothing is lost."""
     if job.scheme.quant_type is QuantType.W4A8_DYNAMIC:
         return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
-    if job.bits is not None:
-        return _with_entropy(job.weight, job.bits, lambda w, step: nearest(w, step, job.scheme))
     step = _storable(lowbit.safe_steps(job.weight, job.scheme), job)
     return Integers(nearest(job.weight, step, job.scheme), step)
 
 
 def compensated(job: WeightJob) -> Integers:
-    """Error-compensated integers: with the wanted entropy where given, else on the rule's (safe) steps."""
+    """Error-compensated integers on the rule's (safe) steps."""
     factor = job.factor
     assert factor is not None
     if job.scheme.quant_type is QuantType.W4A8_DYNAMIC:
         step, second = w4a8.fit_second_stage(job.weight, factor.by_column(), job.scheme.group_size)
         return Integers(round_compensated(job.weight, step * second, factor, INT4), step, second)
-    if job.bits is not None:
-        return _with_entropy(job.weight, job.bits, lambda w, step: round_compensated(w, step, factor, INT8))
     step = _storable(lowbit.safe_steps(job.weight, job.scheme), job)
     return Integers(round_compensated(job.weight, step, factor, lowbit.grid_of(job.scheme)), step)
 
@@ -87,40 +81,70 @@ def reference(job: WeightJob) -> Integers:
 
 
 def nearest(weight: Tensor, step: Tensor, scheme: WeightScheme) -> Tensor:
-    """Nearest integers, rows in chunks. float32 [N, K], float32 [N, 1] -> int8 [N, K]."""
+    """Nearest integers of the scheme's grid. float32 [N, K], float32 [N, 1] -> int8 [N, K]."""
+    return _nearest_on(weight, step, lowbit.grid_of(scheme))
+
+
+def _nearest_on(weight: Tensor, step: Tensor, grid: IntGrid) -> Tensor:
+    """Nearest integers of a grid, rows in chunks."""
     q = torch.empty(weight.shape, dtype=torch.int8)
     for rows in lowbit.row_chunks(weight):
-        q[rows] = quantize_weight(weight[rows], step[rows], lowbit.grid_of(scheme))
+        q[rows] = quantize_weight(weight[rows], step[rows], grid)
     return q
 
 
-def _with_entropy(weight: Tensor, bits: float, round_to: Callable[[Tensor, Tensor], Tensor]) -> Integers:
-    """Balanced steps, as fine as an entropy of `bits` allows.
+def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor | None) -> list[Integers]:
+    """Sparse integers of the linears of one group: balanced steps, as fine as the wanted entropies allow.
 
-    The step is found on some of the rows, then all rows are rounded; should they need more bits than the sample did, the step is widened.
+    The steps are found on some of the rows, then all rows are rounded; a linear that needs more bits than its sample did
+    gets a wider step. The linears are rounded together: their rows do not see each other, and one pass costs less than three.
+
+    Args:
+        weights: float32 [N_i, K], after smoothing.
+        bits: entropy that each may have, bits per weight.
+        factor: of the input's second moment, after smoothing; None rounds to nearest.
     """
-    profile = rate.balanced_steps(weight)
-    sample, sample_profile = rate.even_rows(weight, RATE_ROWS), rate.even_rows(profile, RATE_ROWS)
+    profiles = [rate.balanced_steps(weight) for weight in weights]
+    samples = [rate.even_rows(weight, RATE_ROWS) for weight in weights]
+    sample_profiles = [rate.even_rows(profile, RATE_ROWS) for profile in profiles]
 
-    def entropy_at(log_step: float) -> float:
-        return entropy_bits(count_int8(round_to(sample, rate.coarse_steps(sample, sample_profile, log_step))))
+    def sample_entropies(log_steps: Sequence[float], factor: Factor | None) -> list[float]:
+        steps = [rate.coarse_steps(w, p, s) for w, p, s in zip(samples, sample_profiles, log_steps, strict=True)]
+        return [entropy_bits(count_int8(q)) for q in _round_together(samples, steps, factor)]
 
-    log_step = rate.solve_log_step(entropy_at, bits, start=2.0 - bits)
-    for _ in range(FINAL_TRIES):
-        step = rate.coarse_steps(weight, profile, log_step)
-        q = round_to(weight, step)
-        excess = entropy_bits(count_int8(q)) - bits
-        if excess <= 0:
+    log_steps = rate.solve_log_steps(lambda steps: sample_entropies(steps, None), bits, [2.0 - b for b in bits])
+    if factor is not None:  # what nearest rounding needs is a close first guess
+        log_steps = rate.solve_log_steps(lambda steps: sample_entropies(steps, factor), bits, log_steps)
+    found: dict[int, Integers] = {}
+    for last in (False,) * (FINAL_TRIES - 1) + (True,):
+        open_ones = [i for i in range(len(weights)) if i not in found]
+        steps = [rate.coarse_steps(weights[i], profiles[i], log_steps[i]) for i in open_ones]
+        rounded = _round_together([weights[i] for i in open_ones], steps, factor)
+        for i, q, step in zip(open_ones, rounded, steps, strict=True):
+            excess = entropy_bits(count_int8(q)) - bits[i]
+            if excess <= 0 or last:
+                found[i] = Integers(q, step)
+            log_steps[i] += excess + rate.TOLERANCE_BITS
+        if len(found) == len(weights):
             break
-        log_step += excess + rate.TOLERANCE_BITS
-    return Integers(q, step)
+    return [found[i] for i in range(len(weights))]
+
+
+def _round_together(weights: Sequence[Tensor], steps: Sequence[Tensor], factor: Factor | None) -> list[Tensor]:
+    """int8 [N_i, K] of each weight, in one pass over the columns."""
+    if factor is None:
+        return [_nearest_on(weight, step, INT8) for weight, step in zip(weights, steps, strict=True)]
+    if len(weights) == 1:
+        return [round_compensated(weights[0], steps[0], factor, INT8)]
+    q = round_compensated(torch.cat(list(weights)), torch.cat(list(steps)), factor, INT8)
+    return list(q.split([weight.shape[0] for weight in weights]))
 
 
 def _storable(step: Tensor, job: WeightJob) -> Tensor:
-    """Round steps to values that the checkpoint can hold: W8A8 types store them in the model dtype, the others in float32.
+    """Round steps to what the checkpoint can hold: W8A8 types store them in the model dtype, the others in float32.
 
-    A half-precision step may come out 1/512 smaller than asked for, which moves the largest weight by a quarter of a step. Where
-    float16 is coarser than that (below 2^-14), steps are rounded up.
+    A half-precision step may come out 1/512 smaller than asked for, which moves the largest weight by a quarter of a
+    step. Where float16 is coarser than that (below 2^-14), steps are rounded up.
     """
     if job.scheme.quant_type not in (QuantType.W8A8, QuantType.W8A8_DYNAMIC):
         return step

@@ -172,10 +172,9 @@ def test_the_older_form_needs_quantize_in_the_config(small: Path, small_stats: P
         folder, Target.MINDIE
     )
     edit_json(folder / "config.json", lambda found: found.pop("quantize"))
-    assert errors(folder, Target.MINDIE) == [
-        ": config.json has no quantize, so MindIE does not look for a description with a type in its name",
-        *(line for line in errors(folder, Target.MINDIE)[1:]),
-    ]
+    assert errors(folder, Target.MINDIE)[0] == (
+        ": config.json has no quantize, so MindIE does not look for a description with a type in its name"
+    )
 
 
 def test_statistics_and_portable_folders_are_no_models(small_stats: Path, tiny_seed: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -180,20 +179,6 @@ def swap_rows(linear: str, *suffixes: str) -> Damage:
             found[f"{linear}.{suffix}"] = tensor[order].contiguous()
 
     return tensors(edit)
-
-
-def describe(**changes: str | int | None) -> Damage:
-    """Set keys of the description; `...` removes one."""
-
-    def edit(found: dict[str, object]) -> None:
-        for key, value in changes.items():
-            name = key.replace("__", ".")
-            if value is ...:
-                del found[name]
-            else:
-                found[name] = value
-
-    return lambda folder: edit_json(next(iter(folder.glob("quant_model_description*.json"))), edit)
 
 
 def key(name: str, value: object) -> Damage:
@@ -498,4 +483,3 @@ def test_each_damage_is_found_and_named(
 def test_there_are_more_than_a_hundred_damages_of_every_kind() -> None:
     assert len(MUTATIONS) > 100
     assert {label for label, *_ in MUTATIONS.values()} == set(KINDS)
-    assert json.dumps(sorted(MUTATIONS)) == json.dumps(sorted(set(MUTATIONS)))

@@ -1,0 +1,153 @@
+"""The tokens that two checkpoints predict: lm_head applied a few thousand rows at a time, compared position by position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.checkpoint.ascend import decode_linear
+from glmq.checkpoint.reader import Checkpoint
+from glmq.model.glm4v import LM_HEAD
+from glmq.model.inputs import ModelInputs
+from glmq.numerics.int8_linear import run_linear
+
+HEAD_ROWS: Final = 8192
+"""Rows of lm_head that are in memory at one time."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplePredictions:
+    """The predicted tokens of one sample: of its answer, or without one, of what follows the image."""
+
+    name: str
+    positions: int
+    kl: float
+    """Mean KL(float || candidate), nats."""
+    top1: float
+    """Share of positions at which both models prefer the same token."""
+    nll_float: float | None
+    nll_candidate: float | None
+    """Mean negative log-likelihood of the answer's tokens, nats; None without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """The predicted tokens of all samples, each position weighing the same."""
+
+    positions: int
+    kl: float
+    top1: float
+    nll_float: float | None
+    nll_candidate: float | None
+    samples: tuple[SamplePredictions, ...]
+
+
+class Head:
+    """lm_head of one checkpoint, read a few rows at a time."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self._source = source
+        self._int8 = decode_linear(LM_HEAD, source) if source[f"{LM_HEAD}.weight"].dtype == "I8" else None
+
+    def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """float32 [T, stop - start] from float32 [T, width]."""
+        if self._int8 is None:
+            return x @ self._source.read_rows(f"{LM_HEAD}.weight", start, stop).float().T
+        cut = slice(start, stop)
+        whole = self._int8
+        part = replace(
+            whole,
+            weight=whole.weight[cut],
+            weight_scale=whole.weight_scale[cut],
+            bias=None if whole.bias is None else whole.bias[cut],
+            deq_scale=None if whole.deq_scale is None else whole.deq_scale[cut],
+            quant_bias=None if whole.quant_bias is None else whole.quant_bias[cut],
+            weight_scale_second=None if whole.weight_scale_second is None else whole.weight_scale_second[cut],
+        )
+        return run_linear(x, part)
+
+
+class HeadSums:
+    """Softmax sums over the vocabulary, which arrives in pieces; float64, one entry per position.
+
+    With logits a (float) and b (candidate): S = sum exp(a - m), U = sum exp(a - m) (a - b) for the running maximum m, so
+    KL = U / S - logsumexp(a) + logsumexp(b).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        count = targets.numel()
+        self.targets = targets
+        self._top = torch.full((2, count), -math.inf, dtype=torch.float64)
+        self._sum = torch.zeros(2, count, dtype=torch.float64)
+        self._difference = torch.zeros(count, dtype=torch.float64)
+        self._best = torch.zeros(2, count, dtype=torch.int64)
+        self._wanted = torch.zeros(2, count, dtype=torch.float64)
+
+    def add(self, start: int, reference: Tensor, candidate: Tensor) -> None:
+        """The logits of the tokens from `start` on, [T, rows] of each model."""
+        a, b = reference.double(), candidate.double()
+        for side, logits in enumerate((a, b)):
+            highest, where = logits.max(1)
+            self._best[side] = torch.where(highest > self._top[side], where + start, self._best[side])
+            top = torch.maximum(highest, self._top[side])
+            shrink = (self._top[side] - top).exp()
+            weights = (logits - top[:, None]).exp()
+            self._sum[side] = self._sum[side] * shrink + weights.sum(1)
+            if side == 0:
+                self._difference = self._difference * shrink + (weights * (a - b)).sum(1)
+            self._top[side] = top
+            inside = (self.targets >= start) & (self.targets < start + logits.shape[1])
+            self._wanted[side, inside] = logits[inside, self.targets[inside] - start]
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """KL, agreement (0 or 1), and negative log-likelihood of the targets in each model, of each position."""
+        partition = self._top + self._sum.log()
+        kl = self._difference / self._sum[0] - partition[0] + partition[1]
+        nll = partition - self._wanted
+        return kl, (self._best[0] == self._best[1]).double(), nll[0], nll[1]
+
+
+def scored_places(inputs: ModelInputs) -> Tensor:
+    """The positions whose prediction counts: those of the answer's tokens, or without an answer all after the image."""
+    if inputs.answer_start < inputs.tokens:
+        return torch.arange(max(inputs.answer_start, 1) - 1, inputs.tokens - 1)
+    images = (inputs.ids[0] == inputs.image_token_id).nonzero()
+    return torch.arange(int(images[-1]) if images.numel() else 0, inputs.tokens)
+
+
+def target_ids(inputs: ModelInputs, places: Tensor) -> Tensor:
+    """The answer's token that each position should predict; -1 without an answer."""
+    if inputs.answer_start == inputs.tokens:
+        return torch.full_like(places, -1)
+    return inputs.ids[0, places + 1]
+
+
+def summarize(sums: HeadSums, names: Sequence[str], counts: Sequence[int]) -> Predictions:
+    columns = sums.finish()
+
+    def means(name: str, cut: slice) -> SamplePredictions:
+        kl, top1, nll_float, nll_candidate = (column[cut] for column in columns)
+        answered = sums.targets[cut] >= 0
+        has_answer = bool(answered.any())
+        return SamplePredictions(
+            name=name,
+            positions=kl.numel(),
+            kl=float(kl.mean()),
+            top1=float(top1.mean()),
+            nll_float=float(nll_float[answered].mean()) if has_answer else None,
+            nll_candidate=float(nll_candidate[answered].mean()) if has_answer else None,
+        )
+
+    rows: list[SamplePredictions] = []
+    start = 0
+    for name, count in zip(names, counts, strict=True):
+        if count:
+            rows.append(means(name, slice(start, start + count)))
+        start += count
+    total = means("", slice(0, start))
+    return Predictions(total.positions, total.kl, total.top1, total.nll_float, total.nll_candidate, tuple(rows))

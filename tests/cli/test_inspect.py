@@ -1,0 +1,140 @@
+"""`glmq inspect` as a user runs it."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import glmq, run
+from safetensors.torch import load_file
+
+Q = "model.language_model.layers.0.self_attn.q_proj"
+
+
+def document(*args: object) -> dict:
+    return json.loads(glmq("inspect", *args, "--json").stdout)
+
+
+def test_one_checkpoint_is_described_from_its_headers(tiny_seed: Path) -> None:
+    shown = glmq("inspect", tiny_seed).stdout
+    assert f"{tiny_seed}: quantized checkpoint, W8A8S (ascendV1), float16 floats" in shown
+    assert "for: the input of `glmq compress`; as it is, MindIE on the Atlas 300I Duo" in shown
+    assert "layers.0-5" in shown
+    assert "deq_scale I64" in shown
+    assert "text linears" in shown
+
+
+def test_a_broken_checkpoint_is_described_with_what_is_wrong(tiny_seed: Path, tmp_path: Path) -> None:
+    for path in tiny_seed.iterdir():
+        if path.name not in ("config.json", "tokenizer.json"):
+            (tmp_path / path.name).symlink_to(path)
+    shown = glmq("inspect", tmp_path).stdout
+    assert f"!! error: {tmp_path}: has no config.json, so no engine can load it" in shown
+    assert "!! error: mindie: tokenizer.json is missing" in shown
+
+
+def test_json_has_every_tensor_with_sizes_that_add_up(tiny_seed: Path) -> None:
+    found = document(tiny_seed)
+    assert (found["schema"], found["quant_type"], found["form"]) == ("glmq.inspect/1", "W8A8S", "ascendV1")
+    stored = load_file(next(tiny_seed.glob("*.safetensors")))
+    assert {row["name"] for row in found["tensors"]} == set(stored)
+    assert sum(row["bytes"] for row in found["tensors"]) == found["bytes_total"]
+    assert sum(part["nbytes"] for part in found["parts"]) == found["bytes_total"]
+    (q,) = [row for row in found["tensors"] if row["name"] == f"{Q}.weight"]
+    assert (q["layer"], q["role"], q["dtype"], q["shape"]) == ("layers.0", "self_attn.q_proj", "I8", [192, 192])
+    assert "values" not in q
+    assert found["engines"]["mindie"] == []
+
+
+def test_values_are_read_when_asked_for(tiny_seed: Path) -> None:
+    found = document(tiny_seed, "--name", f"{Q}.weight", "--values")
+    (q,) = found["tensors"]
+    stored = load_file(next(tiny_seed.glob("*.safetensors")))[f"{Q}.weight"]
+    assert (q["values"]["minimum"], q["values"]["maximum"]) == (float(stored.min()), float(stored.max()))
+    assert sum(q["values"]["histogram"]) == stored.numel()
+    assert "▁" in glmq("inspect", tiny_seed, "--layer", 0, "--values").stdout
+
+
+def test_rows_are_sorted_and_limited(tiny: Path) -> None:
+    sizes = [row["bytes"] for row in document(tiny, "--sort", "bytes", "--limit", 5)["tensors"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) == 5
+
+
+def test_two_checkpoints_are_compared_worst_first(tiny: Path, tiny_seed: Path) -> None:
+    found = document(tiny, tiny_seed)
+    errors = [row["relative_l2"] for row in found["tensors"]]
+    assert found["schema"] == "glmq.compare/1"
+    assert errors == sorted(errors, reverse=True)
+    assert 0.01 < errors[0] < 0.2
+    assert found["layers"][-1]["layer"] == "total"
+    assert {change["key"] for change in found["config"]} == {"torch_dtype", "text_config.dtype"}
+    assert found["only_in_a"] == []
+    shown = glmq("inspect", tiny, tiny_seed).stdout
+    assert "Weights of B against A, worst first" in shown
+    assert "BF16 > INT8" in shown
+
+
+def test_bad_errors_are_marked_with_more_than_a_colour(
+    tiny: Path, small: Path, tiny_seed: Path, tmp_path: Path
+) -> None:
+    from helpers import edit_tensors
+
+    for path in tiny_seed.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edit_tensors(tmp_path, lambda tensors: tensors[f"{Q}.weight"].zero_())
+    shown = glmq("inspect", tiny, tmp_path, "--name", f"{Q}.weight").stdout
+    assert "!! 100.000%" in shown
+
+
+def test_identical_checkpoints_say_so(tiny: Path) -> None:
+    shown = glmq("inspect", tiny, tiny).stdout
+    assert "115 of 115 compared tensors are identical" in shown
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_csv_and_html_are_written_beside_the_table(two: bool, tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
+    folders = (tiny, tiny_seed) if two else (tiny_seed, "--values", "--layer", 0)
+    table, page = tmp_path / "rows.csv", tmp_path / "page.html"
+    result = glmq("inspect", *folders, "--csv", table, "--html", page)
+    assert f"written: {table}" in result.stderr
+    with table.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    wanted = document(*folders)["tensors"]
+    assert [row["name"] for row in rows] == [row["name"] for row in wanted]
+    assert ("relative_l2" in rows[0]) == two
+    html = page.read_text(encoding="utf-8")
+    assert html.startswith("<!doctype html>")
+    assert html.count("<svg") > 3
+    assert "http" not in html
+
+
+def test_statistics_and_compressed_folders_are_described(small_stats: Path, tiny_seed: Path, tmp_path: Path) -> None:
+    assert document(small_stats)["kind"] == "statistics"
+    glmq("compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "sc", "--codec", "portable")
+    found = document(tmp_path / "sc")
+    assert (found["kind"], found["for"]) == (
+        "portable", "no engine; `glmq compress --decompress` restores the W8A8S weights",
+    )  # fmt: skip
+
+
+def test_a_wrong_folder_and_contradicting_options_are_refused(tiny: Path, tmp_path: Path) -> None:
+    result = run("inspect", tmp_path, "--json")
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["error"]["code"] == "bad-checkpoint"
+    result = run("inspect", tiny, tiny, "--values")
+    assert result.exit_code == 2
+    assert "--values and --sort are for one checkpoint" in result.stderr
+
+
+def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
+    code = (
+        "import sys\n"
+        "from glmq.cli.app import app\n"
+        f"app(['inspect', {str(tiny_seed)!r}, '-q'], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,140 @@
+"""`glmq verify` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import edit_json, edit_tensors, glmq, run
+
+from glmq.model.tiny import TINY_CASES
+
+LAYER = "model.language_model.layers.0"
+CASES = TINY_CASES / "images.jsonl"
+
+
+@pytest.fixture
+def copy(tiny_seed: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in tiny_seed.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_good_checkpoint_passes_with_behaviour_and_captions(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = glmq("verify", tiny_seed, "--reference", tiny, "--cases", CASES, "--limit", 2, "--html", page)
+    shown = result.stdout
+    assert "passed: nothing wrong with files, integers and behaviour" in shown
+    assert "Integer linears, worst first" in shown
+    assert "images.jsonl:1: the same" in shown
+    assert f"written: {page}" in result.stderr
+    html = page.read_text(encoding="utf-8")
+    assert "Captions side by side" in html
+    assert html.count("<svg") >= 3
+
+
+def test_json_has_findings_linears_blocks_and_predictions(tiny: Path, tiny_seed: Path, pictures: Path) -> None:
+    found = json.loads(
+        glmq("verify", tiny_seed, "--reference", tiny, "--calib-images", pictures, "--limit", 1, "--json").stdout
+    )
+    assert (found["schema"], found["passed"], found["errors"]) == ("glmq.verify/1", True, 0)
+    assert len(found["linears"]) == 30
+    assert len(found["blocks"]) == 10
+    assert found["predictions"]["nll_float"] is None  # pictures alone have no answers
+    assert 0 <= found["predictions"]["kl"] < 0.1
+    assert [caption["name"] for caption in found["captions"]] == ["00.png"]
+
+
+def test_files_alone_need_no_reference(tiny_seed: Path) -> None:
+    shown = glmq("verify", tiny_seed, "--target", "mindie").stdout
+    assert "passed: nothing wrong with files and integers" in shown
+    assert "not checked: the float weights (--reference) and behaviour" in shown
+
+
+def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    (copy / "chat_template.jinja").unlink()
+    edit_tensors(copy, lambda tensors: tensors[f"{LAYER}.self_attn.o_proj.quant_bias"].add_(5))
+    result = run("verify", copy, "--reference", tiny)
+    assert result.exit_code == 3
+    assert "!! 18 tokenizer and processor files: 2 errors" in result.stdout
+    assert "!! 11 quant_bias and scales recomputed: 1 errors" in result.stdout
+    assert "!! failed: 3 errors, 0 warnings in files and integers" in result.stdout
+    found = json.loads(run("verify", copy, "--reference", tiny, "--json").stdout)
+    assert found["counts"] == {"quant_bias and scales recomputed": 1, "tokenizer and processor files": 2}
+    assert (
+        run("verify", copy, "--reference", tiny, "-q").stdout
+        == "!! failed: 3 errors, 0 warnings in files and integers\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        (("--max-kl", 0), "KL from the float model is"),
+        (("--max-error", 0.001), "away from the float linear's output, wanted at most 0.001"),
+    ],
+)
+def test_limits_decide_what_behaviour_is_right(
+    tiny: Path, tiny_seed: Path, limits: tuple[object, ...], message: str
+) -> None:
+    result = run("verify", tiny_seed, "--reference", tiny, "--cases", TINY_CASES / "texts.jsonl", "--limit", 1, *limits)
+    assert result.exit_code == 3
+    assert message in result.stdout
+
+
+def test_a_model_that_says_something_else_fails(tiny: Path, copy: Path) -> None:
+    def edit(tensors: dict) -> None:
+        for name in list(tensors):
+            if name.endswith("o_proj.weight"):
+                tensors[name].zero_()
+                tensors[name.replace("weight", "quant_bias")].zero_()
+
+    edit_tensors(copy, edit)
+    result = run("verify", copy, "--reference", tiny, "--cases", TINY_CASES / "texts.jsonl", "--limit", 1)
+    assert result.exit_code == 3
+    assert "agrees on the most likely token at" in result.stdout
+    assert "is 1 away from the float linear's output, wanted at most 0.3" in result.stdout
+
+
+def test_behaviour_that_cannot_be_measured_is_a_finding(tiny: Path, copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: tensors.__delitem__("model.language_model.norm.weight"))
+    result = run("verify", copy, "--reference", tiny, "--cases", CASES, "--limit", 1)
+    assert result.exit_code == 3
+    assert "error: cannot be measured: " in result.stdout
+    assert "has no tensor 'model.language_model.norm.weight'" in result.stdout
+
+
+def test_a_checkpoint_of_another_tool_without_its_config_is_still_run(tiny: Path, copy: Path) -> None:
+    (copy / "config.json").unlink()
+    result = run("verify", copy, "--reference", tiny, "--cases", CASES, "--limit", 1)
+    assert result.exit_code == 3
+    assert "!! 17 config.json: 1 errors" in result.stdout
+    assert "Predicted tokens, worst first" in result.stdout
+
+
+def test_engine_look_ups_are_emulated_on_request(copy: Path) -> None:
+    key = "model.visual.merger.gate_up_proj.weight"
+    edit_json(copy / "quant_model_description.json", lambda found: found.pop(key))
+    assert run("verify", copy, "--target", "mindie").exit_code == 0
+    result = run("verify", copy, "--target", "vllm-ascend")
+    assert result.exit_code == 3
+    assert f"error: {key} is not in the description, vLLM looks it up for" in result.stdout
+
+
+def test_a_portable_folder_is_compared_with_its_source(tiny_seed: Path, tmp_path: Path) -> None:
+    glmq("compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "sc", "--codec", "portable")
+    assert "passed: nothing wrong with files" in glmq("verify", tmp_path / "sc", "--reference", tiny_seed).stdout
+
+
+def test_options_that_do_not_fit_are_refused(tiny: Path, tiny_seed: Path, pictures: Path, small_stats: Path) -> None:
+    result = run("verify", tiny_seed, "--calib-images", pictures)
+    assert result.exit_code == 2
+    assert "behaviour needs an un-compressed quantized checkpoint and its float source as --reference" in result.stderr
+    result = run("verify", tiny_seed, "--reference", tiny, "--calib-images", pictures, "--cases", CASES)
+    assert result.exit_code == 2
+    assert "--calib-images and --cases: give one of them" in result.stderr
+    result = run("verify", small_stats)
+    assert result.exit_code == 4
+    assert f"{small_stats}: holds calibration statistics, no weights; give a quantized checkpoint" in result.stderr
