@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from glmq.numerics.moments import InputAccumulator, InputStats
+
 F32 = np.float32
 
 
@@ -68,7 +70,9 @@ def entropy_bits(values: list[int]) -> float:
     return -math.fsum(n / len(values) * math.log2(n / len(values)) for n in counts.values())
 
 
-def compensated(weight: Tensor, steps: Tensor, moment: Tensor, order: list[int], low: int, high: int) -> list[list[int]]:
+def compensated(
+    weight: Tensor, steps: Tensor, moment: Tensor, order: list[int], low: int, high: int
+) -> list[list[int]]:
     """Error-compensated rounding as in its first paper: after each column, the best update of all that wait, in float64.
 
     weight [N, K], steps [N, K], moment [K, K]. The update follows from minimising the quadratic form over the waiting
@@ -85,3 +89,10 @@ def compensated(weight: Tensor, steps: Tensor, moment: Tensor, order: list[int],
             update = torch.linalg.solve(h[waiting][:, waiting], h[waiting, column])
             w[:, waiting] += error[:, None] * update
     return q.tolist()
+
+
+def stats_of(x: Tensor) -> InputStats:
+    """The calibration statistics of one sample of tokens [T, K], all tokens kept."""
+    accumulator = InputAccumulator("site", x.shape[1], with_moment=True)
+    accumulator.update(x, keep_rows=x.shape[0])
+    return accumulator.finish()

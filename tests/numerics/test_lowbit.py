@@ -7,8 +7,17 @@ from torch import Tensor
 
 from glmq.errors import UsageError
 from glmq.numerics import lowbit
-from glmq.numerics.lowbit import column_energy, column_max, grid_of, kth_largest, quantize_in_storage_dtype
-from glmq.numerics.lowbit import row_energy, row_max, rule_steps, safe_steps
+from glmq.numerics.lowbit import (
+    column_energy,
+    column_max,
+    grid_of,
+    kth_largest,
+    quantize_in_storage_dtype,
+    row_energy,
+    row_max,
+    rule_steps,
+    safe_steps,
+)
 from glmq.spec import INT8, INT8_SYMMETRIC, FloatDtype, Method, QuantType, StepRule, WeightScheme
 
 SPARSE = (StepRule.SIGMA, StepRule.FRACTION, StepRule.TENSOR_FRACTION)
