@@ -3,8 +3,8 @@
 --use_sigma, --fraction and --co_sparse do not name a size; they name a rule, and the rule applied to the vendor's
 smoothed weights has an entropy. That entropy is the budget that compensated rounding may spend. The vendor scales
 channels whose half-range h_j exceeds a threshold by sqrt(h_j / max|W_j|), and searches the threshold from the standard
-deviation of the input to its maximum; which one it finds depends on its first sample, so the budget is the least
-entropy over that search range.
+deviation of the input to its maximum. Which one it finds depends on its first sample and is not known here, so the
+budget is the mean entropy over that search range, moved half the way to the least.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def rule_bits(weights: Sequence[Tensor], stats: InputStats, scheme: WeightScheme
         smoothed: whether the vendor would smooth this group (it has a norm in front, and smoothing is on).
 
     Returns:
-        One entropy per linear, all at the threshold with the least total.
+        One entropy per linear.
     """
     rows = [even_rows(w, BUDGET_ROWS) for w in weights]
     if not smoothed:
@@ -49,19 +49,15 @@ def rule_bits(weights: Sequence[Tensor], stats: InputStats, scheme: WeightScheme
     spread = (stats.square_mean.mean() - stats.mean.mean().square()).clamp_min(0).sqrt()
     loudest = torch.where(top > 0, half_range, 0.0).argsort(descending=True, stable=True)
     most = int((half_range > spread).sum())
-    best: list[float] = []
+    tried = []
     for scaled in sorted({round(most * (i / THRESHOLDS) ** 2) for i in range(THRESHOLDS + 1)}):
         scales = torch.ones_like(wanted)
         scales[loudest[:scaled]] = wanted[loudest[:scaled]]
-        bits = [_entropy(w * scales, scheme) for w in rows]
-        if not best or _total(bits, weights) < _total(best, weights):
-            best = bits
-    return best
+        tried.append([_entropy(w * scales, scheme) for w in rows])
+    least = min(tried, key=lambda bits: sum(b * w.numel() for b, w in zip(bits, weights, strict=True)))
+    mean = [sum(bits) / len(tried) for bits in zip(*tried, strict=True)]
+    return [(a + b) / 2 for a, b in zip(least, mean, strict=True)]
 
 
 def _entropy(weight: Tensor, scheme: WeightScheme) -> float:
     return entropy_bits(count_int8(quantize_weight(weight, safe_steps(weight, scheme), grid_of(scheme))))
-
-
-def _total(bits: Sequence[float], weights: Sequence[Tensor]) -> float:
-    return sum(b * w.numel() for b, w in zip(bits, weights, strict=True))

@@ -92,7 +92,9 @@ def quantize_group(
         curves = _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
         bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
-    method = Method.PLAIN if scheme.weight.method is Method.COMPENSATED and group.factor is None else scheme.weight.method
+    method = (
+        Method.PLAIN if scheme.weight.method is Method.COMPENSATED and group.factor is None else scheme.weight.method
+    )
     weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
     if bits is None:
         jobs = [WeightJob(weight, scheme.weight, dtype, group.factor) for weight in weights]

@@ -3,8 +3,8 @@
     python tests/benchmarks/make_checkpoint.py OUT --size 9b
     python tests/benchmarks/make_checkpoint.py OUT --hidden 1024 --layers 2
 
-Weights are normal numbers with lognormal row scales; norms have a few outlier channels, as large models have. Tokenizer and processor
-files are the embedded tiny model's, so prompts have real token ids and the rest of the vocabulary is never used.
+Weights are normal numbers with lognormal row scales; norms have a few outlier channels, as large models have. Tokenizer and
+processor files are the embedded tiny model's, so prompts have real token ids and the rest of the vocabulary is never used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from glmq.numerics.rate import (
     mean_rule_bits,
     rate_curve,
     solve_bits,
-    solve_log_step,
+    solve_log_steps,
 )
 
 
@@ -129,15 +130,16 @@ def test_a_curve_looks_at_evenly_spaced_rows() -> None:
     assert even_rows(weight, 10) is weight
 
 
-@given(st.floats(1.0, 6.0), st.floats(-2.0, 2.0))
+@given(st.lists(st.tuples(st.floats(1.0, 6.0), st.floats(-2.0, 2.0)), min_size=1, max_size=4))
 @settings(deadline=None)
-def test_the_step_for_an_entropy_is_found_from_below(target: float, start: float) -> None:
-    def entropy_at(log_step: float) -> float:
-        return 4.0 - 0.8 * log_step  # falls, but not by one bit for each doubling
+def test_the_steps_for_entropies_are_found_from_below(wanted: list[tuple[float, float]]) -> None:
+    def entropies_at(log_steps: Sequence[float]) -> list[float]:
+        return [4.0 - (0.8 + 0.1 * i) * s for i, s in enumerate(log_steps)]  # not one bit for each doubling
 
-    found = entropy_at(solve_log_step(entropy_at, target, start))
-    assert target - TOLERANCE_BITS <= found <= target
+    targets, starts = zip(*wanted, strict=True)
+    found = entropies_at(solve_log_steps(entropies_at, targets, starts))
+    assert all(target - TOLERANCE_BITS <= bits <= target for target, bits in zip(targets, found, strict=True))
 
 
 def test_an_entropy_that_no_step_exceeds_ends_with_the_finest_tried() -> None:
-    assert solve_log_step(lambda _: 1.0, 4.0, 0.0) < -30
+    assert solve_log_steps(lambda steps: [1.0 for _ in steps], [4.0], [0.0])[0] < -30
