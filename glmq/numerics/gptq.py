@@ -47,12 +47,13 @@ def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGri
     """
     rows, columns = weight.shape
     group_of = factor.order // (columns // step.shape[1])
+    place_of = factor.order.argsort()
     out = torch.empty(rows, columns, dtype=torch.int8)
     for start in range(0, rows, ROWS_AT_ONCE):
         cut = slice(start, min(start + ROWS_AT_ONCE, rows))
-        ordered = weight[cut].T[factor.order]  # [n, K] -> [K, n]: a column of the weight is contiguous
+        ordered = weight[cut].T.contiguous()[factor.order]  # [n, K] -> [K, n]: a column of the weight is contiguous
         steps = step[cut].T.contiguous()  # [G, n]
-        out[cut, factor.order] = _round_rows(ordered, steps, group_of.tolist(), factor.feedback, grid).T
+        out[cut] = _round_rows(ordered, steps, group_of.tolist(), factor.feedback, grid)[place_of].T
     return out
 
 

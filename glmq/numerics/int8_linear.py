@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.affine import quantize
+from glmq.numerics.lowbit import row_chunks
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT8
 
@@ -66,7 +67,8 @@ def fold_bias(q: Tensor, bias: Tensor | None, deq_scale: Tensor, offset: int) ->
     Returns:
         int32 [N]. Computed in float64, where the integer part is exact.
     """
-    folded = -float(offset) * q.sum(1, dtype=torch.int64).double()
+    sums = torch.cat([q[rows].sum(1, dtype=torch.int32) for rows in row_chunks(q)])
+    folded = -float(offset) * sums.double()
     if bias is not None:
         folded += bias.double() / deq_scale.double()
     return folded.round_().clamp_(-INT32_LIMIT - 1, INT32_LIMIT).to(torch.int32)

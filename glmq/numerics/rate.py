@@ -74,26 +74,28 @@ def coarse_steps(weight: Tensor, profile: Tensor, log_step: float) -> Tensor:
     return torch.maximum(profile * 2.0**log_step, row_max(weight) / INT8.qmax)
 
 
-def rate_curve(name: str, weight: Tensor, curvature: Tensor, signal: float, rule_bits: float) -> RateCurve:
+def rate_curve(
+    name: str, rows: Tensor, curvature: Tensor, *, weights: int, signal: float, rule_bits: float
+) -> RateCurve:
     """Entropy and expected loss of nearest rounding over a range of steps.
 
     Args:
         name: of the linear.
-        weight: float32 [N, K], after smoothing.
+        rows: float32 [n, K], after smoothing: some rows, to stand for all.
         curvature: float32 [K]: cost of a squared unit of error in column k.
+        weights: of the whole linear.
         signal: mean over rows of the squared output, E[(w x)^2].
         rule_bits: what the flags' rule would spend.
     """
-    sample = even_rows(weight, CURVE_ROWS)
-    profile = even_rows(balanced_steps(weight), CURVE_ROWS)
+    profile = balanced_steps(rows)
     bits, loss = [], []
     for log_step in CURVE_LOG_STEPS:
-        step = coarse_steps(sample, profile, log_step)
-        rounded = (sample / step).round_()
+        step = coarse_steps(rows, profile, log_step)
+        rounded = (rows / step).round_()
         bits.append(entropy_bits(count_int8(rounded.to(torch.int8))))
-        noise = rounded.mul_(step).sub_(sample).square_().mean(0) @ curvature
+        noise = rounded.mul_(step).sub_(rows).square_().mean(0) @ curvature
         loss.append(float(noise) / max(signal, torch.finfo(torch.float32).tiny))
-    return RateCurve(name, weight.numel(), tuple(bits), tuple(loss), rule_bits)
+    return RateCurve(name, weights, tuple(bits), tuple(loss), rule_bits)
 
 
 def mean_rule_bits(curves: Sequence[RateCurve]) -> float:

@@ -166,15 +166,17 @@ def _curves(
 ) -> list[RateCurve]:
     smoothed = smoothed and scheme.smoothing is not Smoothing.NONE
     budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=smoothed)
-    ones = torch.ones(stats.width)
-    scales = ones if group.scales is None else group.scales
+    scales = torch.ones(stats.width) if group.scales is None else group.scales
     cost = stats.square_mean / scales.square() if group.factor is None else group.factor.by_column()
+    moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment
     curves = []
     for linear, budget in zip(linears, budgets, strict=True):
         rows = even_rows(linear.weight, CURVE_ROWS)
-        moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment
         signal = float(((rows @ moment) * rows).sum(1).mean())
-        curves.append(rate_curve(linear.name, linear.weight * scales, cost, signal, budget))
+        curve = rate_curve(
+            linear.name, rows * scales, cost, weights=linear.weight.numel(), signal=signal, rule_bits=budget
+        )
+        curves.append(curve)
     return curves
 
 
@@ -274,7 +276,11 @@ def _report(
             (weight[rows] > (grid.qmax + 0.5) * step).sum() + (weight[rows] < (grid.qmin - 0.5) * step).sum()
         )
     sample = stats.sample if group.scales is None else stats.sample / group.scales
-    low, high = (0.0, 0.0) if result.activation is None else affine.covered_range(result.activation)
+    low = high = clipped = 0.0
+    if result.activation is not None:
+        low, high = affine.covered_range(result.activation)
+        reach = result.activation.scale / 2  # a value half a step outside still rounds to the last integer
+        clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach)
     y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
     output_error = metrics.relative_l2(run_linear(sample, result), y)
     return LinearReport(
@@ -294,7 +300,7 @@ def _report(
         sqnr_db=metrics.sqnr_db(output_error),
         input_low=low,
         input_high=high,
-        clipped_share=0.0 if result.activation is None else ranges.clipped_share(stats, group.scales, low, high),
+        clipped_share=clipped,
         smoothing=group.label,
         seconds=seconds,
     )

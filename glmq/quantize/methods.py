@@ -18,6 +18,8 @@ from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, QuantType, Weight
 
 RATE_ROWS: Final = 512
 """Rows, evenly spaced, on which the step for a wanted entropy is found."""
+SAMPLE_MARGIN: Final = 0.01
+"""Bits left unspent on the sample, so that all rows seldom need more than was found there: a second pass costs far more."""
 FINAL_TRIES: Final = 3
 FP16_SPACING: Final = 2.0**-24
 """Of float16 numbers below 2^-14."""
@@ -112,9 +114,10 @@ def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor 
         steps = [rate.coarse_steps(w, p, s) for w, p, s in zip(samples, sample_profiles, log_steps, strict=True)]
         return [entropy_bits(count_int8(q)) for q in _round_together(samples, steps, factor)]
 
-    log_steps = rate.solve_log_steps(lambda steps: sample_entropies(steps, None), bits, [2.0 - b for b in bits])
+    wanted = [b - (SAMPLE_MARGIN if w.shape[0] > RATE_ROWS else 0.0) for w, b in zip(weights, bits, strict=True)]
+    log_steps = rate.solve_log_steps(lambda steps: sample_entropies(steps, None), wanted, [2.0 - b for b in bits])
     if factor is not None:  # what nearest rounding needs is a close first guess
-        log_steps = rate.solve_log_steps(lambda steps: sample_entropies(steps, factor), bits, log_steps)
+        log_steps = rate.solve_log_steps(lambda steps: sample_entropies(steps, factor), wanted, log_steps)
     found: dict[int, Integers] = {}
     for last in (False,) * (FINAL_TRIES - 1) + (True,):
         open_ones = [i for i in range(len(weights)) if i not in found]

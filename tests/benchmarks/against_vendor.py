@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from dataclasses import asdict
@@ -49,7 +50,10 @@ def main() -> None:
         print(f"{label:10}{m.wall_s:10.1f}{m.cpu_s:10.1f}{m.peak_mib:10.0f}")
     wall, cpu, peak = vendor.wall_s / ours.wall_s, vendor.cpu_s / ours.cpu_s, vendor.peak_mib / ours.peak_mib
     print(f"{'ratio':10}{wall:10.1f}{cpu:10.1f}{peak:10.2f}")
-    print(f"vendor stages: {vendor.last_line}")
+    stages = json.loads(vendor.output.splitlines()[-1])["seconds"]
+    own = [float(s) for s in re.findall(r"^(?:calibrate|quantize): ([\d.]+) s, peak", ours.output, re.MULTILINE)]
+    total = sum(stages.values())
+    print(f"stages: vendor {stages}, {total:.1f} s; glmq calibrate and quantize {own}; ratio {total / sum(own):.1f}")
     if a.json:
         a.json.write_text(json.dumps({"vendor": asdict(vendor), "glmq": asdict(ours)}, indent=1) + "\n")
 

@@ -19,7 +19,8 @@ class Measured:
     wall_s: float
     cpu_s: float
     peak_mib: float
-    last_line: str
+    output: str
+    """What it printed, stdout and stderr together."""
 
 
 def measure(command: list[str], folder: Path) -> Measured:
@@ -33,4 +34,4 @@ def measure(command: list[str], folder: Path) -> Measured:
         text = out.read().decode(errors="replace")
     if status:
         raise SystemExit(f"{command[0]} failed:\n{text[-3000:]}")
-    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text.strip().splitlines()[-1])
+    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text.strip())

@@ -112,8 +112,8 @@ def test_no_weight_lies_beyond_127_steps() -> None:
 
 def test_a_curve_measures_nearest_rounding_under_the_curvature() -> None:
     weight, curvature = normals(8, 50), torch.linspace(1, 3, 50)
-    curve = rate_curve("q", weight, curvature, 2.0, 3.5)
-    assert (curve.name, curve.weights, curve.rule_bits) == ("q", 400, 3.5)
+    curve = rate_curve("q", weight, curvature, weights=4000, signal=2.0, rule_bits=3.5)
+    assert (curve.name, curve.weights, curve.rule_bits) == ("q", 4000, 3.5)
     assert list(curve.bits) == sorted(curve.bits, reverse=True)
     assert list(curve.loss) == sorted(curve.loss)
     step = coarse_steps(weight, balanced_steps(weight), -2.0)
