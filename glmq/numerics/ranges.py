@@ -7,7 +7,7 @@ output,
 
 where W_j is a column of the weight: a value inside the range loses step^2 / 12, a value outside loses its distance to
 the range. Both ends are searched together over a grid, from the per-channel histograms, after scaling; nothing is
-truncated to integers. The range that is best for the calibration tokens is then widened by HEADROOM: tokens met later
+truncated to integers. What is best for the calibration tokens should then be widened by HEADROOM: tokens met later
 reach further, and a value that is cut costs far more than the slightly coarser step.
 """
 
@@ -46,16 +46,13 @@ def scaled_values(stats: InputStats, scales: Tensor | None) -> Tensor:
     return values if scales is None else values / scales[:, None]
 
 
-def histogram_range(
-    stats: InputStats, scales: Tensor | None, column_energy: Tensor, quant_type: QuantType
-) -> tuple[float, float]:
-    """The range with the least expected output error, widened by HEADROOM.
+def histogram_range(stats: InputStats, scales: Tensor | None, column_energy: Tensor) -> tuple[float, float]:
+    """The range with the least expected output error over the calibration tokens.
 
     Args:
         stats: of the unscaled input.
         scales: float32 [K], the input of channel j is divided by scales[j]; None for ones.
         column_energy: float32 [K]: squared norm of column j of all linears that read the input, after scaling.
-        quant_type: a static one; it decides the headroom.
 
     Returns:
         low <= 0 <= high.
@@ -71,8 +68,7 @@ def histogram_range(
     rounding = weights.sum() * ((highs[None, :] - lows[:, None]) / STEPS).square() / 12
     loss = rounding + loss_high[None, :] + loss_low[:, None]  # [low candidate, high candidate]
     best = int(loss.argmin())
-    headroom = HEADROOM[quant_type]
-    return headroom * float(lows[best // CANDIDATES]), headroom * float(highs[best % CANDIDATES])
+    return float(lows[best // CANDIDATES]), float(highs[best % CANDIDATES])
 
 
 def clipped_share(stats: InputStats, scales: Tensor | None, low: float, high: float) -> float:

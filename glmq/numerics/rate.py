@@ -38,6 +38,8 @@ TOLERANCE_BITS: Final = 0.002
 FEWER_BITS: Final = 1.0
 MORE_BITS: Final = 2.0
 INT8_BITS: Final = 8
+GRID: Final = 4096
+"""Points of a window: fine enough that rounding to them leaves less than a thousandth of a bit unspent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,15 +198,15 @@ class _Search:
 
 
 def _window(curve: RateCurve, target_bits: float) -> tuple[Tensor, Tensor]:
-    """The part of a curve around the target, at 512 equal steps of bits: float64 bits and loss."""
+    """The part of a curve around the target, at GRID equal steps of bits: float64 bits and loss."""
     points = sorted(dict(zip(curve.bits, curve.loss, strict=True)).items())
     b = torch.tensor([p[0] for p in points], dtype=torch.float64)
     log_loss = torch.tensor([p[1] for p in points], dtype=torch.float64).clamp_min(1e-30).log()
     fewest = min(max(target_bits - FEWER_BITS, points[0][0]), points[-1][0])
     most = max(min(target_bits + MORE_BITS, points[-1][0]), fewest)
-    grid = torch.linspace(fewest, most, 512, dtype=torch.float64)
+    grid = torch.linspace(fewest, most, GRID, dtype=torch.float64)
     if len(points) == 1:  # all weights equal: one entropy whatever the step
-        return grid, log_loss.exp().expand(512)
+        return grid, log_loss.exp().expand(GRID)
     right = torch.searchsorted(b, grid).clamp(1, len(b) - 1)
     t = (grid - b[right - 1]) / (b[right] - b[right - 1])
     return grid, torch.lerp(log_loss[right - 1], log_loss[right], t).exp()

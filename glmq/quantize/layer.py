@@ -89,7 +89,8 @@ def quantize_group(
     started = time.perf_counter()
     group = _prepare(linears, stats, scheme, norm_weight, dtype)
     if bits is None and scheme.weight.quant_type is QuantType.W8A8S and scheme.weight.method is Method.COMPENSATED:
-        curves = _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
+        cost = stats.square_mean / _square(group.scales) if group.factor is None else group.factor.by_column()
+        curves = _curves(linears, stats, scheme, group.scales, cost)
         bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
     method = (
@@ -120,9 +121,24 @@ def rate_curves(
     """What each linear of a group loses at how many bits, and how many bits the flags' rule would spend.
 
     The first pass over a sparse model: give the curves of all groups to `solve_bits`. Arguments as for `quantize_group`.
+    The cost of errors is the one before scaling, scaled: it saves the factorization that rounding needs.
     """
-    group = _prepare(linears, stats, scheme, norm_weight, dtype)
-    return _curves(linears, stats, scheme, group, smoothed=norm_weight is not None)
+    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype)
+    variance = smoothed.variance
+    if variance is None:
+        variance = meeting_variance(stats, compensated=scheme.weight.method is Method.COMPENSATED)
+    return _curves(linears, stats, scheme, smoothed.scales, variance / _square(smoothed.scales))
+
+
+@dataclass(frozen=True, slots=True)
+class _Smoothed:
+    """A group's channel scales, folded into its norm."""
+
+    norm_weight: Tensor | None
+    scales: Tensor | None
+    label: str
+    variance: Tensor | None
+    """float32 [K]: what the scales were chosen by; None where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,38 +160,54 @@ def _prepare(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
 ) -> _Group:
-    weights = [linear.weight for linear in linears]
-    compensated = scheme.weight.method is Method.COMPENSATED
-    scales, label = None, "none"
-    if norm_weight is not None and scheme.smoothing is Smoothing.NONE:
-        norm_weight = norm_weight.to(affine.TORCH_DTYPE[dtype])
-    elif norm_weight is not None:
-        eight_bits = scheme.weight.quant_type in (QuantType.W8A8, QuantType.W8A8_DYNAMIC)
-        variance = meeting_variance(stats, compensated=compensated and not eight_bits)
-        choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
-        norm_weight, scales = fold_scales(norm_weight, choice.scales, dtype)
-        label = f"{choice.label}, {float(scales.min()):.2g} to {float(scales.max()):.2g}"
+    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype)
+    scales = smoothed.scales
     static = scheme.weight.quant_type.is_static
-    activation = _activation(weights, stats, scheme, scales, dtype) if static else None
-    moment = shrunk_moment(stats, scales) if compensated else None
-    return _Group(norm_weight, scales, label, activation, None if moment is None else factor(moment))
+    activation = _activation([linear.weight for linear in linears], stats, scheme, scales, dtype) if static else None
+    moment = shrunk_moment(stats, scales) if scheme.weight.method is Method.COMPENSATED else None
+    found = None if moment is None else factor(moment)
+    return _Group(smoothed.norm_weight, scales, smoothed.label, activation, found)
+
+
+def _smooth(
+    linears: Sequence[FloatLinear],
+    stats: InputStats,
+    scheme: GroupScheme,
+    norm_weight: Tensor | None,
+    dtype: FloatDtype,
+) -> _Smoothed:
+    """Choose the channel scales and fold them into the norm, if there is one and smoothing is on."""
+    if norm_weight is None:
+        return _Smoothed(None, None, "none", None)
+    if scheme.smoothing is Smoothing.NONE:
+        return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none", None)
+    # With 8-bit weights the noise of the activations counts as much, and that cannot be compensated.
+    few_bits = scheme.weight.quant_type in (QuantType.W8A8S, QuantType.W4A8_DYNAMIC)
+    variance = meeting_variance(stats, compensated=few_bits and scheme.weight.method is Method.COMPENSATED)
+    weights = [linear.weight for linear in linears]
+    choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
+    new_norm, scales = fold_scales(norm_weight, choice.scales, dtype)
+    label = f"{choice.label}, {float(scales.min()):.2g} to {float(scales.max()):.2g}"
+    return _Smoothed(new_norm, scales, label, variance)
+
+
+def _square(scales: Tensor | None) -> Tensor:
+    """Squared scales; one where nothing was scaled."""
+    return torch.ones(()) if scales is None else scales.square()
 
 
 def _curves(
-    linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, group: _Group, *, smoothed: bool
+    linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, cost: Tensor
 ) -> list[RateCurve]:
-    smoothed = smoothed and scheme.smoothing is not Smoothing.NONE
-    budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=smoothed)
-    scales = torch.ones(stats.width) if group.scales is None else group.scales
-    cost = stats.square_mean / scales.square() if group.factor is None else group.factor.by_column()
+    """Curves of a group's linears, with errors in column k at `cost[k]` after scaling."""
+    budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=scales is not None)
     moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment
     curves = []
     for linear, budget in zip(linears, budgets, strict=True):
         rows = even_rows(linear.weight, CURVE_ROWS)
         signal = float(((rows @ moment) * rows).sum(1).mean())
-        curve = rate_curve(
-            linear.name, rows * scales, cost, weights=linear.weight.numel(), signal=signal, rule_bits=budget
-        )
+        scaled = rows if scales is None else rows * scales
+        curve = rate_curve(linear.name, scaled, cost, weights=linear.weight.numel(), signal=signal, rule_bits=budget)
         curves.append(curve)
     return curves
 
@@ -189,12 +221,14 @@ def _activation(
         return extremes
     energy = torch.stack([lowbit.column_energy(w) for w in weights]).sum(0)
     scaled_energy = energy if scales is None else energy * scales.square()
-    low, high = ranges.histogram_range(stats, scales, scaled_energy, scheme.weight.quant_type)
-    optimal = affine.activation_qparams(low, high, dtype=dtype)
-    if scheme.act_range is ActRange.HISTOGRAM:
-        return optimal
-    sample = stats.sample if scales is None else stats.sample / scales
-    return min((extremes, optimal), key=lambda params: _input_loss(sample, params, weights, scales))
+    low, high = ranges.histogram_range(stats, scales, scaled_energy)
+    if scheme.act_range is ActRange.MIXED:
+        sample = stats.sample if scales is None else stats.sample / scales
+        optimal = affine.activation_qparams(low, high, dtype=dtype)
+        if _input_loss(sample, extremes, weights, scales) < _input_loss(sample, optimal, weights, scales):
+            return extremes
+    headroom = ranges.HEADROOM[scheme.weight.quant_type]
+    return affine.activation_qparams(headroom * low, headroom * high, dtype=dtype)
 
 
 def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:

@@ -188,11 +188,12 @@ def test_a_group_by_itself_divides_what_the_rule_spends_on_it() -> None:
     curves = rate_curves(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)
     assert [c.name for c in curves] == ["q", "k", "v"]
     assert [c.weights for c in curves] == [48 * K, 16 * K, 16 * K]
-    bits = solve_bits(curves, mean_rule_bits(curves))
-    result = quantized(SIGMA)
-    for report, wanted in zip(result.reports, bits, strict=True):
-        assert wanted - 0.02 < report.entropy_bits <= wanted
-    assert bits[1] > bits[0]  # the smaller linear buys more accuracy for its bits
+    entropies = [r.entropy_bits for r in quantized(SIGMA).reports]
+    spent = sum(b * c.weights for b, c in zip(entropies, curves, strict=True)) / sum(c.weights for c in curves)
+    assert mean_rule_bits(curves) - 0.02 < spent <= mean_rule_bits(curves)
+    # The curves use the curvature before smoothing, the group its own: what they divide differs a little.
+    assert entropies == pytest.approx(solve_bits(curves, mean_rule_bits(curves)), abs=0.1)
+    assert entropies[1] > entropies[0]  # the smaller linear buys more accuracy for its bits
 
 
 def test_no_outlier_is_lost_and_the_reference_says_what_it_cuts() -> None:
