@@ -26,7 +26,7 @@ from glmq.errors import InputError, UsageError
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
-from glmq.numerics.rate import RateCurve, solve_bits
+from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.quantize.dry_run import RunPlan, make_run_plan
 from glmq.quantize.fallback import with_fallback, worst_groups
 from glmq.quantize.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
@@ -42,6 +42,7 @@ from glmq.quantize.stream import (
     rate_checkpoint,
 )
 from glmq.records import LinearReport
+from glmq.spec import Method, QuantType
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,15 +302,21 @@ def _spread_bits(
     *,
     quiet: bool,
 ) -> dict[str, float]:
-    """Bits per weight of each sparse linear so that their mean is the recipe's target; empty without one."""
-    if recipe.target_bits is None:
+    """Bits per weight of each sparse linear, spread over the whole model for the least error.
+
+    Their mean is the recipe's target, or what the flags' rule would spend. Empty where the rule itself chooses the
+    steps: other types, and methods that do not compensate.
+    """
+    compensated = recipe.scheme.weight.method is Method.COMPENSATED
+    if recipe.quant_type is not QuantType.W8A8S or (recipe.target_bits is None and not compensated):
         return {}
     curves: list[RateCurve] = []
     with BlockProgress("rate", quiet=quiet) as progress:
         for block in rate_checkpoint(source, config, statistics, recipe, plan.groups):
             curves += block.curves
             progress.advance(block.done)
-    bits = solve_bits(curves, recipe.target_bits)
+    target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
+    bits = solve_bits(curves, target)
     return {curve.name: wanted for curve, wanted in zip(curves, bits)}
 
 

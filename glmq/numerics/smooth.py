@@ -13,7 +13,8 @@ u_j^2 the mean square of column j of the weights:
 Both are products of the same two sums as long as peaks are alike, and by Cauchy-Schwarz the product is least at s_j =
 sqrt(sqrt(v_j) / u_j). A coder that sees one histogram asks for the same scales: with log-spreads a_j of the inputs and
 b_j of the columns, noise grows by var(a_j - t_j) and entropy by var(b_j + t_j) nats, together least at t_j = (a_j -
-b_j) / 2. Under error-compensated rounding v_j is the curvature of column j (hessian.py), else E[x_j^2].
+b_j) / 2. Where errors are compensated and outweigh those of the activations (4 bits), v_j is the curvature of column j
+(hessian.py), else E[x_j^2].
 
 Where a few tokens have peaks far above the rest, activations need scales that look at the peaks; the search tries them,
 and takes them only for a clear gain, since peaks of few calibration tokens are poor guides to other tokens' peaks.

