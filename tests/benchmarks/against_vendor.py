@@ -51,9 +51,9 @@ def main() -> None:
     wall, cpu, peak = vendor.wall_s / ours.wall_s, vendor.cpu_s / ours.cpu_s, vendor.peak_mib / ours.peak_mib
     print(f"{'ratio':10}{wall:10.1f}{cpu:10.1f}{peak:10.2f}")
     stages = json.loads(vendor.output.splitlines()[-1])["seconds"]
-    own = [float(s) for s in re.findall(r"^(?:calibrate|quantize): ([\d.]+) s, peak", ours.output, re.MULTILINE)]
+    own = [float(s) for s in re.findall(r"^(?:calibrate|rate|quantize): ([\d.]+) s, peak", ours.output, re.MULTILINE)]
     total = sum(stages.values())
-    print(f"stages: vendor {stages}, {total:.1f} s; glmq calibrate and quantize {own}; ratio {total / sum(own):.1f}")
+    print(f"stages: vendor {stages}, {total:.1f} s; glmq calibrate, rate, quantize {own}; ratio {total / sum(own):.1f}")
     if a.json:
         a.json.write_text(json.dumps({"vendor": asdict(vendor), "glmq": asdict(ours)}, indent=1) + "\n")
 
