@@ -261,7 +261,7 @@ def _read_group(source: Checkpoint, group: Group) -> tuple[list[FloatLinear], Te
 
 
 class _Job:
-    """One run: what has been handled so far."""
+    """One run: what has been written so far. A source tensor that was taken is written under its own name, among others."""
 
     def __init__(
         self,
@@ -275,22 +275,21 @@ class _Job:
         self._source, self._statistics, self._recipe, self._sink = source, statistics, recipe, sink
         self._bits = bits
         self._norms = set(rms_norms(config))
-        self._handled: set[str] = set()
+        self._written: set[str] = set()
         self._fresh: list[str] = []
 
     def take_payload(self, reports: Sequence[LinearReport]) -> JsonObject:
         """What a resumed run needs of the block that was just written."""
         written, self._fresh = self._fresh, []
-        return {"written": written, "handled": sorted(self._handled), "reports": [report_row(r) for r in reports]}
+        return {"written": written, "reports": [report_row(r) for r in reports]}
 
     def restore(self, payload: JsonObject) -> list[LinearReport]:
         """Count a block of an interrupted run as done; returns its reports."""
-        written, handled, rows = payload["written"], payload["handled"], payload["reports"]
+        written, rows = payload["written"], payload["reports"]
         assert isinstance(written, list)
-        assert isinstance(handled, list)
         assert isinstance(rows, list)
         self._sink.mark_written(written)
-        self._handled |= set(handled)
+        self._written |= set(written)
         return [parse_row(row) for row in rows]
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
@@ -300,23 +299,20 @@ class _Job:
         recipe, group = self._recipe, plan.group
         result = _quantize_plan(self._source, self._statistics, recipe, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
-            self._handled |= {f"{shape.name}.weight", f"{shape.name}.bias"}
             parallel = shape.name.endswith(ROW_PARALLEL)
             self._write(
                 encode_linear(shape.name, linear, dtype=recipe.dtype, mindie=recipe.mindie, row_parallel=parallel)
             )
         if group.norm is not None and result.norm_weight is not None:
-            self._handled.add(f"{group.norm}.weight")
             self._write(encode_norm(group.norm, result.norm_weight, dtype=recipe.dtype, mindie=recipe.mindie))
         return result.reports
 
     def copy_rest(self, prefix: str) -> None:
         """Write every source tensor under `prefix` that no group has taken, cast to the stored dtype."""
         for name in self._source:
-            if name.startswith(prefix) and name not in self._handled:
+            if name.startswith(prefix) and name not in self._written:
                 base = name.rpartition(".")[0]
                 if base in self._norms:
-                    self._handled.add(name)
                     weight = self._source.read_finite(name)
                     self._write(encode_norm(base, weight, dtype=self._recipe.dtype, mindie=self._recipe.mindie))
                 else:
@@ -325,11 +321,14 @@ class _Job:
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self._sink.write(name, tensor)
-            self._fresh.append(name)
+            self._note(name)
+
+    def _note(self, name: str) -> None:
+        self._written.add(name)
+        self._fresh.append(name)
 
     def _copy(self, name: str) -> None:
-        self._handled.add(name)
-        self._fresh.append(name)
+        self._note(name)
         info = self._source[name]
         if not info.shape or 0 in info.shape:
             self._sink.write(name, self._cast(name, self._source.read_finite(name)))
