@@ -218,7 +218,7 @@ def rate_checkpoint(
     recipe: Recipe,
     groups: Mapping[str, GroupPlan],
 ) -> Iterator[RatedBlock]:
-    """Measure what each sparse linear loses at how many bits: the first pass of a run with a target size."""
+    """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
     blocks = [b for b in all_blocks(config) if any(groups[g.site].quant_type is QuantType.W8A8S for g in b.groups)]
     for index, block in enumerate(blocks):
         started = time.perf_counter()
