@@ -54,6 +54,15 @@ def default_images() -> Path:
     return installed if installed.is_dir() else package.parent / "calibImages"
 
 
+def builtin_texts() -> tuple[Sample, ...]:
+    """The short conversations that come with glmq, without images.
+
+    Most tokens of a thinking model are text that no picture contains, and ranges and second moments that have never
+    seen any are poor guides to it: lists, tables, code, mathematics and reasoning, in English and Chinese.
+    """
+    return read_samples(Path(__file__).with_name("texts.jsonl"), limit=None).samples
+
+
 def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | None) -> SampleSet:
     """One sample per image of the folder, sorted by name, each with the same prompt.
 

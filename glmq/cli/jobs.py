@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from glmq import __version__
-from glmq.calibrate.samples import WANTED_IMAGES, Sample, default_images, digest, list_images, read_samples
+from glmq.calibrate.samples import WANTED_IMAGES, Sample, builtin_texts, default_images, digest, list_images, read_samples
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter, expected_bytes
 from glmq.calibrate.stream import calibrate_checkpoint
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted
@@ -51,6 +51,8 @@ class CalibrationOptions:
 
     images: Path | None = None
     samples_file: Path | None = None
+    texts: bool = True
+    """Add the texts that come with glmq."""
     prompt: str = DEFAULT_PROMPT
     limit: int | None = None
     max_pixels: int | None = None
@@ -183,7 +185,7 @@ def _sources(options: CalibrationOptions) -> dict[str, Path | None]:
 
 
 def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, ...]:
-    """The calibration samples that the options name: images first, then the lines of the samples file."""
+    """The calibration samples that the options name: images, the lines of the samples file, built-in texts."""
     samples: tuple[Sample, ...] = ()
     if options.images is not None or options.samples_file is None:
         found = list_images(
@@ -198,7 +200,7 @@ def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, .
             stderr.print(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
     if options.samples_file is not None:
         samples += read_samples(options.samples_file, limit=options.limit).samples
-    return samples
+    return samples + builtin_texts() if options.texts else samples
 
 
 @contextmanager

@@ -44,10 +44,19 @@ CalibSamples = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+Texts = Annotated[
+    bool,
+    typer.Option(
+        "--texts/--no-texts",
+        help="Also calibrate on the short texts that come with glmq (lists, code, reasoning, English and Chinese): "
+        "most of an answer is text that no picture contains.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Prompt = Annotated[str, typer.Option("--prompt", help="What is asked about each image.", rich_help_panel=CALIBRATION)]
 LimitImages = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Use only the first N samples.", rich_help_panel=CALIBRATION),
+    typer.Option("--limit", min=1, help="Use only the first N images and lines.", rich_help_panel=CALIBRATION),
 ]
 MaxPixels = Annotated[
     int | None,

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.moments import InputStats, bin_centers
-from glmq.spec import INT8, QuantType
+from glmq.spec import INT8
 
 CANDIDATES: Final = 129
 """Candidate ends on each side, from the extreme down to zero in equal steps."""
 STEPS: Final = INT8.qmax - INT8.qmin
-HEADROOM: Final = {QuantType.W8A8: 1.25, QuantType.W8A8S: 1.5}
-"""How much wider than best for the calibration tokens. A sparse weight's own noise hides a coarser activation step."""
+HEADROOM: Final = 1.1
+"""How much wider than best for the calibration tokens."""
 
 
 def minmax_range(stats: InputStats, scales: Tensor | None) -> tuple[float, float]:

@@ -227,8 +227,7 @@ def _activation(
         optimal = affine.activation_qparams(low, high, dtype=dtype)
         if _input_loss(sample, extremes, weights, scales) < _input_loss(sample, optimal, weights, scales):
             return extremes
-    headroom = ranges.HEADROOM[scheme.weight.quant_type]
-    return affine.activation_qparams(headroom * low, headroom * high, dtype=dtype)
+    return affine.activation_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype)
 
 
 def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:
