@@ -12,7 +12,15 @@ from pathlib import Path
 import torch
 
 from glmq import __version__
-from glmq.calibrate.samples import WANTED_IMAGES, Sample, builtin_texts, default_images, digest, list_images, read_samples
+from glmq.calibrate.samples import (
+    WANTED_IMAGES,
+    Sample,
+    builtin_texts,
+    default_images,
+    digest,
+    list_images,
+    read_samples,
+)
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter, expected_bytes
 from glmq.calibrate.stream import calibrate_checkpoint
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted

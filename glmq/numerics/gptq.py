@@ -6,20 +6,32 @@ The loop of GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the feedback form of
     target_k = w_k + sum over earlier columns i of (w_i - q_i * step) * U[i, k],
 
 and the loss is sum_k D_k (target_k - q_k * step)^2. Reading U from the left needs no inverse and no update of columns
-that wait. Blocked twice: a wide block takes all earlier columns in one matrix product, narrow blocks inside it take the
-wide block's.
+that wait. A wide block takes all earlier columns in one matrix product; inside it the compiled kernel goes column by
+column, or, where that could not be built, narrow blocks take the wide block's.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from glmq.numerics.hessian import Factor
 from glmq.spec import IntGrid
 
+try:
+    from glmq.numerics import _rounding
+except ImportError:  # installed without a compiler
+    IS_COMPILED = False
+else:
+    IS_COMPILED = True
+"""What rounds inside a wide block. The two add in another order, so their integers may differ where ties are near."""
+
+STRIP: Final = 64
+"""Rows that the compiled kernel takes at once."""
 ROWS_AT_ONCE: Final = 4096
 WIDE: Final = 256
 NARROW: Final = 8
@@ -46,20 +58,50 @@ def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGri
         int8 [N, K]. Needs about 10 bytes of temporaries for each of ROWS_AT_ONCE * K weights.
     """
     rows, columns = weight.shape
-    group_of = factor.order // (columns // step.shape[1])
+    group_of = (factor.order // (columns // step.shape[1])).int()
     place_of = factor.order.argsort()
+    round_rows = _round_rows if IS_COMPILED else _round_rows_in_torch
     out = torch.empty(rows, columns, dtype=torch.int8)
     for start in range(0, rows, ROWS_AT_ONCE):
         cut = slice(start, min(start + ROWS_AT_ONCE, rows))
-        ordered = weight[cut].T.contiguous()[factor.order]  # [n, K] -> [K, n]: a column of the weight is contiguous
-        steps = step[cut].T.contiguous()  # [G, n]
-        out[cut] = _round_rows(ordered, steps, group_of.tolist(), factor.feedback, grid)[place_of].T
+        count = cut.stop - start
+        padded = -(-count // STRIP) * STRIP
+        ordered = torch.zeros(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
+        ordered[:, :count] = weight[cut].T.contiguous()[factor.order]
+        steps = torch.ones(step.shape[1], padded)  # [n, G] -> [G, n]
+        steps[:, :count] = step[cut].T
+        out[cut] = round_rows(ordered, steps, group_of, factor.feedback, grid)[:, :count][place_of].T
     return out
 
 
-def _round_rows(weight: Tensor, steps: Tensor, group_of: list[int], feedback: Tensor, grid: IntGrid) -> Tensor:
-    """weight float32 [K, n] in processing order -> int8 [K, n]."""
-    columns = weight.shape[0]
+def _round_rows(weight: Tensor, steps: Tensor, group_of: Tensor, feedback: Tensor, grid: IntGrid) -> Tensor:
+    """weight float32 [K, n] in processing order -> int8 [K, n]; n a multiple of STRIP."""
+    columns, rows = weight.shape
+    error = torch.empty_like(weight)
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    threads = torch.get_num_threads()
+    share = -(-rows // (threads * STRIP)) * STRIP
+    cuts = [(first, min(first + share, rows)) for first in range(0, rows, share)]
+    with ThreadPoolExecutor(threads) as pool:
+        for wide in range(0, columns, WIDE):
+            block = slice(wide, min(wide + WIDE, columns))
+            target = weight[block]
+            if wide:
+                target = torch.addmm(target, feedback[:wide, block].T, error[:wide])
+            parts = (weight[block], target, feedback[block, block].T.contiguous(), steps, group_of[block], error[block])
+            arrays = [part.numpy() for part in (*parts, q[block])]
+
+            def round_cut(cut: tuple[int, int], arrays: list[np.ndarray] = arrays) -> None:
+                _rounding.round_block(*arrays, len(arrays[0]), rows, grid.qmin, grid.qmax, *cut)
+
+            for _ in pool.map(round_cut, cuts):
+                pass
+    return q
+
+
+def _round_rows_in_torch(weight: Tensor, steps: Tensor, group_of: Tensor, feedback: Tensor, grid: IntGrid) -> Tensor:
+    """The same without the compiled kernel."""
+    columns, groups = weight.shape[0], group_of.tolist()
     error = torch.empty_like(weight)
     q = torch.empty(weight.shape, dtype=torch.int8)
     for wide in range(0, columns, WIDE):
@@ -73,7 +115,7 @@ def _round_rows(weight: Tensor, steps: Tensor, group_of: list[int], feedback: Te
             if narrow > wide:
                 part.addmm_(feedback[wide:narrow, narrow:end].T, error[wide:narrow])
             for column in range(narrow, end):
-                step = steps[group_of[column]]
+                step = steps[groups[column]]
                 rounded = (part[column - narrow] / step).clamp_(grid.qmin, grid.qmax).add_(ROUNDER).sub_(ROUNDER)
                 q[column] = rounded
                 torch.addcmul(weight[column], rounded, step, value=-1, out=error[column])

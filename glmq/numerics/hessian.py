@@ -11,7 +11,9 @@ classic estimator of Ledoit & Wolf (2004) with a diagonal target. Unlike a multi
 
 Order. The sum of the curvatures depends on the order. The greedy order from the end (the column with the least
 remaining variance goes last, then is projected out) is the pivoted Cholesky rule, known from decoding of multi-antenna
-signals (Wolniansky et al. 1998, V-BLAST); it is taken in blocks, so that it runs at matrix-product speed.
+signals (Wolniansky et al. 1998, V-BLAST); it is taken in blocks, so that it runs at matrix-product speed, and on
+channels of unit variance, so that it does not depend on their units: one factorization serves every choice of channel
+scales.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ SHRINKAGE: Final = 0.05
 DIAGONAL_FLOOR: Final = 1e-6
 """A channel that calibration never used still costs this share of the mean channel."""
 ORDER_BLOCKS: Final = 32
+COMPACT_AT: Final = 0.8
+"""Columns that are done are carried along until fewer than this share are open: compacting costs as much as a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +53,42 @@ class Factor:
         out[self.order] = self.curvature
         return out
 
+    def scaled(self, ratio: Tensor) -> Factor:
+        """The factor of the second moment of inputs whose channel k is multiplied by ratio[k]: float32 [K], positive.
 
-def shrunk_moment(stats: InputStats, scales: Tensor | None = None) -> Tensor | None:
-    """Second moment of the input divided by `scales`, shrunk towards its diagonal, with a floor under the diagonal.
+        With R = diag(ratio[order]): R (I + U) D (I + U)^T R = (I + R U / R) (R D R) (I + R U / R)^T.
+        """
+        r = ratio[self.order]
+        return Factor(self.order, (self.feedback * r[:, None]).div_(r), self.curvature * r.square())
+
+
+def factor_inputs(stats: InputStats) -> Factor | None:
+    """The factor of the input's second moment, shrunk towards its diagonal, with a floor under the diagonal.
 
     Returns:
-        float32 [K, K], positive definite as far as float32 resolves it; None where the statistics hold no second
-        moment.
+        The factor, for the unscaled input; None where the statistics hold no second moment.
+
+    Raises:
+        StatisticsError: not positive definite.
     """
     if stats.second_moment is None:
         return None
-    moment = stats.second_moment.clone() if scales is None else stats.second_moment / (scales[:, None] * scales)
-    diagonal = moment.diagonal().clone()
-    mean = float(diagonal.mean())
-    floor = DIAGONAL_FLOOR * mean if mean > 0 else 1.0  # an input that is always zero: any integers do
-    moment.mul_(1 - SHRINKAGE).diagonal().copy_(diagonal.clamp_min(floor))
+    deviation = _deviation(stats)
+    return factor(shrunk_correlation(stats.second_moment, deviation)).scaled(deviation)
+
+
+def shrunk_correlation(second_moment: Tensor, deviation: Tensor) -> Tensor:
+    """Second moment of the channels divided by their deviations, shrunk towards ones on the diagonal: float32 [K, K]."""
+    moment = second_moment / deviation[:, None]
+    moment.div_(deviation).mul_(1 - SHRINKAGE).diagonal().fill_(1.0)
     return moment
 
 
-def meeting_variance(stats: InputStats, *, compensated: bool) -> Tensor:
-    """What a squared unit of rounding error in each column costs.
-
-    Its curvature if the error will be compensated, else E[x_j^2]. The curvature is found on channels of unit variance,
-    so that the order does not depend on their units, and scaled back.
-
-    Returns:
-        float32 [K], for the unscaled input.
-    """
-    floor = torch.finfo(torch.float32).tiny
-    deviation = stats.square_mean.clamp_min(floor).sqrt()
-    moment = shrunk_moment(stats, deviation) if compensated else None
-    return stats.square_mean if moment is None else factor(moment).by_column() * deviation.square()
+def _deviation(stats: InputStats) -> Tensor:
+    """Root mean square of each channel, above zero: float32 [K]."""
+    mean = float(stats.square_mean.mean())
+    floor = DIAGONAL_FLOOR * mean if mean > 0 else 1.0  # an input that is always zero: any integers do
+    return stats.square_mean.clamp_min(floor).sqrt()
 
 
 def factor(moment: Tensor) -> Factor:
@@ -89,7 +98,7 @@ def factor(moment: Tensor) -> Factor:
     again: no inverse is formed, and float32 serves.
 
     Args:
-        moment: float32 [K, K] from `shrunk_moment`.
+        moment: float32 [K, K] from `shrunk_correlation`.
 
     Raises:
         StatisticsError: not positive definite: the statistics hold NaN, or are no second moment at all.
@@ -117,15 +126,18 @@ def rounding_order(moment: Tensor) -> Tensor:
     """
     size = moment.shape[0]
     block = -(-size // ORDER_BLOCKS)
-    left, remaining, taken = moment, torch.arange(size), list[Tensor]()
-    while len(remaining):
-        rank = left.diagonal().argsort(stable=True)
-        now, later = rank[:block], rank[block:]
-        taken.append(remaining[now])
-        remaining = remaining[later]
-        if len(later):
-            corner, side = left[now][:, now], left[now][:, later]
-            root = torch.linalg.cholesky_ex(corner).L
-            half = torch.linalg.solve_triangular(root, side, upper=False)  # [block, rest]
-            left = torch.addmm(left[later][:, later], half.T, half, alpha=-1)
-    return torch.cat(taken).flip(0)
+    left, names = moment.clone(), torch.arange(size)  # `left` is over the columns `names`, some of them done
+    remaining, taken = torch.arange(size), list[Tensor]()  # positions in `left`
+    while True:
+        rank = left.diagonal()[remaining].argsort(stable=True)
+        now, remaining = remaining[rank[:block]], remaining[rank[block:]]
+        taken.append(names[now])
+        if not len(remaining):
+            return torch.cat(taken).flip(0)
+        side = left[now]
+        root = torch.linalg.cholesky_ex(side[:, now]).L
+        if len(remaining) < COMPACT_AT * len(left):
+            left, side, names = left[remaining][:, remaining], side[:, remaining], names[remaining]
+            remaining = torch.arange(len(remaining))
+        half = torch.linalg.solve_triangular(root, side, upper=False)  # [block, columns of left]
+        left.addmm_(half.T, half, alpha=-1)

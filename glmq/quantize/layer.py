@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glmq.numerics import affine, lowbit, metrics, ranges
 from glmq.numerics.budget import rule_bits
-from glmq.numerics.hessian import Factor, factor, meeting_variance, shrunk_moment
+from glmq.numerics.hessian import Factor, factor_inputs
 from glmq.numerics.int8_linear import fold_bias, quantize_input, run_linear
 from glmq.numerics.lowbit import row_chunks
 from glmq.numerics.moments import InputStats
@@ -89,8 +89,7 @@ def quantize_group(
     started = time.perf_counter()
     group = _prepare(linears, stats, scheme, norm_weight, dtype)
     if bits is None and scheme.weight.quant_type is QuantType.W8A8S and scheme.weight.method is Method.COMPENSATED:
-        cost = stats.square_mean / _square(group.scales) if group.factor is None else group.factor.by_column()
-        curves = _curves(linears, stats, scheme, group.scales, cost)
+        curves = _curves(linears, stats, scheme, group)
         bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
     method = (
@@ -121,13 +120,8 @@ def rate_curves(
     """What each linear of a group loses at how many bits, and how many bits the flags' rule would spend.
 
     The first pass over a sparse model: give the curves of all groups to `solve_bits`. Arguments as for `quantize_group`.
-    The cost of errors is the one before scaling, scaled: it saves the factorization that rounding needs.
     """
-    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype)
-    variance = smoothed.variance
-    if variance is None:
-        variance = meeting_variance(stats, compensated=scheme.weight.method is Method.COMPENSATED)
-    return _curves(linears, stats, scheme, smoothed.scales, variance / _square(smoothed.scales))
+    return _curves(linears, stats, scheme, _prepare(linears, stats, scheme, norm_weight, dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +131,6 @@ class _Smoothed:
     norm_weight: Tensor | None
     scales: Tensor | None
     label: str
-    variance: Tensor | None
-    """float32 [K]: what the scales were chosen by; None where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +152,13 @@ def _prepare(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
 ) -> _Group:
-    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype)
+    found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
+    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found)
     scales = smoothed.scales
     static = scheme.weight.quant_type.is_static
     activation = _activation([linear.weight for linear in linears], stats, scheme, scales, dtype) if static else None
-    moment = shrunk_moment(stats, scales) if scheme.weight.method is Method.COMPENSATED else None
-    found = None if moment is None else factor(moment)
+    if found is not None and scales is not None:
+        found = found.scaled(1 / scales)
     return _Group(smoothed.norm_weight, scales, smoothed.label, activation, found)
 
 
@@ -175,31 +168,28 @@ def _smooth(
     scheme: GroupScheme,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
+    factor: Factor | None,
 ) -> _Smoothed:
     """Choose the channel scales and fold them into the norm, if there is one and smoothing is on."""
     if norm_weight is None:
-        return _Smoothed(None, None, "none", None)
+        return _Smoothed(None, None, "none")
     if scheme.smoothing is Smoothing.NONE:
-        return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none", None)
+        return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none")
     # With 8-bit weights the noise of the activations counts as much, and that cannot be compensated.
     few_bits = scheme.weight.quant_type in (QuantType.W8A8S, QuantType.W4A8_DYNAMIC)
-    variance = meeting_variance(stats, compensated=few_bits and scheme.weight.method is Method.COMPENSATED)
+    variance = stats.square_mean if factor is None or not few_bits else factor.by_column()
     weights = [linear.weight for linear in linears]
     choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
     new_norm, scales = fold_scales(norm_weight, choice.scales, dtype)
     label = f"{choice.label}, {float(scales.min()):.2g} to {float(scales.max()):.2g}"
-    return _Smoothed(new_norm, scales, label, variance)
+    return _Smoothed(new_norm, scales, label)
 
 
-def _square(scales: Tensor | None) -> Tensor:
-    """Squared scales; one where nothing was scaled."""
-    return torch.ones(()) if scales is None else scales.square()
-
-
-def _curves(
-    linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, cost: Tensor
-) -> list[RateCurve]:
-    """Curves of a group's linears, with errors in column k at `cost[k]` after scaling."""
+def _curves(linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, group: _Group) -> list[RateCurve]:
+    """Curves of a group's linears."""
+    scales = group.scales
+    mean_square = stats.square_mean if scales is None else stats.square_mean / scales.square()
+    cost = mean_square if group.factor is None else group.factor.by_column()
     budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=scales is not None)
     moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment
     curves = []

@@ -1,21 +1,29 @@
+import re
+
+import numpy as np
 import pytest
 import reference
 import torch
-from reference import stats_of
 from torch import Tensor
 
 from glmq.numerics import gptq
 from glmq.numerics.gptq import round_compensated
-from glmq.numerics.hessian import Factor, factor, shrunk_moment
+from glmq.numerics.hessian import Factor, factor, shrunk_correlation
 from glmq.spec import INT4, INT8, IntGrid
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with both kernels; the compiled one must be there, since a compiler is wherever we test."""
+    assert gptq.IS_COMPILED
+    monkeypatch.setattr(gptq, "IS_COMPILED", request.param)
 
 
 def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Factor]:
     """Weights, the second moment of correlated inputs, and its factor."""
     generator = torch.Generator().manual_seed(rows + columns)
     x = torch.randn(4 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    moment = shrunk_moment(stats_of(x))
-    assert moment is not None
+    moment = shrunk_correlation(x.T @ x / len(x), torch.ones(columns)) + torch.diag(x.square().mean(0))
     return torch.randn(rows, columns, generator=generator), moment, factor(moment)
 
 
@@ -87,3 +95,45 @@ def test_integers_need_no_update_where_the_weight_is_on_the_grid() -> None:
     q = torch.randint(-128, 128, (3, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     step = torch.tensor([[0.5], [0.25], [2.0]])
     assert torch.equal(round_compensated(q.float() * step, step, found, INT8), q)
+
+
+def test_strips_and_wide_blocks_of_exact_numbers_have_the_integers_of_one_column_at_a_time() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows, columns = 130, 300  # two whole strips and a part; two wide blocks
+    feedback = torch.zeros(columns, columns)
+    for column in range(columns):  # halves of the last three columns' errors: all sums are exact in float32
+        feedback[max(0, column - 3) : column, column] = 0.5
+    found = Factor(torch.randperm(columns, generator=generator), feedback, torch.ones(columns))
+    weight = torch.randint(-2000, 2000, (rows, columns), generator=generator) / 256
+    step = torch.full((rows, 1), 0.125)
+    error, expected = torch.zeros(rows, columns), torch.empty(rows, columns, dtype=torch.int8)
+    for position, column in enumerate(found.order.tolist()):
+        target = weight[:, column] + error @ feedback[:, position]
+        q = torch.round(target / 0.125).clamp(-128, 127)
+        expected[:, column], error[:, position] = q.to(torch.int8), weight[:, column] - q * 0.125
+    assert torch.equal(round_compensated(weight, step, found, INT8), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rows": 32}, "rows, first and end must be multiples of 64, within the block"),
+        ({"end": 128}, "rows, first and end must be multiples of 64, within the block"),
+        ({"target": np.zeros(3, np.float32)}, "target has 12 bytes, 512 are needed"),
+        ({"feedback": np.zeros(1, np.float32)}, "feedback has 4 bytes, 16 are needed"),
+        ({"group": np.array([0, 1], np.int32)}, "a group without a step"),
+    ],
+)
+def test_the_compiled_kernel_refuses_buffers_that_do_not_fit(changes: dict[str, object], sentence: str) -> None:
+    block = np.ones((2, 64), np.float32)
+    arguments: dict[str, object] = {
+        **{name: block.copy() for name in ("weight", "target")},
+        "feedback": np.zeros((2, 2), np.float32),
+        "steps": np.ones((1, 64), np.float32),
+        "group": np.zeros(2, np.int32),
+        "error": block.copy(),
+        "q": np.zeros((2, 64), np.int8),
+        **{"columns": 2, "rows": 64, "qmin": -128.0, "qmax": 127.0, "first": 0, "end": 64},
+    }
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        gptq._rounding.round_block(*(arguments | changes).values())

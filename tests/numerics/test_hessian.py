@@ -6,7 +6,15 @@ from reference import stats_of
 from torch import Tensor
 
 from glmq.errors import StatisticsError
-from glmq.numerics.hessian import DIAGONAL_FLOOR, SHRINKAGE, factor, meeting_variance, rounding_order, shrunk_moment
+from glmq.numerics import hessian
+from glmq.numerics.hessian import (
+    DIAGONAL_FLOOR,
+    SHRINKAGE,
+    factor,
+    factor_inputs,
+    rounding_order,
+    shrunk_correlation,
+)
 
 
 def correlated(tokens: int, channels: int) -> Tensor:
@@ -15,39 +23,55 @@ def correlated(tokens: int, channels: int) -> Tensor:
     return torch.randn(tokens, channels, generator=generator) @ mix * torch.linspace(0.1, 3, channels)
 
 
-def test_shrinkage_keeps_the_diagonal_and_scales_the_rest() -> None:
-    stats = stats_of(correlated(50, 6))
-    scales = torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0, 8.0])
-    moment, second = shrunk_moment(stats, scales), stats.second_moment
-    assert moment is not None
-    assert second is not None
-    scaled = second / (scales[:, None] * scales)
-    expected = scaled * (1 - SHRINKAGE)
-    expected.diagonal().copy_(scaled.diagonal())
-    assert torch.equal(moment, expected)
+def moment_of(x: Tensor) -> Tensor:
+    """A second moment that is safely positive definite."""
+    return shrunk_correlation(x.T @ x / len(x), torch.ones(x.shape[1])) + torch.diag(x.square().mean(0))
+
+
+def test_shrinkage_keeps_ones_on_the_diagonal_and_scales_the_rest() -> None:
+    x = correlated(50, 6)
+    second, deviation = x.T @ x / 50, torch.tensor([1.0, 2.0, 0.5, 4.0, 1.0, 8.0])
+    expected = second / deviation[:, None] / deviation * (1 - SHRINKAGE)
+    expected.diagonal().fill_(1.0)
+    assert torch.equal(shrunk_correlation(second, deviation), expected)
 
 
 def test_channels_that_were_never_used_still_cost_something() -> None:
     x = correlated(50, 4)
     x[:, 2] = 0.0
-    moment = shrunk_moment(stats_of(x))
-    assert moment is not None
-    assert moment[2, 2].item() == pytest.approx(DIAGONAL_FLOOR * float(x.square().mean(0).mean()), rel=1e-5)  # float32
-    silent = shrunk_moment(stats_of(torch.zeros(3, 4)))
+    found = factor_inputs(stats_of(x))
+    assert found is not None
+    least = DIAGONAL_FLOOR * float(x.square().mean(0).mean())
+    assert found.by_column()[2].item() == pytest.approx(least, rel=1e-5)  # float32
+    assert not found.feedback[found.order.tolist().index(2)].any()
+    silent = factor_inputs(stats_of(torch.zeros(3, 4)))
     assert silent is not None
-    assert torch.equal(silent, torch.eye(4))
+    assert torch.equal(silent.curvature, torch.ones(4))
 
 
-def test_statistics_without_a_second_moment_have_no_form() -> None:
-    stats = replace(stats_of(correlated(50, 4)), second_moment=None)
-    assert shrunk_moment(stats) is None
-    assert torch.equal(meeting_variance(stats, compensated=True), stats.square_mean)
+def test_statistics_without_a_second_moment_have_no_factor() -> None:
+    assert factor_inputs(replace(stats_of(correlated(50, 4)), second_moment=None)) is None
+
+
+def test_the_factor_of_inputs_multiplies_back_to_their_shrunk_moment_whatever_the_scales() -> None:
+    x, ratio = correlated(300, 24), 2.0 ** (torch.arange(24) % 5 - 2)
+    stats = stats_of(x)
+    found = factor_inputs(stats)
+    assert found is not None
+    assert stats.second_moment is not None
+    found = found.scaled(ratio)
+    upper = (torch.eye(24) + found.feedback).double()
+    product = upper @ torch.diag(found.curvature.double()) @ upper.T
+    wanted = stats.second_moment * (1 - SHRINKAGE) + SHRINKAGE * torch.diag(stats.second_moment.diagonal())
+    wanted = (wanted * ratio[:, None] * ratio)[found.order][:, found.order].double()
+    size = wanted.diagonal().sqrt()
+    # The Cholesky factor in float32 is backward stable for unit channels: errors are below K * 2^-23 of their product.
+    assert float(((product - wanted) / size[:, None] / size).abs().max()) <= 24 * 2.0**-23
 
 
 @pytest.mark.parametrize("channels", [1, 2, 31, 33, 80])
 def test_the_factor_multiplies_back_to_the_ordered_moment(channels: int) -> None:
-    moment = shrunk_moment(stats_of(correlated(200, channels)))
-    assert moment is not None
+    moment = moment_of(correlated(200, channels))
     found = factor(moment)
     assert sorted(found.order.tolist()) == list(range(channels))
     assert torch.equal(found.feedback, found.feedback.triu(1))
@@ -60,8 +84,7 @@ def test_the_factor_multiplies_back_to_the_ordered_moment(channels: int) -> None
 
 
 def test_curvature_is_the_variance_that_later_columns_cannot_imitate() -> None:
-    moment = shrunk_moment(stats_of(correlated(500, 12)))
-    assert moment is not None
+    moment = moment_of(correlated(500, 12))
     found = factor(moment)
     order, h = found.order.tolist(), moment.double()
     for position, column in enumerate(order):
@@ -74,8 +97,7 @@ def test_curvature_is_the_variance_that_later_columns_cannot_imitate() -> None:
 
 
 def test_the_order_takes_the_least_remaining_variance_last() -> None:
-    moment = shrunk_moment(stats_of(correlated(500, 20)))
-    assert moment is not None
+    moment = moment_of(correlated(500, 20))
     left, remaining, last = moment.double().clone(), list(range(20)), []
     while remaining:  # 20 channels: blocks of one, so the greedy choice is exact
         pick = min(remaining, key=lambda j: float(left[j, j]))
@@ -86,17 +108,27 @@ def test_the_order_takes_the_least_remaining_variance_last() -> None:
 
 
 def test_the_greedy_order_has_less_total_curvature_than_the_order_of_the_columns() -> None:
-    moment = shrunk_moment(stats_of(correlated(500, 64)))
-    assert moment is not None
+    moment = moment_of(correlated(500, 64))
     backwards = torch.linalg.cholesky(moment.flip(0, 1)).diagonal().square()
     assert float(factor(moment).curvature.sum()) < 0.9 * float(backwards.sum())
 
 
-def test_meeting_variance_does_not_depend_on_the_units_of_the_channels() -> None:
+def test_carrying_finished_columns_along_does_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    moment = moment_of(correlated(500, 100))
+    orders = []
+    for share in (0.0, 0.8, 1.1):
+        monkeypatch.setattr(hessian, "COMPACT_AT", share)
+        orders.append(rounding_order(moment).tolist())
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_curvatures_do_not_depend_on_the_units_of_the_channels() -> None:
     x, units = correlated(300, 40), 2.0 ** (torch.arange(40) % 7)
-    before, after = (meeting_variance(stats_of(v), compensated=True) for v in (x, x * units))
-    assert torch.allclose(after, before * units.square(), rtol=1e-4)  # float32 sums over 300 tokens, factor of 40
-    assert torch.equal(meeting_variance(stats_of(x), compensated=False), stats_of(x).square_mean)
+    before, after = (factor_inputs(stats_of(v)) for v in (x, x * units))
+    assert before is not None
+    assert after is not None
+    # float32 sums over 300 tokens, factor of 40
+    assert torch.allclose(after.by_column(), before.by_column() * units.square(), rtol=1e-4)
 
 
 def test_a_moment_with_nan_is_refused() -> None:

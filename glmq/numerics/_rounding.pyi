@@ -1,0 +1,3 @@
+import numpy as np
+
+def round_block(*arrays_sizes_limits_and_rows: np.ndarray | int | float) -> None: ...
