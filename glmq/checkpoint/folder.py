@@ -117,6 +117,12 @@ def refuse_interrupted(target: Path) -> None:
         )
 
 
+def stored_bytes(target: Path) -> int:
+    """What the unfinished folder of an interrupted run for `target` takes on the disk; holes in files take nothing."""
+    found = partial_path(target)
+    return sum(path.stat().st_blocks * 512 for path in found.iterdir()) if found.is_dir() else 0
+
+
 def _finished_blocks(target: Path) -> int:
     """How much an interrupted run for `target` has done: without a finished block there is nothing to resume."""
     lines = journal.read_lines(partial_path(target) / journal.NAME)
