@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -158,8 +158,14 @@ def _planned(
     if job.stats_path is not None:
         check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **_sources(job.calibration)})
     check_target(job.out_path, overwrite=overwrite, resume=resume)
-    if not resume and not overwrite:
-        refuse_interrupted(_own_statistics(job.out_path))
+    if not resume and not overwrite and job.stats_path is None:
+        own = _own_statistics(job.out_path)
+        refuse_interrupted(own, job.out_path)
+        if own.exists():
+            raise UsageError(
+                f"{job.out_path}: an interrupted run that has finished its calibration lies beside it, in {own.name}; "
+                "run the same command with --resume to continue it, or with --overwrite to start again"
+            )
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(recipe, config)
@@ -200,7 +206,11 @@ def _statistics(
     if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
         statistics = Statistics.open(folder)
         statistics.check_model(source.fingerprint())
-        if stats_path is not None and (options.images is not None or options.samples_file is not None):
+        if stats_path is None:
+            _check_calibration(
+                statistics, load_samples(options, quiet=True), _settings(options, resolve(options.device_type))
+            )
+        elif options.images is not None or options.samples_file is not None:
             statistics.check_samples(digest(load_samples(options, quiet=True)))
     else:
         samples = load_samples(options, quiet=quiet)
@@ -217,6 +227,23 @@ def _statistics(
         raise
     if stats_path is None and group.place.is_first:
         shutil.rmtree(folder)
+
+
+def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
+    """Raise UsageError unless an interrupted run was calibrated as this one would be."""
+    wanted = {"samples_sha256": digest(samples), **asdict(settings)}
+    for key, value in wanted.items():
+        found = statistics.manifest.get(key)
+        if found != value:
+            raise UsageError(
+                f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
+                f"this one has {value!r}; run with the same, or start again with --overwrite"
+            )
+
+
+def _settings(options: CalibrationOptions, device: torch.device) -> Settings:
+    dtype = compute_dtype(options.compute_dtype, device)
+    return Settings(str(dtype).removeprefix("torch."), options.max_pixels, options.wide_moments)
 
 
 def _own_statistics(out_path: Path) -> Path:
@@ -237,12 +264,11 @@ def _calibrate(
     check_source(source, config)
     place = group.place
     device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
-    dtype = compute_dtype(options.compute_dtype, device)
-    settings = Settings(str(dtype).removeprefix("torch."), options.max_pixels, options.wide_moments)
+    settings = _settings(options, device)
     preprocessor = Preprocessor(
         source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
     )
-    model = StreamedModel(source, config, device=device, dtype=dtype)
+    model = StreamedModel(source, config, device=device, dtype=getattr(torch, settings.compute_dtype))
     journal = Journal(
         folder,
         {

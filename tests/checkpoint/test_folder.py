@@ -184,10 +184,10 @@ def test_a_resumed_run_is_kept_when_it_meets_bad_input(target: Path) -> None:
 def test_an_interrupted_run_is_not_overlooked(target: Path) -> None:
     interrupt(target, blocks=2)
     sentence = (
-        f"{target}: an interrupted run of 2 finished blocks lies beside it; "
-        "pass --resume to continue it, or --overwrite to start again"
+        f"{target}: an interrupted run of 2 finished blocks lies beside it, in .out.partial; "
+        "run the same command with --resume to continue it, or with --overwrite to start again"
     )
-    for refuse in (lambda: check_target(target, overwrite=False), lambda: refuse_interrupted(target)):
+    for refuse in (lambda: check_target(target, overwrite=False), lambda: refuse_interrupted(target, target)):
         with pytest.raises(UsageError) as caught:
             refuse()
         assert str(caught.value) == sentence

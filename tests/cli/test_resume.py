@@ -12,6 +12,8 @@ from glmq.checkpoint.journal import Journal
 SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
 BLOCKS = 5
 """Of the small model: a vision block, the merger, two text layers, lm_head; calibrate and quantize pass each once."""
+LINES = 2 * BLOCKS + 2
+"""Of both journals: between the passes the two text layers are rated."""
 
 
 def command(small: Path, pictures: Path, out: Path) -> list[object]:
@@ -51,7 +53,7 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("record", range(2 * BLOCKS))
+@pytest.mark.parametrize("record", range(LINES))
 def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int, after: bool
 ) -> None:
@@ -69,7 +71,7 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     arguments = [*command(small, pictures, out), "--resume"]
-    for _ in range(2 * BLOCKS):
+    for _ in range(LINES):
         run_and_die(arguments, 0, after=True)
         assert not out.exists()
     glmq(*arguments)
@@ -83,9 +85,34 @@ def test_a_plain_run_after_a_kill_says_that_it_can_resume(small: Path, pictures:
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"error: {tmp_path}/.out.statistics: an interrupted run of 3 finished blocks lies beside it; "
-        "pass --resume to continue it, or --overwrite to start again\n"
+        f"error: {out}: an interrupted run of 3 finished blocks lies beside it, in ..out.statistics.partial; "
+        "run the same command with --resume to continue it, or with --overwrite to start again\n"
     )
+
+
+def test_a_plain_run_after_a_kill_in_the_second_pass_does_not_drop_the_calibration(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(small, pictures, out)
+    run_and_die(arguments, BLOCKS, after=False)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: {out}: an interrupted run that has finished its calibration lies beside it, in .out.statistics; "
+        "run the same command with --resume to continue it, or with --overwrite to start again\n"
+    )
+    assert (tmp_path / ".out.statistics").is_dir()
+    other = run(*arguments, "--resume", "--max_pixels", 4000)
+    assert other.exit_code == 2
+    assert other.stderr == (
+        "error: --resume: the calibration of the unfinished run had max pixels None, this one has 4000; "
+        "run with the same, or start again with --overwrite\n"
+    )
+    fewer = run(*arguments, "--resume", "--limit", 1)
+    assert fewer.exit_code == 2
+    assert "had samples sha256 '" in fewer.stderr
+    assert (tmp_path / ".out.statistics").is_dir()
 
 
 def test_a_resume_with_another_recipe_is_refused_with_both_values(
@@ -113,7 +140,7 @@ def test_a_torn_last_line_of_the_journal_counts_as_absent(
 ) -> None:
     out = tmp_path / "out"
     arguments = command(small, pictures, out)
-    run_and_die(arguments, BLOCKS + 2, after=True)
+    run_and_die(arguments, BLOCKS + 4, after=True)
     path = tmp_path / ".out.partial" / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     glmq(*arguments, "--resume")
