@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue
-from glmq.errors import UsageError
+from glmq.checkpoint.json_file import DISK_FULL, FILE_MODE, JsonObject, JsonValue
+from glmq.errors import SpaceError, UsageError
 
 NAME: Final = "journal.jsonl"
 
@@ -44,13 +44,22 @@ class Journal:
             self._rewrite([dict(settings)])
 
     def record(self, block: str, payload: Mapping[str, JsonValue]) -> None:
-        """Say that a block is finished; what a later run needs of it is in `payload`."""
+        """Say that a block is finished; what a later run needs of it is in `payload`.
+
+        Raises:
+            SpaceError: the disk is full.
+        """
         line: JsonObject = {"block": block, **payload}
         if self._writes:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise SpaceError(f"{self._path}: its disk is full; make room") from None
+                raise
         self.finished[block] = line
 
     def remove(self) -> None:
