@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Final
 
 import torch
 
 from glmq.errors import DeviceError
 
+DUO_CHIP: Final = "310P"
+"""Part of the name that torch_npu gives to the chips of the Atlas 300I Duo, e.g. `Ascend310P3`."""
 
-def resolve(device_type: str) -> torch.device:
+
+def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.device:
     """The device for `cpu` or `npu`.
 
-    On a machine with several NPUs it is the first one that ASCEND_RT_VISIBLE_DEVICES leaves visible.
+    On a machine with several NPUs, process r of torchrun takes the r-th that ASCEND_RT_VISIBLE_DEVICES leaves visible.
+
+    Args:
+        device_type: `cpu` or `npu`.
+        local_rank: number of this process on this machine.
+        world: number of processes.
 
     Raises:
-        DeviceError: `npu` without torch_npu, or without a visible NPU.
+        DeviceError: `npu` without torch_npu, without a visible NPU for this process, or several processes on the 300I Duo.
     """
     if device_type == "cpu":
         return torch.device("cpu")
@@ -29,6 +38,19 @@ def resolve(device_type: str) -> torch.device:
             "--device-type npu: torch_npu finds no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, "
             "or use --device-type cpu"
         )
+    count = int(npu.device_count())
+    if local_rank >= count:
+        raise DeviceError(
+            f"--device-type npu: process {local_rank} of this machine has no NPU of its own, {count} are visible; "
+            f"start at most {count} processes per machine, or show more by ASCEND_RT_VISIBLE_DEVICES"
+        )
+    name = str(npu.get_device_name(local_rank))
+    if world > 1 and DUO_CHIP in name:
+        raise DeviceError(
+            f"--device-type npu: the Atlas 300I Duo series does not support multi-card quantization (its chip is {name}); "
+            "run one process, without torchrun, or use --device-type cpu"
+        )
+    npu.set_device(local_rank)
     return _npu_device(npu)
 
 

@@ -1,8 +1,13 @@
-"""Processes that torchrun started: the only file that knows torch.distributed. They talk over gloo, which every machine has."""
+"""Processes that torchrun started: the only file that knows torch.distributed.
+
+They talk over gloo, which every machine has: statistics are summed in main memory whatever computes the forward pass.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -10,6 +15,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from glmq.errors import GlmqError, UsageError
 
@@ -21,12 +27,23 @@ class LostRanksError(GlmqError):
     """Another rank is gone or does not answer."""
 
 
+class OtherRankError(GlmqError):
+    """Another rank stopped; the sentence is its."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Which process this is."""
 
     rank: int
     world: int
+    local_rank: int = 0
+    """Among the processes of this machine: the number of its NPU."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that writes what all share, and talks."""
+        return self.rank == 0
 
 
 def read_place() -> Place:
@@ -35,10 +52,14 @@ def read_place() -> Place:
     Raises:
         UsageError: values that torchrun does not set.
     """
-    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not rank.isdecimal() or not world.isdecimal() or not int(rank) < int(world):
-        raise UsageError(f"RANK={rank} and WORLD_SIZE={world}: are not what torchrun sets; unset them or use torchrun")
-    return Place(int(rank), int(world))
+    rank, world, local = (
+        os.environ.get(name, no) for name, no in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+    )
+    if not rank.isdecimal() or not world.isdecimal() or not int(rank) < int(world) or not local.isdecimal():
+        raise UsageError(
+            f"RANK={rank}, WORLD_SIZE={world} and LOCAL_RANK={local}: are not what torchrun sets; unset them or use torchrun"
+        )
+    return Place(int(rank), int(world), int(local))
 
 
 class Group:
@@ -88,6 +109,71 @@ class Group:
         except RuntimeError as error:
             raise self._lost(error) from error
         return [bytes(row[: int(size)].numpy()).decode().removesuffix("\n") for row, size in zip(padded, sizes)]
+
+    def meet(self, text: str, failure: Exception | None = None) -> list[str]:
+        """`gather`, but a rank may bring its failure instead: whatever the others were about to exchange, they hear of it.
+
+        Raises:
+            OtherRankError: a rank failed instead of coming here.
+            LostRanksError: a rank is gone.
+            Exception: this rank's own failure, once the others know.
+        """
+        said = self.gather(json.dumps({"text": text, "failure": None if failure is None else str(failure)}))
+        if failure is not None:
+            raise failure
+        texts: list[str] = []
+        for rank, words in enumerate(map(json.loads, said)):
+            if words["failure"] is not None:
+                raise OtherRankError(f"stopped because rank {rank} failed: {words['failure']}")
+            texts.append(words["text"])
+        return texts
+
+    def share(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Give tensors to every rank and return those of all, by rank.
+
+        Args:
+            tensors: contiguous, on the CPU; any number, of any shapes and dtypes, on each rank.
+
+        Raises:
+            OtherRankError, LostRanksError: as `meet`.
+        """
+        return self._exchange(tensors, to_first=False)
+
+    def bring(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """Give tensors to rank 0, which gets those of all, by rank; nobody else gets the others'. Else as `share`."""
+        return self._exchange(tensors, to_first=True)
+
+    def _exchange(self, tensors: Sequence[Tensor], *, to_first: bool) -> list[Sequence[Tensor]]:
+        if self.place.world == 1:
+            return [tensors]
+        specs = self.meet(json.dumps([[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]))
+        every: list[Sequence[Tensor]] = []
+        for rank, spec in enumerate(specs):
+            if rank == self.place.rank:
+                every.append(tensors)
+            elif to_first and not self.place.is_first:
+                every.append([])
+            else:
+                every.append([torch.empty(shape, dtype=getattr(torch, dtype)) for dtype, shape in json.loads(spec)])
+        try:
+            self._carry(every, to_first=to_first)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        return every
+
+    def _carry(self, every: Sequence[Sequence[Tensor]], *, to_first: bool) -> None:
+        """Fill the tensors of the other ranks."""
+        for rank, tensors in enumerate(every):
+            for tensor in tensors:
+                data = tensor.reshape(-1).view(torch.uint8)  # gloo does not know every dtype
+                if not data.numel() or (to_first and rank == 0):
+                    continue
+                if not to_first:
+                    dist.broadcast(data, rank)
+                elif rank == self.place.rank:
+                    dist.send(data, 0)
+                else:
+                    dist.recv(data, rank)
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         every = [torch.empty_like(own) for _ in range(self.place.world)]

@@ -6,13 +6,16 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from glmq.parallel import Group, LostRanksError, Place
 
 if TYPE_CHECKING:
     from typer.testing import Result
@@ -117,12 +120,66 @@ def slow_histogram(values: list[float]) -> tuple[int, list[int]]:
     return exponent, counts
 
 
+class ThreadGroup(Group):
+    """A rank in a thread; a broken barrier is what a dead process is to gloo."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, said: list) -> None:
+        super().__init__(Place(rank, barrier.parties))
+        self._barrier, self._said = barrier, said
+
+    def gather(self, text: str) -> list[str]:
+        return self._swap(text)
+
+    def _carry(self, every: Sequence[Sequence[Tensor]], *, to_first: bool) -> None:
+        for theirs, row in zip(self._swap(every[self.place.rank]), every, strict=True):
+            for tensor, own in zip(theirs, row):  # with `to_first` the row is empty on the others
+                if tensor is not own:
+                    own.copy_(tensor)
+        self._swap("")  # nobody changes what others still copy
+
+    def _swap(self, thing: object) -> list:
+        try:
+            self._said[self.place.rank] = thing
+            self._barrier.wait(10)
+            things = list(self._said)
+            self._barrier.wait(10)
+        except threading.BrokenBarrierError as error:
+            raise LostRanksError("gone") from error
+        return things
+
+
+def run_ranks(world: int, work: Callable[[Group], object]) -> list[str]:
+    """Do `work` on every rank, each a thread; returns what each rank raised (empty: nothing).
+
+    A rank that is interrupted (raises what is no Exception) is lost to the others.
+    """
+    barrier, said, raised = threading.Barrier(world), [""] * world, [""] * world
+
+    def rank_main(rank: int) -> None:
+        group = ThreadGroup(rank, barrier, said)
+        try:
+            work(group)
+        except BaseException as error:
+            raised[rank] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, Exception):
+                barrier.abort()
+
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    return raised
+
+
 class StandInNpu:
     """What glmq uses of torch.npu, with a record of the calls."""
 
-    def __init__(self, *, available: bool = True, bf16: bool = True) -> None:
+    def __init__(self, *, available: bool = True, bf16: bool = True, count: int = 1, name: str = "Ascend910B3") -> None:
         self.calls: list[str] = []
-        self._available, self._bf16 = available, bf16
+        self._available, self._bf16, self._count, self._name = available, bf16, count, name
+        self._current = 0
 
     def is_available(self) -> bool:
         return self._available
@@ -130,8 +187,18 @@ class StandInNpu:
     def is_bf16_supported(self) -> bool:
         return self._bf16
 
+    def device_count(self) -> int:
+        return self._count
+
+    def get_device_name(self, device: int) -> str:
+        assert device < self._count
+        return self._name
+
+    def set_device(self, device: int) -> None:
+        self._current = device
+
     def current_device(self) -> int:
-        return 0
+        return self._current
 
     def synchronize(self) -> None:
         self.calls.append("synchronize")

@@ -51,6 +51,37 @@ def test_the_visible_npu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [npu]
 
 
+@pytest.mark.parametrize("local_rank", [0, 3])
+def test_each_process_takes_the_npu_of_its_number(local_rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    npu = install(monkeypatch, StandInNpu(count=4))
+    monkeypatch.setattr(device, "_npu_device", lambda found: found.current_device())
+    assert device.resolve("npu", local_rank=local_rank, world=8) == local_rank
+    assert npu.current_device() == local_rank
+
+
+def test_more_processes_than_npus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, StandInNpu(count=2))
+    with pytest.raises(DeviceError) as caught:
+        device.resolve("npu", local_rank=2, world=3)
+    assert str(caught.value) == (
+        "--device-type npu: process 2 of this machine has no NPU of its own, 2 are visible; start at most 2 processes per "
+        "machine, or show more by ASCEND_RT_VISIBLE_DEVICES"
+    )
+
+
+def test_several_processes_on_the_300i_duo_are_refused_and_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, StandInNpu(count=2, name="Ascend310P3"))
+    monkeypatch.setattr(device, "_npu_device", lambda _: ANY_ACCELERATOR)
+    with pytest.raises(DeviceError) as caught:
+        device.resolve("npu", local_rank=1, world=2)
+    assert str(caught.value) == (
+        "--device-type npu: the Atlas 300I Duo series does not support multi-card quantization (its chip is Ascend310P3); "
+        "run one process, without torchrun, or use --device-type cpu"
+    )
+    assert device.resolve("npu") is ANY_ACCELERATOR
+    assert device.resolve("cpu", local_rank=1, world=2) == torch.device("cpu")
+
+
 def test_torch_npu_is_imported_before_torchs_npu_module_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     npu = StandInNpu()
     imported: list[str] = []

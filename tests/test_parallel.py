@@ -19,9 +19,10 @@ def test_a_process_alone_is_rank_0_of_1_and_talks_to_itself(monkeypatch: pytest.
 
 
 def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert read_place() == Place(2, 4)
+    monkeypatch.setenv("RANK", "10")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert read_place() == Place(10, 16, 2)
 
 
 @pytest.mark.parametrize(("rank", "world"), [("4", "4"), ("-1", "4"), ("one", "4"), ("0", "")])
@@ -33,14 +34,15 @@ def test_an_environment_that_torchrun_does_not_make_is_refused(
     with pytest.raises(UsageError) as caught:
         read_place()
     assert str(caught.value) == (
-        f"RANK={rank} and WORLD_SIZE={world}: are not what torchrun sets; unset them or use torchrun"
+        f"RANK={rank}, WORLD_SIZE={world} and LOCAL_RANK=0: are not what torchrun sets; unset them or use torchrun"
     )
 
 
 PROGRAM = """
 import os, sys, time
 from datetime import timedelta
-from glmq.parallel import Group, LostRanksError, read_place
+import torch
+from glmq.parallel import Group, LostRanksError, OtherRankError, read_place
 
 place = read_place()
 
@@ -53,6 +55,13 @@ def meet_again(group):
 os.environ["MASTER_PORT"] = sys.argv[1]
 with Group(place, timedelta(seconds=1)) as group:
     print(group.gather("word %d" % place.rank), flush=True)
+    given = [torch.arange(place.rank + 2.0, dtype=torch.bfloat16), torch.zeros(0), torch.tensor(place.rank)][place.rank:]
+    print(group.share(given), flush=True)
+    print(group.bring(given), flush=True)
+    try:
+        group.meet("", ValueError("bad") if place.rank == 1 else None)
+    except (OtherRankError, ValueError) as error:
+        print(error, flush=True)
     if place.rank == 1:
         time.sleep(2)
     else:
@@ -86,4 +95,11 @@ def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
     ]
     said = [process.communicate(timeout=120) for process in processes]
     words, lost = "['word 0', 'word 1']\n", "rank 0 of 2: lost the other ranks \n"
-    assert [out for out, _ in said] == [words + lost + words + lost, words + words], said
+    first = "[tensor([0., 1.], dtype=torch.bfloat16), tensor([]), tensor(0)]"
+    second = "[tensor([]), tensor(1)]"
+    shared = f"[{first}, {second}]\n"
+    told = "stopped because rank 1 failed: bad\n"
+    assert [out for out, _ in said] == [
+        words + shared + shared + told + lost + words + lost,
+        words + shared + f"[[], {second}]\n" + "bad\n" + words,
+    ], said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,10 +11,11 @@ from typing import TypeAlias
 
 import psutil
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from glmq.calibrate.capture import watching
+from glmq.calibrate.capture import Watch
 from glmq.calibrate.samples import Sample, open_image
 from glmq.calibrate.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
 from glmq.checkpoint.journal import Journal
@@ -23,7 +25,8 @@ from glmq.errors import SampleError
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.glm4v import LM_HEAD, TEXT, Block, all_blocks, head_block, merger_block, text_blocks, vision_block
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.numerics.moments import InputAccumulator, InputStats
+from glmq.numerics.moments import InputAccumulator
+from glmq.parallel import Group
 from glmq.records import BlockDone
 
 
@@ -35,12 +38,16 @@ def calibrate_checkpoint(
     settings: Settings,
     journal: Journal,
     folder: Path,
+    group: Group,
 ) -> Iterator[BlockDone]:
     """Run the samples through the model, one block in memory at a time, and write the statistics of every linear input.
 
     The vision tower runs over all images first, block by block, then the text layers. One copy of the hidden states
     is kept per sample. Sums run in the order of the samples. Each finished block is journalled with the hidden states that
     it left, so that an interrupted run continues after it with the same bits.
+
+    Several ranks take turns: rank r of n runs samples r, r + n, r + 2n, ..., and rank 0 writes the statistics, which have
+    the bytes of a run by one process.
 
     Args:
         model: the streamed float model.
@@ -50,6 +57,7 @@ def calibrate_checkpoint(
         settings: of this run.
         journal: finished blocks of an interrupted run are in it.
         folder: where hidden states are kept between blocks.
+        group: the ranks that share the samples.
 
     Yields:
         A record after each block.
@@ -57,9 +65,10 @@ def calibrate_checkpoint(
     Raises:
         CheckpointError: a tensor that is missing or not finite.
         SampleError: an image that the model cannot take, or a sample whose hidden states overflow.
+        OtherRankError, LostRanksError: another rank stopped.
     """
-    run = _Run(model, samples, preprocessor, sink, settings)
-    states = _States(folder)
+    run = _Run(model, samples, preprocessor, sink, settings, group)
+    states = _States(folder, group)
     first = len(journal.finished)
     for entry in journal.finished.values():
         inputs = entry["inputs"]
@@ -69,6 +78,7 @@ def calibrate_checkpoint(
     started = time.perf_counter()
     for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
         states.save(index, calls)
+        group.meet("")  # the states of all ranks are there
         journal.record(name, {"inputs": entries})
         states.forget(index - 1)
         release(model.device)
@@ -76,7 +86,8 @@ def calibrate_checkpoint(
         yield BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss)
         started = time.perf_counter()
     states.forget(total - 1)
-    sink.finish()
+    if group.place.is_first:
+        sink.finish()
 
 
 Calls: TypeAlias = dict[int, BlockCall]
@@ -108,27 +119,34 @@ def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonOb
 
 
 class _States:
-    """The hidden states after the last finished block, on disk."""
+    """The hidden states after the last finished block, on disk: one file per rank, which any number of ranks can read."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, group: Group) -> None:
+        self._folder, self._place = folder, group.place
 
     def save(self, index: int, calls: Calls) -> None:
         """Keep the states that block `index` left, whole or not at all."""
-        write_whole(self._path(index), save({str(sample): call.hidden.contiguous() for sample, call in calls.items()}))
+        states = {str(sample): call.hidden.contiguous() for sample, call in calls.items()}
+        write_whole(self._folder / f"{self._stem(index)}-{self._place.rank}", save(states))
 
     def load(self, index: int, calls: Calls) -> None:
         """Put the states that block `index` left into the calls."""
-        stored = load_file(self._path(index))
-        for sample, call in calls.items():
-            call.hidden = stored[str(sample)].to(call.hidden.device)
+        for path in self._paths(index):
+            with safe_open(path, "pt") as stored:
+                for sample in {int(name) for name in stored.keys()} & calls.keys():  # noqa: SIM118 - it is no mapping
+                    calls[sample].hidden = stored.get_tensor(str(sample)).to(calls[sample].hidden.device)
 
     def forget(self, index: int) -> None:
-        """Remove what is no longer needed."""
-        self._path(index).unlink(missing_ok=True)
+        """Remove what no rank needs any more."""
+        if self._place.is_first:
+            for path in self._paths(index):
+                path.unlink()
 
-    def _path(self, index: int) -> Path:
-        return self._folder / f".states-{index:03d}"
+    def _paths(self, index: int) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._stem(index)}-*"))
+
+    def _stem(self, index: int) -> str:
+        return f".states-{index:03d}"
 
 
 class _Run:
@@ -141,57 +159,76 @@ class _Run:
         preprocessor: Preprocessor,
         sink: StatsWriter,
         settings: Settings,
+        group: Group,
     ) -> None:
         self.model, self.sink = model, sink
-        self._samples, self._preprocessor, self._settings = samples, preprocessor, settings
+        self._samples, self._preprocessor, self._settings, self._group = samples, preprocessor, settings, group
+        place = group.place
+        self._own = range(place.rank, len(samples), place.world)
+        """Indices of this rank's samples."""
+        rounds = -(-len(samples) // place.world)
+        self._turns = range(place.rank, place.rank + rounds * place.world, place.world)
+        """The same, and one past the end where other ranks have one sample more."""
         self._keep_rows = max(1, SAMPLE_ROWS // len(samples))
 
     def start_vision(self) -> Calls:
         """The first vision block's call of every sample with an image."""
         calls: Calls = {}
         with self.model.placed(*VISION_STEM):
-            for index, sample in enumerate(self._samples):
-                if sample.image is not None:
-                    calls[index] = self.model.vision_call(self._inputs(sample))
+            for index in self._own:
+                if self._samples[index].image is not None:
+                    calls[index] = self.model.vision_call(self._inputs(self._samples[index]))
         return calls
 
     def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[JsonObject, Calls]:
         """The first text layer's call of every sample; with `watch` the merger's inputs are collected on the way."""
         model, block = self.model, merger_block(self.model.config)
-        accumulators = self._accumulators(block)
+        watched = self._watch(block)
         calls: Calls = {}
+        tokens: dict[int, int] = {}
         parts = (*VISION_STEM, *VISION_TAIL) if vision_calls else ()
-        with model.placed(*parts), watching(model, block, accumulators, keep_rows=self._keep_rows):
-            for index, sample in enumerate(self._samples):
-                inputs = self._inputs(sample)
-                self.sink.set_tokens(sample, inputs.tokens)
-                with model.embedding_rows(inputs.ids), self._blaming(sample):
-                    calls[index] = model.text_call(inputs, vision_calls.pop(index, None))
-                    _check_finite(calls[index].hidden, block.name)
-        return self._write(block, accumulators) if watch else {}, calls
+        with model.placed(*parts), watched.hooked(model) if watch else nullcontext():
+            for index in self._turns:
+                if watch and index not in vision_calls:
+                    watched.stand_by()
+                if index in self._own:
+                    sample = self._samples[index]
+                    inputs = self._inputs(sample)
+                    tokens[index] = inputs.tokens
+                    with model.embedding_rows(inputs.ids), self._blaming(sample):
+                        calls[index] = model.text_call(inputs, vision_calls.pop(index, None))
+                        _check_finite(calls[index].hidden, block.name)
+        for text in self._group.meet(json.dumps(tokens)):
+            for key, count in json.loads(text).items():
+                self.sink.set_tokens(self._samples[int(key)], count)
+        return self._write(block, watched) if watch else {}, calls
 
     def replay_block(self, block: Block, calls: Calls) -> JsonObject:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""
-        model = self.model
-        accumulators = self._accumulators(block)
-        watch = watching(model, block, accumulators, keep_rows=self._keep_rows)
-        with model.placed(block.name) if calls else nullcontext(), watch:
-            for index, call in calls.items():
-                with self._blaming(self._samples[index]):
-                    call.hidden = model.replay(block.name, call)
-                    _check_finite(call.hidden, block.name)
-        return self._write(block, accumulators)
+        model, watched = self.model, self._watch(block)
+        with model.placed(block.name) if calls else nullcontext(), watched.hooked(model):
+            for index in self._turns:
+                if index in calls:
+                    with self._blaming(self._samples[index]):
+                        calls[index].hidden = model.replay(block.name, calls[index])
+                        _check_finite(calls[index].hidden, block.name)
+                else:
+                    watched.stand_by()
+        return self._write(block, watched)
 
     def finish_text(self, calls: Calls) -> JsonObject:
         """The statistics of lm_head's input; the head itself is not run."""
         model, block = self.model, head_block(self.model.config)
-        accumulators = self._accumulators(block)
+        watched = self._watch(block)
         with model.placed(f"{TEXT}.norm"), torch.no_grad():
-            for index, call in calls.items():
-                hidden = model.module(f"{TEXT}.norm")(call.hidden)
-                with self._blaming(self._samples[index]):
-                    accumulators[LM_HEAD].update(hidden.reshape(-1, hidden.shape[-1]), keep_rows=self._keep_rows)
-        return self._write(block, accumulators)
+            for index in self._turns:
+                if index in calls:
+                    hidden = model.module(f"{TEXT}.norm")(calls[index].hidden)
+                    with self._blaming(self._samples[index]):
+                        watched.see(LM_HEAD, hidden)
+                else:
+                    watched.stand_by()
+        return self._write(block, watched)
 
     def _inputs(self, sample: Sample) -> ModelInputs:
         with self._blaming(sample):
@@ -209,17 +246,22 @@ class _Run:
             advice = "use --compute-dtype fp32, or leave this sample out" if narrow else "leave this sample out"
             raise SampleError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
 
-    def _accumulators(self, block: Block) -> dict[str, InputAccumulator]:
-        config, wide = self.model.config, self._settings.wide_moments
-        return {
+    def _watch(self, block: Block) -> Watch:
+        place = self._group.place
+        accumulators = {
             group.site: InputAccumulator(
-                group.site, group.width, with_moment=has_moment(group, config, wide_moments=wide)
+                group.site,
+                group.width,
+                with_moment=has_moment(group, self.model.config, wide_moments=self._settings.wide_moments),
+                rank=place.rank,
+                world=place.world,
             )
             for group in block.groups
         }
+        return Watch(block, accumulators, self._group, keep_rows=self._keep_rows)
 
-    def _write(self, block: Block, accumulators: dict[str, InputAccumulator]) -> JsonObject:
-        finished: list[InputStats] = [a.finish() for a in accumulators.values() if a.tokens]
+    def _write(self, block: Block, watched: Watch) -> JsonObject:
+        finished = watched.finish()
         return self.sink.write(block.name, finished) if finished else {}
 
 

@@ -85,7 +85,7 @@ def check_target(target: Path, *, overwrite: bool, resume: bool = False) -> None
     elif target.exists():
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
     if not resume and not overwrite:
-        refuse_interrupted(target)
+        refuse_interrupted(target, target)
 
 
 def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) -> None:
@@ -107,14 +107,21 @@ def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) ->
             raise UsageError(f"{target}: holds {what} ({path}); choose another {option}")
 
 
-def refuse_interrupted(target: Path) -> None:
-    """Raise UsageError if the unfinished folder of an interrupted run lies beside `target`."""
-    blocks = _finished_blocks(target)
+def refuse_interrupted(folder: Path, target: Path) -> None:
+    """Raise UsageError if an interrupted run for `target` has begun to fill `folder`, which may be the target itself."""
+    blocks = _finished_blocks(folder)
     if blocks:
+        counted = "1 finished block" if blocks == 1 else f"{blocks} finished blocks"
         raise UsageError(
-            f"{target}: an interrupted run of {blocks} finished blocks lies beside it; "
-            "pass --resume to continue it, or --overwrite to start again"
+            f"{target}: an interrupted run of {counted} lies beside it, in {partial_path(folder).name}; "
+            "run the same command with --resume to continue it, or with --overwrite to start again"
         )
+
+
+def stored_bytes(target: Path) -> int:
+    """What the unfinished folder of an interrupted run for `target` takes on the disk; holes in files take nothing."""
+    found = partial_path(target)
+    return sum(path.stat().st_blocks * 512 for path in found.iterdir()) if found.is_dir() else 0
 
 
 def _finished_blocks(target: Path) -> int:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue
-from glmq.errors import UsageError
+from glmq.checkpoint.json_file import DISK_FULL, FILE_MODE, JsonObject, JsonValue
+from glmq.errors import SpaceError, UsageError
 
 NAME: Final = "journal.jsonl"
 
@@ -24,13 +24,15 @@ class Journal:
     Args:
         folder: the work folder; a journal that lies there is continued.
         settings: everything that the output's bytes depend on.
+        writes: false on all but one of several processes: they read what lies there and keep their lines to themselves.
 
     Raises:
         UsageError: the journal that lies there was written with other settings; both values are named.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, str], *, writes: bool = True) -> None:
         self._path = folder / NAME
+        self._writes = writes
         self.finished: dict[str, JsonObject] = {}
         """Payload of each finished block, in order."""
         lines = read_lines(self._path)
@@ -42,17 +44,28 @@ class Journal:
             self._rewrite([dict(settings)])
 
     def record(self, block: str, payload: Mapping[str, JsonValue]) -> None:
-        """Say that a block is finished; what a later run needs of it is in `payload`."""
+        """Say that a block is finished; what a later run needs of it is in `payload`.
+
+        Raises:
+            SpaceError: the disk is full.
+        """
         line: JsonObject = {"block": block, **payload}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        if self._writes:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise SpaceError(f"{self._path}: its disk is full; make room") from None
+                raise
         self.finished[block] = line
 
     def remove(self) -> None:
         """The run is whole: the output no longer needs its journal."""
-        self._path.unlink()
+        if self._writes:
+            self._path.unlink()
 
     def _check(self, found: JsonObject, settings: Mapping[str, str]) -> None:
         for key in sorted({*found, *settings}):
@@ -64,6 +77,8 @@ class Journal:
 
     def _rewrite(self, lines: list[JsonObject]) -> None:
         """Put whole lines alone into the file, so that a torn one does not swallow the next."""
+        if not self._writes:
+            return
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         partial.chmod(FILE_MODE)
@@ -72,10 +87,12 @@ class Journal:
 
 def read_lines(path: Path) -> list[JsonObject]:
     """The whole lines of a journal; empty if there is none."""
-    if not path.exists():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return []
     lines: list[JsonObject] = []
-    for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for raw in text.splitlines():
         try:
             line = json.loads(raw)
         except json.JSONDecodeError:

@@ -72,7 +72,10 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(content)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a journal may speak of it next
         partial.chmod(FILE_MODE)
         os.replace(partial, path)
     except BaseException as error:

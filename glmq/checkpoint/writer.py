@@ -275,6 +275,11 @@ class ShardWriter:
         _sync_directory(self.directory)
         self._is_finished = True
 
+    def leave(self) -> None:
+        """Leave the files unfinished to another process that knows what was written here, and finishes them."""
+        self._close()
+        self._is_finished = True
+
     def __enter__(self) -> ShardWriter:
         return self
 

@@ -56,6 +56,8 @@ def calibrate(
     statistics = calibrate_folder(
         model_path, stats, chosen, overwrite=overwrite, resume=resume, quiet=quiet or json_output
     )
+    if statistics is None:
+        return
     if json_output:
         print_json({**statistics.manifest, "folder": str(stats)})
     elif quiet:

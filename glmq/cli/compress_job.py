@@ -13,6 +13,7 @@ from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.writer import check_room
 from glmq.cli.compress_view import ByteProgress
 from glmq.cli.render import stderr
+from glmq.cli.shared_folder import SharedFolder
 from glmq.compress.executor import PROGRAM, AscendCodec, find_executor, how_to_build
 from glmq.compress.layouts import Layout
 from glmq.compress.manifest import CodecKind
@@ -27,7 +28,6 @@ from glmq.compress.report import (
     write_report,
 )
 from glmq.compress.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
-from glmq.compress.shared_folder import SharedFolder
 from glmq.compress.source import open_source
 from glmq.compress.stream import (
     CompressedLinear,

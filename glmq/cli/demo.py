@@ -66,6 +66,7 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
     options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16")
     job = QuantizationJob(model, quantized, options, calibration, stats_path=stats)
     result = quantize_folder(job, overwrite=overwrite, resume=False, quiet=False)
+    assert result is not None  # one process is rank 0
     show_quantization(result, verbose=False)
     _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
     compression = compress_folder(

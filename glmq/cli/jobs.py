@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -23,18 +23,20 @@ from glmq.calibrate.samples import (
 )
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter, expected_bytes
 from glmq.calibrate.stream import calibrate_checkpoint
-from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted
+from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import check_room
 from glmq.cli.render import BlockProgress, stderr
+from glmq.cli.shared_folder import SharedFolder
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import InputError, UsageError
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.parallel import Group, read_place
 from glmq.quantize.dry_run import RunPlan, make_run_plan
 from glmq.quantize.fallback import with_fallback, worst_groups
 from glmq.quantize.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
@@ -42,6 +44,7 @@ from glmq.quantize.report import report_document, write_report
 from glmq.quantize.stream import (
     OutputPlan,
     PartBytes,
+    QuantizationRun,
     bytes_by_part,
     check_source,
     measure_checkpoint,
@@ -101,37 +104,47 @@ class QuantizationResult:
 
 def calibrate_folder(
     model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, resume: bool, quiet: bool
-) -> Statistics:
-    """Run `glmq calibrate`: write the statistics folder and open it."""
+) -> Statistics | None:
+    """Run `glmq calibrate`: write the statistics folder and open it; None on the ranks above 0 of torchrun."""
+    place = read_place()
+    quiet = quiet or not place.is_first
     check_apart(stats_path, "--stats", {"the float weights": model_path, **_sources(options)})
     check_target(stats_path, overwrite=overwrite, resume=resume)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         samples = load_samples(options, quiet=quiet)
-        with OutputFolder(stats_path, overwrite=overwrite, resume=resume) as folder:
-            _calibrate(source, config, samples, options, folder.path, quiet=quiet)
+        output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
+        with Group(place) as group, SharedFolder(output, group) as folder:
+            _calibrate(source, config, samples, options, folder.path, group, quiet=quiet)
             folder.finish()
-    return Statistics.open(stats_path)
+    return Statistics.open(stats_path) if place.is_first else None
 
 
-def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult:
-    """Run `glmq quantize`: everything that can be refused is refused before the first weight is read."""
+def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult | None:
+    """Run `glmq quantize`; None on the ranks above 0 of torchrun.
+
+    Everything that can be refused is refused before the first weight is read.
+    """
+    place = read_place()
+    quiet = quiet or not place.is_first
     with _planned(job, overwrite=overwrite, resume=resume) as (source, config, recipe, plan):
         _say_patterns(recipe, config, quiet=quiet)
-        check_room(job.out_path, plan.shards.nbytes)
-        calibration, stats, out = job.calibration, job.stats_path, job.out_path
-        with _statistics(source, config, calibration, stats, out, resume=resume, quiet=quiet) as statistics:
-            if job.fallback_topk or job.max_error is not None:
-                recipe = _fall_back(source, config, statistics, recipe, plan, job, quiet=quiet)
-                plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
-            with OutputFolder(job.out_path, overwrite=overwrite, resume=resume) as folder:
-                result = _quantize(source, config, recipe, plan, statistics, folder, quiet=quiet)
-                folder.finish()
-            return result
+        check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path))
+        output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume)
+        with (
+            Group(place) as group,
+            _statistics(source, config, job, group, resume=resume, quiet=quiet) as statistics,
+            SharedFolder(output, group) as folder,
+        ):
+            result = _quantize(source, config, recipe, plan, statistics, job, folder.path, group, quiet=quiet)
+            folder.finish()
+    return result if place.is_first else None
 
 
 def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
     """Run `glmq quantize --dry-run`: read config.json and headers, touch nothing."""
+    if read_place().world > 1:
+        raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
     with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
         needed = 0
         if job.stats_path is None or not job.stats_path.exists():
@@ -153,38 +166,18 @@ def _planned(
     if job.stats_path is not None:
         check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **_sources(job.calibration)})
     check_target(job.out_path, overwrite=overwrite, resume=resume)
-    if not resume and not overwrite:
-        refuse_interrupted(_own_statistics(job.out_path))
+    if not resume and not overwrite and job.stats_path is None:
+        own = _own_statistics(job.out_path)
+        refuse_interrupted(own, job.out_path)
+        if own.exists():
+            raise UsageError(
+                f"{job.out_path}: an interrupted run that has finished its calibration lies beside it, in {own.name}; "
+                "run the same command with --resume to continue it, or with --overwrite to start again"
+            )
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(recipe, config)
         yield source, config, recipe, plan_output(source, config, recipe, groups, job.shard_bytes)
-
-
-def _fall_back(
-    source: Checkpoint,
-    config: ModelConfig,
-    statistics: Statistics,
-    recipe: Recipe,
-    plan: OutputPlan,
-    job: QuantizationJob,
-    *,
-    quiet: bool,
-) -> Recipe:
-    """Measure every group first, then keep the worst float."""
-    reports: list[LinearReport] = []
-    bits = _spread_bits(source, config, recipe, plan, statistics, quiet=quiet)
-    with BlockProgress("measure", quiet=quiet) as progress:
-        for block in measure_checkpoint(source, config, statistics, recipe, plan.groups, bits=bits):
-            reports += block.reports
-            progress.advance(block.done)
-    kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
-    if not quiet:
-        names = [linear.name for group in kept for linear in group.group.linears]
-        stderr.print(f"{len(names)} linears stay float; the same by hand:", soft_wrap=True)
-        for name in names:
-            stderr.print(f"  --keep-float {name}", soft_wrap=True)
-    return with_fallback(recipe, kept)
 
 
 def _sources(options: CalibrationOptions) -> dict[str, Path | None]:
@@ -213,36 +206,52 @@ def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, .
 
 @contextmanager
 def _statistics(
-    source: Checkpoint,
-    config: ModelConfig,
-    options: CalibrationOptions,
-    stats_path: Path | None,
-    out_path: Path,
-    *,
-    resume: bool,
-    quiet: bool,
+    source: Checkpoint, config: ModelConfig, job: QuantizationJob, group: Group, *, resume: bool, quiet: bool
 ) -> Iterator[Statistics]:
     """The statistics to quantize with: the given folder's, or fresh ones, kept if a folder was named."""
-    folder = stats_path or _own_statistics(out_path)
+    options, stats_path = job.calibration, job.stats_path
+    folder = stats_path or _own_statistics(job.out_path)
     if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
         statistics = Statistics.open(folder)
         statistics.check_model(source.fingerprint())
-        if stats_path is not None and (options.images is not None or options.samples_file is not None):
+        if stats_path is None:
+            _check_calibration(
+                statistics, load_samples(options, quiet=True), _settings(options, resolve(options.device_type))
+            )
+        elif options.images is not None or options.samples_file is not None:
             statistics.check_samples(digest(load_samples(options, quiet=True)))
     else:
         samples = load_samples(options, quiet=quiet)
-        with OutputFolder(folder, overwrite=stats_path is None, resume=resume) as output:
-            _calibrate(source, config, samples, options, output.path, quiet=quiet)
-            output.finish()
+        output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
+        with SharedFolder(output, group) as shared:
+            _calibrate(source, config, samples, options, shared.path, group, quiet=quiet)
+            shared.finish()
         statistics = Statistics.open(folder)
     try:
         yield statistics
     except (InputError, UsageError):
         if stats_path is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another rank may have met the same
         raise
-    if stats_path is None:
+    if stats_path is None and group.place.is_first:
         shutil.rmtree(folder)
+
+
+def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
+    """Raise UsageError unless an interrupted run was calibrated as this one would be."""
+    wanted = {"samples_sha256": digest(samples), **asdict(settings)}
+    for key, value in wanted.items():
+        found = statistics.manifest.get(key)
+        if found != value:
+            raise UsageError(
+                f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
+                f"this one has {value!r}; run with the same, or start again with --overwrite"
+            )
+
+
+def _settings(options: CalibrationOptions, device: torch.device) -> Settings:
+    dtype = compute_dtype(options.compute_dtype, device)
+    return Settings(str(dtype).removeprefix("torch."), options.max_pixels, options.wide_moments)
 
 
 def _own_statistics(out_path: Path) -> Path:
@@ -256,17 +265,18 @@ def _calibrate(
     samples: tuple[Sample, ...],
     options: CalibrationOptions,
     folder: Path,
+    group: Group,
     *,
     quiet: bool,
 ) -> None:
     check_source(source, config)
-    device = resolve(options.device_type)
-    dtype = compute_dtype(options.compute_dtype, device)
-    settings = Settings(str(dtype).removeprefix("torch."), options.max_pixels, options.wide_moments)
+    place = group.place
+    device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
+    settings = _settings(options, device)
     preprocessor = Preprocessor(
         source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
     )
-    model = StreamedModel(source, config, device=device, dtype=dtype)
+    model = StreamedModel(source, config, device=device, dtype=getattr(torch, settings.compute_dtype))
     journal = Journal(
         folder,
         {
@@ -277,12 +287,13 @@ def _calibrate(
             "wide moments": str(settings.wide_moments),
             **_machine(),
         },
+        writes=place.is_first,
     )
     if not journal.finished:
         check_room(folder, expected_bytes(config, wide_moments=options.wide_moments))
     sink = StatsWriter(folder, source.fingerprint(), samples, settings)
     with BlockProgress("calibrate", quiet=quiet) as progress:
-        for done in calibrate_checkpoint(model, samples, preprocessor, sink, settings, journal, folder):
+        for done in calibrate_checkpoint(model, samples, preprocessor, sink, settings, journal, folder, group):
             progress.advance(done)
     journal.remove()
 
@@ -303,15 +314,46 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return default_compute_dtype(device) if name == "auto" else known[name]
 
 
-def _spread_bits(
+def _quantize(
     source: Checkpoint,
     config: ModelConfig,
     recipe: Recipe,
     plan: OutputPlan,
     statistics: Statistics,
+    job: QuantizationJob,
+    folder: Path,
+    group: Group,
     *,
     quiet: bool,
-) -> dict[str, float]:
+) -> QuantizationResult:
+    settings = {
+        "model": source.fingerprint(),
+        "samples": statistics.samples_digest,
+        "recipe": str(recipe),
+        "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
+        "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
+        **_machine(),
+    }
+    work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=group.place.is_first), group)
+    bits = _spread_bits(work, recipe, plan, quiet=quiet)
+    if job.fallback_topk or job.max_error is not None:
+        recipe = _fall_back(work, recipe, plan, bits, job, quiet=quiet)
+        plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
+        bits = _spread_bits(work, recipe, plan, quiet=quiet)
+    reports: list[LinearReport] = []
+    with BlockProgress("quantize", quiet=quiet) as progress:
+        for block in quantize_checkpoint(work, recipe, plan, folder, bits=bits):
+            reports += block.reports
+            progress.advance(block.done)
+    parts = bytes_by_part(source, plan.shards)
+    document = report_document(reports, parts, recipe, statistics.samples_digest)
+    if group.place.is_first:
+        write_report(folder, document, reports)
+    work.journal.remove()
+    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document)
+
+
+def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, *, quiet: bool) -> dict[str, float]:
     """Bits per weight of each sparse linear, spread over the whole model for the least error.
 
     Their mean is the recipe's target, or what the flags' rule would spend. Empty where the rule itself chooses the
@@ -322,7 +364,7 @@ def _spread_bits(
         return {}
     curves: list[RateCurve] = []
     with BlockProgress("rate", quiet=quiet) as progress:
-        for block in rate_checkpoint(source, config, statistics, recipe, plan.groups):
+        for block in rate_checkpoint(work, recipe, plan.groups):
             curves += block.curves
             progress.advance(block.done)
     target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
@@ -330,35 +372,28 @@ def _spread_bits(
     return {curve.name: wanted for curve, wanted in zip(curves, bits)}
 
 
-def _quantize(
-    source: Checkpoint,
-    config: ModelConfig,
+def _fall_back(
+    work: QuantizationRun,
     recipe: Recipe,
     plan: OutputPlan,
-    statistics: Statistics,
-    folder: OutputFolder,
+    bits: Mapping[str, float],
+    job: QuantizationJob,
     *,
     quiet: bool,
-) -> QuantizationResult:
-    settings = {
-        "model": source.fingerprint(),
-        "samples": statistics.samples_digest,
-        "recipe": str(recipe),
-        "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
-        **_machine(),
-    }
-    bits = _spread_bits(source, config, recipe, plan, statistics, quiet=quiet)
-    journal = Journal(folder.path, settings)
+) -> Recipe:
+    """Measure every group first, then keep the worst float."""
     reports: list[LinearReport] = []
-    with BlockProgress("quantize", quiet=quiet) as progress:
-        for block in quantize_checkpoint(source, config, statistics, recipe, plan, folder.path, journal, bits=bits):
+    with BlockProgress("measure", quiet=quiet) as progress:
+        for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
             reports += block.reports
             progress.advance(block.done)
-    parts = bytes_by_part(source, plan.shards)
-    document = report_document(reports, parts, recipe, statistics.samples_digest)
-    write_report(folder.path, document, reports)
-    journal.remove()
-    return QuantizationResult(folder.target, recipe, tuple(reports), tuple(parts), document)
+    kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
+    if not quiet:
+        names = [linear.name for group in kept for linear in group.group.linears]
+        stderr.print(f"{len(names)} linears stay float; the same by hand:", soft_wrap=True)
+        for name in names:
+            stderr.print(f"  --keep-float {name}", soft_wrap=True)
+    return with_fallback(recipe, kept)
 
 
 def _say_patterns(recipe: Recipe, config: ModelConfig, *, quiet: bool) -> None:

@@ -282,6 +282,8 @@ def quantize(
         show_run_plan(plan_folder(job, overwrite=overwrite), save_directory, as_json=json_output, verbose=verbose)
         return
     result = quantize_folder(job, overwrite=overwrite, resume=resume, quiet=quiet or json_output)
+    if result is None:
+        return
     if json_output:
         print_json({**result.document, "folder": str(result.folder)})
     elif quiet:

@@ -2,11 +2,13 @@
 
 Everything here is a sum, a minimum or a maximum over tokens, so results of separate runs merge. The histogram has bins whose
 edges are powers of two times an integer; widening a channel's range merges bins exactly, so the counts depend only on
-the values seen, never on their order.
+the values seen, never on their order. Sums do depend on it: they run in the order of the samples, whoever computes them,
+and the second moment is summed band by band of its rows, so that several processes can divide the bands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ BINS = 256
 """Bins of one channel's histogram, over [-2^exponent, 2^exponent)."""
 MIN_EXPONENT = -40
 """Narrowest range of a channel: inputs below 2^-40 fall into the two middle bins."""
+BAND_ROWS = 512
+"""Rows of the second moment that are summed by one product. Only the upper triangle is: half the work of the square."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,70 +73,118 @@ def _widen(counts: Tensor, by: Tensor) -> Tensor:
 class InputAccumulator:
     """Collects InputStats of one input, sample by sample.
 
+    Several processes that share the samples each have one: `look` at a sample where it was computed, `add` what all looks
+    returned, in the order of the samples, everywhere, and at the end `absorb` on one process what the others `hand_over`.
+    The statistics have the bits of one process that saw everything.
+
     Args:
         name: the site.
         width: K.
         with_moment: also collect the [K, K] second moment.
+        rank: this process among `world` ones: it sums every world-th band of the second moment.
     """
 
-    def __init__(self, name: str, width: int, *, with_moment: bool) -> None:
+    def __init__(self, name: str, width: int, *, with_moment: bool, rank: int = 0, world: int = 1) -> None:
         self.name = name
         self.tokens = 0
         self._min = torch.full((width,), torch.inf)
         self._max = torch.full((width,), -torch.inf)
-        self._sum = torch.zeros(width, dtype=torch.float64)
-        self._square = torch.zeros(width, dtype=torch.float64)
+        self._sums = torch.zeros(2, width, dtype=torch.float64)  # of x and of x^2
         self._counts = torch.zeros(width, BINS, dtype=torch.int32)
         self._exponent = torch.full((width,), MIN_EXPONENT, dtype=torch.int32)
-        self._moment = torch.zeros(width, width) if with_moment else None
+        self._with_moment = with_moment
+        self._bands: dict[int, Tensor] = {}  # by first row: [rows, K - first row]
+        if with_moment:
+            for number, start in enumerate(range(0, width, BAND_ROWS)):
+                turn, place = divmod(number, world)
+                if rank == (place if turn % 2 == 0 else world - 1 - place):  # to and fro: bands get shorter
+                    self._bands[start] = torch.zeros(min(BAND_ROWS, width - start), width - start)
         self._rows: list[Tensor] = []
 
     def update(self, x: Tensor, *, keep_rows: int) -> None:
-        """Add the tokens of one sample.
+        """Add the tokens of one sample: `look` and `add`."""
+        self.add(self.look(x, keep_rows=keep_rows))
+
+    def look(self, x: Tensor, *, keep_rows: int) -> list[Tensor]:
+        """Count the tokens of one sample, and return what has to be added in the order of the samples.
 
         Args:
             x: float [T, K], any float dtype; accumulated in float32 (sums in float64).
             keep_rows: how many evenly spaced tokens of this sample to keep.
 
         Raises:
-            FloatingPointError: NaN or infinity; nothing is added then.
+            FloatingPointError: NaN or infinity; nothing is counted then.
         """
-        x = x.detach().to(device="cpu", dtype=torch.float32)
+        x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
         tokens = x.shape[0]
         low, high = torch.aminmax(x, dim=0)  # hands NaN on
         if not torch.isfinite(torch.stack((low, high))).all():
             raise FloatingPointError(f"the input of {self.name} holds NaN or infinity")
+        self._count_in(tokens, low, high, _exponents(torch.maximum(low.abs(), high.abs())))
+        self._counts += _count(x, self._exponent)
+        sums = torch.stack((x.sum(0, dtype=torch.float64), x.square().sum(0, dtype=torch.float64)))
+        picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()
+        return [sums, x[picked], *([x] if self._with_moment else [])]
+
+    def add(self, look: Sequence[Tensor]) -> None:
+        """Add what `look` returned for the next sample, here or in another process."""
+        sums, rows, *whole = look
+        self._sums += sums
+        self._rows.append(rows)
+        for x in whole:
+            for start, band in self._bands.items():
+                band.addmm_(x[:, start : start + band.shape[0]].T, x[:, start:])
+
+    def hand_over(self) -> list[Tensor]:
+        """What `absorb` takes."""
+        starts = torch.tensor([self.tokens, *self._bands])
+        return [starts, self._min, self._max, self._exponent, self._counts, *self._bands.values()]
+
+    def absorb(self, other: Sequence[Tensor]) -> None:
+        """Take over what another process has counted and summed."""
+        starts, low, high, exponent, counts, *bands = other
+        tokens, *rows = starts.tolist()
+        self._count_in(tokens, low, high, exponent)
+        self._counts += _widen(counts, self._exponent - exponent)
+        self._bands |= dict(zip(rows, bands, strict=True))
+
+    def _count_in(self, tokens: int, low: Tensor, high: Tensor, exponent: Tensor) -> None:
+        """Widen extremes and histogram for more tokens."""
         self._min = torch.minimum(self._min, low)
         self._max = torch.maximum(self._max, high)
-        self._sum += x.sum(0, dtype=torch.float64)
-        self._square += x.square().sum(0, dtype=torch.float64)
-        exponent = torch.maximum(self._exponent, _exponents(torch.maximum(low.abs(), high.abs())))
+        exponent = torch.maximum(self._exponent, exponent)
         if self.tokens and not torch.equal(exponent, self._exponent):
             self._counts = _widen(self._counts, exponent - self._exponent)
         self._exponent = exponent
-        self._counts += _count(x, exponent)
-        if self._moment is not None:
-            self._moment.addmm_(x.T, x)
-        if keep_rows:
-            picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()
-            self._rows.append(x[picked])
         self.tokens += tokens
 
     def finish(self) -> InputStats:
         """The statistics so far; needs at least one token."""
-        moment = None if self._moment is None else self._moment / self.tokens
+        sums = (self._sums / self.tokens).float()
         return InputStats(
             name=self.name,
             tokens=self.tokens,
             minimum=self._min,
             maximum=self._max,
-            mean=(self._sum / self.tokens).float(),
+            mean=sums[0],
             histogram=self._counts,
             exponent=self._exponent.to(torch.int16),
-            square_mean=(self._square / self.tokens).float(),
-            second_moment=moment,
-            sample=torch.cat(self._rows) if self._rows else torch.zeros(0, self._min.numel()),
+            square_mean=sums[1],
+            second_moment=self._mean_moment() if self._with_moment else None,
+            sample=torch.cat(self._rows),
         )
+
+    def _mean_moment(self) -> Tensor:
+        """The bands over the number of tokens, and their mirror image: [K, K]."""
+        width = self._min.numel()
+        moment = torch.empty(width, width)
+        for start, band in self._bands.items():
+            end = start + band.shape[0]
+            moment[start:end, start:] = band / self.tokens
+            moment[end:, start:end] = moment[start:end, end:].T
+            corner = moment[start:end, start:end].triu()
+            moment[start:end, start:end] = corner + corner.triu(1).T
+        return moment
 
 
 def _count(x: Tensor, exponent: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import psutil
 import torch
@@ -22,8 +23,19 @@ from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import ROW_PARALLEL, Group, LinearShape, Part, all_blocks, expected_shapes, part_of, rms_norms
+from glmq.model.glm4v import (
+    ROW_PARALLEL,
+    Block,
+    Group,
+    LinearShape,
+    Part,
+    all_blocks,
+    expected_shapes,
+    part_of,
+    rms_norms,
+)
 from glmq.numerics.rate import RateCurve
+from glmq.parallel import Group as Ranks
 from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group, rate_curves
 from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
@@ -146,99 +158,137 @@ def bytes_by_part(source: Checkpoint, shards: ShardPlan) -> list[PartBytes]:
     return [PartBytes(part, before[part], after[part]) for part in Part]
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizationRun:
+    """What all passes over the weights share: what they read, and where they note what is done."""
+
+    source: Checkpoint
+    config: ModelConfig
+    statistics: Statistics
+    journal: Journal
+    ranks: Ranks
+    """They divide the blocks among themselves."""
+
+
 def quantize_checkpoint(
-    source: Checkpoint,
-    config: ModelConfig,
-    statistics: Statistics,
-    recipe: Recipe,
-    plan: OutputPlan,
-    folder: Path,
-    journal: Journal,
-    *,
-    bits: Mapping[str, float],
+    run: QuantizationRun, recipe: Recipe, plan: OutputPlan, folder: Path, *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
     """Write the quantized checkpoint into `folder`: weights, description, config.json, side files.
 
     Weights are read by range, one norm group at a time; float tensors are copied in pieces. Each finished block is
-    journalled; blocks that the journal has already are not done again.
+    journalled; blocks that the journal has already are not done again. Several ranks each write their blocks' tensors into
+    the same files; rank 0 makes and finishes these.
 
     Yields:
-        A record after each block, also for those of an interrupted run.
+        A record after each block, also for those of an interrupted run and of other ranks.
 
     Raises:
         CheckpointError: a tensor with NaN or infinity, or one that the stored dtype cannot hold.
         StatisticsError: the statistics lack an input.
         SpaceError: the disk fills up.
+        OtherRankError, LostRanksError: another rank stopped.
     """
-    blocks = all_blocks(config)
+    blocks = all_blocks(run.config)
     total = len(blocks) + 1
-    with ShardWriter(plan.shards, folder, resume=bool(journal.finished), keep_partial=True) as sink:
-        job = _Job(source, config, statistics, recipe, sink, bits)
-        for index, block in enumerate(blocks):
-            started = time.perf_counter()
-            if block.name in journal.finished:
-                reports = job.restore(journal.finished[block.name])
-            else:
-                reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
-                job.copy_rest(f"{block.name}.")
-                sink.sync()
-                journal.record(block.name, job.take_payload(reports))
-            yield QuantizedBlock(_done(block.name, index, total, started), tuple(reports))
+    is_first = run.ranks.place.is_first
+    is_begun = any(block.name in run.journal.finished for block in blocks)
+    if not is_first:
+        run.ranks.meet("")  # rank 0 has made the files
+    with ShardWriter(plan.shards, folder, resume=is_begun or not is_first, keep_partial=True) as sink:
+        if is_first:
+            run.ranks.meet("")
+        job = _Job(run, recipe, sink, bits)
+
+        def write(block: Block) -> JsonObject:
+            reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
+            job.copy_rest(f"{block.name}.")
+            sink.sync()
+            return job.take_payload(reports)
+
+        for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "", write)):
+            yield QuantizedBlock(_done(block.name, index, total, seconds), tuple(job.restore(payload)))
         started = time.perf_counter()
-        job.copy_rest("")
-        sink.finish()
-    _write_side_files(source, config, recipe, plan, folder)
-    yield QuantizedBlock(_done("embeddings and side files", total - 1, total, started), ())
+        if is_first:
+            job.copy_rest("")
+            sink.finish()
+        else:
+            sink.leave()
+    if is_first:
+        _write_side_files(run.source, run.config, recipe, plan, folder)
+    yield QuantizedBlock(_done("embeddings and side files", total - 1, total, time.perf_counter() - started), ())
 
 
 def measure_checkpoint(
-    source: Checkpoint,
-    config: ModelConfig,
-    statistics: Statistics,
-    recipe: Recipe,
-    groups: Mapping[str, GroupPlan],
-    *,
-    bits: Mapping[str, float],
+    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
     """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
-    blocks = [b for b in all_blocks(config) if any(groups[g.site].quant_type is not QuantType.FLOAT for g in b.groups)]
-    for index, block in enumerate(blocks):
-        started = time.perf_counter()
-        reports: list[LinearReport] = []
-        for group in block.groups:
-            if groups[group.site].quant_type is not QuantType.FLOAT:
-                reports += _quantize_plan(source, statistics, recipe, groups[group.site], bits).reports
-        yield QuantizedBlock(_done(block.name, index, len(blocks), started), tuple(reports))
+    blocks = [
+        b for b in all_blocks(run.config) if any(groups[g.site].quant_type is not QuantType.FLOAT for g in b.groups)
+    ]
+
+    def measure(block: Block) -> JsonObject:
+        plans = [groups[g.site] for g in block.groups if groups[g.site].quant_type is not QuantType.FLOAT]
+        results = [_quantize_plan(run, recipe, plan, bits) for plan in plans]
+        return {"reports": [report_row(report) for result in results for report in result.reports]}
+
+    for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "measure ", measure)):
+        yield QuantizedBlock(_done(block.name, index, len(blocks), seconds), tuple(_parse_reports(payload)))
 
 
-def rate_checkpoint(
-    source: Checkpoint,
-    config: ModelConfig,
-    statistics: Statistics,
-    recipe: Recipe,
-    groups: Mapping[str, GroupPlan],
-) -> Iterator[RatedBlock]:
+def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
     """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
-    blocks = [b for b in all_blocks(config) if any(groups[g.site].quant_type is QuantType.W8A8S for g in b.groups)]
-    for index, block in enumerate(blocks):
-        started = time.perf_counter()
+    blocks = [b for b in all_blocks(run.config) if any(groups[g.site].quant_type is QuantType.W8A8S for g in b.groups)]
+    plans = [plan for plan in groups.values() if plan.quant_type is QuantType.W8A8S]
+    sparse = {linear.name for plan in plans for linear in plan.group.linears}
+
+    def rate(block: Block) -> JsonObject:
         curves: list[RateCurve] = []
         for group in block.groups:
             if groups[group.site].quant_type is QuantType.W8A8S:
-                linears, norm = _read_group(source, group)
-                stats = statistics.input(group.site)
+                linears, norm = _read_group(run.source, group)
+                stats = run.statistics.input(group.site)
                 curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
-        yield RatedBlock(_done(block.name, index, len(blocks), started), tuple(curves))
+        return {"curves": [asdict(curve) for curve in curves]}
+
+    for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "rate ", rate)):
+        rows = payload["curves"]
+        assert isinstance(rows, list)
+        # The journal may have rated more than stays sparse after a fallback.
+        curves = tuple(curve for curve in map(_parse_curve, rows) if curve.name in sparse)
+        yield RatedBlock(_done(block.name, index, len(blocks), seconds), curves)
 
 
-def _quantize_plan(
-    source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]
-) -> GroupResult:
+def _each_block(
+    run: QuantizationRun, blocks: Sequence[Block], pass_name: str, work: Callable[[Block], JsonObject]
+) -> Iterator[tuple[Block, JsonObject, float]]:
+    """Do the work of each block on one of the ranks, unless the journal has it already, and journal what it returned.
+
+    The same float comes back from JSON, so that it does not matter who did the work, or when.
+
+    Yields:
+        On every rank each block, what was returned for it, and seconds.
+    """
+    rank, world = run.ranks.place.rank, run.ranks.place.world
+    for first in range(0, len(blocks), world):
+        row = blocks[first : first + world]
+        started = time.perf_counter()
+        own = ""
+        if rank < len(row) and pass_name + row[rank].name not in run.journal.finished:
+            own = json.dumps(work(row[rank]))
+        texts = run.ranks.meet(own)
+        for block, text in zip(row, texts):
+            key = pass_name + block.name
+            if key not in run.journal.finished:
+                run.journal.record(key, json.loads(text))
+            yield block, run.journal.finished[key], (time.perf_counter() - started) / len(row)
+
+
+def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]) -> GroupResult:
     """Read one group's weights and quantize them."""
-    linears, norm = _read_group(source, plan.group)
+    linears, norm = _read_group(run.source, plan.group)
     return quantize_group(
         linears,
-        statistics.input(plan.group.site),
+        run.statistics.input(plan.group.site),
         recipe.scheme_of(plan.quant_type),
         norm_weight=norm,
         dtype=recipe.dtype,
@@ -261,20 +311,15 @@ def _read_group(source: Checkpoint, group: Group) -> tuple[list[FloatLinear], Te
 
 
 class _Job:
-    """One run: what has been written so far. A source tensor that was taken is written under its own name, among others."""
+    """The pass that writes: what has been written so far.
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        config: ModelConfig,
-        statistics: Statistics,
-        recipe: Recipe,
-        sink: ShardWriter,
-        bits: Mapping[str, float],
-    ) -> None:
-        self._source, self._statistics, self._recipe, self._sink = source, statistics, recipe, sink
+    A source tensor that was taken is written under its own name, among others.
+    """
+
+    def __init__(self, run: QuantizationRun, recipe: Recipe, sink: ShardWriter, bits: Mapping[str, float]) -> None:
+        self._run, self._source, self._recipe, self._sink = run, run.source, recipe, sink
         self._bits = bits
-        self._norms = set(rms_norms(config))
+        self._norms = set(rms_norms(run.config))
         self._written: set[str] = set()
         self._fresh: list[str] = []
 
@@ -284,20 +329,19 @@ class _Job:
         return {"written": written, "reports": [report_row(r) for r in reports]}
 
     def restore(self, payload: JsonObject) -> list[LinearReport]:
-        """Count a block of an interrupted run as done; returns its reports."""
-        written, rows = payload["written"], payload["reports"]
+        """Count a block as done, whoever did it; returns its reports."""
+        written = payload["written"]
         assert isinstance(written, list)
-        assert isinstance(rows, list)
-        self._sink.mark_written(written)
+        self._sink.mark_written(name for name in written if name not in self._written)
         self._written |= set(written)
-        return [parse_row(row) for row in rows]
+        return _parse_reports(payload)
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm; nothing for a group that stays float."""
         if plan.quant_type is QuantType.FLOAT:
             return []
         recipe, group = self._recipe, plan.group
-        result = _quantize_plan(self._source, self._statistics, recipe, plan, self._bits)
+        result = _quantize_plan(self._run, recipe, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
             parallel = shape.name.endswith(ROW_PARALLEL)
             self._write(
@@ -399,5 +443,15 @@ def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, p
     write_description(folder, description)
 
 
-def _done(name: str, index: int, total: int, started: float) -> BlockDone:
-    return BlockDone(name, index, total, time.perf_counter() - started, psutil.Process().memory_info().rss)
+def _parse_reports(payload: JsonObject) -> list[LinearReport]:
+    rows = payload["reports"]
+    assert isinstance(rows, list)
+    return [parse_row(row) for row in rows]
+
+
+def _parse_curve(row: Mapping[str, Any]) -> RateCurve:
+    return RateCurve(**{**row, "bits": tuple(row["bits"]), "loss": tuple(row["loss"])})
+
+
+def _done(name: str, index: int, total: int, seconds: float) -> BlockDone:
+    return BlockDone(name, index, total, seconds, psutil.Process().memory_info().rss)

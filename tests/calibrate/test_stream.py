@@ -1,11 +1,12 @@
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_tensors, full_model_kwargs, load_full, slow_histogram, tree
+from helpers import edit_tensors, full_model_kwargs, load_full, run_ranks, slow_histogram, tree
 from PIL import Image
 from torch import Tensor, nn
 
@@ -19,8 +20,12 @@ from glmq.model.blocks import StreamedModel
 from glmq.model.config import read_config
 from glmq.model.glm4v import all_blocks
 from glmq.model.inputs import Preprocessor
+from glmq.parallel import Group, Place
 from glmq.records import BlockDone
 
+ALONE = Group(Place(0, 1))
+BUILDING = threading.Lock()
+"""Models are built by patching torch, which threads must not do at once."""
 U = 2.0**-24
 """Unit roundoff of float32."""
 WIDE = Settings("float32", None, True)
@@ -31,15 +36,23 @@ def preprocessor(model: Path, max_pixels: int | None = None) -> Preprocessor:
 
 
 def calibrate(
-    model: Path, samples: tuple[Sample, ...], out: Path, *, dtype: torch.dtype = torch.float32
+    model: Path,
+    samples: tuple[Sample, ...],
+    out: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    group: Group = ALONE,
 ) -> Iterator[tuple[BlockDone, StreamedModel]]:
     """Run the engine; yields its records with the model at that moment."""
     out.mkdir(exist_ok=True)
     with Checkpoint.open(model) as source:
-        streamed = StreamedModel(source, read_config(model), device=torch.device("cpu"), dtype=dtype)
+        with BUILDING:
+            streamed = StreamedModel(source, read_config(model), device=torch.device("cpu"), dtype=dtype)
+            inputs = preprocessor(model)
+        group.meet("")  # nobody is building any more
         sink = StatsWriter(out, source.fingerprint(), samples, WIDE)
-        journal = Journal(out, {})
-        for done in calibrate_checkpoint(streamed, samples, preprocessor(model), sink, WIDE, journal, out):
+        journal = Journal(out, {}, writes=group.place.is_first)
+        for done in calibrate_checkpoint(streamed, samples, inputs, sink, WIDE, journal, out, group):
             yield done, streamed
         journal.remove()
 
@@ -215,7 +228,7 @@ def test_a_run_that_stops_midway_leaves_no_manifest(small: Path, samples: tuple[
     next(run)
     run.close()
     assert sorted(path.name for path in (tmp_path / "stats").iterdir()) == [
-        ".states-000", "journal.jsonl", "model.visual.blocks.0.safetensors",
+        ".states-000-0", "journal.jsonl", "model.visual.blocks.0.safetensors",
     ]  # fmt: skip
 
 
@@ -231,6 +244,63 @@ def test_a_run_that_was_stopped_after_any_block_continues_to_the_same_bytes(
     done = [done.index for done, _ in calibrate(small, samples, out)]
     assert done == list(range(blocks, 5))
     assert tree(out) == tree(statistics.directory)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_several_ranks_write_the_bytes_of_one(
+    world: int, small: Path, samples: tuple[Sample, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmq.numerics.moments.BAND_ROWS", 16)  # the widths are 32 to 192: every rank gets bands
+    for _ in calibrate(small, samples, tmp_path / "one"):
+        pass
+        raised = run_ranks(world, lambda group: list(calibrate(small, samples, tmp_path / "stats", group=group)))
+    assert raised == [""] * world
+    assert tree(tmp_path / "stats") == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("blocks", range(1, 6))
+def test_any_number_of_ranks_continues_what_another_number_began(
+    blocks: int,
+    before: int,
+    after: int,
+    small: Path,
+    samples: tuple[Sample, ...],
+    statistics: Statistics,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "stats"
+
+    def stop_early(group: Group) -> None:
+        run = calibrate(small, samples, out, group=group)
+        for _ in range(blocks):
+            next(run)
+        group.meet("")  # rank 0 has journalled
+        run.close()
+
+    assert run_ranks(before, stop_early) == [""] * before
+    assert run_ranks(after, lambda group: list(calibrate(small, samples, out, group=group))) == [""] * after
+    assert tree(out) == tree(statistics.directory)
+
+
+def test_all_ranks_stop_when_the_sample_of_one_overflows(
+    small_copy: Path, samples: tuple[Sample, ...], tmp_path: Path
+) -> None:
+    edit_tensors(small_copy, lambda tensors: tensors["model.visual.post_conv_layernorm.weight"].fill_(3e38))
+
+    def work(group: Group) -> None:
+        try:
+            list(calibrate(small_copy, samples[1:], tmp_path / "stats", group=group))
+        except SampleError as error:  # of the image; the text does not pass the vision tower
+            group.meet("", error)
+
+    sentence = (
+        "s.jsonl:3: the input of model.visual.blocks.0.attn.qkv holds NaN or infinity in torch.float32; "
+        "leave this sample out"
+    )
+    assert run_ranks(2, work) == [
+        f"OtherRankError: stopped because rank 1 failed: {sentence}", f"SampleError: {sentence}",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from helpers import tree
 
-from glmq.checkpoint.folder import OutputFolder, check_target, partial_path, refuse_interrupted
+from glmq.checkpoint.folder import OutputFolder, check_target, partial_path, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
 from glmq.errors import CheckpointError, SpaceError, UsageError
 
@@ -184,10 +184,10 @@ def test_a_resumed_run_is_kept_when_it_meets_bad_input(target: Path) -> None:
 def test_an_interrupted_run_is_not_overlooked(target: Path) -> None:
     interrupt(target, blocks=2)
     sentence = (
-        f"{target}: an interrupted run of 2 finished blocks lies beside it; "
-        "pass --resume to continue it, or --overwrite to start again"
+        f"{target}: an interrupted run of 2 finished blocks lies beside it, in .out.partial; "
+        "run the same command with --resume to continue it, or with --overwrite to start again"
     )
-    for refuse in (lambda: check_target(target, overwrite=False), lambda: refuse_interrupted(target)):
+    for refuse in (lambda: check_target(target, overwrite=False), lambda: refuse_interrupted(target, target)):
         with pytest.raises(UsageError) as caught:
             refuse()
         assert str(caught.value) == sentence
@@ -198,3 +198,13 @@ def test_overwriting_starts_an_interrupted_run_again(target: Path) -> None:
     interrupt(target, blocks=2)
     with OutputFolder(target, overwrite=True) as folder:
         assert Journal(folder.path, {}).finished == {}
+
+
+def test_what_an_interrupted_run_takes_on_the_disk_leaves_holes_out(target: Path) -> None:
+    assert stored_bytes(target) == 0
+    partial_path(target).mkdir(parents=True)
+    assert stored_bytes(target) == 0
+    (partial_path(target) / "written").write_bytes(bytes(range(256)) * 256)
+    with (partial_path(target) / "hole").open("wb") as file:
+        file.truncate(2**30)
+    assert 2**16 <= stored_bytes(target) < 2**17

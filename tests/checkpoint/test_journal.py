@@ -1,10 +1,12 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from glmq.checkpoint.journal import NAME, Journal, read_lines
-from glmq.errors import UsageError
+from glmq.errors import SpaceError, UsageError
 
 SETTINGS = {"model": "ab", "recipe": "W8A8S"}
 
@@ -83,3 +85,36 @@ def test_a_finished_run_takes_its_journal_away(tmp_path: Path) -> None:
     Journal(tmp_path, SETTINGS).remove()
     assert list(tmp_path.iterdir()) == []
     assert read_lines(path) == []
+
+
+def test_a_journal_that_does_not_write_reads_and_remembers(tmp_path: Path) -> None:
+    path = finished(tmp_path, "a")
+    path.write_bytes(path.read_bytes() + b"torn")
+    before = path.read_bytes()
+    journal = Journal(tmp_path, SETTINGS, writes=False)
+    journal.record("b", {"number": 1})
+    assert list(journal.finished) == ["a", "b"]
+    journal.remove()
+    assert path.read_bytes() == before
+    with pytest.raises(UsageError):
+        Journal(tmp_path, {}, writes=False)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ENOSPC, SpaceError), (errno.EDQUOT, SpaceError), (errno.EIO, OSError)]
+)
+def test_a_block_counts_only_if_its_line_is_on_the_disk(
+    number: int, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = finished(tmp_path, "a")
+    journal = Journal(tmp_path, SETTINGS)
+
+    def fail(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(error) as caught:
+        journal.record("b", {})
+    if error is SpaceError:
+        assert str(caught.value) == f"{path}: its disk is full; make room"
+    assert list(journal.finished) == ["a"]

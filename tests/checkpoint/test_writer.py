@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -270,6 +271,24 @@ def test_partial_files_are_kept_on_request_and_resumed_to_the_same_bytes(tmp_pat
             sink.write(name, TENSORS[name])
     unbroken = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == unbroken
+
+
+def test_several_writers_fill_the_files_of_one_and_the_last_finishes_them(tmp_path: Path) -> None:
+    plan = plan_shards(specs_of(TENSORS), "m", 30)
+    names = list(TENSORS)
+    with ShardWriter(plan, tmp_path / "a") as first:
+        with ShardWriter(plan, tmp_path / "a", resume=True) as other:
+            for name in names[1::2]:
+                other.write(name, TENSORS[name])
+            other.sync()
+            other.leave()
+        for name in names[::2]:
+            first.write(name, TENSORS[name])
+        first.mark_written(names[1::2])
+    with ShardWriter(plan, tmp_path / "b") as sink:
+        for name in names:
+            sink.write(name, TENSORS[name])
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
 def test_a_run_killed_between_renames_is_resumed(tmp_path: Path) -> None:

@@ -192,6 +192,16 @@ def test_overwriting_replaces_an_older_output(small: Path, small_stats: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_dry_run_needs_no_torchrun(small: Path, small_stats: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run(*command(small, small_stats, small.parent / "out", "--dry-run"))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: --dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself\n"
+    )
+
+
 def test_a_dry_run_reads_headers_and_writes_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = json.loads(glmq(*command(small, small_stats, out, "--dry-run", "--json", *SEED)).stdout)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ from glmq.checkpoint.journal import Journal
 SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
 BLOCKS = 5
 """Of the small model: a vision block, the merger, two text layers, lm_head; calibrate and quantize pass each once."""
+REPOSITORY = Path(__file__).parents[2]
+LINES = 2 * BLOCKS + 2
+"""Of both journals: between the passes the two text layers are rated."""
 
 
 def command(small: Path, pictures: Path, out: Path) -> list[object]:
@@ -51,7 +56,7 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("record", range(2 * BLOCKS))
+@pytest.mark.parametrize("record", range(LINES))
 def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int, after: bool
 ) -> None:
@@ -69,7 +74,7 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(
 ) -> None:
     out = tmp_path / "out"
     arguments = [*command(small, pictures, out), "--resume"]
-    for _ in range(2 * BLOCKS):
+    for _ in range(LINES):
         run_and_die(arguments, 0, after=True)
         assert not out.exists()
     glmq(*arguments)
@@ -83,9 +88,34 @@ def test_a_plain_run_after_a_kill_says_that_it_can_resume(small: Path, pictures:
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"error: {tmp_path}/.out.statistics: an interrupted run of 3 finished blocks lies beside it; "
-        "pass --resume to continue it, or --overwrite to start again\n"
+        f"error: {out}: an interrupted run of 3 finished blocks lies beside it, in ..out.statistics.partial; "
+        "run the same command with --resume to continue it, or with --overwrite to start again\n"
     )
+
+
+def test_a_plain_run_after_a_kill_in_the_second_pass_does_not_drop_the_calibration(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = command(small, pictures, out)
+    run_and_die(arguments, BLOCKS, after=False)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: {out}: an interrupted run that has finished its calibration lies beside it, in .out.statistics; "
+        "run the same command with --resume to continue it, or with --overwrite to start again\n"
+    )
+    assert (tmp_path / ".out.statistics").is_dir()
+    other = run(*arguments, "--resume", "--max_pixels", 4000)
+    assert other.exit_code == 2
+    assert other.stderr == (
+        "error: --resume: the calibration of the unfinished run had max pixels None, this one has 4000; "
+        "run with the same, or start again with --overwrite\n"
+    )
+    fewer = run(*arguments, "--resume", "--limit", 1)
+    assert fewer.exit_code == 2
+    assert "had samples sha256 '" in fewer.stderr
+    assert (tmp_path / ".out.statistics").is_dir()
 
 
 def test_a_resume_with_another_recipe_is_refused_with_both_values(
@@ -98,6 +128,19 @@ def test_a_resume_with_another_recipe_is_refused_with_both_values(
     assert result.exit_code == 2
     assert "had files 'quant_model_weight_w8a8s.safetensors" in result.stderr
     assert "this one has 'quant_model_weight_w8a8s-00001-of-00001.safetensors" in result.stderr
+
+
+def test_a_resumed_run_needs_room_for_the_rest_only(
+    small: Path, small_stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", "--model_path", small, "--save_directory", out, "--stats", small_stats, *SEED]
+    run_and_die(arguments, 5, after=True)
+    monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda _: 500_000)
+    result = run(*(tmp_path / "other" if argument == out else argument for argument in arguments))
+    assert result.exit_code == 5
+    assert "bytes are to be written, but its disk has 500000 free" in result.stderr
+    glmq(*arguments, "--resume")
 
 
 def test_overwrite_drops_the_interrupted_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
@@ -113,8 +156,50 @@ def test_a_torn_last_line_of_the_journal_counts_as_absent(
 ) -> None:
     out = tmp_path / "out"
     arguments = command(small, pictures, out)
-    run_and_die(arguments, BLOCKS + 2, after=True)
+    run_and_die(arguments, BLOCKS + 4, after=True)
     path = tmp_path / ".out.partial" / "journal.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
     glmq(*arguments, "--resume")
     assert tree(out) == unbroken
+
+
+DYING = f"""
+import os, signal
+from glmq.checkpoint.journal import Journal
+from glmq.cli.app import main
+
+original, count = Journal.record, 0
+
+def record(journal, block, payload):
+    global count
+    original(journal, block, payload)
+    count += 1
+    if os.environ["RANK"] == "1" and count == {LINES - 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.record = record
+main()
+"""
+"""Rank 1 does not survive the second pass."""
+
+
+def test_a_rank_of_torchrun_that_is_killed_stops_the_other_and_one_process_resumes_to_its_own_bytes(
+    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = command(small, pictures, tmp_path / "out")
+    program = tmp_path / "dying.py"
+    program.write_text(DYING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
+    died = subprocess.run(
+        [str(word) for word in (*launcher, *arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert died.returncode == 1
+    assert "Signal 9 (SIGKILL)" in died.stderr
+    (told,) = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
+    assert "stopped by SIGTERM; --resume continues" in told or "rank 0 of 2: lost the other ranks" in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", ".out.statistics", "dying.py"]
+    glmq(*arguments, "--resume")
+    assert tree(tmp_path / "out") == unbroken
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dying.py", "out"]

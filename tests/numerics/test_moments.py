@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glmq.numerics.moments import BINS, MIN_EXPONENT, InputAccumulator, InputStats, bin_centers
+from glmq.numerics.moments import BAND_ROWS, BINS, MIN_EXPONENT, InputAccumulator, InputStats, bin_centers
 
 U = 2.0**-24
 """Unit roundoff of float32."""
@@ -192,3 +192,33 @@ def test_equal_inputs_give_equal_bits() -> None:
     one, other = accumulate(*x.split(10), with_moment=True), accumulate(*x.split(10), with_moment=True)
     for field in ("mean", "square_mean", "second_moment"):
         assert torch.equal(getattr(one, field), getattr(other, field))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_several_accumulators_that_share_samples_and_bands_have_the_bits_of_one(world: int) -> None:
+    width = 3 * BAND_ROWS + 7
+    samples = [normals(5 + number, width, seed=number) * 4.0**number for number in range(4)]
+    wanted = accumulate(*samples, with_moment=True, keep_rows=2)
+    many = [InputAccumulator("site", width, with_moment=True, rank=rank, world=world) for rank in range(world)]
+    for number, x in enumerate(samples):
+        look = many[number % world].look(x, keep_rows=2)
+        for accumulator in many:
+            accumulator.add(look)
+    first, *others = many
+    for other in others:
+        first.absorb(other.hand_over())
+    found = first.finish()
+    assert found.tokens == wanted.tokens
+    for field in (
+        "minimum", "maximum", "mean", "histogram", "exponent", "square_mean", "second_moment", "sample",
+    ):  # fmt: skip
+        assert torch.equal(getattr(found, field), getattr(wanted, field)), field
+
+
+@pytest.mark.parametrize("width", [1, BAND_ROWS - 1, BAND_ROWS, BAND_ROWS + 1, 2 * BAND_ROWS + 3])
+def test_the_second_moment_of_any_width_is_whole_and_symmetric(width: int) -> None:
+    x = torch.randint(-8, 9, (6, width), generator=torch.Generator().manual_seed(width)).float()  # sums are exact
+    found = accumulate(x[:4], x[4:], with_moment=True).second_moment
+    assert found is not None
+    assert torch.equal(found, x.T @ x / 6)
+    assert torch.equal(found, found.T)

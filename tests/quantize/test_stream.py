@@ -5,18 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, edit_tensors, glmq, run, tree
+from helpers import edit_json, edit_tensors, glmq, run, run_ranks, tree
 from make_checkpoint import Size, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmq.calibrate.stats import Statistics
+from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import read_config
 from glmq.model.glm4v import expected_shapes, part_of, rms_norms, text_block
+from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.parallel import Group
 from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group
-from glmq.quantize.recipe import Options, make_recipe
+from glmq.quantize.recipe import Options, make_recipe, plan_groups
+from glmq.quantize.stream import QuantizationRun, plan_output, quantize_checkpoint, rate_checkpoint
 
 SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
 """What the mission's command asks for."""
@@ -542,3 +546,43 @@ def test_the_report_measures_what_was_written(outputs: dict[str, Path], small: P
         assert row["step_min"] == pytest.approx(float(steps.min()), rel=2 * U)
         assert row["step_max"] == pytest.approx(float(steps.max()), rel=2 * U)
         assert row["sqnr_db"] == -20 * math.log10(row["output_error"])
+
+
+def quantize_in_group(small: Path, small_stats: Path, out: Path, group: Group, *, blocks: int | None = None) -> None:
+    """The engine's two passes of the mission's command on one rank of several, or only some blocks of the second."""
+    out.mkdir(exist_ok=True)
+    config = read_config(small)
+    recipe = make_recipe(Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16"))
+    with Checkpoint.open(small) as source:
+        plan = plan_output(source, config, recipe, plan_groups(recipe, config), None)
+        journal = Journal(out, {}, writes=group.place.is_first)
+        work = QuantizationRun(source, config, Statistics.open(small_stats), journal, group)
+        curves: list[RateCurve] = [c for block in rate_checkpoint(work, recipe, plan.groups) for c in block.curves]
+        bits = solve_bits(curves, mean_rule_bits(curves))
+        planned = {curve.name: wanted for curve, wanted in zip(curves, bits, strict=True)}
+        records = quantize_checkpoint(work, recipe, plan, out, bits=planned)
+        done = [block.done.name for _, block in zip(range(blocks or 99), records)]
+        group.meet("")  # rank 0 has journalled
+        records.close()
+        if blocks is None:
+            assert done[1:] == [
+                "model.visual.merger", "model.language_model.layers.0", "model.language_model.layers.1", "lm_head",
+                "embeddings and side files",
+            ]  # fmt: skip
+            journal.remove()
+
+
+@pytest.mark.parametrize(("before", "blocks"), [(1, 0), (2, 1), (3, 2), (1, 3), (4, 5)])
+@pytest.mark.parametrize("world", [2, 3])
+def test_several_ranks_write_the_bytes_of_one_whoever_began(
+    world: int, before: int, blocks: int, small: Path, small_stats: Path, outputs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    if blocks:
+        begun = run_ranks(before, lambda g: quantize_in_group(small, small_stats, out, g, blocks=blocks))
+        assert begun == [""] * before
+    assert run_ranks(world, lambda group: quantize_in_group(small, small_stats, out, group)) == [""] * world
+    wanted = tree(outputs["W8A8S fp16"])
+    reports = {name for name in wanted if name.startswith("glmq_")}  # the command writes these
+    assert reports
+    assert tree(out) == {name: sha for name, sha in wanted.items() if name not in reports}

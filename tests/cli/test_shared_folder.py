@@ -6,53 +6,23 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from helpers import ThreadGroup, run_ranks
 
 from glmq.checkpoint.folder import OutputFolder
-from glmq.compress.shared_folder import OtherRankError, SharedFolder
+from glmq.cli.shared_folder import SharedFolder
 from glmq.errors import GlmqError
-from glmq.parallel import Group, LostRanksError, Place
-
-
-class ThreadGroup(Group):
-    """A rank in a thread; a broken barrier is what a dead process is to gloo."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, said: list[str]) -> None:
-        super().__init__(Place(rank, barrier.parties))
-        self._barrier, self._said = barrier, said
-
-    def gather(self, text: str) -> list[str]:
-        try:
-            self._said[self.place.rank] = text
-            self._barrier.wait(10)
-            texts = list(self._said)
-            self._barrier.wait(10)
-        except threading.BrokenBarrierError as error:
-            raise LostRanksError("gone") from error
-        return texts
+from glmq.parallel import Group, LostRanksError, OtherRankError, Place
 
 
 def run(target: Path, world: int, work: Callable[[int, SharedFolder], None]) -> list[str]:
-    """Do `work` on every rank; returns what each rank raised (empty: nothing)."""
-    barrier, said, raised = threading.Barrier(world), [""] * world, [""] * world
+    """Do `work` on every rank in a shared folder; returns what each rank raised (empty: nothing)."""
 
-    def rank_main(rank: int) -> None:
-        group = ThreadGroup(rank, barrier, said)
-        try:
-            with SharedFolder(OutputFolder(target, overwrite=False), group) as folder:
-                work(rank, folder)
-                folder.finish()
-        except BaseException as error:
-            raised[rank] = f"{type(error).__name__}: {error}"
-            if not isinstance(error, Exception):
-                barrier.abort()
+    def rank_main(group: Group) -> None:
+        with SharedFolder(OutputFolder(target, overwrite=False), group) as folder:
+            work(group.place.rank, folder)
+            folder.finish()
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive()
-    return raised
+    return run_ranks(world, rank_main)
 
 
 def left_over(parent: Path) -> list[str]:

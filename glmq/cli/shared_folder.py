@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
 from glmq.checkpoint.folder import OutputFolder
 from glmq.errors import GlmqError
-from glmq.parallel import Group, LostRanksError
+from glmq.parallel import Group, LostRanksError, OtherRankError
 
 _STOP: Final = ".stop"
 """Lies in the hidden folder as soon as one rank has failed."""
 
 
-class OtherRankError(GlmqError):
-    """Another rank stopped; the sentence is its."""
-
-
 class SharedFolder:
-    """The hidden folder of an OutputFolder: made and named by rank 0, filled by all ranks, removed if one fails.
+    """The hidden folder of an OutputFolder: made and named by rank 0, filled by all ranks, left by all if one fails.
 
     A rank that fails tells the others: at their next `meet`, or sooner where they call `check_others`.
 
@@ -33,16 +27,16 @@ class SharedFolder:
     def __init__(self, output: OutputFolder, group: Group) -> None:
         self._output = output
         self._group = group
-        self._is_first = group.place.rank == 0
         self._is_told = False
         self.path: Final = output.path
         """Where to write until `finish`."""
 
     def __enter__(self) -> SharedFolder:
         failure: Exception | None = None
-        if self._is_first:
+        if self._group.place.is_first:
             try:
                 self._output.__enter__()
+                (self.path / _STOP).unlink(missing_ok=True)  # of the interrupted run
             except Exception as error:
                 failure = error
         self._exchange("", failure)
@@ -58,14 +52,15 @@ class SharedFolder:
     ) -> None:
         if error is None:
             return
-        with suppress(OSError):
-            (self.path / _STOP).touch()
+        if not isinstance(error, OtherRankError):
+            with suppress(OSError):
+                (self.path / _STOP).touch()
         # A signal leaves no time to tell, and of a failure that came from the others they have heard.
         is_news = not self._is_told and not isinstance(error, (OtherRankError, LostRanksError))
         if is_news and isinstance(error, Exception):
             with suppress(Exception):
                 self._exchange("", error)
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._output.__exit__(kind, error, trace)
 
     def check_others(self) -> None:
         """Raise OtherRankError if another rank has failed."""
@@ -84,7 +79,7 @@ class SharedFolder:
     def finish(self) -> None:
         """Put the finished folder in the target's place; returns when that is done, on every rank."""
         failure: Exception | None = None
-        if self._is_first:
+        if self._group.place.is_first:
             try:
                 self._output.finish()
             except OSError as error:
@@ -92,13 +87,5 @@ class SharedFolder:
         self._exchange("", failure)
 
     def _exchange(self, text: str, failure: Exception | None) -> list[str]:
-        said = self._group.gather(json.dumps({"text": text, "failure": None if failure is None else str(failure)}))
-        if failure is not None:
-            self._is_told = True
-            raise failure
-        texts: list[str] = []
-        for rank, words in enumerate(map(json.loads, said)):
-            if words["failure"] is not None:
-                raise OtherRankError(f"stopped because rank {rank} failed: {words['failure']}")
-            texts.append(words["text"])
-        return texts
+        self._is_told = failure is not None
+        return self._group.meet(text, failure)
