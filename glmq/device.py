@@ -6,6 +6,7 @@ The NPU path has run against a stand-in device module only, never on hardware.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Final
 
@@ -15,6 +16,8 @@ from glmq.errors import DeviceError
 
 DUO_CHIP: Final = "310P"
 """Part of the name that torch_npu gives to the chips of the Atlas 300I Duo, e.g. `Ascend310P3`."""
+CPUINFO: Final = Path("/proc/cpuinfo")
+BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16"})
 
 
 def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.device:
@@ -57,12 +60,21 @@ def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.d
 def default_compute_dtype(device: torch.device) -> torch.dtype:
     """The dtype of the calibration forward.
 
-    float32 on a CPU, where half precision products are the slow path (fp16) or lose accuracy for little (bf16);
-    bfloat16 on NPUs that have it, float16 on those that do not (300I Duo).
+    On a CPU bfloat16 where it multiplies bfloat16 with float32 sums in hardware (AVX512-BF16, AMX), else float32, never
+    float16, which is the slow path there. On an NPU bfloat16 where it has it, float16 where not (300I Duo).
     """
     if device.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if _cpu_flags() & BF16_FLAGS else torch.float32
     return torch.bfloat16 if _load_npu().is_bf16_supported() else torch.float16
+
+
+def _cpu_flags() -> set[str]:
+    """What the CPU can do, as Linux says it; empty elsewhere."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def release(device: torch.device) -> None:

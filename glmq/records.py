@@ -95,6 +95,19 @@ def parse_row(row: Mapping[str, Any]) -> LinearReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StageTime:
+    """One kind of work in a run."""
+
+    stage: str
+    """E.g. read, forward, statistics, rounding, write."""
+    seconds: float
+    flops: int
+    """Floating point operations of its matrix products, two for each multiplication; 0 where it has none worth counting."""
+    nbytes: int
+    """Bytes that it read from files or wrote into them."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDone:
     """One block of a streamed run is finished: a step of the progress bar."""
 
@@ -106,6 +119,8 @@ class BlockDone:
     seconds: float
     resident_bytes: int
     """Resident memory of the process after the block."""
+    stages: tuple[StageTime, ...] = ()
+    """Where the seconds went, as far as it was measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def streamed_logits(folder: Path, config: ModelConfig, inputs: ModelInputs, dtyp
             for index in range(config.vision_depth):
                 with model.placed(f"{VISION}.blocks.{index}"):
                     vision.hidden = model.replay(f"{VISION}.blocks.{index}", vision)
-        with model.placed(*((*VISION_STEM, *VISION_TAIL) if has_image else ())), model.embedding_rows(inputs.ids):
+        with model.placed(*(VISION_TAIL if has_image else ())), model.embedding_rows(inputs.ids):
             call = model.text_call(inputs, vision)
         for index in range(config.layers):
             with model.placed(f"{TEXT}.layers.{index}"):

@@ -16,11 +16,12 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-WORDS = {"errors", "spec", "records"}
+WORDS = {"errors", "spec", "records", "stages"}
 ALLOWED = {
     "errors": set(),
     "spec": {"errors"},
     "records": {"errors", "spec"},
+    "stages": {"records"},
     "numerics": WORDS,
     "checkpoint": WORDS,
     "device": WORDS,

@@ -266,7 +266,7 @@ class _Run:
 
     def _start_text(self) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
         block, pair = merger_block(self._config), self._pair
-        parts = (*VISION_STEM, *VISION_TAIL) if self._calls else ()
+        parts = VISION_TAIL if self._calls else ()
         sums = self._sums(block)
         with pair.placed(*parts), self._watching(block, sums):
             for index, case in enumerate(self._cases):

@@ -11,6 +11,7 @@ from glmq.model.blocks import StreamedModel
 from glmq.model.glm4v import Block
 from glmq.numerics.moments import InputAccumulator, InputStats
 from glmq.parallel import Group
+from glmq.stages import Stopwatch
 
 
 class Watch:
@@ -22,13 +23,21 @@ class Watch:
         block: its groups are run in this order.
         accumulators: by site.
         group: the ranks that share the samples.
+        clock: gets the time as stage `statistics`.
         keep_rows: tokens of each sample that the accumulators keep as they are.
     """
 
     def __init__(
-        self, block: Block, accumulators: Mapping[str, InputAccumulator], group: Group, *, keep_rows: int
+        self,
+        block: Block,
+        accumulators: Mapping[str, InputAccumulator],
+        group: Group,
+        clock: Stopwatch,
+        *,
+        keep_rows: int,
     ) -> None:
         self._block, self._accumulators, self._group, self._keep_rows = block, accumulators, group, keep_rows
+        self._clock = clock
 
     @contextmanager
     def hooked(self, model: StreamedModel) -> Iterator[None]:
@@ -44,7 +53,8 @@ class Watch:
 
     def see(self, site: str, x: Tensor) -> None:
         """Take the input of one sample. x [..., K]."""
-        self._add(site, self._accumulators[site].look(x.reshape(-1, x.shape[-1]), keep_rows=self._keep_rows))
+        with self._clock.stage("statistics"):
+            self._add(site, self._accumulators[site].look(x.reshape(-1, x.shape[-1]), keep_rows=self._keep_rows))
 
     def stand_by(self) -> None:
         """This rank has no sample in this turn; another may have one."""
@@ -70,7 +80,7 @@ class Watch:
     def _add(self, site: str, look: list[Tensor]) -> None:
         for theirs in self._group.share(look):
             if theirs:
-                self._accumulators[site].add(theirs)
+                self._clock.count("statistics", flops=self._accumulators[site].add(theirs))
 
 
 class _Hook:

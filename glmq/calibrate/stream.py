@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
@@ -23,11 +23,21 @@ from glmq.checkpoint.json_file import JsonObject, write_whole
 from glmq.device import release
 from glmq.errors import SampleError
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
-from glmq.model.glm4v import LM_HEAD, TEXT, Block, all_blocks, head_block, merger_block, text_blocks, vision_block
+from glmq.model.glm4v import (
+    LM_HEAD,
+    TEXT,
+    Block,
+    all_blocks,
+    head_block,
+    merger_block,
+    text_blocks,
+    vision_block,
+)
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.numerics.moments import InputAccumulator
 from glmq.parallel import Group
 from glmq.records import BlockDone
+from glmq.stages import Stopwatch
 
 
 def calibrate_checkpoint(
@@ -67,7 +77,8 @@ def calibrate_checkpoint(
         SampleError: an image that the model cannot take, or a sample whose hidden states overflow.
         OtherRankError, LostRanksError: another rank stopped.
     """
-    run = _Run(model, samples, preprocessor, sink, settings, group)
+    clock = Stopwatch()
+    run = _Run(model, samples, preprocessor, sink, settings, group, clock)
     states = _States(folder, group)
     first = len(journal.finished)
     for entry in journal.finished.values():
@@ -77,13 +88,15 @@ def calibrate_checkpoint(
     total = len(all_blocks(model.config))
     started = time.perf_counter()
     for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
-        states.save(index, calls)
-        group.meet("")  # the states of all ranks are there
-        journal.record(name, {"inputs": entries})
-        states.forget(index - 1)
+        with clock.stage("write"):
+            states.save(index, calls)
+            group.meet("")  # the states of all ranks are there
+            journal.record(name, {"inputs": entries})
+            states.forget(index - 1)
+        clock.count("write", nbytes=sum(call.hidden.nbytes for call in calls.values()))
         release(model.device)
         now = time.perf_counter()
-        yield BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss)
+        yield BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss, clock.take())
         started = time.perf_counter()
     states.forget(total - 1)
     if group.place.is_first:
@@ -103,6 +116,7 @@ def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonOb
         states.load(first - 1, calls)
     for index in range(first, depth):
         block = vision_block(config, index)
+        run.expect(vision_block(config, index + 1) if index + 1 < depth else merger_block(config))
         entries = run.replay_block(block, calls)
         yield block.name, entries, calls
     # On a resume past this point the text calls are made anew, but for their hidden states, which come from the folder.
@@ -111,7 +125,10 @@ def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonOb
         yield merger_block(config).name, entries, calls
     elif first <= depth + 1 + config.layers:
         states.load(first - 1, calls)
-    for block in text_blocks(config)[max(0, first - depth - 1) :]:
+    blocks = text_blocks(config)[max(0, first - depth - 1) :]
+    for block, after in zip(blocks, (*blocks[1:], None)):
+        if after is not None:
+            run.expect(after)
         entries = run.replay_block(block, calls)
         yield block.name, entries, calls
     if first <= depth + 1 + config.layers:
@@ -160,8 +177,9 @@ class _Run:
         sink: StatsWriter,
         settings: Settings,
         group: Group,
+        clock: Stopwatch,
     ) -> None:
-        self.model, self.sink = model, sink
+        self.model, self.sink, self._clock = model, sink, clock
         self._samples, self._preprocessor, self._settings, self._group = samples, preprocessor, settings, group
         place = group.place
         self._own = range(place.rank, len(samples), place.world)
@@ -174,10 +192,12 @@ class _Run:
     def start_vision(self) -> Calls:
         """The first vision block's call of every sample with an image."""
         calls: Calls = {}
-        with self.model.placed(*VISION_STEM):
+        with self._placed(*VISION_STEM):
             for index in self._own:
                 if self._samples[index].image is not None:
-                    calls[index] = self.model.vision_call(self._inputs(self._samples[index]))
+                    inputs = self._inputs(self._samples[index])
+                    with self._clock.stage("vision"):
+                        calls[index] = self.model.vision_call(inputs)
         return calls
 
     def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[JsonObject, Calls]:
@@ -186,8 +206,8 @@ class _Run:
         watched = self._watch(block)
         calls: Calls = {}
         tokens: dict[int, int] = {}
-        parts = (*VISION_STEM, *VISION_TAIL) if vision_calls else ()
-        with model.placed(*parts), watched.hooked(model) if watch else nullcontext():
+        parts = VISION_TAIL if vision_calls else ()
+        with self._placed(*parts), watched.hooked(model) if watch else nullcontext():
             for index in self._turns:
                 if watch and index not in vision_calls:
                     watched.stand_by()
@@ -195,9 +215,12 @@ class _Run:
                     sample = self._samples[index]
                     inputs = self._inputs(sample)
                     tokens[index] = inputs.tokens
-                    with model.embedding_rows(inputs.ids), self._blaming(sample):
-                        calls[index] = model.text_call(inputs, vision_calls.pop(index, None))
+                    vision = vision_calls.pop(index, None)
+                    with self._clock.stage("vision"), model.embedding_rows(inputs.ids), self._blaming(sample):
+                        calls[index] = model.text_call(inputs, vision)
                         _check_finite(calls[index].hidden, block.name)
+                    if vision is not None:
+                        self._clock.count("vision", flops=_flops(block, _tokens(vision) // model.config.merge_size**2))
         for text in self._group.meet(json.dumps(tokens)):
             for key, count in json.loads(text).items():
                 self.sink.set_tokens(self._samples[int(key)], count)
@@ -206,12 +229,14 @@ class _Run:
     def replay_block(self, block: Block, calls: Calls) -> JsonObject:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""
         model, watched = self.model, self._watch(block)
-        with model.placed(block.name) if calls else nullcontext(), watched.hooked(model):
+        stage = "forward" if block.name.startswith(TEXT) else "vision"
+        with self._placed(*([block.name] if calls else [])), watched.hooked(model):
             for index in self._turns:
                 if index in calls:
-                    with self._blaming(self._samples[index]):
+                    with self._clock.stage(stage), self._blaming(self._samples[index]):
                         calls[index].hidden = model.replay(block.name, calls[index])
                         _check_finite(calls[index].hidden, block.name)
+                    self._clock.count(stage, flops=_flops(block, _tokens(calls[index])))
                 else:
                     watched.stand_by()
         return self._write(block, watched)
@@ -220,7 +245,7 @@ class _Run:
         """The statistics of lm_head's input; the head itself is not run."""
         model, block = self.model, head_block(self.model.config)
         watched = self._watch(block)
-        with model.placed(f"{TEXT}.norm"), torch.no_grad():
+        with self._placed(f"{TEXT}.norm"), torch.no_grad():
             for index in self._turns:
                 if index in calls:
                     hidden = model.module(f"{TEXT}.norm")(calls[index].hidden)
@@ -230,8 +255,23 @@ class _Run:
                     watched.stand_by()
         return self._write(block, watched)
 
+    def expect(self, block: Block) -> None:
+        """Have the block's weights read ahead."""
+        source = self.model.source
+        source.expect(name for name in source if name.startswith(f"{block.name}."))
+
+    @contextmanager
+    def _placed(self, *modules: str) -> Iterator[None]:
+        """As StreamedModel.placed, timed."""
+        source, prefixes = self.model.source, tuple(f"{module}." for module in modules)
+        with ExitStack() as stack:
+            with self._clock.stage("read"):
+                stack.enter_context(self.model.placed(*modules))
+            self._clock.count("read", nbytes=sum(source.nbytes(name) for name in source if name.startswith(prefixes)))
+            yield
+
     def _inputs(self, sample: Sample) -> ModelInputs:
-        with self._blaming(sample):
+        with self._clock.stage("images"), self._blaming(sample):
             return self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
 
     @contextmanager
@@ -258,11 +298,24 @@ class _Run:
             )
             for group in block.groups
         }
-        return Watch(block, accumulators, self._group, keep_rows=self._keep_rows)
+        return Watch(block, accumulators, self._group, self._clock, keep_rows=self._keep_rows)
 
     def _write(self, block: Block, watched: Watch) -> JsonObject:
-        finished = watched.finish()
-        return self.sink.write(block.name, finished) if finished else {}
+        with self._clock.stage("statistics"):
+            finished = watched.finish()
+        with self._clock.stage("write"):
+            entries = self.sink.write(block.name, finished) if finished else {}
+        self._clock.count("write", nbytes=sum(stats.nbytes for stats in finished))
+        return entries
+
+
+def _tokens(call: BlockCall) -> int:
+    return call.hidden.numel() // call.hidden.shape[-1]
+
+
+def _flops(block: Block, tokens: int) -> int:
+    """Operations of the block's linears."""
+    return 2 * tokens * sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
 
 
 def _check_finite(hidden: Tensor, block: str) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -21,6 +21,8 @@ from glmq.checkpoint.json_file import read_json_object
 from glmq.errors import CheckpointError
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+AHEAD_BYTES: Final = 2 * 2**20
+"""Bytes asked for at a time when reading ahead; Linux takes no more in one call than its device's readahead."""
 
 _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -87,6 +89,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._names = sorted(self._files, key=natural_key)
         self._handles: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._ahead: threading.Thread | None = None
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -182,6 +185,23 @@ class Checkpoint(Mapping[str, TensorInfo]):
             )
         return values
 
+    def expect(self, names: Iterable[str]) -> None:
+        """Have the system read these tensors into its file cache, in the background, for a `read` soon after.
+
+        It takes no memory of this process, and nothing depends on it. Systems without posix_fadvise leave it out.
+        """
+        self._wait()
+        if hasattr(os, "posix_fadvise"):
+            ranges = [(self._handle(self.file_of(name)), self.info(name)) for name in names]
+            self._ahead = threading.Thread(target=_read_ahead, args=(ranges,), daemon=True)
+            self._ahead.start()
+
+    def _wait(self) -> None:
+        """Let the reading ahead end, whose file handles must not be closed under it."""
+        if self._ahead is not None:
+            self._ahead.join()
+            self._ahead = None
+
     def fingerprint(self) -> str:
         """sha256 (hex) over names, sizes and headers of the weight files and over config.json; no tensor data."""
         digest = hashlib.sha256()
@@ -197,6 +217,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def close(self) -> None:
         """Close the files. A later read opens them again."""
+        self._wait()
         with self._lock:
             while self._handles:
                 os.close(self._handles.popitem()[1])
@@ -236,6 +257,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 )
             done += count
         return tensor
+
+
+def _read_ahead(ranges: Sequence[tuple[int, TensorInfo]]) -> None:
+    for handle, info in ranges:
+        for start in range(info.start, info.end, AHEAD_BYTES):
+            os.posix_fadvise(handle, start, min(AHEAD_BYTES, info.end - start), os.POSIX_FADV_WILLNEED)
 
 
 def _bare_files(directory: Path) -> list[Path]:

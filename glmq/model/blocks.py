@@ -47,13 +47,13 @@ class _CapturedError(Exception):
 
 
 class _Inject(nn.Module):
-    """Stands in for all vision blocks: returns their finished output."""
+    """Stands in for the vision tower's stem and for all its blocks: returns the finished output of the last block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.hidden: Tensor | None = None
 
-    def forward(self, hidden: Tensor, **_: object) -> Tensor:
+    def forward(self, *_: object, **__: object) -> Tensor:
         assert self.hidden is not None
         return self.hidden
 
@@ -88,7 +88,6 @@ class StreamedModel:
         for buffer_owner in self.model.modules():
             for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
                 setattr(buffer_owner, name, buffer.to(device))
-        self._blocks = self.model.get_submodule(f"{VISION}.blocks")
         self._inject = _Inject()
         parameters = inspect.signature(type(self.model.get_submodule("model")).forward).parameters
         self._wants_token_types = "mm_token_type_ids" in parameters
@@ -137,18 +136,21 @@ class StreamedModel:
         return self._capture(self.module(f"{VISION}.blocks.0"), self.module(VISION), inputs.pixels(self), inputs.grid)
 
     def text_call(self, inputs: ModelInputs, vision: BlockCall | None) -> BlockCall:
-        """The call of the first text layer; needs its embedding rows and, with an image, VISION_STEM and VISION_TAIL.
+        """The call of the first text layer; needs its embedding rows and, with an image, VISION_TAIL.
 
         Args:
             vision: the call of the image's vision blocks, its hidden states being the last block's output.
         """
         visual = self.module(VISION)
-        visual.blocks = nn.ModuleList([self._inject])
+        own = {name: getattr(visual, name) for name in (*(part.rpartition(".")[2] for part in VISION_STEM), "blocks")}
         try:
+            for name in own:
+                setattr(visual, name, nn.ModuleList([self._inject]) if name == "blocks" else self._inject)
             self._inject.hidden = None if vision is None else vision.hidden
             return self._capture(self.module(f"{TEXT}.layers.0"), self.model, **inputs.model_kwargs(self))
         finally:
-            visual.blocks = self._blocks
+            for name, module in own.items():
+                setattr(visual, name, module)
             self._inject.hidden = None
 
     @torch.no_grad()

@@ -52,6 +52,13 @@ class InputStats:
     def width(self) -> int:
         return self.minimum.numel()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors as they are stored, a second moment as a triangle."""
+        stored = [self.minimum, self.maximum, self.mean, self.histogram, self.exponent, self.square_mean, self.sample]
+        triangle = 0 if self.second_moment is None else 4 * (self.width * (self.width + 1) // 2)
+        return triangle + sum(tensor.nbytes for tensor in stored)
+
 
 def bin_centers(exponent: Tensor) -> Tensor:
     """Centre of every bin: float32 [K, BINS] from int16 [K]."""
@@ -132,14 +139,17 @@ class InputAccumulator:
         picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()
         return [sums, x[picked], *([x] if self._with_moment else [])]
 
-    def add(self, look: Sequence[Tensor]) -> None:
-        """Add what `look` returned for the next sample, here or in another process."""
+    def add(self, look: Sequence[Tensor]) -> int:
+        """Add what `look` returned for the next sample, here or in another process. Returns floating point operations."""
+        flops = 0
         sums, rows, *whole = look
         self._sums += sums
         self._rows.append(rows)
         for x in whole:
             for start, band in self._bands.items():
                 band.addmm_(x[:, start : start + band.shape[0]].T, x[:, start:])
+                flops += 2 * x.shape[0] * band.numel()
+        return flops
 
     def hand_over(self) -> list[Tensor]:
         """What `absorb` takes."""
