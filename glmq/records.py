@@ -108,6 +108,17 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True)
+class PassTime:
+    """One pass over the model, e.g. calibrate, rate, quantize."""
+
+    title: str
+    seconds: float
+    peak_bytes: int
+    """Largest resident memory of the process after a block."""
+    stages: tuple[StageTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDone:
     """One block of a streamed run is finished: a step of the progress bar."""
 

@@ -9,6 +9,17 @@ from contextlib import contextmanager
 from glmq.records import StageTime
 
 
+def sum_stages(times: Iterable[StageTime]) -> list[StageTime]:
+    """One entry per stage, in the order of their first appearance."""
+    total: dict[str, StageTime] = {}
+    for one in times:
+        so_far = total.get(one.stage, StageTime(one.stage, 0.0, 0, 0))
+        total[one.stage] = StageTime(
+            one.stage, so_far.seconds + one.seconds, so_far.flops + one.flops, so_far.nbytes + one.nbytes
+        )
+    return list(total.values())
+
+
 class Stopwatch:
     """Splits the time of one thread into stages. While an inner stage runs, the one around it stands still."""
 
@@ -38,9 +49,9 @@ class Stopwatch:
     def include(self, times: Iterable[StageTime]) -> None:
         """Add what another stopwatch has measured, while no stage is open here."""
         assert not self._open
-        for time_ in times:
-            self._seconds[time_.stage] = self._seconds.get(time_.stage, 0.0) + time_.seconds
-            self.count(time_.stage, flops=time_.flops, nbytes=time_.nbytes)
+        for one in times:
+            self._seconds[one.stage] = self._seconds.get(one.stage, 0.0) + one.seconds
+            self.count(one.stage, flops=one.flops, nbytes=one.nbytes)
 
     def take(self) -> tuple[StageTime, ...]:
         """What was measured since the last call, in the order in which the stages began."""

@@ -33,6 +33,9 @@ SAMPLE_ROWS: Final = 256
 """Tokens of each input that are kept as they are for error tables, evenly over all samples."""
 
 
+MIRROR_ROWS: Final = 512
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the statistics depend on, beside the model and the samples."""
@@ -251,10 +254,13 @@ def unpack_triangle(packed: Tensor, size: int) -> Tensor:
     for row in range(size):
         matrix[row, row:] = packed[start : start + size - row]
         start += size - row
-    # The lower half is zero, so adding the transpose doubles the diagonal alone.
-    diagonal = matrix.diagonal().clone()
-    matrix += matrix.T.clone()
-    matrix.diagonal().copy_(diagonal)
+    for begin in range(
+        0, size, MIRROR_ROWS
+    ):  # piece by piece: no second matrix, and the transposed reads stay in cache
+        end = begin + MIRROR_ROWS
+        matrix[end:, begin:end] = matrix[begin:end, end:].T
+        corner = matrix[begin:end, begin:end]
+        corner += corner.triu(1).T
     return matrix
 
 

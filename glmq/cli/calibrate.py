@@ -38,7 +38,7 @@ def calibrate(
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
     from glmq.cli.jobs import CalibrationOptions, calibrate_folder
-    from glmq.cli.render import print_json, samples_table, stdout
+    from glmq.cli.render import print_json, samples_table, stdout, times_json
 
     chosen = CalibrationOptions(
         images=calib_images,
@@ -53,17 +53,15 @@ def calibrate(
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,
     )
-    statistics = calibrate_folder(
-        model_path, stats, chosen, overwrite=overwrite, resume=resume, quiet=quiet or json_output
-    )
-    if statistics is None:
+    result = calibrate_folder(model_path, stats, chosen, overwrite=overwrite, resume=resume, quiet=quiet or json_output)
+    if result is None:
         return
     if json_output:
-        print_json({**statistics.manifest, "folder": str(stats)})
+        print_json({**result.statistics.manifest, "folder": str(stats), "passes": times_json(result.times)})
     elif quiet:
         stdout.print(str(stats), soft_wrap=True)
     else:
-        stdout.print(samples_table(statistics.samples()))
+        stdout.print(samples_table(result.statistics.samples()))
         stdout.print(f"Statistics: {stats}", soft_wrap=True)
         stdout.print(
             f"Next: glmq quantize --model_path {quote(str(model_path))} --stats {quote(str(stats))} --save_directory ...",

@@ -52,7 +52,7 @@ from glmq.quantize.stream import (
     quantize_checkpoint,
     rate_checkpoint,
 )
-from glmq.records import LinearReport
+from glmq.records import LinearReport, PassTime
 from glmq.spec import Method, QuantType
 
 
@@ -100,12 +100,22 @@ class QuantizationResult:
     reports: tuple[LinearReport, ...]
     parts: tuple[PartBytes, ...]
     document: JsonObject
+    times: tuple[PassTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationResult:
+    """What `glmq calibrate` shows at its end."""
+
+    statistics: Statistics
+    times: tuple[PassTime, ...]
 
 
 def calibrate_folder(
     model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, resume: bool, quiet: bool
-) -> Statistics | None:
+) -> CalibrationResult | None:
     """Run `glmq calibrate`: write the statistics folder and open it; None on the ranks above 0 of torchrun."""
+    times: list[PassTime] = []
     place = read_place()
     quiet = quiet or not place.is_first
     check_apart(stats_path, "--stats", {"the float weights": model_path, **_sources(options)})
@@ -115,9 +125,9 @@ def calibrate_folder(
         samples = load_samples(options, quiet=quiet)
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
         with Group(place) as group, SharedFolder(output, group) as folder:
-            _calibrate(source, config, samples, options, folder.path, group, quiet=quiet)
+            _calibrate(source, config, samples, options, folder.path, group, times, quiet=quiet)
             folder.finish()
-    return Statistics.open(stats_path) if place.is_first else None
+    return CalibrationResult(Statistics.open(stats_path), tuple(times)) if place.is_first else None
 
 
 def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult | None:
@@ -127,16 +137,17 @@ def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quie
     """
     place = read_place()
     quiet = quiet or not place.is_first
+    times: list[PassTime] = []
     with _planned(job, overwrite=overwrite, resume=resume) as (source, config, recipe, plan):
         _say_patterns(recipe, config, quiet=quiet)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path))
         output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume)
         with (
             Group(place) as group,
-            _statistics(source, config, job, group, resume=resume, quiet=quiet) as statistics,
+            _statistics(source, config, job, group, times, resume=resume, quiet=quiet) as statistics,
             SharedFolder(output, group) as folder,
         ):
-            result = _quantize(source, config, recipe, plan, statistics, job, folder.path, group, quiet=quiet)
+            result = _quantize(source, config, recipe, plan, statistics, job, folder.path, group, times, quiet=quiet)
             folder.finish()
     return result if place.is_first else None
 
@@ -206,7 +217,14 @@ def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, .
 
 @contextmanager
 def _statistics(
-    source: Checkpoint, config: ModelConfig, job: QuantizationJob, group: Group, *, resume: bool, quiet: bool
+    source: Checkpoint,
+    config: ModelConfig,
+    job: QuantizationJob,
+    group: Group,
+    times: list[PassTime],
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> Iterator[Statistics]:
     """The statistics to quantize with: the given folder's, or fresh ones, kept if a folder was named."""
     options, stats_path = job.calibration, job.stats_path
@@ -224,7 +242,7 @@ def _statistics(
         samples = load_samples(options, quiet=quiet)
         output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
         with SharedFolder(output, group) as shared:
-            _calibrate(source, config, samples, options, shared.path, group, quiet=quiet)
+            _calibrate(source, config, samples, options, shared.path, group, times, quiet=quiet)
             shared.finish()
         statistics = Statistics.open(folder)
     try:
@@ -266,6 +284,7 @@ def _calibrate(
     options: CalibrationOptions,
     folder: Path,
     group: Group,
+    times: list[PassTime],
     *,
     quiet: bool,
 ) -> None:
@@ -295,6 +314,7 @@ def _calibrate(
     with BlockProgress("calibrate", quiet=quiet) as progress:
         for done in calibrate_checkpoint(model, samples, preprocessor, sink, settings, journal, folder, group):
             progress.advance(done)
+    times.append(progress.time())
     journal.remove()
 
 
@@ -323,6 +343,7 @@ def _quantize(
     job: QuantizationJob,
     folder: Path,
     group: Group,
+    times: list[PassTime],
     *,
     quiet: bool,
 ) -> QuantizationResult:
@@ -335,25 +356,28 @@ def _quantize(
         **_machine(),
     }
     work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=group.place.is_first), group)
-    bits = _spread_bits(work, recipe, plan, quiet=quiet)
+    bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
     if job.fallback_topk or job.max_error is not None:
-        recipe = _fall_back(work, recipe, plan, bits, job, quiet=quiet)
+        recipe = _fall_back(work, recipe, plan, bits, job, times, quiet=quiet)
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
-        bits = _spread_bits(work, recipe, plan, quiet=quiet)
+        bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
     reports: list[LinearReport] = []
     with BlockProgress("quantize", quiet=quiet) as progress:
         for block in quantize_checkpoint(work, recipe, plan, folder, bits=bits):
             reports += block.reports
             progress.advance(block.done)
+    times.append(progress.time())
     parts = bytes_by_part(source, plan.shards)
     document = report_document(reports, parts, recipe, statistics.samples_digest)
     if group.place.is_first:
         write_report(folder, document, reports)
     work.journal.remove()
-    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document)
+    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, tuple(times))
 
 
-def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, *, quiet: bool) -> dict[str, float]:
+def _spread_bits(
+    work: QuantizationRun, recipe: Recipe, plan: OutputPlan, times: list[PassTime], *, quiet: bool
+) -> dict[str, float]:
     """Bits per weight of each sparse linear, spread over the whole model for the least error.
 
     Their mean is the recipe's target, or what the flags' rule would spend. Empty where the rule itself chooses the
@@ -367,6 +391,7 @@ def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, *, qui
         for block in rate_checkpoint(work, recipe, plan.groups):
             curves += block.curves
             progress.advance(block.done)
+    times.append(progress.time())
     target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
     bits = solve_bits(curves, target)
     return {curve.name: wanted for curve, wanted in zip(curves, bits)}
@@ -378,6 +403,7 @@ def _fall_back(
     plan: OutputPlan,
     bits: Mapping[str, float],
     job: QuantizationJob,
+    times: list[PassTime],
     *,
     quiet: bool,
 ) -> Recipe:
@@ -387,6 +413,7 @@ def _fall_back(
         for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
             reports += block.reports
             progress.advance(block.done)
+    times.append(progress.time())
     kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
     if not quiet:
         names = [linear.name for group in kept for linear in group.group.linears]

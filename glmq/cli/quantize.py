@@ -232,7 +232,7 @@ def quantize(
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
     from glmq.cli.jobs import CalibrationOptions, QuantizationJob, plan_folder, quantize_folder
-    from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout
+    from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout, times_json
     from glmq.quantize.recipe import Options
 
     job = QuantizationJob(
@@ -285,7 +285,7 @@ def quantize(
     if result is None:
         return
     if json_output:
-        print_json({**result.document, "folder": str(result.folder)})
+        print_json({**result.document, "folder": str(result.folder), "passes": times_json(result.times)})
     elif quiet:
         stdout.print(str(result.folder), soft_wrap=True)
     else:

@@ -19,7 +19,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from glmq.records import PassTime
 from glmq.spec import QuantType
+from glmq.stages import sum_stages
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from glmq.quantize.dry_run import RunPlan
     from glmq.quantize.recipe import Recipe
     from glmq.quantize.stream import PartBytes
-    from glmq.records import BlockDone, LinearReport
+    from glmq.records import BlockDone, LinearReport, StageTime
 
 GIB: Final = 2**30
 MIB: Final = 2**20
@@ -67,6 +69,7 @@ class BlockProgress:
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._started = time.perf_counter()
+        self._stages: list[StageTime] = []
         self.peak_bytes = 0
 
     def __enter__(self) -> BlockProgress:
@@ -88,13 +91,19 @@ class BlockProgress:
         if self._bar is not None:
             self._bar.stop()
         if kind is None and not self._quiet:
-            seconds = time.perf_counter() - self._started
-            stderr.print(f"{self._title}: {seconds:.1f} s, peak {self.peak_bytes / MIB:.0f} MiB resident")
+            for line in pass_lines(self.time()):
+                stderr.print(line, soft_wrap=True)
+
+    def time(self) -> PassTime:
+        """What the pass took so far."""
+        seconds = time.perf_counter() - self._started
+        return PassTime(self._title, seconds, self.peak_bytes, tuple(sum_stages(self._stages)))
 
     def advance(self, done: BlockDone) -> None:
         """Count one finished block."""
         self._recent.append(done.seconds)
         self.peak_bytes = max(self.peak_bytes, done.resident_bytes)
+        self._stages += done.stages
         left = (done.total - done.index - 1) * sum(self._recent) / len(self._recent)
         memory = f"{done.resident_bytes / MIB:.0f} MiB"
         if self._bar is not None:
@@ -106,6 +115,28 @@ class BlockProgress:
                 f"{self._title}: {done.index + 1}/{done.total} {done.name} {done.seconds:.1f} s, {left:.0f} s left, {memory}",
                 soft_wrap=True,
             )
+
+
+def pass_lines(done: PassTime) -> list[str]:
+    """How long a pass took and how much memory; then the stages that took more than a hundredth of it, with their rates."""
+    lines = [f"{done.title}: {done.seconds:.1f} s, peak {done.peak_bytes / MIB:.0f} MiB resident"]
+    shown = [stage for stage in done.stages if stage.seconds > done.seconds / 100]
+    if shown:
+        other = done.seconds - sum(stage.seconds for stage in shown)
+        parts = [f"{stage.stage} {stage.seconds:.1f} s{_rate(stage)}" for stage in shown]
+        lines.append(f"{done.title}, of these: {', '.join(parts)}, other {other:.1f} s")
+    return lines
+
+
+def _rate(stage: StageTime) -> str:
+    if stage.flops:
+        return f" ({stage.flops / stage.seconds / 1e9:.0f} GFLOP/s)"
+    return f" ({stage.nbytes / stage.seconds / 1e9:.2f} GB/s)" if stage.nbytes else ""
+
+
+def times_json(times: Sequence[PassTime]) -> list[dict[str, object]]:
+    """Passes and their stages as JSON values."""
+    return [asdict(done) for done in times]
 
 
 def print_json(document: dict[str, object]) -> None:

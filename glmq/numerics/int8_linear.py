@@ -5,7 +5,8 @@
     W4A8:     the dynamic form with w = q * weight_scale_second * weight_scale
 
 The int32 sums are exact: float32 products over at most 1024 columns stay within 2^24 (128 * 128 * 1024), where every
-integer is a float32 number, so the fast float32 matrix product serves, and the parts are added in float64.
+integer is a float32 number, so the fast float32 matrix product serves, and the parts are added in float64. Where no row's
+magnitudes add up to more than 2^17 the product over all columns stays within 2^24 too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT8
 
 EXACT_COLUMNS = 1024
+EXACT_LIMIT = 2**24
 CHUNK_ROWS = 4096
 INT32_LIMIT = 2**31 - 1
 
@@ -38,8 +40,11 @@ def matmul_int8(xq: Tensor, q: Tensor) -> Tensor:
     out = torch.zeros(tokens, q.shape[0], dtype=torch.float64)
     for row in range(0, q.shape[0], CHUNK_ROWS):
         part = q[row : row + CHUNK_ROWS].float()  # [<= CHUNK_ROWS, K]
-        for column in range(0, columns, EXACT_COLUMNS):
-            cut = slice(column, column + EXACT_COLUMNS)
+        # Rows of small integers, as sparse types have, stay within 2^24 over all columns.
+        largest = float(part.abs().sum(1).max()) if columns else 0.0
+        step = max(columns, 1) if 128 * largest <= EXACT_LIMIT else EXACT_COLUMNS
+        for column in range(0, columns, step):
+            cut = slice(column, column + step)
             out[:, row : row + CHUNK_ROWS] += x[:, cut] @ part[:, cut].T
     return out
 

@@ -22,8 +22,9 @@ from glmq.numerics.rate import CURVE_ROWS, RateCurve, even_rows, mean_rule_bits,
 from glmq.numerics.smooth import choose_scales, fold_scales
 from glmq.numerics.w4a8 import expand_steps
 from glmq.quantize.methods import METHODS, Integers, WeightJob, spend_bits
-from glmq.records import ActivationQParams, LinearReport, QuantizedLinear
+from glmq.records import ActivationQParams, LinearReport, QuantizedLinear, StageTime
 from glmq.spec import INT4, INT8, ActRange, FloatDtype, Method, QuantType, Smoothing, WeightScheme
+from glmq.stages import Stopwatch
 
 LARGEST_BIAS = float(2**30)
 """A bias folds into at most 2^30 output steps; the integer sums need the rest of int32."""
@@ -60,6 +61,8 @@ class GroupResult:
     """[K] in the storage dtype; None where the group has no norm."""
     scales: Tensor | None
     """float32 [K]: what the input channels were divided by; None where nothing was scaled."""
+    stages: tuple[StageTime, ...]
+    """Smoothing, rounding, report."""
 
 
 def quantize_group(
@@ -87,26 +90,35 @@ def quantize_group(
         StatisticsError: a second moment that is not positive definite.
     """
     started = time.perf_counter()
-    group = _prepare(linears, stats, scheme, norm_weight, dtype)
+    clock = Stopwatch()
+    with clock.stage("smoothing"):
+        group = _prepare(linears, stats, scheme, norm_weight, dtype)
     if bits is None and scheme.weight.quant_type is QuantType.W8A8S and scheme.weight.method is Method.COMPENSATED:
-        curves = _curves(linears, stats, scheme, group)
-        bits = solve_bits(curves, mean_rule_bits(curves))
+        with clock.stage("rate"):
+            curves = _curves(linears, stats, scheme, group)
+            bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
     method = (
         Method.PLAIN if scheme.weight.method is Method.COMPENSATED and group.factor is None else scheme.weight.method
     )
     weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
-    if bits is None:
-        jobs = [WeightJob(weight, scheme.weight, dtype, group.factor) for weight in weights]
-        rounded = [METHODS[method](job) for job in jobs]
-    else:
-        rounded = spend_bits(weights, bits, group.factor)
+    with clock.stage("rounding"):
+        if bits is None:
+            jobs = [WeightJob(weight, scheme.weight, dtype, group.factor) for weight in weights]
+            rounded = [METHODS[method](job) for job in jobs]
+        else:
+            rounded = spend_bits(weights, bits, group.factor)
+    if group.factor is not None:
+        clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
     for linear, weight, integers in zip(linears, weights, rounded, strict=True):
-        result = _assemble(linear, weight, integers, stats, scheme, group)
+        with clock.stage("rounding"):
+            result = _assemble(linear, weight, integers, stats, scheme, group)
         quantized.append(result)
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        reports.append(_report(linear, weight, result, stats, scheme, group, method, seconds))
-    return GroupResult(quantized, reports, group.norm_weight, group.scales)
+        with clock.stage("report"):
+            reports.append(_report(linear, weight, result, stats, scheme, group, method, seconds))
+        clock.count("report", flops=4 * stats.sample.shape[0] * weight.numel())
+    return GroupResult(quantized, reports, group.norm_weight, group.scales, clock.take())
 
 
 def rate_curves(

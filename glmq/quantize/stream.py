@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,12 +34,14 @@ from glmq.model.glm4v import (
     part_of,
     rms_norms,
 )
+from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import RateCurve
 from glmq.parallel import Group as Ranks
 from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group, rate_curves
 from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
+from glmq.stages import Stopwatch
 
 FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
 """Dtypes of float weights that we take."""
@@ -168,6 +170,8 @@ class QuantizationRun:
     journal: Journal
     ranks: Ranks
     """They divide the blocks among themselves."""
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    """Of this rank's work."""
 
 
 def quantize_checkpoint(
@@ -202,20 +206,22 @@ def quantize_checkpoint(
         def write(block: Block) -> JsonObject:
             reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
             job.copy_rest(f"{block.name}.")
-            sink.sync()
+            with run.clock.stage("write"):
+                sink.sync()
             return job.take_payload(reports)
 
         for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "", write)):
-            yield QuantizedBlock(_done(block.name, index, total, seconds), tuple(job.restore(payload)))
+            yield QuantizedBlock(_done(block.name, index, total, seconds, run), tuple(job.restore(payload)))
         started = time.perf_counter()
         if is_first:
             job.copy_rest("")
-            sink.finish()
+            with run.clock.stage("write"):
+                sink.finish()
         else:
             sink.leave()
     if is_first:
         _write_side_files(run.source, run.config, recipe, plan, folder)
-    yield QuantizedBlock(_done("embeddings and side files", total - 1, total, time.perf_counter() - started), ())
+    yield QuantizedBlock(_done("embeddings and side files", total - 1, total, time.perf_counter() - started, run), ())
 
 
 def measure_checkpoint(
@@ -232,7 +238,7 @@ def measure_checkpoint(
         return {"reports": [report_row(report) for result in results for report in result.reports]}
 
     for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "measure ", measure)):
-        yield QuantizedBlock(_done(block.name, index, len(blocks), seconds), tuple(_parse_reports(payload)))
+        yield QuantizedBlock(_done(block.name, index, len(blocks), seconds, run), tuple(_parse_reports(payload)))
 
 
 def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
@@ -245,9 +251,9 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         curves: list[RateCurve] = []
         for group in block.groups:
             if groups[group.site].quant_type is QuantType.W8A8S:
-                linears, norm = _read_group(run.source, group)
-                stats = run.statistics.input(group.site)
-                curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
+                linears, norm, stats = _read_group(run, group)
+                with run.clock.stage("rate"):
+                    curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
         return {"curves": [asdict(curve) for curve in curves]}
 
     for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "rate ", rate)):
@@ -255,7 +261,7 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         assert isinstance(rows, list)
         # The journal may have rated more than stays sparse after a fallback.
         curves = tuple(curve for curve in map(_parse_curve, rows) if curve.name in sparse)
-        yield RatedBlock(_done(block.name, index, len(blocks), seconds), curves)
+        yield RatedBlock(_done(block.name, index, len(blocks), seconds, run), curves)
 
 
 def _each_block(
@@ -274,6 +280,8 @@ def _each_block(
         started = time.perf_counter()
         own = ""
         if rank < len(row) and pass_name + row[rank].name not in run.journal.finished:
+            after = blocks[first + world + rank : first + world + rank + 1]
+            run.source.expect(name for block in after for name in run.source if name.startswith(f"{block.name}."))
             own = json.dumps(work(row[rank]))
         texts = run.ranks.meet(own)
         for block, text in zip(row, texts):
@@ -285,29 +293,36 @@ def _each_block(
 
 def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]) -> GroupResult:
     """Read one group's weights and quantize them."""
-    linears, norm = _read_group(run.source, plan.group)
-    return quantize_group(
+    linears, norm, stats = _read_group(run, plan.group)
+    result = quantize_group(
         linears,
-        run.statistics.input(plan.group.site),
+        stats,
         recipe.scheme_of(plan.quant_type),
         norm_weight=norm,
         dtype=recipe.dtype,
         bits=[bits[linear.name] for linear in linears] if bits else None,
     )
+    run.clock.include(result.stages)
+    return result
 
 
-def _read_group(source: Checkpoint, group: Group) -> tuple[list[FloatLinear], Tensor | None]:
-    """The float weights of a group and its norm's."""
-    norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
-    linears = [
-        FloatLinear(
-            shape.name,
-            source.read_finite(f"{shape.name}.weight").float(),
-            source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
-        )
-        for shape in group.linears
-    ]
-    return linears, norm
+def _read_group(run: QuantizationRun, group: Group) -> tuple[list[FloatLinear], Tensor | None, InputStats]:
+    """The float weights of a group, its norm's, and the statistics of its input."""
+    source = run.source
+    with run.clock.stage("read"):
+        norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
+        linears = [
+            FloatLinear(
+                shape.name,
+                source.read_finite(f"{shape.name}.weight").float(),
+                source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
+            )
+            for shape in group.linears
+        ]
+        stats = run.statistics.input(group.site)
+    weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
+    run.clock.count("read", nbytes=weights + stats.nbytes)
+    return linears, norm, stats
 
 
 class _Job:
@@ -364,7 +379,9 @@ class _Job:
 
     def _write(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self._sink.write(name, tensor)
+            with self._run.clock.stage("write"):
+                self._sink.write(name, tensor)
+            self._run.clock.count("write", nbytes=tensor.nbytes)
             self._note(name)
 
     def _note(self, name: str) -> None:
@@ -379,14 +396,16 @@ class _Job:
             return
         step = max(1, COPY_BYTES * info.shape[0] // info.nbytes)
         for start in range(0, info.shape[0], step):
-            rows = self._source.read_rows(name, start, min(start + step, info.shape[0]))
-            self._sink.write_rows(name, start, self._cast(name, self._source.check_finite(name, rows)))
+            with self._run.clock.stage("copy"):
+                rows = self._source.read_rows(name, start, min(start + step, info.shape[0]))
+                self._sink.write_rows(name, start, self._cast(name, self._source.check_finite(name, rows)))
+        self._run.clock.count("copy", nbytes=2 * info.nbytes)
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         stored = tensor.to(TORCH_DTYPES[self._recipe.dtype])
-        if stored.numel() and not bool(torch.isfinite(stored.abs().max())):
+        if stored is not tensor and stored.numel() and not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
             raise CheckpointError(
                 f"{self._source.file_of(name).name}: tensor {name!r} reaches {float(tensor.abs().max()):g}, "
                 f"float16 ends at 65504; pass --torch_dtype bf16 (W8A8 only) or repair the checkpoint"
@@ -453,5 +472,5 @@ def _parse_curve(row: Mapping[str, Any]) -> RateCurve:
     return RateCurve(**{**row, "bits": tuple(row["bits"]), "loss": tuple(row["loss"])})
 
 
-def _done(name: str, index: int, total: int, seconds: float) -> BlockDone:
-    return BlockDone(name, index, total, seconds, psutil.Process().memory_info().rss)
+def _done(name: str, index: int, total: int, seconds: float, run: QuantizationRun) -> BlockDone:
+    return BlockDone(name, index, total, seconds, psutil.Process().memory_info().rss, run.clock.take())
