@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +20,26 @@ def install(monkeypatch: pytest.MonkeyPatch, npu: StandInNpu) -> StandInNpu:
 
 def test_a_cpu_needs_no_npu_library() -> None:
     assert device.resolve("cpu") == torch.device("cpu")
-    assert device.default_compute_dtype(torch.device("cpu")) is torch.float32
+    assert device.default_compute_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
     device.release(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype"),
+    [
+        ("flags\t: fpu avx2 avx512f avx512_bf16\n", torch.bfloat16),
+        ("processor\t: 0\nflags\t: fpu amx_bf16 amx_tile\nflags\t: fpu\n", torch.bfloat16),
+        ("flags\t: fpu avx2 avx512f avx512_fp16\n", torch.float32),
+        ("Features\t: fp asimd bf16\n", torch.float32),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_only_if_it_has_such_products(
+    cpuinfo: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    assert device.default_compute_dtype(torch.device("cpu")) is torch.float32
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert device.default_compute_dtype(torch.device("cpu")) is dtype
 
 
 def test_a_missing_torch_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from glmq import __version__
 from glmq.calibrate.samples import Sample, digest
-from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json, write_whole
+from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_json_object, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import StatisticsError
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import TEXT, Group, all_blocks
-from glmq.numerics.moments import BINS, InputStats
+from glmq.model.glm4v import TEXT, Group
+from glmq.numerics.moments import InputStats
 
 SCHEMA: Final = "glmq.statistics/1"
 MANIFEST: Final = "statistics.json"
@@ -96,6 +96,10 @@ class StatsWriter:
 
     def finish(self) -> None:
         """Write the manifest, which makes the folder a statistics folder."""
+        write_whole(self._directory / MANIFEST, self.manifest_bytes())
+
+    def manifest_bytes(self) -> bytes:
+        """What `finish` writes."""
         samples: list[JsonValue] = [
             {"name": s.name, "sha256": s.digest, "tokens": self._tokens[s.name], "answer": s.answer is not None}
             for s in self._samples
@@ -111,7 +115,7 @@ class StatsWriter:
             "samples": samples,
             "inputs": self._inputs,
         }
-        write_json(self._directory / MANIFEST, manifest, indent=1)
+        return json_bytes(manifest, indent=1)
 
 
 class Statistics:
@@ -217,18 +221,6 @@ class Statistics:
 def _has(entry: object, **kinds: type) -> bool:
     """Whether a JSON value is an object with values of these types."""
     return isinstance(entry, Mapping) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
-
-
-def expected_bytes(config: ModelConfig, *, wide_moments: bool) -> int:
-    """About how large the statistics folder of a model is: histograms and second moments, which make up nearly all of it."""
-    total = 0
-    for block in all_blocks(config):
-        for group in block.groups:
-            width = group.width
-            total += width * (BINS + SAMPLE_ROWS + 8) * 4
-            if has_moment(group, config, wide_moments=wide_moments):
-                total += width * (width + 1) // 2 * 4
-    return total
 
 
 def has_moment(group: Group, config: ModelConfig, *, wide_moments: bool) -> bool:

@@ -61,7 +61,12 @@ def read_json_object(path: Path) -> JsonObject:
 
 def write_json(path: Path, document: Mapping[str, JsonValue], *, indent: int) -> None:
     """Write `document` to `path` through a temporary name, mode 0640, keys in their order, ending in a newline."""
-    write_whole(path, (json.dumps(document, indent=indent, ensure_ascii=False) + "\n").encode())
+    write_whole(path, json_bytes(document, indent=indent))
+
+
+def json_bytes(document: Mapping[str, JsonValue], *, indent: int) -> bytes:
+    """The text of `document` as it is written: keys in their order, ending in a newline."""
+    return (json.dumps(document, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:

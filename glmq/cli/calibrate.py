@@ -29,6 +29,14 @@ def calibrate(
     trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
     resume: o.Resume = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print exact output bytes, disk, memory and time needed (one block is run); touch nothing.",
+            rich_help_panel=o.RUN,
+        ),
+    ] = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     debug: o.Debug = False,
@@ -37,8 +45,8 @@ def calibrate(
 
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
-    from glmq.cli.jobs import CalibrationOptions, calibrate_folder
-    from glmq.cli.render import print_json, samples_table, stdout, times_json
+    from glmq.cli.jobs import CalibrationOptions, calibrate_folder, plan_calibration_folder
+    from glmq.cli.render import print_json, samples_table, show_calibration_plan, stdout, times_json
 
     chosen = CalibrationOptions(
         images=calib_images,
@@ -53,6 +61,10 @@ def calibrate(
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,
     )
+    if dry_run:
+        plan, seconds = plan_calibration_folder(model_path, stats, chosen, overwrite=overwrite)
+        show_calibration_plan(plan, seconds, stats, as_json=json_output)
+        return
     result = calibrate_folder(model_path, stats, chosen, overwrite=overwrite, resume=resume, quiet=quiet or json_output)
     if result is None:
         return

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from glmq import __version__
+from glmq.calibrate.plan import CalibrationPlan, estimate_seconds, plan_calibration
 from glmq.calibrate.samples import (
     WANTED_IMAGES,
     Sample,
@@ -21,7 +22,7 @@ from glmq.calibrate.samples import (
     list_images,
     read_samples,
 )
-from glmq.calibrate.stats import Settings, Statistics, StatsWriter, expected_bytes
+from glmq.calibrate.stats import Settings, Statistics, StatsWriter
 from glmq.calibrate.stream import calibrate_checkpoint
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
@@ -36,7 +37,7 @@ from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
-from glmq.parallel import Group, read_place
+from glmq.parallel import Group, Place, read_place
 from glmq.quantize.dry_run import RunPlan, make_run_plan
 from glmq.quantize.fallback import with_fallback, worst_groups
 from glmq.quantize.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
@@ -122,10 +123,11 @@ def calibrate_folder(
     check_target(stats_path, overwrite=overwrite, resume=resume)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
-        samples = load_samples(options, quiet=quiet)
+        check_source(source, config)
+        work = _Calibration.prepare(source, config, options, place, quiet=quiet)
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
         with Group(place) as group, SharedFolder(output, group) as folder:
-            _calibrate(source, config, samples, options, folder.path, group, times, quiet=quiet)
+            _calibrate(work, folder.path, group, times, quiet=quiet)
             folder.finish()
     return CalibrationResult(Statistics.open(stats_path), tuple(times)) if place.is_first else None
 
@@ -157,13 +159,27 @@ def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
     with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
-        needed = 0
-        if job.stats_path is None or not job.stats_path.exists():
-            load_samples(job.calibration, quiet=True)
-            needed = expected_bytes(config, wide_moments=job.calibration.wide_moments)
-        else:
+        if job.stats_path is not None and job.stats_path.exists():
             Statistics.open(job.stats_path).check_model(source.fingerprint())
-        return make_run_plan(source, config, recipe, plan, statistics_bytes=needed)
+            return make_run_plan(source, config, recipe, plan, statistics_bytes=0, peak_bytes=0)
+        first = _Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True).plan
+        needed = first.output_bytes + first.work_bytes
+        return make_run_plan(source, config, recipe, plan, statistics_bytes=needed, peak_bytes=first.peak_bytes)
+
+
+def plan_calibration_folder(
+    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool
+) -> tuple[CalibrationPlan, float]:
+    """Run `glmq calibrate --dry-run`: the plan, and seconds that the run would take. Touches nothing."""
+    if read_place().world > 1:
+        raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
+    check_apart(stats_path, "--stats", {"the float weights": model_path, **_sources(options)})
+    check_target(stats_path, overwrite=overwrite, resume=True)
+    config = read_config(model_path)
+    with Checkpoint.open(model_path) as source:
+        check_source(source, config)
+        work = _Calibration.prepare(source, config, options, Place(0, 1), quiet=True)
+        return work.plan, estimate_seconds(work.model, work.samples, work.preprocessor, work.settings)
 
 
 @contextmanager
@@ -239,10 +255,10 @@ def _statistics(
         elif options.images is not None or options.samples_file is not None:
             statistics.check_samples(digest(load_samples(options, quiet=True)))
     else:
-        samples = load_samples(options, quiet=quiet)
+        work = _Calibration.prepare(source, config, options, group.place, quiet=quiet)
         output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
         with SharedFolder(output, group) as shared:
-            _calibrate(source, config, samples, options, shared.path, group, times, quiet=quiet)
+            _calibrate(work, shared.path, group, times, quiet=quiet)
             shared.finish()
         statistics = Statistics.open(folder)
     try:
@@ -277,42 +293,55 @@ def _own_statistics(out_path: Path) -> Path:
     return out_path.absolute().parent / f".{out_path.name}.statistics"
 
 
-def _calibrate(
-    source: Checkpoint,
-    config: ModelConfig,
-    samples: tuple[Sample, ...],
-    options: CalibrationOptions,
-    folder: Path,
-    group: Group,
-    times: list[PassTime],
-    *,
-    quiet: bool,
-) -> None:
-    check_source(source, config)
-    place = group.place
-    device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
-    settings = _settings(options, device)
-    preprocessor = Preprocessor(
-        source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
-    )
-    model = StreamedModel(source, config, device=device, dtype=getattr(torch, settings.compute_dtype))
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """Everything that a calibration needs, checked, before its first block."""
+
+    model: StreamedModel
+    samples: tuple[Sample, ...]
+    preprocessor: Preprocessor
+    settings: Settings
+    plan: CalibrationPlan
+
+    @classmethod
+    def prepare(
+        cls, source: Checkpoint, config: ModelConfig, options: CalibrationOptions, place: Place, *, quiet: bool
+    ) -> _Calibration:
+        samples = load_samples(options, quiet=quiet)
+        device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
+        settings = _settings(options, device)
+        dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+        preprocessor = Preprocessor(
+            source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
+        )
+        plan = plan_calibration(
+            config, source.fingerprint(), samples, preprocessor, settings, element_bytes=dtype.itemsize
+        )
+        model = StreamedModel(source, config, device=device, dtype=dtype)
+        return cls(model, samples, preprocessor, settings, plan)
+
+
+def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassTime], *, quiet: bool) -> None:
+    settings, fingerprint = work.settings, work.model.source.fingerprint()
     journal = Journal(
         folder,
         {
-            "model": source.fingerprint(),
-            "samples": digest(samples),
+            "model": fingerprint,
+            "samples": digest(work.samples),
             "compute dtype": settings.compute_dtype,
             "max pixels": str(settings.max_pixels),
             "wide moments": str(settings.wide_moments),
             **_machine(),
         },
-        writes=place.is_first,
+        writes=group.place.is_first,
     )
     if not journal.finished:
-        check_room(folder, expected_bytes(config, wide_moments=options.wide_moments))
-    sink = StatsWriter(folder, source.fingerprint(), samples, settings)
+        check_room(folder, work.plan.output_bytes + work.plan.work_bytes)
+    sink = StatsWriter(folder, fingerprint, work.samples, settings)
     with BlockProgress("calibrate", quiet=quiet) as progress:
-        for done in calibrate_checkpoint(model, samples, preprocessor, sink, settings, journal, folder, group):
+        for done in calibrate_checkpoint(
+            work.model, work.samples, work.preprocessor, sink, settings, journal, folder, group
+        ):
             progress.advance(done)
     times.append(progress.time())
     journal.remove()

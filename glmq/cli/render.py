@@ -13,6 +13,7 @@ from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
+import psutil
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
@@ -26,6 +27,7 @@ from glmq.stages import sum_stages
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from glmq.calibrate.plan import CalibrationPlan
     from glmq.calibrate.stats import SampleTokens
     from glmq.cli.jobs import QuantizationResult
     from glmq.quantize.dry_run import RunPlan
@@ -244,7 +246,38 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
     for name, count in plan.files:
         stdout.print(f"{name}: {count} bytes")
     stdout.print(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
-    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most, beside the samples' hidden states")
+    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most")
+
+
+def show_calibration_plan(plan: CalibrationPlan, seconds: float, folder: Path, *, as_json: bool) -> None:
+    """What a calibration would write, need and take."""
+    from glmq.checkpoint.writer import free_bytes
+
+    free, memory = free_bytes(folder), psutil.virtual_memory().available
+    if as_json:
+        print_json(
+            {
+                "schema": "glmq.calibration-plan/1",
+                "samples": [asdict(sample) for sample in plan.samples],
+                "files": [{"name": name, "bytes": count} for name, count in plan.files],
+                "output_bytes": plan.output_bytes,
+                "work_bytes": plan.work_bytes,
+                "free_bytes": free,
+                "peak_bytes": plan.peak_bytes,
+                "available_bytes": memory,
+                "seconds": seconds,
+            }
+        )
+        return
+    stdout.print(samples_table(plan.samples))
+    stdout.print(f"statistics: {plan.output_bytes} bytes in {len(plan.files)} files")
+    stdout.print(
+        f"disk: {size(plan.output_bytes)} statistics, {size(plan.work_bytes)} beside them while it runs, {size(free)} free"
+    )
+    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
+    stdout.print(
+        f"time: about {seconds / 60:.1f} minutes on this machine as it is now; one sample went through one block"
+    )
 
 
 def short_name(name: str) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import all_blocks
 from glmq.quantize.recipe import Recipe
-from glmq.quantize.stream import OutputPlan, PartBytes, bytes_by_part
+from glmq.quantize.stream import COPY_BYTES, OutputPlan, PartBytes, bytes_by_part
 from glmq.spec import QuantType
 
 PROCESS_BYTES = 450 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
+WEIGHT_COPIES = 3
+"""Float32 copies of a group's weights: as read, scaled, and compensated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +45,21 @@ class RunPlan:
 
 
 def make_run_plan(
-    source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, *, statistics_bytes: int
+    source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, *, statistics_bytes: int, peak_bytes: int
 ) -> RunPlan:
-    """Collect what is known before the first weight is read."""
+    """Collect what is known before the first weight is read.
+
+    Args:
+        statistics_bytes: disk that a calibration needs first; 0 where statistics are given.
+        peak_bytes: resident memory that it needs.
+    """
     return RunPlan(
         linears=tuple(_linear_plans(plan, recipe)),
         parts=tuple(bytes_by_part(source, plan.shards)),
         files=tuple((file.name, file.nbytes) for file in plan.shards.files),
         output_bytes=plan.shards.nbytes,
         statistics_bytes=statistics_bytes,
-        peak_bytes=PROCESS_BYTES + _largest_group_bytes(config),
+        peak_bytes=max(peak_bytes, PROCESS_BYTES + _largest_group_bytes(plan)),
     )
 
 
@@ -67,14 +73,11 @@ def _linear_plans(plan: OutputPlan, recipe: Recipe) -> Sequence[LinearPlan]:
     return plans
 
 
-def _largest_group_bytes(config: ModelConfig) -> int:
-    largest = 0
-    for block in all_blocks(config):
-        block_weights = 4 * sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
-        moments = 4 * sum(group.width**2 for group in block.groups if group.width <= config.hidden_size)
-        for group in block.groups:
-            weights = 4 * sum(linear.rows * linear.cols for linear in group.linears)
-            largest = max(largest, 3 * weights + 4 * 4 * min(group.width, config.hidden_size) ** 2)
-        if block.name != "lm_head":
-            largest = max(largest, block_weights + moments)
+def _largest_group_bytes(plan: OutputPlan) -> int:
+    """The largest group that is quantized: float32 weights, as stored and scaled; its integers; four matrices of its input."""
+    largest = COPY_BYTES * 2
+    for group in plan.groups.values():
+        if group.quant_type is not QuantType.FLOAT:
+            weights = sum(linear.rows * linear.cols for linear in group.group.linears)
+            largest = max(largest, WEIGHT_COPIES * 4 * weights + weights + 4 * 4 * group.group.width**2)
     return largest

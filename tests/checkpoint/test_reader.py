@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from glmq.checkpoint import reader
 from glmq.checkpoint.header import DTYPE_BYTES
 from glmq.checkpoint.reader import Checkpoint, dtype_code, natural_key, torch_dtype
 from glmq.errors import CheckpointError
@@ -36,6 +37,20 @@ def sharded(tmp_path: Path) -> Path:
     weight_map |= dict.fromkeys(second, "model-00002-of-00002.safetensors")
     write_index(tmp_path, weight_map)
     return tmp_path
+
+
+def test_reading_ahead_asks_for_exactly_the_tensors_bytes_in_pieces(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(reader, "AHEAD_BYTES", 32)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, start, count, advice: asked.append((start, count)), raising=False
+    )
+    with Checkpoint.open(sharded) as checkpoint:
+        checkpoint.expect(["layers.2.weight", "layers.10.bias"])
+        first, second = (checkpoint.info(name).start for name in ("layers.2.weight", "layers.10.bias"))
+    assert asked == [(first, 32), (first + 32, 32), (first + 64, 6), (second, 4)]
 
 
 def write_index(directory: Path, weight_map: object) -> Path:

@@ -35,14 +35,15 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
     ]
     progress = result.stderr.splitlines()
     assert progress[0] == "note: 2 calibration images; 30 are wanted for accuracy"
-    assert [line.split(" ")[:3] for line in progress[1:-1]] == [
+    assert [line.split(" ")[:3] for line in progress[1:-2]] == [
         ["calibrate:", f"{i}/5", name]
         for i, name in enumerate(
             ["model.visual.blocks.0", "model.visual.merger", "model.language_model.layers.0",
              "model.language_model.layers.1", "lm_head"], 1,
         )
     ]  # fmt: skip
-    assert re.fullmatch(r"calibrate: \d+\.\d s, peak \d+ MiB resident", progress[-1])
+    assert re.fullmatch(r"calibrate: \d+\.\d s, peak \d+ MiB resident", progress[-2])
+    assert re.fullmatch(r"calibrate, of these: .*forward \d+\.\d s \(\d+ GFLOP/s\), .*other \d+\.\d s", progress[-1])
 
 
 def test_underscores_are_the_same_command(small: Path, pictures: Path, tmp_path: Path) -> None:
@@ -69,6 +70,11 @@ def test_json_is_the_manifest_and_the_folder(small: Path, pictures: Path, tmp_pa
     assert result.stderr == ""
     found = json.loads(result.stdout)
     assert found.pop("folder") == str(stats)
+    (done,) = found.pop("passes")
+    times = {stage["stage"]: stage for stage in done["stages"]}
+    assert set(times) == {"read", "images", "vision", "forward", "statistics", "write"}
+    layers = 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64)  # q, k, v; o; gate, up and down
+    assert times["forward"]["flops"] == 2 * 38 * layers
     assert found == json.loads((stats / "statistics.json").read_text())
 
 

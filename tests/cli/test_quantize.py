@@ -117,14 +117,14 @@ def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp
         *(f"model.language_model.layers.{i}" for i in (0, 1)),
         "lm_head",
     ]
-    wanted = [f"calibrate: {i}/5 {name}" for i, name in enumerate(blocks, 1)] + ["calibrate:"]
+    wanted = [f"calibrate: {i}/5 {name}" for i, name in enumerate(blocks, 1)] + ["calibrate:", "calibrate, "]
     layers = [name for name in blocks if ".layers." in name]
-    wanted += [f"rate: {i}/2 {name}" for i, name in enumerate(layers, 1)] + ["rate:"]
+    wanted += [f"rate: {i}/2 {name}" for i, name in enumerate(layers, 1)] + ["rate:", "rate, "]
     blocks.append("embeddings and side files")
-    wanted += [f"quantize: {i}/6 {name}" for i, name in enumerate(blocks, 1)] + ["quantize:"]
-    ends = [
-        r" \d+\.\d s, \d+ s left, \d+ MiB" if "/" in start else r" \d+\.\d s, peak \d+ MiB resident" for start in wanted
-    ]
+    wanted += [f"quantize: {i}/6 {name}" for i, name in enumerate(blocks, 1)] + ["quantize:", "quantize, "]
+    stage = r"\w+ \d+\.\d s( \(\d+ GFLOP/s\)| \(\d+\.\d\d GB/s\))?, "
+    summary = {":": r" \d+\.\d s, peak \d+ MiB resident", " ": f"of these: ({stage})+other \\d+\\.\\d s"}
+    ends = [r" \d+\.\d s, \d+ s left, \d+ MiB" if "/" in start else summary[start[-1]] for start in wanted]
     assert len(lines) == 1 + len(wanted)
     for line, start, end in zip(lines[1:], wanted, ends, strict=True):
         assert re.fullmatch(re.escape(start) + end, line)
@@ -142,6 +142,13 @@ def test_json_is_the_report_and_the_folder(small: Path, small_stats: Path, tmp_p
     found = json.loads(result.stdout)
     assert result.stderr == ""
     assert found.pop("folder") == str(out)
+    (done,) = found.pop("passes")
+    assert (done["title"], sorted(done)) == ("quantize", ["peak_bytes", "seconds", "stages", "title"])
+    times = {stage.pop("stage"): stage for stage in done["stages"]}
+    assert set(times) == {"read", "smoothing", "rounding", "report", "write", "copy"}
+    assert 0 < sum(stage["seconds"] for stage in times.values()) <= done["seconds"]
+    weights = 2 * (128 * 64 + 64 * 64 + 2 * 96 * 64)  # of two layers: q, k, v; o; gate and up, float types are 16 bits
+    assert times["rounding"]["flops"] == 64 * weights
     assert found == json.loads((out / "glmq_report.json").read_text())
     assert (found["schema"], found["quant_type"]) == ("glmq.quantize/1", "W8A8")
     assert (

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 
 from glmq.cli import render
-from glmq.cli.render import BlockProgress, error_table, next_steps, parts_table, print_json, short_name, size, stdout
+from glmq.cli.render import (
+    BlockProgress,
+    error_table,
+    next_steps,
+    parts_table,
+    pass_lines,
+    print_json,
+    short_name,
+    size,
+    stdout,
+)
 from glmq.model.glm4v import Part
 from glmq.quantize.recipe import Options, make_recipe
 from glmq.quantize.stream import PartBytes
-from glmq.records import BlockDone, LinearReport
+from glmq.records import BlockDone, LinearReport, PassTime, StageTime
 from glmq.spec import QuantType
 
 REPORT = LinearReport(
@@ -60,6 +70,19 @@ def test_progress_on_a_pipe_is_a_line_per_block(capsys: pytest.CaptureFixture[st
     ]
     assert re.fullmatch(r"quantize: 0\.\d s, peak 300 MiB resident", lines[3])
     assert progress.peak_bytes == 300 * 2**20
+
+
+def test_stages_come_in_a_line_with_their_rates_and_small_ones_are_summed_up() -> None:
+    stages = (
+        StageTime("read", 2.0, 0, 3 * 10**9),
+        StageTime("forward", 90.0, 18 * 10**12, 0),
+        StageTime("images", 1.5, 0, 0),
+        StageTime("write", 0.25, 0, 10**9),
+    )
+    assert pass_lines(PassTime("calibrate", 100.0, 300 * 2**20, stages)) == [
+        "calibrate: 100.0 s, peak 300 MiB resident",
+        "calibrate, of these: read 2.0 s (1.50 GB/s), forward 90.0 s (200 GFLOP/s), images 1.5 s, other 6.5 s",
+    ]
 
 
 def test_the_rest_is_estimated_from_the_last_eight_blocks(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,15 @@ def test_integer_products_are_exact(columns: int, monkeypatch: pytest.MonkeyPatc
     assert torch.equal(matmul_int8(xq, q), (xq.long() @ q.long().T).double())
 
 
+@pytest.mark.parametrize("extra", [0, 1])
+def test_sums_of_all_columns_at_once_are_exact_up_to_the_limit(extra: int) -> None:
+    xq = torch.full((1, 4096), -128, dtype=torch.int8)
+    xq[0, 0] = -127  # an odd sum, which float32 has no room for beyond 2^24
+    q = torch.full((2, 4096), 32, dtype=torch.int8)
+    q[0, 0] += 1 - 2 * (1 - extra)  # magnitudes add up to 2^17 at most, or to one more
+    assert torch.equal(matmul_int8(xq, q), (xq.long() @ q.long().T).double())
+
+
 def test_inputs_are_rounded_after_the_offset_and_clamped() -> None:
     params = ActivationQParams(scale=0.5, offset=-3)
     x = torch.tensor([0.0, 0.25, 0.75, -100.0, 100.0])
