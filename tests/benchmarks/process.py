@@ -23,8 +23,8 @@ class Measured:
     """What it printed, stdout and stderr together."""
 
 
-def measure(command: list[str], folder: Path) -> Measured:
-    """Run a command to its end and read the operating system's account of it."""
+def measure(command: list[str], folder: Path, *, codes: tuple[int, ...] = (0,)) -> Measured:
+    """Run a command to its end and read the operating system's account of it. Other exit codes than `codes` end it all."""
     started = time.perf_counter()
     with (folder / "out.txt").open("w+b") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
@@ -32,6 +32,6 @@ def measure(command: list[str], folder: Path) -> Measured:
         wall = time.perf_counter() - started
         out.seek(0)
         text = out.read().decode(errors="replace")
-    if status:
+    if os.waitstatus_to_exitcode(status) not in codes:
         raise SystemExit(f"{command[0]} failed:\n{text[-3000:]}")
     return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, text.strip())

@@ -1,0 +1,275 @@
+"""The four verbs at a chosen size, each a process of its own: seconds, peak memory, and what share of this machine's rates
+the stages reached.
+
+    python tests/benchmarks/scale.py WORK --size 9b --images 8
+    python tests/benchmarks/scale.py WORK --hidden 4096 --layers 1 --vision-depth 2 --images 8
+    python tests/benchmarks/scale.py WORK --hidden 512 --fit
+    python tests/benchmarks/scale.py WORK --hidden 512 --peers VENDOR_PYTHON VENDOR_RUNNER LLMC_PYTHON LLMC_RUNNER
+
+WORK is a folder with room: about 20 GB for the float stand-in of 9b, 14 for the W8A8S, 12 for the compressed one, 10 for the
+statistics. What is made there is removed again. Images are 640x480 copies of the default photographs. The rates of the
+machine are measured in the same run: F.linear on the model's own shapes, and a plain read and write of a file.
+
+--fit runs 2 and 4 layers, then 2 and 4 images, and prints the seconds of one layer and of one image. --peers runs the vendor's
+tool and llm-compressor, each by a runner `RUNNER FLOAT OUT --images DIR` that prints a last line of JSON, on the same
+checkpoint and two images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from make_checkpoint import SIZES, Size, make_checkpoint, text_size
+from PIL import Image
+from process import SEED, Measured, measure
+
+from glmq.calibrate.samples import IMAGE_SUFFIXES, default_images
+from glmq.model.config import read_config
+from glmq.model.glm4v import text_block, vision_block
+
+GLMQ = [sys.executable, "-m", "glmq"]
+MATRIX_STAGES = ("vision", "forward", "statistics", "rounding", "report")
+DISK_STAGES = ("read", "write", "copy")
+PLAIN_BYTES = 512 * 2**20
+
+
+def make_images(folder: Path, count: int) -> Path:
+    """`count` different images of 640 x 480 pixels."""
+    folder.mkdir()
+    photographs = sorted(p for p in default_images().iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    for number in range(count):
+        turn, index = divmod(number, len(photographs))
+        image = Image.open(photographs[index]).convert("RGB").resize((640, 480))
+        image.rotate(7 * turn).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def best_seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The shortest of some runs: what the machine can do when nobody disturbs it."""
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def matrix_rate(model: Path, tokens: int, patches: int) -> dict[str, float]:
+    """FLOP/s of F.linear in float32 on the linears of one block of each tower, all of them one after the other."""
+    config = read_config(model)
+    rates = {}
+    for label, block, rows in (
+        ("text", text_block(config, 0), tokens),
+        ("vision", vision_block(config, 0), patches),
+    ):
+        linears = [linear for group in block.groups for linear in group.linears]
+        seconds = 0.0
+        for linear in linears:
+            x, weight = torch.randn(rows, linear.cols), torch.randn(linear.rows, linear.cols)
+            seconds += best_seconds(lambda x=x, weight=weight: torch.nn.functional.linear(x, weight))
+        rates[label] = 2 * rows * sum(linear.rows * linear.cols for linear in linears) / seconds
+    return rates
+
+
+def plain_seconds(folder: Path) -> tuple[float, float]:
+    """Seconds per byte of a plain read and of a plain write with fsync, in 8 MiB pieces."""
+    path, piece = folder / "plain.bin", os.urandom(8 * 2**20)
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(PLAIN_BYTES // len(piece)):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while file.read(len(piece)):
+                pass
+
+    written = best_seconds(write, 2) / PLAIN_BYTES
+    found = best_seconds(read, 2) / PLAIN_BYTES
+    path.unlink()
+    return found, written
+
+
+def run_verb(name: str, arguments: list[object], work: Path, *, codes: tuple[int, ...] = (0,)) -> tuple[Measured, dict]:
+    """One verb in a process of its own, and its --json."""
+    done = measure([*GLMQ, name, *map(str, arguments), "--json"], work, codes=codes)
+    return done, json.loads(done.output[done.output.index("{") :])
+
+
+def show_verb(name: str, done: Measured, document: dict, rates: dict[str, float], plain: tuple[float, float]) -> None:
+    """The process, then its passes stage by stage."""
+    print(f"{name:12}{done.wall_s:10.1f} s wall{done.cpu_s:10.1f} s CPU{done.peak_mib:10.0f} MiB peak", flush=True)
+    for one in document.get("passes", ()):
+        measured = sum(stage["seconds"] for stage in one["stages"])
+        stages = [*one["stages"], {"stage": "other", "seconds": one["seconds"] - measured, "flops": 0, "nbytes": 0}]
+        for stage in stages:
+            line = f"    {one['title']:10}{stage['stage']:12}{stage['seconds']:9.1f} s{stage['seconds'] / one['seconds']:7.1%}"
+            if stage["flops"] and stage["stage"] in MATRIX_STAGES:
+                rate = stage["flops"] / stage["seconds"]
+                of = rates["vision" if stage["stage"] == "vision" else "text"]
+                line += f"{rate / 1e9:9.1f} GFLOP/s, {rate / of:.0%} of F.linear"
+            elif stage["nbytes"] and stage["stage"] in DISK_STAGES:
+                wanted = stage["nbytes"] * {"read": plain[0], "write": plain[1], "copy": sum(plain) / 2}[stage["stage"]]
+                line += (
+                    f"{stage['nbytes'] / stage['seconds'] / 1e9:9.2f} GB/s, {wanted / stage['seconds']:.0%} of plain"
+                )
+            print(line)
+
+
+def run_pipeline(model: Path, images: Path, work: Path) -> None:
+    """calibrate, quantize, compress, verify, with their rates."""
+    stats, quantized, packed = work / "stats", work / "w8a8s", work / "w8a8sc"
+    torch.manual_seed(0)
+    calibrated = run_verb("calibrate", ["--model-path", model, "--calib-images", images, "--stats", stats], work)
+    tokens = calibrated[1]["samples"][0]["tokens"]
+    patches = calibrated[1]["inputs"]["model.visual.blocks.0.attn.qkv"]["tokens"] // len(calibrated[1]["samples"])
+    rates, plain = matrix_rate(model, tokens, patches), plain_seconds(work)
+    print(
+        f"F.linear float32: {rates['text'] / 1e9:.0f} GFLOP/s on text shapes, {rates['vision'] / 1e9:.0f} on vision shapes; "
+        f"plain read {1e-9 / plain[0]:.2f} GB/s, write {1e-9 / plain[1]:.2f} GB/s; {torch.get_num_threads()} threads"
+    )
+    show_verb("calibrate", *calibrated, rates, plain)
+    options: list[object] = ["--model_path", model, "--stats", stats, "--save_directory", quantized, *SEED]
+    made = run_verb("quantize", options, work)
+    show_verb("quantize", *made, rates, plain)
+    nothing_done = run_verb(
+        "quantize",
+        ["--model_path", model, "--stats", stats, "--save_directory", work / "w8a8", "--method", "plain",
+         "--anti_method", "none", "--act_method", "1"],
+        work,
+    )  # fmt: skip
+    show_verb("plain W8A8", *nothing_done, rates, plain)
+    read, written = (sum(p.stat().st_size for p in f.glob("*.safetensors")) for f in (model, work / "w8a8"))
+    wanted = read * plain[0] + written * plain[1]
+    seconds = sum(one["seconds"] for one in nothing_done[1]["passes"])
+    print(
+        f"    plain read + write of the same bytes {wanted:.1f} s: plain rounding and writing reaches {wanted / seconds:.0%}"
+    )
+    shutil.rmtree(work / "w8a8")
+    show_verb(
+        "compress",
+        *run_verb("compress", ["--model_path", quantized, "--save_directory", packed, "--codec", "portable"], work),
+        rates,
+        plain,
+    )
+    shutil.rmtree(packed)
+    verified = run_verb(
+        "verify", [quantized, "--reference", model, "--calib-images", images, "--limit", 1], work, codes=(0, 3)
+    )
+    show_verb("verify", *verified, rates, plain)
+
+
+def run_fit(size: Size, work: Path) -> None:
+    """Seconds of a layer and of an image, each from two points and checked at a third."""
+    found = {}
+    for layers, images in ((2, 2), (4, 2), (6, 2), (2, 4), (2, 6)):
+        with scratch(work / "fit") as folder:
+            make_checkpoint(folder / "model", replace(size, layers=layers))
+            paths = ["--model_path", folder / "model", "--save_directory", folder / "out"]
+            done, document = run_verb(
+                "quantize", [*paths, "--calib-images", make_images(folder / "images", images), *SEED], folder
+            )
+            found[layers, images] = sum(one["seconds"] for one in document["passes"])
+            print(
+                f"{layers} layers, {images} images: {found[layers, images]:8.1f} s{done.peak_mib:8.0f} MiB peak",
+                flush=True,
+            )
+    layer, image = (found[4, 2] - found[2, 2]) / 2, (found[2, 4] - found[2, 2]) / 2
+    print(
+        f"one layer more {layer:.2f} s: 6 layers foretold {found[2, 2] + 4 * layer:.1f} s, measured {found[6, 2]:.1f} s"
+    )
+    print(
+        f"one image more {image:.2f} s: 6 images foretold {found[2, 2] + 4 * image:.1f} s, measured {found[2, 6]:.1f} s"
+    )
+
+
+def run_peers(size: Size, work: Path, peers: list[str]) -> None:
+    """The same checkpoint and two images through the vendor's tool, llm-compressor and glmq, whole processes."""
+    vendor, vendor_runner, llmc, llmc_runner = (str(Path(path).absolute()) for path in peers)
+    model, images = work / "model", work / "two images"
+    make_checkpoint(model, size)
+    make_images(images, 2)
+    ours: list[object] = ["--model_path", model, "--calib_images", images, "--save_directory", work / "ours"]
+    rows = {
+        "glmq, W8A8S": [*GLMQ, "quantize", *map(str, ours), *SEED],
+        "vendor, W8A8S": [
+            vendor, vendor_runner, str(model), str(work / "vendor"), "--images", str(images),
+            "--w_bit", "4", "--is_lowbit", "--use_sigma",
+        ],
+        "glmq, W8A8_DYNAMIC": [*GLMQ, "quantize", *map(str, ours), "--overwrite", "--is_dynamic", "True"],
+        "llm-compressor": [llmc, llmc_runner, str(model), str(work / "llmc"), "--images", str(images)],
+    }  # fmt: skip
+    found = {}
+    for label, command in rows.items():
+        found[label] = measure(command, work)
+        print(f"{label:20}{found[label].wall_s:9.1f} s wall{found[label].peak_mib:9.0f} MiB peak", flush=True)
+    for ours_, theirs in (("glmq, W8A8S", "vendor, W8A8S"), ("glmq, W8A8_DYNAMIC", "llm-compressor")):
+        time_ratio = found[theirs].wall_s / found[ours_].wall_s
+        print(
+            f"{theirs} / {ours_}: {time_ratio:.1f} x time, {found[theirs].peak_mib / found[ours_].peak_mib:.2f} x memory"
+        )
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A fresh folder that is removed at the end."""
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, help="a folder with room")
+    parser.add_argument("--model", type=Path, help="a float checkpoint to take instead of making one")
+    parser.add_argument("--size", choices=sorted(SIZES))
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--vision-depth", type=int, help="blocks of the vision tower, then of the real width")
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--peers", nargs=4, metavar=("VENDOR_PYTHON", "VENDOR_RUNNER", "LLMC_PYTHON", "LLMC_RUNNER"))
+    a = parser.parse_args()
+    size = SIZES[a.size] if a.size else text_size(a.hidden, 4)
+    if a.layers:
+        size = replace(size, layers=a.layers)
+    if a.vision_depth:
+        real = SIZES["9b"]
+        size = replace(
+            size,
+            vision_hidden=real.vision_hidden,
+            vision_heads=real.vision_heads,
+            vision_depth=a.vision_depth,
+            image_size=real.image_size,
+        )
+    print(f"{a.model or size}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+    with scratch(a.work / "scale") as work:
+        if a.fit:
+            run_fit(size, work)
+        elif a.peers:
+            run_peers(size, work, a.peers)
+        else:
+            model = a.model.absolute() if a.model else work / "model"
+            if not a.model:
+                make_checkpoint(model, size)
+            run_pipeline(model, make_images(work / "images", a.images), work)
+
+
+if __name__ == "__main__":
+    main()
