@@ -136,7 +136,7 @@ def run_pipeline(model: Path, images: Path, work: Path) -> None:
     torch.manual_seed(0)
     calibrated = run_verb("calibrate", ["--model-path", model, "--calib-images", images, "--stats", stats], work)
     tokens = calibrated[1]["samples"][0]["tokens"]
-    patches = calibrated[1]["inputs"]["model.visual.blocks.0.attn.qkv"]["tokens"] // len(calibrated[1]["samples"])
+    patches = calibrated[1]["inputs"]["model.visual.blocks.0.attn.qkv"]["tokens"] // len(list(images.iterdir()))
     rates, plain = matrix_rate(model, tokens, patches), plain_seconds(work)
     print(
         f"F.linear float32: {rates['text'] / 1e9:.0f} GFLOP/s on text shapes, {rates['vision'] / 1e9:.0f} on vision shapes; "
