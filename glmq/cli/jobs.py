@@ -38,7 +38,7 @@ from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.parallel import Group, Place, read_place
-from glmq.quantize.dry_run import RunPlan, make_run_plan
+from glmq.quantize.dry_run import CalibrationNeeds, RunPlan, make_run_plan
 from glmq.quantize.fallback import with_fallback, worst_groups
 from glmq.quantize.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
 from glmq.quantize.report import report_document, write_report
@@ -160,11 +160,13 @@ def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
     with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
         if job.stats_path is not None and job.stats_path.exists():
-            Statistics.open(job.stats_path).check_model(source.fingerprint())
-            return make_run_plan(source, config, recipe, plan, statistics_bytes=0, peak_bytes=0)
-        first = _Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True).plan
-        needed = first.output_bytes + first.work_bytes
-        return make_run_plan(source, config, recipe, plan, statistics_bytes=needed, peak_bytes=first.peak_bytes)
+            statistics = Statistics.open(job.stats_path)
+            statistics.check_model(source.fingerprint())
+            return make_run_plan(source, config, recipe, plan, statistics)
+        work = _Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True)
+        disk = work.plan.output_bytes + work.plan.work_bytes
+        needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
+        return make_run_plan(source, config, recipe, plan, needs)
 
 
 def plan_calibration_folder(
@@ -179,7 +181,7 @@ def plan_calibration_folder(
     with Checkpoint.open(model_path) as source:
         check_source(source, config)
         work = _Calibration.prepare(source, config, options, Place(0, 1), quiet=True)
-        return work.plan, estimate_seconds(work.model, work.samples, work.preprocessor, work.settings)
+        return work.plan, work.seconds()
 
 
 @contextmanager
@@ -319,6 +321,10 @@ class _Calibration:
         )
         model = StreamedModel(source, config, device=device, dtype=dtype)
         return cls(model, samples, preprocessor, settings, plan)
+
+    def seconds(self) -> float:
+        """About how long it takes: one sample is run through one block of each tower."""
+        return estimate_seconds(self.model, self.samples, self.preprocessor, self.settings)
 
 
 def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassTime], *, quiet: bool) -> None:

@@ -209,7 +209,7 @@ def quantize(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan per linear, exact output bytes, disk and memory needed; touch nothing.",
+            help="Print the plan per linear, exact output bytes, disk, memory and time; touch nothing.",
             rich_help_panel=o.RUN,
         ),
     ] = False,

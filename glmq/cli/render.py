@@ -216,7 +216,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
     """What a run would do and need, as tables or JSON."""
     from glmq.checkpoint.writer import free_bytes  # imports torch, which `glmq inspect` starts without
 
-    free = free_bytes(folder)
+    free, memory = free_bytes(folder), psutil.virtual_memory().available
     if as_json:
         print_json(
             {
@@ -228,6 +228,9 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
                 "statistics_bytes": plan.statistics_bytes,
                 "free_bytes": free,
                 "peak_bytes": plan.peak_bytes,
+                "available_bytes": memory,
+                "calibration_seconds": plan.calibration_seconds,
+                "quantization_seconds": plan.quantization_seconds,
             }
         )
         return
@@ -246,7 +249,14 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
     for name, count in plan.files:
         stdout.print(f"{name}: {count} bytes")
     stdout.print(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
-    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most")
+    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
+    if plan.quantization_seconds is not None:
+        stdout.print(f"time: about {plan.quantization_seconds / 60:.1f} minutes on this machine as it is now")
+    elif plan.calibration_seconds is not None:
+        stdout.print(
+            f"time: calibration about {plan.calibration_seconds / 60:.1f} minutes on this machine as it is now; "
+            "the rest can be foretold once there are statistics (--stats)"
+        )
 
 
 def show_calibration_plan(plan: CalibrationPlan, seconds: float, folder: Path, *, as_json: bool) -> None:

@@ -251,7 +251,7 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         curves: list[RateCurve] = []
         for group in block.groups:
             if groups[group.site].quant_type is QuantType.W8A8S:
-                linears, norm, stats = _read_group(run, group)
+                linears, norm, stats = read_group(run.source, run.statistics, group, run.clock)
                 with run.clock.stage("rate"):
                     curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
         return {"curves": [asdict(curve) for curve in curves]}
@@ -293,7 +293,7 @@ def _each_block(
 
 def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]) -> GroupResult:
     """Read one group's weights and quantize them."""
-    linears, norm, stats = _read_group(run, plan.group)
+    linears, norm, stats = read_group(run.source, run.statistics, plan.group, run.clock)
     result = quantize_group(
         linears,
         stats,
@@ -306,10 +306,11 @@ def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: 
     return result
 
 
-def _read_group(run: QuantizationRun, group: Group) -> tuple[list[FloatLinear], Tensor | None, InputStats]:
+def read_group(
+    source: Checkpoint, statistics: Statistics, group: Group, clock: Stopwatch
+) -> tuple[list[FloatLinear], Tensor | None, InputStats]:
     """The float weights of a group, its norm's, and the statistics of its input."""
-    source = run.source
-    with run.clock.stage("read"):
+    with clock.stage("read"):
         norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
         linears = [
             FloatLinear(
@@ -319,9 +320,9 @@ def _read_group(run: QuantizationRun, group: Group) -> tuple[list[FloatLinear], 
             )
             for shape in group.linears
         ]
-        stats = run.statistics.input(group.site)
+        stats = statistics.input(group.site)
     weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
-    run.clock.count("read", nbytes=weights + stats.nbytes)
+    clock.count("read", nbytes=weights + stats.nbytes)
     return linears, norm, stats
 
 

@@ -74,7 +74,7 @@ def test_json_is_the_manifest_and_the_folder(small: Path, pictures: Path, tmp_pa
     times = {stage["stage"]: stage for stage in done["stages"]}
     assert set(times) == {"read", "images", "vision", "forward", "statistics", "write"}
     layers = 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64)  # q, k, v; o; gate, up and down
-    assert times["forward"]["flops"] == 2 * 38 * layers
+    assert times["forward"]["flops"] == 2 * sum(sample["tokens"] for sample in found["samples"]) * layers
     assert found == json.loads((stats / "statistics.json").read_text())
 
 

@@ -208,12 +208,29 @@ def test_a_dry_run_needs_no_torchrun(small: Path, small_stats: Path, monkeypatch
 
 
 def test_a_dry_run_reads_headers_and_writes_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
+def test_a_dry_run_foretells_and_writes_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = json.loads(glmq(*command(small, small_stats, out, "--dry-run", "--json", *SEED)).stdout)
     assert list(tmp_path.iterdir()) == []
     glmq(*command(small, small_stats, out, *SEED))
     assert found["files"] == [{"name": WEIGHTS, "bytes": (out / WEIGHTS).stat().st_size}]
     assert found["output_bytes"] == (out / WEIGHTS).stat().st_size
+    assert (found["statistics_bytes"], found["calibration_seconds"]) == (0, None)
+    assert found["quantization_seconds"] > 0
+
+
+def test_a_dry_run_without_statistics_counts_the_calibration(small: Path, pictures: Path, tmp_path: Path) -> None:
+    images = ["--calib-images", pictures, "--limit", 2]
+    first = glmq("calibrate", "--model-path", small, "--stats", tmp_path / "stats", *images, "--dry-run", "--json")
+    calibration = json.loads(first.stdout)
+    options = ["--model_path", small, "--save_directory", tmp_path / "out", *images, *SEED, "--dry-run"]
+    found = json.loads(glmq("quantize", *options, "--json").stdout)
+    assert found["statistics_bytes"] == calibration["output_bytes"] + calibration["work_bytes"]
+    assert found["peak_bytes"] >= calibration["peak_bytes"]
+    assert found["calibration_seconds"] > 0
+    assert found["quantization_seconds"] is None
+    assert re.search(r"time: calibration about \d+\.\d minutes on this machine", glmq("quantize", *options).stdout)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_written_to_a_file_give_the_same_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
