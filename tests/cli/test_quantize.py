@@ -207,7 +207,6 @@ def test_a_dry_run_needs_no_torchrun(small: Path, small_stats: Path, monkeypatch
     )
 
 
-def test_a_dry_run_reads_headers_and_writes_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
 def test_a_dry_run_foretells_and_writes_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     found = json.loads(glmq(*command(small, small_stats, out, "--dry-run", "--json", *SEED)).stdout)
