@@ -36,7 +36,8 @@ from glmq.model.glm4v import (
 )
 from glmq.numerics.rate import RateCurve
 from glmq.parallel import Group as Ranks
-from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group, rate_curves
+from glmq.quantize.fold import fold_into_rows, row_divisors
+from glmq.quantize.layer import FloatLinear, GroupResult, RowFold, quantize_group, rate_curves
 from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
@@ -197,7 +198,7 @@ def quantize_checkpoint(
     with ShardWriter(plan.shards, folder, resume=is_begun or not is_first, keep_partial=True) as sink:
         if is_first:
             run.ranks.meet("")
-        job = _Job(run, recipe, sink, bits)
+        job = _Job(run, recipe, plan.groups, sink, bits)
 
         def write(block: Block) -> JsonObject:
             reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
@@ -228,7 +229,7 @@ def measure_checkpoint(
 
     def measure(block: Block) -> JsonObject:
         plans = [groups[g.site] for g in block.groups if groups[g.site].quant_type is not QuantType.FLOAT]
-        results = [_quantize_plan(run, recipe, plan, bits) for plan in plans]
+        results = [_quantize_plan(run, recipe, groups, plan, bits) for plan in plans]
         return {"reports": [report_row(report) for result in results for report in result.reports]}
 
     for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "measure ", measure)):
@@ -245,9 +246,9 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         curves: list[RateCurve] = []
         for group in block.groups:
             if groups[group.site].quant_type is QuantType.W8A8S:
-                linears, norm = _read_group(run.source, group)
+                linears, norm, fold = _read_group(run.source, run.statistics, recipe, groups, group)
                 stats = run.statistics.input(group.site)
-                curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
+                curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold)
         return {"curves": [asdict(curve) for curve in curves]}
 
     for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "rate ", rate)):
@@ -283,31 +284,40 @@ def _each_block(
             yield block, run.journal.finished[key], (time.perf_counter() - started) / len(row)
 
 
-def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]) -> GroupResult:
+def _quantize_plan(
+    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], plan: GroupPlan, bits: Mapping[str, float]
+) -> GroupResult:
     """Read one group's weights and quantize them."""
-    linears, norm = _read_group(run.source, plan.group)
+    linears, norm, fold = _read_group(run.source, run.statistics, recipe, groups, plan.group)
     return quantize_group(
         linears,
         run.statistics.input(plan.group.site),
         recipe.scheme_of(plan.quant_type),
         norm_weight=norm,
         dtype=recipe.dtype,
+        fold=fold,
         bits=[bits[linear.name] for linear in linears] if bits else None,
     )
 
 
-def _read_group(source: Checkpoint, group: Group) -> tuple[list[FloatLinear], Tensor | None]:
-    """The float weights of a group and its norm's."""
+def _read_group(
+    source: Checkpoint, statistics: Statistics, recipe: Recipe, groups: Mapping[str, GroupPlan], group: Group
+) -> tuple[list[FloatLinear], Tensor | None, RowFold]:
+    """The float weights of a group with what their rows absorb for later inputs; its norm's; its own fold."""
+    # First, so that the weights of only one group are in memory at a time.
+    divisors = row_divisors(source, statistics, recipe, groups, group)
+    fold = fold_into_rows(source, statistics, recipe, groups, group)
     norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
     linears = [
         FloatLinear(
             shape.name,
             source.read_finite(f"{shape.name}.weight").float(),
             source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
+            divisors.get(shape.name),
         )
         for shape in group.linears
     ]
-    return linears, norm
+    return linears, norm, fold
 
 
 class _Job:
@@ -316,9 +326,16 @@ class _Job:
     A source tensor that was taken is written under its own name, among others.
     """
 
-    def __init__(self, run: QuantizationRun, recipe: Recipe, sink: ShardWriter, bits: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        run: QuantizationRun,
+        recipe: Recipe,
+        groups: Mapping[str, GroupPlan],
+        sink: ShardWriter,
+        bits: Mapping[str, float],
+    ) -> None:
         self._run, self._source, self._recipe, self._sink = run, run.source, recipe, sink
-        self._bits = bits
+        self._groups, self._bits = groups, bits
         self._norms = set(rms_norms(run.config))
         self._written: set[str] = set()
         self._fresh: list[str] = []
@@ -341,7 +358,7 @@ class _Job:
         if plan.quant_type is QuantType.FLOAT:
             return []
         recipe, group = self._recipe, plan.group
-        result = _quantize_plan(self._run, recipe, plan, self._bits)
+        result = _quantize_plan(self._run, recipe, self._groups, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
             parallel = shape.name.endswith(ROW_PARALLEL)
             self._write(
