@@ -33,7 +33,7 @@ class QuantizedLinear:
     weight_scale: Tensor
     """float32 [N, 1]: step of a row (first stage for W4A8_DYNAMIC)."""
     bias: Tensor | None
-    """float32 [N]: the float layer's own bias, unchanged, or None."""
+    """float32 [N]: the float layer's own bias, its rows divided by what they absorb, or None."""
     activation: ActivationQParams | None = None
     """Static types only."""
     deq_scale: Tensor | None = None
@@ -74,6 +74,8 @@ class LinearReport:
     input_low: float
     input_high: float
     """The range that the int8 activation covers, in input units after smoothing; both 0 for dynamic types."""
+    input_range: str
+    """How that range was chosen: `min-max` or `histogram`; empty for dynamic types."""
     clipped_share: float
     """Share of calibration input values outside that range."""
     smoothing: str

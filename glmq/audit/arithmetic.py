@@ -7,7 +7,7 @@ column, against the float checkpoint with the smoothing undone, and against what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal
@@ -15,11 +15,13 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, count_bytes, row_ranges, run_ahead
+from glmq.audit.scaling import UNSCALED, Scaling
+from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, count_bytes, row_ranges, run_ahead
 from glmq.checkpoint.ascend import decode_deq_scale
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
+from glmq.model.glm4v import Group
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import entropy_bits
 from glmq.records import Finding
@@ -68,7 +70,7 @@ class LinearArithmetic:
 
 @dataclass(frozen=True, slots=True)
 class WeightDistance:
-    """How integers with their steps stand to the float weight, columns scaled as smoothing did."""
+    """How integers with their steps stand to the float weight, columns and rows scaled as smoothing did."""
 
     relative_l2: float
     """||W_q - W|| / ||W||."""
@@ -83,14 +85,14 @@ class WeightDistance:
 
 
 def measure_linears(
-    candidate: Checkpoint, reference: Checkpoint | None, norms: Mapping[str, str | None]
+    candidate: Checkpoint, reference: Checkpoint | None, scalings: Mapping[str, Scaling]
 ) -> Iterator[LinearArithmetic | Finding]:
     """Every integer linear of `candidate`, a few megabytes in memory.
 
     Args:
         candidate: un-sharded, not compressed.
         reference: the float checkpoint it was made from, or None.
-        norms: the norm in front of each linear, whose change tells the smoothing.
+        scalings: what smoothing did to each linear, from `find_scalings`.
 
     Yields:
         Its numbers, or a finding that says why they cannot be computed.
@@ -100,19 +102,19 @@ def measure_linears(
         if name == weight or candidate[weight].dtype != "I8" or len(candidate[weight].shape) != 2:
             continue
         try:
-            yield _measure(name, candidate, reference, norms.get(name))
+            yield _measure(name, candidate, reference, scalings.get(name, UNSCALED))
         except CheckpointError as error:
             yield Finding(ARITHMETIC_CHECK, "error", name, f"cannot be computed with: {error}")
 
 
-def check_shifts(candidate: Checkpoint, norms: Mapping[str, str | None]) -> Iterator[Finding]:
+def check_shifts(candidate: Checkpoint, groups: Iterable[Group]) -> Iterator[Finding]:
     """A norm bias moves the input of its linears, and with plain biases behind it nothing takes that back.
 
     Args:
         candidate: un-sharded; its quant_bias tensors are held to the float biases by check 11.
-        norms: the norm in front of each linear.
+        groups: of the model.
     """
-    for norm in sorted({norm for norm in norms.values() if norm is not None}):
+    for norm in sorted({group.norm for group in groups if group.norm is not None}):
         name = f"{norm}.bias"
         if name in candidate and bool(candidate.read(name).any()):
             yield Finding(
@@ -233,10 +235,9 @@ class _Distance:
         return WeightDistance(math.sqrt(ratio), rms, self._farthest, self._rows.worst(rms), self._cols.worst(rms))
 
 
-def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, norm: str | None) -> LinearArithmetic:
+def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, scaling: Scaling) -> LinearArithmetic:
     matrix = StoredMatrix(candidate, name)
     source = _source(name, matrix, reference)
-    scales = None if reference is None else column_scales(reference, candidate, norm)
     distance = None if source is None else _Distance(matrix.rows, matrix.cols)
     counts = torch.zeros(256, dtype=torch.int64)
     positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
@@ -250,8 +251,7 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, nor
             continue
         for first, last in row_ranges(0, q.shape[0], matrix.cols, CACHE_ELEMENTS):
             row = start + first
-            wanted = source.values(original[first:last], row)
-            wanted = wanted if scales is None else wanted.mul_(scales)
+            wanted = scaling.applied(source.values(original[first:last], row), row)
             distance.add(row, matrix.values(q[first:last], row), wanted, _steps(matrix, slice(row, start + last)))
     share, bias_output, bound = _bounds(name, candidate, positive, negative)
     values = torch.arange(-128, 128)

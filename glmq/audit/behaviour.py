@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from glmq.audit.int8_model import Int8Linear, int8_linears, open_model, placed
 from glmq.audit.predictions import HEAD_ROWS, Head, HeadSums, Predictions, scored_places, summarize, target_ids
+from glmq.audit.scaling import Scaling, find_scalings
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.config import ModelConfig, read_config
-from glmq.model.glm4v import LM_HEAD, TEXT, Block, merger_block, text_blocks, vision_block
+from glmq.model.glm4v import LM_HEAD, TEXT, Block, all_blocks, merger_block, text_blocks, vision_block
 from glmq.model.inputs import ModelInputs
 from glmq.numerics.affine import covered_range
 from glmq.records import BlockDone, QuantizedLinear
@@ -44,7 +45,8 @@ class LinearBehaviour:
 
     name: str
     error: float
-    """||y_q - y|| / ||y||; both are fed the float model's hidden states, the candidate through its own norm."""
+    """||y_q - y|| / ||y||; both are fed the float model's hidden states, the candidate through its own norm or scaled as its
+    earlier linears would, and its outputs scaled back."""
     covered_low: float
     covered_high: float
     """What the int8 activation represents; both 0 for dynamic types."""
@@ -90,7 +92,9 @@ def compare_behaviour(
         CheckpointError: a tensor of either is missing, not finite, has another shape or contradicts others.
     """
     pair = _Pair(open_model(reference, config), open_model(candidate, config))
-    run = _Run(pair, config, cases, set(int8_linears(candidate)))
+    groups = [group for block in all_blocks(config) for group in block.groups]
+    scalings = find_scalings(reference, candidate, groups)
+    run = _Run(pair, config, cases, {name: scalings[name] for name in int8_linears(candidate)})
     has_images = any(case.has_image for case in cases)
     total = config.layers + (config.vision_depth + 1 if has_images else 0)
     started = time.perf_counter()
@@ -220,7 +224,7 @@ class _LinearSums:
 class _Run:
     """One comparison: the calls in flight, nothing else."""
 
-    def __init__(self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: set[str]) -> None:
+    def __init__(self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: Mapping[str, Scaling]) -> None:
         self._pair, self._config, self._cases, self._int8 = pair, config, cases, int8
         self._calls: dict[int, _Calls] = {}
         self._sample = ""
@@ -317,10 +321,16 @@ class _Run:
             return pair.reference.module(norm).register_forward_pre_hook(hook)
 
         def measure_error(name: str, norm: str | None) -> object:
+            scaling = self._int8[name]
+
             def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-                x = args[0] if norm is None else pair.candidate.module(norm)(before_norm[norm])
+                if norm is not None:
+                    x = pair.candidate.module(norm)(before_norm[norm])
+                else:
+                    x = args[0] if scaling.columns is None else args[0] / scaling.columns
                 # forward, not a call: the candidate's own hooks see its own inputs only
-                sums[name].add_error(pair.candidate.module(name).forward(x), y)
+                found = pair.candidate.module(name).forward(x)
+                sums[name].add_error(found if scaling.rows is None else found / scaling.rows, y)
 
             return pair.reference.module(name).register_forward_hook(hook)
 

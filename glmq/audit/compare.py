@@ -1,7 +1,7 @@
 """Two checkpoints against each other: weights as the model uses them, worst first; names, config.json, description.
 
-Integers are compared by the weights they stand for. Where a norm differs between the two (smoothing), its scales are taken
-out of the linears behind it, so that a difference is one of the function and not of how it is spread over norm and linear.
+Integers are compared by the weights they stand for. Where smoothing scaled a norm or rows of one against columns of the
+linears behind it, the scales are taken out, so that a difference is one of the function and not of how it is spread.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from glmq.audit.folder import Folder, Kind, layer_of, role_of
+from glmq.audit.scaling import UNSCALED, Scaling, find_scalings
 from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, count_bytes, row_ranges, run_ahead
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.model.config import parse_config
-from glmq.model.glm4v import all_blocks
+from glmq.model.glm4v import Group, all_blocks
 from glmq.numerics.metrics import entropy_bits, sqnr_db
 
 HISTOGRAM_BINS: Final = 64
@@ -60,7 +61,7 @@ class WeightDiff:
     identical: bool
     """The stored bytes, and for integers their steps, are equal."""
     noise: float
-    """Sum of squared differences, after the norm's scales are taken out."""
+    """Sum of squared differences, after the scales of smoothing are taken out."""
     signal: float
     """Sum of squares of the first."""
     max_abs: float
@@ -141,9 +142,10 @@ def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[Wei
                 f"{folder.directory}: holds {folder.kind.value}; weights of float and un-compressed quantized "
                 "checkpoints can be compared, run `glmq compress --decompress` first"
             )
-    norms = _norms_in_front(a, b)
-    folding = set(norms.values())
+    groups = _groups(a, b)
+    folding = {group.norm for group in groups}
     with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+        scalings = find_scalings(one, other, groups)
         for name in one:
             base, _, suffix = name.rpartition(".")
             if name not in names or name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
@@ -152,7 +154,7 @@ def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[Wei
                 if suffix == "weight" and base in folding:
                     yield _compare_plain(name, one, other, column_scales(one, other, base))
                 else:
-                    yield _compare(name, one, other, norms.get(base))
+                    yield _compare(name, one, other, scalings.get(base, UNSCALED))
             except CheckpointError as error:
                 yield Incomparable(name, str(error))
 
@@ -170,29 +172,27 @@ class HistogramPair:
 
 def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[HistogramPair]:
     """Histograms of some matrices that `compare_weights` compared, each read twice: for its range, then for its counts."""
-    norms = _norms_in_front(a, b)
     with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+        scalings = find_scalings(one, other, _groups(a, b))
         for name in names:
             base = name.removesuffix(".weight")
             matrices = StoredMatrix(one, base), StoredMatrix(other, base)
-            scales = column_scales(one, other, norms.get(base))
-            inverses = (None, None if scales is None else 1 / scales)
+            undo = (UNSCALED, scalings.get(base, UNSCALED))
             low, high = math.inf, -math.inf
-            for matrix, inverse in zip(matrices, inverses, strict=True):
-                for values in _real_values(matrix, inverse):
+            for matrix, scaling in zip(matrices, undo, strict=True):
+                for values in _real_values(matrix, scaling):
                     smallest, largest = torch.aminmax(values)
                     low, high = min(low, float(smallest)), max(high, float(largest))
             counts = [torch.zeros(HISTOGRAM_BINS, dtype=torch.float64) for _ in matrices]
-            for total, matrix, inverse in zip(counts, matrices, inverses, strict=True):
-                for values in _real_values(matrix, inverse):
+            for total, matrix, scaling in zip(counts, matrices, undo, strict=True):
+                for values in _real_values(matrix, scaling):
                     total += torch.histc(values, HISTOGRAM_BINS, low, high if high > low else low + 1)
             yield HistogramPair(name, low, high, *(tuple(int(n) for n in total.tolist()) for total in counts))
 
 
-def _real_values(matrix: StoredMatrix, inverse: Tensor | None) -> Iterator[Tensor]:
+def _real_values(matrix: StoredMatrix, scaling: Scaling) -> Iterator[Tensor]:
     for start, stop in matrix.pieces():
-        values = matrix.values(matrix.stored(start, stop), start)
-        yield values if inverse is None else values.mul_(inverse)
+        yield scaling.undone(matrix.values(matrix.stored(start, stop), start), start)
 
 
 def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:
@@ -231,18 +231,18 @@ def description_changes(a: Folder, b: Folder) -> list[KeyChange]:
     return [KeyChange(key if n == 1 else f"{key} ({n} keys)", x, y) for (key, x, y), n in found.items()]
 
 
-def _norms_in_front(a: Folder, b: Folder) -> Mapping[str, str | None]:
-    """The norm before each linear, by the first config.json that is a GLM-4.1V's; empty without one."""
+def _groups(a: Folder, b: Folder) -> list[Group]:
+    """The model's groups, by the first config.json that is a GLM-4.1V's; empty without one."""
     for folder in (a, b):
         try:
             config = parse_config(folder.config, str(folder.directory))
         except ModelError:
             continue
-        return {x.name: group.norm for block in all_blocks(config) for group in block.groups for x in group.linears}
-    return {}
+        return [group for block in all_blocks(config) for group in block.groups]
+    return []
 
 
-def _compare(name: str, a: Checkpoint, b: Checkpoint, norm: str | None) -> WeightDiff | Incomparable:
+def _compare(name: str, a: Checkpoint, b: Checkpoint, scaling: Scaling) -> WeightDiff | Incomparable:
     base, _, suffix = name.rpartition(".")
     shapes = a.info(name).shape, b.info(name).shape
     if suffix == "weight" and all(len(shape) == 2 for shape in shapes):
@@ -251,10 +251,10 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, norm: str | None) -> Weigh
             return Incomparable(
                 name, f"is {one.rows} x {one.cols} in the first, {other.rows} x {other.cols} in the other"
             )
-        return _compare_matrices(name, one, other, column_scales(a, b, norm), *_inputs(base, a, b))
+        return _compare_matrices(name, one, other, scaling, *_inputs(base, a, b))
     if shapes[0] != shapes[1]:
         return Incomparable(name, f"has shape {list(shapes[0])} in the first, {list(shapes[1])} in the other")
-    return _compare_plain(name, a, b, None)
+    return _compare_plain(name, a, b, None, scaling.rows if suffix == "bias" else None)
 
 
 def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int | None]:
@@ -312,9 +312,7 @@ class _Sums:
         return min(1.0, (self.a + self.b - self.noise) / 2 / norms)
 
 
-def _sum_rows(
-    a: StoredMatrix, b: StoredMatrix, inverse: Tensor | None, same_steps: bool, rows: tuple[int, int]
-) -> _Sums:
+def _sum_rows(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, same_steps: bool, rows: tuple[int, int]) -> _Sums:
     """Read some rows of both and sum over them. Runs in several threads at once."""
     sums, (first, last) = _Sums(), rows
     x, y = a.stored(first, last), b.stored(first, last)
@@ -326,11 +324,11 @@ def _sum_rows(
             counts += count_bytes(integers)
     for start, stop in row_ranges(0, last - first, a.cols, CACHE_ELEMENTS):
         values = a.values(x[start:stop], first + start)
-        if same and same_steps and inverse is None:
+        if same and same_steps and scaling is UNSCALED:
             sums.add_equal(values)
             continue
         others = b.values(y[start:stop], first + start)
-        sums.add(values, others if inverse is None else others.mul_(inverse))
+        sums.add(values, scaling.undone(others, first + start))
     return sums
 
 
@@ -338,14 +336,13 @@ def _compare_matrices(
     name: str,
     a: StoredMatrix,
     b: StoredMatrix,
-    scales: Tensor | None,
+    scaling: Scaling,
     input_scale_ratio: float | None,
     input_offset_change: int | None,
 ) -> WeightDiff:
-    inverse = None if scales is None else 1 / scales
     same_steps = _equal(a.step, b.step) and _equal(a.second, b.second)
     sums = _Sums()
-    for piece in run_ahead((partial(_sum_rows, a, b, inverse, same_steps, rows) for rows in a.pieces()), WORKERS):
+    for piece in run_ahead((partial(_sum_rows, a, b, scaling, same_steps, rows) for rows in a.pieces()), WORKERS):
         sums.merge(piece)
     both = a.is_integer and b.is_integer
     return WeightDiff(
@@ -355,12 +352,12 @@ def _compare_matrices(
         type_a=_type(a),
         type_b=_type(b),
         shape=(a.rows, a.cols),
-        identical=sums.identical and same_steps and scales is None,
+        identical=sums.identical and same_steps and scaling is UNSCALED,
         noise=sums.noise,
         signal=sums.a,
         max_abs=sums.max_abs,
         cosine=sums.cosine,
-        undone=None if scales is None else (float(scales.min()), float(scales.max())),
+        undone=_extremes(scaling.columns),
         changed_share=sums.changed / max(1, a.rows * a.cols) if both else None,
         step_ratio=_step_ratio(a, b),
         input_scale_ratio=input_scale_ratio,
@@ -370,13 +367,24 @@ def _compare_matrices(
     )
 
 
-def _compare_plain(name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | None) -> WeightDiff:
-    """A bias, norm or convolution: small enough to read as a whole. `scales` of a norm are those that linears carry."""
+def _extremes(scales: Tensor | None) -> tuple[float, float] | None:
+    return None if scales is None else (float(scales.min()), float(scales.max()))
+
+
+def _compare_plain(
+    name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | None, rows: Tensor | None = None
+) -> WeightDiff:
+    """A bias, norm or convolution: small enough to read as a whole.
+
+    `scales` of a norm are those that linears carry, `rows` of a bias those that a fold multiplied its linear's rows by.
+    """
     one, other = a.read(name), b.read(name)
     sums = _Sums()
     values = other.float().clone()
     if scales is not None:
         values = torch.where((one == 0) | (other == 0), values, one.float())
+    if rows is not None:
+        values /= rows
     sums.add(one.float(), values)
     return WeightDiff(
         name=name,
@@ -390,7 +398,7 @@ def _compare_plain(name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | Non
         signal=sums.a,
         max_abs=sums.max_abs,
         cosine=sums.cosine,
-        undone=None if scales is None else (float(scales.min()), float(scales.max())),
+        undone=_extremes(scales),
         changed_share=None,
         step_ratio=None,
         input_scale_ratio=None,

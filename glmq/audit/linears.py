@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.audit.scaling import Scaling
 from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
@@ -63,8 +64,8 @@ class Subject:
     is_mindie: bool
     group_size: int | None
     """Of the description; None in the MindIE form."""
-    norm: str | None
-    """The norm in front, whose weight tells how the input channels were scaled."""
+    scaling: Scaling
+    """What smoothing did to it."""
 
     @property
     def is_packed(self) -> bool:
@@ -243,16 +244,16 @@ def _check_scale_bias(subject: Subject) -> Iterator[Finding]:
 
 
 def _bias(subject: Subject) -> Tensor:
-    """float64 [N] or [1]: the float layer's bias, from the source if there is one."""
+    """float64 [N] or [1]: the float layer's bias as it must be stored, from the source if there is one."""
     name = f"{subject.name}.bias"
     holder = subject.checkpoint if subject.source is None else subject.source
-    return holder.read(name).double() if name in holder else torch.zeros(1, dtype=torch.float64)
+    bias = holder.read(name).double() if name in holder else torch.zeros(1, dtype=torch.float64)
+    return bias if subject.scaling.rows is None else bias * subject.scaling.rows
 
 
 def _sum_and_compare(subject: Subject) -> tuple[Tensor, float | None]:
     """Row sums of the integers, float64 [N], and ||W_q - W|| / ||W|| on the smoothed weight (None without a source)."""
     step, second = _steps(subject), _second(subject)
-    scales = _channel_scales(subject)
     sums, difference, norm = [], 0.0, 0.0
     for row, q in _integer_rows(subject):
         sums.append(q.sum(1, dtype=torch.int64).double())
@@ -262,7 +263,7 @@ def _sum_and_compare(subject: Subject) -> tuple[Tensor, float | None]:
             if second is not None:
                 found *= second[cut].repeat_interleave(q.shape[1] // second.shape[1], dim=1)
             wanted = subject.source.read_rows(f"{subject.name}.weight", cut.start, cut.stop).float()
-            wanted = wanted if scales is None else wanted * scales
+            wanted = subject.scaling.applied(wanted, row)
             difference += float((found - wanted).square().sum(dtype=torch.float64))
             norm += float(wanted.square().sum(dtype=torch.float64))
     error = None if subject.source is None else math.sqrt(difference / norm) if norm else difference
@@ -292,16 +293,3 @@ def _second(subject: Subject) -> Tensor | None:
     if subject.kind is not QuantType.W4A8_DYNAMIC:
         return None
     return subject.checkpoint.read(f"{subject.name}.weight_scale_second").float()
-
-
-def _channel_scales(subject: Subject) -> Tensor | None:
-    """float32 [K]: what smoothing multiplied the input columns by, source norm / stored norm; 1 where one is zero."""
-    if subject.source is None or subject.norm is None:
-        return None
-    name = f"{subject.norm}.weight"
-    if name not in subject.source or name not in subject.checkpoint:
-        return None
-    before, after = subject.source.read(name).float(), subject.checkpoint.read(name).float()
-    if before.shape != after.shape:
-        return None
-    return torch.where((before != 0) & (after != 0), before / after, 1.0)

@@ -25,6 +25,7 @@ from glmq.audit.files import (
     run_dtype,
 )
 from glmq.audit.linears import SUFFIXES, Subject, check_linear
+from glmq.audit.scaling import UNSCALED, Scaling, find_scalings
 from glmq.checkpoint.description import Description, vllm_aliases
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
@@ -93,12 +94,19 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         yield from _check_names(case)
         yield from _check_agreement(case)
         yield from _check_norms(case)
-        yield from _check_floats(case)
-        norms = {linear.name: group.norm for group in _groups(config) for linear in group.linears}
+        scalings = {} if source is None else find_scalings(source, checkpoint, _groups(config))
+        yield from _check_floats(case, scalings)
         for name, kind in linears.items():
             yield from check_linear(
                 Subject(
-                    name, kind, checkpoint, source, case.dtype, case.is_mindie, description.group_size, norms.get(name)
+                    name,
+                    kind,
+                    checkpoint,
+                    source,
+                    case.dtype,
+                    case.is_mindie,
+                    description.group_size,
+                    scalings.get(name, UNSCALED),
                 )
             )
 
@@ -199,7 +207,7 @@ def _same(case: _Case, one: str, other: str) -> bool:
     return one in case.checkpoint and torch.equal(case.checkpoint.read(one), case.checkpoint.read(other))
 
 
-def _check_floats(case: _Case) -> Iterator[Finding]:
+def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Finding]:
     """Checks 6, 9 and 10 on what is not quantized: dtype, finite, equal to the source unless smoothed."""
     shapes = expected_shapes(case.config) if case.source is None else {n: i.shape for n, i in case.source.items()}
     norms = set(rms_norms(case.config))
@@ -210,7 +218,7 @@ def _check_floats(case: _Case) -> Iterator[Finding]:
         base, _, suffix = name.rpartition(".")
         if base in case.linears:  # its own checks, but the float bias is compared here
             if suffix == "bias" and case.source is not None and name in case.source:
-                yield from _check_pieces(case, name)
+                yield from _check_pieces(case, name, rows=scalings.get(base, UNSCALED).rows)
             continue
         is_norm_bias = suffix == "bias" and base.removesuffix(".module") in norms
         allowed = [_CODES[case.dtype]] if case.dtype is not None else list(_CODES.values())
@@ -223,7 +231,7 @@ def _check_floats(case: _Case) -> Iterator[Finding]:
             yield from _check_pieces(case, name, may_differ=name in smoothed)
 
 
-def _check_pieces(case: _Case, name: str, *, may_differ: bool = False) -> Iterator[Finding]:
+def _check_pieces(case: _Case, name: str, *, may_differ: bool = False, rows: Tensor | None = None) -> Iterator[Finding]:
     source = case.source if case.source is not None and name in case.source and not may_differ else None
     if source is not None and source[name].shape != case.checkpoint[name].shape:
         return  # reported with the shapes
@@ -233,6 +241,7 @@ def _check_pieces(case: _Case, name: str, *, may_differ: bool = False) -> Iterat
         if source is not None:
             whole = not piece.shape
             original = source.read(name) if whole else source.read_rows(name, start, start + piece.shape[0])
+            original = original if rows is None else original * rows[start : start + piece.shape[0]]
             different += int((original.to(piece.dtype) != piece).sum())
     if bad:
         yield Finding(10, "error", name, f"holds {bad} NaN or infinite values")

@@ -13,6 +13,7 @@ from glmq.audit.engines import Target, check_target
 from glmq.audit.folder import Kind, scan_folder
 from glmq.audit.parts import check_manifest, check_parts, check_portable, is_compressed
 from glmq.audit.predictions import Predictions
+from glmq.audit.scaling import find_scalings
 from glmq.audit.structure import check_structure
 from glmq.checkpoint.json_file import JsonObject, read_json_object
 from glmq.checkpoint.reader import Checkpoint
@@ -114,9 +115,7 @@ def verify_files(
 
 def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Finding | LinearArithmetic]:
     config = usable_config(candidate, source)
-    norms: dict[str, str | None] = {}
-    if config is not None:
-        norms = {x.name: group.norm for block in all_blocks(config) for group in block.groups for x in group.linears}
+    groups = [] if config is None else [group for block in all_blocks(config) for group in block.groups]
     report = _read_report(candidate)
     try:
         checkpoint = Checkpoint.open(candidate)
@@ -124,8 +123,9 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         return
     with checkpoint:
         if source is not None:
-            yield from check_shifts(checkpoint, norms)
-        for record in measure_linears(checkpoint, source, norms):
+            yield from check_shifts(checkpoint, groups)
+        scalings = {} if source is None else find_scalings(source, checkpoint, groups)
+        for record in measure_linears(checkpoint, source, scalings):
             yield record
             if isinstance(record, LinearArithmetic):
                 yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))

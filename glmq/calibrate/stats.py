@@ -180,6 +180,16 @@ class Statistics:
                 "to use them as they are, or run `glmq calibrate` again"
             )
 
+    def check_settings(self, *, compute_dtype: str | None, max_pixels: int | None) -> None:
+        """Raise StatisticsError unless they were taken with these settings; None accepts any."""
+        wanted = {"compute_dtype": ("--compute-dtype", compute_dtype), "max_pixels": ("--max-pixels", max_pixels)}
+        for key, (option, value) in wanted.items():
+            if value is not None and self.manifest.get(key) != value:
+                raise StatisticsError(
+                    f"{self.directory}: these statistics were taken with {option} {self.manifest.get(key)}, the command asks "
+                    f"for {value}; drop {option} to use them as they are, or run `glmq calibrate` again"
+                )
+
     def samples(self) -> list[SampleTokens]:
         """The samples that the statistics were taken from."""
         entries = self.manifest["samples"]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -55,6 +56,8 @@ from glmq.quantize.stream import (
 )
 from glmq.records import LinearReport, PassTime
 from glmq.spec import Method, QuantType
+
+COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +163,7 @@ def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
     with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
         if job.stats_path is not None and job.stats_path.exists():
-            statistics = Statistics.open(job.stats_path)
-            statistics.check_model(source.fingerprint())
+            statistics = _open_statistics(source, job.calibration, job.stats_path, quiet=False)
             return make_run_plan(source, config, recipe, plan, statistics)
         work = _Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True)
         disk = work.plan.output_bytes + work.plan.work_bytes
@@ -248,14 +250,14 @@ def _statistics(
     options, stats_path = job.calibration, job.stats_path
     folder = stats_path or _own_statistics(job.out_path)
     if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
-        statistics = Statistics.open(folder)
-        statistics.check_model(source.fingerprint())
         if stats_path is None:
+            statistics = Statistics.open(folder)
+            statistics.check_model(source.fingerprint())
             _check_calibration(
                 statistics, load_samples(options, quiet=True), _settings(options, resolve(options.device_type))
             )
-        elif options.images is not None or options.samples_file is not None:
-            statistics.check_samples(digest(load_samples(options, quiet=True)))
+        else:
+            statistics = _open_statistics(source, options, stats_path, quiet=quiet)
     else:
         work = _Calibration.prepare(source, config, options, group.place, quiet=quiet)
         output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
@@ -287,7 +289,39 @@ def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settin
 
 def _settings(options: CalibrationOptions, device: torch.device) -> Settings:
     dtype = compute_dtype(options.compute_dtype, device)
-    return Settings(str(dtype).removeprefix("torch."), options.max_pixels, options.wide_moments)
+    return Settings(_dtype_name(dtype), options.max_pixels, options.wide_moments)
+
+
+def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, *, quiet: bool) -> Statistics:
+    """The finished statistics that --stats names.
+
+    What contradicts them is refused; what asks for nothing else, but cannot have an effect any more, is said.
+    """
+    statistics = Statistics.open(folder)
+    statistics.check_model(source.fingerprint())
+    named = options.images is not None or options.samples_file is not None
+    if named:
+        statistics.check_samples(digest(load_samples(options, quiet=True)))
+    statistics.check_settings(
+        compute_dtype=None if options.compute_dtype == "auto" else _dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
+        max_pixels=options.max_pixels,
+    )
+    default = CalibrationOptions()
+    idle = [
+        (options.prompt != default.prompt and not named, "--prompt"),
+        (options.limit is not None and not named, "--limit"),
+        (options.skip_bad and not named, "--skip-bad-images"),
+        (options.device_type != default.device_type, f"--device_type {options.device_type}"),
+        (options.trust_remote_code, "--trust_remote_code True"),
+    ]
+    given = [name for is_given, name in idle if is_given]
+    if given and not quiet:
+        verb = "has" if len(given) == 1 else "have"
+        stderr.print(
+            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run",
+            soft_wrap=True,
+        )
+    return statistics
 
 
 def _own_statistics(out_path: Path) -> Path:
@@ -363,10 +397,13 @@ def _machine() -> dict[str, str]:
     }
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype that --compute-dtype names."""
-    known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return default_compute_dtype(device) if name == "auto" else known[name]
+    return default_compute_dtype(device) if name == "auto" else COMPUTE_DTYPES[name]
 
 
 def _quantize(

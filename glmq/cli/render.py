@@ -168,6 +168,7 @@ ERROR_COLUMNS: Final = (
     ErrorColumn("output", lambda r: _marked(r.output_error)),
     ErrorColumn("SQNR dB", lambda r: f"{r.sqnr_db:.1f}"),
     ErrorColumn("input range", lambda r: _static(r, f"{r.input_low:.3g}..{r.input_high:.3g}"), 110),
+    ErrorColumn("range by", lambda r: _static(r, r.input_range), 152),
     ErrorColumn("clipped", lambda r: _static(r, f"{r.clipped_share:.3%}"), 74),
 )
 

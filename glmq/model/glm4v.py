@@ -43,12 +43,30 @@ class LinearShape:
 
 
 @dataclass(frozen=True, slots=True)
+class RowSource:
+    """Rows of an earlier linear, each a factor of the channels of a later input: only products with other things and sums
+    over tokens lie between, so what divides the row divides its channels.
+
+    With grouped-query attention a run of rows, one KV head, makes several runs of channels, its query heads.
+    """
+
+    linear: str
+    first_row: int
+    run: int
+    """Consecutive rows that stay together."""
+    repeats: int
+    """Runs of channels that one run of rows makes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
-    """Linears that read the same input, and the norm that makes it where scales can fold into one."""
+    """Linears that read the same input, and what makes it where scales can fold into that."""
 
     linears: tuple[LinearShape, ...]
     norm: str | None
     """Module name of the RMSNorm right before the linears; None where something nonlinear lies between."""
+    source: RowSource | None = None
+    """The rows that make an input without a norm; None where a factor would not pass."""
 
     @property
     def site(self) -> str:
@@ -85,12 +103,20 @@ def text_block(config: ModelConfig, index: int) -> Block:
                 ),
                 f"{base}.input_layernorm",
             ),
-            Group((LinearShape(f"{base}.self_attn.o_proj", hidden, heads, False),), None),
+            Group(
+                (LinearShape(f"{base}.self_attn.o_proj", hidden, heads, False),),
+                None,
+                RowSource(f"{base}.self_attn.v_proj", 0, config.head_dim, config.heads // config.kv_heads),
+            ),
             Group(
                 (LinearShape(f"{base}.mlp.gate_up_proj", 2 * inner, hidden, False),),
                 f"{base}.post_attention_layernorm",
             ),
-            Group((LinearShape(f"{base}.mlp.down_proj", hidden, inner, False),), None),
+            Group(
+                (LinearShape(f"{base}.mlp.down_proj", hidden, inner, False),),
+                None,
+                RowSource(f"{base}.mlp.gate_up_proj", inner, inner, 1),  # gate first, then up
+            ),
         ),
     )
 
@@ -103,7 +129,11 @@ def vision_block(config: ModelConfig, index: int) -> Block:
         base,
         (
             Group((LinearShape(f"{base}.attn.qkv", 3 * width, width, False),), f"{base}.norm1"),
-            Group((LinearShape(f"{base}.attn.proj", width, width, False),), None),
+            Group(
+                (LinearShape(f"{base}.attn.proj", width, width, False),),
+                None,
+                RowSource(f"{base}.attn.qkv", 2 * width, width, 1),
+            ),
             Group(
                 (
                     LinearShape(f"{base}.mlp.gate_proj", inner, width, False),
@@ -111,7 +141,11 @@ def vision_block(config: ModelConfig, index: int) -> Block:
                 ),
                 f"{base}.norm2",
             ),
-            Group((LinearShape(f"{base}.mlp.down_proj", width, inner, False),), None),
+            Group(
+                (LinearShape(f"{base}.mlp.down_proj", width, inner, False),),
+                None,
+                RowSource(f"{base}.mlp.up_proj", 0, inner, 1),
+            ),
         ),
     )
 
@@ -131,7 +165,11 @@ def merger_block(config: ModelConfig) -> Block:
                 ),
                 None,
             ),
-            Group((LinearShape(f"{base}.down_proj", out, inner, False),), None),
+            Group(
+                (LinearShape(f"{base}.down_proj", out, inner, False),),
+                None,
+                RowSource(f"{base}.up_proj", 0, inner, 1),
+            ),
         ),
     )
 

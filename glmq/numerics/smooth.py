@@ -16,6 +16,9 @@ b_j of the columns, noise grows by var(a_j - t_j) and entropy by var(b_j + t_j) 
 b_j) / 2. Where errors are compensated and outweigh those of the activations (4 bits), v_j is the curvature of column j
 (hessian.py), else E[x_j^2].
 
+An input without a norm in front may be made by rows of an earlier linear, times other things; then these rows absorb
+the scales. They are powers of two, so that the fold is exact whatever dtype rows, biases and activations have.
+
 Where a few tokens have peaks far above the rest, activations need scales that look at the peaks; the search tries them,
 and takes them only for a clear gain, since peaks of few calibration tokens are poor guides to other tokens' peaks.
 """
@@ -84,6 +87,36 @@ def choose_scales(
     if predict(scales) < CLEAR_GAIN * predict(closed):
         return ScaleChoice(scales, label)
     return ScaleChoice(closed, "m2")
+
+
+def choose_row_scales(
+    stats: InputStats, weight: Tensor, quant_type: QuantType, *, run: int, repeats: int
+) -> Tensor | None:
+    """Choose scales that the rows behind an input can absorb: s_j = sqrt(sqrt(v_j) / u_j) as above, v_j = E[x_j^2].
+
+    Ranges would be poor guides here: these inputs are products, and which channels peak differs from text to text.
+    For the same reason no channel is raised: scales are at least 1.
+
+    Args:
+        stats: of the input, unscaled, K channels: runs of `run` channels; `repeats` consecutive runs share their scales.
+        weight: float32 [N, K] of the one linear that reads it.
+        quant_type: of the weight.
+
+    Returns:
+        float32 [K], powers of two; None where they are all 1, or predicted to lose no less than that.
+    """
+    typical = _floored(_shared_max(stats.square_mean.sqrt(), run, repeats))
+    spread = _floored(_shared_max(column_energy(weight).sqrt(), run, repeats))
+    exponent = _centred((typical / spread).sqrt()).log2().round().clamp_min(0)
+    scales = torch.ldexp(torch.ones_like(exponent), exponent)
+    predict = _predictor(stats, [even_rows(weight, SEARCH_ROWS)], stats.square_mean, quant_type)
+    return scales if predict(scales) < predict(torch.ones_like(scales)) else None
+
+
+def _shared_max(x: Tensor, run: int, repeats: int) -> Tensor:
+    """Each channel's largest among those that share its row. [K] -> [K]."""
+    runs = x.reshape(-1, repeats, run)  # [K] -> [heads, repeats, run]
+    return runs.amax(1, keepdim=True).expand_as(runs).reshape(-1)
 
 
 def fold_scales(norm_weight: Tensor, scales: Tensor, dtype: FloatDtype) -> tuple[Tensor, Tensor]:

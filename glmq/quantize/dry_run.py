@@ -100,9 +100,10 @@ def _estimate_seconds(source: Checkpoint, statistics: Statistics, recipe: Recipe
     clock = Stopwatch()
     copied = sum(source.nbytes(name) for name in source if name.rpartition(".")[0] not in plan.linears)
     smallest = min(groups, key=_weights)
-    linears, norm, stats = read_group(source, statistics, smallest.group, clock)
+    linears, norm, stats, fold = read_group(source, statistics, recipe, plan.groups, smallest.group, clock)
+    scheme = recipe.scheme_of(smallest.quant_type)
     started = time.perf_counter()
-    quantize_group(linears, stats, recipe.scheme_of(smallest.quant_type), norm_weight=norm, dtype=recipe.dtype)
+    quantize_group(linears, stats, scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold)
     quantizing = time.perf_counter() - started
     (read,) = clock.take()
     share = sum(map(_weights, groups)) / _weights(smallest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from glmq.records import ActivationQParams, LinearReport, QuantizedLinear, Stage
 from glmq.spec import INT4, INT8, ActRange, FloatDtype, Method, QuantType, Smoothing, WeightScheme
 from glmq.stages import Stopwatch
 
+MIN_MAX: Final = "min-max"
+HISTOGRAM: Final = "histogram"
 LARGEST_BIAS = float(2**30)
 """A bias folds into at most 2^30 output steps; the integer sums need the rest of int32."""
 
@@ -39,6 +42,13 @@ class FloatLinear:
     """float32 [N, K]."""
     bias: Tensor | None
     """float32 [N], or None."""
+    divisor: Tensor | None = None
+    """float32 [N, 1], powers of two: what its rows absorb for a later input. Only the stored tensors are divided by it; all
+    choices and numbers are of the undivided rows, which say how much each of them counts."""
+
+    def divided(self, rows: Tensor) -> Tensor:
+        """[N, ...] by row."""
+        return rows if self.divisor is None else rows / self.divisor.reshape(-1, *[1] * (rows.dim() - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,19 @@ class GroupScheme:
     smoothing: Smoothing
     act_range: ActRange
     bias_correction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowFold:
+    """What rows of an earlier linear absorb for a group without a norm."""
+
+    scales: Tensor | None
+    """float32 [K]: what the input channels come out divided by; None: nothing is folded."""
+    label: str
+    """For the report: how the scales were found, or why there are none."""
+
+
+NO_FOLD: Final = RowFold(None, "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +95,7 @@ def quantize_group(
     *,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
+    fold: RowFold = NO_FOLD,
     bits: Sequence[float] | None = None,
 ) -> GroupResult:
     """Quantize the linears that share one input.
@@ -80,8 +104,9 @@ def quantize_group(
         linears: one or more, all [N_i, K].
         stats: calibration statistics of their input, [K].
         scheme: how.
-        norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None (o_proj, down_proj): no smoothing.
+        norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None: `fold` says what else does.
         dtype: of the checkpoint to be written.
+        fold: of a group without a norm (o_proj, down_proj).
         bits: entropy that each linear may have, bits per weight, from `solve_bits` over the whole model; sparse types
             only. None: plain and reference methods follow the scheme's step rule, the compensated one divides what the
             rule spends on this group.
@@ -92,7 +117,7 @@ def quantize_group(
     started = time.perf_counter()
     clock = Stopwatch()
     with clock.stage("smoothing"):
-        group = _prepare(linears, stats, scheme, norm_weight, dtype)
+        group = _prepare(linears, stats, scheme, norm_weight, dtype, fold)
     if bits is None and scheme.weight.quant_type is QuantType.W8A8S and scheme.weight.method is Method.COMPENSATED:
         with clock.stage("rate"):
             curves = _curves(linears, stats, scheme, group)
@@ -104,15 +129,19 @@ def quantize_group(
     weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
     with clock.stage("rounding"):
         if bits is None:
-            jobs = [WeightJob(weight, scheme.weight, dtype, group.factor) for weight in weights]
+            jobs = [
+                WeightJob(linear.divided(weight), scheme.weight, dtype, group.factor)
+                for linear, weight in zip(linears, weights, strict=True)
+            ]
             rounded = [METHODS[method](job) for job in jobs]
         else:
-            rounded = spend_bits(weights, bits, group.factor)
+            spent = spend_bits(weights, bits, group.factor)
+            rounded = [Integers(i.q, linear.divided(i.step)) for linear, i in zip(linears, spent, strict=True)]
     if group.factor is not None:
         clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
     for linear, weight, integers in zip(linears, weights, rounded, strict=True):
         with clock.stage("rounding"):
-            result = _assemble(linear, weight, integers, stats, scheme, group)
+            result = _assemble(linear, linear.divided(weight), integers, stats, scheme, group)
         quantized.append(result)
         seconds, started = time.perf_counter() - started, time.perf_counter()
         with clock.stage("report"):
@@ -128,17 +157,18 @@ def rate_curves(
     *,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
+    fold: RowFold = NO_FOLD,
 ) -> list[RateCurve]:
     """What each linear of a group loses at how many bits, and how many bits the flags' rule would spend.
 
     The first pass over a sparse model: give the curves of all groups to `solve_bits`. Arguments as for `quantize_group`.
     """
-    return _curves(linears, stats, scheme, _prepare(linears, stats, scheme, norm_weight, dtype))
+    return _curves(linears, stats, scheme, _prepare(linears, stats, scheme, norm_weight, dtype, fold))
 
 
 @dataclass(frozen=True, slots=True)
 class _Smoothed:
-    """A group's channel scales, folded into its norm."""
+    """A group's channel scales, folded into what is in front of it."""
 
     norm_weight: Tensor | None
     scales: Tensor | None
@@ -153,6 +183,8 @@ class _Group:
     scales: Tensor | None
     label: str
     activation: ActivationQParams | None
+    input_range: str
+    """How the activation's range was chosen; empty without one."""
     factor: Factor | None
     """None: no compensation asked for, or no second moment to do it with."""
 
@@ -163,15 +195,18 @@ def _prepare(
     scheme: GroupScheme,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
+    fold: RowFold,
 ) -> _Group:
     found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
-    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found)
+    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found, fold)
     scales = smoothed.scales
-    static = scheme.weight.quant_type.is_static
-    activation = _activation([linear.weight for linear in linears], stats, scheme, scales, dtype) if static else None
+    activation, input_range = None, ""
+    if scheme.weight.quant_type.is_static:
+        weights = [linear.weight for linear in linears]
+        activation, input_range = _activation(weights, stats, scheme, scales, dtype)
     if found is not None and scales is not None:
         found = found.scaled(1 / scales)
-    return _Group(smoothed.norm_weight, scales, smoothed.label, activation, found)
+    return _Group(smoothed.norm_weight, scales, smoothed.label, activation, input_range, found)
 
 
 def _smooth(
@@ -181,10 +216,11 @@ def _smooth(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
     factor: Factor | None,
+    fold: RowFold,
 ) -> _Smoothed:
     """Choose the channel scales and fold them into the norm, if there is one and smoothing is on."""
     if norm_weight is None:
-        return _Smoothed(None, None, "none")
+        return _Smoothed(None, fold.scales, fold.label)
     if scheme.smoothing is Smoothing.NONE:
         return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none")
     # With 8-bit weights the noise of the activations counts as much, and that cannot be compensated.
@@ -202,7 +238,8 @@ def _curves(linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupSche
     scales = group.scales
     mean_square = stats.square_mean if scales is None else stats.square_mean / scales.square()
     cost = mean_square if group.factor is None else group.factor.by_column()
-    budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=scales is not None)
+    smoothed = group.norm_weight is not None and scales is not None  # the vendor folds into norms alone
+    budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=smoothed)
     moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment
     curves = []
     for linear, budget in zip(linears, budgets, strict=True):
@@ -216,11 +253,11 @@ def _curves(linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupSche
 
 def _activation(
     weights: Sequence[Tensor], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, dtype: FloatDtype
-) -> ActivationQParams:
-    """The one activation scale and offset that all linears of the group share."""
+) -> tuple[ActivationQParams, str]:
+    """The one activation scale and offset that all linears of the group share, and how its range was chosen."""
     extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
     if scheme.act_range is ActRange.MINMAX:
-        return extremes
+        return extremes, MIN_MAX
     energy = torch.stack([lowbit.column_energy(w) for w in weights]).sum(0)
     scaled_energy = energy if scales is None else energy * scales.square()
     low, high = ranges.histogram_range(stats, scales, scaled_energy)
@@ -228,8 +265,8 @@ def _activation(
         sample = stats.sample if scales is None else stats.sample / scales
         optimal = affine.activation_qparams(low, high, dtype=dtype)
         if _input_loss(sample, extremes, weights, scales) < _input_loss(sample, optimal, weights, scales):
-            return extremes
-    return affine.activation_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype)
+            return extremes, MIN_MAX
+    return affine.activation_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype), HISTOGRAM
 
 
 def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:
@@ -244,10 +281,11 @@ def _assemble(
 ) -> QuantizedLinear:
     """Put integers, steps and biases together; deq_scale in float32, quant_bias within int32."""
     deq_scale = quant_bias = None
+    own_bias = None if linear.bias is None else linear.divided(linear.bias)
     if group.activation is not None:
-        integers = _lift_steps(weight, integers, linear.bias, group.activation)
+        integers = _lift_steps(weight, integers, own_bias, group.activation)
         deq_scale = (integers.step * group.activation.scale).reshape(-1)
-        bias = linear.bias
+        bias = own_bias
         if scheme.bias_correction:
             missing = _mean_error(weight, integers, stats.mean if group.scales is None else stats.mean / group.scales)
             bias = missing if bias is None else bias + missing
@@ -256,7 +294,7 @@ def _assemble(
         quant_type=scheme.weight.quant_type,
         weight=integers.q,
         weight_scale=integers.step,
-        bias=linear.bias,
+        bias=own_bias,
         activation=group.activation,
         deq_scale=deq_scale,
         quant_bias=quant_bias,
@@ -299,11 +337,12 @@ def _report(
     counts = metrics.count_int8(result.weight)
     total = max(1, result.weight.numel())
     values = torch.arange(-128, 128)
+    times = torch.ones(()).expand(weight.shape[0], 1) if linear.divisor is None else linear.divisor
     noise = signal = 0.0
     saturated = 0
     grid = INT4 if result.weight_scale_second is not None else lowbit.grid_of(scheme.weight)
     for rows in row_chunks(weight):
-        step = _steps_of(result, rows, scheme.weight.group_size)
+        step = _steps_of(result, rows, scheme.weight.group_size) * times[rows]
         error = result.weight[rows].float().mul_(step).sub_(weight[rows])
         noise += error.square().sum().item()
         signal += weight[rows].square().sum().item()
@@ -317,7 +356,7 @@ def _report(
         reach = result.activation.scale / 2  # a value half a step outside still rounds to the last integer
         clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach)
     y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
-    output_error = metrics.relative_l2(run_linear(sample, result), y)
+    output_error = metrics.relative_l2(run_linear(sample, result) * times[:, 0], y)
     return LinearReport(
         name=linear.name,
         quant_type=result.quant_type,
@@ -335,6 +374,7 @@ def _report(
         sqnr_db=metrics.sqnr_db(output_error),
         input_low=low,
         input_high=high,
+        input_range=group.input_range,
         clipped_share=clipped,
         smoothing=group.label,
         seconds=seconds,

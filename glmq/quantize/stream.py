@@ -37,7 +37,8 @@ from glmq.model.glm4v import (
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import RateCurve
 from glmq.parallel import Group as Ranks
-from glmq.quantize.layer import FloatLinear, GroupResult, quantize_group, rate_curves
+from glmq.quantize.fold import fold_into_rows, row_divisors
+from glmq.quantize.layer import FloatLinear, GroupResult, RowFold, quantize_group, rate_curves
 from glmq.quantize.recipe import GroupPlan, Recipe
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
@@ -201,7 +202,7 @@ def quantize_checkpoint(
     with ShardWriter(plan.shards, folder, resume=is_begun or not is_first, keep_partial=True) as sink:
         if is_first:
             run.ranks.meet("")
-        job = _Job(run, recipe, sink, bits)
+        job = _Job(run, recipe, plan.groups, sink, bits)
 
         def write(block: Block) -> JsonObject:
             reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
@@ -234,7 +235,7 @@ def measure_checkpoint(
 
     def measure(block: Block) -> JsonObject:
         plans = [groups[g.site] for g in block.groups if groups[g.site].quant_type is not QuantType.FLOAT]
-        results = [_quantize_plan(run, recipe, plan, bits) for plan in plans]
+        results = [_quantize_plan(run, recipe, groups, plan, bits) for plan in plans]
         return {"reports": [report_row(report) for result in results for report in result.reports]}
 
     for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "measure ", measure)):
@@ -251,9 +252,11 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         curves: list[RateCurve] = []
         for group in block.groups:
             if groups[group.site].quant_type is QuantType.W8A8S:
-                linears, norm, stats = read_group(run.source, run.statistics, group, run.clock)
+                linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, group, run.clock)
                 with run.clock.stage("rate"):
-                    curves += rate_curves(linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype)
+                    curves += rate_curves(
+                        linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold
+                    )
         return {"curves": [asdict(curve) for curve in curves]}
 
     for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "rate ", rate)):
@@ -291,15 +294,18 @@ def _each_block(
             yield block, run.journal.finished[key], (time.perf_counter() - started) / len(row)
 
 
-def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: Mapping[str, float]) -> GroupResult:
+def _quantize_plan(
+    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], plan: GroupPlan, bits: Mapping[str, float]
+) -> GroupResult:
     """Read one group's weights and quantize them."""
-    linears, norm, stats = read_group(run.source, run.statistics, plan.group, run.clock)
+    linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, plan.group, run.clock)
     result = quantize_group(
         linears,
         stats,
         recipe.scheme_of(plan.quant_type),
         norm_weight=norm,
         dtype=recipe.dtype,
+        fold=fold,
         bits=[bits[linear.name] for linear in linears] if bits else None,
     )
     run.clock.include(result.stages)
@@ -307,23 +313,32 @@ def _quantize_plan(run: QuantizationRun, recipe: Recipe, plan: GroupPlan, bits: 
 
 
 def read_group(
-    source: Checkpoint, statistics: Statistics, group: Group, clock: Stopwatch
-) -> tuple[list[FloatLinear], Tensor | None, InputStats]:
-    """The float weights of a group, its norm's, and the statistics of its input."""
+    source: Checkpoint,
+    statistics: Statistics,
+    recipe: Recipe,
+    groups: Mapping[str, GroupPlan],
+    group: Group,
+    clock: Stopwatch,
+) -> tuple[list[FloatLinear], Tensor | None, InputStats, RowFold]:
+    """The float weights of a group with what their rows absorb for later inputs; its norm's; its input; its own fold."""
     with clock.stage("read"):
+        # First, so that the weights of only one group are in memory at a time.
+        divisors = row_divisors(source, statistics, recipe, groups, group)
+        fold = fold_into_rows(source, statistics, recipe, groups, group)
         norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
         linears = [
             FloatLinear(
                 shape.name,
                 source.read_finite(f"{shape.name}.weight").float(),
                 source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
+                divisors.get(shape.name),
             )
             for shape in group.linears
         ]
         stats = statistics.input(group.site)
     weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
     clock.count("read", nbytes=weights + stats.nbytes)
-    return linears, norm, stats
+    return linears, norm, stats, fold
 
 
 class _Job:
@@ -332,9 +347,16 @@ class _Job:
     A source tensor that was taken is written under its own name, among others.
     """
 
-    def __init__(self, run: QuantizationRun, recipe: Recipe, sink: ShardWriter, bits: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        run: QuantizationRun,
+        recipe: Recipe,
+        groups: Mapping[str, GroupPlan],
+        sink: ShardWriter,
+        bits: Mapping[str, float],
+    ) -> None:
         self._run, self._source, self._recipe, self._sink = run, run.source, recipe, sink
-        self._bits = bits
+        self._groups, self._bits = groups, bits
         self._norms = set(rms_norms(run.config))
         self._written: set[str] = set()
         self._fresh: list[str] = []
@@ -357,7 +379,7 @@ class _Job:
         if plan.quant_type is QuantType.FLOAT:
             return []
         recipe, group = self._recipe, plan.group
-        result = _quantize_plan(self._run, recipe, plan, self._bits)
+        result = _quantize_plan(self._run, recipe, self._groups, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
             parallel = shape.name.endswith(ROW_PARALLEL)
             self._write(

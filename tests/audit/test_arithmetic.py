@@ -17,8 +17,11 @@ from glmq.audit.arithmetic import (
     judge_linear,
     measure_linears,
 )
+from glmq.audit.scaling import find_scalings
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
+from glmq.model.config import read_config
+from glmq.model.glm4v import all_blocks
 from glmq.records import Finding
 
 LAYER = "model.language_model.layers.0"
@@ -26,19 +29,20 @@ O = f"{LAYER}.self_attn.o_proj"
 Q = f"{LAYER}.self_attn.q_proj"
 
 
-def measure(candidate: Path, reference: Path | None, norms: dict[str, str | None]) -> dict[str, LinearArithmetic]:
+def measure(candidate: Path, reference: Path | None) -> dict[str, LinearArithmetic]:
     with Checkpoint.open(candidate) as one:
         if reference is None:
-            records = list(measure_linears(one, None, norms))
+            records = list(measure_linears(one, None, {}))
         else:
             with Checkpoint.open(reference) as other:
-                records = list(measure_linears(one, other, norms))
+                groups = [group for block in all_blocks(read_config(candidate)) for group in block.groups]
+                records = list(measure_linears(one, other, find_scalings(other, one, groups)))
     return {record.name: record for record in records if isinstance(record, LinearArithmetic)}
 
 
 @pytest.fixture(scope="module")
 def numbers(tiny: Path, tiny_seed: Path) -> dict[str, LinearArithmetic]:
-    return measure(tiny_seed, tiny, {Q: f"{LAYER}.input_layernorm"})
+    return measure(tiny_seed, tiny)
 
 
 def test_bounds_hold_for_the_worst_inputs_and_are_reached(
@@ -89,7 +93,7 @@ def test_integers_are_counted_as_the_report_counts_them(numbers: dict[str, Linea
 
 
 def test_without_a_reference_there_is_no_distance(tiny_seed: Path) -> None:
-    assert all(linear.against is None for linear in measure(tiny_seed, None, {}).values())
+    assert all(linear.against is None for linear in measure(tiny_seed, None).values())
 
 
 def good_linear(**changes: object) -> LinearArithmetic:

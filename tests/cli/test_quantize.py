@@ -516,3 +516,48 @@ def test_ctrl_c_before_the_first_block_leaves_nothing(
     assert result.exit_code == 130
     assert result.stderr == "error: stopped by Ctrl-C; --resume continues after the last finished block\n"
     assert [path.name for path in tmp_path.iterdir()] == (["stats"] if engine == "quantize_checkpoint" else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--device_type", "npu", "--trust_remote_code", "True"), "--device_type npu, --trust_remote_code True have"),
+        (("--prompt", "What is it?"), "--prompt has"),
+        (("--limit", 1, "--skip-bad-images"), "--limit, --skip-bad-images have"),
+    ],
+)
+@pytest.mark.parametrize("dry", [False, True])
+def test_options_that_statistics_leave_without_effect_are_named_once(
+    options: tuple[object, ...], named: str, dry: bool, small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    result = glmq(*command(small, small_stats, tmp_path / "out", *SEED, *options), *(["--dry-run"] if dry else []))
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: -")]
+    assert notes == [f"note: {named} no effect: the statistics in {small_stats} are used, so the model is not run"]
+
+
+def test_options_that_say_the_same_as_the_statistics_need_no_note(
+    small: Path, small_stats: Path, pictures: Path, tmp_path: Path
+) -> None:
+    same = ("--calib_images", pictures, "--limit", 2, "--compute-dtype", "fp32", "--device_type", "cpu")
+    result = glmq(*command(small, small_stats, tmp_path / "out", *same))
+    assert not [line for line in result.stderr.splitlines() if line.startswith("note: -")]
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--compute-dtype", "bf16"), "were taken with --compute-dtype float32, the command asks for bfloat16; "
+         "drop --compute-dtype"),
+        (("--max-pixels", 1000), "were taken with --max-pixels None, the command asks for 1000; drop --max-pixels"),
+    ],
+)  # fmt: skip
+def test_options_that_contradict_the_statistics_are_refused(
+    options: tuple[object, ...], sentence: str, dry: bool, small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    result = run(*command(small, small_stats, tmp_path / "out", *options), *(["--dry-run"] if dry else []))
+    assert result.exit_code == 4
+    assert result.stderr.splitlines()[-1] == (
+        f"error: {small_stats}: these statistics {sentence} to use them as they are, or run `glmq calibrate` again"
+    )
+    assert list(tmp_path.iterdir()) == []

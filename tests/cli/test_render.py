@@ -28,8 +28,8 @@ from glmq.spec import QuantType
 REPORT = LinearReport(
     name="model.language_model.layers.0.self_attn.q_proj", quant_type=QuantType.W8A8S, rows=64, cols=32, method="plain",
     step_min=0.25, step_max=0.5, entropy_bits=3.875, outlier_share=0.0625, zero_share=0.125, saturated=0,
-    weight_error=0.0625, output_error=0.03125, sqnr_db=30.103, input_low=-2.5, input_high=3.25, clipped_share=0.001,
-    smoothing="none", seconds=0.5,
+    weight_error=0.0625, output_error=0.03125, sqnr_db=30.103, input_low=-2.5, input_high=3.25, input_range="histogram",
+    clipped_share=0.001, smoothing="none", seconds=0.5,
 )  # fmt: skip
 
 
@@ -155,13 +155,19 @@ def test_every_column_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
+def test_a_wide_terminal_shows_how_the_range_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = text_of(lambda: error_table([REPORT], verbose=False), 152, monkeypatch)
+    assert lines[1].endswith("input range    range by   clipped")
+    assert lines[-1].endswith("-2.5..3.25   histogram    0.100%")
+
+
 def test_dynamic_types_have_no_input_range(monkeypatch: pytest.MonkeyPatch) -> None:
     dynamic = replace(REPORT, quant_type=QuantType.W8A8_DYNAMIC)
     row = text_of(lambda: error_table([dynamic], verbose=False), 140, monkeypatch)[-1]
     assert row.endswith("per token   per token")
 
 
-@pytest.mark.parametrize("width", [60, 74, 84, 96, 110, 124, 140])
+@pytest.mark.parametrize("width", [60, 74, 84, 96, 110, 124, 140, 152])
 def test_a_narrow_terminal_shows_fewer_columns_and_breaks_no_row(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = text_of(lambda: error_table([REPORT], verbose=False), width, monkeypatch)
     assert len(lines) == 4  # title, heads, rule, row

@@ -8,7 +8,7 @@ from reference import stats_of
 from torch import Tensor
 
 from glmq.numerics.affine import TORCH_DTYPE
-from glmq.numerics.smooth import choose_scales, fold_scales
+from glmq.numerics.smooth import choose_row_scales, choose_scales, fold_scales
 from glmq.spec import FloatDtype, QuantType, Smoothing
 
 DTYPES = st.sampled_from(list(FloatDtype))
@@ -110,3 +110,29 @@ def test_an_input_that_is_always_zero_needs_no_scales() -> None:
     choice = choose_scales(Smoothing.M2, stats, [torch.zeros(4, 8)], stats.square_mean, QuantType.W8A8S)
     assert choice.scales.tolist() == [1.0] * 8
     assert math.isfinite(float(choice.scales.sum()))
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.W8A8S, QuantType.W8A8, QuantType.W8A8_DYNAMIC])
+def test_row_scales_are_powers_of_two_shared_by_the_heads_that_read_a_row(quant_type: QuantType) -> None:
+    x, weights = outliers()
+    stats = stats_of(x)
+    scales = choose_row_scales(stats, weights[0], quant_type, run=16, repeats=2)
+    assert scales is not None
+    runs = scales.reshape(2, 2, 16)  # [rows' heads, heads that read them, channels]
+    assert torch.equal(runs[:, 0], runs[:, 1])
+    assert torch.equal(scales.log2(), scales.log2().round())
+    assert float(scales.min()) == 1.0
+    typical = stats.square_mean.sqrt().reshape(2, 2, 16).amax(1)
+    spread = weights[0].square().sum(0).sqrt().reshape(2, 2, 16).amax(1)
+    wanted = (typical / spread).sqrt()
+    wanted = (wanted / wanted.log().mean().exp()).clamp_min(1)
+    # Rounding to a power of two moves a number by at most the square root of two.
+    assert bool(((runs[:, 0] / wanted).log2().abs() <= 0.5 + 1e-5).all())
+    assert float(runs[0, 0, 3]) >= 4
+
+
+def test_rows_that_are_balanced_absorb_nothing() -> None:
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
+    assert choose_row_scales(stats_of(x), weight, QuantType.W8A8, run=32, repeats=1) is None
+    assert choose_row_scales(stats_of(0 * x), 0 * weight, QuantType.W8A8S, run=16, repeats=2) is None

@@ -16,7 +16,7 @@ from glmq.numerics.int8_linear import run_linear
 from glmq.numerics.metrics import relative_l2
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import mean_rule_bits, solve_bits
-from glmq.quantize.layer import FloatLinear, GroupResult, GroupScheme, quantize_group, rate_curves
+from glmq.quantize.layer import NO_FOLD, FloatLinear, GroupResult, GroupScheme, RowFold, quantize_group, rate_curves
 from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
 
 K = 128
@@ -319,3 +319,72 @@ def test_a_broken_second_moment_is_refused() -> None:
     broken = replace(stats, second_moment=torch.full((K, K), torch.nan))
     with pytest.raises(StatisticsError, match="is not positive definite: calibrate again"):
         quantize_group(linears, broken, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)
+
+
+@pytest.mark.parametrize(
+    ("mode", "by_bits"),
+    [*((mode, False) for mode in WEIGHTS), *((mode, True) for mode in ("sigma", "fraction", "co_sparse"))],
+)
+def test_rows_that_absorb_scales_keep_their_integers_and_numbers(mode: str, by_bits: bool) -> None:
+    """Only the steps and biases are divided; co_sparse alone chooses its steps over all rows."""
+    linears, stats = problem()
+    divisor = torch.tensor([1.0, 2.0, 16.0, 1.0]).repeat(12)[:, None]
+    bits = [3.0, 3.0, 3.0] if by_bits else None
+    group = scheme(WEIGHTS[mode] if by_bits else replace(WEIGHTS[mode], method=Method.PLAIN))
+    divided = [replace(linears[0], divisor=divisor), *linears[1:]]
+    before, after = (
+        quantize_group(some, stats, group, norm_weight=NORM, dtype=FloatDtype.BF16, bits=bits)
+        for some in (linears, divided)
+    )
+    a, b = before.linears[0], after.linears[0]
+    assert b.bias is not None
+    assert linears[0].bias is not None
+    assert torch.equal(b.bias, linears[0].bias / divisor[:, 0])
+    if mode == "co_sparse" and not by_bits:
+        return
+    assert torch.equal(a.weight, b.weight)
+    assert torch.equal(a.weight_scale / divisor, b.weight_scale)
+    assert a.activation == b.activation
+    if a.quant_bias is not None:
+        assert a.deq_scale is not None
+        assert b.deq_scale is not None
+        assert torch.equal(a.deq_scale / divisor[:, 0], b.deq_scale)
+        assert torch.equal(a.quant_bias, b.quant_bias)
+    same = ("weight_error", "output_error", "saturated", "entropy_bits")
+    assert {f: getattr(before.reports[0], f) for f in same} == {f: getattr(after.reports[0], f) for f in same}
+
+
+@pytest.mark.parametrize("mode", list(WEIGHTS))
+def test_an_input_whose_rows_absorb_scales_is_the_same_function(mode: str) -> None:
+    linears, stats = problem()
+    scales = torch.ones(K)
+    scales[[5, 60, 99]] = 16.0
+    fold = RowFold(scales, "folded into v_proj, 1 to 16")
+    plain, folded = (
+        quantize_group(linears[:1], stats, scheme(WEIGHTS[mode]), norm_weight=None, dtype=FloatDtype.FP16, fold=some)
+        for some in (NO_FOLD, fold)
+    )
+    assert folded.norm_weight is None
+    assert folded.scales is scales
+    assert folded.reports[0].smoothing == "folded into v_proj, 1 to 16"
+    y = torch.nn.functional.linear(stats.sample, linears[0].weight, linears[0].bias)
+    error = relative_l2(run_linear(stats.sample / scales, folded.linears[0]), y)
+    assert folded.reports[0].output_error == error
+    assert error < plain.reports[0].output_error  # the loud channels were what the activation's step is spent on
+
+
+@pytest.mark.parametrize(
+    ("act_range", "label"),
+    [(ActRange.MINMAX, {"min-max"}), (ActRange.HISTOGRAM, {"histogram"}), (ActRange.MIXED, None)],
+)
+def test_the_report_says_which_range_was_chosen(act_range: ActRange, label: set[str] | None) -> None:
+    result = quantized(WEIGHTS["w8a8"], act_range=act_range)
+    found = {report.input_range for report in result.reports}
+    if label is None:  # whichever has the chosen numbers
+        label = {
+            name
+            for name, a in (("min-max", ActRange.MINMAX), ("histogram", ActRange.HISTOGRAM))
+            if quantized(WEIGHTS["w8a8"], act_range=a).linears[0].activation == result.linears[0].activation
+        }
+    assert found == label
+    assert {report.input_range for report in quantized(WEIGHTS["dynamic"]).reports} == {""}

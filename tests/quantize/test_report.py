@@ -32,6 +32,7 @@ REPORT = LinearReport(
     sqnr_db=30.103,
     input_low=-2.5,
     input_high=3.25,
+    input_range="min-max",
     clipped_share=0.001,
     smoothing="m2 (threshold 3.1, 12 channels)",
     seconds=0.5,
@@ -40,8 +41,8 @@ PERFECT = replace(REPORT, name="lm_head", quant_type=QuantType.W8A8_DYNAMIC, out
 PARTS = [PartBytes(Part.TEXT_LINEARS, 4096, 2048), PartBytes(Part.NORMS, 128, 384)]
 FIELDS = [
     "name", "quant_type", "rows", "cols", "method", "step_min", "step_max", "entropy_bits", "outlier_share",
-    "zero_share", "saturated", "weight_error", "output_error", "sqnr_db", "input_low", "input_high", "clipped_share",
-    "smoothing",
+    "zero_share", "saturated", "weight_error", "output_error", "sqnr_db", "input_low", "input_high", "input_range",
+    "clipped_share", "smoothing",
 ]  # fmt: skip
 """Every field of a row, in order: all but the time, which no two runs share."""
 
