@@ -23,7 +23,7 @@ typedef struct {
 static const Kernel kernels[] = {
 #if GQSC_X86
     {"avx512", encode_avx512, decode_one_avx512, decode_pair_avx512},
-    {"avx2", encode_scalar, decode_one_avx2, decode_pair_avx2},
+    {"avx2", encode_avx2, decode_one_avx2, decode_pair_avx2},
 #endif
     {"scalar", encode_scalar, decode_scalar, NULL},
 };
@@ -255,7 +255,7 @@ PyMODINIT_FUNC PyInit__codec(void) {
     fill_tables();
     fill_reciprocals();
 #if GQSC_X86
-    fill_spread();
+    fill_shuffles();
 #endif
     return PyModule_Create(&module);
 }

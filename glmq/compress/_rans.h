@@ -238,44 +238,122 @@ TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int count, DecodeTile *tiles
 TARGET_AVX512 static int decode_one_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(1, t, s); }
 TARGET_AVX512 static int decode_pair_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(2, t, s); }
 
-/* ---- AVX2, decoding only ------------------------------------------------------------------------------------------------- */
+/* ---- AVX2 --------------------------------------------------------------------------------------------------------------- */
 
 #define TARGET_AVX2 __attribute__((target("avx2,popcnt")))
 
-/* For each mask of 8 lanes: which of the next words each lane takes. */
-static uint8_t spread[256][8];
+/* For each mask of 8 lanes: which of the next words each lane takes, and, as a byte shuffle of 8 words, how the words of the
+ * lanes that emit one move to the end. */
+static uint8_t spread[256][8], gather_up[256][16];
 
-static void fill_spread(void) {
-    for (int mask = 0; mask < 256; mask++)
-        for (int i = 0, next = 0; i < 8; i++) {
-            spread[mask][i] = (uint8_t)next;
-            next += mask >> i & 1;
+static void fill_shuffles(void) {
+    for (int mask = 0; mask < 256; mask++) {
+        int set = 0, next = 8;
+        for (int i = 0; i < 8; i++) {
+            spread[mask][i] = (uint8_t)set;
+            set += mask >> i & 1;
         }
+        for (int i = 7; i >= 0; i--) {
+            if (!(mask >> i & 1)) continue;
+            next--;
+            gather_up[mask][2 * next] = (uint8_t)(2 * i);
+            gather_up[mask][2 * next + 1] = (uint8_t)(2 * i + 1);
+        }
+    }
 }
 
-/* One round of one tile; `at` has room for 32 bytes. */
-TARGET_AVX2 GQSC_INLINE void decode_round256(const uint8_t **words, __m256i x[4], uint8_t *at, const uint8_t *ids,
+/* Eight loads: up to Zen 3 a quarter faster than the gather instruction, which others slow down by microcode. */
+TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index) {
+    uint64_t i01 = (uint64_t)_mm256_extract_epi64(index, 0), i23 = (uint64_t)_mm256_extract_epi64(index, 1);
+    uint64_t i45 = (uint64_t)_mm256_extract_epi64(index, 2), i67 = (uint64_t)_mm256_extract_epi64(index, 3);
+    __m128i low = _mm_cvtsi32_si128((int)table[(uint32_t)i01]), high = _mm_cvtsi32_si128((int)table[(uint32_t)i45]);
+    low = _mm_insert_epi32(low, (int)table[i01 >> 32], 1);
+    high = _mm_insert_epi32(high, (int)table[i45 >> 32], 1);
+    low = _mm_insert_epi32(low, (int)table[(uint32_t)i23], 2);
+    high = _mm_insert_epi32(high, (int)table[(uint32_t)i67], 2);
+    low = _mm_insert_epi32(low, (int)table[i23 >> 32], 3);
+    high = _mm_insert_epi32(high, (int)table[i67 >> 32], 3);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+/* One round of one tile; `at` has 32 bytes, and 16 bytes below `words` may be written. */
+TARGET_AVX2 GQSC_INLINE void encode_round256(EncodeTile *t, __m256i x[4], const uint8_t *at, const uint8_t *ids,
+                                             const uint32_t *table) {
+    GQSC_UNROLL for (int g = 3; g >= 0; g--) {
+        __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), 8);
+        __m256i symbol = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(at + 8 * g)));
+        __m256i e = look_up256(table, _mm256_or_si256(id, symbol));
+        __m256i f = _mm256_srli_epi32(e, 12);
+        __m256i fits = _mm256_cmpgt_epi32(f, _mm256_srli_epi32(x[g], 20));
+        unsigned full = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(fits)) ^ 0xff;
+        __m256i low = _mm256_blend_epi16(x[g], _mm256_setzero_si256(), 0xaa);
+        __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+        words = _mm_shuffle_epi8(words, _mm_loadu_si128((const __m128i *)gather_up[full]));
+        _mm_storeu_si128((__m128i *)(t->words - 16), words);
+        t->words -= 2 * __builtin_popcount(full);
+        __m256i y = _mm256_blendv_epi8(_mm256_srli_epi32(x[g], 16), x[g], fits);
+        /* Three roundings of 2^-24 each cannot make up for the factor, so the quotient, which is < 2^20, is at most 1 low. */
+        __m256 ratio = _mm256_div_ps(_mm256_cvtepi32_ps(y), _mm256_cvtepi32_ps(f));
+        __m256i q = _mm256_cvttps_epi32(_mm256_mul_ps(ratio, _mm256_set1_ps(1 - 0x1p-22f)));
+        __m256i gap = _mm256_sub_epi32(_mm256_set1_epi32(SLOTS), f);
+        y = _mm256_add_epi32(y, _mm256_mullo_epi32(q, gap)); /* q * 2^11 + remainder */
+        __m256i rest = _mm256_sub_epi32(y, _mm256_slli_epi32(q, PROB_BITS));
+        y = _mm256_add_epi32(y, _mm256_andnot_si256(_mm256_cmpgt_epi32(f, rest), gap));
+        x[g] = _mm256_add_epi32(y, _mm256_and_si256(e, _mm256_set1_epi32(SLOTS - 1)));
+        int rare = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(e, 31 - PROB_BITS)));
+        if (__builtin_expect(rare != 0, 0)) {
+            for (int i = 7; i >= 0; i--)
+                if (rare >> i & 1) *--t->escapes = at[8 * g + i];
+        }
+    }
+}
+
+TARGET_AVX2 static void encode_avx2(EncodeTile *tile, const TileShape *s) {
+    EncodeTile t = *tile;
+    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
+    __m256i x[4];
+    for (int g = 0; g < 4; g++) x[g] = _mm256_loadu_si256((const __m256i *)(t.state + 8 * g));
+    for (int64_t r = s->rows - 1; r >= 0; r--) {
+        const uint8_t *row = t.src + r * s->cols;
+        if (tail) {
+            uint8_t last[LANES] = {0};
+            memcpy(last, row + whole, (size_t)tail);
+            encode_round256(&t, x, last, s->ids + whole, s->table);
+        }
+        for (int64_t c = whole - LANES; c >= 0; c -= LANES) encode_round256(&t, x, row + c, s->ids + c, s->table);
+    }
+    for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(t.state + 8 * g), x[g]);
+    *tile = t;
+}
+
+/* One round of `count` tiles; out[i] has room for 32 bytes. */
+TARGET_AVX2 GQSC_INLINE void decode_round256(const int count, DecodeTile *t, __m256i x[][4], uint8_t *out[], const uint8_t *ids,
                                              const uint32_t *table) {
     const __m256i slots = _mm256_set1_epi32(SLOTS - 1), byte = _mm256_set1_epi32(255);
-    __m256i symbol[4];
+    __m256i symbol[2][4];
     GQSC_UNROLL for (int g = 0; g < 4; g++) {
         __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), PROB_BITS);
-        __m256i e = _mm256_i32gather_epi32((const int *)table, _mm256_or_si256(id, _mm256_and_si256(x[g], slots)), 4);
-        symbol[g] = _mm256_and_si256(e, byte);
-        __m256i bias = _mm256_and_si256(_mm256_srli_epi32(e, 8), slots);
-        __m256i y = _mm256_mullo_epi32(_mm256_srli_epi32(e, 19), _mm256_srli_epi32(x[g], PROB_BITS));
-        y = _mm256_add_epi32(y, bias);
-        __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)STATE_LOW), y);
-        int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low));
-        __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)spread[mask]));
-        __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)*words));
-        word = _mm256_permutevar8x32_epi32(word, order);
-        *words += 2 * __builtin_popcount((unsigned)mask);
-        x[g] = _mm256_blendv_epi8(y, _mm256_or_si256(_mm256_slli_epi32(y, 16), word), low);
+        GQSC_UNROLL for (int i = 0; i < count; i++) {
+            __m256i e = look_up256(table, _mm256_or_si256(id, _mm256_and_si256(x[i][g], slots)));
+            symbol[i][g] = _mm256_and_si256(e, byte);
+            __m256i bias = _mm256_and_si256(_mm256_srli_epi32(e, 8), slots);
+            __m256i y = _mm256_mullo_epi32(_mm256_srli_epi32(e, 19), _mm256_srli_epi32(x[i][g], PROB_BITS));
+            y = _mm256_add_epi32(y, bias);
+            __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)STATE_LOW), y);
+            int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low));
+            __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)spread[mask]));
+            __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)t[i].words));
+            word = _mm256_permutevar8x32_epi32(word, order);
+            t[i].words += 2 * __builtin_popcount((unsigned)mask);
+            x[i][g] = _mm256_blendv_epi8(y, _mm256_or_si256(_mm256_slli_epi32(y, 16), word), low);
+        }
     }
-    __m256i pairs = _mm256_packus_epi16(_mm256_packus_epi32(symbol[0], symbol[1]), _mm256_packus_epi32(symbol[2], symbol[3]));
     const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undo the packs' crossing of 128-bit halves */
-    _mm256_storeu_si256((__m256i *)at, _mm256_permutevar8x32_epi32(pairs, lanes));
+    GQSC_UNROLL for (int i = 0; i < count; i++) {
+        __m256i pairs = _mm256_packus_epi16(_mm256_packus_epi32(symbol[i][0], symbol[i][1]),
+                                            _mm256_packus_epi32(symbol[i][2], symbol[i][3]));
+        _mm256_storeu_si256((__m256i *)out[i], _mm256_permutevar8x32_epi32(pairs, lanes));
+    }
 }
 
 TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, const TileShape *s) {
@@ -293,14 +371,12 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
             GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
             if (__builtin_expect(out, 0)) return 0;
             if (c < whole) {
-                GQSC_UNROLL for (int i = 0; i < count; i++)
-                    decode_round256(&t[i].words, x[i], t[i].dst + row + c, s->ids + c, s->table);
+                uint8_t *to[2] = {t[0].dst + row + c, t[count - 1].dst + row + c};
+                decode_round256(count, t, x, to, s->ids + c, s->table);
             } else {
-                GQSC_UNROLL for (int i = 0; i < count; i++) {
-                    uint8_t last[LANES];
-                    decode_round256(&t[i].words, x[i], last, s->ids + c, s->table);
-                    memcpy(t[i].dst + row + c, last, (size_t)tail);
-                }
+                uint8_t last[2][LANES], *to[2] = {last[0], last[1]};
+                decode_round256(count, t, x, to, s->ids + c, s->table);
+                GQSC_UNROLL for (int i = 0; i < count; i++) memcpy(t[i].dst + row + c, last[i], (size_t)tail);
             }
         }
     }
