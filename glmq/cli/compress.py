@@ -82,6 +82,14 @@ def compress(
         ),
     ] = None,
     overwrite: o.Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the bytes to write, exact or estimated, the disk, memory and time needed; touch nothing.",
+            rich_help_panel=o.RUN,
+        ),
+    ] = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -96,8 +104,13 @@ def compress(
     The way back from the portable form:
     [bold]glmq compress --decompress --model_path OUT --save_directory W8A8S[/]
     """
-    from glmq.cli.compress_job import compress_folder, restore_folder
-    from glmq.cli.compress_view import show_compression, show_restored
+    from glmq.cli.compress_job import compress_folder, plan_compression, plan_restoration, restore_folder
+    from glmq.cli.compress_view import (
+        show_compression,
+        show_compression_plan,
+        show_restoration_plan,
+        show_restored,
+    )
     from glmq.cli.render import print_json, stdout
     from glmq.compress.layouts import Layout
 
@@ -107,6 +120,10 @@ def compress(
             raise UsageError(
                 "--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out"
             )
+        if dry_run:
+            planned = plan_restoration(model_path, save_directory, overwrite=overwrite)
+            show_restoration_plan(planned, save_directory, as_json=json_output)
+            return
         restored = restore_folder(model_path, save_directory, jobs=jobs, overwrite=overwrite, quiet=be_quiet)
         if json_output:
             print_json({
@@ -120,6 +137,20 @@ def compress(
             stdout.print(str(restored.folder), soft_wrap=True)
         else:
             show_restored(restored)
+        return
+    if dry_run:
+        plan = plan_compression(
+            model_path,
+            save_directory,
+            tp=tp,
+            codec_name=codec,
+            executor=executor,
+            layout=Layout(layout),
+            jobs=jobs,
+            overwrite=overwrite,
+            quiet=be_quiet,
+        )
+        show_compression_plan(plan, save_directory, as_json=json_output, verbose=verbose)
         return
     result = compress_folder(
         model_path,

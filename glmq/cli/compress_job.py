@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.folder import OutputFolder, check_target
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.writer import check_room
 from glmq.cli.compress_view import ByteProgress
 from glmq.cli.render import stderr
 from glmq.cli.shared_folder import SharedFolder
+from glmq.compress.dry_run import CompressionPlan, disk_bytes, make_compression_plan
 from glmq.compress.executor import PROGRAM, AscendCodec, find_executor, how_to_build
 from glmq.compress.layouts import Layout
 from glmq.compress.manifest import CodecKind
@@ -87,7 +88,7 @@ def compress_folder(
         ranks = range(world) if place.world == 1 else [place.rank]
         plans = plan_ranks(source, chosen, world, ranks)
         total = planned_bytes(plans)
-        check_room(out_path, total * place.world)  # every rank writes about as much as this one
+        check_room(out_path, disk_bytes(plans, codec) * place.world)  # every rank writes about as much as this one
         own_linears: list[CompressedLinear] = []
         own_parts: list[PartWritten] = []
         title = "compress" if place.world == 1 else f"compress rank 0 of {world}"
@@ -125,6 +126,50 @@ def compress_folder(
     return CompressionResult(
         model_path, out_path, codec.kind, chosen, world, tuple(linears), tuple(sizes), tuple(totals), document
     )
+
+
+def plan_compression(
+    model_path: Path,
+    out_path: Path,
+    *,
+    tp: int | None,
+    codec_name: Literal["auto", "portable", "ascend"],
+    executor: Path | None,
+    layout: Layout,
+    jobs: int | None,
+    overwrite: bool,
+    quiet: bool,
+) -> CompressionPlan:
+    """Run `glmq compress --dry-run`: refuse what the run would refuse, and touch nothing."""
+    if read_place().world > 1:
+        raise UsageError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
+    world = tp or 1
+    check_folders(model_path, out_path)
+    check_target(out_path, overwrite=overwrite)
+    source = open_source(model_path)
+    with source.checkpoint:
+        codec = choose_codec(codec_name, executor, quiet=quiet)
+        chosen = choose_layout(codec.kind, layout, world)
+        plans = plan_ranks(source, chosen, world, range(world))
+        return make_compression_plan(source, plans, codec, chosen, world, jobs or default_jobs(1))
+
+
+@dataclass(frozen=True, slots=True)
+class RestorationPlan:
+    """What `glmq compress --decompress` would write."""
+
+    layout: Layout
+    world: int
+    output_bytes: int
+    """Exactly, of the restored tensors."""
+
+
+def plan_restoration(model_path: Path, out_path: Path, *, overwrite: bool) -> RestorationPlan:
+    """Run `glmq compress --decompress --dry-run`: read the manifest and headers, touch nothing."""
+    check_folders(model_path, out_path)
+    check_target(out_path, overwrite=overwrite)
+    manifest = read_portable_manifest(model_path)
+    return RestorationPlan(manifest.layout, manifest.world, restored_bytes(model_path, manifest))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -13,12 +14,16 @@ from rich import box
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from glmq.cli.render import MIB, SHOWN_ROWS, size, stderr, stdout
+from glmq.checkpoint.writer import free_bytes
+from glmq.cli.render import MIB, SHOWN_ROWS, print_json, size, stderr, stdout
 from glmq.compress.layouts import Layout
 from glmq.compress.manifest import REPORT, CodecKind
 
 if TYPE_CHECKING:
-    from glmq.cli.compress_job import CompressionResult, RestoreResult
+    from pathlib import Path
+
+    from glmq.cli.compress_job import CompressionResult, RestorationPlan, RestoreResult
+    from glmq.compress.dry_run import CompressionPlan
     from glmq.compress.report import PartSizes, RankTotals
     from glmq.compress.stream import CompressedLinear
 
@@ -182,6 +187,91 @@ def next_steps(result: CompressionResult) -> list[str]:
         f"Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
         f"{result.folder}, worldSize to {world} and npuDeviceIds to [[{devices}]], then start mindieservice_daemon."
     ]
+
+
+def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool, verbose: bool) -> None:
+    """What a run would write and need, as tables or JSON."""
+    free = free_bytes(folder)
+    if as_json:
+        print_json(
+            {
+                "schema": "glmq.compress-plan/1",
+                "codec": plan.codec.value,
+                "layout": plan.layout.value,
+                "world_size": plan.world,
+                "weights": [asdict(weight) for weight in plan.weights],
+                "bytes": [{"part": p.part.value, "before": p.before, "after_estimated": p.after} for p in plan.parts],
+                "files": [asdict(file) for file in plan.files],
+                "side_bytes": plan.side_bytes,
+                "estimated_bytes": plan.estimated_bytes,
+                "disk_bytes": plan.disk_bytes,
+                "free_bytes": free,
+                "peak_bytes": plan.peak_bytes,
+                "trial": asdict(plan.trial),
+                "estimated_seconds": round(plan.seconds, 3),
+            }
+        )
+        return
+    largest_first = sorted(plan.weights, key=lambda weight: (-weight.entropy_bits, weight.name, weight.rank))
+    shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
+    table = Table(title="Weights, most bits first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for header in ("linear", "rank", "rows x cols", "entropy of a sample", "estimated"):
+        table.add_column(header, justify="left" if header == "linear" else "right", no_wrap=True)
+    for weight in shown:
+        name = weight.name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+        shape = f"{weight.rows} x {weight.cols}"
+        rank = f"{weight.rank}/{plan.world}"
+        table.add_row(name, rank, shape, f"{weight.entropy_bits:.3f}", size(weight.estimated_bytes))
+    if len(shown) < len(largest_first):
+        table.caption = f"{len(largest_first) - len(shown)} smaller ones are left out; -v shows all"
+        table.caption_justify = "left"
+    stdout.print(table)
+    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for header in ("part", "W8A8S, exact", "compressed, estimated"):
+        table.add_column(header, justify="left" if header == "part" else "right")
+    for part in plan.parts:
+        table.add_row(part.part.value, size(part.before), size(part.after))
+    table.add_row("total", size(sum(part.before for part in plan.parts)), size(sum(part.after for part in plan.parts)))
+    stdout.print(table)
+    for file in plan.files:
+        stdout.print(
+            f"{file.path}: about {size(file.estimated_bytes)}, at most {file.at_most_bytes} bytes; exactly "
+            f"{file.kept_bytes} of them are kept as they are",
+            soft_wrap=True,
+        )
+    verdict = "" if free >= plan.disk_bytes else ", too little: the run would refuse"
+    stdout.print(
+        f"disk: about {size(plan.estimated_bytes)} output, {size(plan.side_bytes)} side files, {size(plan.disk_bytes)} must "
+        f"be free, {size(free)} are{verdict}",
+        soft_wrap=True,
+    )
+    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most")
+    trial = plan.trial
+    stdout.print(
+        f"time: about {plan.seconds:.0f} s, from {trial.name}: {trial.rows} x {trial.cols} in {trial.seconds:.2f} s at "
+        f"{trial.bits_per_weight:.3f} bits; the disk's time to write comes on top",
+        soft_wrap=True,
+    )
+
+
+def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool) -> None:
+    """What `--decompress` would write, in two lines or JSON."""
+    free = free_bytes(folder)
+    if as_json:
+        print_json(
+            {
+                "schema": "glmq.decompress-plan/1",
+                "layout": plan.layout.value,
+                "world_size": plan.world,
+                "output_bytes": plan.output_bytes,
+                "free_bytes": free,
+            }
+        )
+        return
+    verdict = "" if free >= plan.output_bytes else ", too little: the run would refuse"
+    what = "the W8A8S checkpoint" if plan.layout is Layout.SOURCE else f"{plan.world} W8A8S parts"
+    stdout.print(f"{what}: exactly {plan.output_bytes} bytes of weights")
+    stdout.print(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}", soft_wrap=True)
 
 
 def show_restored(result: RestoreResult) -> None:

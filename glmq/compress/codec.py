@@ -31,6 +31,7 @@ from glmq.compress.container import (
     STATE_BYTES,
     Container,
     Tile,
+    largest_file_bytes,
     read_container,
     write_container,
 )
@@ -116,7 +117,7 @@ def encode(
             f"matrix to compress: {rows} x {cols} is not possible; wanted 1 row or more, 1 to 2^28 columns"
         )
     matrix = np.ascontiguousarray(matrix)
-    tile_rows = min(max(min(tile_bytes, MAX_TILE_BYTES) // cols, 1), rows)
+    tile_rows = _tile_rows(rows, cols, tile_bytes)
     tiles = [matrix[begin : begin + tile_rows] for begin in range(0, rows, tile_rows)]
     if kernel is None:
         class_of_column, frequencies = choose_tables(matrix)
@@ -202,6 +203,15 @@ def read_info(blob: Blob) -> CodecInfo:
         class_entropy_bits=float(share @ [_entropy_bits(row) for row in container.frequencies]) if coded else None,
         matrix_digest=container.matrix_digest,
     )
+
+
+def at_most_bytes(rows: int, cols: int) -> int:
+    """Bytes that `encode` never exceeds for a rows x cols matrix in tiles of TILE_BYTES."""
+    return largest_file_bytes(rows, cols, _tile_rows(rows, cols, TILE_BYTES))
+
+
+def _tile_rows(rows: int, cols: int, tile_bytes: int) -> int:
+    return min(max(min(tile_bytes, MAX_TILE_BYTES) // cols, 1), rows)
 
 
 def _decode(

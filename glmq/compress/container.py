@@ -242,6 +242,12 @@ def read_container(file: memoryview) -> Container:
     )
 
 
+def largest_file_bytes(rows: int, cols: int, tile_rows: int) -> int:
+    """Bytes that no file of a rows x cols matrix in tiles of `tile_rows` exceeds, whatever its values."""
+    sides = -(-cols * class_bits(MAX_CLASSES) // 8) + MAX_CLASSES * (32 + 2 * 256) + -(-rows // tile_rows) * _ENTRY.size
+    return _HEADER_BYTES + sides + rows * cols + len(TAIL)
+
+
 def class_bits(classes: int) -> int:
     """Bits of one column in the class map."""
     return max(classes - 1, 0).bit_length()

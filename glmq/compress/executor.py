@@ -94,6 +94,10 @@ class AscendCodec:
                 "split it over more ranks (--tp) or keep it float"
             )
 
+    def at_most_bytes(self, rows: int, cols: int) -> int:
+        """See Codec. The program states no bound; what it cannot compress it stores in about its own size."""
+        return rows * cols
+
     def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
         """See Codec.
 

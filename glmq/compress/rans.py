@@ -140,7 +140,7 @@ def _step(
     height: int,
     last_height: int,
     out: NDArray[np.uint8],
-) -> IntArray:
+) -> NDArray[np.uint32]:
     """Run all tiles' lanes through all rounds.
 
     A round is a dozen numpy calls on 33 numbers a tile, so the calls themselves cost most: arrays are flat with one stride
@@ -161,7 +161,7 @@ def _step(
         out: uint8 [rows of all tiles, cols], written; escapes not yet in place.
 
     Returns:
-        int64 [tiles], where each tile stopped reading; a tile that ran out of words stops beyond its end.
+        uint32 [tiles], where each tile stopped reading; a tile that ran out of words stops beyond its end.
     """
     tiles, lanes = len(state), LANES + 1
     # Tables have 2^16 entries a class, so that a slot fits beside its class without an addition; the rest is never touched.
@@ -187,7 +187,9 @@ def _step(
             live = tiles if row < last_height else tiles - 1
             x = x[: live * lanes]
             before, after = place[: len(x)], place[1 : 1 + len(x)]
-            factor_term, takes, shift, word, number = (np.zeros(len(x), dtype) for dtype in ("i8", "u4", "u4", "u4", "i8"))
+            factor_term, takes, shift, word, number = (
+                np.zeros(len(x), dtype) for dtype in ("i8", "u4", "u4", "u4", "i8")
+            )
             factor, term = factor_term.view(np.int32)[0::2], factor_term.view(np.int32)[1::2]
             # A tile's extra lane does not take a word, but holds where the tile's next one is, for the sum.
             low_number = _low_part(number, np.uint32)

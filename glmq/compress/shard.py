@@ -255,6 +255,18 @@ def read_matrix(source: Checkpoint, tensor: RankTensor) -> NDArray[np.int8]:
     return matrix.numpy()
 
 
+def read_sample(source: Checkpoint, tensor: RankTensor, rows: int) -> NDArray[np.int8]:
+    """About `rows` rows of the weight of a quantized linear, evenly spread over it: int8 [rows, K], contiguous."""
+    step = max(tensor.spec.shape[0] // rows, 1)
+    found = [
+        source.read_rows(part.name, row, row + 1)[:, part.col_start : part.col_stop]
+        for part in tensor.slices
+        if part.name is not None
+        for row in range(part.row_start, part.row_stop, step)
+    ]
+    return torch.cat(found).contiguous().numpy()
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -268,6 +268,12 @@ def _place(folder: Path, codec: CodecKind, layout: Layout, rank: int, world: int
     return folder / f"part{rank}-of-{world}", ASCEND_STEM if codec is CodecKind.ASCEND else PORTABLE_STEM
 
 
+def weight_file(codec: CodecKind, layout: Layout, rank: int, world: int) -> Path:
+    """Where a rank's weight file lies in the output folder."""
+    directory, stem = _place(Path(), codec, layout, rank, world)
+    return directory / f"{stem}.safetensors"
+
+
 def _compress_matrices(
     source: Checkpoint, tensors: Sequence[RankTensor], codec: Codec, work: Path, rank: int, jobs: int
 ) -> Iterator[tuple[CompressedLinear, Compressed]]:

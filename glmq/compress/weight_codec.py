@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.writer import TensorSpec
-from glmq.compress.codec import encode, read_info
+from glmq.compress.codec import at_most_bytes, encode, read_info
 from glmq.compress.manifest import CodecKind
 
 BLOB_SUFFIX: Final = ".gqsc"
@@ -58,6 +58,10 @@ class Codec(Protocol):
         """Raise CodecError if a weight of this size cannot be compressed; called for all before the first is."""
         ...
 
+    def at_most_bytes(self, rows: int, cols: int) -> int:
+        """Bytes to keep free for a compressed weight of this size."""
+        ...
+
     def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
         """Compress int8 [N, K] into files in `folder`, which is empty; `name` is for error messages."""
         ...
@@ -76,6 +80,10 @@ class PortableCodec:
 
     def check(self, name: str, rows: int, cols: int) -> None:
         """Every weight of a model can be compressed."""
+
+    def at_most_bytes(self, rows: int, cols: int) -> int:
+        """See Codec: what no weight of this size exceeds."""
+        return at_most_bytes(rows, cols)
 
     def compress(self, name: str, matrix: NDArray[np.int8], folder: Path) -> Compressed:
         """See Codec. Raises SpaceError if the disk is full."""

@@ -302,3 +302,54 @@ def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Pa
 
 def test_the_portable_codec_has_nothing_to_stop() -> None:
     PortableCodec().stop()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_dry_run_tells_what_the_run_then_writes_and_touches_nothing(w8a8s: Path, tmp_path: Path, tp: int) -> None:
+    out = tmp_path / "out"
+    options = compress(w8a8s, out, "--codec", "portable", "--tp", tp)
+    plan = json.loads(glmq(*options, "--dry-run", "--json").stdout)
+    assert left_over(tmp_path) == []
+    report = json.loads(glmq(*options, "--json").stdout)
+    assert (plan["schema"], plan["codec"], plan["world_size"]) == ("glmq.compress-plan/1", "portable", tp)
+    for file in plan["files"]:
+        weights = [linear for linear in report["linears"] if linear["rank"] == file["rank"]]
+        stored = sum(linear["stored_bytes"] for linear in weights)
+        header = int.from_bytes((out / file["path"]).read_bytes()[:8], "little")
+        assert file["kept_bytes"] == (out / file["path"]).stat().st_size - 8 - header - stored
+        assert file["weight_bytes"] == sum(linear["rows"] * linear["cols"] for linear in weights)
+        assert file["at_most_bytes"] >= file["kept_bytes"] + stored
+        assert [w["name"] for w in plan["weights"] if w["rank"] == file["rank"]] == [w["name"] for w in weights]
+    assert plan["disk_bytes"] > sum(file["at_most_bytes"] for file in plan["files"])
+    assert plan["estimated_bytes"] == sum(part["after_estimated"] for part in plan["bytes"])
+    assert plan["estimated_seconds"] > 0
+
+
+def test_a_dry_run_in_tables_says_what_is_exact_and_refuses_what_the_run_would(
+    w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = compress(w8a8s, tmp_path / "out", "--codec", "portable")
+    monkeypatch.setattr("glmq.cli.compress_view.free_bytes", lambda folder: 1)
+    text = glmq(*options, "--dry-run").stdout
+    for words in (
+        "W8A8S, exact",
+        "compressed, estimated",
+        "kept as they are",
+        "1 B are, too little: the run would refuse",
+    ):
+        assert words in text
+    monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda folder: 1)
+    assert complaint(5, *options).endswith("its disk has 1 free; make room or choose another disk")
+    assert left_over(tmp_path) == []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "needs no torchrun" in complaint(2, *options, "--dry-run")
+
+
+def test_a_dry_run_of_the_way_back_is_exact(w8a8s: Path, tmp_path: Path) -> None:
+    glmq(*compress(w8a8s, tmp_path / "out", "--codec", "portable"))
+    options = compress(tmp_path / "out", tmp_path / "back", "--decompress")
+    plan = json.loads(glmq(*options, "--dry-run", "--json").stdout)
+    assert left_over(tmp_path) == ["out"]
+    assert "must be free" in glmq(*options, "--dry-run").stdout
+    assert plan["output_bytes"] == json.loads(glmq(*options, "--json").stdout)["weight_bytes"]
