@@ -58,6 +58,8 @@ TILE_BYTES: Final = 256 * 1024
 _C_BATCH: Final = 4
 """Tiles per call: the compiled decoder runs two side by side, and four still lie in the cache for their checksum."""
 _NUMPY_BATCH: Final = 128
+_NUMPY_BATCH_BYTES: Final = 1 << 25
+"""Decoded size that the numpy coder takes at a time; it needs some five times as much beside."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -136,7 +138,7 @@ def encode(
             coded = [_codec.encode_tile(kernel, tile, len(tile), cols, ids, table, scratch) for tile in batch]
         return [_smallest(tile, payload, escapes) for tile, (payload, escapes) in zip(batch, coded)]
 
-    size = _NUMPY_BATCH if kernel is None else max(len(tiles) // (4 * threads), 1)
+    size = _numpy_batch(tile_rows * cols) if kernel is None else max(len(tiles) // (4 * threads), 1)
     payloads = [payload for done in _map(encode_batch, _batches(tiles, size), threads) for payload in done]
     return write_container(rows, cols, tile_rows, class_of_column, frequencies, payloads)
 
@@ -214,6 +216,11 @@ def _tile_rows(rows: int, cols: int, tile_bytes: int) -> int:
     return min(max(min(tile_bytes, MAX_TILE_BYTES) // cols, 1), rows)
 
 
+def _numpy_batch(tile_bytes: int) -> int:
+    """Tiles that the numpy coder steps together."""
+    return max(min(_NUMPY_BATCH, _NUMPY_BATCH_BYTES // tile_bytes), 1)
+
+
 def _decode(
     file: NDArray[np.uint8], container: Container, first: int, last: int, backend: Backend, threads: int
 ) -> NDArray[np.int8]:
@@ -257,7 +264,7 @@ def _decode(
                         "it is altered"
                     )
 
-    size = _NUMPY_BATCH if kernel is None else _C_BATCH
+    size = _numpy_batch(container.tile_rows * cols) if kernel is None else _C_BATCH
     numbers = range(len(tiles))
     for _ in _map(decode_batch, [numbers[at : at + size] for at in range(0, len(tiles), size)], threads):
         pass

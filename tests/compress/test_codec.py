@@ -326,3 +326,10 @@ def test_the_matrix_digest_tells_equal_matrices():
     digests = [codec.read_info(codec.encode(m)).matrix_digest for m in (matrix, matrix.copy(), other)]
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (40, 64), (600, 1000)])
+def test_no_file_is_larger_than_the_bound_and_noise_comes_close(shape: tuple[int, int]) -> None:
+    noise = np.random.default_rng(3).integers(-128, 128, shape, dtype=np.int8)
+    bound = codec.at_most_bytes(*shape)
+    assert noise.size <= len(codec.encode(noise)) <= bound <= noise.size * 1.01 + 4600
