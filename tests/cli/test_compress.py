@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -353,3 +354,24 @@ def test_a_dry_run_of_the_way_back_is_exact(w8a8s: Path, tmp_path: Path) -> None
     assert left_over(tmp_path) == ["out"]
     assert "must be free" in glmq(*options, "--dry-run").stdout
     assert plan["output_bytes"] == json.loads(glmq(*options, "--json").stdout)["weight_bytes"]
+
+
+FREED = """
+import numpy as np, psutil
+from glmq.cli.compress_job import return_large_buffers
+return_large_buffers()
+resident = lambda: psutil.Process().memory_info().rss
+del (first := [np.ones(8 << 20, np.uint8)])[:]  # teaches glibc to keep such buffers
+before, pins, buffers = resident(), [], []
+for _ in range(8):
+    buffers.append(np.ones(8 << 20, np.uint8))
+    pins.append(np.ones(100_000, np.uint8))
+buffers.clear()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_freed_weights_do_not_stay_in_the_process() -> None:
+    found = subprocess.run([sys.executable, "-c", FREED], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 16 << 20
