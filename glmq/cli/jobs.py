@@ -450,11 +450,13 @@ def _quantize(
 def _spread_bits(
     work: QuantizationRun, recipe: Recipe, plan: OutputPlan, times: list[PassTime], *, quiet: bool
 ) -> dict[str, float]:
-    """Bits per weight of each sparse linear, spread over the whole model for the least error.
+    """Bits per weight of each linear: sparse ones share them over the whole model for the least error.
 
-    Their mean is the recipe's target, or what the flags' rule would spend. Empty where the rule itself chooses the
-    steps: other types, and methods that do not compensate.
+    Their mean is the recipe's target, or what the flags' rule would spend. Each linear of another type may have the
+    target. Empty where the rule itself chooses the steps: no target, or a method that does not compensate.
     """
+    if recipe.quant_type is not QuantType.W8A8S and recipe.target_bits is not None:
+        return dict.fromkeys(plan.linears, recipe.target_bits)
     compensated = recipe.scheme.weight.method is Method.COMPENSATED
     if recipe.quant_type is not QuantType.W8A8S or (recipe.target_bits is None and not compensated):
         return {}

@@ -146,7 +146,8 @@ def quantize(
             "--target-bits",
             min=0.5,
             max=8.0,
-            help="Mean entropy of the sparse weights, bits each, spread over the linears for the least error.",
+            help="Mean entropy of the sparse weights, bits each, spread over the linears for the least error. "
+            "In other types the most that a linear may have.",
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = None,
@@ -156,7 +157,7 @@ def quantize(
             "--target-ratio",
             min=0.0625,
             max=1.0,
-            help="The same as a share: compressed bytes of the sparse weights over their int8 bytes.",
+            help="The same as a share: compressed bytes of the weights over their int8 bytes.",
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = None,

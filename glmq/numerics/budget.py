@@ -4,7 +4,8 @@
 smoothed weights has an entropy. That entropy is the budget that compensated rounding may spend. The vendor scales
 channels whose half-range h_j exceeds a threshold by sqrt(h_j / max|W_j|), and searches the threshold from the standard
 deviation of the input to its maximum. Which one it finds depends on its first sample and is not known here, so the
-budget is the mean entropy over that search range, moved half the way to the least.
+budget is the mean entropy over that search range, moved a quarter of the way to the least. (Measured: the vendor's
+package spent 0.01 bits less to 0.07 more than the mean.)
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ THRESHOLDS: Final = 12
 """Thresholds tried, by how many channels lie above: 0 to all above the standard deviation, denser towards few."""
 BUDGET_ROWS: Final = 512
 """Rows of a linear that the budget is measured on, evenly spaced."""
+
+
+TOWARDS_LEAST: Final = 0.25
 
 
 def rule_bits(weights: Sequence[Tensor], stats: InputStats, scheme: WeightScheme, *, smoothed: bool) -> list[float]:
@@ -56,7 +60,7 @@ def rule_bits(weights: Sequence[Tensor], stats: InputStats, scheme: WeightScheme
         tried.append([_entropy(w * scales, scheme) for w in rows])
     least = min(tried, key=lambda bits: sum(b * w.numel() for b, w in zip(bits, weights, strict=True)))
     mean = [sum(bits) / len(tried) for bits in zip(*tried, strict=True)]
-    return [(a + b) / 2 for a, b in zip(least, mean, strict=True)]
+    return [a + TOWARDS_LEAST * (b - a) for a, b in zip(mean, least, strict=True)]
 
 
 def _entropy(weight: Tensor, scheme: WeightScheme) -> float:

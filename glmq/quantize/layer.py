@@ -107,9 +107,9 @@ def quantize_group(
         norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None: `fold` says what else does.
         dtype: of the checkpoint to be written.
         fold: of a group without a norm (o_proj, down_proj).
-        bits: entropy that each linear may have, bits per weight, from `solve_bits` over the whole model; sparse types
-            only. None: plain and reference methods follow the scheme's step rule, the compensated one divides what the
-            rule spends on this group.
+        bits: entropy that each linear may have, bits per weight; for sparse types from `solve_bits` over the whole
+            model. None: plain and reference methods and other types follow the scheme's step rule, the compensated
+            method divides what the rule spends on this group.
 
     Raises:
         StatisticsError: a second moment that is not positive definite.
@@ -118,7 +118,8 @@ def quantize_group(
     clock = Stopwatch()
     with clock.stage("smoothing"):
         group = _prepare(linears, stats, scheme, norm_weight, dtype, fold)
-    if bits is None and scheme.weight.quant_type is QuantType.W8A8S and scheme.weight.method is Method.COMPENSATED:
+    is_sparse = scheme.weight.quant_type is QuantType.W8A8S
+    if bits is None and is_sparse and scheme.weight.method is Method.COMPENSATED:
         with clock.stage("rate"):
             curves = _curves(linears, stats, scheme, group)
             bits = solve_bits(curves, mean_rule_bits(curves))
@@ -128,10 +129,10 @@ def quantize_group(
     )
     weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
     with clock.stage("rounding"):
-        if bits is None:
+        if bits is None or not is_sparse:
             jobs = [
-                WeightJob(linear.divided(weight), scheme.weight, dtype, group.factor)
-                for linear, weight in zip(linears, weights, strict=True)
+                WeightJob(linear.divided(weight), scheme.weight, dtype, group.factor, limit)
+                for linear, weight, limit in zip(linears, weights, bits or [8.0] * len(linears), strict=True)
             ]
             rounded = [METHODS[method](job) for job in jobs]
         else:

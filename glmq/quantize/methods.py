@@ -48,6 +48,8 @@ class WeightJob:
     """Of the checkpoint to be written."""
     factor: Factor | None
     """Of the input's second moment, after smoothing; COMPENSATED only."""
+    bits: float = 8.0
+    """Entropy in bits per weight that the integers should not exceed; COMPENSATED only."""
 
 
 def plain(job: WeightJob) -> Integers:
@@ -59,14 +61,31 @@ def plain(job: WeightJob) -> Integers:
 
 
 def compensated(job: WeightJob) -> Integers:
-    """Error-compensated integers on the rule's (safe) steps."""
+    """Error-compensated integers on the rule's (safe) steps, widened until they have no more than the job's bits."""
     factor = job.factor
     assert factor is not None
     if job.scheme.quant_type is QuantType.W4A8_DYNAMIC:
         step, second = w4a8.fit_second_stage(job.weight, factor.by_column(), job.scheme.group_size)
+        step = step * _widening(job, w4a8.expand_steps(step, second, job.scheme.group_size), INT4)
         return Integers(round_compensated(job.weight, step * second, factor, INT4), step, second)
-    step = _storable(lowbit.safe_steps(job.weight, job.scheme), job)
-    return Integers(round_compensated(job.weight, step, factor, lowbit.grid_of(job.scheme)), step)
+    step, grid = lowbit.safe_steps(job.weight, job.scheme), lowbit.grid_of(job.scheme)
+    step = _storable(step * _widening(job, step, grid), job)
+    return Integers(round_compensated(job.weight, step, factor, grid), step)
+
+
+def _widening(job: WeightJob, steps: Tensor, grid: IntGrid) -> float:
+    """What steps are multiplied by so that the integers have no more than the job's bits: 1 where they have not.
+
+    A doubled step costs one bit. Measured by nearest rounding of some rows.
+
+    Args:
+        job: the weight and its bits.
+        steps: float32 [N, 1], or [N, K] of every weight.
+        grid: the integers.
+    """
+    nearest = quantize_weight(rate.even_rows(job.weight, RATE_ROWS), rate.even_rows(steps, RATE_ROWS), grid)
+    excess = max(0.0, entropy_bits(count_int8(nearest)) - job.bits)
+    return float(2.0**excess)
 
 
 def reference(job: WeightJob) -> Integers:

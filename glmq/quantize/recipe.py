@@ -229,9 +229,10 @@ def _target_bits(options: Options, quant_type: QuantType) -> float | None:
     name = "--target-bits" if options.target_ratio is None else "--target-ratio"
     if options.target_bits is not None and options.target_ratio is not None:
         raise UsageError("--target-bits with --target-ratio: they name the same size in two ways; choose one")
-    if quant_type is not QuantType.W8A8S:
+    if quant_type is not QuantType.W8A8S and options.method == Method.PLAIN.value:
         raise UsageError(
-            f"{name} has no effect in {quant_type.value}: only sparse types (W8A8S) are compressed; drop it"
+            f"{name} with --method plain has no effect in {quant_type.value}: nearest integers keep the finest step there; "
+            "drop one of them"
         )
     if options.method == Method.REFERENCE.value:
         raise UsageError(

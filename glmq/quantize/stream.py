@@ -306,7 +306,7 @@ def _quantize_plan(
         norm_weight=norm,
         dtype=recipe.dtype,
         fold=fold,
-        bits=[bits[linear.name] for linear in linears] if bits else None,
+        bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
     )
     run.clock.include(result.stages)
     return result

@@ -28,7 +28,7 @@ def test_without_smoothing_the_budget_is_the_entropy_of_the_rules_integers() -> 
     assert rule_bits(weights, stats_of(x), SIGMA, smoothed=False) == pytest.approx([entropy(w) for w in weights])
 
 
-def test_with_smoothing_it_is_half_way_from_the_mean_over_the_vendors_thresholds_to_the_least() -> None:
+def test_with_smoothing_it_is_a_quarter_of_the_way_from_the_mean_over_the_vendors_thresholds_to_the_least() -> None:
     x, weights = group()
     half_range = (x.amax(0) - x.amin(0)) / 2
     wanted = (half_range / torch.cat(weights).abs().amax(0)).sqrt()
@@ -42,5 +42,5 @@ def test_with_smoothing_it_is_half_way_from_the_mean_over_the_vendors_thresholds
         scales = torch.where(half_range >= threshold, wanted, 1.0)
         tried.append([entropy(w * scales) for w in weights])
     least = min(tried, key=lambda bits: sum(b * w.numel() for b, w in zip(bits, weights, strict=True)))
-    expected = [(b + sum(t[i] for t in tried) / 3) / 2 for i, b in enumerate(least)]
+    expected = [b / 4 + sum(t[i] for t in tried) / 4 for i, b in enumerate(least)]
     assert rule_bits(weights, stats_of(x), SIGMA, smoothed=True) == pytest.approx(expected)
