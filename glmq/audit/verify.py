@@ -9,6 +9,7 @@ from typing import Final
 
 from glmq.audit.arithmetic import LinearArithmetic, check_shifts, judge_against_report, judge_linear, measure_linears
 from glmq.audit.behaviour import BlockBehaviour
+from glmq.audit.checksums import CHECKSUMS_CHECK, check_checksums
 from glmq.audit.engines import Target, check_target
 from glmq.audit.folder import Kind, scan_folder
 from glmq.audit.parts import check_manifest, check_parts, check_portable, is_compressed
@@ -58,6 +59,7 @@ CHECKS: Final[Mapping[int, str]] = {
     31: "behaviour",
     32: "integers as glmq_report.json says",
     33: "bytes as glmq_manifest.json says",
+    CHECKSUMS_CHECK: "bytes as glmq_checksums.json says",
 }
 """What the number of a finding stands for."""
 
@@ -122,6 +124,7 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Find
     except CheckpointError:  # the structure's findings say why
         return
     with checkpoint:
+        yield from check_checksums(checkpoint, report)
         if source is not None:
             yield from check_shifts(checkpoint, groups)
         scalings = {} if source is None else find_scalings(source, checkpoint, groups)

@@ -128,10 +128,8 @@ def _show_verdict(found: Verification, *, quiet: bool) -> None:
         stdout.print(Text(f"!! failed: {errors} errors, {warnings} warnings in {checked}", style="bold red"))
     if quiet:
         return
-    if found.predictions is None and found.reference is None:
-        stdout.print("not checked: the float weights (--reference) and behaviour (--calib-images or --cases with it)")
-    elif found.predictions is None and found.linears:
-        stdout.print("not checked: behaviour (--calib-images or --cases)")
+    if found.not_checked:
+        stdout.print(f"not checked: {'; '.join(found.not_checked)}", soft_wrap=True)
 
 
 def _nats(value: float | None) -> str:

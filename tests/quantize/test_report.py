@@ -49,7 +49,7 @@ FIELDS = [
 
 def document() -> JsonObject:
     options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16", method="plain", act_method=1)
-    return report_document([REPORT, PERFECT], PARTS, make_recipe(options), "ab" * 32)
+    return report_document([REPORT, PERFECT], PARTS, make_recipe(options), "ab" * 32, "cd" * 16)
 
 
 def test_the_document_says_what_was_done() -> None:
@@ -65,6 +65,7 @@ def test_the_document_says_what_was_done() -> None:
         "smoothing": "m2",
         "act_range": "minmax",
         "samples_sha256": "ab" * 32,
+        "checksums": "cd" * 16,
         "bytes": [
             {"part": "text linears", "before": 4096, "after": 2048},
             {"part": "text norms", "before": 128, "after": 384},
