@@ -15,6 +15,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from glmq.audit.files import row_of
 from glmq.audit.scaling import UNSCALED, Scaling
 from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, count_bytes, row_ranges, run_ahead
 from glmq.checkpoint.ascend import decode_deq_scale
@@ -167,11 +168,7 @@ def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonVal
         numbers: of one linear.
         report: contents of glmq_report.json.
     """
-    linears = report.get("linears")
-    rows = [row for row in linears if isinstance(row, Mapping)] if isinstance(linears, list) else []
-    row = next((row for row in rows if row.get("name") == numbers.name), None)
-    if row is None:
-        return
+    row = row_of(report, numbers.name)
     for key, found in (
         ("entropy_bits", numbers.entropy_bits),
         ("zero_share", numbers.zero_share),

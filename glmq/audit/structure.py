@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import torch
+from torch import Tensor
 
 from glmq.audit.files import (
     check_config,
@@ -21,6 +22,8 @@ from glmq.audit.files import (
     check_side_files,
     check_weight_files,
     is_mindie,
+    read_report,
+    row_of,
     run_dtype,
 )
 from glmq.audit.linears import SUFFIXES, Subject, check_linear
@@ -95,17 +98,20 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         yield from _check_norms(case)
         scalings = {} if source is None else find_scalings(source, checkpoint, _groups(config))
         yield from _check_floats(case, scalings)
+        report = read_report(candidate)
         for name, kind in linears.items():
+            shift = row_of(report, name).get("bias_shift")
             yield from check_linear(
                 Subject(
-                    name,
-                    kind,
-                    checkpoint,
-                    source,
-                    case.dtype,
-                    case.is_mindie,
-                    description.group_size,
-                    scalings.get(name, UNSCALED),
+                    name=name,
+                    kind=kind,
+                    checkpoint=checkpoint,
+                    source=source,
+                    dtype=case.dtype,
+                    is_mindie=case.is_mindie,
+                    group_size=description.group_size,
+                    scaling=scalings.get(name, UNSCALED),
+                    bias_shift=shift if isinstance(shift, int) else 0,
                 )
             )
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,13 @@ from torch import Tensor
 
 from glmq.audit.arithmetic import LinearArithmetic
 from glmq.audit.checksums import CHECKSUMS_CHECK, check_checksums, checksum_of
+from glmq.audit.files import row_of
 from glmq.audit.verify import verify_files
 from glmq.checkpoint.checksums import CHECKSUMS, write_checksums
 from glmq.checkpoint.header import read_header
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
+from glmq.quantize.recipe import Options, Recipe, make_recipe
 from glmq.records import Finding
 
 Tensors = dict[str, Tensor]
@@ -549,6 +551,44 @@ def retouch(folder: Path) -> None:
     edit_tensors(folder, lambda found: found[f"{O}.quant_bias"].__setitem__(0, found[f"{O}.quant_bias"][0] + 1))
     with Checkpoint.open(folder) as checkpoint:
         write_checksums(folder, {name: checksum_of(checkpoint, name) for name in checkpoint})
+
+
+def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(
+    good: Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrected(options: Options) -> Recipe:
+        recipe = make_recipe(options)
+        return replace(recipe, scheme=replace(recipe.scheme, bias_correction=True))
+
+    monkeypatch.setattr("glmq.cli.jobs.make_recipe", corrected)
+    folder, stats = tmp_path / "corrected", good.source.parent / "stats"
+    glmq("quantize", "--model_path", good.source, "--stats", stats, "--save_directory", folder, *OPTIONS["w8a8s"])
+    assert findings(folder, good, "w8a8s") == []
+    report = read_json_object(folder / "glmq_report.json")
+    shift = row_of(report, f"{O}")["bias_shift"]
+    assert isinstance(shift, int)
+    assert shift > 1
+    (folder / CHECKSUMS).unlink()
+    put(f"{O}.quant_bias", lambda t: t.index_add(0, torch.tensor([5]), torch.tensor([3 * shift], dtype=torch.int32)))(
+        folder
+    )
+    damaged = [finding for finding in findings(folder, good, "w8a8s") if finding.check == 11]
+    assert [finding.tensor for finding in damaged] == [f"{O}.quant_bias"]
+    assert damaged[0].message.endswith(f"in row 5, glmq_report.json says that bias correction changed it by {shift}")
+
+
+def test_a_correction_that_the_report_does_not_know_is_found(good: Good, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(good.folders["w8a8s"], folder)
+
+    def say(report: dict) -> None:
+        for row in report["linears"]:
+            row["bias_shift"] = 7 * (row["name"] == K)
+
+    edit_json(folder / "glmq_report.json", say)
+    (finding,) = findings(folder, good, "w8a8s")
+    assert (finding.check, finding.tensor) == (11, f"{K}.quant_bias")
+    assert finding.message.endswith("glmq_report.json says that bias correction changed it by 7")
 
 
 # name -> (damage to a copy of the checkpoint, what the one warning says)

@@ -34,6 +34,7 @@ REPORT = LinearReport(
     input_high=3.25,
     input_range="min-max",
     clipped_share=0.001,
+    bias_shift=3,
     smoothing="m2 (threshold 3.1, 12 channels)",
     seconds=0.5,
 )
@@ -42,7 +43,7 @@ PARTS = [PartBytes(Part.TEXT_LINEARS, 4096, 2048), PartBytes(Part.NORMS, 128, 38
 FIELDS = [
     "name", "quant_type", "rows", "cols", "method", "step_min", "step_max", "entropy_bits", "outlier_share",
     "zero_share", "saturated", "weight_error", "output_error", "sqnr_db", "input_low", "input_high", "input_range",
-    "clipped_share", "smoothing",
+    "clipped_share", "bias_shift", "smoothing",
 ]  # fmt: skip
 """Every field of a row, in order: all but the time, which no two runs share."""
 
