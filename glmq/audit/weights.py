@@ -105,20 +105,6 @@ def row_ranges(start: int, stop: int, cols: int, elements: int) -> Iterator[tupl
     return ((row, min(row + height, stop)) for row in range(start, stop, height))
 
 
-def count_bytes(q: Tensor) -> Tensor:
-    """How often each int8 value occurs, as `count_int8`, but two values at a time: int64 [256], entry i counts i - 128."""
-    flat = q.reshape(-1)
-    even = flat[: flat.numel() // 2 * 2].view(torch.int16)  # any two neighbours as one code
-    pairs = torch.zeros(2**16, dtype=torch.int64)
-    for part in even.split(PIECE_ELEMENTS):
-        pairs += torch.bincount(part.int() + 2**15, minlength=2**16)
-    square = pairs.roll(-(2**15)).reshape(256, 256)  # entry [high, low] of the unsigned code
-    counts = (square.sum(0) + square.sum(1)).roll(128)  # from unsigned to signed order
-    if flat.numel() % 2:
-        counts[int(flat[-1]) + 128] += 1
-    return counts
-
-
 def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Tensor | None:
     """What smoothing multiplied the columns of `after`'s linears by: norm of `before` / norm of `after`.
 

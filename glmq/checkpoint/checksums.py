@@ -2,7 +2,7 @@
 
     schema        "glmq.checksums/1"
     glmq          version that wrote it
-    tensors       by name in natural order: xxh3-128 of the tensor's bytes, in hexadecimal
+    tensors       by sorted name: xxh3-128 of the tensor's bytes, in hexadecimal
     digest        xxh3-128 of this document without this entry, keys sorted, no spaces
 
 They find damage, not forgery. The weights alone cannot tell a scale or a norm from one whose lowest bits were flipped.
@@ -20,7 +20,6 @@ import xxhash
 
 from glmq import __version__
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
-from glmq.checkpoint.reader import natural_key
 from glmq.errors import CheckpointError
 
 CHECKSUMS: Final = "glmq_checksums.json"
@@ -38,7 +37,7 @@ class Checksums:
 
 def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
     """Write the file; the same checksums give the same bytes."""
-    ordered = {name: tensors[name] for name in sorted(tensors, key=natural_key)}
+    ordered = {name: tensors[name] for name in sorted(tensors)}
     document: JsonObject = {"schema": SCHEMA, "glmq": __version__, "tensors": ordered}
     write_json(folder / CHECKSUMS, {**document, "digest": _digest(document)}, indent=1)
 

@@ -8,15 +8,15 @@ from glmq import __version__
 from glmq.checkpoint.checksums import CHECKSUMS, read_checksums, write_checksums
 from glmq.errors import CheckpointError
 
-TENSORS = {"layers.10.weight": "0" * 32, "layers.9.weight": "1" * 32}
+TENSORS = {"layers.9.weight": "1" * 32, "layers.10.weight": "0" * 32}
 
 
-def test_checksums_are_written_in_natural_order_with_their_own_digest(tmp_path: Path) -> None:
+def test_checksums_are_written_by_sorted_name_with_their_own_digest(tmp_path: Path) -> None:
     write_checksums(tmp_path, TENSORS)
     text = (tmp_path / CHECKSUMS).read_text()
     document = {"schema": "glmq.checksums/1", "glmq": __version__, "tensors": TENSORS}
     digest = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
-    ordered = {name: TENSORS[name] for name in ("layers.9.weight", "layers.10.weight")}
+    ordered = {name: TENSORS[name] for name in ("layers.10.weight", "layers.9.weight")}
     assert text == json.dumps({**document, "tensors": ordered, "digest": digest}, indent=1) + "\n"
     assert (tmp_path / CHECKSUMS).stat().st_mode & 0o777 == 0o640
     found = read_checksums(tmp_path)
