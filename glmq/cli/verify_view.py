@@ -46,9 +46,10 @@ def _show_findings(found: Verification, *, verbose: bool) -> None:
 def _show_linears(found: Verification, *, verbose: bool) -> None:
     behaviours = found.behaviours
     arithmetic = {linear.name: linear for linear in found.linears}
+    distances = {linear.name: linear.against.relative_l2 for linear in found.linears if linear.against is not None}
     names = sorted(
         arithmetic.keys() | behaviours.keys(),
-        key=lambda name: (-behaviours[name].error if name in behaviours else 0, name),
+        key=lambda name: (-behaviours[name].error if name in behaviours else 0, -distances.get(name, 0), name),
     )
     if not names:
         return

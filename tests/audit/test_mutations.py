@@ -612,7 +612,10 @@ def test_lost_or_altered_checksums_are_a_warning_and_prove_nothing(
     assert message in finding.message
 
 
-def test_the_portable_form_keeps_the_checksums_and_gives_them_back(good: Good, tmp_path: Path) -> None:
+def test_only_the_portable_form_of_one_rank_keeps_the_checksums_and_gives_them_back(good: Good, tmp_path: Path) -> None:
+    kept = [path.relative_to(good.source.parent) for path in good.source.parent.glob(f"*/**/{CHECKSUMS}")]
+    folders = [*OPTIONS, "portable/glmq_source"]
+    assert sorted(map(str, kept)) == sorted(f"{folder}/{CHECKSUMS}" for folder in folders)
     glmq("compress", "--decompress", "--model_path", good.folders["portable"], "--save_directory", tmp_path / "back")
     assert (tmp_path / "back" / CHECKSUMS).read_bytes() == (good.folders["w8a8s"] / CHECKSUMS).read_bytes()
     assert findings(tmp_path / "back", good, "w8a8s") == []

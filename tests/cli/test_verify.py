@@ -1,6 +1,7 @@
 """`glmq verify` as a user runs it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ def test_files_alone_need_no_reference(tiny_seed: Path) -> None:
     assert (
         "not checked: the float weights (--reference); behaviour (--calib-images or --cases, with --reference)" in shown
     )
+
+
+def test_without_behaviour_the_worst_weights_come_first(tiny: Path, tiny_seed: Path) -> None:
+    shown = glmq("verify", tiny_seed, "--reference", tiny).stdout
+    errors = [float(found[1]) for found in re.finditer(r"^ layers\S+ +([\d.]+)%", shown, re.MULTILINE)]
+    assert len(errors) == 24
+    assert errors == sorted(errors, reverse=True)
 
 
 def test_a_checkpoint_without_checksums_is_said_to_be_unproven(copy: Path) -> None:
