@@ -78,6 +78,8 @@ class LinearReport:
     """How that range was chosen: `min-max` or `histogram`; empty for dynamic types."""
     clipped_share: float
     """Share of calibration input values outside that range."""
+    bias_shift: int
+    """Largest change that bias correction made to an entry of quant_bias; 0 without it."""
     smoothing: str
     """How the input channels were scaled, e.g. `m2 (threshold 3.1, 12 channels)`, or `none`."""
     seconds: float

@@ -15,15 +15,16 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from glmq.audit.files import row_of
 from glmq.audit.scaling import UNSCALED, Scaling
-from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, count_bytes, row_ranges, run_ahead
+from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges, run_ahead
 from glmq.checkpoint.ascend import decode_deq_scale
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.model.glm4v import Group
 from glmq.numerics.int8_linear import INT32_LIMIT
-from glmq.numerics.metrics import entropy_bits
+from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.records import Finding
 
 ARITHMETIC_CHECK: Final = 30
@@ -167,11 +168,7 @@ def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonVal
         numbers: of one linear.
         report: contents of glmq_report.json.
     """
-    linears = report.get("linears")
-    rows = [row for row in linears if isinstance(row, Mapping)] if isinstance(linears, list) else []
-    row = next((row for row in rows if row.get("name") == numbers.name), None)
-    if row is None:
-        return
+    row = row_of(report, numbers.name)
     for key, found in (
         ("entropy_bits", numbers.entropy_bits),
         ("zero_share", numbers.zero_share),
@@ -244,7 +241,7 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, sca
     reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]
     for start, q, original in run_ahead(reads, 1):
         cut = slice(start, start + q.shape[0])
-        counts += count_bytes(q)
+        counts += count_int8(q)
         positive[cut] = q.clamp_min(0).sum(1, dtype=torch.int64)
         negative[cut] = q.clamp_max(0).sum(1, dtype=torch.int64)
         if distance is None or original is None or source is None:

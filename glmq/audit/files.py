@@ -39,6 +39,8 @@ NEEDED_FILES: Final = (
 )
 """Without these the engine cannot build its processor."""
 
+REPORT: Final = "glmq_report.json"
+
 _LEGAL_PATH: Final = re.compile(r"[0-9A-Za-z_./-]*")
 _MAX_PATH: Final = 4096
 _MAX_ENTRIES: Final = 1024
@@ -289,3 +291,19 @@ def check_modes(directory: Path) -> Iterator[Finding]:
             yield Finding(
                 19, "error", "", f"{path.name!r}: the engine refuses such a name; use letters, digits, _ . - only"
             )
+
+
+def read_report(directory: Path) -> JsonObject:
+    """glmq_report.json, empty where there is none that can be read."""
+    path = directory / REPORT
+    try:
+        return read_json_object(path) if path.is_file() else {}
+    except CheckpointError:
+        return {}
+
+
+def row_of(report: Mapping[str, JsonValue], linear: str) -> Mapping[str, JsonValue]:
+    """What glmq_report.json says about a linear, empty where it says nothing."""
+    linears = report.get("linears")
+    rows = [row for row in linears if isinstance(row, Mapping)] if isinstance(linears, list) else []
+    return next((row for row in rows if row.get("name") == linear), {})

@@ -246,7 +246,8 @@ def verification_page(found: Verification) -> str:
                     "NLL of answers", f"{predictions.nll_candidate:.4f}", note=f"float {predictions.nll_float:.4f} nats"
                 )
             )
-    sections = [cards(*top), section("Findings", _findings_table(found))]
+    note = f"Not checked: {'; '.join(found.not_checked)}." if found.not_checked else ""
+    sections = [cards(*top), section("Findings", _findings_table(found), note=note)]
     behaviours = list(found.behaviours.values())
     if found.blocks:
         errors_built = [block.error for block in found.blocks]

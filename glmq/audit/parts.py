@@ -14,8 +14,8 @@ from typing import Final
 
 import numpy as np
 import torch
-import xxhash
 
+from glmq.audit.checksums import checksum_of
 from glmq.audit.folder import Folder, Kind, StoredTensor
 from glmq.checkpoint.description import find_descriptions
 from glmq.checkpoint.header import read_header
@@ -99,7 +99,7 @@ def _check_part_bytes(directory: Path, part: PartRecord) -> Iterator[Finding]:
             where = f"{part.file}: {name}"
             if name in part.matrices:
                 yield from _check_blob(checkpoint, name, where, part.matrices[name])
-            if _digest(checkpoint, name) != digest:
+            if checksum_of(checkpoint, name) != digest:
                 yield Finding(MANIFEST_CHECK, "error", where, f"is altered, its checksum is not the one in {MANIFEST}")
 
 
@@ -111,10 +111,6 @@ def _check_blob(checkpoint: Checkpoint, name: str, where: str, shape: tuple[int,
         return
     if found != shape:
         yield Finding(MANIFEST_CHECK, "error", where, f"holds a matrix of {found}, {MANIFEST} says {shape}")
-
-
-def _digest(checkpoint: Checkpoint, name: str) -> str:
-    return xxhash.xxh3_128_hexdigest(raw_bytes(checkpoint.read(name)))
 
 
 def check_parts(folder: Folder, source_dir: Path | None) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from glmq.audit.engines import Target, describe_engines
 from glmq.audit.folder import Folder
 from glmq.audit.inspect import TensorRow, describe_folder, tensor_rows, totals_by_part, totals_by_type
+from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.records import Finding
 
@@ -78,6 +79,8 @@ class Verification:
     reference: Path | None
     what: str
     """The candidate in one line."""
+    has_checksums: bool
+    """A file beside the weights knows every stored bit: glmq_checksums.json, or the manifest of a compressed folder."""
     findings: Sequence[Finding]
     linears: Sequence[LinearArithmetic]
     blocks: Sequence[BlockBehaviour]
@@ -91,6 +94,15 @@ class Verification:
     def passed(self) -> bool:
         """No error; warnings may be there."""
         return not any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def not_checked(self) -> list[str]:
+        """What was left out, and in brackets what it needs."""
+        left = [] if self.has_checksums else [f"single bits (no {CHECKSUMS} was written)"]
+        left += ["the float weights (--reference)"] if self.reference is None else []
+        if self.predictions is None and self.linears:
+            left.append("behaviour (--calib-images or --cases, with --reference)")
+        return left
 
     @property
     def behaviours(self) -> dict[str, LinearBehaviour]:
@@ -224,6 +236,7 @@ def verification_document(found: Verification) -> JsonObject:
         "passed": found.passed,
         "errors": sum(f.severity == "error" for f in found.findings),
         "warnings": sum(f.severity == "warning" for f in found.findings),
+        "not_checked": found.not_checked,
         "counts": counts,
         "findings": [to_json(finding) for finding in found.findings],
         "linears": [to_json(linear) for linear in found.linears],

@@ -22,10 +22,13 @@ from glmq.audit.files import (
     check_side_files,
     check_weight_files,
     is_mindie,
+    read_report,
+    row_of,
     run_dtype,
 )
 from glmq.audit.linears import SUFFIXES, Subject, check_linear
 from glmq.audit.scaling import UNSCALED, Scaling, find_scalings
+from glmq.audit.weights import pieces_of
 from glmq.checkpoint.description import Description, vllm_aliases
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
@@ -38,7 +41,6 @@ BIASED_NORMS: Final = (".input_layernorm", ".post_attention_layernorm")
 """The norms whose bias every engine adds; elsewhere a bias is ignored."""
 
 _CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
-_BYTES_AT_ONCE: Final = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +98,20 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         yield from _check_norms(case)
         scalings = {} if source is None else find_scalings(source, checkpoint, _groups(config))
         yield from _check_floats(case, scalings)
+        report = read_report(candidate)
         for name, kind in linears.items():
+            shift = row_of(report, name).get("bias_shift")
             yield from check_linear(
                 Subject(
-                    name,
-                    kind,
-                    checkpoint,
-                    source,
-                    case.dtype,
-                    case.is_mindie,
-                    description.group_size,
-                    scalings.get(name, UNSCALED),
+                    name=name,
+                    kind=kind,
+                    checkpoint=checkpoint,
+                    source=source,
+                    dtype=case.dtype,
+                    is_mindie=case.is_mindie,
+                    group_size=description.group_size,
+                    scaling=scalings.get(name, UNSCALED),
+                    bias_shift=shift if isinstance(shift, int) else 0,
                 )
             )
 
@@ -236,7 +241,7 @@ def _check_pieces(case: _Case, name: str, *, may_differ: bool = False, rows: Ten
     if source is not None and source[name].shape != case.checkpoint[name].shape:
         return  # reported with the shapes
     bad = different = 0
-    for start, piece in _pieces(case.checkpoint, name):
+    for start, piece in pieces_of(case.checkpoint, name):
         bad += int((~piece.isfinite()).sum())
         if source is not None:
             whole = not piece.shape
@@ -247,14 +252,3 @@ def _check_pieces(case: _Case, name: str, *, may_differ: bool = False, rows: Ten
         yield Finding(10, "error", name, f"holds {bad} NaN or infinite values")
     elif different:
         yield Finding(6, "error", name, f"differs from the source, cast to its dtype, in {different} values")
-
-
-def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of a tensor, some 64 MB at a time; a scalar as it is."""
-    info = checkpoint[name]
-    if not info.shape:
-        yield 0, checkpoint.read(name)
-        return
-    height = max(1, _BYTES_AT_ONCE * info.shape[0] // max(info.nbytes, 1))
-    for start in range(0, info.shape[0], height):
-        yield start, checkpoint.read_rows(name, start, min(start + height, info.shape[0]))

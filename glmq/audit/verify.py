@@ -9,13 +9,14 @@ from typing import Final
 
 from glmq.audit.arithmetic import LinearArithmetic, check_shifts, judge_against_report, judge_linear, measure_linears
 from glmq.audit.behaviour import BlockBehaviour
+from glmq.audit.checksums import CHECKSUMS_CHECK, check_checksums
 from glmq.audit.engines import Target, check_target
+from glmq.audit.files import read_report
 from glmq.audit.folder import Kind, scan_folder
 from glmq.audit.parts import check_manifest, check_parts, check_portable, is_compressed
 from glmq.audit.predictions import Predictions
 from glmq.audit.scaling import find_scalings
 from glmq.audit.structure import check_structure
-from glmq.checkpoint.json_file import JsonObject, read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, GlmqError
 from glmq.model.config import ModelConfig, read_config
@@ -23,7 +24,6 @@ from glmq.model.glm4v import all_blocks
 from glmq.records import Finding
 
 BEHAVIOUR_CHECK: Final = 31
-REPORT: Final = "glmq_report.json"
 
 CHECKS: Final[Mapping[int, str]] = {
     1: "one description file",
@@ -58,6 +58,7 @@ CHECKS: Final[Mapping[int, str]] = {
     31: "behaviour",
     32: "integers as glmq_report.json says",
     33: "bytes as glmq_manifest.json says",
+    CHECKSUMS_CHECK: "bytes as glmq_checksums.json says",
 }
 """What the number of a finding stands for."""
 
@@ -116,12 +117,13 @@ def verify_files(
 def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Finding | LinearArithmetic]:
     config = usable_config(candidate, source)
     groups = [] if config is None else [group for block in all_blocks(config) for group in block.groups]
-    report = _read_report(candidate)
+    report = read_report(candidate)
     try:
         checkpoint = Checkpoint.open(candidate)
     except CheckpointError:  # the structure's findings say why
         return
     with checkpoint:
+        yield from check_checksums(checkpoint, report)
         if source is not None:
             yield from check_shifts(checkpoint, groups)
         scalings = {} if source is None else find_scalings(source, checkpoint, groups)
@@ -146,15 +148,6 @@ def usable_config(candidate: Path, source: Checkpoint | None) -> ModelConfig | N
         except GlmqError:
             continue
     return None
-
-
-def _read_report(candidate: Path) -> JsonObject:
-    """glmq_report.json, empty where there is none that can be read."""
-    path = candidate / REPORT
-    try:
-        return read_json_object(path) if path.is_file() else {}
-    except CheckpointError:
-        return {}
 
 
 def judge_block(block: BlockBehaviour, limits: Limits, *, is_fp16: bool) -> Iterator[Finding]:

@@ -18,6 +18,8 @@ PIECE_ELEMENTS: Final = 2**20
 """Elements that are read at a time."""
 CACHE_ELEMENTS: Final = 2**17
 """Elements that are computed with at a time: a few float32 arrays of them fit into the processor's cache."""
+BYTES_AT_ONCE: Final = 64 * 2**20
+"""Bytes of a tensor that are read at a time where little is computed with them."""
 _T = TypeVar("_T")
 
 
@@ -86,24 +88,21 @@ class StoredMatrix:
         return list(row_ranges(0, self.rows, self.cols, PIECE_ELEMENTS))
 
 
+def pieces_of(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
+    """(first row, rows) of a tensor, some 64 MB at a time; a scalar as it is."""
+    info = checkpoint[name]
+    if not info.shape:
+        yield 0, checkpoint.read(name)
+        return
+    height = max(1, BYTES_AT_ONCE * info.shape[0] // max(info.nbytes, 1))
+    for start in range(0, info.shape[0], height):
+        yield start, checkpoint.read_rows(name, start, min(start + height, info.shape[0]))
+
+
 def row_ranges(start: int, stop: int, cols: int, elements: int) -> Iterator[tuple[int, int]]:
     """Cuts of the rows start..stop of about that many elements each; their borders are an even number of rows apart."""
     height = max(2, elements // max(1, cols) // 2 * 2)
     return ((row, min(row + height, stop)) for row in range(start, stop, height))
-
-
-def count_bytes(q: Tensor) -> Tensor:
-    """How often each int8 value occurs, as `count_int8`, but two values at a time: int64 [256], entry i counts i - 128."""
-    flat = q.reshape(-1)
-    even = flat[: flat.numel() // 2 * 2].view(torch.int16)  # any two neighbours as one code
-    pairs = torch.zeros(2**16, dtype=torch.int64)
-    for part in even.split(PIECE_ELEMENTS):
-        pairs += torch.bincount(part.int() + 2**15, minlength=2**16)
-    square = pairs.roll(-(2**15)).reshape(256, 256)  # entry [high, low] of the unsigned code
-    counts = (square.sum(0) + square.sum(1)).roll(128)  # from unsigned to signed order
-    if flat.numel() % 2:
-        counts[int(flat[-1]) + 128] += 1
-    return counts
 
 
 def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Tensor | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
 from glmq.checkpoint.reader import INDEX_SUFFIX
 from glmq.checkpoint.writer import make_directory
@@ -80,7 +81,7 @@ def list_side_files(source_dir: Path) -> list[str]:
     """Names of the small files that belong into any checkpoint made from `source_dir`, sorted.
 
     JSON, Python, chat template, text and tokenizer-model files and licences; not config.json (which is edited), not an
-    index or a description (which belong to other weights), nothing hidden, nothing above 100 MB.
+    index, a description or checksums (which belong to other weights), nothing hidden, nothing above 100 MB.
     """
     names = {path.name for pattern in _PATTERNS for path in source_dir.glob(pattern)}
     return sorted(name for name in names if _is_side_file(source_dir / name))
@@ -89,7 +90,7 @@ def list_side_files(source_dir: Path) -> list[str]:
 def _is_side_file(path: Path) -> bool:
     excluded = (
         path.name.startswith(".")
-        or path.name == "config.json"
+        or path.name in ("config.json", CHECKSUMS)
         or path.name.endswith((INDEX_SUFFIX, ".bin.index.json"))
         or path.name.startswith("quant_model_description")
     )

@@ -11,13 +11,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 import torch
+import xxhash
 from torch import Tensor
 
 from glmq.checkpoint.header import DTYPE_BYTES, MAX_HEADER_BYTES, TensorInfo
@@ -184,8 +185,10 @@ class ShardWriter:
         self.directory: Final = directory
         self._keep_partial = keep_partial
         self._places = {info.name: (file, info) for file in plan.files for info in file.tensors}
-        self._written: set[str] = set()
+        self.checksums: Final[dict[str, str]] = {}
+        """xxh3-128 of the stored bytes of each tensor that is written, in hexadecimal."""
         self._next_row: dict[str, int] = {}
+        self._hashes: dict[str, xxhash.xxh3_128] = {}
         self._handles: dict[str, int] = {}
         self._renamed: list[PlannedFile] = []
         self._is_finished = False
@@ -214,8 +217,9 @@ class ShardWriter:
                 f"tensor {name!r} was planned as {info.dtype} {info.shape}, "
                 f"but {dtype_code(tensor.dtype)} {tuple(tensor.shape)} was to be written; this is a bug in the caller"
             )
-        self._write_at(file, _bytes_of(tensor), info.start)
-        self._written.add(name)
+        data = _bytes_of(tensor)
+        self._write_at(file, data, info.start)
+        self.checksums[name] = xxhash.xxh3_128_hexdigest(data)
 
     def write_rows(self, name: str, start: int, rows: Tensor) -> None:
         """Write rows of dimension 0 from `start` on; parts come in order and together make the whole tensor.
@@ -235,21 +239,24 @@ class ShardWriter:
                 "this is a bug in the caller"
             )
         row_bytes = math.prod(row_shape) * DTYPE_BYTES[info.dtype]
-        self._write_at(file, _bytes_of(rows), info.start + start * row_bytes)
+        data = _bytes_of(rows)
+        self._write_at(file, data, info.start + start * row_bytes)
         self._next_row[name] = start + rows.shape[0]
+        digest = self._hashes.setdefault(name, xxhash.xxh3_128())
+        digest.update(data)
         if self._next_row[name] == total:
-            self._written.add(name)
+            self.checksums[name] = self._hashes.pop(name).hexdigest()
 
     def sync(self) -> None:
         """Wait until everything written so far is on the disk."""
         for handle in self._handles.values():
             os.fsync(handle)
 
-    def mark_written(self, names: Iterable[str]) -> None:
-        """Count tensors that an earlier run wrote into the partial files as written."""
-        for name in names:
+    def mark_written(self, checksums: Mapping[str, str]) -> None:
+        """Count tensors that an earlier run wrote into the partial files, with these checksums, as written."""
+        for name, checksum in checksums.items():
             self._place(name)
-            self._written.add(name)
+            self.checksums[name] = checksum
 
     def finish(self) -> None:
         """Give the files their final names, then write the index if parts were asked for.
@@ -257,7 +264,7 @@ class ShardWriter:
         Raises:
             CheckpointError: a planned tensor was not written.
         """
-        missing = [name for name in self._places if name not in self._written]
+        missing = [name for name in self._places if name not in self.checksums]
         if missing:
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} of {len(self._places)} planned tensors were not written, "
@@ -298,7 +305,7 @@ class ShardWriter:
     def _place(self, name: str) -> tuple[PlannedFile, TensorInfo]:
         if name not in self._places:
             raise CheckpointError(f"tensor {name!r} is not in the plan; this is a bug in the caller")
-        if name in self._written:
+        if name in self.checksums:
             raise CheckpointError(f"tensor {name!r} was already written; this is a bug in the caller")
         return self._places[name]
 

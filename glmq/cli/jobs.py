@@ -25,6 +25,7 @@ from glmq.calibrate.samples import (
 )
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter
 from glmq.calibrate.stream import calibrate_checkpoint
+from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
@@ -154,7 +155,7 @@ def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quie
         ):
             result = _quantize(source, config, recipe, plan, statistics, job, folder.path, group, times, quiet=quiet)
             folder.finish()
-    return result if place.is_first else None
+    return result
 
 
 def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
@@ -418,7 +419,8 @@ def _quantize(
     times: list[PassTime],
     *,
     quiet: bool,
-) -> QuantizationResult:
+) -> QuantizationResult | None:
+    """Quantize into `folder`. The result is rank 0's."""
     settings = {
         "model": source.fingerprint(),
         "samples": statistics.samples_digest,
@@ -440,11 +442,13 @@ def _quantize(
             progress.advance(block.done)
     times.append(progress.time())
     parts = bytes_by_part(source, plan.shards)
-    document = report_document(reports, parts, recipe, statistics.samples_digest)
+    result = None
     if group.place.is_first:
+        document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder).digest)
         write_report(folder, document, reports)
+        result = QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, tuple(times))
     work.journal.remove()
-    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, tuple(times))
+    return result
 
 
 def _spread_bits(

@@ -24,8 +24,10 @@ from glmq.audit.verify import (
     verify_files,
 )
 from glmq.calibrate.samples import Sample, list_images, open_image, read_samples
+from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
 from glmq.cli.render import BlockProgress
+from glmq.compress.manifest import MANIFEST
 from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.records import Finding
@@ -82,6 +84,7 @@ def verify_folder(
         candidate=candidate,
         reference=reference,
         what=describe_folder(folder),
+        has_checksums=any((candidate / name).is_file() for name in (CHECKSUMS, MANIFEST)),
         findings=findings,
         linears=linears,
         blocks=blocks,

@@ -46,9 +46,10 @@ def _show_findings(found: Verification, *, verbose: bool) -> None:
 def _show_linears(found: Verification, *, verbose: bool) -> None:
     behaviours = found.behaviours
     arithmetic = {linear.name: linear for linear in found.linears}
+    distances = {linear.name: linear.against.relative_l2 for linear in found.linears if linear.against is not None}
     names = sorted(
         arithmetic.keys() | behaviours.keys(),
-        key=lambda name: (-behaviours[name].error if name in behaviours else 0, name),
+        key=lambda name: (-behaviours[name].error if name in behaviours else 0, -distances.get(name, 0), name),
     )
     if not names:
         return
@@ -128,10 +129,8 @@ def _show_verdict(found: Verification, *, quiet: bool) -> None:
         stdout.print(Text(f"!! failed: {errors} errors, {warnings} warnings in {checked}", style="bold red"))
     if quiet:
         return
-    if found.predictions is None and found.reference is None:
-        stdout.print("not checked: the float weights (--reference) and behaviour (--calib-images or --cases with it)")
-    elif found.predictions is None and found.linears:
-        stdout.print("not checked: behaviour (--calib-images or --cases)")
+    if found.not_checked:
+        stdout.print(f"not checked: {'; '.join(found.not_checked)}", soft_wrap=True)
 
 
 def _nats(value: float | None) -> str:

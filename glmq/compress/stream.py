@@ -34,7 +34,6 @@ from typing import Final, TypeAlias
 import numpy as np
 import psutil
 import torch
-import xxhash
 from numpy.typing import NDArray
 
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, write_description
@@ -44,7 +43,7 @@ from glmq.checkpoint.sidecar import copy_side_files, edit_config, list_side_file
 from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, make_directory, plan_shards
 from glmq.compress.layouts import Layout, part_types, rank_tensors, vllm_types
 from glmq.compress.manifest import CodecKind, Manifest, PartRecord, digest_of, record_files, write_manifest
-from glmq.compress.shard import RankTensor, check_world, raw_bytes, read_matrix, read_pieces
+from glmq.compress.shard import RankTensor, check_world, read_matrix, read_pieces
 from glmq.compress.source import Source
 from glmq.compress.weight_codec import BLOB_SUFFIX, Codec, Compressed
 from glmq.errors import UsageError
@@ -186,25 +185,22 @@ def compress_checkpoint(
             yield linear
         specs = [spec for tensor in tensors for spec in _stored_specs(tensor, compressed)]
         plan = plan_shards(specs, stem, None)
-        digests: dict[str, str] = {}
         with ShardWriter(plan, directory) as sink:
             for tensor in tensors:
-                name, digest, at = tensor.spec.name, xxhash.xxh3_128(), 0
+                name, at = tensor.spec.name, 0
                 if tensor.is_matrix:
-                    digests |= _write_stored(sink, name, compressed[name])
+                    _write_stored(sink, name, compressed[name])
                     continue
                 for piece in read_pieces(source.checkpoint, tensor):
                     sink.write_rows(name, at, piece)
-                    digest.update(raw_bytes(piece))
                     at += piece.shape[0]
                     yield Step(name, rank, piece.nbytes, resident_bytes())
-                digests[name] = digest.hexdigest()
         shutil.rmtree(work)
         if codec.kind is CodecKind.ASCEND and layout is Layout.MINDIE:
             linears = [name.removesuffix(".weight") for name in compressed]
             describe_part(directory, [spec.name for spec in specs], linears, QuantType.W8A8SC)
         matrices = _blob_shapes(tensors, compressed) if codec.kind is CodecKind.PORTABLE else {}
-        yield _part_written(folder, directory, rank, plan, digests, matrices, tensors, compressed)
+        yield _part_written(folder, directory, rank, plan, sink.checksums, matrices, tensors, compressed)
 
 
 def describe_part(directory: Path, names: Sequence[str], linears: Sequence[str], kind: QuantType) -> None:
@@ -319,15 +315,12 @@ def _stored_specs(tensor: RankTensor, compressed: Mapping[str, Compressed]) -> l
     return [item.spec(linear) for item in compressed[tensor.spec.name].tensors]
 
 
-def _write_stored(sink: ShardWriter, name: str, compressed: Compressed) -> dict[str, str]:
-    """Write a compressed weight from its files, which are deleted; returns the digests of its tensors."""
-    digests: dict[str, str] = {}
+def _write_stored(sink: ShardWriter, name: str, compressed: Compressed) -> None:
+    """Write a compressed weight from its files, which are deleted."""
     for item in compressed.tensors:
         spec, content = item.spec(name.removesuffix(".weight")), np.fromfile(item.path, dtype=np.uint8)
         sink.write(spec.name, torch.from_numpy(content).view(torch_dtype(spec.dtype)).reshape(spec.shape))
-        digests[spec.name] = xxhash.xxh3_128_hexdigest(content.data)
         item.path.unlink()
-    return digests
 
 
 def _blob_shapes(tensors: Sequence[RankTensor], compressed: Mapping[str, Compressed]) -> dict[str, tuple[int, int]]:

@@ -352,7 +352,9 @@ def _report(
         )
     sample = stats.sample if group.scales is None else stats.sample / group.scales
     low = high = clipped = 0.0
+    shift = 0
     if result.activation is not None:
+        shift = _bias_shift(result) if scheme.bias_correction else 0
         low, high = affine.covered_range(result.activation)
         reach = result.activation.scale / 2  # a value half a step outside still rounds to the last integer
         clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach)
@@ -377,9 +379,19 @@ def _report(
         input_high=high,
         input_range=group.input_range,
         clipped_share=clipped,
+        bias_shift=shift,
         smoothing=group.label,
         seconds=seconds,
     )
+
+
+def _bias_shift(result: QuantizedLinear) -> int:
+    """How far the farthest entry of quant_bias is from the one that the bias and the offset alone would give."""
+    assert result.activation is not None
+    assert result.quant_bias is not None
+    assert result.deq_scale is not None
+    plain = fold_bias(result.weight, result.bias, result.deq_scale, result.activation.offset)
+    return int((result.quant_bias.long() - plain.long()).abs().max())
 
 
 def _steps_of(result: QuantizedLinear, rows: slice, group_size: int) -> Tensor:

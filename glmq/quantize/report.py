@@ -19,9 +19,17 @@ NAME: Final = "glmq_report"
 
 
 def report_document(
-    reports: Sequence[LinearReport], parts: Sequence[PartBytes], recipe: Recipe, samples_digest: str
+    reports: Sequence[LinearReport],
+    parts: Sequence[PartBytes],
+    recipe: Recipe,
+    samples_digest: str,
+    checksums_digest: str,
 ) -> JsonObject:
-    """The report as one JSON object."""
+    """The report as one JSON object.
+
+    Args:
+        checksums_digest: of glmq_checksums.json, so that a lost or replaced one is noticed.
+    """
     weight = recipe.scheme.weight
     return {
         "schema": SCHEMA,
@@ -33,6 +41,7 @@ def report_document(
         "smoothing": recipe.scheme.smoothing.value,
         "act_range": recipe.scheme.act_range.name.lower(),
         "samples_sha256": samples_digest,
+        "checksums": checksums_digest,
         "bytes": [{"part": p.part.value, "before": p.before, "after": p.after} for p in parts],
         "linears": [_row(report) for report in reports],
     }

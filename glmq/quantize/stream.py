@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glmq.calibrate.stats import Statistics
 from glmq.checkpoint.ascend import CODES, TORCH_DTYPES, encode_linear, encode_norm, linear_specs, norm_specs
+from glmq.checkpoint.checksums import write_checksums
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, vllm_aliases, write_description
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject, write_json
@@ -178,7 +179,7 @@ class QuantizationRun:
 def quantize_checkpoint(
     run: QuantizationRun, recipe: Recipe, plan: OutputPlan, folder: Path, *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
-    """Write the quantized checkpoint into `folder`: weights, description, config.json, side files.
+    """Write the quantized checkpoint into `folder`: weights, their checksums, description, config.json, side files.
 
     Weights are read by range, one norm group at a time; float tensors are copied in pieces. Each finished block is
     journalled; blocks that the journal has already are not done again. Several ranks each write their blocks' tensors into
@@ -221,6 +222,7 @@ def quantize_checkpoint(
         else:
             sink.leave()
     if is_first:
+        write_checksums(folder, sink.checksums)
         _write_side_files(run.source, run.config, recipe, plan, folder)
     yield QuantizedBlock(_done("embeddings and side files", total - 1, total, time.perf_counter() - started, run), ())
 
@@ -363,14 +365,14 @@ class _Job:
 
     def take_payload(self, reports: Sequence[LinearReport]) -> JsonObject:
         """What a resumed run needs of the block that was just written."""
-        written, self._fresh = self._fresh, []
+        written, self._fresh = {name: self._sink.checksums[name] for name in self._fresh}, []
         return {"written": written, "reports": [report_row(r) for r in reports]}
 
     def restore(self, payload: JsonObject) -> list[LinearReport]:
         """Count a block as done, whoever did it; returns its reports."""
         written = payload["written"]
-        assert isinstance(written, list)
-        self._sink.mark_written(name for name in written if name not in self._written)
+        assert isinstance(written, dict)
+        self._sink.mark_written({name: written[name] for name in written if name not in self._written})
         self._written |= set(written)
         return _parse_reports(payload)
 

@@ -22,10 +22,9 @@ from glmq.audit.compare import (
     weight_histograms,
 )
 from glmq.audit.folder import scan_folder
-from glmq.audit.weights import StoredMatrix, count_bytes, run_ahead
+from glmq.audit.weights import StoredMatrix, run_ahead
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, UsageError
-from glmq.numerics.metrics import count_int8
 
 LAYER = "model.language_model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"
@@ -224,12 +223,6 @@ def test_without_a_config_norms_are_compared_as_they_are(small: Path, kinds: dic
     diff = diff_of(*folders, NORM)
     assert diff.undone is None
     assert diff.noise > 0
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 7, 1001])
-def test_bytes_are_counted_in_pairs_as_one_by_one(count: int) -> None:
-    q = torch.randint(-128, 128, (count,), generator=torch.Generator().manual_seed(count), dtype=torch.int8)
-    assert torch.equal(count_bytes(q), count_int8(q))
 
 
 def test_a_stored_matrix_refuses_what_is_no_matrix(small: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmq.audit.arithmetic import LinearArithmetic
+from glmq.audit.checksums import CHECKSUMS_CHECK, check_checksums, checksum_of
+from glmq.audit.files import row_of
 from glmq.audit.verify import verify_files
+from glmq.checkpoint.checksums import CHECKSUMS, write_checksums
+from glmq.checkpoint.header import read_header
+from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.reader import Checkpoint
+from glmq.quantize.recipe import Options, Recipe, make_recipe
 from glmq.records import Finding
 
 Tensors = dict[str, Tensor]
@@ -477,7 +487,138 @@ def test_each_damage_is_found_and_named(
     found = findings(folder, good, label)
     own = [f"{finding.tensor} {finding.message}" for finding in found if finding.check == check]
     assert any(named in sentence for sentence in own), found
-    assert any(finding.severity == "error" for finding in found)
+    # Checksums find every damage to a tensor; the other checks must find these without them.
+    assert any(finding.severity == "error" and finding.check != CHECKSUMS_CHECK for finding in found)
+
+
+UNCOMPRESSED = [label for label in OPTIONS if label != "sharded"]  # the tensors of w8a8 in other files
+BIT_SAMPLES = re.compile(
+    rf"({re.escape(LAYER)}\.self_attn\.[qo]_proj|{re.escape(NORM)}|{re.escape(GATE_UP)})\.|lm_head|embed_tokens"
+    r"|mlp\.down_proj\.weight|visual\.(blocks\.0\.(norm1|attn\.qkv)|patch_embed|merger\.post)"
+)
+
+
+def flip_stored_bit(folder: Path, bit: int, names: re.Pattern[str]) -> list[str]:
+    """Flip that bit of one element of each tensor whose dtype has it, in place; returns the tensors' names."""
+    flipped = []
+    for path in sorted(folder.glob("*.safetensors")):
+        content = bytearray(path.read_bytes())
+        for name, info in read_header(path).tensors.items():
+            count = math.prod(info.shape)
+            width = 8 * info.nbytes // max(1, count)
+            if names.search(name) and bit < width:
+                element = zlib.crc32(f"{name} {bit}".encode()) % count
+                content[info.start + (element * width + bit) // 8] ^= 1 << bit % 8
+                flipped.append(name)
+        path.write_bytes(content)
+    return sorted(flipped)
+
+
+@pytest.mark.parametrize("label", UNCOMPRESSED)
+def test_one_flipped_bit_of_any_tensor_at_any_position_is_found_and_named(
+    good: Good, tmp_path: Path, label: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(good.folders[label], folder)
+    report = read_json_object(folder / "glmq_report.json")
+    suffixes = set()
+    for bit in range(64):
+        flipped = flip_stored_bit(folder, bit, BIT_SAMPLES)
+        with Checkpoint.open(folder) as checkpoint:
+            found = list(check_checksums(checkpoint, report))
+        assert sorted(finding.tensor for finding in found) == flipped
+        assert all("its bytes were changed since it was written" in finding.message for finding in found)
+        assert flip_stored_bit(folder, bit, BIT_SAMPLES) == flipped  # back again
+        suffixes |= {name.rpartition(".")[2] for name in flipped}
+    static, steps = {"input_scale", "input_offset", "quant_bias", "deq_scale"}, {"weight_scale", "weight_offset"}
+    second = {"weight_scale_second", "weight_offset_second", "scale_bias"}
+    own = {"w8a8s": static, "dynamic": steps, "w4a8": steps | second}.get(label, static | steps)
+    assert suffixes == {"weight", "bias"} | own
+
+
+@pytest.mark.parametrize("label", UNCOMPRESSED)
+def test_the_lowest_bit_of_every_single_tensor_is_found_by_verify(good: Good, tmp_path: Path, label: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(good.folders[label], folder)
+    flipped = flip_stored_bit(folder, 0, re.compile(""))
+    found = [finding for finding in findings(folder, good, label) if finding.check == CHECKSUMS_CHECK]
+    assert sorted(finding.tensor for finding in found) == flipped
+    assert all(finding.severity == "error" for finding in found)
+
+
+def retouch(folder: Path) -> None:
+    """Change a tensor and its checksum alike, as one does who rewrites the file."""
+    edit_tensors(folder, lambda found: found[f"{O}.quant_bias"].__setitem__(0, found[f"{O}.quant_bias"][0] + 1))
+    with Checkpoint.open(folder) as checkpoint:
+        write_checksums(folder, {name: checksum_of(checkpoint, name) for name in checkpoint})
+
+
+def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(
+    good: Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def corrected(options: Options) -> Recipe:
+        recipe = make_recipe(options)
+        return replace(recipe, scheme=replace(recipe.scheme, bias_correction=True))
+
+    monkeypatch.setattr("glmq.cli.jobs.make_recipe", corrected)
+    folder, stats = tmp_path / "corrected", good.source.parent / "stats"
+    glmq("quantize", "--model_path", good.source, "--stats", stats, "--save_directory", folder, *OPTIONS["w8a8s"])
+    assert findings(folder, good, "w8a8s") == []
+    report = read_json_object(folder / "glmq_report.json")
+    shift = row_of(report, f"{O}")["bias_shift"]
+    assert isinstance(shift, int)
+    assert shift > 1
+    (folder / CHECKSUMS).unlink()
+    put(f"{O}.quant_bias", lambda t: t.index_add(0, torch.tensor([5]), torch.tensor([3 * shift], dtype=torch.int32)))(
+        folder
+    )
+    damaged = [finding for finding in findings(folder, good, "w8a8s") if finding.check == 11]
+    assert [finding.tensor for finding in damaged] == [f"{O}.quant_bias"]
+    assert damaged[0].message.endswith(f"in row 5, glmq_report.json says that bias correction changed it by {shift}")
+
+
+def test_a_correction_that_the_report_does_not_know_is_found(good: Good, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(good.folders["w8a8s"], folder)
+
+    def say(report: dict) -> None:
+        for row in report["linears"]:
+            row["bias_shift"] = 7 * (row["name"] == K)
+
+    edit_json(folder / "glmq_report.json", say)
+    (finding,) = findings(folder, good, "w8a8s")
+    assert (finding.check, finding.tensor) == (11, f"{K}.quant_bias")
+    assert finding.message.endswith("glmq_report.json says that bias correction changed it by 7")
+
+
+# name -> (damage to a copy of the checkpoint, what the one warning says)
+UNPROVEN: dict[str, tuple[Damage, str]] = {
+    "lost": (remove(CHECKSUMS), "glmq_checksums.json is missing, glmq_report.json says it was written"),
+    "altered": (bytes_at(CHECKSUMS, 300), "its digest does not fit its contents; it was altered"),
+    "torn": (cut(CHECKSUMS, 40), "is not JSON"),
+    "replaced": (retouch, "it was replaced"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), UNPROVEN.values(), ids=UNPROVEN)
+def test_lost_or_altered_checksums_are_a_warning_and_prove_nothing(
+    good: Good, tmp_path: Path, damage: Damage, message: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(good.folders["w8a8s"], folder)
+    damage(folder)
+    (finding,) = findings(folder, good, "w8a8s")
+    assert (finding.check, finding.severity, finding.tensor) == (CHECKSUMS_CHECK, "warning", "")
+    assert message in finding.message
+
+
+def test_only_the_portable_form_of_one_rank_keeps_the_checksums_and_gives_them_back(good: Good, tmp_path: Path) -> None:
+    kept = [path.relative_to(good.source.parent) for path in good.source.parent.glob(f"*/**/{CHECKSUMS}")]
+    folders = [*OPTIONS, "portable/glmq_source"]
+    assert sorted(map(str, kept)) == sorted(f"{folder}/{CHECKSUMS}" for folder in folders)
+    glmq("compress", "--decompress", "--model_path", good.folders["portable"], "--save_directory", tmp_path / "back")
+    assert (tmp_path / "back" / CHECKSUMS).read_bytes() == (good.folders["w8a8s"] / CHECKSUMS).read_bytes()
+    assert findings(tmp_path / "back", good, "w8a8s") == []
 
 
 def test_there_are_more_than_a_hundred_damages_of_every_kind() -> None:

@@ -220,7 +220,7 @@ def test_pieces_of_a_tensor_are_judged_like_the_whole(
     good: dict[str, Path], source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linears, "_ELEMENTS_AT_ONCE", 700)
-    monkeypatch.setattr("glmq.audit.structure._BYTES_AT_ONCE", 700)
+    monkeypatch.setattr("glmq.audit.weights.BYTES_AT_ONCE", 700)
     assert [found(path, source) for path in good.values()] == [[]] * len(KINDS)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from helpers import tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -215,7 +216,7 @@ def write_nothing(sink: ShardWriter) -> None:
 
 
 def mark_unknown(sink: ShardWriter) -> None:
-    sink.mark_written(["x"])
+    sink.mark_written({"x": ""})
 
 
 BUG = "; this is a bug in the caller"
@@ -256,6 +257,19 @@ def test_a_header_that_readers_would_refuse_is_refused_at_the_plan(monkeypatch: 
     assert str(caught.value) == "m.safetensors: its header needs 88 bytes, readers stop at 80; use parts"
 
 
+def test_the_checksum_of_a_tensor_is_that_of_its_bytes_however_it_is_written(tmp_path: Path) -> None:
+    values = torch.arange(12, dtype=torch.int16).reshape(6, 2)
+    plan = plan_shards([TensorSpec(name, "I16", (6, 2)) for name in "ab"] + [TensorSpec("c", "I8", ())], "m", None)
+    with ShardWriter(plan, tmp_path) as sink:
+        sink.write_rows("b", 0, values[:1])
+        sink.write("a", values)
+        sink.write_rows("b", 1, values[1:])
+        assert list(sink.checksums) == ["a", "b"]
+        sink.write("c", torch.tensor(5, dtype=torch.int8))
+    whole = xxhash.xxh3_128_hexdigest(values.numpy().tobytes())
+    assert sink.checksums == {"a": whole, "b": whole, "c": xxhash.xxh3_128_hexdigest(b"\x05")}
+
+
 def test_partial_files_are_kept_on_request_and_resumed_to_the_same_bytes(tmp_path: Path) -> None:
     plan = plan_shards(specs_of(TENSORS), "m", 30)
     names = list(TENSORS)
@@ -263,12 +277,13 @@ def test_partial_files_are_kept_on_request_and_resumed_to_the_same_bytes(tmp_pat
         write_and_interrupt(plan, tmp_path / "a", {name: TENSORS[name] for name in names[:4]})
     assert {path.name for path in (tmp_path / "a").iterdir()} == {f".{file.name}.partial" for file in plan.files}
     with ShardWriter(plan, tmp_path / "a", resume=True) as sink:
-        sink.mark_written(names[:4])
+        sink.mark_written(dict.fromkeys(names[:4], "of the earlier run"))
         for name in names[4:]:
             sink.write(name, TENSORS[name])
-    with ShardWriter(plan, tmp_path / "b") as sink:
+    with ShardWriter(plan, tmp_path / "b") as other:
         for name in names:
-            sink.write(name, TENSORS[name])
+            other.write(name, TENSORS[name])
+    assert sink.checksums == dict.fromkeys(names[:4], "of the earlier run") | {n: other.checksums[n] for n in names[4:]}
     unbroken = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == unbroken
 
@@ -298,7 +313,7 @@ def test_a_run_killed_between_renames_is_resumed(tmp_path: Path) -> None:
     first = plan.files[0].name
     (tmp_path / f".{first}.partial").rename(tmp_path / first)
     with ShardWriter(plan, tmp_path, resume=True) as sink:
-        sink.mark_written(["a", "b"])
+        sink.mark_written({"a": "1", "b": "2"})
     assert load_file(tmp_path / first)["a"].tolist() == [1, 1]
     assert not list(tmp_path.glob(".*"))
 

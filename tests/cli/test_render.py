@@ -29,7 +29,7 @@ REPORT = LinearReport(
     name="model.language_model.layers.0.self_attn.q_proj", quant_type=QuantType.W8A8S, rows=64, cols=32, method="plain",
     step_min=0.25, step_max=0.5, entropy_bits=3.875, outlier_share=0.0625, zero_share=0.125, saturated=0,
     weight_error=0.0625, output_error=0.03125, sqnr_db=30.103, input_low=-2.5, input_high=3.25, input_range="histogram",
-    clipped_share=0.001, smoothing="none", seconds=0.5,
+    clipped_share=0.001, bias_shift=0, smoothing="none", seconds=0.5,
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """`glmq verify` as a user runs it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,34 @@ def test_json_has_findings_linears_blocks_and_predictions(tiny: Path, tiny_seed:
 def test_files_alone_need_no_reference(tiny_seed: Path) -> None:
     shown = glmq("verify", tiny_seed, "--target", "mindie").stdout
     assert "passed: nothing wrong with files and integers" in shown
-    assert "not checked: the float weights (--reference) and behaviour" in shown
+    assert (
+        "not checked: the float weights (--reference); behaviour (--calib-images or --cases, with --reference)" in shown
+    )
+
+
+def test_without_behaviour_the_worst_weights_come_first(tiny: Path, tiny_seed: Path) -> None:
+    shown = glmq("verify", tiny_seed, "--reference", tiny).stdout
+    errors = [float(found[1]) for found in re.finditer(r"^ layers\S+ +([\d.]+)%", shown, re.MULTILINE)]
+    assert len(errors) == 24
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_a_checkpoint_without_checksums_is_said_to_be_unproven(copy: Path) -> None:
+    for name in ("glmq_checksums.json", "glmq_report.json"):
+        (copy / name).unlink()
+    found = json.loads(glmq("verify", copy, "--json").stdout)
+    assert (found["passed"], found["warnings"]) == (True, 0)
+    assert found["not_checked"][0] == "single bits (no glmq_checksums.json was written)"
+
+
+def test_lost_checksums_are_a_warning(copy: Path) -> None:
+    (copy / "glmq_checksums.json").unlink()
+    shown = glmq("verify", copy).stdout
+    assert "passed: nothing wrong with files and integers, 1 warnings" in shown
+    assert (
+        "warning: glmq_checksums.json is missing, glmq_report.json says it was written; single bits cannot be proven"
+        in shown
+    )
 
 
 def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> None:
@@ -60,12 +88,17 @@ def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> 
     assert result.exit_code == 3
     assert "!! 18 tokenizer and processor files: 2 errors" in result.stdout
     assert "!! 11 quant_bias and scales recomputed: 1 errors" in result.stdout
-    assert "!! failed: 3 errors, 0 warnings in files and integers" in result.stdout
+    assert "!! 34 bytes as glmq_checksums.json says: 1 errors" in result.stdout
+    assert "!! failed: 4 errors, 0 warnings in files and integers" in result.stdout
     found = json.loads(run("verify", copy, "--reference", tiny, "--json").stdout)
-    assert found["counts"] == {"quant_bias and scales recomputed": 1, "tokenizer and processor files": 2}
+    assert found["counts"] == {
+        "quant_bias and scales recomputed": 1,
+        "tokenizer and processor files": 2,
+        "bytes as glmq_checksums.json says": 1,
+    }
     assert (
         run("verify", copy, "--reference", tiny, "-q").stdout
-        == "!! failed: 3 errors, 0 warnings in files and integers\n"
+        == "!! failed: 4 errors, 0 warnings in files and integers\n"
     )
 
 

@@ -34,6 +34,7 @@ REPORT = LinearReport(
     input_high=3.25,
     input_range="min-max",
     clipped_share=0.001,
+    bias_shift=3,
     smoothing="m2 (threshold 3.1, 12 channels)",
     seconds=0.5,
 )
@@ -42,14 +43,14 @@ PARTS = [PartBytes(Part.TEXT_LINEARS, 4096, 2048), PartBytes(Part.NORMS, 128, 38
 FIELDS = [
     "name", "quant_type", "rows", "cols", "method", "step_min", "step_max", "entropy_bits", "outlier_share",
     "zero_share", "saturated", "weight_error", "output_error", "sqnr_db", "input_low", "input_high", "input_range",
-    "clipped_share", "smoothing",
+    "clipped_share", "bias_shift", "smoothing",
 ]  # fmt: skip
 """Every field of a row, in order: all but the time, which no two runs share."""
 
 
 def document() -> JsonObject:
     options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16", method="plain", act_method=1)
-    return report_document([REPORT, PERFECT], PARTS, make_recipe(options), "ab" * 32)
+    return report_document([REPORT, PERFECT], PARTS, make_recipe(options), "ab" * 32, "cd" * 16)
 
 
 def test_the_document_says_what_was_done() -> None:
@@ -65,6 +66,7 @@ def test_the_document_says_what_was_done() -> None:
         "smoothing": "m2",
         "act_range": "minmax",
         "samples_sha256": "ab" * 32,
+        "checksums": "cd" * 16,
         "bytes": [
             {"part": "text linears", "before": 4096, "after": 2048},
             {"part": "text norms", "before": 128, "after": 384},

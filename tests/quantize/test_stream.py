@@ -176,7 +176,7 @@ def test_the_side_files_are_copied_and_everything_has_the_modes_that_the_engine_
 ) -> None:
     out = outputs["W8A8S fp16"]
     made = {"config.json", "quant_model_description.json", "quant_model_weight_w8a8s.safetensors"}
-    reports = {"glmq_report.json", "glmq_report.csv"}
+    reports = {"glmq_report.json", "glmq_report.csv", "glmq_checksums.json"}
     copied = {path.name for path in small.iterdir()} - {"config.json", FILE, "model.safetensors.index.json"}
     assert {
         "tokenizer.json",

@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from glmq import __version__
+from glmq.checkpoint.checksums import CHECKSUMS, read_checksums, write_checksums
+from glmq.errors import CheckpointError
+
+TENSORS = {"layers.9.weight": "1" * 32, "layers.10.weight": "0" * 32}
+
+
+def test_checksums_are_written_by_sorted_name_with_their_own_digest(tmp_path: Path) -> None:
+    write_checksums(tmp_path, TENSORS)
+    text = (tmp_path / CHECKSUMS).read_text()
+    document = {"schema": "glmq.checksums/1", "glmq": __version__, "tensors": TENSORS}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+    ordered = {name: TENSORS[name] for name in ("layers.10.weight", "layers.9.weight")}
+    assert text == json.dumps({**document, "tensors": ordered, "digest": digest}, indent=1) + "\n"
+    assert (tmp_path / CHECKSUMS).stat().st_mode & 0o777 == 0o640
+    found = read_checksums(tmp_path)
+    assert (found.tensors, found.digest) == (TENSORS, digest)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1111", "1112", "its digest does not fit its contents; it was altered, copy it again"),
+        ("layers.9", "layers.8", "its digest does not fit its contents; it was altered, copy it again"),
+        ("sums/1", "sums/2", "schema is 'glmq.checksums/2', this glmq reads 'glmq.checksums/1'; use the glmq that wrote it"),
+    ],
+)  # fmt: skip
+def test_an_altered_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_checksums(tmp_path, TENSORS)
+    path = tmp_path / CHECKSUMS
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(CheckpointError) as caught:
+        read_checksums(tmp_path)
+    assert str(caught.value) == f"{path}: {message}"
