@@ -523,6 +523,7 @@ def test_ctrl_c_before_the_first_block_leaves_nothing(
     [
         (("--device_type", "npu", "--trust_remote_code", "True"), "--device_type npu, --trust_remote_code True have"),
         (("--prompt", "What is it?"), "--prompt has"),
+        (("--no-texts",), "--no-texts has"),
         (("--limit", 1, "--skip-bad-images"), "--limit, --skip-bad-images have"),
     ],
 )
