@@ -63,12 +63,14 @@ def even_rows(weight: Tensor, count: int) -> Tensor:
 
 
 def balanced_steps(weight: Tensor) -> Tensor:
-    """The profile of steps over rows: the square root of each row's root mean square, scaled to that of the tensor.
+    """The profile of steps over rows: the square root of each row's root mean square, scaled to that of the median row.
 
-    float32 [N, K] -> float32 [N, 1], positive.
+    One huge row must not make the steps of all others coarse, hence the median. float32 [N, K] -> float32 [N, 1], positive.
     """
     mean_square = row_energy(weight) / weight.shape[1]
-    return fill_dead_rows((mean_square * mean_square.mean()).pow(0.25))
+    alive = mean_square[mean_square > 0]
+    typical = alive.median() if len(alive) else torch.ones(())
+    return fill_dead_rows((mean_square * typical).pow(0.25))
 
 
 def coarse_steps(weight: Tensor, profile: Tensor, log_step: float) -> Tensor:

@@ -16,7 +16,7 @@ from glmq.calibrate.stats import Statistics
 
 
 def command(model: Path, stats: Path, *options: object) -> list[object]:
-    return ["calibrate", "--model-path", model, "--stats", stats, *options]
+    return ["calibrate", "--model-path", model, "--stats", stats, "--no-texts", *options]
 
 
 def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Path, tmp_path: Path) -> None:
@@ -95,6 +95,15 @@ def test_samples_of_a_file_alone_need_no_images(small: Path, tmp_path: Path) -> 
     (tmp_path / "s.jsonl").write_text('{"text": "Permission is granted."}\n')
     glmq(*command(small, tmp_path / "stats", "--calib-samples", tmp_path / "s.jsonl"))
     assert [sample.name for sample in Statistics.open(tmp_path / "stats").samples()] == ["s.jsonl:1"]
+
+
+def test_the_texts_that_come_with_glmq_follow_unless_they_are_refused(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    glmq(*command(small, tmp_path / "stats", "--calib-images", pictures, "--limit", 1, "--texts"))
+    found = Statistics.open(tmp_path / "stats").samples()
+    names = ["00.png", *(f"texts.jsonl:{line}" for line in range(1, 9))]
+    assert [(sample.name, sample.has_answer) for sample in found] == [(name, name != "00.png") for name in names]
 
 
 def test_without_images_the_photographs_that_come_with_glmq_are_used(small: Path, tmp_path: Path) -> None:
