@@ -182,7 +182,7 @@ def test_a_disk_that_fills_up_is_named_and_the_run_can_be_resumed(
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    arguments = command(small, stats, "--calib-images", pictures, "--limit", 2, "-q")
+    arguments = command(small, stats, "--calib-images", pictures, "--limit", 2, "--texts", "-q")
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fill_up)
         result = run(*arguments)
