@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+import psutil
 import torch
 
 from glmq.errors import DeviceError
@@ -75,6 +76,13 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that is not in use."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(_load_npu().mem_get_info()[0])
 
 
 def release(device: torch.device) -> None:

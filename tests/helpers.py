@@ -200,6 +200,9 @@ class StandInNpu:
     def current_device(self) -> int:
         return self._current
 
+    def mem_get_info(self) -> tuple[int, int]:
+        return 3 * 2**30, 2**36
+
     def synchronize(self) -> None:
         self.calls.append("synchronize")
 

@@ -2,6 +2,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from helpers import StandInNpu
@@ -99,6 +100,12 @@ def test_several_processes_on_the_300i_duo_are_refused_and_one_is_not(monkeypatc
     )
     assert device.resolve("npu") is ANY_ACCELERATOR
     assert device.resolve("cpu", local_rank=1, world=2) == torch.device("cpu")
+
+
+def test_free_memory_is_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, StandInNpu())
+    assert device.free_bytes(ANY_ACCELERATOR) == 3 * 2**30
+    assert 0 < device.free_bytes(torch.device("cpu")) < psutil.virtual_memory().total
 
 
 def test_torch_npu_is_imported_before_torchs_npu_module_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from glmq.calibrate.settling import Halfway, Settled
 from glmq.model.blocks import StreamedModel
 from glmq.model.glm4v import Block
 from glmq.numerics.moments import InputAccumulator, InputStats
@@ -25,6 +26,7 @@ class Watch:
         group: the ranks that share the samples.
         clock: gets the time as stage `statistics`.
         keep_rows: tokens of each sample that the accumulators keep as they are.
+        own: how many samples are the user's, for the question whether the statistics have settled.
     """
 
     def __init__(
@@ -35,9 +37,12 @@ class Watch:
         clock: Stopwatch,
         *,
         keep_rows: int,
+        own: int,
     ) -> None:
         self._block, self._accumulators, self._group, self._keep_rows = block, accumulators, group, keep_rows
         self._clock = clock
+        self._halfway = {site: Halfway(accumulator, own) for site, accumulator in accumulators.items()}
+        self._turn = dict.fromkeys(accumulators, 0)
 
     @contextmanager
     def hooked(self, model: StreamedModel) -> Iterator[None]:
@@ -54,33 +59,46 @@ class Watch:
     def see(self, site: str, x: Tensor) -> None:
         """Take the input of one sample. x [..., K]."""
         with self._clock.stage("statistics"):
-            self._add(site, self._accumulators[site].look(x.reshape(-1, x.shape[-1]), keep_rows=self._keep_rows))
+            x = x.reshape(-1, x.shape[-1])
+            look = self._accumulators[site].look(x, keep_rows=self._keep_rows)
+            self._halfway[site].look(self._index(site, self._group.place.rank), x)
+            self._add(site, look)
 
     def stand_by(self) -> None:
         """This rank has no sample in this turn; another may have one."""
         for group in self._block.groups:
             self._add(group.site, [])
 
-    def finish(self) -> list[InputStats]:
-        """The statistics of the inputs that were seen, in the order of the groups; on rank 0, others return nothing.
+    def finish(self) -> list[tuple[InputStats, Settled | None]]:
+        """The statistics of the inputs that were seen, in the order of the groups, and how far they have settled.
+
+        On rank 0; others return nothing.
 
         Raises:
             OtherRankError, LostRanksError: another rank stopped.
         """
-        finished: list[InputStats] = []
-        for accumulator in self._accumulators.values():
-            parts = self._group.bring(accumulator.hand_over())
+        finished: list[tuple[InputStats, Settled | None]] = []
+        for site, accumulator in self._accumulators.items():
+            halves = self._halfway[site].hand_over()
+            parts = self._group.bring([*halves, *accumulator.hand_over()])
             if self._group.place.is_first:
                 for part in parts[1:]:
-                    accumulator.absorb(part)
+                    accumulator.absorb(part[len(halves) :])
                 if accumulator.tokens:
-                    finished.append(accumulator.finish())
+                    settled = Halfway.merge([part[: len(halves)] for part in parts])
+                    finished.append((accumulator.finish(), settled))
         return finished
 
     def _add(self, site: str, look: list[Tensor]) -> None:
-        for theirs in self._group.share(look):
+        for rank, theirs in enumerate(self._group.share(look)):
+            self._halfway[site].add(self._index(site, rank), theirs[0] if theirs else None)
             if theirs:
                 self._clock.count("statistics", flops=self._accumulators[site].add(theirs))
+        self._turn[site] += 1
+
+    def _index(self, site: str, rank: int) -> int:
+        """Of the sample that a rank has in this turn."""
+        return self._turn[site] * self._group.place.world + rank
 
 
 class _Hook:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from glmq.calibrate.capture import Watch
-from glmq.calibrate.samples import Sample, open_image
-from glmq.calibrate.stats import MANIFEST, SAMPLE_ROWS, SampleTokens, Settings, StatsWriter, has_moment
+from glmq.calibrate.samples import GeneratedAnswer, Sample, open_image
+from glmq.calibrate.settling import Settled, settling_order
+from glmq.calibrate.stats import MANIFEST, SAMPLE_ROWS, SampleTokens, Settings, StatsWriter, has_moment, settled_json
 from glmq.checkpoint.header import DTYPE_BYTES
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.writer import TensorSpec
@@ -27,6 +28,8 @@ from glmq.stages import Stopwatch
 
 PROCESS_BYTES: Final = 430 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
+TOKEN_TEXT: Final = 16
+"""Bytes in the manifest that the text of a generated token takes at most, on average."""
 WIDE_COPIES: Final = 3
 """Tensors of a sample that are as wide as a block's widest product and live at the same time: gate and up together,
 their halves' product, and a copy for the statistics."""
@@ -48,7 +51,8 @@ class CalibrationPlan:
 
     samples: tuple[SampleTokens, ...]
     files: tuple[tuple[str, int], ...]
-    """Files of the statistics folder with their exact sizes."""
+    """Files of the statistics folder with their exact sizes; with answers by the model, the largest that they may have."""
+    is_exact: bool
     output_bytes: int
     work_bytes: int
     """Hidden states that lie beside them while it runs, for a resume."""
@@ -74,7 +78,10 @@ def plan_calibration(
     Raises:
         SampleError: an image or text that the model cannot take.
     """
-    sizes = [_size(sample, preprocessor) for sample in samples]
+    if settings.generate is not None:
+        longest = GeneratedAnswer((config.vocab_size,) * settings.generate, " " * TOKEN_TEXT * settings.generate)
+        samples = [sample if sample.answer else replace(sample, generated=longest) for sample in samples]
+    sizes = [_size(sample, preprocessor) for sample in settling_order(samples)]
     sink = StatsWriter(Path(), fingerprint, samples, settings)
     files = []
     for block in all_blocks(config):
@@ -82,12 +89,14 @@ def plan_calibration(
         if entries:
             files.append((f"{block.name}.safetensors", _stored_bytes(specs)))
         sink.restore(entries)
+    tokens = {size.sample.name: size.tokens for size in sizes}
     for size in sizes:
         sink.set_tokens(size.sample, size.tokens)
     files.append((MANIFEST, len(sink.manifest_bytes())))
     return CalibrationPlan(
-        samples=tuple(SampleTokens(s.sample.name, s.tokens, s.sample.answer is not None) for s in sizes),
+        samples=tuple(SampleTokens(s.name, tokens[s.name], s.has_answer) for s in samples),
         files=tuple(files),
+        is_exact=all(sample.generated is None for sample in samples),
         output_bytes=sum(count for _, count in files),
         work_bytes=2 * _state_bytes(config, sizes, element_bytes),  # the new ones are there before the old ones go
         peak_bytes=PROCESS_BYTES + _peak_beside_process(config, settings, sizes, element_bytes),
@@ -140,7 +149,7 @@ def _time_block(model: StreamedModel, block: Block, call: BlockCall, settings: S
         )
         for group in block.groups
     }
-    watched = Watch(block, accumulators, Ranks(Place(0, 1)), Stopwatch(), keep_rows=1)
+    watched = Watch(block, accumulators, Ranks(Place(0, 1)), Stopwatch(), keep_rows=1, own=1)
     started = time.perf_counter()
     with model.placed(block.name), watched.hooked(model):
         read, started = time.perf_counter() - started, time.perf_counter()
@@ -157,7 +166,8 @@ def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:
 
 def _size(sample: Sample, preprocessor: Preprocessor) -> SampleSize:
     inputs = _encode(sample, preprocessor)
-    return SampleSize(sample, inputs.tokens, _patches(inputs))
+    answer = 0 if sample.generated is None else len(sample.generated.ids)
+    return SampleSize(sample, inputs.tokens + answer, _patches(inputs))
 
 
 def _patches(inputs: ModelInputs) -> int:
@@ -177,6 +187,8 @@ def _plan_block(
     """The manifest entries and the tensors of one block; neither where no sample reaches it."""
     rows = [_rows_of(block, config, size) for size in sizes]
     keep = max(1, SAMPLE_ROWS // len(sizes))
+    own = [count for count, size in zip(rows, sizes) if not size.sample.is_builtin]
+    half = sum(own[: (len(own) + 1) // 2])
     entries: JsonObject = {}
     specs: list[TensorSpec] = []
     for group in block.groups if any(rows) else ():
@@ -186,6 +198,7 @@ def _plan_block(
             "width": group.width,
             "tokens": sum(rows),
             "second_moment": moment,
+            "settled": settled_json(Settled(0.0, 0.0, 0.0 if moment else None) if 0 < half < sum(own) else None),
         }
         specs += _specs(group, sum(min(keep, count) for count in rows), moment=moment)
     return entries, specs
@@ -232,7 +245,7 @@ def _peak_beside_process(
         stored = 2 * max(linear.rows * linear.cols for linear in linears)
         statistics = sum(
             4 * group.width * (BINS + SAMPLE_ROWS)
-            + (2 * group.width**2 if has_moment(group, config, wide_moments=settings.wide_moments) else 0)
+            + (4 * group.width**2 if has_moment(group, config, wide_moments=settings.wide_moments) else 0)
             for group in block.groups
         )
         widest = max(max(linear.rows, linear.cols) for linear in linears)

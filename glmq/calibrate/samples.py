@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,16 @@ WANTED_IMAGES: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
+class GeneratedAnswer:
+    """What the float model itself says to a sample."""
+
+    ids: tuple[int, ...]
+    """Tokens, without the end token."""
+    text: str
+    """Of these tokens, special tokens left out."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One calibration sample, before the model sees it."""
 
@@ -29,6 +39,15 @@ class Sample:
     answer: str | None
     digest: str
     """sha256 over the image's bytes, the prompt and the answer."""
+    generated: GeneratedAnswer | None = None
+    """Stands for the answer of a sample that has none."""
+    is_builtin: bool = False
+    """One of the texts that come with glmq."""
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether calibration sees one, its own or a generated one."""
+        return self.answer is not None or self.generated is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +79,8 @@ def builtin_texts() -> tuple[Sample, ...]:
     Most tokens of a thinking model are text that no picture contains, and ranges and second moments that have never
     seen any are poor guides to it: lists, tables, code, mathematics and reasoning, in English and Chinese.
     """
-    return read_samples(Path(__file__).with_name("texts.jsonl"), limit=None).samples
+    found = read_samples(Path(__file__).with_name("texts.jsonl"), limit=None).samples
+    return tuple(replace(sample, is_builtin=True) for sample in found)
 
 
 def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | None) -> SampleSet:
@@ -127,9 +147,10 @@ def open_image(sample: Sample) -> Image.Image | None:
         return rgb
 
 
-def digest(samples: Sequence[Sample]) -> str:
-    """One hash over all samples in their order."""
-    return hashlib.sha256("".join(s.digest for s in samples).encode()).hexdigest()
+def digest(samples: Sequence[Sample], generate: int | None) -> str:
+    """One hash over all samples in their order, and over how many tokens of answer the model gives to those without one."""
+    parts = [s.digest for s in samples] + ([] if generate is None else [f"generate {generate}"])
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _parse_line(path: Path, number: int, line: str) -> Sample:

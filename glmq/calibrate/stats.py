@@ -10,7 +10,7 @@ Fields are those of InputStats. A second moment is stored as its upper triangle 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from glmq import __version__
 from glmq.calibrate.samples import Sample, digest
+from glmq.calibrate.settling import Settled
 from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_json_object, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import StatisticsError
@@ -45,6 +46,8 @@ class Settings:
     max_pixels: int | None
     wide_moments: bool
     """Second moments also of the vision tower and of down_proj's wide input."""
+    generate: int | None = None
+    """Most tokens that the model answers to a sample without an answer; None leaves such samples as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +77,18 @@ class StatsWriter:
         """Remember how many tokens a sample had."""
         self._tokens[sample.name] = tokens
 
-    def write(self, block: str, inputs: Sequence[InputStats]) -> JsonObject:
-        """Store the finished sites of one block. Returns their manifest entries."""
+    def write(self, block: str, inputs: Sequence[tuple[InputStats, Settled | None]]) -> JsonObject:
+        """Store the finished sites of one block and how far they have settled. Returns their manifest entries."""
         tensors: dict[str, Tensor] = {}
         entries: JsonObject = {}
-        for stats in inputs:
+        for stats, settled in inputs:
             tensors |= {f"{stats.name}.{field}": tensor for field, tensor in _fields(stats).items()}
             entries[stats.name] = {
                 "file": f"{block}.safetensors",
                 "width": stats.width,
                 "tokens": stats.tokens,
                 "second_moment": stats.second_moment is not None,
+                "settled": settled_json(settled),
             }
         write_whole(self._directory / f"{block}.safetensors", save(tensors))
         self.restore(entries)
@@ -100,22 +104,30 @@ class StatsWriter:
 
     def manifest_bytes(self) -> bytes:
         """What `finish` writes."""
-        samples: list[JsonValue] = [
-            {"name": s.name, "sha256": s.digest, "tokens": self._tokens[s.name], "answer": s.answer is not None}
-            for s in self._samples
-        ]
+        samples: list[JsonValue] = [self._describe(sample) for sample in self._samples]
         manifest: JsonObject = {
             "schema": SCHEMA,
             "glmq": __version__,
             "model": self._fingerprint,
-            "samples_sha256": digest(self._samples),
+            "samples_sha256": digest(self._samples, self._settings.generate),
             "compute_dtype": self._settings.compute_dtype,
             "max_pixels": self._settings.max_pixels,
             "wide_moments": self._settings.wide_moments,
+            "generate": self._settings.generate,
             "samples": samples,
             "inputs": self._inputs,
         }
         return json_bytes(manifest, indent=1)
+
+    def _describe(self, sample: Sample) -> JsonObject:
+        made = sample.generated
+        entry: JsonObject = {
+            "name": sample.name,
+            "sha256": sample.digest,
+            "tokens": self._tokens[sample.name],
+            "answer": sample.has_answer,
+        }
+        return entry if made is None else {**entry, "generated": {"text": made.text, "ids": list(made.ids)}}
 
 
 class Statistics:
@@ -175,9 +187,9 @@ class Statistics:
         """Raise StatisticsError unless they were taken from the samples with that digest."""
         if self.samples_digest != wanted:
             raise StatisticsError(
-                f"{self.directory}: these statistics come from other samples, prompt or limit than the command names "
-                f"(theirs {self.samples_digest[:12]}, the command's {wanted[:12]}); drop --calib_images and --calib-samples "
-                "to use them as they are, or run `glmq calibrate` again"
+                f"{self.directory}: these statistics come from other samples, prompt, limit or --generate than the command "
+                f"names (theirs {self.samples_digest[:12]}, the command's {wanted[:12]}); drop --calib_images and "
+                "--calib-samples to use them as they are, or run `glmq calibrate` again"
             )
 
     def check_settings(self, *, compute_dtype: str | None, max_pixels: int | None) -> None:
@@ -195,6 +207,20 @@ class Statistics:
         entries = self.manifest["samples"]
         assert isinstance(entries, list)
         return [SampleTokens(str(e["name"]), int(e["tokens"]), bool(e["answer"])) for e in entries]
+
+    def settled(self) -> dict[str, Settled]:
+        """By site, how much the second half of the samples changed; no site that one half alone reached."""
+        found: dict[str, Settled] = {}
+        for site, entry in self._inputs.items():
+            change = entry.get("settled") if isinstance(entry, Mapping) else None
+            if isinstance(change, Mapping):
+                correlation = change["correlation"]
+                found[site] = Settled(
+                    float(change["range"]),
+                    float(change["diagonal"]),
+                    None if correlation is None else float(correlation),
+                )
+        return found
 
     def __contains__(self, site: str) -> bool:
         return site in self._inputs
@@ -226,6 +252,13 @@ class Statistics:
             second_moment=moment,
             sample=read(f"{site}.sample"),
         )
+
+
+def settled_json(settled: Settled | None) -> JsonObject | None:
+    """For the manifest: texts like `5.10e-02`, whose length a plan knows before the values."""
+    if settled is None:
+        return None
+    return {key: None if value is None else f"{value:.2e}" for key, value in asdict(settled).items()}
 
 
 def _has(entry: object, **kinds: type) -> bool:

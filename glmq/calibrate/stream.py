@@ -17,6 +17,7 @@ from torch import Tensor
 
 from glmq.calibrate.capture import Watch
 from glmq.calibrate.samples import Sample, open_image
+from glmq.calibrate.settling import settling_order
 from glmq.calibrate.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject, write_whole
@@ -53,15 +54,15 @@ def calibrate_checkpoint(
     """Run the samples through the model, one block in memory at a time, and write the statistics of every linear input.
 
     The vision tower runs over all images first, block by block, then the text layers. One copy of the hidden states
-    is kept per sample. Sums run in the order of the samples. Each finished block is journalled with the hidden states that
-    it left, so that an interrupted run continues after it with the same bits.
+    is kept per sample. Sums run in the order of `settling_order`. Each finished block is journalled with the hidden states
+    that it left, so that an interrupted run continues after it with the same bits.
 
-    Several ranks take turns: rank r of n runs samples r, r + n, r + 2n, ..., and rank 0 writes the statistics, which have
-    the bytes of a run by one process.
+    Several ranks take turns: rank r of n runs samples r, r + n, r + 2n, ... of that order, and rank 0 writes the
+    statistics, which have the bytes of a run by one process.
 
     Args:
         model: the streamed float model.
-        samples: the calibration samples, in the order of the sums.
+        samples: the calibration samples.
         preprocessor: of the same model folder.
         sink: where the statistics go.
         settings: of this run.
@@ -78,13 +79,14 @@ def calibrate_checkpoint(
         OtherRankError, LostRanksError: another rank stopped.
     """
     clock = Stopwatch()
-    run = _Run(model, samples, preprocessor, sink, settings, group, clock)
+    run = _Run(model, settling_order(samples), preprocessor, sink, settings, group, clock)
     states = _States(folder, group)
-    first = len(journal.finished)
+    first = 0
     for entry in journal.finished.values():
-        inputs = entry["inputs"]
-        assert isinstance(inputs, Mapping)
-        sink.restore(inputs)
+        inputs = entry.get("inputs")
+        if isinstance(inputs, Mapping):  # answers are journalled too
+            sink.restore(inputs)
+            first += 1
     total = len(all_blocks(model.config))
     started = time.perf_counter()
     for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
@@ -272,7 +274,8 @@ class _Run:
 
     def _inputs(self, sample: Sample) -> ModelInputs:
         with self._clock.stage("images"), self._blaming(sample):
-            return self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+            inputs = self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+        return inputs if sample.generated is None else inputs.with_answer(sample.generated.ids)
 
     @contextmanager
     def _blaming(self, sample: Sample) -> Iterator[None]:
@@ -298,14 +301,15 @@ class _Run:
             )
             for group in block.groups
         }
-        return Watch(block, accumulators, self._group, self._clock, keep_rows=self._keep_rows)
+        own = sum(not sample.is_builtin for sample in self._samples)
+        return Watch(block, accumulators, self._group, self._clock, keep_rows=self._keep_rows, own=own)
 
     def _write(self, block: Block, watched: Watch) -> JsonObject:
         with self._clock.stage("statistics"):
             finished = watched.finish()
         with self._clock.stage("write"):
             entries = self.sink.write(block.name, finished) if finished else {}
-        self._clock.count("write", nbytes=sum(stats.nbytes for stats in finished))
+        self._clock.count("write", nbytes=sum(stats.nbytes for stats, _ in finished))
         return entries
 
 

@@ -56,8 +56,8 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
 
     torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
     stats, quantized, packed = folder / "statistics", folder / "w8a8s", folder / "w8a8s-compressed"
-    _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --stats {stats}")
-    calibration = CalibrationOptions(images=pictures)
+    _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --generate {MAX_TOKENS} --stats {stats}")
+    calibration = CalibrationOptions(images=pictures, generate=MAX_TOKENS)
     calibrate_folder(model, stats, calibration, overwrite=overwrite, resume=False, quiet=False)
     _say(
         f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "

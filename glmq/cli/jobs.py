@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Final
@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from glmq import __version__
+from glmq.calibrate.generate import generate_answers, plan_generation, with_answers
 from glmq.calibrate.plan import CalibrationPlan, estimate_seconds, plan_calibration
 from glmq.calibrate.samples import (
     WANTED_IMAGES,
@@ -23,6 +24,7 @@ from glmq.calibrate.samples import (
     list_images,
     read_samples,
 )
+from glmq.calibrate.settling import assess
 from glmq.calibrate.stats import Settings, Statistics, StatsWriter
 from glmq.calibrate.stream import calibrate_checkpoint
 from glmq.checkpoint.checksums import read_checksums
@@ -31,7 +33,7 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import check_room
-from glmq.cli.render import BlockProgress, stderr
+from glmq.cli.render import BlockProgress, describe_generation, describe_settling, stderr
 from glmq.cli.shared_folder import SharedFolder
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import InputError, UsageError
@@ -71,6 +73,8 @@ class CalibrationOptions:
     """Add the texts that come with glmq."""
     prompt: str = DEFAULT_PROMPT
     limit: int | None = None
+    generate: int | None = None
+    """Most tokens that the model answers itself to a sample without an answer."""
     max_pixels: int | None = None
     skip_bad: bool = False
     wide_moments: bool = False
@@ -133,7 +137,9 @@ def calibrate_folder(
         with Group(place) as group, SharedFolder(output, group) as folder:
             _calibrate(work, folder.path, group, times, quiet=quiet)
             folder.finish()
-    return CalibrationResult(Statistics.open(stats_path), tuple(times)) if place.is_first else None
+    statistics = Statistics.open(stats_path)
+    _say_settled(statistics, quiet=quiet)
+    return CalibrationResult(statistics, tuple(times)) if place.is_first else None
 
 
 def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult | None:
@@ -266,6 +272,7 @@ def _statistics(
             _calibrate(work, shared.path, group, times, quiet=quiet)
             shared.finish()
         statistics = Statistics.open(folder)
+        _say_settled(statistics, quiet=quiet)
     try:
         yield statistics
     except (InputError, UsageError):
@@ -278,7 +285,7 @@ def _statistics(
 
 def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
     """Raise UsageError unless an interrupted run was calibrated as this one would be."""
-    wanted = {"samples_sha256": digest(samples), **asdict(settings)}
+    wanted = {"samples_sha256": digest(samples, settings.generate), **asdict(settings)}
     for key, value in wanted.items():
         found = statistics.manifest.get(key)
         if found != value:
@@ -290,7 +297,7 @@ def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settin
 
 def _settings(options: CalibrationOptions, device: torch.device) -> Settings:
     dtype = compute_dtype(options.compute_dtype, device)
-    return Settings(_dtype_name(dtype), options.max_pixels, options.wide_moments)
+    return Settings(_dtype_name(dtype), options.max_pixels, options.wide_moments, options.generate)
 
 
 def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, *, quiet: bool) -> Statistics:
@@ -302,7 +309,7 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
     statistics.check_model(source.fingerprint())
     named = options.images is not None or options.samples_file is not None
     if named:
-        statistics.check_samples(digest(load_samples(options, quiet=True)))
+        statistics.check_samples(digest(load_samples(options, quiet=True), options.generate))
     statistics.check_settings(
         compute_dtype=None if options.compute_dtype == "auto" else _dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
         max_pixels=options.max_pixels,
@@ -313,6 +320,7 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
         (options.limit is not None and not named, "--limit"),
         (options.skip_bad and not named, "--skip-bad-images"),
         (options.texts != default.texts and not named, "--no-texts"),
+        (options.generate is not None and not named, "--generate"),
         (options.device_type != default.device_type, f"--device_type {options.device_type}"),
         (options.trust_remote_code, "--trust_remote_code True"),
     ]
@@ -359,8 +367,26 @@ class _Calibration:
         return cls(model, samples, preprocessor, settings, plan)
 
     def seconds(self) -> float:
-        """About how long it takes: one sample is run through one block of each tower."""
-        return estimate_seconds(self.model, self.samples, self.preprocessor, self.settings)
+        """About how long it takes: one sample is run through one block of each tower; and reading weights for answers."""
+        seconds = estimate_seconds(self.model, self.samples, self.preprocessor, self.settings)
+        if self.settings.generate is None:
+            return seconds
+        plan = plan_generation(self.model, self.samples, self.preprocessor, self.settings.generate)
+        return seconds + plan.read_seconds
+
+    def answered(self, journal: Journal, group: Group, times: list[PassTime], *, quiet: bool) -> _Calibration:
+        """The same with the model's own answers to samples that have none, where they are asked for."""
+        if self.settings.generate is None:
+            return self
+        model, samples, preprocessor = self.model, self.samples, self.preprocessor
+        plan = plan_generation(model, samples, preprocessor, self.settings.generate)
+        if not quiet:
+            stderr.print(describe_generation(plan), soft_wrap=True)
+        with BlockProgress("generate", unit="tokens", quiet=quiet) as progress:
+            for done in generate_answers(model, samples, preprocessor, plan, journal, group):
+                progress.advance(done)
+        times.append(progress.time())
+        return replace(self, samples=with_answers(samples, journal))
 
 
 def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassTime], *, quiet: bool) -> None:
@@ -369,7 +395,7 @@ def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassT
         folder,
         {
             "model": fingerprint,
-            "samples": digest(work.samples),
+            "samples": digest(work.samples, settings.generate),
             "compute dtype": settings.compute_dtype,
             "max pixels": str(settings.max_pixels),
             "wide moments": str(settings.wide_moments),
@@ -379,6 +405,7 @@ def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassT
     )
     if not journal.finished:
         check_room(folder, work.plan.output_bytes + work.plan.work_bytes)
+    work = work.answered(journal, group, times, quiet=quiet)
     sink = StatsWriter(folder, fingerprint, work.samples, settings)
     with BlockProgress("calibrate", quiet=quiet) as progress:
         for done in calibrate_checkpoint(
@@ -387,6 +414,14 @@ def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassT
             progress.advance(done)
     times.append(progress.time())
     journal.remove()
+
+
+def _say_settled(statistics: Statistics, *, quiet: bool) -> None:
+    """Whether the samples were enough."""
+    if not quiet:
+        unanswered = sum(not sample.has_answer for sample in statistics.samples())
+        for line in describe_settling(assess(statistics.settled()), unanswered=unanswered):
+            stderr.print(line, soft_wrap=True)
 
 
 def _machine() -> dict[str, str]:

@@ -83,6 +83,15 @@ WideMoments = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+Generate = Annotated[
+    int | None,
+    typer.Option(
+        "--generate",
+        min=1,
+        help="Let the float model first answer each sample that has no answer, in up to N tokens, and calibrate on that too.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from shlex import quote
 from types import TracebackType
@@ -27,7 +27,9 @@ from glmq.stages import sum_stages
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from glmq.calibrate.generate import GenerationPlan
     from glmq.calibrate.plan import CalibrationPlan
+    from glmq.calibrate.settling import Assessment, Settled
     from glmq.calibrate.stats import SampleTokens
     from glmq.cli.jobs import QuantizationResult
     from glmq.quantize.dry_run import RunPlan
@@ -62,11 +64,12 @@ class BlockProgress:
 
     Args:
         title: what is being done.
+        unit: what is counted.
         quiet: draw nothing.
     """
 
-    def __init__(self, title: str, *, quiet: bool) -> None:
-        self._title, self._quiet = title, quiet
+    def __init__(self, title: str, *, unit: str = "blocks", quiet: bool) -> None:
+        self._title, self._unit, self._quiet = title, unit, quiet
         self._recent: deque[float] = deque(maxlen=RECENT_BLOCKS)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -80,10 +83,12 @@ class BlockProgress:
             columns: list[ProgressColumn] = [
                 TextColumn("{task.description}"),
                 BarColumn(),
-                TextColumn("{task.completed}/{task.total} blocks  {task.fields[left]}  {task.fields[memory]}"),
+                TextColumn(
+                    "{task.completed}/{task.total} {task.fields[unit]}  {task.fields[left]}  {task.fields[memory]}"
+                ),
             ]
             self._bar = Progress(*columns, console=stderr, transient=True)
-            self._task = self._bar.add_task(self._title, total=None, left="", memory="")
+            self._task = self._bar.add_task(self._title, total=None, unit=self._unit, left="", memory="")
             self._bar.start()
         return self
 
@@ -204,6 +209,55 @@ def samples_table(samples: Sequence[SampleTokens]) -> Table:
     return table
 
 
+def describe_generation(plan: GenerationPlan) -> str:
+    """What writing the answers will take, before it starts."""
+    asked = sum(len(members) for members in plan.rounds)
+    if not asked:
+        return "generate: every sample has an answer"
+    read = plan.token_bytes - plan.kept_bytes
+    rounds = f", in {len(plan.rounds)} rounds" if len(plan.rounds) > 1 else ""
+    weights = (
+        f"{read / GIB:.1f} of {plan.token_bytes / GIB:.1f} GiB of weights for each token"
+        if read
+        else "the weights once"
+    )
+    minutes = plan.read_seconds / 60
+    time_needed = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+    return (
+        f"generate: {asked} samples are answered in up to {plan.max_tokens} tokens{rounds}; "
+        f"reading {weights} takes up to about {time_needed}"
+    )
+
+
+def describe_settling(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
+    """Whether the statistics have settled, their worst inputs, and what would help."""
+    from glmq.calibrate.samples import WANTED_IMAGES  # imports torch, which `glmq inspect` starts without
+    from glmq.model.glm4v import TEXT
+
+    if assessment is None:
+        yield "warning: one sample alone does not show whether the statistics have settled; give more images"
+    else:
+        verdict = "settled" if assessment.is_settled else "warning: the statistics have not settled"
+        yield (
+            f"{verdict}: against half of the samples, {_changes(assessment.typical)} "
+            f"(medians over {assessment.inputs} text inputs)"
+        )
+        worst = "; ".join(f"{site.removeprefix(f'{TEXT}.')}: {_changes(change)}" for site, change in assessment.worst)
+        yield f"  most at {worst}"
+        if not assessment.is_settled:
+            yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
+    if unanswered:
+        yield (
+            f"note: {unanswered} samples have no answer, which is most of what a thinking model computes; "
+            "--generate 256 lets it write them"
+        )
+
+
+def _changes(change: Settled) -> str:
+    correlation = "" if change.correlation is None else f", correlations {change.correlation:.0%}"
+    return f"ranges changed by {change.range:.0%}, mean squares {change.diagonal:.0%}{correlation}"
+
+
 def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
     """What each model says about a picture that calibration did not see, side by side."""
     table = Table(title=f"Captions of {picture}, not used for calibration", box=box.SIMPLE_HEAD, title_justify="left")
@@ -281,7 +335,8 @@ def show_calibration_plan(plan: CalibrationPlan, seconds: float, folder: Path, *
         )
         return
     stdout.print(samples_table(plan.samples))
-    stdout.print(f"statistics: {plan.output_bytes} bytes in {len(plan.files)} files")
+    most = "" if plan.is_exact else "at most "
+    stdout.print(f"statistics: {most}{plan.output_bytes} bytes in {len(plan.files)} files")
     stdout.print(
         f"disk: {size(plan.output_bytes)} statistics, {size(plan.work_bytes)} beside them while it runs, {size(free)} free"
     )

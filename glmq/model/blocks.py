@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
+from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import LM_HEAD, TEXT, VISION
 
@@ -31,6 +32,8 @@ VISION_STEM = tuple(
 VISION_TAIL = tuple(
     f"{VISION}.{part}" for part in ("post_layernorm", "downsample", "merger")
 )  # what runs after the last one
+
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
 
 @dataclass(slots=True)
@@ -91,6 +94,8 @@ class StreamedModel:
         self._inject = _Inject()
         parameters = inspect.signature(type(self.model.get_submodule("model")).forward).parameters
         self._wants_token_types = "mm_token_type_ids" in parameters
+        layer = inspect.signature(self.module(f"{TEXT}.layers.0").forward).parameters
+        self._cache_name = next(name for name in CACHE_NAMES if name in layer)
 
     def module(self, name: str) -> nn.Module:
         """The module of that name, placed or not."""
@@ -152,6 +157,42 @@ class StreamedModel:
             for name, module in own.items():
                 setattr(visual, name, module)
             self._inject.hidden = None
+
+    def prompt_call(self, inputs: ModelInputs, vision: BlockCall | None) -> tuple[BlockCall, int]:
+        """As `text_call`, with the rotary position of the token that comes after `inputs`."""
+        seen: list[Tensor | None] = []
+
+        def hook(_: nn.Module, __: tuple[Tensor, ...], kwargs: Mapping[str, object]) -> None:
+            positions = kwargs["position_ids"]
+            assert positions is None or isinstance(positions, Tensor)
+            seen.append(positions)
+
+        handle = self.module(TEXT).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            call = self.text_call(inputs, vision)
+        finally:
+            handle.remove()
+        # Time, height and width each have a position; an image takes fewer of them than it has tokens.
+        return call, inputs.tokens if seen[0] is None else int(seen[0].max()) + 1
+
+    @torch.no_grad()
+    def token_call(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> BlockCall:
+        """The call of the first text layer for one new token of each of S sequences.
+
+        Args:
+            tokens: int64 [S].
+            positions: int64 [S]: rotary positions.
+            visible: bool [S, T]: which of the T cached places each sequence sees, its new token's included.
+        """
+        tokens, positions, visible = (x.to(self.device) for x in (tokens, positions, visible))
+        with self.embedding_rows(tokens):
+            hidden = self.module(f"{TEXT}.embed_tokens")(tokens[:, None])  # [S, 1, width]
+        rotary = self.module(f"{TEXT}.rotary_emb")(hidden, position_ids=positions[None, :, None].expand(3, -1, 1))
+        return BlockCall(hidden, {"position_embeddings": rotary, "attention_mask": visible[:, None, None, :]})
+
+    def cached(self, call: BlockCall, cache: PromptCache | TokenCache) -> BlockCall:
+        """The same call of a text layer with keys and values kept in `cache`."""
+        return BlockCall(call.hidden, {**call.kwargs, self._cache_name: cache})
 
     @torch.no_grad()
     def replay(self, name: str, call: BlockCall) -> Tensor:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -48,6 +49,10 @@ class ModelInputs:
     @property
     def tokens(self) -> int:
         return int(self.ids.shape[1])
+
+    def with_answer(self, ids: Sequence[int]) -> ModelInputs:
+        """The same inputs followed by these answer tokens."""
+        return replace(self, ids=torch.cat([self.ids, torch.tensor([ids])], dim=1))
 
     def pixels(self, model: StreamedModel) -> Tensor:
         """The pixel values on the model's device, in its dtype."""

@@ -88,3 +88,19 @@ def test_a_disk_without_room_is_refused_before_the_first_block(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda _: needed)
     glmq(*command)
+
+
+def test_answers_that_the_model_will_write_are_foretold_at_their_longest(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = ["--model-path", small, "--calib-images", pictures, "--limit", 2, "--generate", 4, "--stats"]
+    command = ["calibrate", *options, tmp_path / "stats"]
+    found = json.loads(glmq(*command, "--dry-run", "--json").stdout)
+    assert re.search(r"^statistics: at most \d+ bytes in 6 files$", glmq(*command, "--dry-run").stdout, re.MULTILINE)
+    glmq(*command)
+    sizes = sizes_in(tmp_path / "stats")
+    # The random model never stops, so tokens are the most; the texts of its answers are shorter than allowed for.
+    assert {file["name"]: file["bytes"] for file in found["files"]} == sizes | {
+        "statistics.json": pytest.approx(sizes["statistics.json"], rel=0.2)
+    }
+    assert found["output_bytes"] >= sum(sizes.values())

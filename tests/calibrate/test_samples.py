@@ -69,10 +69,16 @@ def test_the_hash_of_a_sample_separates_its_parts(tmp_path: Path) -> None:
 
 def test_the_hash_of_a_set_depends_on_the_order_and_not_on_names(folder: Path) -> None:
     samples = list_images(folder, PROMPT, skip_bad=False, limit=None).samples
-    assert digest(samples) == hashlib.sha256("".join(s.digest for s in samples).encode()).hexdigest()
-    assert digest(samples) != digest(samples[::-1])
+    assert digest(samples, None) == hashlib.sha256("".join(s.digest for s in samples).encode()).hexdigest()
+    assert digest(samples, None) != digest(samples[::-1], None)
     shutil.copytree(folder, folder.with_name("other"))
-    assert digest(list_images(folder.with_name("other"), PROMPT, skip_bad=False, limit=None).samples) == digest(samples)
+    others = list_images(folder.with_name("other"), PROMPT, skip_bad=False, limit=None).samples
+    assert digest(others, None) == digest(samples, None)
+
+
+def test_the_hash_of_a_set_says_how_much_the_model_answers(folder: Path) -> None:
+    samples = list_images(folder, PROMPT, skip_bad=False, limit=None).samples
+    assert len({digest(samples, tokens) for tokens in (None, 1, 2)}) == 3
 
 
 def test_a_limit_takes_the_first_images(folder: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from glmq import __version__
 from glmq.calibrate.samples import Sample, digest
+from glmq.calibrate.settling import Settled
 from glmq.calibrate.stats import (
     MANIFEST,
     SampleTokens,
@@ -44,8 +45,9 @@ def make_stats(name: str, *, with_moment: bool, seed: int = 0) -> InputStats:
 def write_folder(folder: Path) -> Path:
     folder.mkdir()
     writer = StatsWriter(folder, "f" * 64, SAMPLES, SETTINGS)
-    writer.write("block.0", [make_stats(SITE, with_moment=True), make_stats("narrow", with_moment=False)])
-    writer.write("block.1", [make_stats("other", with_moment=False, seed=1)])
+    site, narrow = make_stats(SITE, with_moment=True), make_stats("narrow", with_moment=False)
+    writer.write("block.0", [(site, Settled(0.0123456, 0.5, 0.25)), (narrow, Settled(0.0, 1.0, None))])
+    writer.write("block.1", [(make_stats("other", with_moment=False, seed=1), None)])
     for number, sample in enumerate(SAMPLES):
         writer.set_tokens(sample, 40 + number)
     writer.finish()
@@ -88,27 +90,30 @@ def test_statistics_are_read_as_they_were_written(folder: Path) -> None:
 def test_the_manifest_says_where_everything_comes_from(folder: Path) -> None:
     statistics = Statistics.open(folder)
     assert statistics.model_fingerprint == "f" * 64
-    assert statistics.samples_digest == digest(SAMPLES)
+    assert statistics.samples_digest == digest(SAMPLES, None)
     assert statistics.samples() == [SampleTokens("a.png", 40, False), SampleTokens("s.jsonl:2", 41, True)]
     entry = {"file": "block.0.safetensors", "width": 5, "tokens": 9, "second_moment": True}
     assert json.loads((folder / MANIFEST).read_text()) == {
         "schema": "glmq.statistics/1",
         "glmq": __version__,
         "model": "f" * 64,
-        "samples_sha256": digest(SAMPLES),
+        "samples_sha256": digest(SAMPLES, None),
         "compute_dtype": "float32",
         "max_pixels": None,
         "wide_moments": False,
+        "generate": None,
         "samples": [
             {"name": "a.png", "sha256": "11" * 32, "tokens": 40, "answer": False},
             {"name": "s.jsonl:2", "sha256": "22" * 32, "tokens": 41, "answer": True},
         ],
         "inputs": {
-            SITE: entry,
-            "narrow": entry | {"second_moment": False},
-            "other": entry | {"file": "block.1.safetensors", "second_moment": False},
+            SITE: entry | {"settled": {"range": "1.23e-02", "diagonal": "5.00e-01", "correlation": "2.50e-01"}},
+            "narrow": entry
+            | {"second_moment": False, "settled": {"range": "0.00e+00", "diagonal": "1.00e+00", "correlation": None}},
+            "other": entry | {"file": "block.1.safetensors", "second_moment": False, "settled": None},
         },
     }
+    assert statistics.settled() == {SITE: Settled(0.0123, 0.5, 0.25), "narrow": Settled(0.0, 1.0, None)}
 
 
 def test_files_are_readable_by_the_group_and_by_nobody_else(folder: Path) -> None:
