@@ -40,6 +40,7 @@ from glmq.errors import InputError, UsageError
 from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.parallel import Group, Place, read_place
 from glmq.quantize.dry_run import CalibrationNeeds, RunPlan, make_run_plan
@@ -431,6 +432,7 @@ def _machine() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "threads": str(torch.get_num_threads()),
+        "rounding": "compiled" if gptq.IS_COMPILED else "torch",
     }
 
 

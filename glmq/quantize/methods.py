@@ -21,6 +21,7 @@ RATE_ROWS: Final = 512
 SAMPLE_MARGIN: Final = 0.01
 """Bits left unspent on the sample, so that all rows seldom need more than was found there: a second pass costs far more."""
 FINAL_TRIES: Final = 3
+WIDENING_TRIES: Final = 4
 FP16_SPACING: Final = 2.0**-24
 """Of float16 numbers below 2^-14."""
 
@@ -66,26 +67,35 @@ def compensated(job: WeightJob) -> Integers:
     assert factor is not None
     if job.scheme.quant_type is QuantType.W4A8_DYNAMIC:
         step, second = w4a8.fit_second_stage(job.weight, factor.by_column(), job.scheme.group_size)
-        step = step * _widening(job, w4a8.expand_steps(step, second, job.scheme.group_size), INT4)
+        step = step * _widening(job, step * second, INT4)
         return Integers(round_compensated(job.weight, step * second, factor, INT4), step, second)
     step, grid = lowbit.safe_steps(job.weight, job.scheme), lowbit.grid_of(job.scheme)
     step = _storable(step * _widening(job, step, grid), job)
     return Integers(round_compensated(job.weight, step, factor, grid), step)
 
 
-def _widening(job: WeightJob, steps: Tensor, grid: IntGrid) -> float:
+def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
     """What steps are multiplied by so that the integers have no more than the job's bits: 1 where they have not.
 
-    A doubled step costs one bit. Measured by nearest rounding of some rows.
+    A doubled step costs about one bit. Measured on some rows.
 
     Args:
         job: the weight and its bits.
-        steps: float32 [N, 1], or [N, K] of every weight.
+        step: float32 [N, G].
         grid: the integers.
     """
-    nearest = quantize_weight(rate.even_rows(job.weight, RATE_ROWS), rate.even_rows(steps, RATE_ROWS), grid)
-    excess = max(0.0, entropy_bits(count_int8(nearest)) - job.bits)
-    return float(2.0**excess)
+    if job.bits >= rate.INT8_BITS:
+        return 1.0
+    assert job.factor is not None
+    rows, steps = rate.even_rows(job.weight, RATE_ROWS), rate.even_rows(step, RATE_ROWS)
+    log_step = 0.0
+    for _ in range(WIDENING_TRIES):
+        q = round_compensated(rows, steps * 2.0**log_step, job.factor, grid)
+        excess = entropy_bits(count_int8(q)) - (job.bits - SAMPLE_MARGIN)
+        if excess <= 0:
+            break
+        log_step += excess
+    return float(2.0**log_step)
 
 
 def reference(job: WeightJob) -> Integers:
