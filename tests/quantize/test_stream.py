@@ -583,6 +583,6 @@ def test_several_ranks_write_the_bytes_of_one_whoever_began(
         assert begun == [""] * before
     assert run_ranks(world, lambda group: quantize_in_group(small, small_stats, out, group)) == [""] * world
     wanted = tree(outputs["W8A8S fp16"])
-    reports = {name for name in wanted if name.startswith("glmq_")}  # the command writes these
+    reports = {name for name in wanted if name.startswith("glmq_report")}  # the command writes these
     assert reports
     assert tree(out) == {name: sha for name, sha in wanted.items() if name not in reports}
