@@ -162,6 +162,15 @@ def quantize(
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = None,
+    bias_correction: Annotated[
+        bool,
+        typer.Option(
+            "--bias-correction/--no-bias-correction",
+            help="Add the mean output error over the calibration tokens to quant_bias. It helps --method plain; "
+            "compensated rounding leaves hardly any.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
     fallback_topk: Annotated[
         int,
         typer.Option(
@@ -259,6 +268,7 @@ def quantize(
             method=method,
             target_bits=target_bits,
             target_ratio=target_ratio,
+            bias_correction=bias_correction,
             keep_float=tuple(keep_float or ()),
             layer=tuple(layer or ()),
             target=target,

@@ -45,6 +45,7 @@ class Options:
     method: str = Method.COMPENSATED.value
     target_bits: float | None = None
     target_ratio: float | None = None
+    bias_correction: bool = False
     keep_float: tuple[str, ...] = ()
     layer: tuple[str, ...] = ()
     target: str = Target.GENERIC.value
@@ -123,7 +124,7 @@ def make_recipe(options: Options) -> Recipe:
         keep_outliers=options.open_outlier,
     )
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
-    scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), bias_correction=False)
+    scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), options.bias_correction)
     rules = (
         *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in DEFAULT_FLOAT),
         *(_parse_rule(text, quant_type, target) for text in options.layer),
@@ -317,6 +318,12 @@ def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRu
         raise UsageError(
             f"--act_method {options.act_method} has no effect with --is_dynamic True: ranges are found at run time; drop it"
         )
+    if options.bias_correction and not quant_type.is_static:
+        raise UsageError(
+            f"--bias-correction has no effect in {quant_type.value}: its linears have no quant_bias to correct; drop it"
+        )
+    if options.bias_correction and options.method == Method.REFERENCE.value:
+        raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
     if options.group_size != DEFAULT_GROUP_SIZE and quant_type is not QuantType.W4A8_DYNAMIC:
         raise UsageError(
             f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "

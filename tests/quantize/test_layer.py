@@ -183,6 +183,17 @@ def test_entropies_stay_below_what_was_asked_for_and_close_to_it() -> None:
         assert bits - 0.02 < report.entropy_bits <= bits
 
 
+@pytest.mark.parametrize(("mode", "limit"), [("w8a8", 6.5), ("dynamic", 6.5), ("w4a8", 2.5)])
+def test_integers_of_fixed_types_stay_below_the_bits_asked_for(mode: str, limit: float) -> None:
+    linears, stats = problem()
+    finest = quantized(WEIGHTS[mode])
+    result = quantize_group(
+        linears, stats, scheme(WEIGHTS[mode]), norm_weight=NORM, dtype=FloatDtype.FP16, bits=[limit] * 3
+    )
+    for report, free in zip(result.reports, finest.reports, strict=True):
+        assert limit - 0.15 < report.entropy_bits <= limit < free.entropy_bits
+
+
 def test_a_group_by_itself_divides_what_the_rule_spends_on_it() -> None:
     linears, stats = problem()
     curves = rate_curves(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)

@@ -97,6 +97,11 @@ def test_outlier_suppression_follows_its_option(options: dict[str, object], smoo
     assert recipe(**options).scheme.smoothing is smoothing
 
 
+def test_bias_correction_is_off_unless_asked_for() -> None:
+    assert recipe(**LOWBIT, bias_correction=True).scheme.bias_correction
+    assert not recipe(**LOWBIT).scheme.bias_correction
+
+
 @pytest.mark.parametrize("method", list(Method))
 def test_every_method_of_rounding_is_taken_by_its_name(method: Method) -> None:
     assert recipe(method=method.value).scheme.weight.method is method
@@ -180,6 +185,19 @@ def test_wrong_and_contradicting_options_are_refused(options: dict[str, object],
         (
             DYNAMIC | {"act_method": 1},
             "--act_method 1 has no effect with --is_dynamic True: ranges are found at run time; drop it",
+        ),
+        (
+            {"target_bits": 7.0, "method": "plain"},
+            "--target-bits with --method plain has no effect in W8A8: nearest integers keep the finest step there; "
+            "drop one of them",
+        ),
+        (
+            DYNAMIC | {"bias_correction": True},
+            "--bias-correction has no effect in W8A8_DYNAMIC: its linears have no quant_bias to correct; drop it",
+        ),
+        (
+            {"bias_correction": True, "method": "reference"},
+            "--bias-correction with --method reference: the vendor's tool corrects none; drop one of them",
         ),
         (
             {"group_size": 128},
