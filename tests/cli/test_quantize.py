@@ -109,8 +109,11 @@ def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp
     result = glmq(
         "quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", pictures, *SEED
     )
-    lines = result.stderr.splitlines()
-    assert lines[0] == "note: 16 calibration images; 30 are wanted for accuracy"
+    notes, lines = [], []
+    for line in result.stderr.splitlines():
+        (lines if line.startswith(("calibrate", "rate", "quantize")) else notes).append(line)
+    assert notes[0] == "note: 16 calibration images; 30 are wanted for accuracy"
+    assert notes[1].startswith("warning: the statistics have not settled: ")  # random weights: they never do
     blocks = [
         "model.visual.blocks.0",
         "model.visual.merger",
@@ -125,8 +128,7 @@ def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp
     stage = r"\w+ \d+\.\d s( \(\d+ GFLOP/s\)| \(\d+\.\d\d GB/s\))?, "
     summary = {":": r" \d+\.\d s, peak \d+ MiB resident", " ": f"of these: ({stage})+other \\d+\\.\\d s"}
     ends = [r" \d+\.\d s, \d+ s left, \d+ MiB" if "/" in start else summary[start[-1]] for start in wanted]
-    assert len(lines) == 1 + len(wanted)
-    for line, start, end in zip(lines[1:], wanted, ends, strict=True):
+    for line, start, end in zip(lines, wanted, ends, strict=True):
         assert re.fullmatch(re.escape(start) + end, line)
 
 
