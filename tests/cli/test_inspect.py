@@ -2,6 +2,7 @@
 
 import csv
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -138,3 +139,20 @@ def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
+def test_memory_that_a_comparison_frees_is_used_again() -> None:
+    code = """
+import resource, torch
+from glmq.cli.inspect_view import keep_freed_memory
+
+keep_freed_memory()
+faults = []
+for _ in range(6):
+    torch.ones(12 * 2**20)  # 48 MiB: by default malloc takes them from the system each time, 12288 pages
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
