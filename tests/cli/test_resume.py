@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from helpers import glmq, run, tree
 
+from glmq.checkpoint import journal
 from glmq.checkpoint.journal import Journal
 
 SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
 BLOCKS = 5
 """Of the small model: a vision block, the merger, two text layers, lm_head; calibrate and quantize pass each once."""
-REPOSITORY = Path(__file__).parents[2]
+PACKAGES = Path(journal.__file__).parents[2]
+"""Where the glmq lies that these tests import: a checkout beside it may lack the compiled rounding, which a resume refuses."""
 LINES = 2 * BLOCKS + 2
 """Of both journals: between the passes the two text layers are rated."""
 
@@ -165,6 +167,7 @@ def test_a_torn_last_line_of_the_journal_counts_as_absent(
 
 DYING = f"""
 import os, signal
+from glmq.checkpoint import journal
 from glmq.checkpoint.journal import Journal
 from glmq.cli.app import main
 
@@ -192,7 +195,7 @@ def test_a_rank_of_torchrun_that_is_killed_stops_the_other_and_one_process_resum
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", program]
     died = subprocess.run(
         [str(word) for word in (*launcher, *arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACKAGES)},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert died.returncode == 1
