@@ -19,7 +19,7 @@ from glmq.numerics.hessian import Factor, factor_inputs
 from glmq.numerics.int8_linear import fold_bias, quantize_input, run_linear
 from glmq.numerics.lowbit import row_chunks
 from glmq.numerics.moments import InputStats
-from glmq.numerics.rate import CURVE_ROWS, RateCurve, even_rows, mean_rule_bits, rate_curve, solve_bits
+from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, RateCurve, even_rows, mean_rule_bits, rate_curve, solve_bits
 from glmq.numerics.smooth import choose_scales, fold_scales
 from glmq.numerics.w4a8 import expand_steps
 from glmq.quantize.methods import METHODS, Integers, WeightJob, spend_bits
@@ -132,7 +132,7 @@ def quantize_group(
         if bits is None or not is_sparse:
             jobs = [
                 WeightJob(linear.divided(weight), scheme.weight, dtype, group.factor, limit)
-                for linear, weight, limit in zip(linears, weights, bits or [8.0] * len(linears), strict=True)
+                for linear, weight, limit in zip(linears, weights, bits or [INT8_BITS] * len(linears), strict=True)
             ]
             rounded = [METHODS[method](job) for job in jobs]
         else:

@@ -49,7 +49,7 @@ class WeightJob:
     """Of the checkpoint to be written."""
     factor: Factor | None
     """Of the input's second moment, after smoothing; COMPENSATED only."""
-    bits: float = 8.0
+    bits: float = rate.INT8_BITS
     """Entropy in bits per weight that the integers should not exceed; COMPENSATED only."""
 
 
