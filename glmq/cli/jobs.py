@@ -432,7 +432,6 @@ def _machine() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
         "threads": str(torch.get_num_threads()),
-        "rounding": "compiled" if gptq.IS_COMPILED else "torch",
     }
 
 
@@ -465,6 +464,7 @@ def _quantize(
         "recipe": str(recipe),
         "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
         "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
+        "rounding": "compiled" if gptq.IS_COMPILED else "torch",
         **_machine(),
     }
     work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=group.place.is_first), group)
