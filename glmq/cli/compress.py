@@ -104,7 +104,13 @@ def compress(
     The way back from the portable form:
     [bold]glmq compress --decompress --model_path OUT --save_directory W8A8S[/]
     """
-    from glmq.cli.compress_job import compress_folder, plan_compression, plan_restoration, restore_folder
+    from glmq.cli.compress_job import (
+        CompressionJob,
+        compress_folder,
+        plan_compression,
+        plan_restoration,
+        restore_folder,
+    )
     from glmq.cli.compress_view import (
         show_compression,
         show_compression_plan,
@@ -138,31 +144,12 @@ def compress(
         else:
             show_restored(restored)
         return
+    job = CompressionJob(model_path, save_directory, tp, codec, executor, Layout(layout), jobs)
     if dry_run:
-        plan = plan_compression(
-            model_path,
-            save_directory,
-            tp=tp,
-            codec_name=codec,
-            executor=executor,
-            layout=Layout(layout),
-            jobs=jobs,
-            overwrite=overwrite,
-            quiet=be_quiet,
-        )
+        plan = plan_compression(job, overwrite=overwrite, quiet=be_quiet)
         show_compression_plan(plan, save_directory, as_json=json_output, verbose=verbose)
         return
-    result = compress_folder(
-        model_path,
-        save_directory,
-        tp=tp,
-        codec_name=codec,
-        executor=executor,
-        layout=Layout(layout),
-        jobs=jobs,
-        overwrite=overwrite,
-        quiet=be_quiet,
-    )
+    result = compress_folder(job, overwrite=overwrite, quiet=be_quiet)
     if result is None:  # a rank above 0 of torchrun
         return
     if json_output:

@@ -51,6 +51,22 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 @dataclass(frozen=True, slots=True)
+class CompressionJob:
+    """What to compress, how, and where to."""
+
+    model_path: Path
+    out_path: Path
+    tp: int | None = None
+    """Tensor-parallel size; None: of torchrun, or 1."""
+    codec_name: Literal["auto", "portable", "ascend"] = "auto"
+    executor: Path | None = None
+    """The vendor's program; None looks for it."""
+    layout: Layout = Layout.MINDIE
+    jobs: int | None = None
+    """Threads; None: as many as there are cores for."""
+
+
+@dataclass(frozen=True, slots=True)
 class CompressionResult:
     """What `glmq compress` shows at its end."""
 
@@ -65,40 +81,29 @@ class CompressionResult:
     document: JsonObject
 
 
-def compress_folder(
-    model_path: Path,
-    out_path: Path,
-    *,
-    tp: int | None,
-    codec_name: Literal["auto", "portable", "ascend"],
-    executor: Path | None,
-    layout: Layout,
-    jobs: int | None,
-    overwrite: bool,
-    quiet: bool,
-) -> CompressionResult | None:
+def compress_folder(job: CompressionJob, *, overwrite: bool, quiet: bool) -> CompressionResult | None:
     """Run `glmq compress`; None on the ranks above 0 of torchrun.
 
     Whatever can be refused from headers and options is refused before anything is written.
     """
     return_large_buffers()
     place = read_place()
-    world = settle_world(tp, place)
-    check_folders(model_path, out_path)
-    output = OutputFolder(out_path, overwrite=overwrite)
+    world = settle_world(job.tp, place)
+    check_folders(job.model_path, job.out_path)
+    output = OutputFolder(job.out_path, overwrite=overwrite)
     is_first = place.rank == 0
-    source = open_source(model_path)
+    source = open_source(job.model_path)
     with source.checkpoint:
-        codec = choose_codec(codec_name, executor, quiet=quiet or not is_first)
-        chosen = choose_layout(codec.kind, layout, world)
+        codec = choose_codec(job.codec_name, job.executor, quiet=quiet or not is_first)
+        chosen = choose_layout(codec.kind, job.layout, world)
         ranks = range(world) if place.world == 1 else [place.rank]
         plans = plan_ranks(source, chosen, world, ranks)
         total = planned_bytes(plans)
-        check_room(out_path, disk_bytes(plans, codec) * place.world)  # every rank writes about as much as this one
+        check_room(job.out_path, disk_bytes(plans, codec) * place.world)  # every rank writes about as much as this one
         own_linears: list[CompressedLinear] = []
         own_parts: list[PartWritten] = []
         title = "compress" if place.world == 1 else f"compress rank 0 of {world}"
-        jobs = jobs or default_jobs(place.world)
+        jobs = job.jobs or default_jobs(place.world)
         with (
             Group(place) as group,
             SharedFolder(output, group) as folder,
@@ -130,34 +135,23 @@ def compress_folder(
     if not is_first:
         return None
     return CompressionResult(
-        model_path, out_path, codec.kind, chosen, world, tuple(linears), tuple(sizes), tuple(totals), document
+        job.model_path, job.out_path, codec.kind, chosen, world, tuple(linears), tuple(sizes), tuple(totals), document
     )
 
 
-def plan_compression(
-    model_path: Path,
-    out_path: Path,
-    *,
-    tp: int | None,
-    codec_name: Literal["auto", "portable", "ascend"],
-    executor: Path | None,
-    layout: Layout,
-    jobs: int | None,
-    overwrite: bool,
-    quiet: bool,
-) -> CompressionPlan:
+def plan_compression(job: CompressionJob, *, overwrite: bool, quiet: bool) -> CompressionPlan:
     """Run `glmq compress --dry-run`: refuse what the run would refuse, and touch nothing."""
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
-    world = tp or 1
-    check_folders(model_path, out_path)
-    check_target(out_path, overwrite=overwrite)
-    source = open_source(model_path)
+    world = job.tp or 1
+    check_folders(job.model_path, job.out_path)
+    check_target(job.out_path, overwrite=overwrite)
+    source = open_source(job.model_path)
     with source.checkpoint:
-        codec = choose_codec(codec_name, executor, quiet=quiet)
-        chosen = choose_layout(codec.kind, layout, world)
+        codec = choose_codec(job.codec_name, job.executor, quiet=quiet)
+        chosen = choose_layout(codec.kind, job.layout, world)
         plans = plan_ranks(source, chosen, world, range(world))
-        return make_compression_plan(source, plans, codec, chosen, world, jobs or default_jobs(1))
+        return make_compression_plan(source, plans, codec, chosen, world, job.jobs or default_jobs(1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,13 +44,12 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
     import torch
 
     from glmq.audit.verify import Limits
-    from glmq.cli.compress_job import compress_folder
+    from glmq.cli.compress_job import CompressionJob, compress_folder
     from glmq.cli.compress_view import size_table
     from glmq.cli.jobs import CalibrationOptions, QuantizationJob, calibrate_folder, quantize_folder
     from glmq.cli.render import captions_table, show_quantization, stdout
     from glmq.cli.verify_job import load_samples, verify_folder
     from glmq.cli.verify_view import show_verification
-    from glmq.compress.layouts import Layout
     from glmq.model.inputs import DEFAULT_PROMPT
     from glmq.quantize.recipe import Options
 
@@ -69,17 +68,8 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
     assert result is not None  # one process is rank 0
     show_quantization(result, verbose=False)
     _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
-    compression = compress_folder(
-        quantized,
-        packed,
-        tp=1,
-        codec_name="portable",
-        executor=None,
-        layout=Layout.MINDIE,
-        jobs=None,
-        overwrite=overwrite,
-        quiet=False,
-    )
+    packing = CompressionJob(quantized, packed, tp=1, codec_name="portable")
+    compression = compress_folder(packing, overwrite=overwrite, quiet=False)
     assert compression is not None  # one process is rank 0
     stdout.print(size_table(compression.sizes, compression.codec, compression.world))
     _say(f"glmq verify {quantized} --reference {model} --cases {cases}")
