@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 from glmq.checkpoint.folder import OutputFolder, check_target
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.writer import check_room
 from glmq.cli.compress_view import ByteProgress
+from glmq.cli.malloc import return_large_buffers
 from glmq.cli.render import stderr
 from glmq.cli.shared_folder import SharedFolder
 from glmq.compress.dry_run import CompressionPlan, disk_bytes, make_compression_plan
@@ -45,9 +44,6 @@ from glmq.compress.stream import (
 from glmq.compress.weight_codec import Codec, PortableCodec
 from glmq.errors import DeviceError, UsageError
 from glmq.parallel import Group, Place, read_place
-
-_M_MMAP_THRESHOLD: Final = -3
-"""Of glibc's <malloc.h>."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +200,6 @@ def restore_folder(
             progress.advance(step.name, step.nbytes, step.resident_bytes)
         folder.finish()
     return RestoreResult(out_path, manifest.layout, manifest.world, total)
-
-
-def return_large_buffers() -> None:
-    """Give freed buffers of 1 MiB and more back to the system at once.
-
-    After the first few, glibc would rather keep those of up to 32 MiB, in pieces, in a heap for each thread: with two jobs on
-    8 layers of hidden size 4096 the peak was 582 MiB, so it is 314.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def settle_world(tp: int | None, place: Place) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import sys
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from glmq.audit.inspect import (
     totals_by_part,
     totals_by_type,
 )
+from glmq.cli.malloc import keep_freed_memory
 from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size, stderr, stdout
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 PAGE_HISTOGRAMS: Final = 6
 """Weights whose distributions the page shows."""
-MALLOC_OPTIONS: Final = {-1: 2**30, -2: 64 * 2**20, -3: 2**30}
-"""M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD of malloc.h."""
 SHOWN_PROBLEMS: Final = 5
 """Of each engine, before the rest is left to -v."""
 
@@ -102,18 +100,6 @@ def compare_folders(
         description=description_changes(one, other),
         histograms=list(weight_histograms(one, other, worst[:PAGE_HISTOGRAMS])) if with_histograms else [],
     )
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next allocation; elsewhere, nothing.
-
-    Each piece of a weight takes a few megabytes. Given back to the system and asked for again, they come as fresh pages that
-    must be cleared first, which costs as much time as comparing.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, nbytes in MALLOC_OPTIONS.items():
-            mallopt(option, nbytes)
 
 
 def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> None:
