@@ -23,7 +23,7 @@ LINES = 2 * BLOCKS + 2
 
 def command(small: Path, pictures: Path, out: Path) -> list[object]:
     paths = ["--model_path", small, "--save_directory", out, "--calib_images", pictures]
-    return ["quantize", *paths, "--limit", 2, *SEED]
+    return ["quantize", *paths, "--limit", 2, "--no-texts", *SEED]
 
 
 def run_and_die(arguments: list[object], record: int, *, after: bool) -> None:
