@@ -318,8 +318,9 @@ def _tokens(call: BlockCall) -> int:
 
 
 def _flops(block: Block, tokens: int) -> int:
-    """Operations of the block's linears."""
-    return 2 * tokens * sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
+    """Operations of the block's matrix products over one sequence: its linears, and attention of every token to all."""
+    linears = 2 * tokens * sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
+    return linears + 4 * tokens**2 * block.attention_width
 
 
 def _check_finite(hidden: Tensor, block: str) -> None:

@@ -85,6 +85,8 @@ class Block:
     name: str
     """Module name, e.g. `model.language_model.layers.3`."""
     groups: tuple[Group, ...]
+    attention_width: int = 0
+    """Channels of all heads' queries; 0 in a block without attention."""
 
 
 def text_block(config: ModelConfig, index: int) -> Block:
@@ -118,6 +120,7 @@ def text_block(config: ModelConfig, index: int) -> Block:
                 RowSource(f"{base}.mlp.gate_up_proj", inner, inner, 1),  # gate first, then up
             ),
         ),
+        heads,
     )
 
 
@@ -147,6 +150,7 @@ def vision_block(config: ModelConfig, index: int) -> Block:
                 RowSource(f"{base}.mlp.up_proj", 0, inner, 1),
             ),
         ),
+        width,
     )
 
 

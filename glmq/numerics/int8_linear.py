@@ -21,7 +21,6 @@ from glmq.spec import INT8
 
 EXACT_COLUMNS = 1024
 EXACT_LIMIT = 2**24
-CHUNK_ROWS = 4096
 INT32_LIMIT = 2**31 - 1
 
 
@@ -35,18 +34,30 @@ def matmul_int8(xq: Tensor, q: Tensor) -> Tensor:
     Returns:
         float64 [T, N], integer-valued.
     """
-    tokens, columns = xq.shape
     x = xq.float()
-    out = torch.zeros(tokens, q.shape[0], dtype=torch.float64)
-    for row in range(0, q.shape[0], CHUNK_ROWS):
-        part = q[row : row + CHUNK_ROWS].float()  # [<= CHUNK_ROWS, K]
-        # Rows of small integers, as sparse types have, stay within 2^24 over all columns.
-        largest = float(part.abs().sum(1).max()) if columns else 0.0
-        step = max(columns, 1) if 128 * largest <= EXACT_LIMIT else EXACT_COLUMNS
-        for column in range(0, columns, step):
-            cut = slice(column, column + step)
-            out[:, row : row + CHUNK_ROWS] += x[:, cut] @ part[:, cut].T
+    out = torch.empty(xq.shape[0], q.shape[0], dtype=torch.float64)
+    for rows in row_chunks(q):
+        part = q[rows].float()
+        cuts = _exact_cuts(part)
+        if len(cuts) == 1:
+            out[:, rows] = x @ part.T
+        else:
+            out[:, rows] = sum(((x[:, cut] @ part[:, cut].T).double() for cut in cuts), start=torch.zeros(()))
     return out
+
+
+def _exact_cuts(part: Tensor) -> list[slice]:
+    """Runs of columns over which every product of an int8 input with the integer-valued float32 [n, K] stays exact."""
+    columns = part.shape[1]
+    reach = torch.zeros(part.shape[0])
+    cuts, start = [], 0
+    for column in range(0, columns, EXACT_COLUMNS):
+        magnitudes = torch.linalg.vector_norm(part[:, column : column + EXACT_COLUMNS], 1, dim=1)
+        reach += magnitudes
+        if column > start and 128 * float(reach.max()) > EXACT_LIMIT:
+            cuts.append(slice(start, column))
+            start, reach = column, magnitudes
+    return [*cuts, slice(start, columns)]
 
 
 def quantize_input(x: Tensor, params: ActivationQParams) -> Tensor:
