@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from glmq.audit.folder import Folder, Kind, layer_of, role_of
 from glmq.audit.scaling import UNSCALED, Scaling, find_scalings
-from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, column_scales, row_ranges, run_ahead
+from glmq.audit.sums import Sums, sum_rows
+from glmq.audit.weights import StoredMatrix, column_scales, run_ahead
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.model.config import parse_config
 from glmq.model.glm4v import Group, all_blocks
-from glmq.numerics.metrics import count_int8, entropy_bits, sqnr_db
+from glmq.numerics.metrics import entropy_bits, sqnr_db
 
 HISTOGRAM_BINS: Final = 64
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
@@ -268,80 +267,6 @@ def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int 
     return (scales[1] / scales[0] if scales[0] else None), round(offsets[1] - offsets[0])
 
 
-class _Sums:
-    """Sums over rows of one tensor: float32 within a few, Python's float64 between them."""
-
-    def __init__(self) -> None:
-        self.noise = self.a = self.b = self.max_abs = 0.0
-        self.changed = 0
-        self.identical = True
-        self.counts = [torch.zeros(256, dtype=torch.int64) for _ in range(2)]
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        """Two float32 pieces of one shape; `b` is overwritten."""
-        x, y = a.reshape(-1), b.reshape(-1)
-        self.a += float(torch.dot(x, x))
-        self.b += float(torch.dot(y, y))
-        y -= x
-        self.noise += float(torch.dot(y, y))
-        low, high = torch.aminmax(y)
-        self.max_abs = max(self.max_abs, -float(low), float(high))
-
-    def add_equal(self, a: Tensor) -> None:
-        """A piece that is equal in both."""
-        x = a.reshape(-1)
-        square = float(torch.dot(x, x))
-        self.a += square
-        self.b += square
-
-    def merge(self, other: _Sums) -> None:
-        """Add the sums over other rows."""
-        self.noise += other.noise
-        self.a += other.a
-        self.b += other.b
-        self.max_abs = max(self.max_abs, other.max_abs)
-        self.changed += other.changed
-        self.identical = self.identical and other.identical
-        for mine, theirs in zip(self.counts, other.counts, strict=True):
-            mine += theirs
-
-    @property
-    def cosine(self) -> float:
-        """a . b = (a . a + b . b - d . d) / 2; 1 where both vanish, 0 where one does."""
-        norms = math.sqrt(self.a) * math.sqrt(self.b)
-        if norms == 0:
-            return 1.0 if self.a == self.b else 0.0
-        return min(1.0, (self.a + self.b - self.noise) / 2 / norms)
-
-
-def _sum_rows(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, same_steps: bool, rows: tuple[int, int]) -> _Sums:
-    """Read some rows of both and sum over them. Runs in several threads at once."""
-    sums, (first, last) = _Sums(), rows
-    x, y = a.stored(first, last), b.stored(first, last)
-    if a.is_integer and b.is_integer:
-        sums.changed = int(np.count_nonzero(x.numpy() != y.numpy()))
-        same = sums.changed == 0
-    else:
-        same = x.dtype == y.dtype and np.array_equal(_codes(x), _codes(y))
-    sums.identical = same
-    for counts, integers, matrix in zip(sums.counts, (x, y), (a, b), strict=True):
-        if matrix.is_integer:
-            counts += count_int8(integers)
-    for start, stop in row_ranges(0, last - first, a.cols, CACHE_ELEMENTS):
-        values = a.values(x[start:stop], first + start)
-        if same and same_steps and scaling is UNSCALED:
-            sums.add_equal(values)
-            continue
-        others = b.values(y[start:stop], first + start)
-        sums.add(values, scaling.undone(others, first + start))
-    return sums
-
-
-def _codes(values: Tensor) -> NDArray[np.uint8]:
-    """The bytes of a contiguous tensor. numpy compares bytes many times faster than torch compares half-precision numbers."""
-    return values.reshape(-1).view(torch.uint8).numpy()
-
-
 def _compare_matrices(
     name: str,
     a: StoredMatrix,
@@ -351,8 +276,8 @@ def _compare_matrices(
     input_offset_change: int | None,
 ) -> WeightDiff:
     same_steps = _equal(a.step, b.step) and _equal(a.second, b.second)
-    sums = _Sums()
-    for piece in run_ahead((partial(_sum_rows, a, b, scaling, same_steps, rows) for rows in a.pieces()), WORKERS):
+    sums = Sums()
+    for piece in run_ahead((partial(sum_rows, a, b, scaling, rows) for rows in a.pieces()), WORKERS):
         sums.merge(piece)
     both = a.is_integer and b.is_integer
     return WeightDiff(
@@ -372,8 +297,8 @@ def _compare_matrices(
         step_ratio=_step_ratio(a, b),
         input_scale_ratio=input_scale_ratio,
         input_offset_change=input_offset_change,
-        entropy_a=entropy_bits(sums.counts[0]) if a.is_integer else None,
-        entropy_b=entropy_bits(sums.counts[1]) if b.is_integer else None,
+        entropy_a=entropy_bits(torch.from_numpy(sums.counts[0])) if a.is_integer else None,
+        entropy_b=entropy_bits(torch.from_numpy(sums.counts[1])) if b.is_integer else None,
     )
 
 
@@ -389,7 +314,7 @@ def _compare_plain(
     `scales` of a norm are those that linears carry, `rows` of a bias those that a fold multiplied its linear's rows by.
     """
     one, other = a.read(name), b.read(name)
-    sums = _Sums()
+    sums = Sums()
     values = other.float().clone()
     if scales is not None:
         values = torch.where((one == 0) | (other == 0), values, one.float())

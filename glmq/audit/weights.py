@@ -77,11 +77,16 @@ class StoredMatrix:
         """Real weights, a fresh float32 [n, cols], of `stored` rows that begin at `start`."""
         if self.step is None:
             return stored.float().clone() if stored.dtype == torch.float32 else stored.float()
-        cut = slice(start, start + stored.shape[0])
+        steps = self.steps(slice(start, start + stored.shape[0]))
         if self.second is None:
-            return stored.float().mul_(self.step[cut])
-        grouped = stored.float().reshape(stored.shape[0], self.second.shape[1], -1)  # [n, K] -> [n, G, g]
-        return grouped.mul_((self.second[cut] * self.step[cut])[:, :, None]).reshape(stored.shape)
+            return stored.float().mul_(steps)
+        grouped = stored.float().reshape(stored.shape[0], steps.shape[1], -1)  # [n, K] -> [n, G, g]
+        return grouped.mul_(steps[:, :, None]).reshape(stored.shape)
+
+    def steps(self, rows: slice) -> Tensor:
+        """float32 [n, G] of an integer weight: what its integers are multiplied by, one step for each group of columns."""
+        assert self.step is not None
+        return self.step[rows] if self.second is None else self.second[rows] * self.step[rows]
 
     def pieces(self) -> list[tuple[int, int]]:
         """Row ranges of about PIECE_ELEMENTS elements, their borders even."""
