@@ -133,7 +133,7 @@ def write_container(
     if not any(kind == RANS for kind, _, _, _ in payloads):
         frequencies = frequencies[:0]
     class_map = _pack_class_map(class_of_column, len(frequencies))
-    tables = b"".join(_pack_frequencies(row) for row in frequencies)
+    tables = _pack_frequencies(frequencies)
     index = b"".join(
         _ENTRY.pack(digest, kind << 30 | len(payload), escapes) for kind, payload, escapes, digest in payloads
     )
@@ -278,9 +278,11 @@ def _unpack_class_map(packed: memoryview, cols: int, classes: int) -> NDArray[np
 
 
 def _pack_frequencies(frequencies: NDArray[np.uint16]) -> bytes:
-    live = frequencies != 0
-    presence = np.packbits(live, bitorder="little").tobytes()
-    return presence + b"".join([_VARINTS[frequency - 1] for frequency in frequencies[live].tolist()])
+    presence = np.packbits(frequencies != 0, axis=1, bitorder="little").tobytes()
+    parts: list[bytes] = []
+    for number, row in enumerate(frequencies.tolist()):
+        parts += [presence[32 * number : 32 * (number + 1)], *[_VARINTS[one - 1] for one in row if one]]
+    return b"".join(parts)
 
 
 def _unpack_frequencies(packed: memoryview, classes: int) -> NDArray[np.uint16]:

@@ -70,13 +70,16 @@ def encoder_table(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
     Returns:
         uint32 [classes + 1, 256]; the last row is the padding class, whose one value has all slots and so costs no bits.
     """
+    classes = len(frequencies)
     frequency = frequencies.astype(np.uint32)
-    first = np.cumsum(frequency, axis=1, dtype=np.uint32) - frequency
-    entries = frequency << 12 | first
-    as_escape = (frequency == 0) | (np.arange(256) == ESCAPE)
-    entries = np.where(as_escape, entries[:, ESCAPE : ESCAPE + 1] | np.uint32(1 << PROB_BITS), entries)
-    padding = np.full((1, 256), FREQUENCY_SUM << 12, dtype=np.uint32)
-    return np.concatenate([entries, padding])
+    entries = np.empty((classes + 1, 256), dtype=np.uint32)
+    entries[:classes] = frequency << 12 | (np.cumsum(frequency, axis=1, dtype=np.uint32) - frequency)
+    as_escape = frequency == 0
+    as_escape[:, ESCAPE] = True
+    escapes = entries[:classes, ESCAPE : ESCAPE + 1] | np.uint32(1 << PROB_BITS)
+    np.copyto(entries[:classes], escapes, where=as_escape)
+    entries[classes] = FREQUENCY_SUM << 12
+    return entries
 
 
 def decoder_table(frequencies: NDArray[np.uint16]) -> NDArray[np.uint32]:
