@@ -66,18 +66,21 @@ class Mode:
 
     reference: tuple[str, ...]
     glmq: tuple[str, ...]
+    share: float | None = None
+    """glmq is also run at this share of the bits that the reference takes."""
 
 
 _LOWBIT: Final = ("--w_bit", "4", "--is_lowbit", "True")
 MODES: Final = {
-    "seed": Mode(("--w_bit", "4", "--is_lowbit", "--use_sigma"), (*_LOWBIT, "--use_sigma", "True")),
+    "seed": Mode(("--w_bit", "4", "--is_lowbit", "--use_sigma"), (*_LOWBIT, "--use_sigma", "True"), 0.75),
     "fraction 0.01": Mode(("--w_bit", "4", "--is_lowbit"), _LOWBIT),
     "co_sparse": Mode(("--w_bit", "4", "--co_sparse"), ("--co_sparse", "True")),
-    "W8A8": Mode((), ()),
-    "W8A8_DYNAMIC": Mode(("--is_dynamic",), ("--is_dynamic", "True")),
+    "W8A8": Mode((), (), 1),
+    "W8A8_DYNAMIC": Mode(("--is_dynamic",), ("--is_dynamic", "True"), 1),
     "W4A8_DYNAMIC g64": Mode(
         ("--w_bit", "4", "--is_lowbit", "--is_dynamic", "--closed_outlier", "--group_size", "64"),
         (*_LOWBIT, "--is_dynamic", "True", "--group_size", "64"),
+        1,
     ),
     "W4A8_DYNAMIC g256": Mode(
         ("--w_bit", "4", "--is_lowbit", "--is_dynamic", "--closed_outlier", "--group_size", "256"),
@@ -85,8 +88,6 @@ MODES: Final = {
     ),
 }
 LLMC_MODE: Final = "W8A8_DYNAMIC"
-SMALLER: Final = 0.75
-"""The seed mode is also run at this share of the reference's bits."""
 VARIANTS: Final = ("pictures", "default", "generate", "answers", "texts")
 
 
@@ -271,9 +272,10 @@ def main() -> None:
                     print(f"| {name} | reference | does not run: {str(error).splitlines()[-1]} |", flush=True)
                 else:
                     found = table.row(name, "reference", candidate, judge, [done])
-                    if name == "seed":
-                        bits = f"{SMALLER * found.entropy_bits:.3f}"
-                        runs.append((f"{name}, {SMALLER} x bits", (*MODES[name].glmq, "--target_bits", bits)))
+                    share = MODES[name].share
+                    if share is not None:
+                        bits = f"{share * found.entropy_bits - 0.005:.2f}"
+                        runs.append((f"{name}, {share} x bits", (*MODES[name].glmq, "--target_bits", bits)))
             if a.llmc_python is not None and name == LLMC_MODE:
                 peer = Peer("llm-compressor", a.llmc_python, a.llmc_runner, keep)
                 candidate, done = peer.run(())
