@@ -46,7 +46,7 @@ def calibrate(
 
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
-    from glmq.cli.jobs import CalibrationOptions, calibrate_folder, plan_calibration_folder
+    from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder, plan_calibration_folder
     from glmq.cli.render import print_json, samples_table, show_calibration_plan, stdout, times_json
 
     chosen = CalibrationOptions(

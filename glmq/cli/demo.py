@@ -44,9 +44,10 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
     import torch
 
     from glmq.audit.verify import Limits
+    from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
     from glmq.cli.compress_job import CompressionJob, compress_folder
     from glmq.cli.compress_view import size_table
-    from glmq.cli.jobs import CalibrationOptions, QuantizationJob, calibrate_folder, quantize_folder
+    from glmq.cli.quantize_job import QuantizationJob, quantize_folder
     from glmq.cli.render import captions_table, show_quantization, stdout
     from glmq.cli.verify_job import load_samples, verify_folder
     from glmq.cli.verify_view import show_verification

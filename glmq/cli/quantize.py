@@ -242,7 +242,8 @@ def quantize(
     W8A8 for the Atlas 800I A2:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
-    from glmq.cli.jobs import CalibrationOptions, QuantizationJob, plan_folder, quantize_folder
+    from glmq.cli.calibrate_job import CalibrationOptions
+    from glmq.cli.quantize_job import QuantizationJob, plan_folder, quantize_folder
     from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout, times_json
     from glmq.quantize.recipe import Options
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from glmq.calibrate.plan import CalibrationPlan
     from glmq.calibrate.settling import Assessment, Settled
     from glmq.calibrate.stats import SampleTokens
-    from glmq.cli.jobs import QuantizationResult
+    from glmq.cli.quantize_job import QuantizationResult
     from glmq.quantize.dry_run import RunPlan
     from glmq.quantize.recipe import Recipe
     from glmq.quantize.stream import PartBytes

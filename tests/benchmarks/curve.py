@@ -27,7 +27,8 @@ import torch
 from fidelity import Judge, Peer
 
 from glmq.cli import jobs
-from glmq.cli.jobs import CalibrationOptions, QuantizationJob, calibrate_folder, quantize_folder
+from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
+from glmq.cli.quantize_job import QuantizationJob, quantize_folder
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
 from glmq.quantize.recipe import Options
 from glmq.spec import Method

@@ -22,7 +22,8 @@ import torch
 from fidelity import Judge
 from torch import Tensor
 
-from glmq.cli.jobs import CalibrationOptions, QuantizationJob, calibrate_folder, quantize_folder
+from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
+from glmq.cli.quantize_job import QuantizationJob, quantize_folder
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats
 from glmq.numerics.smooth import ScaleChoice

@@ -181,7 +181,7 @@ def test_statistics_are_kept_where_they_are_asked_for_and_used_again(
     stats, images = tmp_path / "stats", ("--calib_images", pictures, "--limit", 1)
     glmq(*command(small, stats, tmp_path / "one"), *images)
     before = tree(stats)
-    monkeypatch.setattr("glmq.cli.jobs._calibrate", None)
+    monkeypatch.setattr("glmq.cli.quantize_job.run_calibration", None)
     glmq(*command(small, stats, tmp_path / "two"))
     assert tree(stats) == before
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -505,19 +505,19 @@ def test_a_missing_path_is_wrong_usage(small: Path) -> None:
     assert "Missing option '--save-directory'" in result.stderr
 
 
-@pytest.mark.parametrize("engine", ["calibrate_checkpoint", "quantize_checkpoint"])
+@pytest.mark.parametrize("engine", ["calibrate_job.calibrate_checkpoint", "quantize_job.quantize_checkpoint"])
 def test_ctrl_c_before_the_first_block_leaves_nothing(
     engine: str, small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"glmq.cli.jobs.{engine}", stop)
+    monkeypatch.setattr(f"glmq.cli.{engine}", stop)
     stats = tmp_path / "stats"
     result = run(*command(small, stats, tmp_path / "out", "--calib_images", pictures, "--limit", 1, "-q"))
     assert result.exit_code == 130
     assert result.stderr == "error: stopped by Ctrl-C; --resume continues after the last finished block\n"
-    assert [path.name for path in tmp_path.iterdir()] == (["stats"] if engine == "quantize_checkpoint" else [])
+    assert [path.name for path in tmp_path.iterdir()] == (["stats"] if engine.startswith("quantize") else [])
 
 
 @pytest.mark.parametrize(

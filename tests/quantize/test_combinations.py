@@ -14,7 +14,8 @@ from make_checkpoint import Size, make_checkpoint
 from glmq.audit.structure import check_structure
 from glmq.checkpoint.description import read_description
 from glmq.checkpoint.reader import Checkpoint
-from glmq.cli.jobs import CalibrationOptions, QuantizationJob, quantize_folder
+from glmq.cli.calibrate_job import CalibrationOptions
+from glmq.cli.quantize_job import QuantizationJob, quantize_folder
 from glmq.errors import UsageError
 from glmq.quantize.recipe import Options
 

@@ -1,45 +1,41 @@
-"""Calibrate and quantize as the commands run them: check everything, then the engines under a progress bar."""
+"""What `glmq quantize` runs: statistics of its own or given ones, the plan, the passes, the report."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
 
-import torch
-
-from glmq import __version__
-from glmq.calibrate.generate import generate_answers, plan_generation, with_answers
-from glmq.calibrate.plan import CalibrationPlan, estimate_seconds, plan_calibration
 from glmq.calibrate.samples import (
-    WANTED_IMAGES,
     Sample,
-    builtin_texts,
-    default_images,
     digest,
-    list_images,
-    read_samples,
 )
-from glmq.calibrate.settling import assess
-from glmq.calibrate.stats import Settings, Statistics, StatsWriter
-from glmq.calibrate.stream import calibrate_checkpoint
+from glmq.calibrate.stats import Settings, Statistics
 from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_target, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import check_room
-from glmq.cli.render import BlockProgress, describe_generation, describe_settling, stderr
+from glmq.cli.calibrate_job import (
+    COMPUTE_DTYPES,
+    Calibration,
+    CalibrationOptions,
+    dtype_name,
+    load_samples,
+    machine_settings,
+    run_calibration,
+    say_settled,
+    settings_of,
+    sources_of,
+)
+from glmq.cli.render import BlockProgress, stderr
 from glmq.cli.shared_folder import SharedFolder
-from glmq.device import default_compute_dtype, resolve
+from glmq.device import resolve
 from glmq.errors import InputError, UsageError
-from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
-from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.parallel import Group, Place, read_place
@@ -52,7 +48,6 @@ from glmq.quantize.stream import (
     PartBytes,
     QuantizationRun,
     bytes_by_part,
-    check_source,
     measure_checkpoint,
     plan_output,
     quantize_checkpoint,
@@ -60,28 +55,6 @@ from glmq.quantize.stream import (
 )
 from glmq.records import LinearReport, PassTime
 from glmq.spec import Method, QuantType
-
-COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
-    """Where samples come from and how they are run."""
-
-    images: Path | None = None
-    samples_file: Path | None = None
-    texts: bool = True
-    """Add the texts that come with glmq."""
-    prompt: str = DEFAULT_PROMPT
-    limit: int | None = None
-    generate: int | None = None
-    """Most tokens that the model answers itself to a sample without an answer."""
-    max_pixels: int | None = None
-    skip_bad: bool = False
-    wide_moments: bool = False
-    device_type: str = "cpu"
-    compute_dtype: str = "auto"
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,36 +84,6 @@ class QuantizationResult:
     parts: tuple[PartBytes, ...]
     document: JsonObject
     times: tuple[PassTime, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationResult:
-    """What `glmq calibrate` shows at its end."""
-
-    statistics: Statistics
-    times: tuple[PassTime, ...]
-
-
-def calibrate_folder(
-    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, resume: bool, quiet: bool
-) -> CalibrationResult | None:
-    """Run `glmq calibrate`: write the statistics folder and open it; None on the ranks above 0 of torchrun."""
-    times: list[PassTime] = []
-    place = read_place()
-    quiet = quiet or not place.is_first
-    check_apart(stats_path, "--stats", {"the float weights": model_path, **_sources(options)})
-    check_target(stats_path, overwrite=overwrite, resume=resume)
-    config = read_config(model_path)
-    with Checkpoint.open(model_path) as source:
-        check_source(source, config)
-        work = _Calibration.prepare(source, config, options, place, quiet=quiet)
-        output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
-        with Group(place) as group, SharedFolder(output, group) as folder:
-            _calibrate(work, folder.path, group, times, quiet=quiet)
-            folder.finish()
-    statistics = Statistics.open(stats_path)
-    _say_settled(statistics, quiet=quiet)
-    return CalibrationResult(statistics, tuple(times)) if place.is_first else None
 
 
 def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult | None:
@@ -173,25 +116,10 @@ def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
         if job.stats_path is not None and job.stats_path.exists():
             statistics = _open_statistics(source, job.calibration, job.stats_path, quiet=False)
             return make_run_plan(source, config, recipe, plan, statistics)
-        work = _Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True)
+        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True)
         disk = work.plan.output_bytes + work.plan.work_bytes
         needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
         return make_run_plan(source, config, recipe, plan, needs)
-
-
-def plan_calibration_folder(
-    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool
-) -> tuple[CalibrationPlan, float]:
-    """Run `glmq calibrate --dry-run`: the plan, and seconds that the run would take. Touches nothing."""
-    if read_place().world > 1:
-        raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
-    check_apart(stats_path, "--stats", {"the float weights": model_path, **_sources(options)})
-    check_target(stats_path, overwrite=overwrite, resume=True)
-    config = read_config(model_path)
-    with Checkpoint.open(model_path) as source:
-        check_source(source, config)
-        work = _Calibration.prepare(source, config, options, Place(0, 1), quiet=True)
-        return work.plan, work.seconds()
 
 
 @contextmanager
@@ -200,10 +128,10 @@ def _planned(
 ) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
     """The open source and the plan of the whole output, from options, config.json and headers."""
     recipe = make_recipe(job.options)
-    inputs = {"the float weights": job.model_path, **_sources(job.calibration), "the statistics": job.stats_path}
+    inputs = {"the float weights": job.model_path, **sources_of(job.calibration), "the statistics": job.stats_path}
     check_apart(job.out_path, "--save_directory", inputs)
     if job.stats_path is not None:
-        check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **_sources(job.calibration)})
+        check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **sources_of(job.calibration)})
     check_target(job.out_path, overwrite=overwrite, resume=resume)
     if not resume and not overwrite and job.stats_path is None:
         own = _own_statistics(job.out_path)
@@ -217,30 +145,6 @@ def _planned(
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(recipe, config)
         yield source, config, recipe, plan_output(source, config, recipe, groups, job.shard_bytes)
-
-
-def _sources(options: CalibrationOptions) -> dict[str, Path | None]:
-    """Where calibration samples come from."""
-    return {"the calibration images": options.images, "the calibration samples": options.samples_file}
-
-
-def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, ...]:
-    """The calibration samples that the options name: images, the lines of the samples file, built-in texts."""
-    samples: tuple[Sample, ...] = ()
-    if options.images is not None or options.samples_file is None:
-        found = list_images(
-            options.images or default_images(), options.prompt, skip_bad=options.skip_bad, limit=options.limit
-        )
-        samples = found.samples
-        if found.rejected and not quiet:
-            for rejected in found.rejected:
-                stderr.print(f"left out {rejected.path.name}: {rejected.reason}", soft_wrap=True)
-            stderr.print(f"{len(found.rejected)} files left out, {len(samples)} images used")
-        if len(samples) < WANTED_IMAGES and not quiet:
-            stderr.print(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
-    if options.samples_file is not None:
-        samples += read_samples(options.samples_file, limit=options.limit).samples
-    return samples + builtin_texts() if options.texts else samples
 
 
 @contextmanager
@@ -262,18 +166,18 @@ def _statistics(
             statistics = Statistics.open(folder)
             statistics.check_model(source.fingerprint())
             _check_calibration(
-                statistics, load_samples(options, quiet=True), _settings(options, resolve(options.device_type))
+                statistics, load_samples(options, quiet=True), settings_of(options, resolve(options.device_type))
             )
         else:
             statistics = _open_statistics(source, options, stats_path, quiet=quiet)
     else:
-        work = _Calibration.prepare(source, config, options, group.place, quiet=quiet)
+        work = Calibration.prepare(source, config, options, group.place, quiet=quiet)
         output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
         with SharedFolder(output, group) as shared:
-            _calibrate(work, shared.path, group, times, quiet=quiet)
+            run_calibration(work, shared.path, group, times, quiet=quiet)
             shared.finish()
         statistics = Statistics.open(folder)
-        _say_settled(statistics, quiet=quiet)
+        say_settled(statistics, quiet=quiet)
     try:
         yield statistics
     except (InputError, UsageError):
@@ -282,6 +186,11 @@ def _statistics(
         raise
     if stats_path is None and group.place.is_first:
         shutil.rmtree(folder)
+
+
+def _own_statistics(out_path: Path) -> Path:
+    """Where statistics lie that nobody named: beside the output, where there is room for gigabytes; /tmp is often small."""
+    return out_path.absolute().parent / f".{out_path.name}.statistics"
 
 
 def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
@@ -296,11 +205,6 @@ def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settin
             )
 
 
-def _settings(options: CalibrationOptions, device: torch.device) -> Settings:
-    dtype = compute_dtype(options.compute_dtype, device)
-    return Settings(_dtype_name(dtype), options.max_pixels, options.wide_moments, options.generate)
-
-
 def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, *, quiet: bool) -> Statistics:
     """The finished statistics that --stats names.
 
@@ -312,7 +216,7 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
     if named:
         statistics.check_samples(digest(load_samples(options, quiet=True), options.generate))
     statistics.check_settings(
-        compute_dtype=None if options.compute_dtype == "auto" else _dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
+        compute_dtype=None if options.compute_dtype == "auto" else dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
         max_pixels=options.max_pixels,
     )
     default = CalibrationOptions()
@@ -333,115 +237,6 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
             soft_wrap=True,
         )
     return statistics
-
-
-def _own_statistics(out_path: Path) -> Path:
-    """Where statistics lie that nobody named: beside the output, where there is room for gigabytes; /tmp is often small."""
-    return out_path.absolute().parent / f".{out_path.name}.statistics"
-
-
-@dataclass(frozen=True, slots=True)
-class _Calibration:
-    """Everything that a calibration needs, checked, before its first block."""
-
-    model: StreamedModel
-    samples: tuple[Sample, ...]
-    preprocessor: Preprocessor
-    settings: Settings
-    plan: CalibrationPlan
-
-    @classmethod
-    def prepare(
-        cls, source: Checkpoint, config: ModelConfig, options: CalibrationOptions, place: Place, *, quiet: bool
-    ) -> _Calibration:
-        samples = load_samples(options, quiet=quiet)
-        device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
-        settings = _settings(options, device)
-        dtype: torch.dtype = getattr(torch, settings.compute_dtype)
-        preprocessor = Preprocessor(
-            source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
-        )
-        plan = plan_calibration(
-            config, source.fingerprint(), samples, preprocessor, settings, element_bytes=dtype.itemsize
-        )
-        model = StreamedModel(source, config, device=device, dtype=dtype)
-        return cls(model, samples, preprocessor, settings, plan)
-
-    def seconds(self) -> float:
-        """About how long it takes: one sample is run through one block of each tower; and reading weights for answers."""
-        seconds = estimate_seconds(self.model, self.samples, self.preprocessor, self.settings)
-        if self.settings.generate is None:
-            return seconds
-        plan = plan_generation(self.model, self.samples, self.preprocessor, self.settings.generate)
-        return seconds + plan.read_seconds
-
-    def answered(self, journal: Journal, group: Group, times: list[PassTime], *, quiet: bool) -> _Calibration:
-        """The same with the model's own answers to samples that have none, where they are asked for."""
-        if self.settings.generate is None:
-            return self
-        model, samples, preprocessor = self.model, self.samples, self.preprocessor
-        plan = plan_generation(model, samples, preprocessor, self.settings.generate)
-        if not quiet:
-            stderr.print(describe_generation(plan), soft_wrap=True)
-        with BlockProgress("generate", unit="tokens", quiet=quiet) as progress:
-            for done in generate_answers(model, samples, preprocessor, plan, journal, group):
-                progress.advance(done)
-        times.append(progress.time())
-        return replace(self, samples=with_answers(samples, journal))
-
-
-def _calibrate(work: _Calibration, folder: Path, group: Group, times: list[PassTime], *, quiet: bool) -> None:
-    settings, fingerprint = work.settings, work.model.source.fingerprint()
-    journal = Journal(
-        folder,
-        {
-            "model": fingerprint,
-            "samples": digest(work.samples, settings.generate),
-            "compute dtype": settings.compute_dtype,
-            "max pixels": str(settings.max_pixels),
-            "wide moments": str(settings.wide_moments),
-            **_machine(),
-        },
-        writes=group.place.is_first,
-    )
-    if not journal.finished:
-        check_room(folder, work.plan.output_bytes + work.plan.work_bytes)
-    work = work.answered(journal, group, times, quiet=quiet)
-    sink = StatsWriter(folder, fingerprint, work.samples, settings)
-    with BlockProgress("calibrate", quiet=quiet) as progress:
-        for done in calibrate_checkpoint(
-            work.model, work.samples, work.preprocessor, sink, settings, journal, folder, group
-        ):
-            progress.advance(done)
-    times.append(progress.time())
-    journal.remove()
-
-
-def _say_settled(statistics: Statistics, *, quiet: bool) -> None:
-    """Whether the samples were enough."""
-    if not quiet:
-        unanswered = sum(not sample.has_answer for sample in statistics.samples())
-        for line in describe_settling(assess(statistics.settled()), unanswered=unanswered):
-            stderr.print(line, soft_wrap=True)
-
-
-def _machine() -> dict[str, str]:
-    """What the last bits of a float32 product depend on, beside its inputs."""
-    return {
-        "glmq": __version__,
-        "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype that --compute-dtype names."""
-    return default_compute_dtype(device) if name == "auto" else COMPUTE_DTYPES[name]
 
 
 def _quantize(
@@ -465,7 +260,7 @@ def _quantize(
         "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
         "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
         "rounding": "compiled" if gptq.IS_COMPILED else "torch",
-        **_machine(),
+        **machine_settings(),
     }
     work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=group.place.is_first), group)
     bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
