@@ -29,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from inspect_rate import drop_from_cache
 from make_checkpoint import SIZES, Size, make_checkpoint, text_size
 from PIL import Image
 from process import SEED, Measured, measure
@@ -40,7 +41,7 @@ from glmq.model.glm4v import text_block, vision_block
 GLMQ = [sys.executable, "-m", "glmq"]
 MATRIX_STAGES = ("vision", "forward", "statistics", "rounding", "report")
 DISK_STAGES = ("read", "write", "copy")
-PLAIN_BYTES = 512 * 2**20
+PLAIN_BYTES = 4 * 2**30
 
 
 def make_images(folder: Path, count: int) -> Path:
@@ -81,9 +82,9 @@ def matrix_rate(model: Path, tokens: int, patches: int) -> dict[str, float]:
     return rates
 
 
-def plain_seconds(folder: Path) -> tuple[float, float]:
-    """Seconds per byte of a plain read and of a plain write with fsync, in 8 MiB pieces."""
-    path, piece = folder / "plain.bin", os.urandom(8 * 2**20)
+def plain_seconds(model: Path, folder: Path) -> tuple[float, float]:
+    """Seconds per byte of a plain read of the model's own files, cold, and of a plain write with fsync, in 8 MiB pieces."""
+    path, piece = folder / "plain.bin", bytearray(os.urandom(8 * 2**20))
 
     def write() -> None:
         with path.open("wb", buffering=0) as file:
@@ -91,17 +92,17 @@ def plain_seconds(folder: Path) -> tuple[float, float]:
                 file.write(piece)
             os.fsync(file.fileno())
 
-    def read() -> None:
-        with path.open("rb", buffering=0) as file:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while file.read(len(piece)):
-                pass
-
-    written = best_seconds(write, 2) / PLAIN_BYTES
-    found = best_seconds(read, 2) / PLAIN_BYTES
+    shards = sorted(model.glob("*.safetensors"))
+    drop_from_cache(shards)
+    started, found = time.perf_counter(), 0
+    for shard in shards:
+        with shard.open("rb", buffering=0) as file:
+            while found < PLAIN_BYTES and (count := file.readinto(piece)):
+                found += count
+    read = (time.perf_counter() - started) / found
+    written = best_seconds(write, 1) / PLAIN_BYTES
     path.unlink()
-    return found, written
+    return read, written
 
 
 def run_verb(name: str, arguments: list[object], work: Path, *, codes: tuple[int, ...] = (0,)) -> tuple[Measured, dict]:
@@ -137,7 +138,7 @@ def run_pipeline(model: Path, images: Path, work: Path) -> None:
     calibrated = run_verb("calibrate", ["--model-path", model, "--calib-images", images, "--stats", stats], work)
     tokens = calibrated[1]["samples"][0]["tokens"]
     patches = calibrated[1]["inputs"]["model.visual.blocks.0.attn.qkv"]["tokens"] // len(list(images.iterdir()))
-    rates, plain = matrix_rate(model, tokens, patches), plain_seconds(work)
+    rates, plain = matrix_rate(model, tokens, patches), plain_seconds(model, work)
     print(
         f"F.linear float32: {rates['text'] / 1e9:.0f} GFLOP/s on text shapes, {rates['vision'] / 1e9:.0f} on vision shapes; "
         f"plain read {1e-9 / plain[0]:.2f} GB/s, write {1e-9 / plain[1]:.2f} GB/s; {torch.get_num_threads()} threads"
