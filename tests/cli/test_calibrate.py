@@ -75,7 +75,9 @@ def test_json_is_the_manifest_and_the_folder(small: Path, pictures: Path, tmp_pa
     times = {stage["stage"]: stage for stage in done["stages"]}
     assert set(times) == {"read", "images", "vision", "forward", "statistics", "write"}
     layers = 2 * (128 * 64 + 64 * 64 + 3 * 96 * 64)  # q, k, v; o; gate, up and down
-    assert times["forward"]["flops"] == 2 * sum(sample["tokens"] for sample in found["samples"]) * layers
+    tokens = [sample["tokens"] for sample in found["samples"]]
+    attention = 2 * 4 * 64  # two layers; scores and their products with the values, all heads together
+    assert times["forward"]["flops"] == sum(2 * n * layers + n * n * attention for n in tokens)
     assert found == json.loads((stats / "statistics.json").read_text())
 
 
