@@ -42,6 +42,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -278,10 +279,12 @@ def _unpack_class_map(packed: memoryview, cols: int, classes: int) -> NDArray[np
 
 
 def _pack_frequencies(frequencies: NDArray[np.uint16]) -> bytes:
-    presence = np.packbits(frequencies != 0, axis=1, bitorder="little").tobytes()
+    live = frequencies != 0
+    presence = np.packbits(live, axis=1, bitorder="little").tobytes()
+    varints = iter([_VARINTS[frequency - 1] for frequency in frequencies[live].tolist()])
     parts: list[bytes] = []
-    for number, row in enumerate(frequencies.tolist()):
-        parts += [presence[32 * number : 32 * (number + 1)], *[_VARINTS[one - 1] for one in row if one]]
+    for number, count in enumerate(live.sum(1).tolist()):
+        parts += [presence[32 * number : 32 * (number + 1)], *islice(varints, count)]
     return b"".join(parts)
 
 
