@@ -12,7 +12,7 @@ machine are measured in the same run: F.linear on the model's own shapes, and a 
 
 --fit runs 2 and 4 layers, then 2 and 4 images, and prints the seconds of one layer and of one image. --peers runs the vendor's
 tool and llm-compressor, each by a runner `RUNNER FLOAT OUT --images DIR` that prints a last line of JSON, on the same
-checkpoint and two images.
+checkpoint and two images, without the texts that glmq would add.
 """
 
 from __future__ import annotations
@@ -202,12 +202,14 @@ def run_fit(size: Size, work: Path) -> None:
 
 
 def run_peers(size: Size, work: Path, peers: list[str]) -> None:
-    """The same checkpoint and two images through the vendor's tool, llm-compressor and glmq, whole processes."""
+    """The same checkpoint and two images, and no other samples, through all three tools: whole processes."""
     vendor, vendor_runner, llmc, llmc_runner = (str(Path(path).absolute()) for path in peers)
     model, images = work / "model", work / "two images"
     make_checkpoint(model, size)
     make_images(images, 2)
-    ours: list[object] = ["--model_path", model, "--calib_images", images, "--save_directory", work / "ours"]
+    ours: list[object] = [
+        "--model_path", model, "--calib_images", images, "--no-texts", "--save_directory", work / "ours",
+    ]  # fmt: skip
     rows = {
         "glmq, W8A8S": [*GLMQ, "quantize", *map(str, ours), *SEED],
         "vendor, W8A8S": [
