@@ -297,8 +297,8 @@ def _compare_matrices(
         step_ratio=_step_ratio(a, b),
         input_scale_ratio=input_scale_ratio,
         input_offset_change=input_offset_change,
-        entropy_a=entropy_bits(torch.from_numpy(sums.counts[0])) if a.is_integer else None,
-        entropy_b=entropy_bits(torch.from_numpy(sums.counts[1])) if b.is_integer else None,
+        entropy_a=entropy_bits(sums.counts[0]) if a.is_integer else None,
+        entropy_b=entropy_bits(sums.counts[1]) if b.is_integer else None,
     )
 
 

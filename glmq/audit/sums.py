@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glmq.audit.scaling import Scaling
 from glmq.audit.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
+from glmq.numerics.metrics import count_int8
 
 try:
     from glmq.audit import _sums
@@ -36,7 +37,7 @@ class Sums:
         """Integers that differ."""
         self.identical = True
         """All bytes are equal."""
-        self.counts = np.zeros((2, 256), dtype=np.int64)
+        self.counts = torch.zeros(2, 256, dtype=torch.int64)
         """How often each int8 value occurs on either side; entry i counts the value i - 128."""
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -82,14 +83,12 @@ def sum_rows(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, rows: tuple[int
 def sum_by_torch(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, first: int, x: Tensor, y: Tensor) -> Sums:
     """As `sum_rows`, of rows `x` and `y` that were read from row `first` on."""
     sums = Sums()
-    if x.dtype == y.dtype:
-        sums.identical = np.array_equal(_bytes(x), _bytes(y))
-        sums.changed = int(np.count_nonzero(_bytes(x) != _bytes(y))) if a.is_integer else 0
-    else:
-        sums.identical = False
+    different = int(np.count_nonzero(_bytes(x) != _bytes(y))) if x.dtype == y.dtype else None
+    sums.identical = different == 0
+    sums.changed = different if different is not None and a.is_integer else 0
     for counts, integers, matrix in zip(sums.counts, (x, y), (a, b), strict=True):
         if matrix.is_integer:
-            counts += np.bincount(_bytes(integers) ^ 0x80, minlength=256)
+            counts += count_int8(integers)
     for start, stop in row_ranges(0, x.shape[0], a.cols, CACHE_ELEMENTS):
         others = b.values(y[start:stop], first + start)
         sums.add(a.values(x[start:stop], first + start), scaling.undone(others, first + start))
@@ -104,7 +103,7 @@ def _sum_compiled(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, first: int
         sides += [_bytes(stored), _KINDS[stored.dtype], _optional(steps), 1 if steps is None else steps.shape[1]]
     rows = None if scaling.rows is None else scaling.rows[cut]
     sums.a, sums.b, sums.noise, sums.max_abs, changed = _sums.sum_pair(
-        *sides, _optional(scaling.columns), _optional(rows), sums.counts, *x.shape
+        *sides, _optional(scaling.columns), _optional(rows), sums.counts.numpy(), *x.shape
     )
     sums.changed = changed if a.is_integer and b.is_integer else 0
     sums.identical = x.dtype == y.dtype and changed == 0

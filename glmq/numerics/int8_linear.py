@@ -5,8 +5,8 @@
     W4A8:     the dynamic form with w = q * weight_scale_second * weight_scale
 
 The int32 sums are exact: float32 products over at most 1024 columns stay within 2^24 (128 * 128 * 1024), where every
-integer is a float32 number, so the fast float32 matrix product serves, and the parts are added in float64. Where no row's
-magnitudes add up to more than 2^17 the product over all columns stays within 2^24 too.
+integer is a float32 number, so the fast float32 matrix product serves, and the parts are added in float64. More columns
+go into one part where no row's magnitudes over them add up to more than 2^17, so that 128 times that is within 2^24 too.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from typing import Final
 import torch
 from fidelity import Judge, Peer
 
-from glmq.cli import jobs
+from glmq.cli import quantize_job
 from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
 from glmq.cli.quantize_job import QuantizationJob, quantize_folder
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
@@ -82,13 +82,13 @@ def measure_points(judge: Judge, peer: Peer | None, folder: Path) -> Iterator[Po
     flags_of = [{"use_sigma": True}, *({"fraction": f} for f in FRACTIONS)]
     for label, flags in zip(labels, flags_of, strict=True):
         yield judged("nearest", label, quantized(method=Method.PLAIN.value, **flags))
-    spread: Callable[..., dict[str, float]] = jobs._spread_bits
-    jobs._spread_bits = lambda *_, **__: {}  # each linear then follows its own rule
+    spread: Callable[..., dict[str, float]] = quantize_job._spread_bits
+    quantize_job._spread_bits = lambda *_, **__: {}  # each linear then follows its own rule
     try:
         for label, flags in zip(labels, flags_of, strict=True):
             yield judged("compensated", label, quantized(**flags))
     finally:
-        jobs._spread_bits = spread
+        quantize_job._spread_bits = spread
     for target in TARGETS:
         yield judged("planned", f"{target} bits", quantized(target_bits=target))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,16 @@ class Measured:
     peak_mib: float
     output: str
     """What it printed, stdout and stderr together."""
+
+
+def best_seconds(work: Callable[[], object], times: int = 3) -> float:
+    """The shortest of some runs: what the machine can do when nobody disturbs it."""
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
 
 
 def measure(command: list[str], folder: Path, *, codes: tuple[int, ...] = (0,)) -> Measured:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from process import best_seconds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,22 +22,12 @@ from glmq.numerics.hessian import factor, shrunk_correlation
 from glmq.spec import INT8
 
 
-def best(run: Callable[[], object], times: int = 3) -> float:
-    """Seconds of the fastest of several runs."""
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
-
-
 def read_seconds(weight: Tensor) -> float:
     """Reading a bfloat16 weight from the page cache and widening it, as quantize does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "w.safetensors"
         save_file({"w": weight.bfloat16()}, path)
-        return best(lambda: load_file(path)["w"].float())
+        return best_seconds(lambda: load_file(path)["w"].float())
 
 
 def main() -> None:
@@ -53,16 +42,16 @@ def main() -> None:
     x += torch.randn(a.tokens, 64, generator=generator) @ torch.randn(64, k, generator=generator)
     moment = shrunk_correlation(x.T @ x / a.tokens, x.square().mean(0).sqrt())
     found = factor(moment)
-    seconds = best(lambda: factor(moment), 2)
+    seconds = best_seconds(lambda: factor(moment), 2)
     flops = k**3  # two thirds for the order, one third for the Cholesky factor
     print(f"{torch.get_num_threads()} threads, kernel {'compiled' if gptq.IS_COMPILED else 'torch'}, {a.tokens} tokens")
     print(f"factor of {k} columns: {seconds:.2f} s, {flops / 1e9:.0f} GFLOP, {flops / seconds / 1e9:.0f} GFLOP/s")
     for rows in a.rows:
         weight = torch.randn(rows, k, generator=generator)
         step = torch.full((rows, 1), 0.2)
-        linear = best(lambda w=weight: torch.nn.functional.linear(x, w))
+        linear = best_seconds(lambda w=weight: torch.nn.functional.linear(x, w))
         rate = 2 * a.tokens * rows * k / linear
-        rounding = best(lambda w=weight, s=step: gptq.round_compensated(w, s, found, INT8), 2)
+        rounding = best_seconds(lambda w=weight, s=step: gptq.round_compensated(w, s, found, INT8), 2)
         flops = rows * k * k
         reading = read_seconds(weight)
         print(

@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ import torch
 from inspect_rate import drop_from_cache
 from make_checkpoint import SIZES, Size, make_checkpoint, text_size
 from PIL import Image
-from process import SEED, Measured, measure
+from process import SEED, Measured, best_seconds, measure
 
 from glmq.calibrate.samples import IMAGE_SUFFIXES, default_images
 from glmq.model.config import read_config
@@ -53,16 +53,6 @@ def make_images(folder: Path, count: int) -> Path:
         image = Image.open(photographs[index]).convert("RGB").resize((640, 480))
         image.rotate(7 * turn).save(folder / f"{number:03d}.png")
     return folder
-
-
-def best_seconds(work: Callable[[], object], times: int = 3) -> float:
-    """The shortest of some runs: what the machine can do when nobody disturbs it."""
-    found = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
 
 
 def matrix_rate(model: Path, tokens: int, patches: int) -> dict[str, float]:
