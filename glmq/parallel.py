@@ -1,4 +1,4 @@
-"""Processes that torchrun started: the only file that knows torch.distributed.
+"""Processes that torchrun started: the only file that uses torch.distributed.
 
 They talk over gloo, which every machine has: statistics are summed in main memory whatever computes the forward pass.
 """

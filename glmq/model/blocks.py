@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import LM_HEAD, TEXT, VISION
+from glmq.model.lean import no_compiler
 
 if TYPE_CHECKING:
     from glmq.model.inputs import ModelInputs
@@ -250,13 +252,14 @@ class StreamedModel:
 
 
 def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
-    from transformers.utils import logging
+    with no_compiler():
+        from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+        from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
         hf_config = Glm4vConfig(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
-        with init_empty_weights(include_buffers=False):
+        with no_compiler(), init_empty_weights(include_buffers=False), _NoInit():
             model = Glm4vForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
@@ -265,6 +268,20 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # meta: no memory; image features are cast to this dtype
     return model.eval()  # type: ignore[no-any-return]
+
+
+class _NoInit(TorchFunctionMode):
+    """Initializes nothing: on meta there is nothing to fill, and `normal_` there would import a compiler to find that out."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_:
+            return args[0]
+        if func is nn.init.normal_:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _drop(module: nn.Module) -> None:

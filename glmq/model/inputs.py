@@ -20,6 +20,7 @@ from torch import Tensor
 
 from glmq.errors import ModelError, SampleError
 from glmq.model.config import ModelConfig
+from glmq.model.lean import no_compiler
 
 if TYPE_CHECKING:
     from glmq.model.blocks import StreamedModel
@@ -91,10 +92,11 @@ class Preprocessor:
     def __init__(
         self, directory: Path, config: ModelConfig, *, max_pixels: int | None, trust_remote_code: bool
     ) -> None:
-        from transformers.utils import logging
+        with no_compiler():
+            from transformers.utils import logging
 
-        logging.set_verbosity_error()  # transformers 5 warns that torchvision is missing, which we do not want
-        from transformers import AutoTokenizer, Glm4vImageProcessor
+            logging.set_verbosity_error()  # transformers 5 warns that torchvision is missing, which we do not want
+            from transformers import AutoTokenizer, Glm4vImageProcessor
 
         self._config = config
         settings = _processor_settings(directory)

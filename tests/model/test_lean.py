@@ -1,0 +1,39 @@
+"""What a command does not import, and that it is there for whoever asks."""
+
+import subprocess
+import sys
+
+from glmq.model.tiny import TINY_CHECKPOINT
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+import torch
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.model.blocks import StreamedModel
+from glmq.model.config import read_config
+from glmq.model.inputs import Preprocessor
+from glmq.model.lean import no_compiler
+
+HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy")
+
+folder = Path(sys.argv[1])
+config = read_config(folder)
+model = StreamedModel(Checkpoint.open(folder), config, device=torch.device("cpu"), dtype=torch.bfloat16)
+Preprocessor(folder, config, max_pixels=None, trust_remote_code=False)
+print([name for name in HEAVY if name in sys.modules])
+print("_dynamo" in vars(torch), torch.distributed.is_available())
+
+with no_compiler():
+    print(type(torch._dynamo.config).__name__)  # not in the stand-in: the real package answers
+    print("torch._inductor" in sys.modules)
+print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
+"""
+
+
+def test_a_model_is_built_without_the_compiler_which_is_real_for_whoever_asks() -> None:
+    command = [sys.executable, "-c", PROGRAM, str(TINY_CHECKPOINT)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines == ["[]", "False True", "ConfigModuleInstance", "True", "2.0"]
