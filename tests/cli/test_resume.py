@@ -57,14 +57,15 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
     return tree(out)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("record", range(LINES))
 def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
-    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int, after: bool
+    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int
 ) -> None:
     out = tmp_path / "out"
     arguments = command(small, pictures, out)
-    run_and_die(arguments, record, after=after)
+    run_and_die(arguments, record, after=False)  # the block is written, the journal does not know of it
+    assert not out.exists()
+    run_and_die([*arguments, "--resume"], 0, after=True)  # the journal knows it, the next one is not begun
     assert not out.exists()
     glmq(*arguments, "--resume")
     assert tree(out) == unbroken

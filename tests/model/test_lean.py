@@ -29,11 +29,10 @@ print("_dynamo" in vars(torch), torch.distributed.is_available())
 with no_compiler():
     print(type(torch._dynamo.config).__name__)  # not in the stand-in: the real package answers
     print("torch._inductor" in sys.modules)
-print(torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)).item())
 """
 
 
 def test_a_model_is_built_without_the_compiler_which_is_real_for_whoever_asks() -> None:
     command = [sys.executable, "-c", PROGRAM, str(TINY_CHECKPOINT)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines == ["[]", "False True", "ConfigModuleInstance", "True", "2.0"]
+    assert lines == ["[]", "False True", "ConfigModuleInstance", "True"]
