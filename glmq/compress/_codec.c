@@ -65,7 +65,8 @@ static PyObject *py_list_kernels(PyObject *self, PyObject *unused) {
     return result;
 }
 
-PyDoc_STRVAR(choose_doc, "choose_tables(matrix, rows, cols) -> (class of each column, uint16 frequencies [classes, 256])");
+PyDoc_STRVAR(choose_doc, "choose_tables(matrix, rows, cols) -> (class of each column, uint16 frequencies [classes, 256], "
+                         "the encoder's table of them, uint32 [classes + 1, 256])");
 
 static PyObject *py_choose_tables(PyObject *self, PyObject *args) {
     (void)self;
@@ -74,6 +75,7 @@ static PyObject *py_choose_tables(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "y*LL", &matrix, &rows, &cols)) return NULL;
     PyObject *result = NULL, *ids = NULL;
     uint16_t frequencies[MAX_CLASSES][256];
+    uint32_t table[MAX_CLASSES + 1][256];
     if (rows < 1 || cols < 1 || matrix.len / cols < rows) {
         PyErr_SetString(PyExc_ValueError, "choose_tables: the matrix is smaller than rows x cols");
     } else if ((ids = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)cols)) != NULL) {
@@ -81,9 +83,11 @@ static PyObject *py_choose_tables(PyObject *self, PyObject *args) {
         int classes;
         Py_BEGIN_ALLOW_THREADS
         classes = choose_tables(matrix.buf, rows, cols, klass, frequencies);
+        fill_encoder_table(frequencies, classes, table);
         Py_END_ALLOW_THREADS
         if (classes)
-            result = Py_BuildValue("(Oy#)", ids, (char *)frequencies, (Py_ssize_t)(classes * sizeof frequencies[0]));
+            result = Py_BuildValue("(Oy#y#)", ids, (char *)frequencies, (Py_ssize_t)(classes * sizeof frequencies[0]),
+                                   (char *)table, (Py_ssize_t)((classes + 1) * sizeof table[0]));
         else
             PyErr_NoMemory();
     }

@@ -12,7 +12,7 @@ enum {
     FOLDS = 64,
     SCALE_GROUPS = 128,
     SAMPLE = 1 << 20,
-    LEAST_SAMPLE = 1 << 16,
+    LEAST_SAMPLE = 3 << 14,
     MAX_SAMPLED_ROWS = 32767,
     MIN_CLASSIFIED_ROWS = 8,
     MAX_CLASSIFIED_COLS = 1 << 16,
@@ -92,7 +92,7 @@ static const uint8_t *sampled_row(const Sample *s, int64_t i, int second) {
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t count_sampled_rows(int64_t rows, int64_t cols) {
-    int64_t wanted = smaller((SAMPLE + cols - 1) / cols, rows / 2), least = (LEAST_SAMPLE + cols - 1) / cols;
+    int64_t wanted = smaller((SAMPLE + cols - 1) / cols, rows / 3), least = (LEAST_SAMPLE + cols - 1) / cols;
     return smaller(smaller(wanted > least ? wanted : least, MAX_SAMPLED_ROWS), rows);
 }
 
@@ -307,5 +307,20 @@ static int choose_tables(const uint8_t *matrix, int64_t rows, int64_t cols, uint
         normalise(counts[0][k], frequencies[k]);
     }
     return classes;
+}
+
+/* encoder_table of tables.py: per class and value, and for the padding class after them. */
+static void fill_encoder_table(const uint16_t frequencies[][256], int classes, uint32_t table[][256]) {
+    for (int k = 0; k < classes; k++) {
+        uint32_t first = 0;
+        for (int s = 0; s < 256; s++) {
+            table[k][s] = (uint32_t)frequencies[k][s] << 12 | first;
+            first += frequencies[k][s];
+        }
+        uint32_t escape = table[k][ESCAPE] | 1 << 11;
+        for (int s = 0; s < 256; s++)
+            if (s == ESCAPE || !frequencies[k][s]) table[k][s] = escape;
+    }
+    for (int s = 0; s < 256; s++) table[classes][s] = (uint32_t)FREQUENCY_SUM << 12;
 }
 #endif

@@ -123,12 +123,13 @@ def encode(
     tiles = [matrix[begin : begin + tile_rows] for begin in range(0, rows, tile_rows)]
     if kernel is None:
         class_of_column, frequencies = choose_tables(matrix)
+        table = encoder_table(frequencies)
     else:
-        classes, packed = _codec.choose_tables(matrix, rows, cols)
+        classes, packed, packed_table = _codec.choose_tables(matrix, rows, cols)
         class_of_column = np.frombuffer(classes, dtype=np.uint8)
         frequencies = np.frombuffer(packed, dtype=np.uint16).reshape(-1, 256)
+        table = np.frombuffer(packed_table, dtype=np.uint32).reshape(-1, 256)
     ids = padded_classes(class_of_column, len(frequencies))
-    table = encoder_table(frequencies)
 
     def encode_batch(batch: Sequence[NDArray[np.int8]]) -> list[tuple[int, bytes, int, int]]:
         if kernel is None:

@@ -167,9 +167,9 @@ def _step(
     # Tables have 2^16 entries a class, so that a slot fits beside its class without an addition; the rest is never touched.
     value_of = np.zeros((len(table), 1 << 16), dtype=np.uint8)
     value_of[:, :FREQUENCY_SUM] = table
-    factor_term_of = np.zeros((len(table), 1 << 16, 2), dtype=np.int32)
-    factor_term_of[:, :FREQUENCY_SUM, 0] = factor = table >> 19
-    factor_term_of[:, :FREQUENCY_SUM, 1] = (table >> 8 & _SLOT) + (STATE_LOW >> PROB_BITS) * factor - STATE_LOW
+    factor_of, term_of = np.zeros((2, len(table), 1 << 16), dtype=np.int32)
+    factor_of[:, :FREQUENCY_SUM] = table >> 19
+    term_of[:, :FREQUENCY_SUM] = (table >> 8 & _SLOT) + (STATE_LOW >> PROB_BITS) * (table >> 19) - STATE_LOW
     # Word i is number 2i + 1, and 0 between them: a lane's places before and after, added, are the number of what it takes.
     words_or_none = np.zeros((len(words), 2), dtype=np.uint32)
     words_or_none[:, 1] = words + np.uint32((STATE_LOW << 16) - STATE_LOW)
@@ -187,10 +187,9 @@ def _step(
             live = tiles if row < last_height else tiles - 1
             x = x[: live * lanes]
             before, after = place[: len(x)], place[1 : 1 + len(x)]
-            factor_term, takes, shift, word, number = (
-                np.zeros(len(x), dtype) for dtype in ("i8", "u4", "u4", "u4", "i8")
+            factor, term, takes, shift, word, number = (
+                np.zeros(len(x), dtype) for dtype in ("i4", "i4", "u4", "u4", "u4", "i8")
             )
-            factor, term = factor_term.view(np.int32)[0::2], factor_term.view(np.int32)[1::2]
             # A tile's extra lane does not take a word, but holds where the tile's next one is, for the sum.
             low_number = _low_part(number, np.uint32)
             next_word, last_word = takes[::lanes], after[LANES::lanes]
@@ -198,10 +197,12 @@ def _step(
             bits, state_slot = x.view(np.uint32), _low_part(x, np.uint16)
             live_entries = entries[:, : len(x)]
             rounds = [(entry, _low_part(entry, np.uint16)) for entry in live_entries]
-            take_entries, take_words = factor_term_of.view(np.int64).reshape(-1).take, words_or_none.reshape(-1).take
+            take_factor, take_term = factor_of.reshape(-1).take, term_of.reshape(-1).take
+            take_words = words_or_none.reshape(-1).take
         for entry, slot in rounds:
             np.bitwise_and(state_slot, slot_mask, slot)
-            take_entries(entry, None, factor_term, "clip")
+            take_factor(entry, None, factor, "clip")
+            take_term(entry, None, term, "clip")
             np.right_shift(x, prob_bits, x)
             np.multiply(x, factor, x)
             np.add(x, term, x)

@@ -3,9 +3,9 @@
 Columns of a quantized weight differ mostly in scale: outlier smoothing leaves a few per cent of them several times larger
 than the rest. One table per class of alike columns takes the code below the zero-order entropy of the matrix.
 
-    1. Two samples of rows are taken, each of half the matrix but of 2^16 to 2^20 values, evenly spread and not in step with any
-       power of two: one to choose classes from, and other rows to count for the tables. Counted on the first, the tables
-       would fit the chance by which its columns were told apart.
+    1. Two samples of rows are taken, each of a third of the matrix but of 3 * 2^14 to 2^20 values, evenly spread and not in
+       step with any power of two: one to choose classes from, and other rows to count for the tables. Counted on the first,
+       the tables would fit the chance by which its columns were told apart.
     2. Each column gets a histogram over 64 folds (sign, and magnitude: exact to 15, then coarser), and a scale group: its mean
        magnitude in eighths of an octave.
     3. Neighbouring groups are merged, each time the pair whose merging costs the fewest bits; of the partitions into 1 to
@@ -33,7 +33,7 @@ IntArray = NDArray[np.int64]
 _FOLDS: Final = 64
 _SCALE_GROUPS: Final = 128
 _SAMPLE: Final = 1 << 20
-_LEAST_SAMPLE: Final = 1 << 16
+_LEAST_SAMPLE: Final = 3 << 14
 _MAX_SAMPLED_ROWS: Final = 32767
 _MIN_CLASSIFIED_ROWS: Final = 8
 _MAX_CLASSIFIED_COLS: Final = 1 << 16
@@ -136,7 +136,7 @@ def normalise(counts: IntArray) -> NDArray[np.uint16]:
 
 def _sampled_rows(rows: int, cols: int) -> tuple[IntArray, IntArray]:
     """Indices of the rows to choose classes from, and of those to count for the tables, one of each per stretch of rows."""
-    wanted, least = min(-(-_SAMPLE // cols), rows // 2), -(-_LEAST_SAMPLE // cols)
+    wanted, least = min(-(-_SAMPLE // cols), rows // 3), -(-_LEAST_SAMPLE // cols)
     count = min(max(wanted, least), _MAX_SAMPLED_ROWS, rows)
     at = np.arange(count, dtype=np.int64)
     stride, rest = divmod(rows, count)

@@ -157,9 +157,10 @@ def test_every_backend_writes_the_same_bytes(matrix, tile_bytes):
 def test_every_backend_chooses_the_same_tables_where_rows_are_sampled(shape):
     matrix = weights(*shape, seed=5)
     by_numpy = codec.choose_tables(matrix)
-    classes, frequencies = codec._codec.choose_tables(matrix, *shape)
+    classes, frequencies, table = codec._codec.choose_tables(matrix, *shape)
     assert classes == by_numpy[0].tobytes()
     assert frequencies == by_numpy[1].tobytes()
+    assert table == codec.encoder_table(by_numpy[1]).tobytes()
 
 
 @pytest.mark.parametrize("decoder", BACKENDS)
