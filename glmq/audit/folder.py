@@ -42,7 +42,7 @@ class StoredTensor:
     info: TensorInfo
     file: Path
     quant_type: str
-    """By the description; where it has no entry, FLOAT for float dtypes and `?` for integers."""
+    """By the description; where it has no entry, FLOAT for float dtypes and `?` for integers. `statistics` in such a folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,8 @@ def scan_folder(directory: Path) -> Folder:
                     )
                     continue
                 seen[name] = file
-                tensors.append(StoredTensor(f"{prefix}{name}", info, file, _type_of(info, own)))
+                quant = "statistics" if kind is Kind.STATISTICS else _type_of(info, own)
+                tensors.append(StoredTensor(f"{prefix}{name}", info, file, quant))
     tensors.sort(key=lambda tensor: _natural(tensor.name))
     if not description and kind is Kind.FLOAT and any(t.info.dtype == "I8" for t in tensors):
         kind = Kind.QUANTIZED

@@ -33,6 +33,7 @@ def test_a_quantized_checkpoint_is_known_by_its_description(tiny_seed: Path) -> 
 def test_statistics_are_known(small_stats: Path) -> None:
     folder = scan_folder(small_stats)
     assert (folder.kind, describe_folder(folder)) == (Kind.STATISTICS, "calibration statistics")
+    assert {tensor.quant_type for tensor in folder.tensors} == {"statistics"}
     assert {row.layer for row in tensor_rows(folder)} >= {"layers.0", "layers.1", "visual.blocks.0", "lm_head"}
 
 

@@ -29,7 +29,7 @@ from fidelity import Judge, Peer
 from glmq.cli import quantize_job
 from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
 from glmq.cli.quantize_job import QuantizationJob, quantize_folder
-from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
+from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.quantize.recipe import Options
 from glmq.spec import Method
 
@@ -57,7 +57,7 @@ def measure_points(judge: Judge, peer: Peer | None, folder: Path) -> Iterator[Po
     """Make and judge every checkpoint."""
 
     def judged(series: str, setting: str, candidate: Path) -> Point:
-        found = judge(candidate, TINY_CASES / "images.jsonl")
+        found = judge(candidate, "images")
         print(
             f"{series:12} {setting:14} {found.entropy_bits:.2f} bits  {found.linear_err:.4f}  {found.kl:.1e}",
             flush=True,
@@ -200,7 +200,7 @@ def main() -> None:
             folder = Path(text)
             keep = a.keep or folder / "peers"
             peer = a.reference_python and Peer("reference", a.reference_python, a.reference_runner, keep)
-            points = list(measure_points(Judge(a.judge), peer, folder))
+            points = list(measure_points(Judge(a.judge, TINY_CHECKPOINT), peer, folder))
         path.write_text("[\n" + ",\n".join(json.dumps(asdict(point)) for point in points) + "\n]\n")
     (RESULTS / "curve.svg").write_text(draw(points))
 

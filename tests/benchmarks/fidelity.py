@@ -1,9 +1,11 @@
-"""Fidelity on the embedded tiny model: the vendor's package, llm-compressor and glmq; same pictures, held-out cases, one judge.
+"""Fidelity on a tiny trained model: the vendor's package, llm-compressor and glmq; same pictures, held-out cases, one judge.
 
     python tests/benchmarks/fidelity.py --judge judge.py \
         --reference-python vendor/bin/python --reference-runner run_reference.py \
         --llmc-python llmc/bin/python --llmc-runner run_llmcompressor.py \
-        [--modes seed W8A8] [--variants pictures answers] [--keep FOLDER]
+        [--model FOLDER] [--modes seed W8A8] [--variants pictures answers] [--keep FOLDER]
+
+The model is the embedded one, or one of the same layout that glmq has never seen (train_sibling.py makes such).
 
 Every program is a whole process of its own and is judged by the same script, which knows only the saved tensors. Columns:
 
@@ -49,7 +51,7 @@ from safetensors.torch import load_file
 
 from glmq.calibrate.samples import builtin_texts
 from glmq.compress.codec import encode
-from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
+from glmq.model.tiny import TINY_CHECKPOINT
 
 GENERATE: Final = 64
 DOCSTRINGS: Final = ("argparse", "bisect", "calendar", "csv", "difflib", "fractions", "heapq", "mailbox", "optparse", "pickle",
@@ -106,17 +108,20 @@ class Judged:
 class Judge:
     """Runs the judge's script in this process, which saves its start for every checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: Path) -> None:
+        self._model = model
         spec = importlib.util.spec_from_file_location("judge", path)
         assert spec is not None
         assert spec.loader is not None
         self._module: ModuleType = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self._module)
 
-    def __call__(self, candidate: Path, cases: Path) -> Judged:
+    def __call__(self, candidate: Path, kind: str) -> Judged:
+        """The checkpoint on the model's held-out `images` or `texts`."""
+        cases = self._model / "cases" / f"{kind}.jsonl"
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             argv, sys.argv = sys.argv, [
-                "judge", str(TINY_CHECKPOINT), str(candidate), "--cases", str(cases), "--json", file.name,
+                "judge", str(self._model), str(candidate), "--cases", str(cases), "--json", file.name,
             ]  # fmt: skip
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
@@ -144,16 +149,16 @@ def coded_share(candidate: Path) -> float:
     return after / before
 
 
-def write_samples(folder: Path) -> dict[str, list[str]]:
+def write_samples(pictures: Path, folder: Path) -> dict[str, list[str]]:
     """The calibration options of each variant."""
-    answers = [json.loads(line) for line in (TINY_PICTURES / "answers.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (pictures / "answers.jsonl").read_text().splitlines()]
     for answer in answers:
-        answer["image"] = str(TINY_PICTURES / answer["image"])
+        answer["image"] = str(pictures / answer["image"])
     texts = [{"text": text} for text in docstrings()]
     path = folder / "texts.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (*answers, *texts)))
-    images = ["--calib-images", str(TINY_PICTURES)]
-    answered = ["--calib-samples", str(TINY_PICTURES / "answers.jsonl")]
+    images = ["--calib-images", str(pictures)]
+    answered = ["--calib-samples", str(pictures / "answers.jsonl")]
     return {
         "pictures": [*images, "--no-texts"],
         "default": images,
@@ -175,11 +180,12 @@ def docstrings() -> Iterator[str]:
         yield found[:DOCSTRING_CHARACTERS]
 
 
-def check_apart() -> None:
+def check_apart(model: Path) -> None:
     """Calibration pictures and texts are no held-out ones: by digest of the pixels, and by words in a row."""
-    cases = [json.loads(line) for kind in ("images", "texts") for line in (TINY_CASES / f"{kind}.jsonl").open()]
-    held_out = {pixel_digest(TINY_CASES / case["image"]) for case in cases if case.get("image")}
-    calibration = {pixel_digest(path) for path in sorted(TINY_PICTURES.glob("*.png"))}
+    folder = model / "cases"
+    cases = [json.loads(line) for kind in ("images", "texts") for line in (folder / f"{kind}.jsonl").open()]
+    held_out = {pixel_digest(folder / case["image"]) for case in cases if case.get("image")}
+    calibration = {pixel_digest(path) for path in sorted((model / "pictures").glob("*.png"))}
     assert held_out, "no held-out picture"
     assert not held_out & calibration, "a calibration picture is held out"
     shared = set().union(*(shingles(case["text"]) for case in cases if not case.get("image")))
@@ -211,7 +217,7 @@ class Table:
 
     def row(self, mode: str, tool: str, candidate: Path, judge: Judge, runs: Sequence[Measured]) -> Judged:
         """Judge a checkpoint and print it; returns what was found on the images."""
-        images, texts = (judge(candidate, TINY_CASES / f"{kind}.jsonl") for kind in ("images", "texts"))
+        images, texts = (judge(candidate, kind) for kind in ("images", "texts"))
         cells = [mode, tool, f"{images.entropy_bits:.2f}", f"{coded_share(candidate):.3f}"]
         for found in (images, texts):
             nll = found.nll_quant - found.nll_float
@@ -224,8 +230,8 @@ class Table:
 class Peer:
     """A program beside glmq, run by its own Python once for each set of flags."""
 
-    def __init__(self, name: str, python: Path, runner: Path, keep: Path) -> None:
-        self.name = name
+    def __init__(self, name: str, python: Path, runner: Path, model: Path, keep: Path) -> None:
+        self.name, self._model = name, model
         self._python, self._runner, self._keep = python.absolute(), runner.resolve(), keep.absolute()
         self._keep.mkdir(parents=True, exist_ok=True)
 
@@ -235,7 +241,7 @@ class Peer:
         place, account = self._keep / name, self._keep / f"{name}.json"
         if not account.exists():
             shutil.rmtree(place, ignore_errors=True)
-            paths = [str(TINY_CHECKPOINT), str(place), "--images", str(TINY_PICTURES)]
+            paths = [str(self._model), str(place), "--images", str(self._model / "pictures")]
             with tempfile.TemporaryDirectory() as scratch:
                 done = measure([str(self._python), str(self._runner), *paths, *flags], Path(scratch))
             account.write_text(json.dumps(asdict(done)))
@@ -248,24 +254,26 @@ def main() -> None:
     for peer in ("reference", "llmc"):
         parser.add_argument(f"--{peer}-python", type=Path)
         parser.add_argument(f"--{peer}-runner", type=Path)
+    parser.add_argument("--model", type=Path, default=TINY_CHECKPOINT, help="with its `pictures` and `cases`")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--keep", type=Path, help="folder for the peers' checkpoints")
     a = parser.parse_args()
-    check_apart()
+    model = a.model.absolute()
+    check_apart(model)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         keep = a.keep or folder / "peers"
-        judge, table = Judge(a.judge), Table()
+        judge, table = Judge(a.judge, model), Table()
         calibrated: dict[str, Measured] = {}
-        for variant, options in write_samples(folder).items():
+        for variant, options in write_samples(model / "pictures", folder).items():
             if variant in a.variants:
-                stats = ["--model-path", str(TINY_CHECKPOINT), "--stats", str(folder / variant)]
+                stats = ["--model-path", str(model), "--stats", str(folder / variant)]
                 calibrated[variant] = measure([sys.executable, "-m", "glmq", "calibrate", *stats, *options], folder)
         for name in a.modes:
             runs = [(name, MODES[name].glmq)]
             if a.reference_python is not None:
-                peer = Peer("reference", a.reference_python, a.reference_runner, keep)
+                peer = Peer("reference", a.reference_python, a.reference_runner, model, keep)
                 try:
                     candidate, done = peer.run(MODES[name].reference)
                 except SystemExit as error:
@@ -277,30 +285,16 @@ def main() -> None:
                         bits = f"{share * found.entropy_bits - 0.005:.2f}"
                         runs.append((f"{name}, {share} x bits", (*MODES[name].glmq, "--target_bits", bits)))
             if a.llmc_python is not None and name == LLMC_MODE:
-                peer = Peer("llm-compressor", a.llmc_python, a.llmc_runner, keep)
+                peer = Peer("llm-compressor", a.llmc_python, a.llmc_runner, model, keep)
                 candidate, done = peer.run(())
                 table.row(name, "llm-compressor", candidate, judge, [done])
             for label, flags in runs:
                 for variant, calibration in calibrated.items():
                     out = folder / "quantized"
-                    paths = [
-                        "--model_path",
-                        str(TINY_CHECKPOINT),
-                        "--save_directory",
-                        str(out),
-                        "--torch_dtype",
-                        "fp16",
-                    ]
                     command = [
-                        sys.executable,
-                        "-m",
-                        "glmq",
-                        "quantize",
-                        *paths,
-                        "--stats",
-                        str(folder / variant),
-                        *flags,
-                    ]
+                        sys.executable, "-m", "glmq", "quantize", "--model_path", str(model), "--save_directory", str(out),
+                        "--torch_dtype", "fp16", "--stats", str(folder / variant), *flags,
+                    ]  # fmt: skip
                     try:
                         done = measure(command, folder)
                     except SystemExit as error:

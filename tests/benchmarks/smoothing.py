@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
 from glmq.cli.quantize_job import QuantizationJob, quantize_folder
-from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
+from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats
 from glmq.numerics.smooth import ScaleChoice
 from glmq.quantize import layer
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     a = parser.parse_args()
     torch.set_num_threads(1)
-    judge = Judge(a.judge)
+    judge = Judge(a.judge, TINY_CHECKPOINT)
     print("| mode | method | smoothing | bits | images: error | KL | texts: error | KL |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     own: Chooser = layer.choose_scales
@@ -94,7 +94,7 @@ def main() -> None:
                         quantize_folder(job, overwrite=True, resume=False, quiet=True)
                     finally:
                         layer.choose_scales = own  # type: ignore[assignment]
-                    images, texts = (judge(out, TINY_CASES / f"{kind}.jsonl") for kind in ("images", "texts"))
+                    images, texts = (judge(out, kind) for kind in ("images", "texts"))
                     print(
                         f"| {name} | {method} | {label} | {images.entropy_bits:.2f} | {images.linear_err:.4f} | "
                         f"{images.kl:.1e} | {texts.linear_err:.4f} | {texts.kl:.1e} |",
