@@ -77,7 +77,7 @@ def main() -> None:
     own: Chooser = layer.choose_scales
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        calibration = CalibrationOptions(images=TINY_PICTURES, texts=False)
+        calibration = CalibrationOptions(images=TINY_PICTURES)
         calibrate_folder(TINY_CHECKPOINT, folder / "stats", calibration, overwrite=False, resume=False, quiet=True)
         for name in a.modes:
             for method in ("plain", "compensated"):
