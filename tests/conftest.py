@@ -12,7 +12,8 @@ from make_checkpoint import Size, make_checkpoint
 
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C, and so would its children
+# A shell's background job ignores Ctrl-C, and so would its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(name, None)  # they change how typer and rich draw
