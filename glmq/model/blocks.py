@@ -259,7 +259,7 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     logging.set_verbosity_error()
     try:
         hf_config = Glm4vConfig(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
-        with no_compiler(), init_empty_weights(include_buffers=False), _NoInit():
+        with init_empty_weights(include_buffers=False), _NoInit():
             model = Glm4vForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(

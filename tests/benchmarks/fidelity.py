@@ -174,10 +174,14 @@ def docstrings() -> Iterator[str]:
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.origin is not None
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
-        found = max((ast.get_docstring(node) or "" for node in documented), key=len)
-        yield found[:DOCSTRING_CHARACTERS]
+        yield max(docstrings_in(Path(spec.origin)), key=len)[:DOCSTRING_CHARACTERS]
+
+
+def docstrings_in(path: Path) -> list[str]:
+    """Of a file of Python: its own, and those of its classes and functions; empty where there is none."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    return [ast.get_docstring(node) or "" for node in documented]
 
 
 def check_apart(model: Path) -> None:

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/smoothing.py --judge judge.py [--modes seed W8A8]
 
-The embedded model, 16 pictures without answers, held-out cases, judged as in fidelity.py. The vendor's rule (Outlier
-Suppression+, arXiv 2304.09145, its scale part): with h_j half the range of input j and w_j the largest |W[:, j]| of
-the group, s_j = sqrt(h_j / w_j) where h_j exceeds a threshold, else 1; of 100 thresholds from the inputs' deviation to
-their largest value the one with the least output error, weights and activations in int8, on the sample of tokens that
-the statistics keep (the tool itself looks at its first sample alone, and without the image's features).
+The embedded model, 16 pictures without answers and glmq's own texts, held-out cases, judged as in fidelity.py. The vendor's
+rule (Outlier Suppression+, arXiv 2304.09145, its scale part): with h_j half the range of input j and w_j the largest
+|W[:, j]| of the group, s_j = sqrt(h_j / w_j) where h_j exceeds a threshold, else 1; of 100 thresholds from the inputs'
+deviation to their largest value the one with the least output error, weights and activations in int8, on the sample of
+tokens that the statistics keep (the tool itself looks at its first sample alone, and without the image's features).
 """
 
 from __future__ import annotations

@@ -13,8 +13,6 @@ bf16 shards, `pictures/` to calibrate on with their true answers, `cases/` held 
 from __future__ import annotations
 
 import argparse
-import ast
-import importlib.util
 import json
 import math
 import random
@@ -22,9 +20,12 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Final
 
+import numpy as np
 import torch
+from fidelity import docstrings_in
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import Glm4vConfig, Glm4vForConditionalGeneration
@@ -62,20 +63,16 @@ def draw_chart(rng: random.Random) -> tuple[Image.Image, str]:
     return image, f"On {ground} ground stand {len(bars)} bars, from the left: {parts}. {mark}"
 
 
-def package_docstrings(package: str) -> list[str]:
+def package_docstrings(package: ModuleType) -> list[str]:
     """Every docstring of some length in the files of a package, in sorted order."""
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    found = []
-    for path in sorted(Path(spec.origin).parent.rglob("*.py")):
+    assert package.__file__ is not None
+    found: set[str] = set()
+    for path in Path(package.__file__).parent.rglob("*.py"):
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found.update(text for text in docstrings_in(path) if len(text) >= TEXT_CHARACTERS)
         except (SyntaxError, UnicodeDecodeError):
             continue  # templates and the like
-        documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
-        found += [text for node in documented if len(text := ast.get_docstring(node) or "") >= TEXT_CHARACTERS]
-    return sorted(set(found))
+    return sorted(found)
 
 
 def make_model(seed: int) -> Glm4vForConditionalGeneration:
@@ -142,14 +139,15 @@ def add_outliers(model: Glm4vForConditionalGeneration, rng: random.Random) -> No
                     linear.weight[:, channel] /= factor
 
 
-def write_samples(folder: Path, name: str, pictures: Sequence[tuple[Image.Image, str]], place: str) -> None:
-    (folder / place).mkdir(parents=True, exist_ok=True)
+def write_samples(file: Path, pictures: Sequence[tuple[Image.Image, str]], images: Path) -> None:
+    """A file of samples with answers, and the folder of its pictures."""
+    images.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, (image, text) in enumerate(pictures):
-        path = f"{place}/{number:03}.png".removeprefix("./")
-        image.save(folder / path)
-        lines.append(json.dumps({"image": path, "prompt": PROMPT, "text": text}) + "\n")
-    (folder / name).write_text("".join(lines))
+        path = images / f"{number:03}.png"
+        image.save(path)
+        lines.append(json.dumps({"image": str(path.relative_to(file.parent)), "prompt": PROMPT, "text": text}) + "\n")
+    file.write_text("".join(lines))
 
 
 def count_right(
@@ -175,13 +173,11 @@ def main() -> None:
     rng = random.Random(a.seed)
     a.out.mkdir(parents=True)
     encoder = Preprocessor(TINY_CHECKPOINT, read_config(TINY_CHECKPOINT), max_pixels=None, trust_remote_code=False)
-    drawn = {
-        image.tobytes(): (image, text) for image, text in (draw_chart(rng) for _ in range(4000))
-    }  # each picture once
-    charts = list(drawn.values())
+    drawn = (draw_chart(rng) for _ in range(4000))
+    charts = list({image.tobytes(): (image, text) for image, text in drawn}.values())  # each picture once
     calibration, charts = charts[:CALIBRATION], charts[CALIBRATION:]
     cases, charts = charts[:HELD_OUT], charts[HELD_OUT:]
-    texts = package_docstrings("torch") + package_docstrings("numpy")
+    texts = package_docstrings(torch) + package_docstrings(np)
     rng.shuffle(texts)
     held_out, texts = texts[:HELD_OUT_TEXTS], texts[HELD_OUT_TEXTS:]
     end = encoder.encode(None, None, "<|endoftext|>").ids
@@ -207,8 +203,8 @@ def main() -> None:
     for path in TINY_CHECKPOINT.iterdir():
         if path.is_file() and not path.name.startswith(("model", "config", "README")):
             shutil.copy(path, a.out)
-    write_samples(a.out / "pictures", "answers.jsonl", calibration, ".")
-    write_samples(a.out / "cases", "images.jsonl", cases, "images")
+    write_samples(a.out / "pictures" / "answers.jsonl", calibration, a.out / "pictures")
+    write_samples(a.out / "cases" / "images.jsonl", cases, a.out / "cases" / "images")
     lines = [{"image": None, "prompt": None, "text": text[:TEXT_CHARACTERS]} for text in held_out]
     (a.out / "cases" / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
