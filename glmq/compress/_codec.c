@@ -16,25 +16,39 @@
 typedef struct {
     const char *name;
     void (*encode)(EncodeTile *, const TileShape *);
+    void (*encode_pair)(EncodeTile *, const TileShape *); /* or NULL */
     int (*decode)(DecodeTile *, const TileShape *);
     int (*decode_pair)(DecodeTile *, const TileShape *); /* or NULL */
 } Kernel;
 
-static const Kernel kernels[] = {
+/* Fastest first, but see prefer_gathers. */
+static Kernel kernels[] = {
 #if GQSC_X86
-    {"avx512", encode_avx512, decode_one_avx512, decode_pair_avx512},
-    {"avx2", encode_avx2, decode_one_avx2, decode_pair_avx2},
+    {"avx512", encode_one_avx512, encode_pair_avx512, decode_one_avx512, decode_pair_avx512},
+    {"avx512-gather", encode_one_avx512_gather, encode_pair_avx512_gather, decode_one_avx512_gather, decode_pair_avx512_gather},
+    {"avx2", encode_one_avx2, encode_pair_avx2, decode_one_avx2, decode_pair_avx2},
 #endif
-    {"scalar", encode_scalar, decode_scalar, NULL},
+    {"scalar", encode_scalar, NULL, decode_scalar, NULL},
 };
 enum { KERNELS = sizeof kernels / sizeof kernels[0] };
 
+/* Intel's processors have one shuffle port, which 16 single loads keep busier than a gather does. */
+static void prefer_gathers(void) {
+#if GQSC_X86
+    if (__builtin_cpu_is("intel") && !strcmp(kernels[0].name, "avx512")) {
+        Kernel loads = kernels[0];
+        kernels[0] = kernels[1];
+        kernels[1] = loads;
+    }
+#endif
+}
+
 static int runs_here(const Kernel *kernel) {
 #if GQSC_X86
-    if (kernel->encode == encode_avx512)
+    if (kernel->encode == encode_one_avx512 || kernel->encode == encode_one_avx512_gather)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("bmi2");
-    if (kernel->decode == decode_one_avx2) return __builtin_cpu_supports("avx2") != 0;
+    if (kernel->encode == encode_one_avx2) return __builtin_cpu_supports("avx2") != 0;
 #endif
     (void)kernel;
     return 1;
@@ -114,38 +128,67 @@ static int frequencies_valid(const Py_buffer *table) {
     return 1;
 }
 
-PyDoc_STRVAR(encode_doc, "encode_tile(kernel, tile, rows, cols, ids, table, scratch) -> (payload, how many escapes)");
+/* Room for one encoded tile of n bytes: states, words, escapes. */
+static int64_t encoded_room(int64_t n) { return STATE_BYTES + 3 * n; }
 
-static PyObject *py_encode_tile(PyObject *self, PyObject *args) {
+static void begin_tile(EncodeTile *t, const uint8_t *src, uint8_t *room, int64_t n) {
+    t->src = src;
+    t->words = room + STATE_BYTES + 2 * n; /* each symbol gives at most one word */
+    t->escapes = room + encoded_room(n);
+    for (int i = 0; i < LANES; i++) t->state[i] = STATE_LOW;
+}
+
+/* Bring the parts of an encoded tile together; its payload begins STATE_BYTES below the words. Returns how many escapes. */
+static int64_t end_tile(EncodeTile *t, uint8_t *room, int64_t n) {
+    const int64_t escapes = room + encoded_room(n) - t->escapes;
+    memmove(room + STATE_BYTES + 2 * n, t->escapes, (size_t)escapes);
+    memcpy(t->words - STATE_BYTES, t->state, STATE_BYTES);
+    return escapes;
+}
+
+PyDoc_STRVAR(encode_doc, "encode_tiles(kernel, tiles, height, cols, ids, table, scratch) -> list of (payload, how many escapes)\n\n"
+                         "tiles is uint8 [tiles, height, cols].");
+
+static PyObject *py_encode_tiles(PyObject *self, PyObject *args) {
     (void)self;
     const char *name;
-    Py_buffer tile, ids, table, scratch;
+    Py_buffer tiles, ids, table, scratch;
     long long rows, cols;
-    if (!PyArg_ParseTuple(args, "sy*LLy*y*w*", &name, &tile, &rows, &cols, &ids, &table, &scratch)) return NULL;
+    if (!PyArg_ParseTuple(args, "sy*LLy*y*w*", &name, &tiles, &rows, &cols, &ids, &table, &scratch)) return NULL;
     PyObject *result = NULL;
     const Kernel *kernel = find_kernel(name);
     if (kernel) {
-        if (!fits(&ids, &table, cols, 256) || !frequencies_valid(&table) || rows < 1 || tile.len / cols < rows ||
-            (scratch.len - STATE_BYTES) / 3 < rows * cols) {
-            PyErr_SetString(PyExc_ValueError, "encode_tile: a buffer does not fit rows x cols");
+        if (!fits(&ids, &table, cols, 256) || !frequencies_valid(&table) || rows < 1 || tiles.len / cols < rows ||
+            tiles.len % (rows * cols) || scratch.len / 2 < encoded_room(rows * cols)) {
+            PyErr_SetString(PyExc_ValueError, "encode_tiles: a buffer does not fit height x cols");
         } else {
-            const int64_t n = rows * cols;
-            uint8_t *end = (uint8_t *)scratch.buf + STATE_BYTES + 2 * n; /* of the words: each symbol gives at most one */
-            TileShape shape = {rows, cols, ids.buf, table.buf};
-            EncodeTile t = {.src = tile.buf, .words = end, .escapes = end + n};
-            int64_t escapes;
-            Py_BEGIN_ALLOW_THREADS
-            for (int i = 0; i < LANES; i++) t.state[i] = STATE_LOW;
-            kernel->encode(&t, &shape);
-            escapes = end + n - t.escapes;
-            memmove(end, t.escapes, (size_t)escapes);
-            memcpy(t.words - STATE_BYTES, t.state, STATE_BYTES);
-            Py_END_ALLOW_THREADS
-            result = Py_BuildValue("(y#L)", (char *)t.words - STATE_BYTES, (Py_ssize_t)(end + escapes - t.words + STATE_BYTES),
-                                   (long long)escapes);
+            const int64_t n = rows * cols, count = tiles.len / n;
+            const TileShape shape = {rows, cols, ids.buf, table.buf};
+            const uint8_t *src = tiles.buf;
+            uint8_t *const room[2] = {scratch.buf, (uint8_t *)scratch.buf + encoded_room(n)};
+            result = PyList_New((Py_ssize_t)count);
+            for (int64_t i = 0; result && i < count;) {
+                const int together = kernel->encode_pair && i + 1 < count ? 2 : 1;
+                EncodeTile t[2];
+                int64_t escapes[2];
+                Py_BEGIN_ALLOW_THREADS
+                for (int k = 0; k < together; k++) begin_tile(&t[k], src + (i + k) * n, room[k], n);
+                (together == 2 ? kernel->encode_pair : kernel->encode)(t, &shape);
+                for (int k = 0; k < together; k++) escapes[k] = end_tile(&t[k], room[k], n);
+                Py_END_ALLOW_THREADS
+                for (int k = 0; result && k < together; k++, i++) {
+                    const uint8_t *start = t[k].words - STATE_BYTES, *end = room[k] + STATE_BYTES + 2 * n + escapes[k];
+                    PyObject *of_tile = Py_BuildValue("(y#L)", (const char *)start, (Py_ssize_t)(end - start),
+                                                      (long long)escapes[k]);
+                    if (of_tile)
+                        PyList_SET_ITEM(result, (Py_ssize_t)i, of_tile);
+                    else
+                        Py_CLEAR(result);
+                }
+            }
         }
     }
-    PyBuffer_Release(&tile);
+    PyBuffer_Release(&tiles);
     PyBuffer_Release(&ids);
     PyBuffer_Release(&table);
     PyBuffer_Release(&scratch);
@@ -248,7 +291,7 @@ static PyObject *py_decode_tiles(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"list_kernels", py_list_kernels, METH_NOARGS, kernels_doc},
     {"choose_tables", py_choose_tables, METH_VARARGS, choose_doc},
-    {"encode_tile", py_encode_tile, METH_VARARGS, encode_doc},
+    {"encode_tiles", py_encode_tiles, METH_VARARGS, encode_doc},
     {"decode_tiles", py_decode_tiles, METH_VARARGS, decode_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -261,5 +304,6 @@ PyMODINIT_FUNC PyInit__codec(void) {
 #if GQSC_X86
     fill_shuffles();
 #endif
+    prefer_gathers();
     return PyModule_Create(&module);
 }

@@ -3,16 +3,16 @@ from numpy.typing import NDArray
 
 def list_kernels() -> tuple[str, ...]: ...
 def choose_tables(matrix: NDArray[np.int8], rows: int, cols: int, /) -> tuple[bytes, bytes, bytes]: ...
-def encode_tile(
+def encode_tiles(
     kernel: str,
-    tile: NDArray[np.int8],
-    rows: int,
+    tiles: NDArray[np.int8],
+    height: int,
     cols: int,
     ids: NDArray[np.uint8],
     table: NDArray[np.uint32],
     scratch: NDArray[np.uint8],
     /,
-) -> tuple[bytes, int]: ...
+) -> list[tuple[bytes, int]]: ...
 def decode_tiles(
     kernel: str,
     file: NDArray[np.uint8],

@@ -4,8 +4,9 @@
  * fewer real columns, and its other lanes belong to the padding class, whose one symbol of frequency 2^11 costs no bits.
  * A lane's state x stays in [2^15, 2^31), so signed and unsigned comparisons agree and no product overflows 32 bits.
  *
- * Two tiles of one height are decoded side by side: each is a chain of dependent instructions, so a core has room for both
- * (1.8 times the speed of one, with AVX-512). Encoding gains nothing from it.
+ * The vector kernels take a round in groups of a register's lanes, each through two steps: look its entries up, then compute.
+ * The first step runs some groups ahead of the second, and two tiles of one height go side by side: a tile alone is a chain of
+ * dependent instructions, and one step after the other leaves a core's loads or its arithmetic idle (1.5 times the speed).
  */
 #ifndef GQSC_RANS_H
 #define GQSC_RANS_H
@@ -22,7 +23,7 @@
 
 #if defined(__GNUC__)
 #define GQSC_INLINE static inline __attribute__((always_inline))
-#define GQSC_UNROLL _Pragma("GCC unroll 8")
+#define GQSC_UNROLL _Pragma("GCC unroll 16")
 #else
 #define GQSC_INLINE static inline
 #define GQSC_UNROLL
@@ -126,118 +127,6 @@ static int decode_scalar(DecodeTile *t, const TileShape *s) {
 }
 
 #if GQSC_X86
-/* ---- AVX-512 (F, BW, VL, DQ: Skylake-X and Zen 4 onwards) --------------------------------------------------------------- */
-
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,popcnt")))
-
-/* One group of 16 lanes of one tile; `live` are its real columns. */
-TARGET_AVX512 GQSC_INLINE __m512i encode_group512(EncodeTile *t, __m512i x, const uint8_t *at, __m512i ids, __mmask16 live,
-                                                  const uint32_t *table) {
-    __m512i symbol = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(live, at));
-    __m512i e = _mm512_i32gather_epi32(_mm512_or_si512(ids, symbol), table, 4);
-    __m512i f = _mm512_srli_epi32(e, 12);
-    __mmask16 full = _mm512_cmpge_epi32_mask(_mm512_srli_epi32(x, 20), f);
-    int n = __builtin_popcount(full);
-    __m256i words = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x));
-    t->words -= 2 * n;
-    _mm256_mask_storeu_epi16(t->words, (__mmask16)_bzhi_u32(0xffff, (unsigned)n), words);
-    x = _mm512_mask_srli_epi32(x, full, x, 16);
-    /* x < 2^31 rounded toward zero, divided toward zero, is at most 1 below the true quotient, which is < 2^20. */
-    __m512 ratio = _mm512_div_round_ps(_mm512_cvt_roundepi32_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC),
-                                       _mm512_cvtepi32_ps(f), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
-    __m512i q = _mm512_cvttps_epi32(ratio);
-    __m512i gap = _mm512_sub_epi32(_mm512_set1_epi32(SLOTS), f);
-    __m512i y = _mm512_add_epi32(x, _mm512_mullo_epi32(q, gap)); /* q * 2^11 + remainder */
-    __m512i rest = _mm512_sub_epi32(y, _mm512_slli_epi32(q, PROB_BITS));
-    y = _mm512_mask_add_epi32(y, _mm512_cmpge_epi32_mask(rest, f), y, gap);
-    __mmask16 rare = _mm512_test_epi32_mask(e, _mm512_set1_epi32(ENC_ESCAPE));
-    if (__builtin_expect(rare != 0, 0)) {
-        for (int i = 15; i >= 0; i--)
-            if (rare >> i & 1) *--t->escapes = at[i];
-    }
-    return _mm512_add_epi32(y, _mm512_and_si512(e, _mm512_set1_epi32(SLOTS - 1)));
-}
-
-TARGET_AVX512 GQSC_INLINE void encode_round512(EncodeTile *t, __m512i x[2], int64_t at, const uint8_t *ids, __mmask32 live,
-                                               const uint32_t *table) {
-    GQSC_UNROLL for (int half = 1; half >= 0; half--) {
-        __m512i id = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), 8);
-        x[half] = encode_group512(t, x[half], t->src + at + 16 * half, id, (__mmask16)(live >> (16 * half)), table);
-    }
-}
-
-TARGET_AVX512 static void encode_avx512(EncodeTile *tile, const TileShape *s) {
-    EncodeTile t = *tile;
-    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
-    __m512i x[2] = {_mm512_loadu_si512(t.state), _mm512_loadu_si512(t.state + 16)};
-    for (int64_t r = s->rows - 1; r >= 0; r--) {
-        const int64_t row = r * s->cols;
-        if (tail) encode_round512(&t, x, row + whole, s->ids + whole, ((__mmask32)1 << tail) - 1, s->table);
-        for (int64_t c = whole - LANES; c >= 0; c -= LANES)
-            encode_round512(&t, x, row + c, s->ids + c, (__mmask32)-1, s->table);
-    }
-    _mm512_storeu_si512(t.state, x[0]);
-    _mm512_storeu_si512(t.state + 16, x[1]);
-    *tile = t;
-}
-
-TARGET_AVX512 GQSC_INLINE __m512i decode_group512(const uint8_t **words, __m512i x, uint8_t *at, __m512i ids, __mmask16 live,
-                                                  const uint32_t *table) {
-    __m512i slot = _mm512_and_si512(x, _mm512_set1_epi32(SLOTS - 1));
-    __m512i e = _mm512_i32gather_epi32(_mm512_or_si512(ids, slot), table, 4);
-    if (live == 0xffff)
-        _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(e));
-    else
-        _mm_mask_storeu_epi8(at, live, _mm512_cvtepi32_epi8(e));
-    __m512i bias = _mm512_and_si512(_mm512_srli_epi32(e, 8), _mm512_set1_epi32(SLOTS - 1));
-    x = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(e, 19), _mm512_srli_epi32(x, PROB_BITS)), bias);
-    __mmask16 low = _mm512_cmplt_epi32_mask(x, _mm512_set1_epi32((int)STATE_LOW));
-    __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)*words));
-    *words += 2 * __builtin_popcount(low);
-    return _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), _mm512_maskz_expand_epi32(low, word));
-}
-
-TARGET_AVX512 GQSC_INLINE int decode_round512(const int count, DecodeTile *t, __m512i x[][2], int64_t at, const uint8_t *ids,
-                                            __mmask32 live, const uint32_t *table) {
-    int out = 0;
-    GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
-    if (__builtin_expect(out, 0)) return 0;
-    GQSC_UNROLL for (int half = 0; half < 2; half++) {
-        __m512i id = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), PROB_BITS);
-        GQSC_UNROLL for (int i = 0; i < count; i++)
-            x[i][half] = decode_group512(&t[i].words, x[i][half], t[i].dst + at + 16 * half, id,
-                                         (__mmask16)(live >> (16 * half)), table);
-    }
-    return 1;
-}
-
-/* 0 if the words of any of the tiles ran out. */
-TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int count, DecodeTile *tiles, const TileShape *s) {
-    __m512i x[2][2];
-    DecodeTile t[2];
-    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
-    for (int i = 0; i < count; i++) {
-        t[i] = tiles[i];
-        x[i][0] = _mm512_loadu_si512(t[i].state);
-        x[i][1] = _mm512_loadu_si512(t[i].state + 16);
-    }
-    for (int64_t r = 0; r < s->rows; r++) {
-        const int64_t row = r * s->cols;
-        for (int64_t c = 0; c < whole; c += LANES)
-            if (!decode_round512(count, t, x, row + c, s->ids + c, (__mmask32)-1, s->table)) return 0;
-        if (tail && !decode_round512(count, t, x, row + whole, s->ids + whole, ((__mmask32)1 << tail) - 1, s->table)) return 0;
-    }
-    for (int i = 0; i < count; i++) {
-        _mm512_storeu_si512(t[i].state, x[i][0]);
-        _mm512_storeu_si512(t[i].state + 16, x[i][1]);
-        tiles[i] = t[i];
-    }
-    return 1;
-}
-
-TARGET_AVX512 static int decode_one_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(1, t, s); }
-TARGET_AVX512 static int decode_pair_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(2, t, s); }
-
 /* ---- AVX2 --------------------------------------------------------------------------------------------------------------- */
 
 #define TARGET_AVX2 __attribute__((target("avx2,popcnt")))
@@ -262,7 +151,7 @@ static void fill_shuffles(void) {
     }
 }
 
-/* Eight loads: up to Zen 3 a quarter faster than the gather instruction, which others slow down by microcode. */
+/* Eight loads: on AMD's processors a quarter to a half faster than the gather instruction, which others slow down by microcode. */
 TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index) {
     uint64_t i01 = (uint64_t)_mm256_extract_epi64(index, 0), i23 = (uint64_t)_mm256_extract_epi64(index, 1);
     uint64_t i45 = (uint64_t)_mm256_extract_epi64(index, 2), i67 = (uint64_t)_mm256_extract_epi64(index, 3);
@@ -276,82 +165,113 @@ TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index)
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
-/* One round of one tile; `at` has 32 bytes, and 16 bytes below `words` may be written. */
-TARGET_AVX2 GQSC_INLINE void encode_round256(EncodeTile *t, __m256i x[4], const uint8_t *at, const uint8_t *ids,
-                                             const uint32_t *table) {
-    GQSC_UNROLL for (int g = 3; g >= 0; g--) {
-        __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), 8);
-        __m256i symbol = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(at + 8 * g)));
-        __m256i e = look_up256(table, _mm256_or_si256(id, symbol));
-        __m256i f = _mm256_srli_epi32(e, 12);
-        __m256i fits = _mm256_cmpgt_epi32(f, _mm256_srli_epi32(x[g], 20));
-        unsigned full = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(fits)) ^ 0xff;
-        __m256i low = _mm256_blend_epi16(x[g], _mm256_setzero_si256(), 0xaa);
-        __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
-        words = _mm_shuffle_epi8(words, _mm_loadu_si128((const __m128i *)gather_up[full]));
-        _mm_storeu_si128((__m128i *)(t->words - 16), words);
-        t->words -= 2 * __builtin_popcount(full);
-        __m256i y = _mm256_blendv_epi8(_mm256_srli_epi32(x[g], 16), x[g], fits);
-        /* Three roundings of 2^-24 each cannot make up for the factor, so the quotient, which is < 2^20, is at most 1 low. */
-        __m256 ratio = _mm256_div_ps(_mm256_cvtepi32_ps(y), _mm256_cvtepi32_ps(f));
-        __m256i q = _mm256_cvttps_epi32(_mm256_mul_ps(ratio, _mm256_set1_ps(1 - 0x1p-22f)));
-        __m256i gap = _mm256_sub_epi32(_mm256_set1_epi32(SLOTS), f);
-        y = _mm256_add_epi32(y, _mm256_mullo_epi32(q, gap)); /* q * 2^11 + remainder */
-        __m256i rest = _mm256_sub_epi32(y, _mm256_slli_epi32(q, PROB_BITS));
-        y = _mm256_add_epi32(y, _mm256_andnot_si256(_mm256_cmpgt_epi32(f, rest), gap));
-        x[g] = _mm256_add_epi32(y, _mm256_and_si256(e, _mm256_set1_epi32(SLOTS - 1)));
-        int rare = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(e, 31 - PROB_BITS)));
-        if (__builtin_expect(rare != 0, 0)) {
-            for (int i = 7; i >= 0; i--)
-                if (rare >> i & 1) *--t->escapes = at[8 * g + i];
+/* One group of 8 lanes of one tile; 16 bytes below `words` may be written. */
+TARGET_AVX2 GQSC_INLINE __m256i encode_group256(EncodeTile *t, __m256i x, __m256i e, const uint8_t *at) {
+    __m256i f = _mm256_srli_epi32(e, 12);
+    __m256i fits = _mm256_cmpgt_epi32(f, _mm256_srli_epi32(x, 20));
+    unsigned full = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(fits)) ^ 0xff;
+    __m256i low = _mm256_blend_epi16(x, _mm256_setzero_si256(), 0xaa);
+    __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    words = _mm_shuffle_epi8(words, _mm_loadu_si128((const __m128i *)gather_up[full]));
+    _mm_storeu_si128((__m128i *)(t->words - 16), words);
+    t->words -= 2 * __builtin_popcount(full);
+    __m256i y = _mm256_blendv_epi8(_mm256_srli_epi32(x, 16), x, fits);
+    /* Three roundings of 2^-24 each cannot make up for the factor, so the quotient, which is < 2^20, is at most 1 low. */
+    __m256 ratio = _mm256_div_ps(_mm256_cvtepi32_ps(y), _mm256_cvtepi32_ps(f));
+    __m256i q = _mm256_cvttps_epi32(_mm256_mul_ps(ratio, _mm256_set1_ps(1 - 0x1p-22f)));
+    __m256i gap = _mm256_sub_epi32(_mm256_set1_epi32(SLOTS), f);
+    y = _mm256_add_epi32(y, _mm256_mullo_epi32(q, gap)); /* q * 2^11 + remainder */
+    __m256i rest = _mm256_sub_epi32(y, _mm256_slli_epi32(q, PROB_BITS));
+    y = _mm256_add_epi32(y, _mm256_andnot_si256(_mm256_cmpgt_epi32(f, rest), gap));
+    int rare = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(e, 31 - PROB_BITS)));
+    if (__builtin_expect(rare != 0, 0)) {
+        for (int i = 7; i >= 0; i--)
+            if (rare >> i & 1) *--t->escapes = at[i];
+    }
+    return _mm256_add_epi32(y, _mm256_and_si256(e, _mm256_set1_epi32(SLOTS - 1)));
+}
+
+/* One round of `count` tiles; at[i] has 32 bytes. */
+TARGET_AVX2 GQSC_INLINE void encode_round256(const int count, EncodeTile *t, __m256i x[][4], const uint8_t *const at[],
+                                             const uint8_t *ids, const uint32_t *table) {
+    enum { AHEAD = 1 };
+    __m256i e[8];
+    GQSC_UNROLL for (int k = 0; k < 4 * count + AHEAD; k++) {
+        if (k < 4 * count) {
+            const int g = 3 - k / count, i = k % count;
+            __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), 8);
+            __m256i symbol = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(at[i] + 8 * g)));
+            e[k] = look_up256(table, _mm256_or_si256(id, symbol));
+        }
+        if (k >= AHEAD) {
+            const int j = k - AHEAD, g = 3 - j / count, i = j % count;
+            x[i][g] = encode_group256(&t[i], x[i][g], e[j], at[i] + 8 * g);
         }
     }
 }
 
-TARGET_AVX2 static void encode_avx2(EncodeTile *tile, const TileShape *s) {
-    EncodeTile t = *tile;
+TARGET_AVX2 GQSC_INLINE void encode_tiles256(const int count, EncodeTile *tiles, const TileShape *s) {
+    __m256i x[2][4];
+    EncodeTile t[2];
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
-    __m256i x[4];
-    for (int g = 0; g < 4; g++) x[g] = _mm256_loadu_si256((const __m256i *)(t.state + 8 * g));
-    for (int64_t r = s->rows - 1; r >= 0; r--) {
-        const uint8_t *row = t.src + r * s->cols;
-        if (tail) {
-            uint8_t last[LANES] = {0};
-            memcpy(last, row + whole, (size_t)tail);
-            encode_round256(&t, x, last, s->ids + whole, s->table);
-        }
-        for (int64_t c = whole - LANES; c >= 0; c -= LANES) encode_round256(&t, x, row + c, s->ids + c, s->table);
+    for (int i = 0; i < count; i++) {
+        t[i] = tiles[i];
+        for (int g = 0; g < 4; g++) x[i][g] = _mm256_loadu_si256((const __m256i *)(t[i].state + 8 * g));
     }
-    for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(t.state + 8 * g), x[g]);
-    *tile = t;
+    for (int64_t r = s->rows - 1; r >= 0; r--) {
+        const uint8_t *row[2] = {t[0].src + r * s->cols, t[count - 1].src + r * s->cols};
+        if (tail) {
+            uint8_t last[2][LANES] = {{0}};
+            const uint8_t *const at[2] = {last[0], last[1]};
+            for (int i = 0; i < count; i++) memcpy(last[i], row[i] + whole, (size_t)tail);
+            encode_round256(count, t, x, at, s->ids + whole, s->table);
+        }
+        for (int64_t c = whole - LANES; c >= 0; c -= LANES) {
+            const uint8_t *const at[2] = {row[0] + c, row[1] + c};
+            encode_round256(count, t, x, at, s->ids + c, s->table);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(t[i].state + 8 * g), x[i][g]);
+        tiles[i] = t[i];
+    }
+}
+
+/* One group of 8 lanes of one tile; `e` are its entries, afterwards its symbols. */
+TARGET_AVX2 GQSC_INLINE __m256i decode_group256(const uint8_t **words, __m256i x, __m256i *e) {
+    __m256i bias = _mm256_and_si256(_mm256_srli_epi32(*e, 8), _mm256_set1_epi32(SLOTS - 1));
+    __m256i y = _mm256_mullo_epi32(_mm256_srli_epi32(*e, 19), _mm256_srli_epi32(x, PROB_BITS));
+    *e = _mm256_and_si256(*e, _mm256_set1_epi32(255));
+    y = _mm256_add_epi32(y, bias);
+    __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)STATE_LOW), y);
+    int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low));
+    __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)spread[mask]));
+    __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)*words));
+    word = _mm256_permutevar8x32_epi32(word, order);
+    *words += 2 * __builtin_popcount((unsigned)mask);
+    return _mm256_blendv_epi8(y, _mm256_or_si256(_mm256_slli_epi32(y, 16), word), low);
 }
 
 /* One round of `count` tiles; out[i] has room for 32 bytes. */
-TARGET_AVX2 GQSC_INLINE void decode_round256(const int count, DecodeTile *t, __m256i x[][4], uint8_t *out[], const uint8_t *ids,
-                                             const uint32_t *table) {
-    const __m256i slots = _mm256_set1_epi32(SLOTS - 1), byte = _mm256_set1_epi32(255);
-    __m256i symbol[2][4];
-    GQSC_UNROLL for (int g = 0; g < 4; g++) {
-        __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), PROB_BITS);
-        GQSC_UNROLL for (int i = 0; i < count; i++) {
-            __m256i e = look_up256(table, _mm256_or_si256(id, _mm256_and_si256(x[i][g], slots)));
-            symbol[i][g] = _mm256_and_si256(e, byte);
-            __m256i bias = _mm256_and_si256(_mm256_srli_epi32(e, 8), slots);
-            __m256i y = _mm256_mullo_epi32(_mm256_srli_epi32(e, 19), _mm256_srli_epi32(x[i][g], PROB_BITS));
-            y = _mm256_add_epi32(y, bias);
-            __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)STATE_LOW), y);
-            int mask = _mm256_movemask_ps(_mm256_castsi256_ps(low));
-            __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)spread[mask]));
-            __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)t[i].words));
-            word = _mm256_permutevar8x32_epi32(word, order);
-            t[i].words += 2 * __builtin_popcount((unsigned)mask);
-            x[i][g] = _mm256_blendv_epi8(y, _mm256_or_si256(_mm256_slli_epi32(y, 16), word), low);
+TARGET_AVX2 GQSC_INLINE void decode_round256(const int count, DecodeTile *t, __m256i x[][4], uint8_t *const out[],
+                                             const uint8_t *ids, const uint32_t *table) {
+    enum { AHEAD = 1 };
+    __m256i e[8];
+    GQSC_UNROLL for (int k = 0; k < 4 * count + AHEAD; k++) {
+        if (k < 4 * count) {
+            const int g = k / count, i = k % count;
+            __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), PROB_BITS);
+            e[k] = look_up256(table, _mm256_or_si256(id, _mm256_and_si256(x[i][g], _mm256_set1_epi32(SLOTS - 1))));
+        }
+        if (k >= AHEAD) {
+            const int j = k - AHEAD, g = j / count, i = j % count;
+            x[i][g] = decode_group256(&t[i].words, x[i][g], &e[j]);
         }
     }
     const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undo the packs' crossing of 128-bit halves */
     GQSC_UNROLL for (int i = 0; i < count; i++) {
-        __m256i pairs = _mm256_packus_epi16(_mm256_packus_epi32(symbol[i][0], symbol[i][1]),
-                                            _mm256_packus_epi32(symbol[i][2], symbol[i][3]));
+        __m256i pairs = _mm256_packus_epi16(_mm256_packus_epi32(e[i], e[count + i]),
+                                            _mm256_packus_epi32(e[2 * count + i], e[3 * count + i]));
         _mm256_storeu_si256((__m256i *)out[i], _mm256_permutevar8x32_epi32(pairs, lanes));
     }
 }
@@ -371,10 +291,10 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
             GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
             if (__builtin_expect(out, 0)) return 0;
             if (c < whole) {
-                uint8_t *to[2] = {t[0].dst + row + c, t[count - 1].dst + row + c};
+                uint8_t *const to[2] = {t[0].dst + row + c, t[count - 1].dst + row + c};
                 decode_round256(count, t, x, to, s->ids + c, s->table);
             } else {
-                uint8_t last[2][LANES], *to[2] = {last[0], last[1]};
+                uint8_t last[2][LANES], *const to[2] = {last[0], last[1]};
                 decode_round256(count, t, x, to, s->ids + c, s->table);
                 GQSC_UNROLL for (int i = 0; i < count; i++) memcpy(t[i].dst + row + c, last[i], (size_t)tail);
             }
@@ -387,7 +307,158 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
     return 1;
 }
 
+TARGET_AVX2 static void encode_one_avx2(EncodeTile *t, const TileShape *s) { encode_tiles256(1, t, s); }
+TARGET_AVX2 static void encode_pair_avx2(EncodeTile *t, const TileShape *s) { encode_tiles256(2, t, s); }
 TARGET_AVX2 static int decode_one_avx2(DecodeTile *t, const TileShape *s) { return decode_tiles256(1, t, s); }
 TARGET_AVX2 static int decode_pair_avx2(DecodeTile *t, const TileShape *s) { return decode_tiles256(2, t, s); }
+
+/* ---- AVX-512 (F, BW, VL, DQ: Skylake-X and Zen 4 onwards) --------------------------------------------------------------- */
+
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,popcnt")))
+
+TARGET_AVX512 GQSC_INLINE __m512i look_up512(const int gathers, const uint32_t *table, __m512i index) {
+    if (gathers) return _mm512_i32gather_epi32(index, table, 4);
+    __m256i low = look_up256(table, _mm512_castsi512_si256(index));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), look_up256(table, _mm512_extracti64x4_epi64(index, 1)), 1);
+}
+
+/* One group of 16 lanes of one tile. */
+TARGET_AVX512 GQSC_INLINE __m512i encode_group512(EncodeTile *t, __m512i x, __m512i e, const uint8_t *at) {
+    __m512i f = _mm512_srli_epi32(e, 12);
+    __mmask16 full = _mm512_cmpge_epi32_mask(_mm512_srli_epi32(x, 20), f);
+    int n = __builtin_popcount(full);
+    __m256i words = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x));
+    t->words -= 2 * n;
+    _mm256_mask_storeu_epi16(t->words, (__mmask16)_bzhi_u32(0xffff, (unsigned)n), words);
+    x = _mm512_mask_srli_epi32(x, full, x, 16);
+    /* x < 2^31 rounded toward zero, divided toward zero, is at most 1 below the true quotient, which is < 2^20. */
+    __m512 ratio = _mm512_div_round_ps(_mm512_cvt_roundepi32_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC),
+                                       _mm512_cvtepi32_ps(f), _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    __m512i q = _mm512_cvttps_epi32(ratio);
+    __m512i gap = _mm512_sub_epi32(_mm512_set1_epi32(SLOTS), f);
+    __m512i y = _mm512_add_epi32(x, _mm512_mullo_epi32(q, gap)); /* q * 2^11 + remainder */
+    __m512i rest = _mm512_sub_epi32(y, _mm512_slli_epi32(q, PROB_BITS));
+    y = _mm512_mask_add_epi32(y, _mm512_cmpge_epi32_mask(rest, f), y, gap);
+    __mmask16 rare = _mm512_test_epi32_mask(e, _mm512_set1_epi32(ENC_ESCAPE));
+    if (__builtin_expect(rare != 0, 0)) {
+        for (int i = 15; i >= 0; i--)
+            if (rare >> i & 1) *--t->escapes = at[i];
+    }
+    return _mm512_add_epi32(y, _mm512_and_si512(e, _mm512_set1_epi32(SLOTS - 1)));
+}
+
+/* One round of `count` tiles, `at` bytes into each; `live` are its real columns. */
+TARGET_AVX512 GQSC_INLINE void encode_round512(const int gathers, const int count, EncodeTile *t, __m512i x[][2], int64_t at,
+                                               const uint8_t *ids, __mmask32 live, const uint32_t *table) {
+    enum { AHEAD = 2 };
+    __m512i e[4];
+    GQSC_UNROLL for (int k = 0; k < 2 * count + AHEAD; k++) {
+        if (k < 2 * count) {
+            const int half = 1 - k / count, i = k % count;
+            __m512i id = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), 8);
+            __m128i symbol = _mm_maskz_loadu_epi8((__mmask16)(live >> (16 * half)), t[i].src + at + 16 * half);
+            e[k] = look_up512(gathers, table, _mm512_or_si512(id, _mm512_cvtepu8_epi32(symbol)));
+        }
+        if (k >= AHEAD) {
+            const int j = k - AHEAD, half = 1 - j / count, i = j % count;
+            x[i][half] = encode_group512(&t[i], x[i][half], e[j], t[i].src + at + 16 * half);
+        }
+    }
+}
+
+TARGET_AVX512 GQSC_INLINE void encode_tiles512(const int gathers, const int count, EncodeTile *tiles, const TileShape *s) {
+    __m512i x[2][2];
+    EncodeTile t[2];
+    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
+    const __mmask32 tail_live = ((__mmask32)1 << tail) - 1;
+    for (int i = 0; i < count; i++) {
+        t[i] = tiles[i];
+        x[i][0] = _mm512_loadu_si512(t[i].state);
+        x[i][1] = _mm512_loadu_si512(t[i].state + 16);
+    }
+    for (int64_t r = s->rows - 1; r >= 0; r--) {
+        const int64_t row = r * s->cols;
+        if (tail) encode_round512(gathers, count, t, x, row + whole, s->ids + whole, tail_live, s->table);
+        for (int64_t c = whole - LANES; c >= 0; c -= LANES)
+            encode_round512(gathers, count, t, x, row + c, s->ids + c, (__mmask32)-1, s->table);
+    }
+    for (int i = 0; i < count; i++) {
+        _mm512_storeu_si512(t[i].state, x[i][0]);
+        _mm512_storeu_si512(t[i].state + 16, x[i][1]);
+        tiles[i] = t[i];
+    }
+}
+
+/* One group of 16 lanes of one tile; `live` are its real columns. */
+TARGET_AVX512 GQSC_INLINE __m512i decode_group512(const uint8_t **words, __m512i x, __m512i e, uint8_t *at, __mmask16 live) {
+    if (live == 0xffff)
+        _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(e));
+    else
+        _mm_mask_storeu_epi8(at, live, _mm512_cvtepi32_epi8(e));
+    __m512i bias = _mm512_and_si512(_mm512_srli_epi32(e, 8), _mm512_set1_epi32(SLOTS - 1));
+    x = _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(e, 19), _mm512_srli_epi32(x, PROB_BITS)), bias);
+    __mmask16 low = _mm512_cmplt_epi32_mask(x, _mm512_set1_epi32((int)STATE_LOW));
+    __m512i word = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)*words));
+    *words += 2 * __builtin_popcount(low);
+    return _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), _mm512_maskz_expand_epi32(low, word));
+}
+
+TARGET_AVX512 GQSC_INLINE int decode_round512(const int gathers, const int count, DecodeTile *t, __m512i x[][2], int64_t at,
+                                              const uint8_t *ids, __mmask32 live, const uint32_t *table) {
+    enum { AHEAD = 1 };
+    __m512i e[4], id[2];
+    int out = 0;
+    GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
+    if (__builtin_expect(out, 0)) return 0;
+    for (int half = 0; half < 2; half++)
+        id[half] = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), PROB_BITS);
+    GQSC_UNROLL for (int k = 0; k < 2 * count + AHEAD; k++) {
+        if (k < 2 * count) {
+            const int half = k / count, i = k % count;
+            __m512i slot = _mm512_and_si512(x[i][half], _mm512_set1_epi32(SLOTS - 1));
+            e[k] = look_up512(gathers, table, _mm512_or_si512(id[half], slot));
+        }
+        if (k >= AHEAD) {
+            const int j = k - AHEAD, half = j / count, i = j % count;
+            x[i][half] = decode_group512(&t[i].words, x[i][half], e[j], t[i].dst + at + 16 * half,
+                                         (__mmask16)(live >> (16 * half)));
+        }
+    }
+    return 1;
+}
+
+/* 0 if the words of any of the tiles ran out. */
+TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int gathers, const int count, DecodeTile *tiles, const TileShape *s) {
+    __m512i x[2][2];
+    DecodeTile t[2];
+    const int64_t tail = s->cols % LANES, whole = s->cols - tail;
+    const __mmask32 tail_live = ((__mmask32)1 << tail) - 1;
+    for (int i = 0; i < count; i++) {
+        t[i] = tiles[i];
+        x[i][0] = _mm512_loadu_si512(t[i].state);
+        x[i][1] = _mm512_loadu_si512(t[i].state + 16);
+    }
+    for (int64_t r = 0; r < s->rows; r++) {
+        const int64_t row = r * s->cols;
+        for (int64_t c = 0; c < whole; c += LANES)
+            if (!decode_round512(gathers, count, t, x, row + c, s->ids + c, (__mmask32)-1, s->table)) return 0;
+        if (tail && !decode_round512(gathers, count, t, x, row + whole, s->ids + whole, tail_live, s->table)) return 0;
+    }
+    for (int i = 0; i < count; i++) {
+        _mm512_storeu_si512(t[i].state, x[i][0]);
+        _mm512_storeu_si512(t[i].state + 16, x[i][1]);
+        tiles[i] = t[i];
+    }
+    return 1;
+}
+
+#define AVX512_KERNEL(name, gathers)                                                                                       \
+    TARGET_AVX512 static void encode_one_##name(EncodeTile *t, const TileShape *s) { encode_tiles512(gathers, 1, t, s); }    \
+    TARGET_AVX512 static void encode_pair_##name(EncodeTile *t, const TileShape *s) { encode_tiles512(gathers, 2, t, s); }   \
+    TARGET_AVX512 static int decode_one_##name(DecodeTile *t, const TileShape *s) { return decode_tiles512(gathers, 1, t, s); } \
+    TARGET_AVX512 static int decode_pair_##name(DecodeTile *t, const TileShape *s) { return decode_tiles512(gathers, 2, t, s); }
+
+AVX512_KERNEL(avx512, 0)
+AVX512_KERNEL(avx512_gather, 1)
 #endif
 #endif

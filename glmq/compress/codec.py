@@ -48,8 +48,8 @@ else:
 KERNELS: Final = _kernels
 """The kernels of the compiled coder that this processor runs, fastest first; empty without one."""
 
-Backend: TypeAlias = Literal["auto", "c", "numpy", "avx512", "avx2", "scalar"]
-"""`auto`: the compiled coder if it is there, else numpy. `c`: its fastest kernel. The last three: that kernel."""
+Backend: TypeAlias = Literal["auto", "c", "numpy", "avx512", "avx512-gather", "avx2", "scalar"]
+"""`auto`: the compiled coder if it is there, else numpy. `c`: its fastest kernel. The others: that kernel."""
 Blob: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
 """A whole GQSC file."""
 
@@ -120,7 +120,6 @@ def encode(
         )
     matrix = np.ascontiguousarray(matrix)
     tile_rows = _tile_rows(rows, cols, tile_bytes)
-    tiles = [matrix[begin : begin + tile_rows] for begin in range(0, rows, tile_rows)]
     if kernel is None:
         class_of_column, frequencies = choose_tables(matrix)
         table = encoder_table(frequencies)
@@ -131,16 +130,19 @@ def encode(
         table = np.frombuffer(packed_table, dtype=np.uint32).reshape(-1, 256)
     ids = padded_classes(class_of_column, len(frequencies))
 
-    def encode_batch(batch: Sequence[NDArray[np.int8]]) -> list[tuple[int, bytes, int, int]]:
+    def encode_stretch(stretch: NDArray[np.int8]) -> list[tuple[int, bytes, int, int]]:
+        tiles = stretch.reshape(-1, min(tile_rows, len(stretch)), cols)
         if kernel is None:
-            coded = rans.encode_tiles(np.stack(batch), ids, table)
+            coded = rans.encode_tiles(tiles, ids, table)
         else:
-            scratch = np.empty(STATE_BYTES + 3 * batch[0].size, dtype=np.uint8)
-            coded = [_codec.encode_tile(kernel, tile, len(tile), cols, ids, table, scratch) for tile in batch]
-        return [_smallest(tile, payload, escapes) for tile, (payload, escapes) in zip(batch, coded)]
+            scratch = np.empty(2 * (STATE_BYTES + 3 * tiles[0].size), dtype=np.uint8)
+            coded = _codec.encode_tiles(kernel, tiles, tiles.shape[1], cols, ids, table, scratch)
+        return [_smallest(tile, payload, escapes) for tile, (payload, escapes) in zip(tiles, coded)]
 
-    size = _numpy_batch(tile_rows * cols) if kernel is None else max(len(tiles) // (4 * threads), 1)
-    payloads = [payload for done in _map(encode_batch, _batches(tiles, size), threads) for payload in done]
+    tiles_a_thread = -(-rows // tile_rows // threads)
+    size = _numpy_batch(tile_rows * cols) if kernel is None else tiles_a_thread + tiles_a_thread % 2
+    stretches = _stretches(matrix, tile_rows, size)
+    payloads = [payload for done in _map(encode_stretch, stretches, threads) for payload in done]
     return write_container(rows, cols, tile_rows, class_of_column, frequencies, payloads)
 
 
@@ -299,13 +301,13 @@ def _smallest(tile: NDArray[np.int8], payload: bytes, escapes: int) -> tuple[int
     return RANS, payload, escapes, digest
 
 
-def _batches(tiles: Sequence[NDArray[np.int8]], size: int) -> Iterator[Sequence[NDArray[np.int8]]]:
+def _stretches(matrix: NDArray[np.int8], tile_rows: int, size: int) -> Iterator[NDArray[np.int8]]:
     """Up to `size` neighbouring tiles at a time, all of one height."""
-    whole = len(tiles) - (len(tiles[-1]) != len(tiles[0]))
-    for at in range(0, whole, size):
-        yield tiles[at : min(at + size, whole)]
-    if whole < len(tiles):
-        yield tiles[whole:]
+    whole = len(matrix) // tile_rows * tile_rows
+    for at in range(0, whole, size * tile_rows):
+        yield matrix[at : min(at + size * tile_rows, whole)]
+    if whole < len(matrix):
+        yield matrix[whole:]
 
 
 def _jobs(tiles: Sequence[Tile], cols: int) -> NDArray[np.int64]:
