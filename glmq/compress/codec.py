@@ -61,6 +61,9 @@ _NUMPY_BATCH: Final = 128
 _NUMPY_BATCH_BYTES: Final = 1 << 25
 """Decoded size that the numpy coder takes at a time; it needs some five times as much beside."""
 
+_HISTOGRAM_VALUES: Final = 2**17
+"""Values that numpy counts at a time, widened to 8 bytes each."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -208,6 +211,19 @@ def read_info(blob: Blob) -> CodecInfo:
         class_entropy_bits=float(share @ [_entropy_bits(row) for row in container.frequencies]) if coded else None,
         matrix_digest=container.matrix_digest,
     )
+
+
+def zero_order_entropy(matrix: NDArray[np.int8]) -> float:
+    """Entropy of the histogram of all values of a contiguous matrix, bits per value."""
+    if KERNELS:
+        counts = np.frombuffer(_codec.count_values(matrix), dtype=np.int64)
+    else:
+        flat = matrix.reshape(-1).view(np.uint8)
+        counts = np.zeros(256, dtype=np.int64)
+        for start in range(0, flat.size, _HISTOGRAM_VALUES):
+            counts += np.bincount(flat[start : start + _HISTOGRAM_VALUES], minlength=256)
+    p = counts[counts > 0] / matrix.size
+    return float(-(p * np.log2(p)).sum()) + 0.0  # no negative zero for a matrix of one value
 
 
 def at_most_bytes(rows: int, cols: int) -> int:

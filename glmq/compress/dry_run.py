@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.sidecar import list_side_files
+from glmq.compress.codec import zero_order_entropy
 from glmq.compress.layouts import Layout
 from glmq.compress.manifest import CodecKind
 from glmq.compress.shard import RankTensor, raw_bytes, read_matrix, read_pieces, read_sample
 from glmq.compress.source import Source
-from glmq.compress.stream import weight_file, zero_order_entropy
+from glmq.compress.stream import weight_file
 from glmq.compress.weight_codec import Codec
 from glmq.model.glm4v import Part, part_of
 

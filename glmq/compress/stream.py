@@ -34,13 +34,13 @@ from typing import Final, TypeAlias
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, write_description
 from glmq.checkpoint.json_file import write_json, write_whole
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.checkpoint.sidecar import copy_side_files, edit_config, list_side_files
 from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, make_directory, plan_shards
+from glmq.compress.codec import zero_order_entropy
 from glmq.compress.layouts import Layout, part_types, rank_tensors, vllm_types
 from glmq.compress.manifest import CodecKind, Manifest, PartRecord, digest_of, record_files, write_manifest
 from glmq.compress.shard import RankTensor, check_world, read_matrix, read_pieces
@@ -54,9 +54,6 @@ PORTABLE_STEM: Final = f"glmq_weight_w8a8s{BLOB_SUFFIX}"
 ASCEND_STEM: Final = "quant_model_weight_w8a8sc"
 SOURCE_FOLDER: Final = "glmq_source"
 HEADER_SUFFIX: Final = ".header"
-
-_HISTOGRAM_VALUES: Final = 2**20
-"""Weights that are counted at a time: numpy widens them to 8 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,16 +237,6 @@ def finish_folder(
     files = record_files(folder, exclude=[part.file for part in parts])
     fingerprint = source.checkpoint.fingerprint()
     write_manifest(folder, Manifest(codec, layout, world, fingerprint, tuple(parts), files))
-
-
-def zero_order_entropy(matrix: NDArray[np.int8]) -> float:
-    """Entropy of the values' histogram, bits per value."""
-    flat = matrix.reshape(-1).view(np.uint8)
-    counts = np.zeros(256, dtype=np.int64)
-    for start in range(0, flat.size, _HISTOGRAM_VALUES):
-        counts += np.bincount(flat[start : start + _HISTOGRAM_VALUES], minlength=256)
-    p = counts[counts > 0] / flat.size
-    return float(-(p * np.log2(p)).sum()) + 0.0  # no negative zero for a matrix of one value
 
 
 def resident_bytes() -> int:

@@ -334,3 +334,14 @@ def test_no_file_is_larger_than_the_bound_and_noise_comes_close(shape: tuple[int
     noise = np.random.default_rng(3).integers(-128, 128, shape, dtype=np.int8)
     bound = codec.at_most_bytes(*shape)
     assert noise.size <= len(codec.encode(noise)) <= bound <= noise.size * 1.01 + 4600
+
+
+@pytest.mark.parametrize("kernels", [codec.KERNELS, ()])
+@pytest.mark.parametrize(
+    ("values", "bits"),
+    [([5], 0.0), ([1, 1, 1], 0.0), ([-128, 127], 1.0), ([0, 0, 1, -1], 1.5), (range(-128, 128), 8.0)],
+)
+def test_entropy_is_that_of_the_histogram(monkeypatch, kernels, values, bits):
+    monkeypatch.setattr(codec, "KERNELS", kernels)
+    repeated = np.tile(np.array(values, dtype=np.int8), (999, 1))
+    assert codec.zero_order_entropy(repeated) == bits

@@ -27,7 +27,6 @@ from glmq.compress.stream import (
     finish_folder,
     plan_ranks,
     planned_bytes,
-    zero_order_entropy,
 )
 from glmq.compress.weight_codec import Codec, Compressed, PortableCodec
 from glmq.errors import CodecError, UsageError
@@ -212,11 +211,3 @@ def test_the_portable_codec_takes_one_rank_as_it_is_and_no_vllm_layout() -> None
     assert str(caught.value) == (
         "--layout vllm-ascend: exists only with --codec ascend; no engine reads the portable form"
     )
-
-
-@pytest.mark.parametrize(
-    ("values", "bits"),
-    [([5], 0.0), ([1, 1, 1], 0.0), ([-128, 127], 1.0), ([0, 0, 1, -1], 1.5), (range(-128, 128), 8.0)],
-)
-def test_entropy_is_that_of_the_histogram(values: list[int], bits: float) -> None:
-    assert zero_order_entropy(np.array([values], dtype=np.int8)) == bits
