@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -14,18 +15,23 @@ COMPRESSION: Final = "Compression"
 
 
 def compress(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IN OUT", help="The two folders, instead of the two options.", show_default=False),
+    ] = None,
     model_path: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--model-path",
             help="Folder of the W8A8S weights; with --decompress, of what glmq compress wrote.",
             rich_help_panel=o.MODEL,
+            show_default=False,
         ),
-    ],
+    ] = None,
     save_directory: Annotated[
-        Path,
-        typer.Option("--save-directory", help="Folder to write into.", rich_help_panel=o.OUTPUT),
-    ],
+        Path | None,
+        typer.Option("--save-directory", help="Folder to write into.", rich_help_panel=o.OUTPUT, show_default=False),
+    ] = None,
     tp: Annotated[
         int | None,
         typer.Option(
@@ -102,7 +108,7 @@ def compress(
     [bold]torchrun --nproc_per_node 2 -m glmq compress --model_path W8A8S --save_directory OUT[/]
 
     The way back from the portable form:
-    [bold]glmq compress --decompress --model_path OUT --save_directory W8A8S[/]
+    [bold]glmq compress --decompress OUT W8A8S[/]
     """
     from glmq.cli.compress_job import (
         CompressionJob,
@@ -121,16 +127,17 @@ def compress(
     from glmq.compress.layouts import Layout
 
     be_quiet = quiet or json_output
+    source, target = settle_folders(folders or [], model_path, save_directory)
     if decompress:
         if tp is not None or codec == "ascend" or layout != "mindie":
             raise UsageError(
                 "--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out"
             )
         if dry_run:
-            planned = plan_restoration(model_path, save_directory, overwrite=overwrite)
-            show_restoration_plan(planned, save_directory, as_json=json_output)
+            planned = plan_restoration(source, target, overwrite=overwrite)
+            show_restoration_plan(planned, target, as_json=json_output)
             return
-        restored = restore_folder(model_path, save_directory, jobs=jobs, overwrite=overwrite, quiet=be_quiet)
+        restored = restore_folder(source, target, jobs=jobs, overwrite=overwrite, quiet=be_quiet)
         if json_output:
             print_json({
                 "schema": "glmq.decompress/1",
@@ -144,10 +151,10 @@ def compress(
         else:
             show_restored(restored)
         return
-    job = CompressionJob(model_path, save_directory, tp, codec, executor, Layout(layout), jobs)
+    job = CompressionJob(source, target, tp, codec, executor, Layout(layout), jobs)
     if dry_run:
         plan = plan_compression(job, overwrite=overwrite, quiet=be_quiet)
-        show_compression_plan(plan, save_directory, as_json=json_output, verbose=verbose)
+        show_compression_plan(plan, target, as_json=json_output, verbose=verbose)
         return
     result = compress_folder(job, overwrite=overwrite, quiet=be_quiet)
     if result is None:  # a rank above 0 of torchrun
@@ -158,3 +165,25 @@ def compress(
         stdout.print(str(result.folder), soft_wrap=True)
     else:
         show_compression(result, verbose=verbose)
+
+
+def settle_folders(folders: Sequence[Path], model_path: Path | None, save_directory: Path | None) -> tuple[Path, Path]:
+    """The folder to read and the one to write, however they were given.
+
+    Raises:
+        UsageError: one is missing, or there are others.
+    """
+    match folders, model_path, save_directory:
+        case [source, target], None, None:
+            return source, target
+        case [], Path() as source, Path() as target:
+            return source, target
+        case [], _, _:
+            missing = "--save-directory" if model_path else "--model-path"
+            raise UsageError(
+                f"{missing}: missing; give --model_path IN --save_directory OUT, or just the two folders IN OUT"
+            )
+    raise UsageError(
+        f"IN OUT: wanted two folders, or --model_path and --save_directory in their place; found {len(folders)}"
+        f"{' and the options' if model_path or save_directory else ''}"
+    )

@@ -174,7 +174,7 @@ def next_steps(result: CompressionResult) -> list[str]:
             "W8A8S folder on a host that has the vendor's compress program:",
             f"  glmq compress --model_path {source} --save_directory {engine_folder} --tp {world} --codec ascend",
             "Next: store or copy the folder, and restore what it was made from with",
-            f"  glmq compress --decompress --model_path {folder} --save_directory {quote(f'{result.folder}-restored')}",
+            f"  glmq compress --decompress {folder} {quote(f'{result.folder}-restored')}",
         ]
     if result.layout is Layout.VLLM_ASCEND:
         return [

@@ -58,7 +58,7 @@ def test_without_the_vendors_program_the_portable_form_is_written_and_said_so(w8
     assert result.stderr.splitlines()[0] == NOTE
     lines = result.stdout.splitlines()
     assert f"W8A8S in glmq's portable form, world size 1, written to {out}" in lines
-    assert lines[-1] == f"  glmq compress --decompress --model_path {out} --save_directory {out}-restored"
+    assert lines[-1] == f"  glmq compress --decompress {out} {out}-restored"
     for column in ("rows x cols", "bits", "ratio", "entropy", "class gain", "seconds", "float16", "W8A8S", "portable"):
         assert column in result.stdout
     assert left_over(tmp_path) == ["out"]
@@ -66,7 +66,7 @@ def test_without_the_vendors_program_the_portable_form_is_written_and_said_so(w8
 
 def test_the_way_back_restores_the_source(w8a8s: Path, tmp_path: Path) -> None:
     glmq(*compress(w8a8s, tmp_path / "out", "--codec", "portable"))
-    result = glmq(*compress(tmp_path / "out", tmp_path / "back", "--decompress"))
+    result = glmq("compress", "--decompress", tmp_path / "out", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(w8a8s)
     assert result.stdout.splitlines()[-1] == f"  glmq inspect {tmp_path / 'back'}"
 
@@ -178,6 +178,23 @@ def test_options_that_contradict_are_wrong_usage(
 ) -> None:
     assert complaint(2, *compress(w8a8s, tmp_path / "out", *options)).startswith(f"error: {sentence}")
     assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--model-path: missing; give --model_path IN --save_directory OUT, or just the two folders IN OUT"),
+        (
+            ["--model_path", "a"],
+            "--save-directory: missing; give --model_path IN --save_directory OUT, or just the two ",
+        ),
+        (["a"], "IN OUT: wanted two folders, or --model_path and --save_directory in their place; found 1"),
+        (["a", "b", "c"], "IN OUT: wanted two folders, or --model_path and --save_directory in their place; found 3"),
+        (["a", "b", "--model_path", "c"], "IN OUT: wanted two folders, or --model_path and --save_directory in their "),
+    ],
+)
+def test_two_folders_are_wanted(arguments: list[str], sentence: str) -> None:
+    assert complaint(2, "compress", *arguments).startswith(f"error: {sentence}")
 
 
 def test_the_trained_tiny_model_with_six_heads_is_not_split_over_four(tiny_seed: Path, tmp_path: Path) -> None:

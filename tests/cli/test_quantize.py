@@ -15,6 +15,7 @@ import torch
 from helpers import StandInNpu, edit_json, glmq, run, tree
 
 from glmq import device
+from glmq.calibrate.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
 
 SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
@@ -541,7 +542,8 @@ def test_options_that_statistics_leave_without_effect_are_named_once(
 def test_options_that_say_the_same_as_the_statistics_need_no_note(
     small: Path, small_stats: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    same = ("--calib_images", pictures, "--limit", 2, "--compute-dtype", "fp32", "--device_type", "cpu")
+    dtype = {"float32": "fp32", "bfloat16": "bf16"}[Statistics.open(small_stats).manifest["compute_dtype"]]
+    same = ("--calib_images", pictures, "--limit", 2, "--compute-dtype", dtype, "--device_type", "cpu")
     result = glmq(*command(small, small_stats, tmp_path / "out", *same))
     assert not [line for line in result.stderr.splitlines() if line.startswith("note: -")]
 
@@ -550,7 +552,7 @@ def test_options_that_say_the_same_as_the_statistics_need_no_note(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--compute-dtype", "bf16"), "were taken with --compute-dtype float32, the command asks for bfloat16; "
+        (("--compute-dtype", "fp16"), "were taken with --compute-dtype {compute_dtype}, the command asks for float16; "
          "drop --compute-dtype"),
         (("--max-pixels", 1000), "were taken with --max-pixels None, the command asks for 1000; drop --max-pixels"),
     ],
@@ -560,6 +562,7 @@ def test_options_that_contradict_the_statistics_are_refused(
 ) -> None:
     result = run(*command(small, small_stats, tmp_path / "out", *options), *(["--dry-run"] if dry else []))
     assert result.exit_code == 4
+    sentence = sentence.format(**Statistics.open(small_stats).manifest)
     assert result.stderr.splitlines()[-1] == (
         f"error: {small_stats}: these statistics {sentence} to use them as they are, or run `glmq calibrate` again"
     )
