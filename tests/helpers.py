@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import glmq as package
 from glmq.parallel import Group, LostRanksError, Place
 
 if TYPE_CHECKING:
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 
     from glmq.model.config import ModelConfig
     from glmq.model.inputs import ModelInputs
+
+
+PACKAGES = Path(package.__file__).parents[1]
+"""The folder that glmq is imported from: as the working directory of a new Python process, it has that one import the same
+glmq. In a checkout it would find the sources, without the compiled kernels."""
 
 
 def run(*args: object) -> Result:

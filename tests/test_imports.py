@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import PACKAGES
 
 import glmq
 
@@ -127,5 +128,5 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
 )
 def test_importing_a_module_stays_light(module: str, absent: tuple[str, ...]) -> None:
     code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
     assert done.stdout == "[]\n"

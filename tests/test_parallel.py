@@ -2,9 +2,9 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import PACKAGES
 
 from glmq.errors import UsageError
 from glmq.parallel import Group, Place, read_place
@@ -89,7 +89,7 @@ def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
             stderr=subprocess.PIPE,
             text=True,
             env=environment | {"RANK": str(rank)},
-            cwd=Path(__file__).parents[1],
+            cwd=PACKAGES,
         )
         for rank in range(2)
     ]

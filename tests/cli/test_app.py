@@ -3,7 +3,7 @@ import sys
 from importlib import metadata
 
 import pytest
-from helpers import run
+from helpers import PACKAGES, run
 
 from glmq import __version__
 
@@ -21,7 +21,7 @@ def test_help_needs_neither_torch_nor_transformers(verb: tuple[str, ...]) -> Non
         "    heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'PIL'} & set(sys.modules)\n"
         "    print('heavy:', sorted(heavy), file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PACKAGES)
     assert (done.returncode, done.stderr) == (0, "heavy: []\n")
     assert "Usage:" in done.stdout
 

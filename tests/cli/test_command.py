@@ -9,6 +9,7 @@ from typing import Annotated
 
 import pytest
 import typer
+from helpers import PACKAGES
 from typer.testing import CliRunner, Result
 
 from glmq import errors
@@ -220,7 +221,7 @@ app()
 
 def start(*args: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PACKAGES
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
@@ -251,7 +252,7 @@ def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "glmq", "quantize", "--model-path", tmp_path, "--save-directory", tmp_path / "out"],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, cwd=PACKAGES,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == (

@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import glmq, run, tree
+from helpers import PACKAGES, glmq, run, tree
 from random_w8a8s import write_stand_in, write_w8a8s
 
 from glmq.compress import stream
 from glmq.compress.executor import how_to_build
 from glmq.compress.weight_codec import PortableCodec
 
-REPOSITORY = Path(__file__).parents[2]
 NOTE = (
     "note: compress_excutor, the vendor's compress program, was not found, so the weights are written in glmq's portable form: "
     "lossless, for storage and transport, but no serving engine reads it. For the engine's W8A8SC, "
@@ -299,7 +298,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [*launcher, "-m", "glmq", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=PACKAGES, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -> None:
@@ -390,5 +389,5 @@ print(resident() - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 def test_freed_weights_do_not_stay_in_the_process() -> None:
-    found = subprocess.run([sys.executable, "-c", FREED], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", FREED], cwd=PACKAGES, capture_output=True, text=True, check=True)
     assert int(found.stdout) < 16 << 20

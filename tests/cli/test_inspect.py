@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import glmq, run
+from helpers import PACKAGES, glmq, run
 from safetensors.torch import load_file
 
 Q = "model.language_model.layers.0.self_attn.q_proj"
@@ -137,7 +137,7 @@ def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
         f"app(['inspect', {str(tiny_seed)!r}, '-q'], standalone_mode=False)\n"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
     assert done.stdout == "[]\n"
 
 
@@ -154,5 +154,5 @@ for _ in range(20):  # the heap may grow several times before it holds them
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[-6])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
     assert int(done.stdout) < 1000

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import StandInNpu, edit_json, glmq, run, tree
+from helpers import PACKAGES, StandInNpu, edit_json, glmq, run, tree
 
 from glmq import device
 from glmq.calibrate.stats import Statistics
@@ -55,7 +55,9 @@ def test_the_missions_command_runs_as_a_program(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "glmq", "quantize", *the_missions_command(small, out, pictures, "cpu")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, env=environment, cwd=PACKAGES
+    )
     assert done.returncode == 0, done.stderr
     assert tree(out) == seed_output
     assert "Error per linear, worst first" in done.stdout

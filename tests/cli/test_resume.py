@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import glmq, run, tree
+from helpers import PACKAGES, glmq, run, tree
 
-from glmq.checkpoint import journal
 from glmq.checkpoint.journal import Journal
 
 SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
 BLOCKS = 5
 """Of the small model: a vision block, the merger, two text layers, lm_head; calibrate and quantize pass each once."""
-PACKAGES = Path(journal.__file__).parents[2]
 """Where the glmq lies that these tests import: a checkout beside it may lack the compiled rounding, which a resume refuses."""
 LINES = 2 * BLOCKS + 2
 """Of both journals: between the passes the two text layers are rated."""

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from helpers import PACKAGES
+
 from glmq.model.tiny import TINY_CHECKPOINT
 
 PROGRAM = """
@@ -34,5 +36,5 @@ with no_compiler():
 
 def test_a_model_is_built_without_the_compiler_which_is_real_for_whoever_asks() -> None:
     command = [sys.executable, "-c", PROGRAM, str(TINY_CHECKPOINT)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGES).stdout.splitlines()
     assert lines == ["[]", "False True", "ConfigModuleInstance", "True"]
