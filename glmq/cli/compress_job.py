@@ -15,6 +15,7 @@ from glmq.cli.compress_view import ByteProgress
 from glmq.cli.malloc import return_large_buffers
 from glmq.cli.render import stderr
 from glmq.cli.shared_folder import SharedFolder
+from glmq.compress.codec import KERNELS
 from glmq.compress.dry_run import CompressionPlan, disk_bytes, make_compression_plan
 from glmq.compress.executor import PROGRAM, AscendCodec, find_executor, how_to_build
 from glmq.compress.layouts import Layout
@@ -191,6 +192,7 @@ def restore_folder(
     manifest = read_portable_manifest(model_path)
     total = restored_bytes(model_path, manifest)
     check_room(out_path, total)
+    note_missing_kernels(quiet=quiet)
     with (
         output as folder,
         ByteProgress("decompress", total, quiet=quiet) as progress,
@@ -227,6 +229,7 @@ def choose_codec(name: Literal["auto", "portable", "ascend"], executor: Path | N
         DeviceError: `ascend`, or --executor, and the program is not there.
     """
     if name == "portable":
+        note_missing_kernels(quiet=quiet)
         return PortableCodec()
     program = find_executor(executor)
     if program is not None:
@@ -242,7 +245,18 @@ def choose_codec(name: Literal["auto", "portable", "ascend"], executor: Path | N
             f"For the engine's W8A8SC, {how_to_build()}.",
             soft_wrap=True,
         )
+    note_missing_kernels(quiet=quiet)
     return PortableCodec()
+
+
+def note_missing_kernels(*, quiet: bool) -> None:
+    """Tell stderr if the portable codec runs in numpy: installed without a compiler, or run from inside the sources."""
+    if not KERNELS and not quiet:
+        stderr.print(
+            f"note: the glmq in {Path(__file__).parents[1]} has no compiled codec, so compressing and restoring take "
+            "some 20 times as long; install it with a C compiler at hand, and do not run it from inside its source folder",
+            soft_wrap=True,
+        )
 
 
 def default_jobs(processes: int) -> int:

@@ -6,6 +6,7 @@ every output is checked against what the engine will assume.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -240,4 +241,7 @@ def _last_words(log: Path) -> str:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the process, if it still runs, with everything it started."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # it ended, and the thread that waits for it has noticed, since the poll
+            os.killpg(process.pid, signal.SIGKILL)

@@ -13,6 +13,7 @@ from random_w8a8s import write_stand_in, write_w8a8s
 
 from glmq.compress import stream
 from glmq.compress.executor import how_to_build
+from glmq.compress.stream import PORTABLE_STEM
 from glmq.compress.weight_codec import PortableCodec
 
 NOTE = (
@@ -68,6 +69,24 @@ def test_the_way_back_restores_the_source(w8a8s: Path, tmp_path: Path) -> None:
     result = glmq("compress", "--decompress", tmp_path / "out", tmp_path / "back")
     assert tree(tmp_path / "back") == tree(w8a8s)
     assert result.stdout.splitlines()[-1] == f"  glmq inspect {tmp_path / 'back'}"
+
+
+def test_without_compiled_kernels_the_same_is_written_and_the_wait_explained(
+    w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glmq(*compress(w8a8s, tmp_path / "fast", "--codec", "portable"))
+    monkeypatch.setattr("glmq.compress.codec.KERNELS", ())
+    monkeypatch.setattr("glmq.cli.compress_job.KERNELS", ())
+    note = (
+        f"note: the glmq in {PACKAGES / 'glmq'} has no compiled codec, so compressing and restoring take some 20 times as "
+        "long; install it with a C compiler at hand, and do not run it from inside its source folder"
+    )
+    assert glmq(*compress(w8a8s, tmp_path / "slow", "--codec", "portable")).stderr.splitlines()[0] == note
+    weights = f"part0-of-1/{PORTABLE_STEM}.safetensors"
+    assert (tmp_path / "slow" / weights).read_bytes() == (tmp_path / "fast" / weights).read_bytes()
+    assert glmq("compress", "--decompress", tmp_path / "slow", tmp_path / "back").stderr.splitlines()[0] == note
+    assert glmq("compress", "--decompress", tmp_path / "slow", tmp_path / "quiet", "-q").stderr == ""
+    assert tree(tmp_path / "back") == tree(w8a8s)
 
 
 def test_the_way_back_of_several_ranks_restores_parts(w8a8s: Path, tmp_path: Path) -> None:

@@ -121,6 +121,15 @@ def test_a_hanging_program_is_killed_at_the_time_limit(tmp_path: Path) -> None:
     assert not codec._running
 
 
+def test_a_program_that_ends_while_it_is_stopped_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, _ = make(tmp_path)
+    ended = subprocess.Popen(["true"], start_new_session=True)
+    ended.wait()
+    monkeypatch.setattr(ended, "poll", lambda: None)  # as asked just before it ended
+    codec._running.add(ended)
+    codec.stop()
+
+
 def test_stop_ends_a_running_program_and_starts_no_other(tmp_path: Path) -> None:
     codec, work = make(tmp_path, "hangs")
     caught: list[Exception] = []
