@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PACKAGES = Path(package.__file__).parents[1]
 """The folder that glmq is imported from: as the working directory of a new Python process, it has that one import the same
-glmq. In a checkout it would find the sources, without the compiled kernels."""
+glmq. In a checkout it would find the sources, which may lack the compiled rounding; its ties differ, a resume refuses it."""
 
 
 def run(*args: object) -> Result:

@@ -10,7 +10,9 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 8, RUN = 512, BYTES = 32, BYTE_VALUES = 256, TABLES = 8 };
+#include "../compress/_count.h"
+
+enum { LANES = 8, RUN = 512, BYTES = 32 };
 enum { INT8, BFLOAT16, FLOAT16, FLOAT32, KINDS };
 static const int WIDTH[KINDS] = {1, 2, 2, 4};
 
@@ -144,22 +146,6 @@ static void sum_pair(const Pair *p, Sums *sums) {
     sum_pair_plain(p, sums);
 }
 
-/* Eight tables, so that equal neighbours do not wait for each other; eight bytes are loaded together. */
-static void count_bytes(const Side *side, long size, int64_t *counts) {
-    if (side->kind != INT8) return;
-    uint32_t tables[TABLES][BYTE_VALUES] = {{0}};
-    const unsigned char *q = side->data;
-    long i = 0;
-    for (; i + TABLES <= size; i += TABLES) {
-        uint64_t eight;
-        memcpy(&eight, q + i, sizeof eight);
-        for (int t = 0; t < TABLES; t++) tables[t][eight >> 8 * t & 0xff]++;
-    }
-    for (; i < size; i++) tables[0][q[i]]++;
-    for (int t = 0; t < TABLES; t++)
-        for (int value = 0; value < BYTE_VALUES; value++) counts[value ^ 0x80] += tables[t][value];
-}
-
 static int fits(const Py_buffer *buffer, const char *name, Py_ssize_t bytes, int needed) {
     if (buffer->buf == NULL ? !needed : buffer->len == bytes) return 1;
     PyErr_Format(PyExc_ValueError, "%s has %zd bytes, %zd are needed", name, buffer->buf == NULL ? (Py_ssize_t)0 : buffer->len, bytes);
@@ -207,8 +193,9 @@ static PyObject *py_sum_pair(PyObject *self, PyObject *args) {
     Sums sums = {0};
     Py_BEGIN_ALLOW_THREADS;
     sum_pair(&p, &sums);
-    count_bytes(&p.a, p.rows * p.columns, counts.buf);
-    count_bytes(&p.b, p.rows * p.columns, (int64_t *)counts.buf + BYTE_VALUES);
+    /* From two's complement order to numeric order. */
+    if (p.a.kind == INT8) count_bytes(p.a.data, p.rows * p.columns, counts.buf, 0x80);
+    if (p.b.kind == INT8) count_bytes(p.b.data, p.rows * p.columns, (int64_t *)counts.buf + BYTE_VALUES, 0x80);
     Py_END_ALLOW_THREADS;
     result = Py_BuildValue("dddfl", sums.a, sums.b, sums.noise, sums.largest, sums.changed);
 done:

@@ -6,6 +6,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "_count.h"
 #include "_rans.h"
 #include "_tables.h"
 
@@ -35,7 +36,7 @@ enum { KERNELS = sizeof kernels / sizeof kernels[0] };
 /* Intel's processors have one shuffle port, which 16 single loads keep busier than a gather does. */
 static void prefer_gathers(void) {
 #if GQSC_X86
-    if (__builtin_cpu_is("intel") && !strcmp(kernels[0].name, "avx512")) {
+    if (__builtin_cpu_is("intel") && !strcmp(kernels[0].name, "avx512")) { /* not yet, by an earlier import */
         Kernel loads = kernels[0];
         kernels[0] = kernels[1];
         kernels[1] = loads;
@@ -110,29 +111,15 @@ static PyObject *py_choose_tables(PyObject *self, PyObject *args) {
     return result;
 }
 
-PyDoc_STRVAR(count_doc, "count_values(matrix) -> uint64 [256] as bytes: how often each byte occurs");
-
-enum { COPIES = 8, COUNTED = 1 << 30 };
+PyDoc_STRVAR(count_doc, "count_values(matrix) -> int64 [256] as bytes: how often each byte occurs");
 
 static PyObject *py_count_values(PyObject *self, PyObject *args) {
     (void)self;
     Py_buffer matrix;
     if (!PyArg_ParseTuple(args, "y*", &matrix)) return NULL;
-    uint64_t counts[256] = {0};
-    const uint8_t *p = matrix.buf;
+    int64_t counts[BYTE_VALUES] = {0};
     Py_BEGIN_ALLOW_THREADS
-    for (Py_ssize_t left = matrix.len; left > 0;) {
-        const Py_ssize_t n = left < COUNTED ? left : COUNTED; /* what 32 bits can count */
-        uint32_t copies[COPIES][256] = {{0}};                 /* so that equal neighbours do not wait for each other */
-        Py_ssize_t i = 0;
-        for (; i + COPIES <= n; i += COPIES)
-            for (int k = 0; k < COPIES; k++) copies[k][p[i + k]]++;
-        for (; i < n; i++) copies[0][p[i]]++;
-        for (int k = 0; k < COPIES; k++)
-            for (int value = 0; value < 256; value++) counts[value] += copies[k][value];
-        p += n;
-        left -= n;
-    }
+    count_bytes(matrix.buf, matrix.len, counts, 0);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&matrix);
     return PyBytes_FromStringAndSize((const char *)counts, sizeof counts);
@@ -174,29 +161,31 @@ static int64_t end_tile(EncodeTile *t, uint8_t *room, int64_t n) {
     return escapes;
 }
 
-PyDoc_STRVAR(encode_doc, "encode_tiles(kernel, tiles, height, cols, ids, table, scratch) -> list of (payload, how many escapes)\n\n"
+PyDoc_STRVAR(encode_doc, "encode_tiles(kernel, tiles, height, cols, ids, table) -> list of (payload, how many escapes)\n\n"
                          "tiles is uint8 [tiles, height, cols].");
 
 static PyObject *py_encode_tiles(PyObject *self, PyObject *args) {
     (void)self;
     const char *name;
-    Py_buffer tiles, ids, table, scratch;
+    Py_buffer tiles, ids, table;
     long long rows, cols;
-    if (!PyArg_ParseTuple(args, "sy*LLy*y*w*", &name, &tiles, &rows, &cols, &ids, &table, &scratch)) return NULL;
+    if (!PyArg_ParseTuple(args, "sy*LLy*y*", &name, &tiles, &rows, &cols, &ids, &table)) return NULL;
     PyObject *result = NULL;
     const Kernel *kernel = find_kernel(name);
     if (kernel) {
         if (!fits(&ids, &table, cols, 256) || !frequencies_valid(&table) || rows < 1 || tiles.len / cols < rows ||
-            tiles.len % (rows * cols) || scratch.len / 2 < encoded_room(rows * cols)) {
+            tiles.len % (rows * cols)) {
             PyErr_SetString(PyExc_ValueError, "encode_tiles: a buffer does not fit height x cols");
         } else {
             const int64_t n = rows * cols, count = tiles.len / n;
             const TileShape shape = {rows, cols, ids.buf, table.buf};
             const uint8_t *src = tiles.buf;
-            uint8_t *const room[2] = {scratch.buf, (uint8_t *)scratch.buf + encoded_room(n)};
-            result = PyList_New((Py_ssize_t)count);
+            const int most = kernel->encode_pair && count > 1 ? 2 : 1;
+            uint8_t *const scratch = PyMem_Malloc((size_t)(most * encoded_room(n)));
+            uint8_t *const room[2] = {scratch, scratch + (most - 1) * encoded_room(n)};
+            result = scratch ? PyList_New((Py_ssize_t)count) : PyErr_NoMemory();
             for (int64_t i = 0; result && i < count;) {
-                const int together = kernel->encode_pair && i + 1 < count ? 2 : 1;
+                const int together = i + most <= count ? most : 1;
                 EncodeTile t[2];
                 int64_t escapes[2];
                 Py_BEGIN_ALLOW_THREADS
@@ -214,12 +203,12 @@ static PyObject *py_encode_tiles(PyObject *self, PyObject *args) {
                         Py_CLEAR(result);
                 }
             }
+            PyMem_Free(scratch);
         }
     }
     PyBuffer_Release(&tiles);
     PyBuffer_Release(&ids);
     PyBuffer_Release(&table);
-    PyBuffer_Release(&scratch);
     return result;
 }
 

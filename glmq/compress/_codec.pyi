@@ -11,7 +11,6 @@ def encode_tiles(
     cols: int,
     ids: NDArray[np.uint8],
     table: NDArray[np.uint32],
-    scratch: NDArray[np.uint8],
     /,
 ) -> list[tuple[bytes, int]]: ...
 def decode_tiles(

@@ -151,7 +151,8 @@ static void fill_shuffles(void) {
     }
 }
 
-/* Eight loads: on AMD's processors a quarter to a half faster than the gather instruction, which others slow down by microcode. */
+/* Eight loads: on AMD's processors a quarter to a half faster than the gather instruction, which others slow down by
+ * microcode. */
 TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index) {
     uint64_t i01 = (uint64_t)_mm256_extract_epi64(index, 0), i23 = (uint64_t)_mm256_extract_epi64(index, 1);
     uint64_t i45 = (uint64_t)_mm256_extract_epi64(index, 2), i67 = (uint64_t)_mm256_extract_epi64(index, 3);
@@ -163,6 +164,14 @@ TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index)
     low = _mm_insert_epi32(low, (int)table[i23 >> 32], 3);
     high = _mm_insert_epi32(high, (int)table[i67 >> 32], 3);
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+TARGET_AVX2 GQSC_INLINE void load_states256(__m256i x[4], const uint32_t *state) {
+    for (int g = 0; g < 4; g++) x[g] = _mm256_loadu_si256((const __m256i *)(state + 8 * g));
+}
+
+TARGET_AVX2 GQSC_INLINE void store_states256(uint32_t *state, const __m256i x[4]) {
+    for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(state + 8 * g), x[g]);
 }
 
 /* One group of 8 lanes of one tile; 16 bytes below `words` may be written. */
@@ -216,7 +225,7 @@ TARGET_AVX2 GQSC_INLINE void encode_tiles256(const int count, EncodeTile *tiles,
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
     for (int i = 0; i < count; i++) {
         t[i] = tiles[i];
-        for (int g = 0; g < 4; g++) x[i][g] = _mm256_loadu_si256((const __m256i *)(t[i].state + 8 * g));
+        load_states256(x[i], t[i].state);
     }
     for (int64_t r = s->rows - 1; r >= 0; r--) {
         const uint8_t *row[2] = {t[0].src + r * s->cols, t[count - 1].src + r * s->cols};
@@ -232,7 +241,7 @@ TARGET_AVX2 GQSC_INLINE void encode_tiles256(const int count, EncodeTile *tiles,
         }
     }
     for (int i = 0; i < count; i++) {
-        for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(t[i].state + 8 * g), x[i][g]);
+        store_states256(t[i].state, x[i]);
         tiles[i] = t[i];
     }
 }
@@ -282,7 +291,7 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
     for (int i = 0; i < count; i++) {
         t[i] = tiles[i];
-        for (int g = 0; g < 4; g++) x[i][g] = _mm256_loadu_si256((const __m256i *)(t[i].state + 8 * g));
+        load_states256(x[i], t[i].state);
     }
     for (int64_t r = 0; r < s->rows; r++) {
         const int64_t row = r * s->cols;
@@ -301,7 +310,7 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
         }
     }
     for (int i = 0; i < count; i++) {
-        for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(t[i].state + 8 * g), x[i][g]);
+        store_states256(t[i].state, x[i]);
         tiles[i] = t[i];
     }
     return 1;
@@ -320,6 +329,16 @@ TARGET_AVX512 GQSC_INLINE __m512i look_up512(const int gathers, const uint32_t *
     if (gathers) return _mm512_i32gather_epi32(index, table, 4);
     __m256i low = look_up256(table, _mm512_castsi512_si256(index));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), look_up256(table, _mm512_extracti64x4_epi64(index, 1)), 1);
+}
+
+TARGET_AVX512 GQSC_INLINE void load_states512(__m512i x[2], const uint32_t *state) {
+    x[0] = _mm512_loadu_si512(state);
+    x[1] = _mm512_loadu_si512(state + 16);
+}
+
+TARGET_AVX512 GQSC_INLINE void store_states512(uint32_t *state, const __m512i x[2]) {
+    _mm512_storeu_si512(state, x[0]);
+    _mm512_storeu_si512(state + 16, x[1]);
 }
 
 /* One group of 16 lanes of one tile. */
@@ -373,8 +392,7 @@ TARGET_AVX512 GQSC_INLINE void encode_tiles512(const int gathers, const int coun
     const __mmask32 tail_live = ((__mmask32)1 << tail) - 1;
     for (int i = 0; i < count; i++) {
         t[i] = tiles[i];
-        x[i][0] = _mm512_loadu_si512(t[i].state);
-        x[i][1] = _mm512_loadu_si512(t[i].state + 16);
+        load_states512(x[i], t[i].state);
     }
     for (int64_t r = s->rows - 1; r >= 0; r--) {
         const int64_t row = r * s->cols;
@@ -383,8 +401,7 @@ TARGET_AVX512 GQSC_INLINE void encode_tiles512(const int gathers, const int coun
             encode_round512(gathers, count, t, x, row + c, s->ids + c, (__mmask32)-1, s->table);
     }
     for (int i = 0; i < count; i++) {
-        _mm512_storeu_si512(t[i].state, x[i][0]);
-        _mm512_storeu_si512(t[i].state + 16, x[i][1]);
+        store_states512(t[i].state, x[i]);
         tiles[i] = t[i];
     }
 }
@@ -435,8 +452,7 @@ TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int gathers, const int count
     const __mmask32 tail_live = ((__mmask32)1 << tail) - 1;
     for (int i = 0; i < count; i++) {
         t[i] = tiles[i];
-        x[i][0] = _mm512_loadu_si512(t[i].state);
-        x[i][1] = _mm512_loadu_si512(t[i].state + 16);
+        load_states512(x[i], t[i].state);
     }
     for (int64_t r = 0; r < s->rows; r++) {
         const int64_t row = r * s->cols;
@@ -445,8 +461,7 @@ TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int gathers, const int count
         if (tail && !decode_round512(gathers, count, t, x, row + whole, s->ids + whole, tail_live, s->table)) return 0;
     }
     for (int i = 0; i < count; i++) {
-        _mm512_storeu_si512(t[i].state, x[i][0]);
-        _mm512_storeu_si512(t[i].state + 16, x[i][1]);
+        store_states512(t[i].state, x[i]);
         tiles[i] = t[i];
     }
     return 1;

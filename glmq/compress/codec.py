@@ -28,7 +28,6 @@ from glmq.compress.container import (
     MAX_TILE_BYTES,
     RANS,
     RAW,
-    STATE_BYTES,
     Container,
     Tile,
     largest_file_bytes,
@@ -138,12 +137,11 @@ def encode(
         if kernel is None:
             coded = rans.encode_tiles(tiles, ids, table)
         else:
-            scratch = np.empty(2 * (STATE_BYTES + 3 * tiles[0].size), dtype=np.uint8)
-            coded = _codec.encode_tiles(kernel, tiles, tiles.shape[1], cols, ids, table, scratch)
+            coded = _codec.encode_tiles(kernel, tiles, tiles.shape[1], cols, ids, table)
         return [_smallest(tile, payload, escapes) for tile, (payload, escapes) in zip(tiles, coded)]
 
-    tiles_a_thread = -(-rows // tile_rows // threads)
-    size = _numpy_batch(tile_rows * cols) if kernel is None else tiles_a_thread + tiles_a_thread % 2
+    pairs_a_thread = -(-rows // tile_rows // (2 * threads))
+    size = _numpy_batch(tile_rows * cols) if kernel is None else 2 * pairs_a_thread
     stretches = _stretches(matrix, tile_rows, size)
     payloads = [payload for done in _map(encode_stretch, stretches, threads) for payload in done]
     return write_container(rows, cols, tile_rows, class_of_column, frequencies, payloads)
@@ -207,8 +205,10 @@ def read_info(blob: Blob) -> CodecInfo:
         constant_tiles=kinds.count(CONSTANT),
         escapes=sum(tile.escapes for tile in container.tiles),
         columns_of_class=tuple(columns.tolist()),
-        entropy_bits=_entropy_bits(share @ container.frequencies) if coded else None,
-        class_entropy_bits=float(share @ [_entropy_bits(row) for row in container.frequencies]) if coded else None,
+        entropy_bits=_entropy_bits(share @ container.frequencies, FREQUENCY_SUM) if coded else None,
+        class_entropy_bits=float(share @ [_entropy_bits(row, FREQUENCY_SUM) for row in container.frequencies])
+        if coded
+        else None,
         matrix_digest=container.matrix_digest,
     )
 
@@ -222,8 +222,7 @@ def zero_order_entropy(matrix: NDArray[np.int8]) -> float:
         counts = np.zeros(256, dtype=np.int64)
         for start in range(0, flat.size, _HISTOGRAM_VALUES):
             counts += np.bincount(flat[start : start + _HISTOGRAM_VALUES], minlength=256)
-    p = counts[counts > 0] / matrix.size
-    return float(-(p * np.log2(p)).sum()) + 0.0  # no negative zero for a matrix of one value
+    return _entropy_bits(counts, matrix.size)
 
 
 def at_most_bytes(rows: int, cols: int) -> int:
@@ -346,7 +345,7 @@ def _bytes_of(blob: Blob) -> NDArray[np.uint8]:
     return np.frombuffer(blob, dtype=np.uint8)
 
 
-def _entropy_bits(frequencies: NDArray[np.float64] | NDArray[np.uint16]) -> float:
-    """Entropy of a distribution of sum 2048, bits."""
-    p = frequencies[frequencies > 0] / FREQUENCY_SUM
-    return float(-(p * np.log2(p)).sum())
+def _entropy_bits(counts: NDArray[np.float64] | NDArray[np.uint16] | NDArray[np.int64], total: int) -> float:
+    """Entropy of a distribution from its counts of sum `total`, bits."""
+    p = counts[counts > 0] / total
+    return float(-(p * np.log2(p)).sum()) + 0.0  # no negative zero for one value alone

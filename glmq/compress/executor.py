@@ -241,7 +241,6 @@ def _last_words(log: Path) -> str:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the process, if it still runs, with everything it started."""
     if process.poll() is None:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # it ended, and the thread that waits for it has noticed, since the poll
+        # It may have ended since, and the thread that waits for it have noticed.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -14,7 +14,6 @@ from glmq.checkpoint.journal import Journal
 SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
 BLOCKS = 5
 """Of the small model: a vision block, the merger, two text layers, lm_head; calibrate and quantize pass each once."""
-"""Where the glmq lies that these tests import: a checkout beside it may lack the compiled rounding, which a resume refuses."""
 LINES = 2 * BLOCKS + 2
 """Of both journals: between the passes the two text layers are rated."""
 
