@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmq as package
-from glmq.parallel import Group, LostRanksError, Place
+from glmq.ranks import LostRanksError, Place, Ranks
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -138,14 +138,14 @@ def slow_histogram(values: list[float]) -> tuple[int, list[int]]:
     return exponent, counts
 
 
-class ThreadGroup(Group):
+class ThreadRanks(Ranks):
     """A rank in a thread; a broken barrier is what a dead process is to gloo."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, said: list) -> None:
         super().__init__(Place(rank, barrier.parties))
         self._barrier, self._said = barrier, said
 
-    def gather(self, text: str) -> list[str]:
+    def _all_gather_text(self, text: str) -> list[str]:
         return self._swap(text)
 
     def _carry(self, every: Sequence[Sequence[Tensor]], *, to_first: bool) -> None:
@@ -166,7 +166,7 @@ class ThreadGroup(Group):
         return things
 
 
-def run_ranks(world: int, work: Callable[[Group], object]) -> list[str]:
+def run_ranks(world: int, work: Callable[[Ranks], object]) -> list[str]:
     """Do `work` on every rank, each a thread; returns what each rank raised (empty: nothing).
 
     A rank that is interrupted (raises what is no Exception) is lost to the others.
@@ -174,9 +174,9 @@ def run_ranks(world: int, work: Callable[[Group], object]) -> list[str]:
     barrier, said, raised = threading.Barrier(world), [""] * world, [""] * world
 
     def rank_main(rank: int) -> None:
-        group = ThreadGroup(rank, barrier, said)
+        ranks = ThreadRanks(rank, barrier, said)
         try:
-            work(group)
+            work(ranks)
         except BaseException as error:
             raised[rank] = f"{type(error).__name__}: {error}"
             if not isinstance(error, Exception):

@@ -17,25 +17,28 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-WORDS = {"errors", "spec", "records", "stages"}
+WORDS = {"errors", "spec", "records", "progress"}
 ALLOWED = {
     "errors": set(),
     "spec": {"errors"},
     "records": {"errors", "spec"},
-    "stages": {"records"},
+    "progress": {"records"},
+    "device": {"errors"},
+    "ranks": {"errors"},
+    "codec": {"errors"},
     "numerics": WORDS,
     "checkpoint": WORDS,
-    "device": WORDS,
-    "parallel": WORDS,
     "model": WORDS | {"checkpoint", "device"},
-    "calibrate": WORDS | {"model", "numerics", "checkpoint", "device", "parallel"},
-    "quantize": WORDS | {"model", "numerics", "checkpoint", "device", "parallel", "calibrate.stats"},
-    "compress": WORDS | {"checkpoint", "model", "parallel"},
-    "audit": WORDS | {"checkpoint", "numerics", "model", "compress", "calibrate.stats"},
-    "cli": WORDS
-    | {"numerics", "checkpoint", "device", "parallel", "model", "calibrate", "quantize", "compress", "audit"},
-    "__main__": {"cli"},
+    "calibration": WORDS | {"model", "numerics", "checkpoint", "device", "ranks"},
+    "quantization": WORDS | {"model", "numerics", "checkpoint", "device", "ranks", "calibration.stats"},
+    "compression": WORDS | {"checkpoint", "model", "ranks", "codec"},
+    "inspection": WORDS | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats"},
 }
+ALLOWED["verification"] = ALLOWED["inspection"] | {"inspection"}
+ALLOWED["reporting"] = ALLOWED["verification"] | {"verification"}
+ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "device", "ranks", "reporting"}
+ALLOWED["cli"] = ALLOWED["jobs"] | {"jobs"}
+ALLOWED["__main__"] = {"cli"}
 """What each room may import of glmq, beside itself and the package's version."""
 
 OWNERS = {
@@ -44,7 +47,7 @@ OWNERS = {
     "transformers": ("glmq.model",),
     "accelerate": ("glmq.model",),
     "torch_npu": ("glmq.device",),
-    "torch.distributed": ("glmq.parallel", "glmq.model.lean"),  # the second hides it from transformers
+    "torch.distributed": ("glmq.ranks", "glmq.model.lean"),  # the second hides it from transformers
 }
 """The only rooms or modules that may know a library."""
 
@@ -122,8 +125,8 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
         ("glmq.spec", ("torch", "numpy", "typer")),
         ("glmq.records", ("torch", "numpy", "typer")),
         ("glmq.cli.app", ("torch", "transformers", "numpy", "safetensors", "PIL")),
-        ("glmq.quantize.stream", ("transformers", "typer", "rich")),
-        ("glmq.audit.pages, glmq.cli.inspect_view", ("torch", "transformers", "numpy")),
+        ("glmq.quantization.stream", ("transformers", "typer", "rich")),
+        ("glmq.reporting.pages, glmq.cli.inspect_view", ("torch", "transformers", "numpy")),
     ],
 )
 def test_importing_a_module_stays_light(module: str, absent: tuple[str, ...]) -> None:

@@ -25,11 +25,11 @@ class OutputFolder:
         resume: continue in the hidden folder of an interrupted run.
 
     Raises:
-        UsageError: see `check_target`.
+        UsageError: see `check_output`.
     """
 
     def __init__(self, target: Path, *, overwrite: bool, resume: bool = False) -> None:
-        check_target(target, overwrite=overwrite, resume=resume)
+        check_output(target, overwrite=overwrite, resume=resume)
         self.target = target
         self.path = partial_path(target)
         """Where to write until `finish`."""
@@ -70,7 +70,7 @@ def partial_path(target: Path) -> Path:
     return place.parent / f".{place.name}.partial"
 
 
-def check_target(target: Path, *, overwrite: bool, resume: bool = False) -> None:
+def check_output(target: Path, *, overwrite: bool, resume: bool = False) -> None:
     """Check that `target` can become an output folder.
 
     Raises:

@@ -185,7 +185,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             )
         return values
 
-    def expect(self, names: Iterable[str]) -> None:
+    def prefetch(self, names: Iterable[str]) -> None:
         """Have the system read these tensors into its file cache, in the background, for a `read` soon after.
 
         It takes no memory of this process, and nothing depends on it. Systems without posix_fadvise leave it out.

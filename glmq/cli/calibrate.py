@@ -46,8 +46,8 @@ def calibrate(
 
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
-    from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder, plan_calibration_folder
     from glmq.cli.render import print_json, samples_table, show_calibration_plan, stdout, times_json
+    from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder, plan_calibration_folder
 
     chosen = CalibrationOptions(
         images=calib_images,

@@ -110,13 +110,6 @@ def compress(
     The way back from the portable form:
     [bold]glmq compress --decompress OUT W8A8S[/]
     """
-    from glmq.cli.compress_job import (
-        CompressionJob,
-        compress_folder,
-        plan_compression,
-        plan_restoration,
-        restore_folder,
-    )
     from glmq.cli.compress_view import (
         show_compression,
         show_compression_plan,
@@ -124,7 +117,14 @@ def compress(
         show_restored,
     )
     from glmq.cli.render import print_json, stdout
-    from glmq.compress.layouts import Layout
+    from glmq.compression.layouts import Layout
+    from glmq.jobs.compress import (
+        CompressionJob,
+        compress_folder,
+        plan_compression,
+        plan_restoration,
+        restore_folder,
+    )
 
     be_quiet = quiet or json_output
     source, target = settle_folders(folders or [], model_path, save_directory)

@@ -16,16 +16,16 @@ from rich.table import Table
 
 from glmq.checkpoint.writer import free_bytes
 from glmq.cli.render import MIB, SHOWN_ROWS, print_json, size, stderr, stdout
-from glmq.compress.layouts import Layout
-from glmq.compress.manifest import REPORT, CodecKind
+from glmq.compression.layouts import Layout
+from glmq.compression.manifest import REPORT, CodecKind
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from glmq.cli.compress_job import CompressionResult, RestorationPlan, RestoreResult
-    from glmq.compress.dry_run import CompressionPlan
-    from glmq.compress.report import PartSizes, RankTotals
-    from glmq.compress.stream import CompressedLinear
+    from glmq.compression.dry_run import CompressionPlan
+    from glmq.compression.report import PartSizes, RankTotals
+    from glmq.compression.stream import CompressedLinear
+    from glmq.jobs.compress import CompressionResult, RestorationPlan, RestoreResult
 
 _LINES: Final = 20
 """Progress lines where stderr is no terminal."""

@@ -30,11 +30,11 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Run everything on the embedded tiny GLM-4.1V: calibrate, quantize, compress, verify, two captions."""
-    from glmq.checkpoint.folder import check_target
+    from glmq.checkpoint.folder import check_output
     from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
 
     if out is not None:
-        check_target(out, overwrite=overwrite)
+        check_output(out, overwrite=overwrite)
     with TemporaryDirectory(prefix="glmq-demo-") if out is None else nullcontext(str(out)) as folder:
         _run(Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images.jsonl", overwrite=overwrite)
 
@@ -43,16 +43,16 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
     unseen = cases.parent / "images" / HELD_OUT_PICTURE
     import torch
 
-    from glmq.audit.verify import Limits
-    from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
-    from glmq.cli.compress_job import CompressionJob, compress_folder
     from glmq.cli.compress_view import size_table
-    from glmq.cli.quantize_job import QuantizationJob, quantize_folder
     from glmq.cli.render import captions_table, show_quantization, stdout
-    from glmq.cli.verify_job import load_samples, verify_folder
     from glmq.cli.verify_view import show_verification
+    from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder
+    from glmq.jobs.compress import CompressionJob, compress_folder
+    from glmq.jobs.quantize import QuantizationJob, quantize_folder
+    from glmq.jobs.verify import load_samples, verify_folder
     from glmq.model.inputs import DEFAULT_PROMPT
-    from glmq.quantize.recipe import Options
+    from glmq.quantization.recipe import Options
+    from glmq.verification.checks import Limits
 
     torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
     stats, quantized, packed = folder / "statistics", folder / "w8a8s", folder / "w8a8s-compressed"
@@ -85,8 +85,8 @@ def _caption(folder: Path, picture: Path) -> str:
     """What the checkpoint in `folder`, float or quantized, says about a picture."""
     from PIL import Image
 
-    from glmq.audit.behaviour import generate, whole_model
     from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+    from glmq.verification.behaviour import generate, whole_model
 
     with whole_model(folder) as model, Image.open(picture) as image:
         preprocessor = Preprocessor(folder, model.config, max_pixels=None, trust_remote_code=False)

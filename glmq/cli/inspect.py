@@ -87,13 +87,13 @@ def _inspect_one(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    from glmq.audit.engines import Target, check_target
-    from glmq.audit.folder import Kind, scan_folder
-    from glmq.audit.inspect import choose_rows, tensor_rows
-    from glmq.audit.pages import inspection_page, write_page
-    from glmq.audit.report import Inspection, inspection_csv, inspection_document, write_csv
     from glmq.cli.inspect_view import read_values, show_inspection
     from glmq.cli.render import print_json
+    from glmq.inspection.folder import Kind, scan_folder
+    from glmq.inspection.listing import choose_rows, tensor_rows
+    from glmq.reporting.documents import Inspection, inspection_csv, inspection_document, write_csv
+    from glmq.reporting.pages import inspection_page, write_page
+    from glmq.verification.engines import Target, check_target
 
     folder = scan_folder(a)
     rows = choose_rows(tensor_rows(folder), layer=layer, name=name, sort=sort)[:limit]
@@ -128,10 +128,10 @@ def _inspect_two(
     quiet: bool,
     verbose: bool,
 ) -> None:
-    from glmq.audit.pages import comparison_page, write_page
-    from glmq.audit.report import comparison_csv, comparison_document, write_csv
     from glmq.cli.inspect_view import compare_folders, show_comparison
     from glmq.cli.render import print_json
+    from glmq.reporting.documents import comparison_csv, comparison_document, write_csv
+    from glmq.reporting.pages import comparison_page, write_page
 
     found = compare_folders(a, b, layer=layer, name=name, with_histograms=html is not None, quiet=quiet or json_output)
     if csv is not None:

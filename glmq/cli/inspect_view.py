@@ -13,9 +13,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from glmq.audit.engines import describe_engines
-from glmq.audit.folder import scan_folder
-from glmq.audit.inspect import (
+from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size, stderr, stdout
+from glmq.inspection.folder import scan_folder
+from glmq.inspection.listing import (
     TensorRow,
     choose_rows,
     describe_folder,
@@ -25,13 +25,13 @@ from glmq.audit.inspect import (
     totals_by_part,
     totals_by_type,
 )
-from glmq.cli.malloc import keep_freed_memory
-from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size, stderr, stdout
+from glmq.jobs.malloc import keep_freed_memory
+from glmq.verification.engines import describe_engines
 
 if TYPE_CHECKING:
-    from glmq.audit.compare import Incomparable, KeyChange, NamePattern, WeightDiff
-    from glmq.audit.report import Comparison, Inspection
-    from glmq.audit.values import TensorValues
+    from glmq.inspection.compare import Incomparable, KeyChange, NamePattern, WeightDiff
+    from glmq.inspection.values import TensorValues
+    from glmq.reporting.documents import Comparison, Inspection
 
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 PAGE_HISTOGRAMS: Final = 6
@@ -42,7 +42,7 @@ SHOWN_PROBLEMS: Final = 5
 
 def read_values(rows: Sequence[TensorRow], *, quiet: bool) -> dict[str, TensorValues]:
     """The values of each row's tensor, read under a progress bar over bytes."""
-    from glmq.audit.values import tensor_values
+    from glmq.inspection.values import tensor_values
 
     found: dict[str, TensorValues] = {}
     with _bar(quiet=quiet) as progress:
@@ -59,7 +59,7 @@ def compare_folders(
     """Compare two folders under a progress bar; the patterns choose tensors by their names in A."""
     import torch
 
-    from glmq.audit.compare import (
+    from glmq.inspection.compare import (
         WeightDiff,
         compare_weights,
         config_changes,
@@ -68,7 +68,7 @@ def compare_folders(
         sum_layers,
         weight_histograms,
     )
-    from glmq.audit.report import Comparison
+    from glmq.reporting.documents import Comparison
 
     torch.set_num_threads(1)  # weights are compared piece by piece, each in a thread of its own
     keep_freed_memory()

@@ -112,7 +112,9 @@ def quantize(
     group_size: Annotated[
         int,
         typer.Option(
-            "--group-size", help="Group length of W4A8_DYNAMIC: 64, 128, 256 or 512.", rich_help_panel=o.QUANTIZATION
+            "--group-size",
+            help="InputGroup length of W4A8_DYNAMIC: 64, 128, 256 or 512.",
+            rich_help_panel=o.QUANTIZATION,
         ),
     ] = 64,
     method: Annotated[
@@ -242,10 +244,10 @@ def quantize(
     W8A8 for the Atlas 800I A2:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
-    from glmq.cli.calibrate_job import CalibrationOptions
-    from glmq.cli.quantize_job import QuantizationJob, plan_folder, quantize_folder
     from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout, times_json
-    from glmq.quantize.recipe import Options
+    from glmq.jobs.calibrate import CalibrationOptions
+    from glmq.jobs.quantize import QuantizationJob, plan_folder, quantize_folder
+    from glmq.quantization.recipe import Options
 
     job = QuantizationJob(
         model_path,

@@ -20,21 +20,21 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from glmq.progress import sum_stages
 from glmq.records import PassTime
 from glmq.spec import QuantType
-from glmq.stages import sum_stages
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from glmq.calibrate.generate import GenerationPlan
-    from glmq.calibrate.plan import CalibrationPlan
-    from glmq.calibrate.settling import Assessment, Settled
-    from glmq.calibrate.stats import SampleTokens
-    from glmq.cli.quantize_job import QuantizationResult
-    from glmq.quantize.dry_run import RunPlan
-    from glmq.quantize.recipe import Recipe
-    from glmq.quantize.stream import PartBytes
+    from glmq.calibration.convergence import Assessment, Convergence
+    from glmq.calibration.dry_run import CalibrationPlan
+    from glmq.calibration.generate import GenerationPlan
+    from glmq.calibration.stats import SampleTokens
+    from glmq.jobs.quantize import QuantizationResult
+    from glmq.quantization.dry_run import RunPlan
+    from glmq.quantization.recipe import Recipe
+    from glmq.quantization.stream import PartBytes
     from glmq.records import BlockDone, LinearReport, StageTime
 
 GIB: Final = 2**30
@@ -229,9 +229,9 @@ def describe_generation(plan: GenerationPlan) -> str:
     )
 
 
-def describe_settling(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
+def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
     """Whether the statistics have settled, their worst inputs, and what would help."""
-    from glmq.calibrate.samples import WANTED_IMAGES  # imports torch, which `glmq inspect` starts without
+    from glmq.calibration.samples import WANTED_IMAGES  # imports torch, which `glmq inspect` starts without
     from glmq.model.glm4v import TEXT
 
     if assessment is None:
@@ -253,9 +253,9 @@ def describe_settling(assessment: Assessment | None, *, unanswered: int) -> Iter
         )
 
 
-def _changes(change: Settled) -> str:
+def _changes(change: Convergence) -> str:
     correlation = "" if change.correlation is None else f", correlations {change.correlation:.0%}"
-    return f"ranges changed by {change.range:.0%}, mean squares {change.diagonal:.0%}{correlation}"
+    return f"ranges changed by {change.range_gap:.0%}, mean squares {change.diagonal:.0%}{correlation}"
 
 
 def captions_table(picture: str, captions: Mapping[str, str]) -> Table:

@@ -82,13 +82,13 @@ def verify(
 
     [bold]glmq verify W8A8 --target mindie[/]
     """
-    from glmq.audit.engines import Target
-    from glmq.audit.pages import verification_page, write_page
-    from glmq.audit.report import verification_document
-    from glmq.audit.verify import Limits
     from glmq.cli.render import print_json, stderr
-    from glmq.cli.verify_job import load_samples, verify_folder
     from glmq.cli.verify_view import show_verification
+    from glmq.jobs.verify import load_samples, verify_folder
+    from glmq.reporting.documents import verification_document
+    from glmq.reporting.pages import verification_page, write_page
+    from glmq.verification.checks import Limits
+    from glmq.verification.engines import Target
 
     found = verify_folder(
         candidate,

@@ -6,10 +6,10 @@ from typing import Final
 
 from rich.text import Text
 
-from glmq.audit.report import Verification
 from glmq.cli.inspect_view import marked, plain_table, short
 from glmq.cli.render import SHOWN_ROWS, stdout
 from glmq.records import Finding
+from glmq.reporting.documents import Verification
 
 SHOWN_FINDINGS: Final = 3
 """Of each check, before the rest is counted."""

@@ -59,7 +59,7 @@ class RowSource:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class InputGroup:
     """Linears that read the same input, and what makes it where scales can fold into that."""
 
     linears: tuple[LinearShape, ...]
@@ -84,7 +84,7 @@ class Block:
 
     name: str
     """Module name, e.g. `model.language_model.layers.3`."""
-    groups: tuple[Group, ...]
+    groups: tuple[InputGroup, ...]
     attention_width: int = 0
     """Channels of all heads' queries; 0 in a block without attention."""
 
@@ -97,7 +97,7 @@ def text_block(config: ModelConfig, index: int) -> Block:
     return Block(
         base,
         (
-            Group(
+            InputGroup(
                 (
                     LinearShape(f"{base}.self_attn.q_proj", heads, hidden, True),
                     LinearShape(f"{base}.self_attn.k_proj", kv, hidden, True),
@@ -105,16 +105,16 @@ def text_block(config: ModelConfig, index: int) -> Block:
                 ),
                 f"{base}.input_layernorm",
             ),
-            Group(
+            InputGroup(
                 (LinearShape(f"{base}.self_attn.o_proj", hidden, heads, False),),
                 None,
                 RowSource(f"{base}.self_attn.v_proj", 0, config.head_dim, config.heads // config.kv_heads),
             ),
-            Group(
+            InputGroup(
                 (LinearShape(f"{base}.mlp.gate_up_proj", 2 * inner, hidden, False),),
                 f"{base}.post_attention_layernorm",
             ),
-            Group(
+            InputGroup(
                 (LinearShape(f"{base}.mlp.down_proj", hidden, inner, False),),
                 None,
                 RowSource(f"{base}.mlp.gate_up_proj", inner, inner, 1),  # gate first, then up
@@ -131,20 +131,20 @@ def vision_block(config: ModelConfig, index: int) -> Block:
     return Block(
         base,
         (
-            Group((LinearShape(f"{base}.attn.qkv", 3 * width, width, False),), f"{base}.norm1"),
-            Group(
+            InputGroup((LinearShape(f"{base}.attn.qkv", 3 * width, width, False),), f"{base}.norm1"),
+            InputGroup(
                 (LinearShape(f"{base}.attn.proj", width, width, False),),
                 None,
                 RowSource(f"{base}.attn.qkv", 2 * width, width, 1),
             ),
-            Group(
+            InputGroup(
                 (
                     LinearShape(f"{base}.mlp.gate_proj", inner, width, False),
                     LinearShape(f"{base}.mlp.up_proj", inner, width, False),
                 ),
                 f"{base}.norm2",
             ),
-            Group(
+            InputGroup(
                 (LinearShape(f"{base}.mlp.down_proj", width, inner, False),),
                 None,
                 RowSource(f"{base}.mlp.up_proj", 0, inner, 1),
@@ -161,15 +161,15 @@ def merger_block(config: ModelConfig) -> Block:
     return Block(
         base,
         (
-            Group((LinearShape(f"{base}.proj", out, out, False),), None),
-            Group(
+            InputGroup((LinearShape(f"{base}.proj", out, out, False),), None),
+            InputGroup(
                 (
                     LinearShape(f"{base}.gate_proj", inner, out, False),
                     LinearShape(f"{base}.up_proj", inner, out, False),
                 ),
                 None,
             ),
-            Group(
+            InputGroup(
                 (LinearShape(f"{base}.down_proj", out, inner, False),),
                 None,
                 RowSource(f"{base}.up_proj", 0, inner, 1),
@@ -180,7 +180,7 @@ def merger_block(config: ModelConfig) -> Block:
 
 def head_block(config: ModelConfig) -> Block:
     """`lm_head`; its norm feeds nothing else, but it stays a linear of its own."""
-    return Block(LM_HEAD, (Group((LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False),), None),))
+    return Block(LM_HEAD, (InputGroup((LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False),), None),))
 
 
 def vision_blocks(config: ModelConfig) -> tuple[Block, ...]:

@@ -82,8 +82,8 @@ def _widen(counts: Tensor, by: Tensor) -> Tensor:
 class InputAccumulator:
     """Collects InputStats of one input, sample by sample.
 
-    Several processes that share the samples each have one: `look` at a sample where it was computed, `add` what all looks
-    returned, in the order of the samples, everywhere, and at the end `absorb` on one process what the others `hand_over`.
+    Several processes that share the samples each have one: `observe` a sample where it was computed, `accumulate` what every
+    `observe` returned, in the order of the samples, in all of them, and at the end `merge` the `state` of the others on one.
     The statistics have the bits of one process that saw everything.
 
     Args:
@@ -111,10 +111,10 @@ class InputAccumulator:
         self._rows: list[Tensor] = []
 
     def update(self, x: Tensor, *, keep_rows: int) -> None:
-        """Add the tokens of one sample: `look` and `add`."""
-        self.add(self.look(x, keep_rows=keep_rows))
+        """Add the tokens of one sample: `observe` and `accumulate`."""
+        self.accumulate(self.observe(x, keep_rows=keep_rows))
 
-    def look(self, x: Tensor, *, keep_rows: int) -> list[Tensor]:
+    def observe(self, x: Tensor, *, keep_rows: int) -> list[Tensor]:
         """Count the tokens of one sample, and return what has to be added in the order of the samples.
 
         Args:
@@ -139,8 +139,8 @@ class InputAccumulator:
         picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()
         return [sums, x[picked], *([x] if self._with_moment else [])]
 
-    def add(self, look: Sequence[Tensor]) -> int:
-        """Add what `look` returned for the next sample, here or in another process. Returns floating point operations."""
+    def accumulate(self, look: Sequence[Tensor]) -> int:
+        """Add what `observe` returned for the next sample, here or in another process. Returns floating point operations."""
         flops = 0
         sums, rows, *whole = look
         self._sums += sums
@@ -151,12 +151,12 @@ class InputAccumulator:
                 flops += 2 * x.shape[0] * band.numel()
         return flops
 
-    def hand_over(self) -> list[Tensor]:
-        """What `absorb` takes."""
+    def state(self) -> list[Tensor]:
+        """What `merge` takes."""
         starts = torch.tensor([self.tokens, *self._bands])
         return [starts, self._min, self._max, self._exponent, self._counts, *self._bands.values()]
 
-    def absorb(self, other: Sequence[Tensor]) -> None:
+    def merge(self, other: Sequence[Tensor]) -> None:
         """Take over what another process has counted and summed."""
         starts, low, high, exponent, counts, *bands = other
         tokens, *rows = starts.tolist()

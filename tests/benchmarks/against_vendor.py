@@ -20,7 +20,7 @@ from pathlib import Path
 from make_checkpoint import make_checkpoint, text_size
 from process import SEED, measure
 
-from glmq.calibrate.samples import default_images
+from glmq.calibration.samples import default_images
 
 VENDOR_SEED = {"w_bit": 4, "is_lowbit": True, "fraction": 0.01, "use_sigma": True}
 

@@ -26,7 +26,7 @@ import zstandard
 from numpy.typing import NDArray
 from zipnn import ZipNN
 
-from glmq.compress import codec
+from glmq.codec import codec
 
 Matrix = NDArray[np.int8]
 

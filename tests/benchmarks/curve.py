@@ -26,11 +26,11 @@ from typing import Final
 import torch
 from fidelity import Judge, Peer
 
-from glmq.cli import quantize_job
-from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
-from glmq.cli.quantize_job import QuantizationJob, quantize_folder
+from glmq.jobs import quantize as quantize_job
+from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder
+from glmq.jobs.quantize import QuantizationJob, quantize_folder
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
-from glmq.quantize.recipe import Options
+from glmq.quantization.recipe import Options
 from glmq.spec import Method
 
 RESULTS: Final = Path(__file__).parent / "results"

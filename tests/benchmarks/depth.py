@@ -13,7 +13,7 @@ from pathlib import Path
 from make_checkpoint import make_checkpoint, text_size
 from process import SEED, measure
 
-from glmq.calibrate.samples import default_images
+from glmq.calibration.samples import default_images
 
 
 def main() -> None:

@@ -49,8 +49,8 @@ from PIL import Image
 from process import Measured, measure
 from safetensors.torch import load_file
 
-from glmq.calibrate.samples import builtin_texts
-from glmq.compress.codec import encode
+from glmq.calibration.samples import builtin_texts
+from glmq.codec.codec import encode
 from glmq.model.tiny import TINY_CHECKPOINT
 
 GENERATE: Final = 64

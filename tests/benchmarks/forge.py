@@ -6,7 +6,7 @@ import struct
 
 import xxhash
 
-from glmq.compress.container import class_bits
+from glmq.codec.container import class_bits
 
 HEAD = struct.Struct("<4sBBBBBBHIQQIIQQQ")
 FIELDS = (

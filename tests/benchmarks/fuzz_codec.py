@@ -62,13 +62,13 @@ def run_sanitized(arguments: list[str]) -> int:
 
 
 def load_built() -> None:
-    """Let `glmq.compress._codec` be the sanitized build."""
-    spec = importlib.util.spec_from_file_location("glmq.compress._codec", os.environ[BUILT])
+    """Let `glmq.codec._codec` be the sanitized build."""
+    spec = importlib.util.spec_from_file_location("glmq.codec._codec", os.environ[BUILT])
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules["glmq.compress._codec"] = module
+    sys.modules["glmq.codec._codec"] = module
 
 
 def make_matrix(rng: Generator) -> NDArray[np.int8]:
@@ -138,7 +138,7 @@ def corrupt(blob: bytes, rng: Generator) -> tuple[str, bytes]:
 
 def fuzz(count: int, seed: int) -> int:
     load_built()
-    from glmq.compress import codec
+    from glmq.codec import codec
     from glmq.errors import CodecError, SpaceError
 
     failures = 0

@@ -34,7 +34,7 @@ from make_checkpoint import SIZES, Size, make_checkpoint, text_size
 from PIL import Image
 from process import SEED, Measured, best_seconds, measure
 
-from glmq.calibrate.samples import IMAGE_SUFFIXES, default_images
+from glmq.calibration.samples import IMAGE_SUFFIXES, default_images
 from glmq.model.config import read_config
 from glmq.model.glm4v import text_block, vision_block
 

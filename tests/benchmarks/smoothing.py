@@ -22,13 +22,13 @@ import torch
 from fidelity import Judge
 from torch import Tensor
 
-from glmq.cli.calibrate_job import CalibrationOptions, calibrate_folder
-from glmq.cli.quantize_job import QuantizationJob, quantize_folder
+from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder
+from glmq.jobs.quantize import QuantizationJob, quantize_folder
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats
 from glmq.numerics.smooth import ScaleChoice
-from glmq.quantize import layer
-from glmq.quantize.recipe import Options
+from glmq.quantization import layer
+from glmq.quantization.recipe import Options
 from glmq.spec import QuantType, Smoothing
 
 THRESHOLDS: Final = 100

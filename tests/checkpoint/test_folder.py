@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from helpers import tree
 
-from glmq.checkpoint.folder import OutputFolder, check_target, partial_path, refuse_interrupted, stored_bytes
+from glmq.checkpoint.folder import OutputFolder, check_output, partial_path, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
 from glmq.errors import CheckpointError, SpaceError, UsageError
 
@@ -82,7 +82,7 @@ def test_a_file_in_the_place_is_refused(overwrite: bool, target: Path) -> None:
     target.parent.mkdir()
     target.touch()
     with pytest.raises(UsageError) as caught:
-        check_target(target, overwrite=overwrite)
+        check_output(target, overwrite=overwrite)
     assert str(caught.value) == f"{target}: is a file, a folder is needed; choose another name"
 
 
@@ -151,7 +151,7 @@ def test_a_run_that_stopped_before_its_first_block_leaves_nothing(target: Path) 
 def test_a_run_that_was_killed_before_its_first_block_is_no_run_to_resume(target: Path) -> None:
     partial_path(target).mkdir(parents=True)
     Journal(partial_path(target), {})
-    check_target(target, overwrite=False)
+    check_output(target, overwrite=False)
     with OutputFolder(target, overwrite=False) as folder:
         assert list(folder.path.iterdir()) == []
 
@@ -187,11 +187,11 @@ def test_an_interrupted_run_is_not_overlooked(target: Path) -> None:
         f"{target}: an interrupted run of 2 finished blocks lies beside it, in .out.partial; "
         "run the same command with --resume to continue it, or with --overwrite to start again"
     )
-    for refuse in (lambda: check_target(target, overwrite=False), lambda: refuse_interrupted(target, target)):
+    for refuse in (lambda: check_output(target, overwrite=False), lambda: refuse_interrupted(target, target)):
         with pytest.raises(UsageError) as caught:
             refuse()
         assert str(caught.value) == sentence
-    check_target(target, overwrite=False, resume=True)
+    check_output(target, overwrite=False, resume=True)
 
 
 def test_overwriting_starts_an_interrupted_run_again(target: Path) -> None:

@@ -48,7 +48,7 @@ def test_reading_ahead_asks_for_exactly_the_tensors_bytes_in_pieces(
         os, "posix_fadvise", lambda _, start, count, advice: asked.append((start, count)), raising=False
     )
     with Checkpoint.open(sharded) as checkpoint:
-        checkpoint.expect(["layers.2.weight", "layers.10.bias"])
+        checkpoint.prefetch(["layers.2.weight", "layers.10.bias"])
         first, second = (checkpoint.info(name).start for name in ("layers.2.weight", "layers.10.bias"))
     assert asked == [(first, 32), (first + 32, 32), (first + 64, 6), (second, 4)]
 

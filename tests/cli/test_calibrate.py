@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from helpers import glmq, run, tree
 
-from glmq.calibrate.samples import default_images
-from glmq.calibrate.stats import Statistics
+from glmq.calibration.samples import default_images
+from glmq.calibration.stats import Statistics
 
 
 def command(model: Path, stats: Path, *options: object) -> list[object]:

@@ -11,10 +11,10 @@ import pytest
 from helpers import PACKAGES, glmq, run, tree
 from random_w8a8s import write_stand_in, write_w8a8s
 
-from glmq.compress import stream
-from glmq.compress.executor import how_to_build
-from glmq.compress.stream import PORTABLE_STEM
-from glmq.compress.weight_codec import PortableCodec
+from glmq.compression import stream
+from glmq.compression.executor import how_to_build
+from glmq.compression.stream import PORTABLE_STEM
+from glmq.compression.weight_codec import PortableCodec
 
 NOTE = (
     "note: compress_excutor, the vendor's compress program, was not found, so the weights are written in glmq's portable form: "
@@ -29,7 +29,7 @@ def no_executor(monkeypatch: pytest.MonkeyPatch) -> None:
     """No program, unless a test brings one."""
     for name in ("GLMQ_EXECUTOR", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("glmq.compress.executor.find_spec", lambda name: None)
+    monkeypatch.setattr("glmq.compression.executor.find_spec", lambda name: None)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_without_compiled_kernels_the_same_is_written_and_the_wait_explained(
     w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     glmq(*compress(w8a8s, tmp_path / "fast", "--codec", "portable"))
-    monkeypatch.setattr("glmq.compress.codec.KERNELS", ())
-    monkeypatch.setattr("glmq.cli.compress_job.KERNELS", ())
+    monkeypatch.setattr("glmq.codec.codec.KERNELS", ())
+    monkeypatch.setattr("glmq.jobs.compress.KERNELS", ())
     note = (
         f"note: the glmq in {PACKAGES / 'glmq'} has no compiled codec, so compressing and restoring take some 20 times as "
         "long; install it with a C compiler at hand, and do not run it from inside its source folder"
@@ -393,7 +393,7 @@ def test_a_dry_run_of_the_way_back_is_exact(w8a8s: Path, tmp_path: Path) -> None
 
 FREED = """
 import numpy as np, psutil
-from glmq.cli.malloc import return_large_buffers
+from glmq.jobs.malloc import return_large_buffers
 return_large_buffers()
 resident = lambda: psutil.Process().memory_info().rss
 del (first := [np.ones(8 << 20, np.uint8)])[:]  # teaches glibc to keep such buffers

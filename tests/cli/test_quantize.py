@@ -15,7 +15,7 @@ import torch
 from helpers import PACKAGES, StandInNpu, edit_json, glmq, run, tree
 
 from glmq import device
-from glmq.calibrate.stats import Statistics
+from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
 
 SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
@@ -72,7 +72,7 @@ def test_the_missions_command_runs_on_an_npu(
     monkeypatch.setattr(device, "_load_npu", lambda: npu)
     monkeypatch.setattr(device, "_npu_device", lambda _: torch.device("cpu"))
     # The stand-in's device is a CPU, for which nothing is released; any other kind is.
-    monkeypatch.setattr("glmq.calibrate.stream.release", lambda _: device.release(torch.device("meta")))
+    monkeypatch.setattr("glmq.calibration.stream.release", lambda _: device.release(torch.device("meta")))
     glmq("quantize", *the_missions_command(small, tmp_path / "out", pictures, "npu"))
     assert npu.calls == ["synchronize", "empty_cache"] * 5  # a vision block, the merger, two text layers, lm_head
     assert tree(tmp_path / "out") == seed_output
@@ -184,7 +184,7 @@ def test_statistics_are_kept_where_they_are_asked_for_and_used_again(
     stats, images = tmp_path / "stats", ("--calib_images", pictures, "--limit", 1)
     glmq(*command(small, stats, tmp_path / "one"), *images)
     before = tree(stats)
-    monkeypatch.setattr("glmq.cli.quantize_job.run_calibration", None)
+    monkeypatch.setattr("glmq.jobs.quantize.run_calibration", None)
     glmq(*command(small, stats, tmp_path / "two"))
     assert tree(stats) == before
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -508,14 +508,14 @@ def test_a_missing_path_is_wrong_usage(small: Path) -> None:
     assert "Missing option '--save-directory'" in result.stderr
 
 
-@pytest.mark.parametrize("engine", ["calibrate_job.calibrate_checkpoint", "quantize_job.quantize_checkpoint"])
+@pytest.mark.parametrize("engine", ["calibrate.calibrate_checkpoint", "quantize.quantize_checkpoint"])
 def test_ctrl_c_before_the_first_block_leaves_nothing(
     engine: str, small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"glmq.cli.{engine}", stop)
+    monkeypatch.setattr(f"glmq.jobs.{engine}", stop)
     stats = tmp_path / "stats"
     result = run(*command(small, stats, tmp_path / "out", "--calib_images", pictures, "--limit", 1, "-q"))
     assert result.exit_code == 130

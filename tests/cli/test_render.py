@@ -20,8 +20,8 @@ from glmq.cli.render import (
     stdout,
 )
 from glmq.model.glm4v import Part
-from glmq.quantize.recipe import Options, make_recipe
-from glmq.quantize.stream import PartBytes
+from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.stream import PartBytes
 from glmq.records import BlockDone, LinearReport, PassTime, StageTime
 from glmq.spec import QuantType
 

@@ -201,12 +201,12 @@ def test_several_accumulators_that_share_samples_and_bands_have_the_bits_of_one(
     wanted = accumulate(*samples, with_moment=True, keep_rows=2)
     many = [InputAccumulator("site", width, with_moment=True, rank=rank, world=world) for rank in range(world)]
     for number, x in enumerate(samples):
-        look = many[number % world].look(x, keep_rows=2)
+        look = many[number % world].observe(x, keep_rows=2)
         for accumulator in many:
-            accumulator.add(look)
+            accumulator.accumulate(look)
     first, *others = many
     for other in others:
-        first.absorb(other.hand_over())
+        first.merge(other.state())
     found = first.finish()
     assert found.tokens == wanted.tokens
     for field in (

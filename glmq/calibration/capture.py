@@ -1,0 +1,111 @@
+"""Watching linear inputs while a block is replayed, here and on the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from glmq.calibration.convergence import Convergence, Halfway
+from glmq.model.blocks import StreamedModel
+from glmq.model.glm4v import Block
+from glmq.numerics.moments import InputAccumulator, InputStats
+from glmq.progress import Stopwatch
+from glmq.ranks import Ranks
+
+
+class Watch:
+    """Collects the inputs of one block's linears, sample by sample.
+
+    All ranks take turns together: while one sees a sample, the others see theirs or stand by.
+
+    Args:
+        block: its groups are run in this order.
+        accumulators: by site.
+        ranks: the processes that share the samples.
+        clock: gets the time as stage `statistics`.
+        keep_rows: tokens of each sample that the accumulators keep as they are.
+        own: how many samples are the user's, for the question whether the statistics have settled.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        accumulators: Mapping[str, InputAccumulator],
+        ranks: Ranks,
+        clock: Stopwatch,
+        *,
+        keep_rows: int,
+        own: int,
+    ) -> None:
+        self._block, self._accumulators, self._ranks, self._keep_rows = block, accumulators, ranks, keep_rows
+        self._clock = clock
+        self._halfway = {site: Halfway(accumulator, own) for site, accumulator in accumulators.items()}
+        self._turn = dict.fromkeys(accumulators, 0)
+
+    @contextmanager
+    def hooked(self, model: StreamedModel) -> Iterator[None]:
+        """See the inputs that the model computes while the context lasts."""
+        handles = [
+            model.module(group.site).register_forward_pre_hook(_Hook(self, group.site)) for group in self._block.groups
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def observe(self, site: str, x: Tensor) -> None:
+        """Take the input of one sample. x [..., K]."""
+        with self._clock.stage("statistics"):
+            x = x.reshape(-1, x.shape[-1])
+            look = self._accumulators[site].observe(x, keep_rows=self._keep_rows)
+            self._halfway[site].observe(self._index(site, self._ranks.place.rank), x)
+            self._add(site, look)
+
+    def skip_turn(self) -> None:
+        """This rank has no sample in this turn; another may have one."""
+        for group in self._block.groups:
+            self._add(group.site, [])
+
+    def finish(self) -> list[tuple[InputStats, Convergence | None]]:
+        """The statistics of the inputs that were seen, in the order of the groups, and how far they have settled.
+
+        On rank 0; others return nothing.
+
+        Raises:
+            OtherRankError, LostRanksError: another rank stopped.
+        """
+        finished: list[tuple[InputStats, Convergence | None]] = []
+        for site, accumulator in self._accumulators.items():
+            halves = self._halfway[site].state()
+            parts = self._ranks.gather([*halves, *accumulator.state()])
+            if self._ranks.place.is_first:
+                for part in parts[1:]:
+                    accumulator.merge(part[len(halves) :])
+                if accumulator.tokens:
+                    settled = Halfway.merge([part[: len(halves)] for part in parts])
+                    finished.append((accumulator.finish(), settled))
+        return finished
+
+    def _add(self, site: str, look: list[Tensor]) -> None:
+        for rank, theirs in enumerate(self._ranks.all_gather_tensors(look)):
+            self._halfway[site].accumulate(self._index(site, rank), theirs[0] if theirs else None)
+            if theirs:
+                self._clock.count("statistics", flops=self._accumulators[site].accumulate(theirs))
+        self._turn[site] += 1
+
+    def _index(self, site: str, rank: int) -> int:
+        """Of the sample that a rank has in this turn."""
+        return self._turn[site] * self._ranks.place.world + rank
+
+
+class _Hook:
+    """A forward pre-hook that hands a linear's input to a watch."""
+
+    def __init__(self, watch: Watch, site: str) -> None:
+        self._watch, self._site = watch, site
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._watch.observe(self._site, args[0])

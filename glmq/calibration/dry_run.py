@@ -1,0 +1,263 @@
+"""What a calibration will write, need and take: sizes from shapes and tokens, time from one sample through one block."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from glmq.calibration.capture import Watch
+from glmq.calibration.convergence import Convergence, convergence_order
+from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
+from glmq.calibration.stats import (
+    MANIFEST,
+    SAMPLE_ROWS,
+    SampleTokens,
+    Settings,
+    StatsWriter,
+    convergence_json,
+    has_moment,
+)
+from glmq.checkpoint.header import DTYPE_BYTES
+from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.writer import TensorSpec
+from glmq.errors import SampleError
+from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import VISION, Block, InputGroup, all_blocks, merger_block, text_block, vision_block
+from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.numerics.moments import BINS, InputAccumulator
+from glmq.progress import Stopwatch
+from glmq.ranks import Place, Ranks
+
+PROCESS_BYTES: Final = 430 * 2**20
+"""Python with torch and transformers loaded; measured on Linux x86-64."""
+TOKEN_TEXT: Final = 16
+"""Bytes in the manifest that the text of a generated token takes at most, on average."""
+WIDE_COPIES: Final = 3
+"""Tensors of a sample that are as wide as a block's widest product and live at the same time: gate and up together,
+their halves' product, and a copy for the statistics."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSize:
+    """How much of the model one sample reaches."""
+
+    sample: Sample
+    tokens: int
+    patches: int
+    """Of its image; 0 without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationPlan:
+    """What a calibration would do and need."""
+
+    samples: tuple[SampleTokens, ...]
+    files: tuple[tuple[str, int], ...]
+    """Files of the statistics folder with their exact sizes; with answers by the model, the largest that they may have."""
+    is_exact: bool
+    output_bytes: int
+    work_bytes: int
+    """Hidden states that lie beside them while it runs, for a resume."""
+    peak_bytes: int
+    """Estimated resident memory."""
+
+
+def plan_calibration(
+    config: ModelConfig,
+    fingerprint: str,
+    samples: Sequence[Sample],
+    preprocessor: Preprocessor,
+    settings: Settings,
+    *,
+    element_bytes: int,
+) -> CalibrationPlan:
+    """Lay out the statistics folder from the samples' tokens and the model's shapes.
+
+    Args:
+        fingerprint: of the checkpoint.
+        element_bytes: size of a value of the compute dtype.
+
+    Raises:
+        SampleError: an image or text that the model cannot take.
+    """
+    if settings.generate is not None:
+        longest = GeneratedAnswer((config.vocab_size,) * settings.generate, " " * TOKEN_TEXT * settings.generate)
+        samples = [sample if sample.answer else replace(sample, generated=longest) for sample in samples]
+    sizes = [_size(sample, preprocessor) for sample in convergence_order(samples)]
+    sink = StatsWriter(Path(), fingerprint, samples, settings)
+    files = []
+    for block in all_blocks(config):
+        entries, specs = _plan_block(block, config, settings, sizes)
+        if entries:
+            files.append((f"{block.name}.safetensors", _stored_bytes(specs)))
+        sink.restore(entries)
+    tokens = {size.sample.name: size.tokens for size in sizes}
+    for size in sizes:
+        sink.set_tokens(size.sample, size.tokens)
+    files.append((MANIFEST, len(sink.manifest_bytes())))
+    return CalibrationPlan(
+        samples=tuple(SampleTokens(s.name, tokens[s.name], s.has_answer) for s in samples),
+        files=tuple(files),
+        is_exact=all(sample.generated is None for sample in samples),
+        output_bytes=sum(count for _, count in files),
+        work_bytes=2 * _state_bytes(config, sizes, element_bytes),  # the new ones are there before the old ones go
+        peak_bytes=PROCESS_BYTES + _peak_beside_process(config, settings, sizes, element_bytes),
+    )
+
+
+def estimate_seconds(
+    model: StreamedModel, samples: Sequence[Sample], preprocessor: Preprocessor, settings: Settings
+) -> float:
+    """Run one sample through one block of each tower and scale: seconds that the whole calibration takes.
+
+    Time is taken to grow with the blocks and with the tokens (patches) of all samples; the sample is the one with most tokens.
+    """
+    started = time.perf_counter()
+    inputs = [_encode(sample, preprocessor) for sample in samples]
+    chosen = max(inputs, key=lambda one: one.tokens)
+    encoding = 2 * (time.perf_counter() - started)  # the run reads images twice, once per tower
+    patches = sum(_patches(one) for one in inputs)
+    tokens = sum(one.tokens for one in inputs)
+    total, config = encoding, model.config
+    vision: BlockCall | None = None
+    if chosen.pixel_values is not None:
+        share = patches / _patches(chosen)
+        read, run, vision = _time_vision_start(model, chosen)
+        total += read + share * run
+        read, run = _time_block(model, vision_block(config, 0), vision, settings)
+        total += config.vision_depth * (read + share * run)
+    started = time.perf_counter()
+    with model.placed(*(() if vision is None else VISION_TAIL)), model.embedding_rows(chosen.ids):
+        read, started = time.perf_counter() - started, time.perf_counter()
+        call = model.text_call(chosen, vision)
+        total += read + (time.perf_counter() - started) * tokens / chosen.tokens
+    read, run = _time_block(model, text_block(config, 0), call, settings)
+    return total + config.layers * (read + run * tokens / chosen.tokens)
+
+
+def _time_vision_start(model: StreamedModel, inputs: ModelInputs) -> tuple[float, float, BlockCall]:
+    started = time.perf_counter()
+    with model.placed(*VISION_STEM):
+        read, started = time.perf_counter() - started, time.perf_counter()
+        call = model.vision_call(inputs)
+        return read, time.perf_counter() - started, call
+
+
+def _time_block(model: StreamedModel, block: Block, call: BlockCall, settings: Settings) -> tuple[float, float]:
+    """Seconds to read a block, and to run it over one call with statistics."""
+    accumulators = {
+        group.site: InputAccumulator(
+            group.site, group.width, with_moment=has_moment(group, model.config, wide_moments=settings.wide_moments)
+        )
+        for group in block.groups
+    }
+    watched = Watch(block, accumulators, Ranks(Place(0, 1)), Stopwatch(), keep_rows=1, own=1)
+    started = time.perf_counter()
+    with model.placed(block.name), watched.hooked(model):
+        read, started = time.perf_counter() - started, time.perf_counter()
+        call.hidden = model.replay(block.name, call)
+        return read, time.perf_counter() - started
+
+
+def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:
+    try:
+        return preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+    except SampleError as error:
+        raise SampleError(f"{sample.name}: {error}") from error
+
+
+def _size(sample: Sample, preprocessor: Preprocessor) -> SampleSize:
+    inputs = _encode(sample, preprocessor)
+    answer = 0 if sample.generated is None else len(sample.generated.ids)
+    return SampleSize(sample, inputs.tokens + answer, _patches(inputs))
+
+
+def _patches(inputs: ModelInputs) -> int:
+    return 0 if inputs.grid is None else int(inputs.grid.prod())
+
+
+def _rows_of(block: Block, config: ModelConfig, size: SampleSize) -> int:
+    """Rows that the block's linears see of one sample."""
+    if not block.name.startswith(VISION):
+        return size.tokens
+    return size.patches // config.merge_size**2 if block == merger_block(config) else size.patches
+
+
+def _plan_block(
+    block: Block, config: ModelConfig, settings: Settings, sizes: Sequence[SampleSize]
+) -> tuple[JsonObject, list[TensorSpec]]:
+    """The manifest entries and the tensors of one block; neither where no sample reaches it."""
+    rows = [_rows_of(block, config, size) for size in sizes]
+    keep = max(1, SAMPLE_ROWS // len(sizes))
+    own = [count for count, size in zip(rows, sizes) if not size.sample.is_builtin]
+    half = sum(own[: (len(own) + 1) // 2])
+    entries: JsonObject = {}
+    specs: list[TensorSpec] = []
+    for group in block.groups if any(rows) else ():
+        moment = has_moment(group, config, wide_moments=settings.wide_moments)
+        entries[group.site] = {
+            "file": f"{block.name}.safetensors",
+            "width": group.width,
+            "tokens": sum(rows),
+            "second_moment": moment,
+            "settled": convergence_json(
+                Convergence(0.0, 0.0, 0.0 if moment else None) if 0 < half < sum(own) else None
+            ),
+        }
+        specs += _specs(group, sum(min(keep, count) for count in rows), moment=moment)
+    return entries, specs
+
+
+def _specs(group: InputGroup, kept: int, *, moment: bool) -> Iterator[TensorSpec]:
+    """The tensors that `glmq.calibration.stats` stores for one input."""
+    width = group.width
+    for field in ("minimum", "maximum", "mean", "square_mean"):
+        yield TensorSpec(f"{group.site}.{field}", "F32", (width,))
+    yield TensorSpec(f"{group.site}.exponent", "I16", (width,))
+    yield TensorSpec(f"{group.site}.histogram", "I32", (width, BINS))
+    yield TensorSpec(f"{group.site}.sample", "F32", (kept, width))
+    if moment:
+        yield TensorSpec(f"{group.site}.second_moment", "F32", (width * (width + 1) // 2,))
+
+
+def _stored_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Size of a safetensors file without metadata: length, header padded to a multiple of 8, data in the format's order."""
+    order = list(DTYPE_BYTES)
+    at = 0
+    entries: dict[str, object] = {}
+    for spec in sorted(specs, key=lambda spec: (-order.index(spec.dtype), spec.name)):
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + spec.nbytes]}
+        at += spec.nbytes
+    header = len(json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + header + -header % 8 + at
+
+
+def _state_bytes(config: ModelConfig, sizes: Sequence[SampleSize], element_bytes: int) -> int:
+    """Hidden states of all samples, in the larger of the two towers."""
+    vision = config.vision_hidden * sum(size.patches for size in sizes)
+    return element_bytes * max(vision, config.hidden_size * sum(size.tokens for size in sizes))
+
+
+def _peak_beside_process(
+    config: ModelConfig, settings: Settings, sizes: Sequence[SampleSize], element_bytes: int
+) -> int:
+    """The largest block: its weights, one of them as stored, its statistics, one sample's widest tensors; all hidden states."""
+    peak = 0
+    for block in all_blocks(config)[:-1]:  # lm_head is not run
+        linears = [linear for group in block.groups for linear in group.linears]
+        weights = element_bytes * sum(linear.rows * linear.cols for linear in linears)
+        stored = 2 * max(linear.rows * linear.cols for linear in linears)
+        statistics = sum(
+            4 * group.width * (BINS + SAMPLE_ROWS)
+            + (4 * group.width**2 if has_moment(group, config, wide_moments=settings.wide_moments) else 0)
+            for group in block.groups
+        )
+        widest = max(max(linear.rows, linear.cols) for linear in linears)
+        longest = max(_rows_of(block, config, size) for size in sizes)
+        peak = max(peak, weights + max(stored, statistics + WIDE_COPIES * element_bytes * widest * longest))
+    return peak + _state_bytes(config, sizes, element_bytes)

@@ -1,0 +1,307 @@
+"""generate_answers(): the float model answers calibration samples that have no answer, streamed block by block.
+
+Most of what a thinking model computes is its own answer, which a picture and a prompt alone do not show to calibration.
+Answers are greedy and deterministic. Samples of one round advance together: for each new token every block is placed once
+and run on one token of each sample, so weights are read once per token, not once per sample and token. Rounds depend on
+the samples alone (`CACHE_BYTES`), never on the machine's memory: the last bits of a product may depend on its rows' number.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Final
+
+import psutil
+import torch
+from torch import Tensor
+
+from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.json_file import JsonValue
+from glmq.device import free_bytes
+from glmq.errors import SampleError
+from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
+from glmq.model.cache import TokenCache, cache_bytes
+from glmq.model.glm4v import LM_HEAD, TEXT, VISION, text_blocks
+from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.ranks import Ranks
+from glmq.records import BlockDone
+
+CACHE_BYTES: Final = 2 * 2**30
+"""Keys and values of one round of samples take at most this, unless it is a single sample."""
+KEPT_SHARE: Final = 0.5
+"""Of the free memory that weights may fill which stay placed from token to token."""
+HEAD_ROWS: Final = 8192
+"""Rows of lm_head that are in memory at one time."""
+RECORD_SECONDS: Final = 2.0
+"""A record comes at most this often."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """What generating answers takes, known before it starts."""
+
+    max_tokens: int
+    rounds: tuple[tuple[int, ...], ...]
+    """Indices of the samples that advance together."""
+    token_bytes: int
+    """Weights in memory that one token of a round runs through: text layers and lm_head."""
+    kept: frozenset[str]
+    """Names of those that stay placed from token to token."""
+    kept_bytes: int
+    read_seconds: float
+    """What reading the others takes at most, from the time of one block: all answers as long as they may be."""
+
+
+def plan_generation(
+    model: StreamedModel, samples: Sequence[Sample], preprocessor: Preprocessor, max_tokens: int
+) -> GenerationPlan:
+    """Which samples are answered in which round, what stays in memory, how long the reading takes.
+
+    Raises:
+        SampleError: an image that the model cannot take.
+        CheckpointError: a tensor of the first text layer is missing or not finite.
+    """
+    asked = [index for index, sample in enumerate(samples) if not sample.answer]
+    lengths = {index: _encode(preprocessor, samples[index]).tokens for index in asked}
+
+    def cached(members: Sequence[int]) -> int:
+        places = max(lengths[index] for index in members) + max_tokens
+        return cache_bytes(model.config, len(members), places, model.dtype)
+
+    rounds: list[tuple[int, ...]] = []
+    current: tuple[int, ...] = ()
+    for index in asked:
+        if current and cached((*current, index)) > CACHE_BYTES:
+            rounds.append(current)
+            current = ()
+        current += (index,)
+    rounds += [current] if current else []
+    sizes = _part_bytes(model)
+    first = next(iter(sizes))
+    started = time.perf_counter()
+    with model.placed(first):
+        seconds_per_byte = (time.perf_counter() - started) / sizes[first]
+    room = int(KEPT_SHARE * free_bytes(model.device)) - max(map(cached, rounds), default=0)
+    kept: set[str] = set()
+    for name, nbytes in sizes.items():
+        if nbytes <= room:
+            kept.add(name)
+            room -= nbytes
+    total, staying = sum(sizes.values()), sum(sizes[name] for name in kept)
+    reading = len(rounds) * (max_tokens * (total - staying) + staying) * seconds_per_byte
+    return GenerationPlan(max_tokens, tuple(rounds), total, frozenset(kept), staying, reading)
+
+
+def generate_answers(
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    preprocessor: Preprocessor,
+    plan: GenerationPlan,
+    journal: Journal,
+    ranks: Ranks,
+) -> Iterator[BlockDone]:
+    """Answer the samples of the plan; `with_answers` then takes the answers out of the journal.
+
+    A round that an interrupted run has finished is not run again. Ranks take whole rounds, so the answers do not depend on
+    their number. The image placeholder is never generated.
+
+    Yields:
+        A record now and then, whose index counts tokens.
+
+    Raises:
+        CheckpointError: a tensor that is missing or not finite.
+        SampleError: an image that the model cannot take.
+        OtherRankError, LostRanksError: another rank stopped.
+    """
+    place = ranks.place
+    left = [number for number in range(len(plan.rounds)) if _name(number) not in journal.finished]
+    turns = -(-len(left) // place.world)
+    clock = _Clock(turns * plan.max_tokens)
+    for turn in range(turns):
+        own = left[turn * place.world + place.rank : turn * place.world + place.rank + 1]
+        answers: dict[str, JsonValue] = {}
+        for number in own:
+            members = plan.rounds[number]
+            run = _Round(model, [samples[index] for index in members], preprocessor, plan)
+            for done in run.steps():
+                if clock.elapsed() >= RECORD_SECONDS:
+                    yield clock.record(f"token {done}", turn * plan.max_tokens + done)
+            for index, ids in zip(members, run.answers, strict=True):
+                answers[str(index)] = {"ids": list(ids), "text": preprocessor.decode(ids)}
+        told = ranks.all_gather(json.dumps(answers))
+        for number, text in zip(left[turn * place.world :], told):
+            journal.record(_name(number), {"answers": json.loads(text)})
+        yield clock.record(f"round {turn + 1}", (turn + 1) * plan.max_tokens)
+
+
+def with_answers(samples: Sequence[Sample], journal: Journal) -> tuple[Sample, ...]:
+    """The samples, those that the model has answered with what it said; an empty answer is none."""
+    made: dict[int, GeneratedAnswer] = {}
+    for entry in journal.finished.values():
+        answers = entry.get("answers")
+        if isinstance(answers, dict):
+            for index, answer in answers.items():
+                assert isinstance(answer, dict)
+                ids = answer["ids"]
+                assert isinstance(ids, list)
+                if ids:
+                    made[int(index)] = GeneratedAnswer(tuple(int(str(i)) for i in ids), str(answer["text"]))
+    return tuple(replace(sample, generated=made.get(index)) for index, sample in enumerate(samples))
+
+
+class _Round:
+    """Samples that advance together."""
+
+    def __init__(
+        self, model: StreamedModel, samples: Sequence[Sample], preprocessor: Preprocessor, plan: GenerationPlan
+    ) -> None:
+        self._model, self._samples, self._preprocessor, self._plan = model, samples, preprocessor, plan
+        self._blocks = [block.name for block in text_blocks(model.config)]
+        self._head: dict[int, Tensor] = {}
+        self.answers: list[list[int]] = [[] for _ in samples]
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[int]:
+        """Write the answers; yields the number of tokens after each."""
+        model, ends = self._model, self._model.config.eos_token_ids
+        with ExitStack() as stack:
+            calls, positions = self._prompts()
+            lengths = [call.hidden.shape[1] for call in calls]
+            room = self._plan.max_tokens - 1
+            cache = TokenCache(model.config, lengths, room, device=model.device, dtype=model.dtype)
+            for name in self._blocks:
+                with self._part(name, stack):
+                    for sequence, call in enumerate(calls):
+                        call.hidden = model.replay(name, model.cached(call, cache.prompt(sequence)))
+            stack.enter_context(model.placed(f"{TEXT}.norm"))
+            last = torch.cat([call.hidden[:, -1] for call in calls])  # [S, width]
+            del calls
+            open_ends = [True] * len(lengths)
+            for made in range(1, self._plan.max_tokens + 1):
+                tokens = self._choose(model.module(f"{TEXT}.norm")(last))
+                for sequence, token in enumerate(tokens.tolist()):
+                    open_ends[sequence] = open_ends[sequence] and token not in ends
+                    if open_ends[sequence]:
+                        self.answers[sequence].append(token)
+                yield made
+                if not any(open_ends) or made == self._plan.max_tokens:
+                    return
+                # Samples that have ended stay in the call: with fewer rows the others' last bits could change.
+                call = model.token_call(tokens, positions, cache.visible())
+                for name, after in zip(self._blocks, (*self._blocks[1:], LM_HEAD)):
+                    with self._part(name, stack):
+                        self._expect(after)
+                        call.hidden = model.replay(name, model.cached(call, cache))
+                cache.advance()
+                positions += 1
+                last = call.hidden[:, 0]
+
+    def _prompts(self) -> tuple[list[BlockCall], Tensor]:
+        """The first text layer's call of every sample, and the position of its first answer token, int64 [S]."""
+        model = self._model
+        vision: dict[int, BlockCall] = {}
+        pictured = any(sample.image is not None for sample in self._samples)
+        with model.placed(*(VISION_STEM if pictured else ())):
+            for index, sample in enumerate(self._samples):
+                if sample.image is not None:
+                    vision[index] = model.vision_call(_encode(self._preprocessor, sample))
+        for block in range(model.config.vision_depth) if vision else ():
+            name = f"{VISION}.blocks.{block}"
+            with model.placed(name):
+                for call in vision.values():
+                    call.hidden = model.replay(name, call)
+        calls: list[BlockCall] = []
+        positions: list[int] = []
+        with model.placed(*((*VISION_STEM, *VISION_TAIL) if vision else ())):
+            for index, sample in enumerate(self._samples):
+                inputs = _encode(self._preprocessor, sample)
+                with model.embedding_rows(inputs.ids):
+                    call, position = model.prompt_call(inputs, vision.pop(index, None))
+                calls.append(call)
+                positions.append(position)
+        return calls, torch.tensor(positions)
+
+    @contextmanager
+    def _part(self, name: str, stack: ExitStack) -> Iterator[None]:
+        """Hold a text layer in memory; one that is kept stays until `stack` unwinds."""
+        if name in self._plan.kept:
+            if next(self._model.module(name).parameters()).device.type == "meta":
+                stack.enter_context(self._model.placed(name))
+            yield
+        else:
+            with self._model.placed(name):
+                yield
+
+    def _expect(self, name: str) -> None:
+        """Have the weights of a part read ahead, unless they stay."""
+        if name not in self._plan.kept:
+            source = self._model.source
+            source.prefetch(tensor for tensor in source if tensor.startswith(f"{name}."))
+
+    def _choose(self, x: Tensor) -> Tensor:
+        """The most likely token of each row of the normed [S, width]: int64 [S], on the CPU; the lowest of equals."""
+        best = torch.full((x.shape[0],), -torch.inf)
+        chosen = torch.zeros(x.shape[0], dtype=torch.int64)
+        config = self._model.config
+        for start in range(0, config.vocab_size, HEAD_ROWS):
+            logits = (x @ self._head_rows(start).T).float().cpu()
+            if start <= config.image_token_id < start + HEAD_ROWS:
+                logits[:, config.image_token_id - start] = -torch.inf  # an answer with it would want pixels
+            highest, where = logits.max(1)
+            chosen = torch.where(highest > best, where + start, chosen)
+            best = torch.maximum(highest, best)
+        return chosen
+
+    def _head_rows(self, start: int) -> Tensor:
+        if start in self._head:
+            return self._head[start]
+        model, name = self._model, f"{LM_HEAD}.weight"
+        rows = model.source.read_rows(name, start, min(start + HEAD_ROWS, model.config.vocab_size))
+        rows = model.source.check_finite(name, rows).to(device=model.device, dtype=model.dtype)
+        if LM_HEAD in self._plan.kept:
+            self._head[start] = rows
+        return rows
+
+
+def _name(number: int) -> str:
+    """Of a round in the journal."""
+    return f"answers {number}"
+
+
+def _part_bytes(model: StreamedModel) -> dict[str, int]:
+    """Text layers and lm_head with their bytes when placed."""
+    names = [block.name for block in text_blocks(model.config)] + [LM_HEAD]
+    return {
+        name: sum(parameter.numel() for parameter in model.module(name).parameters()) * model.dtype.itemsize
+        for name in names
+    }
+
+
+def _encode(preprocessor: Preprocessor, sample: Sample) -> ModelInputs:
+    try:
+        return preprocessor.encode(open_image(sample), sample.prompt, None)
+    except SampleError as error:
+        raise SampleError(f"{sample.name}: {error}") from error
+
+
+class _Clock:
+    """Makes records whose seconds are those of one token."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._started = time.perf_counter()
+
+    def elapsed(self) -> float:
+        """Seconds since the last record."""
+        return time.perf_counter() - self._started
+
+    def record(self, name: str, done: int) -> BlockDone:
+        """The record of the first `done` tokens."""
+        seconds = self.elapsed() / (done - self._done)
+        self._done, self._started = done, time.perf_counter()
+        return BlockDone(name, done - 1, self._total, seconds, psutil.Process().memory_info().rss)

@@ -1,0 +1,329 @@
+"""calibrate_checkpoint(): stream a float checkpoint block by block over the samples and write their statistics."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import TypeAlias
+
+import psutil
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from glmq.calibration.capture import Watch
+from glmq.calibration.convergence import convergence_order
+from glmq.calibration.samples import Sample, open_image
+from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.json_file import JsonObject, write_whole
+from glmq.device import release
+from glmq.errors import SampleError
+from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
+from glmq.model.glm4v import (
+    LM_HEAD,
+    TEXT,
+    Block,
+    all_blocks,
+    head_block,
+    merger_block,
+    text_blocks,
+    vision_block,
+)
+from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.numerics.moments import InputAccumulator
+from glmq.progress import Stopwatch
+from glmq.ranks import Ranks
+from glmq.records import BlockDone
+
+
+def calibrate_checkpoint(
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    preprocessor: Preprocessor,
+    sink: StatsWriter,
+    settings: Settings,
+    journal: Journal,
+    folder: Path,
+    ranks: Ranks,
+) -> Iterator[BlockDone]:
+    """Run the samples through the model, one block in memory at a time, and write the statistics of every linear input.
+
+    The vision tower runs over all images first, block by block, then the text layers. One copy of the hidden states
+    is kept per sample. Sums run in the order of `convergence_order`. Each finished block is journalled with the hidden states
+    that it left, so that an interrupted run continues after it with the same bits.
+
+    Several ranks take turns: rank r of n runs samples r, r + n, r + 2n, ... of that order, and rank 0 writes the
+    statistics, which have the bytes of a run by one process.
+
+    Args:
+        model: the streamed float model.
+        samples: the calibration samples.
+        preprocessor: of the same model folder.
+        sink: where the statistics go.
+        settings: of this run.
+        journal: finished blocks of an interrupted run are in it.
+        folder: where hidden states are kept between blocks.
+        ranks: the processes that share the samples.
+
+    Yields:
+        A record after each block.
+
+    Raises:
+        CheckpointError: a tensor that is missing or not finite.
+        SampleError: an image that the model cannot take, or a sample whose hidden states overflow.
+        OtherRankError, LostRanksError: another rank stopped.
+    """
+    clock = Stopwatch()
+    run = _Run(model, convergence_order(samples), preprocessor, sink, settings, ranks, clock)
+    states = _States(folder, ranks)
+    first = 0
+    for entry in journal.finished.values():
+        inputs = entry.get("inputs")
+        if isinstance(inputs, Mapping):  # answers are journalled too
+            sink.restore(inputs)
+            first += 1
+    total = len(all_blocks(model.config))
+    started = time.perf_counter()
+    for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
+        with clock.stage("write"):
+            states.save(index, calls)
+            ranks.barrier()  # the states of all ranks are there
+            journal.record(name, {"inputs": entries})
+            states.forget(index - 1)
+        clock.count("write", nbytes=sum(call.hidden.nbytes for call in calls.values()))
+        release(model.device)
+        now = time.perf_counter()
+        yield BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss, clock.take())
+        started = time.perf_counter()
+    states.forget(total - 1)
+    if ranks.place.is_first:
+        sink.finish()
+
+
+Calls: TypeAlias = dict[int, BlockCall]
+"""The calls in flight, by index of the sample."""
+
+
+def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonObject, Calls]]:
+    """Do the work from block `first` on; yields each block's name, manifest entries and calls when it is done."""
+    config = run.model.config
+    calls = run.start_vision()
+    depth = config.vision_depth
+    if 0 < first <= depth:
+        states.load(first - 1, calls)
+    for index in range(first, depth):
+        block = vision_block(config, index)
+        run.prefetch(vision_block(config, index + 1) if index + 1 < depth else merger_block(config))
+        entries = run.replay_block(block, calls)
+        yield block.name, entries, calls
+    # On a resume past this point the text calls are made anew, but for their hidden states, which come from the folder.
+    entries, calls = run.start_text(calls, watch=first <= depth)
+    if first <= depth:
+        yield merger_block(config).name, entries, calls
+    elif first <= depth + 1 + config.layers:
+        states.load(first - 1, calls)
+    blocks = text_blocks(config)[max(0, first - depth - 1) :]
+    for block, after in zip(blocks, (*blocks[1:], None)):
+        if after is not None:
+            run.prefetch(after)
+        entries = run.replay_block(block, calls)
+        yield block.name, entries, calls
+    if first <= depth + 1 + config.layers:
+        yield LM_HEAD, run.finish_text(calls), {}
+
+
+class _States:
+    """The hidden states after the last finished block, on disk: one file per rank, which any number of ranks can read."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        self._folder, self._place = folder, ranks.place
+
+    def save(self, index: int, calls: Calls) -> None:
+        """Keep the states that block `index` left, whole or not at all."""
+        states = {str(sample): call.hidden.contiguous() for sample, call in calls.items()}
+        write_whole(self._folder / f"{self._stem(index)}-{self._place.rank}", save(states))
+
+    def load(self, index: int, calls: Calls) -> None:
+        """Put the states that block `index` left into the calls."""
+        for path in self._paths(index):
+            with safe_open(path, "pt") as stored:
+                for sample in {int(name) for name in stored.keys()} & calls.keys():  # noqa: SIM118 - it is no mapping
+                    calls[sample].hidden = stored.get_tensor(str(sample)).to(calls[sample].hidden.device)
+
+    def forget(self, index: int) -> None:
+        """Remove what no rank needs any more."""
+        if self._place.is_first:
+            for path in self._paths(index):
+                path.unlink()
+
+    def _paths(self, index: int) -> list[Path]:
+        return sorted(self._folder.glob(f"{self._stem(index)}-*"))
+
+    def _stem(self, index: int) -> str:
+        return f".states-{index:03d}"
+
+
+class _Run:
+    """The state of one calibration: the calls in flight, nothing else."""
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        samples: Sequence[Sample],
+        preprocessor: Preprocessor,
+        sink: StatsWriter,
+        settings: Settings,
+        ranks: Ranks,
+        clock: Stopwatch,
+    ) -> None:
+        self.model, self.sink, self._clock = model, sink, clock
+        self._samples, self._preprocessor, self._settings, self._ranks = samples, preprocessor, settings, ranks
+        place = ranks.place
+        self._own = range(place.rank, len(samples), place.world)
+        """Indices of this rank's samples."""
+        rounds = -(-len(samples) // place.world)
+        self._turns = range(place.rank, place.rank + rounds * place.world, place.world)
+        """The same, and one past the end where other ranks have one sample more."""
+        self._keep_rows = max(1, SAMPLE_ROWS // len(samples))
+
+    def start_vision(self) -> Calls:
+        """The first vision block's call of every sample with an image."""
+        calls: Calls = {}
+        with self._placed(*VISION_STEM):
+            for index in self._own:
+                if self._samples[index].image is not None:
+                    inputs = self._inputs(self._samples[index])
+                    with self._clock.stage("vision"):
+                        calls[index] = self.model.vision_call(inputs)
+        return calls
+
+    def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[JsonObject, Calls]:
+        """The first text layer's call of every sample; with `watch` the merger's inputs are collected on the way."""
+        model, block = self.model, merger_block(self.model.config)
+        watched = self._watch(block)
+        calls: Calls = {}
+        tokens: dict[int, int] = {}
+        parts = VISION_TAIL if vision_calls else ()
+        with self._placed(*parts), watched.hooked(model) if watch else nullcontext():
+            for index in self._turns:
+                if watch and index not in vision_calls:
+                    watched.skip_turn()
+                if index in self._own:
+                    sample = self._samples[index]
+                    inputs = self._inputs(sample)
+                    tokens[index] = inputs.tokens
+                    vision = vision_calls.pop(index, None)
+                    with self._clock.stage("vision"), model.embedding_rows(inputs.ids), self._blaming(sample):
+                        calls[index] = model.text_call(inputs, vision)
+                        _check_finite(calls[index].hidden, block.name)
+                    if vision is not None:
+                        self._clock.count("vision", flops=_flops(block, _tokens(vision) // model.config.merge_size**2))
+        for text in self._ranks.all_gather(json.dumps(tokens)):
+            for key, count in json.loads(text).items():
+                self.sink.set_tokens(self._samples[int(key)], count)
+        return self._write(block, watched) if watch else {}, calls
+
+    def replay_block(self, block: Block, calls: Calls) -> JsonObject:
+        """Run one block over all calls, replace their hidden states, write the block's statistics."""
+        model, watched = self.model, self._watch(block)
+        stage = "forward" if block.name.startswith(TEXT) else "vision"
+        with self._placed(*([block.name] if calls else [])), watched.hooked(model):
+            for index in self._turns:
+                if index in calls:
+                    with self._clock.stage(stage), self._blaming(self._samples[index]):
+                        calls[index].hidden = model.replay(block.name, calls[index])
+                        _check_finite(calls[index].hidden, block.name)
+                    self._clock.count(stage, flops=_flops(block, _tokens(calls[index])))
+                else:
+                    watched.skip_turn()
+        return self._write(block, watched)
+
+    def finish_text(self, calls: Calls) -> JsonObject:
+        """The statistics of lm_head's input; the head itself is not run."""
+        model, block = self.model, head_block(self.model.config)
+        watched = self._watch(block)
+        with self._placed(f"{TEXT}.norm"), torch.no_grad():
+            for index in self._turns:
+                if index in calls:
+                    hidden = model.module(f"{TEXT}.norm")(calls[index].hidden)
+                    with self._blaming(self._samples[index]):
+                        watched.observe(LM_HEAD, hidden)
+                else:
+                    watched.skip_turn()
+        return self._write(block, watched)
+
+    def prefetch(self, block: Block) -> None:
+        """Have the block's weights read ahead."""
+        source = self.model.source
+        source.prefetch(name for name in source if name.startswith(f"{block.name}."))
+
+    @contextmanager
+    def _placed(self, *modules: str) -> Iterator[None]:
+        """As StreamedModel.placed, timed."""
+        source, prefixes = self.model.source, tuple(f"{module}." for module in modules)
+        with ExitStack() as stack:
+            with self._clock.stage("read"):
+                stack.enter_context(self.model.placed(*modules))
+            self._clock.count("read", nbytes=sum(source.nbytes(name) for name in source if name.startswith(prefixes)))
+            yield
+
+    def _inputs(self, sample: Sample) -> ModelInputs:
+        with self._clock.stage("images"), self._blaming(sample):
+            inputs = self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+        return inputs if sample.generated is None else inputs.with_answer(sample.generated.ids)
+
+    @contextmanager
+    def _blaming(self, sample: Sample) -> Iterator[None]:
+        """Name the sample in what goes wrong with it."""
+        try:
+            yield
+        except SampleError as error:
+            raise SampleError(f"{sample.name}: {error}") from error
+        except FloatingPointError as error:
+            narrow = self.model.dtype is not torch.float32
+            advice = "use --compute-dtype fp32, or leave this sample out" if narrow else "leave this sample out"
+            raise SampleError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
+
+    def _watch(self, block: Block) -> Watch:
+        place = self._ranks.place
+        accumulators = {
+            group.site: InputAccumulator(
+                group.site,
+                group.width,
+                with_moment=has_moment(group, self.model.config, wide_moments=self._settings.wide_moments),
+                rank=place.rank,
+                world=place.world,
+            )
+            for group in block.groups
+        }
+        own = sum(not sample.is_builtin for sample in self._samples)
+        return Watch(block, accumulators, self._ranks, self._clock, keep_rows=self._keep_rows, own=own)
+
+    def _write(self, block: Block, watched: Watch) -> JsonObject:
+        with self._clock.stage("statistics"):
+            finished = watched.finish()
+        with self._clock.stage("write"):
+            entries = self.sink.write(block.name, finished) if finished else {}
+        self._clock.count("write", nbytes=sum(stats.nbytes for stats, _ in finished))
+        return entries
+
+
+def _tokens(call: BlockCall) -> int:
+    return call.hidden.numel() // call.hidden.shape[-1]
+
+
+def _flops(block: Block, tokens: int) -> int:
+    """Operations of the block's matrix products over one sequence: its linears, and attention of every token to all."""
+    linears = 2 * tokens * sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
+    return linears + 4 * tokens**2 * block.attention_width
+
+
+def _check_finite(hidden: Tensor, block: str) -> None:
+    """Raise FloatingPointError for NaN or infinity."""
+    if not torch.isfinite(hidden).all():
+        raise FloatingPointError(f"the hidden states after {block} hold NaN or infinity")

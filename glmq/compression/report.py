@@ -1,0 +1,157 @@
+"""glmq_compress_report.json and .csv: what compressing did, per linear, per rank, and by part of the model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from glmq import __version__
+from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_whole
+from glmq.compression.layouts import Layout
+from glmq.compression.manifest import REPORT, CodecKind, PartRecord
+from glmq.compression.source import Source
+from glmq.compression.stream import CompressedLinear, PartWritten
+from glmq.model.glm4v import Part, expected_shapes, part_of
+
+SCHEMA: Final = "glmq.compress-report/1"
+_COLUMNS: Final = (
+    "rank", "name", "rows", "cols", "stored_bytes", "bits_per_weight", "ratio", "entropy_bits", "class_gain_bits"
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class PartSizes:
+    """Bytes of one part of the model in its three forms."""
+
+    part: Part
+    float16: int
+    """As float16 weights, un-sharded."""
+    w8a8s: int
+    """As quantized, un-sharded."""
+    compressed: int
+    """As compressed, all ranks together."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankTotals:
+    """One rank's weight file."""
+
+    rank: int
+    file: str
+    file_bytes: int
+    linears: int
+    weights: int
+    """Of the compressed linears."""
+    stored_bytes: int
+    """Of the compressed linears."""
+
+
+def rank_totals(linears: Sequence[CompressedLinear], parts: Sequence[PartWritten]) -> list[RankTotals]:
+    """What each rank's file holds."""
+    totals = []
+    for part in parts:
+        own = [linear for linear in linears if linear.rank == part.record.rank]
+        weights, stored = sum(linear.weights for linear in own), sum(linear.stored_bytes for linear in own)
+        totals.append(RankTotals(part.record.rank, part.record.file, part.record.nbytes, len(own), weights, stored))
+    return totals
+
+
+def part_sizes(source: Source, parts: Sequence[PartWritten]) -> list[PartSizes]:
+    """Bytes by part of the model: float16, W8A8S, and compressed."""
+    float16, w8a8s = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
+    for name, shape in expected_shapes(source.config).items():
+        count = 2
+        for size in shape:
+            count *= size
+        float16[part_of(name)] += count
+    for name in source.checkpoint:
+        w8a8s[part_of(name)] += source.checkpoint.nbytes(name)
+    return [PartSizes(part, float16[part], w8a8s[part], sum(p.after[part] for p in parts)) for part in Part]
+
+
+def report_document(
+    source: Source,
+    codec: CodecKind,
+    layout: Layout,
+    linears: Sequence[CompressedLinear],
+    parts: Sequence[PartWritten],
+) -> JsonObject:
+    """The report as one JSON object; without times, so that equal runs write equal bytes."""
+    return {
+        "schema": SCHEMA,
+        "glmq": __version__,
+        "codec": codec.value,
+        "layout": layout.value,
+        "world_size": len(parts),
+        "bytes": [
+            {"part": s.part.value, "float16": s.float16, "w8a8s": s.w8a8s, "compressed": s.compressed}
+            for s in part_sizes(source, parts)
+        ],
+        "ranks": [
+            {
+                "rank": t.rank,
+                "file": t.file,
+                "file_bytes": t.file_bytes,
+                "linears": t.linears,
+                "weights": t.weights,
+                "stored_bytes": t.stored_bytes,
+            }
+            for t in rank_totals(linears, parts)
+        ],
+        "linears": [linear_row(linear) for linear in linears],
+    }
+
+
+def linear_row(linear: CompressedLinear) -> dict[str, JsonValue]:
+    """The columns of the CSV and the entries of the JSON."""
+    return {
+        "rank": linear.rank,
+        "name": linear.name,
+        "rows": linear.rows,
+        "cols": linear.cols,
+        "stored_bytes": linear.stored_bytes,
+        "bits_per_weight": linear.bits_per_weight,
+        "ratio": linear.ratio,
+        "entropy_bits": linear.entropy_bits,
+        "class_gain_bits": linear.class_gain_bits,
+    }
+
+
+def write_report(folder: Path, document: Mapping[str, JsonValue], linears: Sequence[CompressedLinear]) -> None:
+    """Write both files into `folder`. Raises SpaceError if the disk is full."""
+    write_json(folder / f"{REPORT}.json", document, indent=1)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(linear_row(linear) for linear in linears)
+    write_whole(folder / f"{REPORT}.csv", text.getvalue().encode())
+
+
+def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[PartWritten]) -> str:
+    """What a rank did, as text for the other ranks."""
+    written = [
+        {
+            "record": asdict(part.record),
+            "before": [part.before[key] for key in Part],
+            "after": [part.after[key] for key in Part],
+        }
+        for part in parts
+    ]
+    return json.dumps({"linears": [asdict(linear) for linear in linears], "parts": written})
+
+
+def unpack_results(text: str) -> tuple[list[CompressedLinear], list[PartWritten]]:
+    """The inverse of pack_results."""
+    document = json.loads(text)
+    parts = []
+    for part in document["parts"]:
+        record = part["record"] | {
+            "matrices": {name: tuple(shape) for name, shape in part["record"]["matrices"].items()}
+        }
+        parts.append(PartWritten(PartRecord(**record), dict(zip(Part, part["before"])), dict(zip(Part, part["after"]))))
+    return [CompressedLinear(**linear) for linear in document["linears"]], parts

@@ -1,0 +1,383 @@
+"""Two checkpoints against each other: weights as the model uses them, worst first; names, config.json, description.
+
+Integers are compared by the weights they stand for. Where smoothing scaled a norm or rows of one against columns of the
+linears behind it, the scales are taken out, so that a difference is one of the function and not of how it is spread.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.checkpoint.json_file import JsonValue
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, ModelError, UsageError
+from glmq.inspection.folder import Folder, Kind, layer_of, role_of
+from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
+from glmq.inspection.sums import Sums, sum_rows
+from glmq.inspection.weights import StoredMatrix, column_scales, run_ahead
+from glmq.model.config import parse_config
+from glmq.model.glm4v import InputGroup, all_blocks
+from glmq.numerics.metrics import entropy_bits, sqnr_db
+
+HISTOGRAM_BINS: Final = 64
+WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
+"""Threads that read and compare pieces of a weight: while some wait for the disk, others compute."""
+
+LINEAR_SUFFIXES: Final = (
+    "input_scale",
+    "input_offset",
+    "quant_bias",
+    "deq_scale",
+    "weight_scale",
+    "weight_offset",
+    "weight_scale_second",
+    "weight_offset_second",
+    "scale_bias",
+)
+"""Tensors that belong to an integer linear and are compared with its weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightDiff:
+    """One tensor of both checkpoints, the second against the first."""
+
+    name: str
+    """Of the tensor, with `.weight` or `.bias`."""
+    layer: str
+    role: str
+    type_a: str
+    type_b: str
+    """INT8 or INT4 for integers with steps, else the dtype code."""
+    shape: tuple[int, ...]
+    """Rows and columns of an integer weight as the model uses it, not as it is packed."""
+    identical: bool
+    """The stored bytes, and for integers their steps, are equal."""
+    noise: float
+    """Sum of squared differences, after the scales of smoothing are taken out."""
+    signal: float
+    """Sum of squares of the first."""
+    max_abs: float
+    cosine: float
+    undone: tuple[float, float] | None
+    """Smallest and largest channel scale that was taken out; of a norm that was, only channels that are zero in one of both
+    count as different. None where norms agree."""
+    changed_share: float | None
+    """Share of integers that differ; None unless both are integers."""
+    step_ratio: tuple[float, float, float] | None
+    """Smallest, median and largest step of the second over that of the first; None unless both are integers."""
+    input_scale_ratio: float | None
+    """Of static int8 linears in both."""
+    input_offset_change: int | None
+    entropy_a: float | None
+    entropy_b: float | None
+    """Bits per integer; None for floats."""
+
+    @property
+    def relative_l2(self) -> float:
+        """||B - A|| / ||A||; infinite where only A vanishes."""
+        if self.signal == 0:
+            return 0.0 if self.noise == 0 else math.inf
+        return math.sqrt(self.noise / self.signal)
+
+    @property
+    def sqnr_db(self) -> float:
+        return sqnr_db(self.relative_l2)
+
+
+@dataclass(frozen=True, slots=True)
+class Incomparable:
+    """A tensor of both that cannot be compared."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDiff:
+    """All compared tensors of one layer, or of everything."""
+
+    layer: str
+    tensors: int
+    relative_l2: float
+    worst: str
+    """The role of the tensor with the largest relative difference."""
+    worst_relative_l2: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyChange:
+    """A key of config.json or of the description that differs; None where it is absent."""
+
+    key: str
+    a: str | None
+    b: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NamePattern:
+    """Tensors that only one checkpoint has, numbers in their names replaced by N."""
+
+    pattern: str
+    count: int
+
+
+def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[WeightDiff | Incomparable]:
+    """Compare every weight and bias in `names` that both have, in natural order, a few megabytes in memory.
+
+    Raises:
+        UsageError: one of them is neither a float nor an un-sharded quantized checkpoint.
+        CheckpointError: a weight file cannot be read.
+    """
+    for folder in (a, b):
+        if folder.kind not in (Kind.FLOAT, Kind.QUANTIZED):
+            raise UsageError(
+                f"{folder.directory}: holds {folder.kind.value}; weights of float and un-compressed quantized "
+                "checkpoints can be compared, run `glmq compress --decompress` first"
+            )
+    groups = _groups(a, b)
+    folding = {group.norm for group in groups}
+    with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+        scalings = find_scalings(one, other, groups)
+        for name in one:
+            base, _, suffix = name.rpartition(".")
+            if name not in names or name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
+                continue
+            try:
+                if suffix == "weight" and base in folding:
+                    yield _compare_plain(name, one, other, column_scales(one, other, base))
+                else:
+                    yield _compare(name, one, other, scalings.get(base, UNSCALED))
+            except CheckpointError as error:
+                yield Incomparable(name, str(error))
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramPair:
+    """Both sides' real weights of one tensor, over the same bins."""
+
+    name: str
+    low: float
+    high: float
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+
+
+def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[HistogramPair]:
+    """Histograms of some matrices that `compare_weights` compared, each read twice: for its range, then for its counts."""
+    with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+        scalings = find_scalings(one, other, _groups(a, b))
+        for name in names:
+            base = name.removesuffix(".weight")
+            matrices = StoredMatrix(one, base), StoredMatrix(other, base)
+            undo = (UNSCALED, scalings.get(base, UNSCALED))
+            low, high = math.inf, -math.inf
+            for matrix, scaling in zip(matrices, undo, strict=True):
+                for values in _real_values(matrix, scaling):
+                    smallest, largest = torch.aminmax(values)
+                    low, high = min(low, float(smallest)), max(high, float(largest))
+            counts = [torch.zeros(HISTOGRAM_BINS, dtype=torch.float64) for _ in matrices]
+            for total, matrix, scaling in zip(counts, matrices, undo, strict=True):
+                for values in _real_values(matrix, scaling):
+                    total += torch.histc(values, HISTOGRAM_BINS, low, high if high > low else low + 1)
+            yield HistogramPair(name, low, high, *(tuple(int(n) for n in total.tolist()) for total in counts))
+
+
+def _real_values(matrix: StoredMatrix, scaling: Scaling) -> Iterator[Tensor]:
+    for start, stop in matrix.pieces():
+        yield scaling.undone(matrix.values(matrix.stored(start, stop), start), start)
+
+
+def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:
+    """One row per layer in the order of the diffs, and `total` at the end."""
+    layers: dict[str, list[WeightDiff]] = {}
+    for diff in diffs:
+        layers.setdefault(diff.layer, []).append(diff)
+    everything = [diff for members in layers.values() for diff in members]
+    return [_sum(layer, members) for layer, members in (*layers.items(), ("total", everything)) if members]
+
+
+def only_in(a: Folder, b: Folder) -> list[NamePattern]:
+    """Tensors of `a` that `b` lacks, by pattern; those that make up an integer linear of `a` are left out."""
+    there = {tensor.name for tensor in b.tensors}
+    patterns: dict[str, int] = {}
+    for tensor in a.tensors:
+        if tensor.name not in there and tensor.name.rpartition(".")[2] not in LINEAR_SUFFIXES:
+            pattern = re.sub(r"\.\d+\.", ".N.", tensor.name)
+            patterns[pattern] = patterns.get(pattern, 0) + 1
+    return [NamePattern(pattern, count) for pattern, count in patterns.items()]
+
+
+def config_changes(a: Folder, b: Folder) -> list[KeyChange]:
+    """Keys of config.json, dotted, that differ."""
+    return _changes(_flatten(a.config), _flatten(b.config))
+
+
+def description_changes(a: Folder, b: Folder) -> list[KeyChange]:
+    """Keys of the description that differ, numbers in tensor names replaced by N where all such keys change alike."""
+    if not a.description or not b.description:
+        return []
+    found: dict[tuple[str, str | None, str | None], int] = {}
+    for change in _changes(_flatten(a.description), _flatten(b.description)):
+        key = (re.sub(r"\.\d+\.", ".N.", change.key), change.a, change.b)
+        found[key] = found.get(key, 0) + 1
+    return [KeyChange(key if n == 1 else f"{key} ({n} keys)", x, y) for (key, x, y), n in found.items()]
+
+
+def _groups(a: Folder, b: Folder) -> list[InputGroup]:
+    """The model's groups, by the first config.json that is a GLM-4.1V's; empty without one."""
+    for folder in (a, b):
+        try:
+            config = parse_config(folder.config, str(folder.directory))
+        except ModelError:
+            continue
+        return [group for block in all_blocks(config) for group in block.groups]
+    return []
+
+
+def _compare(name: str, a: Checkpoint, b: Checkpoint, scaling: Scaling) -> WeightDiff | Incomparable:
+    base, _, suffix = name.rpartition(".")
+    shapes = a.info(name).shape, b.info(name).shape
+    if suffix == "weight" and all(len(shape) == 2 for shape in shapes):
+        one, other = StoredMatrix(a, base), StoredMatrix(b, base)
+        if (one.rows, one.cols) != (other.rows, other.cols):
+            return Incomparable(
+                name, f"is {one.rows} x {one.cols} in the first, {other.rows} x {other.cols} in the other"
+            )
+        return _compare_matrices(name, one, other, scaling, *_inputs(base, a, b))
+    if shapes[0] != shapes[1]:
+        return Incomparable(name, f"has shape {list(shapes[0])} in the first, {list(shapes[1])} in the other")
+    return _compare_plain(name, a, b, None, scaling.rows if suffix == "bias" else None)
+
+
+def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int | None]:
+    """Ratio of the input scales and difference of the input offsets of a static linear in both."""
+    names = f"{base}.input_scale", f"{base}.input_offset"
+    if any(name not in checkpoint for name in names for checkpoint in (a, b)):
+        return None, None
+    scales, offsets = ([float(c.read(name).flatten()[0]) for c in (a, b)] for name in names)
+    return (scales[1] / scales[0] if scales[0] else None), round(offsets[1] - offsets[0])
+
+
+def _compare_matrices(
+    name: str,
+    a: StoredMatrix,
+    b: StoredMatrix,
+    scaling: Scaling,
+    input_scale_ratio: float | None,
+    input_offset_change: int | None,
+) -> WeightDiff:
+    same_steps = _equal(a.step, b.step) and _equal(a.second, b.second)
+    sums = Sums()
+    for piece in run_ahead((partial(sum_rows, a, b, scaling, rows) for rows in a.pieces()), WORKERS):
+        sums.merge(piece)
+    both = a.is_integer and b.is_integer
+    return WeightDiff(
+        name=name,
+        layer=layer_of(name),
+        role=role_of(name),
+        type_a=_type(a),
+        type_b=_type(b),
+        shape=(a.rows, a.cols),
+        identical=sums.identical and same_steps and scaling is UNSCALED,
+        noise=sums.noise,
+        signal=sums.a,
+        max_abs=sums.max_abs,
+        cosine=sums.cosine,
+        undone=_extremes(scaling.columns),
+        changed_share=sums.changed / max(1, a.rows * a.cols) if both else None,
+        step_ratio=_step_ratio(a, b),
+        input_scale_ratio=input_scale_ratio,
+        input_offset_change=input_offset_change,
+        entropy_a=entropy_bits(sums.counts[0]) if a.is_integer else None,
+        entropy_b=entropy_bits(sums.counts[1]) if b.is_integer else None,
+    )
+
+
+def _extremes(scales: Tensor | None) -> tuple[float, float] | None:
+    return None if scales is None else (float(scales.min()), float(scales.max()))
+
+
+def _compare_plain(
+    name: str, a: Checkpoint, b: Checkpoint, scales: Tensor | None, rows: Tensor | None = None
+) -> WeightDiff:
+    """A bias, norm or convolution: small enough to read as a whole.
+
+    `scales` of a norm are those that linears carry, `rows` of a bias those that a fold multiplied its linear's rows by.
+    """
+    one, other = a.read(name), b.read(name)
+    sums = Sums()
+    values = other.float().clone()
+    if scales is not None:
+        values = torch.where((one == 0) | (other == 0), values, one.float())
+    if rows is not None:
+        values /= rows
+    sums.add(one.float(), values)
+    return WeightDiff(
+        name=name,
+        layer=layer_of(name),
+        role=role_of(name),
+        type_a=a.info(name).dtype,
+        type_b=b.info(name).dtype,
+        shape=tuple(one.shape),
+        identical=one.dtype == other.dtype and torch.equal(one, other),
+        noise=sums.noise,
+        signal=sums.a,
+        max_abs=sums.max_abs,
+        cosine=sums.cosine,
+        undone=_extremes(scales),
+        changed_share=None,
+        step_ratio=None,
+        input_scale_ratio=None,
+        input_offset_change=None,
+        entropy_a=None,
+        entropy_b=None,
+    )
+
+
+def _type(matrix: StoredMatrix) -> str:
+    if matrix.is_integer:
+        return "INT8" if matrix.second is None else "INT4"
+    return matrix.dtype
+
+
+def _step_ratio(a: StoredMatrix, b: StoredMatrix) -> tuple[float, float, float] | None:
+    if a.step is None or b.step is None:
+        return None
+    ratio = b.step / a.step
+    return float(ratio.min()), float(ratio.median()), float(ratio.max())
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _sum(layer: str, diffs: list[WeightDiff]) -> LayerDiff:
+    noise, signal = sum(d.noise for d in diffs), sum(d.signal for d in diffs)
+    worst = max(diffs, key=lambda d: d.relative_l2)
+    error = math.sqrt(noise / signal) if signal else 0.0
+    label = worst.role if layer != "total" else worst.name
+    return LayerDiff(layer, len(diffs), error, label, worst.relative_l2)
+
+
+def _flatten(document: Mapping[str, JsonValue], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> list[KeyChange]:
+    keys = [*a, *(key for key in b if key not in a)]
+    return [KeyChange(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]

@@ -1,0 +1,340 @@
+"""What `glmq quantize` runs: statistics of its own or given ones, the plan, the passes, the report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from glmq.calibration.samples import (
+    Sample,
+    digest,
+)
+from glmq.calibration.stats import Settings, Statistics
+from glmq.checkpoint.checksums import read_checksums
+from glmq.checkpoint.folder import OutputFolder, check_apart, check_output, refuse_interrupted, stored_bytes
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.writer import check_room
+from glmq.cli.render import BlockProgress, stderr
+from glmq.device import resolve
+from glmq.errors import InputError, UsageError
+from glmq.jobs.calibrate import (
+    COMPUTE_DTYPES,
+    Calibration,
+    CalibrationOptions,
+    dtype_name,
+    load_samples,
+    machine_settings,
+    run_calibration,
+    say_settled,
+    settings_of,
+    sources_of,
+)
+from glmq.jobs.shared_folder import SharedFolder
+from glmq.model.config import ModelConfig, read_config
+from glmq.numerics import gptq
+from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
+from glmq.quantization.fallback import with_fallback, worst_groups
+from glmq.quantization.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
+from glmq.quantization.report import report_document, write_report
+from glmq.quantization.stream import (
+    OutputPlan,
+    PartBytes,
+    QuantizationRun,
+    bytes_by_part,
+    measure_checkpoint,
+    plan_output,
+    quantize_checkpoint,
+    rate_checkpoint,
+)
+from glmq.ranks import Place, Ranks, read_place
+from glmq.records import LinearReport, PassTime
+from glmq.spec import Method, QuantType
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationJob:
+    """What to quantize, how, and where to."""
+
+    model_path: Path
+    out_path: Path
+    options: Options
+    calibration: CalibrationOptions
+    stats_path: Path | None = None
+    """Statistics to reuse, or to write if the folder does not exist; None makes temporary ones."""
+    shard_bytes: int | None = None
+    fallback_topk: int = 0
+    """Keep this many of the worst groups float."""
+    max_error: float | None = None
+    """Keep groups with a larger relative output error float."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationResult:
+    """What `glmq quantize` shows at its end."""
+
+    folder: Path
+    recipe: Recipe
+    reports: tuple[LinearReport, ...]
+    parts: tuple[PartBytes, ...]
+    document: JsonObject
+    times: tuple[PassTime, ...]
+
+
+def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult | None:
+    """Run `glmq quantize`; None on the ranks above 0 of torchrun.
+
+    Everything that can be refused is refused before the first weight is read.
+    """
+    place = read_place()
+    quiet = quiet or not place.is_first
+    times: list[PassTime] = []
+    with _planned(job, overwrite=overwrite, resume=resume) as (source, config, recipe, plan):
+        _say_patterns(recipe, config, quiet=quiet)
+        check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path))
+        output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume)
+        with (
+            Ranks(place) as ranks,
+            _statistics(source, config, job, ranks, times, resume=resume, quiet=quiet) as statistics,
+            SharedFolder(output, ranks) as folder,
+        ):
+            result = _quantize(source, config, recipe, plan, statistics, job, folder.path, ranks, times, quiet=quiet)
+            folder.finish()
+    return result
+
+
+def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
+    """Run `glmq quantize --dry-run`: read config.json and headers, touch nothing."""
+    if read_place().world > 1:
+        raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
+    with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
+        if job.stats_path is not None and job.stats_path.exists():
+            statistics = _open_statistics(source, job.calibration, job.stats_path, quiet=False)
+            return make_run_plan(source, config, recipe, plan, statistics)
+        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True)
+        disk = work.plan.output_bytes + work.plan.work_bytes
+        needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
+        return make_run_plan(source, config, recipe, plan, needs)
+
+
+@contextmanager
+def _planned(
+    job: QuantizationJob, *, overwrite: bool, resume: bool
+) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
+    """The open source and the plan of the whole output, from options, config.json and headers."""
+    recipe = make_recipe(job.options)
+    inputs = {"the float weights": job.model_path, **sources_of(job.calibration), "the statistics": job.stats_path}
+    check_apart(job.out_path, "--save_directory", inputs)
+    if job.stats_path is not None:
+        check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **sources_of(job.calibration)})
+    check_output(job.out_path, overwrite=overwrite, resume=resume)
+    if not resume and not overwrite and job.stats_path is None:
+        own = _own_statistics(job.out_path)
+        refuse_interrupted(own, job.out_path)
+        if own.exists():
+            raise UsageError(
+                f"{job.out_path}: an interrupted run that has finished its calibration lies beside it, in {own.name}; "
+                "run the same command with --resume to continue it, or with --overwrite to start again"
+            )
+    config = read_config(job.model_path)
+    with Checkpoint.open(job.model_path) as source:
+        groups = plan_groups(recipe, config)
+        yield source, config, recipe, plan_output(source, config, recipe, groups, job.shard_bytes)
+
+
+@contextmanager
+def _statistics(
+    source: Checkpoint,
+    config: ModelConfig,
+    job: QuantizationJob,
+    ranks: Ranks,
+    times: list[PassTime],
+    *,
+    resume: bool,
+    quiet: bool,
+) -> Iterator[Statistics]:
+    """The statistics to quantize with: the given folder's, or fresh ones, kept if a folder was named."""
+    options, stats_path = job.calibration, job.stats_path
+    folder = stats_path or _own_statistics(job.out_path)
+    if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
+        if stats_path is None:
+            statistics = Statistics.open(folder)
+            statistics.check_model(source.fingerprint())
+            _check_calibration(
+                statistics, load_samples(options, quiet=True), settings_of(options, resolve(options.device_type))
+            )
+        else:
+            statistics = _open_statistics(source, options, stats_path, quiet=quiet)
+    else:
+        work = Calibration.prepare(source, config, options, ranks.place, quiet=quiet)
+        output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
+        with SharedFolder(output, ranks) as shared:
+            run_calibration(work, shared.path, ranks, times, quiet=quiet)
+            shared.finish()
+        statistics = Statistics.open(folder)
+        say_settled(statistics, quiet=quiet)
+    try:
+        yield statistics
+    except (InputError, UsageError):
+        if stats_path is None:
+            shutil.rmtree(folder, ignore_errors=True)  # another rank may have met the same
+        raise
+    if stats_path is None and ranks.place.is_first:
+        shutil.rmtree(folder)
+
+
+def _own_statistics(out_path: Path) -> Path:
+    """Where statistics lie that nobody named: beside the output, where there is room for gigabytes; /tmp is often small."""
+    return out_path.absolute().parent / f".{out_path.name}.statistics"
+
+
+def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
+    """Raise UsageError unless an interrupted run was calibrated as this one would be."""
+    wanted = {"samples_sha256": digest(samples, settings.generate), **asdict(settings)}
+    for key, value in wanted.items():
+        found = statistics.manifest.get(key)
+        if found != value:
+            raise UsageError(
+                f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
+                f"this one has {value!r}; run with the same, or start again with --overwrite"
+            )
+
+
+def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, *, quiet: bool) -> Statistics:
+    """The finished statistics that --stats names.
+
+    What contradicts them is refused; what asks for nothing else, but cannot have an effect any more, is said.
+    """
+    statistics = Statistics.open(folder)
+    statistics.check_model(source.fingerprint())
+    named = options.images is not None or options.samples_file is not None
+    if named:
+        statistics.check_samples(digest(load_samples(options, quiet=True), options.generate))
+    statistics.check_settings(
+        compute_dtype=None if options.compute_dtype == "auto" else dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
+        max_pixels=options.max_pixels,
+    )
+    default = CalibrationOptions()
+    idle = [
+        (options.prompt != default.prompt and not named, "--prompt"),
+        (options.limit is not None and not named, "--limit"),
+        (options.skip_bad and not named, "--skip-bad-images"),
+        (options.texts != default.texts and not named, "--no-texts"),
+        (options.generate is not None and not named, "--generate"),
+        (options.device_type != default.device_type, f"--device_type {options.device_type}"),
+        (options.trust_remote_code, "--trust_remote_code True"),
+    ]
+    given = [name for is_given, name in idle if is_given]
+    if given and not quiet:
+        verb = "has" if len(given) == 1 else "have"
+        stderr.print(
+            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run",
+            soft_wrap=True,
+        )
+    return statistics
+
+
+def _quantize(
+    source: Checkpoint,
+    config: ModelConfig,
+    recipe: Recipe,
+    plan: OutputPlan,
+    statistics: Statistics,
+    job: QuantizationJob,
+    folder: Path,
+    ranks: Ranks,
+    times: list[PassTime],
+    *,
+    quiet: bool,
+) -> QuantizationResult | None:
+    """Quantize into `folder`. The result is rank 0's."""
+    settings = {
+        "model": source.fingerprint(),
+        "samples": statistics.samples_digest,
+        "recipe": str(recipe),
+        "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
+        "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
+        "rounding": "compiled" if gptq.IS_COMPILED else "torch",
+        **machine_settings(),
+    }
+    work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=ranks.place.is_first), ranks)
+    bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
+    if job.fallback_topk or job.max_error is not None:
+        recipe = _fall_back(work, recipe, plan, bits, job, times, quiet=quiet)
+        plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
+        bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
+    reports: list[LinearReport] = []
+    with BlockProgress("quantize", quiet=quiet) as progress:
+        for block in quantize_checkpoint(work, recipe, plan, folder, bits=bits):
+            reports += block.reports
+            progress.advance(block.done)
+    times.append(progress.time())
+    parts = bytes_by_part(source, plan.shards)
+    result = None
+    if ranks.place.is_first:
+        document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder).digest)
+        write_report(folder, document, reports)
+        result = QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, tuple(times))
+    work.journal.remove()
+    return result
+
+
+def _spread_bits(
+    work: QuantizationRun, recipe: Recipe, plan: OutputPlan, times: list[PassTime], *, quiet: bool
+) -> dict[str, float]:
+    """Bits per weight of each linear: sparse ones share them over the whole model for the least error.
+
+    Their mean is the recipe's target, or what the flags' rule would spend. Each linear of another type may have the
+    target. Empty where the rule itself chooses the steps: no target, or a method that does not compensate.
+    """
+    if recipe.quant_type is not QuantType.W8A8S and recipe.target_bits is not None:
+        return dict.fromkeys(plan.linears, recipe.target_bits)
+    compensated = recipe.scheme.weight.method is Method.COMPENSATED
+    if recipe.quant_type is not QuantType.W8A8S or (recipe.target_bits is None and not compensated):
+        return {}
+    curves: list[RateCurve] = []
+    with BlockProgress("rate", quiet=quiet) as progress:
+        for block in rate_checkpoint(work, recipe, plan.groups):
+            curves += block.curves
+            progress.advance(block.done)
+    times.append(progress.time())
+    target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
+    bits = solve_bits(curves, target)
+    return {curve.name: wanted for curve, wanted in zip(curves, bits)}
+
+
+def _fall_back(
+    work: QuantizationRun,
+    recipe: Recipe,
+    plan: OutputPlan,
+    bits: Mapping[str, float],
+    job: QuantizationJob,
+    times: list[PassTime],
+    *,
+    quiet: bool,
+) -> Recipe:
+    """Measure every group first, then keep the worst float."""
+    reports: list[LinearReport] = []
+    with BlockProgress("measure", quiet=quiet) as progress:
+        for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
+            reports += block.reports
+            progress.advance(block.done)
+    times.append(progress.time())
+    kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
+    if not quiet:
+        names = [linear.name for group in kept for linear in group.group.linears]
+        stderr.print(f"{len(names)} linears stay float; the same by hand:", soft_wrap=True)
+        for name in names:
+            stderr.print(f"  --keep-float {name}", soft_wrap=True)
+    return with_fallback(recipe, kept)
+
+
+def _say_patterns(recipe: Recipe, config: ModelConfig, *, quiet: bool) -> None:
+    for rule in recipe.rules:
+        if rule.option and not quiet:
+            stderr.print(f"{rule.option} matches {count_matches(rule.pattern, config)} linears", soft_wrap=True)

@@ -1,0 +1,69 @@
+"""Smoothing of inputs without a norm: which rows of an earlier linear absorb their scales, and which scales.
+
+    o_proj(p v_proj(x)) and down_proj(silu(gate) * up(x)):   what divides a row of v or up divides its channels.
+
+The rows are written before the linears that read them, so both sides ask here; the answer depends on the float weights,
+the statistics and the recipe alone, so both get the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from glmq.calibration.stats import Statistics
+from glmq.checkpoint.reader import Checkpoint
+from glmq.model.glm4v import InputGroup
+from glmq.numerics.smooth import choose_row_scales
+from glmq.quantization.layer import NO_FOLD, RowFold
+from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.spec import QuantType, Smoothing
+
+
+def fold_into_rows(
+    source: Checkpoint, statistics: Statistics, recipe: Recipe, groups: Mapping[str, GroupPlan], group: InputGroup
+) -> RowFold:
+    """What the rows of an earlier linear absorb for `group`, which is quantized.
+
+    Raises:
+        CheckpointError: a weight with NaN or infinity.
+        StatisticsError: the statistics lack the group's input.
+    """
+    rows = group.source
+    if rows is None or recipe.scheme.smoothing is not Smoothing.SMOOTHQUANT:
+        return NO_FOLD
+    behind, short = _plan_with(groups, rows.linear), rows.linear.rpartition(".")[2]
+    if behind.quant_type is QuantType.FLOAT:
+        return RowFold(None, f"none ({short} stays float)")
+    (linear,) = group.linears
+    weight = source.read_finite(f"{linear.name}.weight").float()
+    stats, quant_type = statistics.input(group.site), groups[group.site].quant_type
+    scales = choose_row_scales(stats, weight, quant_type, run=rows.run, repeats=rows.repeats)
+    if scales is None:
+        return RowFold(None, "none (no gain expected)")
+    return RowFold(scales, f"folded into {short}, {float(scales.min()):.0f} to {float(scales.max()):.0f}")
+
+
+def row_divisors(
+    source: Checkpoint, statistics: Statistics, recipe: Recipe, groups: Mapping[str, GroupPlan], group: InputGroup
+) -> dict[str, Tensor]:
+    """What the rows of the linears of `group` absorb for later inputs: float32 [N, 1] each, by linear."""
+    divisors: dict[str, Tensor] = {}
+    shapes = {linear.name: linear for linear in group.linears}
+    for plan in groups.values():
+        rows = plan.group.source
+        if rows is None or rows.linear not in shapes or plan.quant_type is QuantType.FLOAT:
+            continue
+        scales = fold_into_rows(source, statistics, recipe, groups, plan.group).scales
+        if scales is not None:
+            divisor = torch.ones(shapes[rows.linear].rows, 1)
+            own = scales.reshape(-1, rows.repeats, rows.run)[:, 0].reshape(-1, 1)  # [heads, repeats, run] -> [rows, 1]
+            divisor[rows.first_row : rows.first_row + len(own)] = own
+            divisors[rows.linear] = divisor
+    return divisors
+
+
+def _plan_with(groups: Mapping[str, GroupPlan], linear: str) -> GroupPlan:
+    return next(plan for plan in groups.values() if any(shape.name == linear for shape in plan.group.linears))

@@ -1,0 +1,331 @@
+"""Options -> a frozen Recipe, and a Recipe -> the quantization type of every linear. What contradicts is refused here.
+
+Nothing is ignored in silence: an option without effect in the chosen mode is refused when set away from its default.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Final
+
+from glmq.errors import UsageError
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import DEFAULT_FLOAT, InputGroup, all_blocks
+from glmq.quantization.layer import GroupScheme
+from glmq.quantization.targets import ENGINES, Target, check_target
+from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
+
+GROUP_SIZES: Final = (64, 128, 256, 512)
+DEFAULT_GROUP_SIZE: Final = 64
+DEFAULT_FRACTION: Final = 0.01
+DEFAULT_SIGMA_FACTOR: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The mission's parameters of quantization, as given."""
+
+    w_bit: int = 8
+    a_bit: int = 8
+    anti_method: str = "m2"
+    act_method: int = 2
+    open_outlier: bool = True
+    is_dynamic: bool = False
+    is_lowbit: bool = False
+    co_sparse: bool = False
+    fraction: float = DEFAULT_FRACTION
+    do_smooth: bool = False
+    use_sigma: bool = False
+    sigma_factor: float = DEFAULT_SIGMA_FACTOR
+    torch_dtype: str = "bf16"
+    group_size: int = DEFAULT_GROUP_SIZE
+    mindie_format: bool = False
+    method: str = Method.COMPENSATED.value
+    target_bits: float | None = None
+    target_ratio: float | None = None
+    bias_correction: bool = False
+    keep_float: tuple[str, ...] = ()
+    layer: tuple[str, ...] = ()
+    target: str = Target.GENERIC.value
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """A pattern of linear names and the type that they get; of several that match, the last one counts."""
+
+    pattern: str
+    quant_type: QuantType
+    option: str
+    """How the user wrote it, for messages; empty for the default rules."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What quantize does to a checkpoint."""
+
+    quant_type: QuantType
+    """Of the model; linears may have another by rule."""
+    dtype: FloatDtype
+    scheme: GroupScheme
+    """Of linears with the model's type."""
+    mindie: bool
+    rules: tuple[LayerRule, ...]
+    group_size: int
+    """Of W4A8_DYNAMIC linears."""
+    target: Target
+    target_bits: float | None
+    """Mean entropy of the sparse linears' integers, bits per weight; None: the flags' rule decides."""
+
+    def rule_of(self, name: str) -> LayerRule | None:
+        """The rule that decides about a linear: the last one that matches."""
+        matching = [rule for rule in self.rules if fnmatchcase(name, rule.pattern)]
+        return matching[-1] if matching else None
+
+    def scheme_of(self, quant_type: QuantType) -> GroupScheme:
+        """The scheme of linears of that type."""
+        if quant_type is self.quant_type:
+            return self.scheme
+        group_size = self.group_size if quant_type is QuantType.W4A8_DYNAMIC else 0
+        weight = replace(self.scheme.weight, quant_type=quant_type, step_rule=StepRule.ROW_MAX, group_size=group_size)
+        return replace(self.scheme, weight=weight)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One norm group and what becomes of it."""
+
+    group: InputGroup
+    quant_type: QuantType
+    """FLOAT: the linears stay as they are."""
+
+
+def make_recipe(options: Options) -> Recipe:
+    """Check the options against each other.
+
+    Raises:
+        UsageError: a value out of range, options that contradict each other, or an option without effect.
+    """
+    _check_ranges(options)
+    quant_type = _quant_type(options)
+    rule = _step_rule(options, quant_type)
+    _refuse_without_effect(options, quant_type, rule)
+    dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
+    target = Target(options.target)
+    check_target(target, quant_type, dtype, mindie=options.mindie_format)
+    weight = WeightScheme(
+        quant_type=quant_type,
+        step_rule=rule,
+        method=Method(options.method),
+        fraction=options.fraction,
+        sigma_factor=options.sigma_factor,
+        group_size=options.group_size if quant_type is QuantType.W4A8_DYNAMIC else 0,
+        keep_outliers=options.open_outlier,
+    )
+    smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
+    scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), options.bias_correction)
+    rules = (
+        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in DEFAULT_FLOAT),
+        *(_parse_rule(text, quant_type, target) for text in options.layer),
+        *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
+    )
+    return Recipe(
+        quant_type,
+        dtype,
+        scheme,
+        options.mindie_format,
+        rules,
+        options.group_size,
+        target,
+        _target_bits(options, quant_type),
+    )
+
+
+def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
+    """The plan of every group, keyed by site, in model order.
+
+    Raises:
+        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize.
+    """
+    groups = [group for block in all_blocks(config) for group in block.groups]
+    for rule in recipe.rules:
+        if rule.option and not count_matches(rule.pattern, config):
+            names = [linear.name for group in groups for linear in group.linears]
+            near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
+            raise UsageError(
+                f"{rule.option} matches none of the model's {len(names)} linears; their names look like {near[0]!r}"
+            )
+    plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
+    for plan in plans.values():
+        _check_width(plan, recipe)
+    if all(plan.quant_type is QuantType.FLOAT for plan in plans.values()):
+        raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
+    return plans
+
+
+def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
+    """The vendor's fraction rule needs at least one outlier per row; glmq's own methods do without."""
+    weight = recipe.scheme_of(plan.quant_type).weight
+    by_fraction = plan.quant_type is QuantType.W8A8S and weight.step_rule is StepRule.FRACTION
+    if by_fraction and weight.method is Method.REFERENCE and int(weight.fraction * plan.group.width) < 1:
+        raise UsageError(
+            f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
+            "less than one; pass a larger --fraction or another --method"
+        )
+
+
+def count_matches(pattern: str, config: ModelConfig) -> int:
+    """How many linears of the model a pattern names (`*`, `?`, `[...]` as in a shell, case-sensitive)."""
+    return sum(
+        fnmatchcase(linear.name, pattern)
+        for block in all_blocks(config)
+        for group in block.groups
+        for linear in group.linears
+    )
+
+
+def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
+    pattern, equals, name = text.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'")
+    known = {t.value: t for t in QuantType if t is not QuantType.W8A8SC}
+    quant_type = known.get(name.upper())
+    if quant_type is None:
+        raise UsageError(f"--layer {text!r}: unknown type {name!r}; known are {', '.join(known)}")
+    if quant_type in (QuantType.FLOAT, model_type):
+        return LayerRule(pattern, quant_type, f"--layer {text!r}")
+    if quant_type is QuantType.W8A8S or model_type is QuantType.W8A8S:
+        raise UsageError(
+            f"--layer {text!r} in a {model_type.value} model: sparse linears cannot be mixed with other types, "
+            "their engine reads one type; use FLOAT or the model's own type"
+        )
+    if not ENGINES[target].mixes_types:
+        raise UsageError(
+            f"--layer {text!r} with --target {target.value}: MindIE reads one quantization type per model, "
+            f"this one is {model_type.value}; use FLOAT, or another target"
+        )
+    return LayerRule(pattern, quant_type, f"--layer {text!r}")
+
+
+def _group_type(group: InputGroup, recipe: Recipe) -> QuantType:
+    found: dict[QuantType, tuple[str, str]] = {}
+    for linear in group.linears:
+        rule = recipe.rule_of(linear.name)
+        quant_type = recipe.quant_type if rule is None else rule.quant_type
+        found.setdefault(quant_type, (linear.name, rule.option if rule else ""))
+    if len(found) > 1:
+        # The type that an option asked for comes before the one that was left as it was.
+        (first, (name, option)), (second, (other, _)) = sorted(found.items(), key=lambda item: not item[1][1])[:2]
+        raise UsageError(
+            f"{option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
+            "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
+        )
+    return next(iter(found))
+
+
+def _target_bits(options: Options, quant_type: QuantType) -> float | None:
+    if options.target_bits is None and options.target_ratio is None:
+        return None
+    name = "--target-bits" if options.target_ratio is None else "--target-ratio"
+    if options.target_bits is not None and options.target_ratio is not None:
+        raise UsageError("--target-bits with --target-ratio: they name the same size in two ways; choose one")
+    if quant_type is not QuantType.W8A8S and options.method == Method.PLAIN.value:
+        raise UsageError(
+            f"{name} with --method plain has no effect in {quant_type.value}: nearest integers keep the finest step there; "
+            "drop one of them"
+        )
+    if options.method == Method.REFERENCE.value:
+        raise UsageError(
+            f"{name} with --method reference: the vendor's rule alone decides the size there; drop one of them"
+        )
+    if options.target_bits is not None:
+        return options.target_bits
+    assert options.target_ratio is not None
+    return 8 * options.target_ratio
+
+
+def _check_ranges(options: Options) -> None:
+    if options.w_bit not in (4, 8):
+        raise UsageError(f"--w_bit {options.w_bit}: 4 or 8 is needed")
+    if options.a_bit != 8:
+        raise UsageError(f"--a_bit {options.a_bit}: only 8 is served")
+    if options.act_method not in (1, 2, 3):
+        raise UsageError(
+            f"--act_method {options.act_method}: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"
+        )
+    if not 0.01 <= options.fraction <= 0.1:
+        raise UsageError(f"--fraction {options.fraction}: a number from 0.01 to 0.1 is needed")
+    if not 1.0 <= options.sigma_factor <= 3.0:
+        raise UsageError(f"--sigma_factor {options.sigma_factor}: a number from 1.0 to 3.0 is needed")
+    if options.group_size not in GROUP_SIZES:
+        raise UsageError(f"--group_size {options.group_size}: one of 64, 128, 256, 512 is needed")
+
+
+def _quant_type(options: Options) -> QuantType:
+    if options.co_sparse and options.is_lowbit:
+        raise UsageError(
+            "--co_sparse True with --is_lowbit True: they are two algorithms for the same type; choose one"
+        )
+    if options.co_sparse and options.is_dynamic:
+        raise UsageError(
+            "--co_sparse True with --is_dynamic True: sparse types have static activations; drop one of them"
+        )
+    if options.co_sparse:
+        return QuantType.W8A8S
+    if options.w_bit == 4:
+        if not options.is_lowbit:
+            raise UsageError(
+                "--w_bit 4 needs an algorithm: --is_lowbit True (W8A8S), --co_sparse True (W8A8S), "
+                "or --is_lowbit True --is_dynamic True (W4A8_DYNAMIC)"
+            )
+        return QuantType.W4A8_DYNAMIC if options.is_dynamic else QuantType.W8A8S
+    if options.is_lowbit:
+        raise UsageError(
+            "--is_lowbit True with --w_bit 8: the low-bit sparse algorithm makes 4-bit weights; pass --w_bit 4"
+        )
+    return QuantType.W8A8_DYNAMIC if options.is_dynamic else QuantType.W8A8
+
+
+def _step_rule(options: Options, quant_type: QuantType) -> StepRule:
+    if quant_type is not QuantType.W8A8S:
+        return StepRule.ROW_MAX
+    if options.co_sparse:
+        return StepRule.TENSOR_FRACTION
+    return StepRule.SIGMA if options.use_sigma else StepRule.FRACTION
+
+
+def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule) -> None:
+    sparse = quant_type is QuantType.W8A8S
+    by_fraction = sparse and rule in (StepRule.FRACTION, StepRule.TENSOR_FRACTION)
+    if options.use_sigma and rule is not StepRule.SIGMA:
+        why = (
+            "--co_sparse True chooses outliers by --fraction"
+            if options.co_sparse
+            else f"{quant_type.value} splits none off"
+        )
+        raise UsageError(f"--use_sigma True has no effect here: {why}; drop it")
+    if options.sigma_factor != DEFAULT_SIGMA_FACTOR and rule is not StepRule.SIGMA:
+        raise UsageError(
+            f"--sigma_factor {options.sigma_factor} has no effect without --use_sigma True; drop it or add that"
+        )
+    if options.fraction != DEFAULT_FRACTION and not by_fraction:
+        why = "--use_sigma True chooses outliers by sigma" if sparse else f"{quant_type.value} splits no outliers off"
+        raise UsageError(f"--fraction {options.fraction} has no effect here: {why}; drop it")
+    if not options.open_outlier and not sparse and quant_type is not QuantType.W4A8_DYNAMIC:
+        raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
+    if options.act_method != 2 and not quant_type.is_static:
+        raise UsageError(
+            f"--act_method {options.act_method} has no effect with --is_dynamic True: ranges are found at run time; drop it"
+        )
+    if options.bias_correction and not quant_type.is_static:
+        raise UsageError(
+            f"--bias-correction has no effect in {quant_type.value}: its linears have no quant_bias to correct; drop it"
+        )
+    if options.bias_correction and options.method == Method.REFERENCE.value:
+        raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
+    if options.group_size != DEFAULT_GROUP_SIZE and quant_type is not QuantType.W4A8_DYNAMIC:
+        raise UsageError(
+            f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "
+            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups; drop it"
+        )

@@ -1,0 +1,65 @@
+"""glmq_report.json and glmq_report.csv beside the weights: what was done, per linear and by part."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Final
+
+from glmq import __version__
+from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue, write_json
+from glmq.quantization.recipe import Recipe
+from glmq.quantization.stream import PartBytes
+from glmq.records import LinearReport, report_row
+
+SCHEMA: Final = "glmq.quantize/1"
+NAME: Final = "glmq_report"
+
+
+def report_document(
+    reports: Sequence[LinearReport],
+    parts: Sequence[PartBytes],
+    recipe: Recipe,
+    samples_digest: str,
+    checksums_digest: str,
+) -> JsonObject:
+    """The report as one JSON object.
+
+    Args:
+        checksums_digest: of glmq_checksums.json, so that a lost or replaced one is noticed.
+    """
+    weight = recipe.scheme.weight
+    return {
+        "schema": SCHEMA,
+        "glmq": __version__,
+        "quant_type": recipe.quant_type.value,
+        "dtype": recipe.dtype.value,
+        "method": weight.method.value,
+        "step_rule": weight.step_rule.value,
+        "smoothing": recipe.scheme.smoothing.value,
+        "act_range": recipe.scheme.act_range.name.lower(),
+        "samples_sha256": samples_digest,
+        "checksums": checksums_digest,
+        "bytes": [{"part": p.part.value, "before": p.before, "after": p.after} for p in parts],
+        "linears": [_row(report) for report in reports],
+    }
+
+
+def write_report(folder: Path, document: JsonObject, reports: Sequence[LinearReport]) -> None:
+    """Write both files into `folder`, mode 0640."""
+    write_json(folder / f"{NAME}.json", document, indent=1)
+    path = folder / f"{NAME}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(
+            file, [field.name for field in fields(LinearReport) if field.name != "seconds"], lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(_row(report) for report in reports)
+    path.chmod(FILE_MODE)
+
+
+def _row(report: LinearReport) -> dict[str, JsonValue]:
+    """A report without its time, so that equal runs write equal bytes."""
+    return {key: value for key, value in report_row(report).items() if key != "seconds"}

@@ -1,0 +1,256 @@
+"""What inspect and verify found: the records that their tables and pages are drawn from, and as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from glmq.checkpoint.checksums import CHECKSUMS
+from glmq.checkpoint.json_file import JsonObject, JsonValue
+from glmq.inspection.folder import Folder
+from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_part, totals_by_type
+from glmq.records import Finding
+from glmq.verification.engines import Target, describe_engines
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from glmq.inspection.compare import HistogramPair, Incomparable, KeyChange, LayerDiff, NamePattern, WeightDiff
+    from glmq.inspection.values import TensorValues
+    from glmq.verification.arithmetic import LinearArithmetic
+    from glmq.verification.behaviour import BlockBehaviour, LinearBehaviour
+    from glmq.verification.checks import Limits
+    from glmq.verification.predictions import Predictions
+
+INSPECT_SCHEMA: Final = "glmq.inspect/1"
+COMPARE_SCHEMA: Final = "glmq.compare/1"
+VERIFY_SCHEMA: Final = "glmq.verify/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """Everything `glmq inspect A` found."""
+
+    folder: Folder
+    rows: Sequence[TensorRow]
+    """Those that were asked for."""
+    values: Mapping[str, TensorValues]
+    """By tensor name; empty unless asked for."""
+    engines: Mapping[Target, Sequence[Finding]]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything `glmq inspect A B` found."""
+
+    a: Folder
+    b: Folder
+    diffs: Sequence[WeightDiff]
+    """Worst first."""
+    incomparable: Sequence[Incomparable]
+    layers: Sequence[LayerDiff]
+    only_a: Sequence[NamePattern]
+    only_b: Sequence[NamePattern]
+    config: Sequence[KeyChange]
+    description: Sequence[KeyChange]
+    histograms: Sequence[HistogramPair]
+    """Of the worst matrices, for the page; may be empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What both models say about one picture."""
+
+    name: str
+    reference: str
+    candidate: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Everything `glmq verify` found."""
+
+    candidate: Path
+    reference: Path | None
+    what: str
+    """The candidate in one line."""
+    has_checksums: bool
+    """A file beside the weights knows every stored bit: glmq_checksums.json, or the manifest of a compressed folder."""
+    findings: Sequence[Finding]
+    linears: Sequence[LinearArithmetic]
+    blocks: Sequence[BlockBehaviour]
+    predictions: Predictions | None
+    captions: Sequence[Caption]
+    limits: Limits
+    checks: Mapping[int, str]
+    """What the number of a finding stands for."""
+
+    @property
+    def passed(self) -> bool:
+        """No error; warnings may be there."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def not_checked(self) -> list[str]:
+        """What was left out, and in brackets what it needs."""
+        left = [] if self.has_checksums else [f"single bits (no {CHECKSUMS} was written)"]
+        left += ["the float weights (--reference)"] if self.reference is None else []
+        if self.predictions is None and self.linears:
+            left.append("behaviour (--calib-images or --cases, with --reference)")
+        return left
+
+    @property
+    def behaviours(self) -> dict[str, LinearBehaviour]:
+        """By linear."""
+        return {linear.name: linear for block in self.blocks for linear in block.linears}
+
+
+# JSON and CSV
+
+
+def to_json(record: DataclassInstance) -> JsonObject:
+    """A record's fields as JSON values: enums by their value, paths as text, numbers that are not finite as null."""
+    return {key: _json(value) for key, value in asdict(record).items()}
+
+
+def _json(value: object) -> JsonValue:
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return str(value)
+
+
+def inspection_document(found: Inspection) -> JsonObject:
+    """`glmq inspect A --json`."""
+    folder, every = found.folder, tensor_rows(found.folder)
+    return {
+        "schema": INSPECT_SCHEMA,
+        "folder": str(folder.directory),
+        "what": describe_folder(folder),
+        "for": describe_engines(folder),
+        "kind": folder.kind.name.lower(),
+        "quant_type": folder.quant_type,
+        "form": folder.form,
+        "tensors_total": len(folder.tensors),
+        "bytes_total": folder.nbytes,
+        "problems": list(folder.problems),
+        "engines": {target.value: [to_json(f) for f in findings] for target, findings in found.engines.items()},
+        "parts": [to_json(total) for total in totals_by_part(every)],
+        "types": [to_json(total) for total in totals_by_type(every)],
+        "tensors": [_row_document(row, found.values.get(row.name)) for row in found.rows],
+    }
+
+
+def _row_document(row: TensorRow, values: TensorValues | None) -> JsonObject:
+    document: JsonObject = {
+        "name": row.name,
+        "layer": row.layer,
+        "role": row.role,
+        "part": row.part.value,
+        "quant_type": row.quant_type,
+        "dtype": row.dtype,
+        "shape": list(row.shape),
+        "bytes": row.nbytes,
+        "file": row.tensor.file.name,
+    }
+    return document if values is None else {**document, "values": to_json(values)}
+
+
+def inspection_csv(found: Inspection) -> list[JsonObject]:
+    """One row per tensor."""
+    rows: list[JsonObject] = []
+    for row in found.rows:
+        document = _row_document(row, None)
+        document["shape"] = "x".join(str(n) for n in row.shape)
+        values = found.values.get(row.name)
+        if values is not None:
+            numbers = to_json(values)
+            del numbers["histogram"]
+            document |= numbers
+        rows.append(document)
+    return rows
+
+
+def diff_document(diff: WeightDiff) -> JsonObject:
+    """One compared tensor, derived numbers included."""
+    return {**to_json(diff), "relative_l2": _json(diff.relative_l2), "sqnr_db": _json(diff.sqnr_db)}
+
+
+def comparison_document(found: Comparison) -> JsonObject:
+    """`glmq inspect A B --json`."""
+    return {
+        "schema": COMPARE_SCHEMA,
+        "a": str(found.a.directory),
+        "b": str(found.b.directory),
+        "what_a": describe_folder(found.a),
+        "what_b": describe_folder(found.b),
+        "tensors": [diff_document(diff) for diff in found.diffs],
+        "layers": [to_json(layer) for layer in found.layers],
+        "incomparable": [to_json(row) for row in found.incomparable],
+        "only_in_a": [to_json(row) for row in found.only_a],
+        "only_in_b": [to_json(row) for row in found.only_b],
+        "config": [to_json(row) for row in found.config],
+        "description": [to_json(row) for row in found.description],
+    }
+
+
+def comparison_csv(found: Comparison) -> list[JsonObject]:
+    """One row per compared tensor; pairs and triples in columns of their own."""
+    rows: list[JsonObject] = []
+    for diff in found.diffs:
+        document = diff_document(diff)
+        low, high = diff.undone or (None, None)
+        smallest, median, largest = diff.step_ratio or (None, None, None)
+        del document["undone"], document["step_ratio"]
+        document |= {"undone_min": low, "undone_max": high}
+        document |= {"step_ratio_min": smallest, "step_ratio_median": median, "step_ratio_max": largest}
+        rows.append(document)
+    return rows
+
+
+def verification_document(found: Verification) -> JsonObject:
+    """`glmq verify --json`."""
+    counts: dict[str, JsonValue] = {}
+    for finding in found.findings:
+        key = found.checks[finding.check]
+        before = counts.get(key, 0)
+        assert isinstance(before, int)
+        counts[key] = before + 1
+    return {
+        "schema": VERIFY_SCHEMA,
+        "candidate": str(found.candidate),
+        "reference": None if found.reference is None else str(found.reference),
+        "what": found.what,
+        "passed": found.passed,
+        "errors": sum(f.severity == "error" for f in found.findings),
+        "warnings": sum(f.severity == "warning" for f in found.findings),
+        "not_checked": found.not_checked,
+        "counts": counts,
+        "findings": [to_json(finding) for finding in found.findings],
+        "linears": [to_json(linear) for linear in found.linears],
+        "blocks": [to_json(block) for block in found.blocks],
+        "predictions": None if found.predictions is None else to_json(found.predictions),
+        "captions": [to_json(caption) for caption in found.captions],
+        "limits": to_json(found.limits),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[JsonObject]) -> None:
+    """Write rows with the same keys."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if rows:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)

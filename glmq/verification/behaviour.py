@@ -1,0 +1,363 @@
+"""What a checkpoint does: float against candidate block by block, and captions of a small model.
+
+Both models run side by side through the same inputs, one block of each in memory. The candidate's int8 linears compute in
+the NPU's own arithmetic. Sums run in float64 in the order of the samples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.inspection.scaling import Scaling, find_scalings
+from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
+from glmq.model.config import ModelConfig, read_config
+from glmq.model.glm4v import LM_HEAD, TEXT, Block, all_blocks, merger_block, text_blocks, vision_block
+from glmq.model.inputs import ModelInputs
+from glmq.numerics.affine import covered_range
+from glmq.records import BlockDone, QuantizedLinear
+from glmq.verification.int8_model import Int8Linear, int8_linears, open_model, placed
+from glmq.verification.predictions import HEAD_ROWS, Head, HeadSums, Predictions, scored_places, summarize, target_ids
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One input that both models are given."""
+
+    name: str
+    has_image: bool
+    encode: Callable[[], ModelInputs]
+    """Makes the input; called three times, so that the pixels of many images need not be held."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearBehaviour:
+    """One int8 linear on the given inputs."""
+
+    name: str
+    error: float
+    """||y_q - y|| / ||y||; both are fed the float model's hidden states, the candidate through its own norm or scaled as its
+    earlier linears would, and its outputs scaled back."""
+    covered_low: float
+    covered_high: float
+    """What the int8 activation represents; both 0 for dynamic types."""
+    seen_low: float
+    seen_high: float
+    """Of the candidate's own input, while it runs on its own hidden states."""
+    clipped_share: float
+    """Share of those input values that lie more than half a step outside what is covered."""
+    excess: float
+    """How far the farthest value lies outside, as a share of the covered width; 0 where nothing clips."""
+    excess_sample: str
+    """The sample of that value; empty where nothing clips."""
+    largest_output: float
+    """Largest |y| of the candidate on its own hidden states."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBehaviour:
+    """One block on the given inputs, each model on its own hidden states."""
+
+    done: BlockDone
+    error: float
+    """||h_q - h|| / ||h|| of the hidden states after the block: what has built up so far."""
+    linears: tuple[LinearBehaviour, ...]
+
+
+def compare_behaviour(
+    reference: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case]
+) -> Iterator[BlockBehaviour | Predictions]:
+    """Run the cases through both checkpoints.
+
+    Args:
+        reference: float.
+        candidate: float or quantized, not compressed.
+        config: of both.
+        cases: at least one.
+
+    Yields:
+        One record after each block of the vision tower (if there are images), the merger and each text layer,
+        and at the end the predictions.
+
+    Raises:
+        CheckpointError: a tensor of either is missing, not finite, has another shape or contradicts others.
+    """
+    pair = _Pair(open_model(reference, config), open_model(candidate, config))
+    groups = [group for block in all_blocks(config) for group in block.groups]
+    scalings = find_scalings(reference, candidate, groups)
+    run = _Run(pair, config, cases, {name: scalings[name] for name in int8_linears(candidate)})
+    has_images = any(case.has_image for case in cases)
+    total = config.layers + (config.vision_depth + 1 if has_images else 0)
+    started = time.perf_counter()
+    for index, (name, error, linears) in enumerate(run.steps(has_images=has_images)):
+        now = time.perf_counter()
+        done = BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss)
+        yield BlockBehaviour(done, error, linears)
+        started = time.perf_counter()
+    yield run.predictions()
+
+
+@contextmanager
+def whole_model(directory: Path) -> Iterator[StreamedModel]:
+    """A checkpoint folder, float or quantized, wholly in memory: float32, int8 linears in the NPU's own arithmetic.
+
+    For small models, such as the embedded one: nothing is streamed.
+
+        with whole_model(folder) as model:
+            print(preprocessor.decode(generate(model, preprocessor.encode(image, prompt, None), 60)))
+
+    Raises:
+        ModelError: config.json is not a GLM-4.1V's.
+        CheckpointError: a tensor is missing, has another shape, is not finite, or is compressed.
+    """
+    with Checkpoint.open(directory) as source:
+        model = open_model(source, read_config(directory))
+        with placed(model, "model", LM_HEAD):
+            yield model
+
+
+def caption(
+    checkpoint: Checkpoint, config: ModelConfig, questions: Sequence[ModelInputs], max_tokens: int
+) -> list[list[int]]:
+    """The greedy answer to each question by a small checkpoint, float or quantized, wholly in memory.
+
+    Raises:
+        CheckpointError: as `whole_model`.
+    """
+    model = open_model(checkpoint, config)
+    with placed(model, "model", LM_HEAD):
+        return [generate(model, question, max_tokens) for question in questions]
+
+
+@torch.no_grad()
+def generate(model: StreamedModel, inputs: ModelInputs, max_tokens: int) -> list[int]:
+    """The greedy continuation of `inputs` by a wholly placed model: at most `max_tokens` ids, without the end token."""
+    ends = model.config.eos_token_ids
+    output = model.model.generate(  # type: ignore[operator]
+        **(inputs.model_kwargs(model) | {"use_cache": True}),
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=ends[0],
+    )
+    made: list[int] = output[0, inputs.tokens :].tolist()
+    return made[:-1] if made and made[-1] in ends else made
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The two models."""
+
+    reference: StreamedModel
+    candidate: StreamedModel
+
+    @contextmanager
+    def placed(self, *names: str) -> Iterator[None]:
+        with placed(self.reference, *names), placed(self.candidate, *names):
+            yield
+
+
+@dataclass(slots=True)
+class _Calls:
+    """One sample's call of the next block in each model."""
+
+    reference: BlockCall
+    candidate: BlockCall
+
+
+class _LinearSums:
+    """What is added up for one int8 linear over the samples."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._noise = self._signal = 0.0
+        self._covered = (0.0, 0.0)
+        self._low, self._high = math.inf, -math.inf
+        self._values = self._clipped = 0
+        self._excess, self._excess_sample = 0.0, ""
+        self._largest = 0.0
+
+    def add_error(self, y_candidate: Tensor, y: Tensor) -> None:
+        self._noise += (y_candidate - y).double().square().sum().item()
+        self._signal += y.double().square().sum().item()
+
+    def add_input(self, x: Tensor, linear: QuantizedLinear, sample: str) -> None:
+        low, high = (float(v) for v in torch.aminmax(x))
+        self._low, self._high = min(self._low, low), max(self._high, high)
+        self._values += x.numel()
+        if linear.activation is None:
+            return
+        self._covered = bottom, top = covered_range(linear.activation)
+        half = linear.activation.scale / 2  # rounding brings these back inside
+        self._clipped += int(((x < bottom - half) | (x > top + half)).sum())
+        excess = max(bottom - half - low, high - top - half) / (top - bottom)
+        if excess > self._excess:
+            self._excess, self._excess_sample = excess, sample
+
+    def add_output(self, y: Tensor) -> None:
+        self._largest = max(self._largest, float(y.abs().max()))
+
+    def finish(self) -> LinearBehaviour:
+        return LinearBehaviour(
+            name=self._name,
+            error=_ratio(self._noise, self._signal),
+            covered_low=self._covered[0],
+            covered_high=self._covered[1],
+            seen_low=self._low,
+            seen_high=self._high,
+            clipped_share=self._clipped / max(1, self._values),
+            excess=self._excess,
+            excess_sample=self._excess_sample,
+            largest_output=self._largest,
+        )
+
+
+class _Run:
+    """One comparison: the calls in flight, nothing else."""
+
+    def __init__(self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: Mapping[str, Scaling]) -> None:
+        self._pair, self._config, self._cases, self._int8 = pair, config, cases, int8
+        self._calls: dict[int, _Calls] = {}
+        self._sample = ""
+
+    def steps(self, *, has_images: bool) -> Iterator[tuple[str, float, tuple[LinearBehaviour, ...]]]:
+        """Do the work; yields name, built-up error and linears of each block when it is done."""
+        if has_images:
+            self._start_vision()
+            for index in range(self._config.vision_depth):
+                yield self._replay(vision_block(self._config, index))
+        merged = self._start_text()
+        if has_images:
+            yield merged
+        for block in text_blocks(self._config):
+            yield self._replay(block)
+
+    def predictions(self) -> Predictions:
+        """The predicted tokens; needs all steps done."""
+        pair = self._pair
+        inputs = [case.encode() for case in self._cases]
+        places = [scored_places(i) for i in inputs]
+        hidden: list[Tensor] = []
+        with pair.placed(f"{TEXT}.norm"), torch.no_grad():
+            for model, of in ((pair.reference, "reference"), (pair.candidate, "candidate")):
+                norm = model.module(f"{TEXT}.norm")
+                rows = [norm(getattr(self._calls[i], of).hidden)[0, place] for i, place in enumerate(places)]
+                hidden.append(torch.cat(rows).float())  # [positions, width]
+        targets = torch.cat([target_ids(i, place) for i, place in zip(inputs, places, strict=True)])
+        sums = HeadSums(targets)
+        heads = [Head(model.source) for model in (pair.reference, pair.candidate)]
+        for start in range(0, self._config.vocab_size, HEAD_ROWS):
+            stop = min(start + HEAD_ROWS, self._config.vocab_size)
+            sums.add(start, *(head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True)))
+        return summarize(sums, [case.name for case in self._cases], [place.numel() for place in places])
+
+    def _start_vision(self) -> None:
+        pair = self._pair
+        with pair.placed(*VISION_STEM):
+            for index, case in enumerate(self._cases):
+                if case.has_image:
+                    inputs = case.encode()
+                    self._calls[index] = _Calls(pair.reference.vision_call(inputs), pair.candidate.vision_call(inputs))
+
+    def _start_text(self) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
+        block, pair = merger_block(self._config), self._pair
+        parts = VISION_TAIL if self._calls else ()
+        sums = self._sums(block)
+        with pair.placed(*parts), self._watching(block, sums):
+            for index, case in enumerate(self._cases):
+                self._sample = case.name
+                inputs, vision = case.encode(), self._calls.get(index)
+                with pair.reference.embedding_rows(inputs.ids), pair.candidate.embedding_rows(inputs.ids):
+                    self._calls[index] = _Calls(
+                        pair.reference.text_call(inputs, None if vision is None else vision.reference),
+                        pair.candidate.text_call(inputs, None if vision is None else vision.candidate),
+                    )
+        return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
+
+    def _replay(self, block: Block) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
+        pair, sums = self._pair, self._sums(block)
+        with pair.placed(block.name), self._watching(block, sums):
+            for index, calls in self._calls.items():
+                self._sample = self._cases[index].name
+                calls.reference.hidden = pair.reference.replay(block.name, calls.reference)
+                calls.candidate.hidden = pair.candidate.replay(block.name, calls.candidate)
+        return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
+
+    def _built_up(self) -> float:
+        noise = signal = 0.0
+        for calls in self._calls.values():
+            reference = calls.reference.hidden.double()
+            noise += (calls.candidate.hidden.double() - reference).square().sum().item()
+            signal += reference.square().sum().item()
+        return _ratio(noise, signal)
+
+    def _sums(self, block: Block) -> dict[str, _LinearSums]:
+        return {
+            linear.name: _LinearSums(linear.name)
+            for group in block.groups
+            for linear in group.linears
+            if linear.name in self._int8
+        }
+
+    @contextmanager
+    def _watching(self, block: Block, sums: Mapping[str, _LinearSums]) -> Iterator[None]:
+        """While the context lasts, feed both models' int8 linears to their sums."""
+        pair = self._pair
+        before_norm: dict[str, Tensor] = {}
+
+        def remember(norm: str) -> object:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                before_norm[norm] = args[0]
+
+            return pair.reference.module(norm).register_forward_pre_hook(hook)
+
+        def measure_error(name: str, norm: str | None) -> object:
+            scaling = self._int8[name]
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+                if norm is not None:
+                    x = pair.candidate.module(norm)(before_norm[norm])
+                else:
+                    x = args[0] if scaling.columns is None else args[0] / scaling.columns
+                # forward, not a call: the candidate's own hooks see its own inputs only
+                found = pair.candidate.module(name).forward(x)
+                sums[name].add_error(found if scaling.rows is None else found / scaling.rows, y)
+
+            return pair.reference.module(name).register_forward_hook(hook)
+
+        def measure_use(name: str) -> object:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+                assert isinstance(module, Int8Linear)
+                sums[name].add_input(args[0], module.linear, self._sample)
+                sums[name].add_output(y)
+
+            return pair.candidate.module(name).register_forward_hook(hook)
+
+        handles: list[object] = []
+        for group in block.groups:
+            watched = [linear.name for linear in group.linears if linear.name in sums]
+            if watched and group.norm is not None:
+                handles.append(remember(group.norm))
+            for name in watched:
+                handles += [measure_error(name, group.norm), measure_use(name)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()  # type: ignore[attr-defined]
+
+
+def _ratio(noise: float, signal: float) -> float:
+    """sqrt(noise / signal); 0 where both vanish, infinite where only the signal does."""
+    if signal == 0:
+        return 0.0 if noise == 0 else math.inf
+    return math.sqrt(noise / signal)

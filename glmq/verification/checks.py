@@ -1,0 +1,183 @@
+"""Is a checkpoint right? Structure, the engines' look-ups, arithmetic and behaviour, each as findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, GlmqError
+from glmq.inspection.folder import Kind, scan_folder
+from glmq.inspection.scaling import find_scalings
+from glmq.model.config import ModelConfig, read_config
+from glmq.model.glm4v import all_blocks
+from glmq.records import Finding
+from glmq.verification.arithmetic import (
+    LinearArithmetic,
+    check_shifts,
+    judge_against_report,
+    judge_linear,
+    measure_linears,
+)
+from glmq.verification.behaviour import BlockBehaviour
+from glmq.verification.checksums import CHECKSUMS_CHECK, check_checksums
+from glmq.verification.engines import Target, check_target
+from glmq.verification.files import read_report
+from glmq.verification.parts import check_manifest, check_parts, check_portable, is_compressed
+from glmq.verification.predictions import Predictions
+from glmq.verification.structure import check_structure
+
+BEHAVIOUR_CHECK: Final = 31
+
+CHECKS: Final[Mapping[int, str]] = {
+    1: "one description file",
+    2: "description: type, version, keys",
+    3: "description: group size",
+    4: "weight files and their index",
+    5: "tensors and description agree",
+    6: "no tensor lost, added or changed",
+    7: "tensors of each quantized linear",
+    8: "shapes",
+    9: "dtypes",
+    10: "values",
+    11: "quant_bias and scales recomputed",
+    12: "linears of one input agree",
+    13: "sparse types are float16",
+    14: "vision tower described",
+    15: "norms",
+    16: "distance from the float weights",
+    17: "config.json",
+    18: "tokenizer and processor files",
+    19: "modes and names of files",
+    20: "MindIE's look-ups",
+    21: "parts: files and config.json",
+    22: "parts: names",
+    23: "parts: compressed tensors",
+    24: "parts: bias of row-parallel linears",
+    25: "parts: against the W8A8S checkpoint",
+    27: "shards: files and config.json",
+    28: "shards: compressed tensors",
+    29: "vLLM-Ascend's look-ups",
+    30: "integers of each linear",
+    31: "behaviour",
+    32: "integers as glmq_report.json says",
+    33: "bytes as glmq_manifest.json says",
+    CHECKSUMS_CHECK: "bytes as glmq_checksums.json says",
+}
+"""What the number of a finding stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What behaviour is still right."""
+
+    max_kl: float = 0.1
+    """Mean KL(float || candidate), nats. Good 8-bit checkpoints have under 0.01, sparse ones under 0.05."""
+    min_top1: float = 0.9
+    """Share of positions with the same most likely token."""
+    max_error: float = 0.3
+    """||y_q - y|| / ||y|| of the worst linear."""
+    max_clipped: float = 0.02
+    """Share of a linear's inputs outside what its int8 activation covers; more is a warning."""
+
+
+def verify_files(
+    candidate: Path, reference: Path | None, targets: Sequence[Target]
+) -> Iterator[Finding | LinearArithmetic]:
+    """Everything but behaviour.
+
+    Args:
+        candidate: an un-sharded quantized checkpoint, an engine's parts, or a portable folder.
+        reference: the float checkpoint it was made from; for compressed weights, the W8A8S checkpoint.
+        targets: engines whose look-ups are emulated.
+
+    Yields:
+        Findings, and the numbers of each integer linear of an un-sharded checkpoint.
+
+    Raises:
+        CheckpointError: `candidate` is no folder with weights, or `reference` is unusable.
+    """
+    folder = scan_folder(candidate)
+    if folder.kind is Kind.STATISTICS:
+        raise CheckpointError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
+    for target in targets:
+        yield from check_target(folder, target)
+    if is_compressed(candidate):
+        yield from check_manifest(candidate)
+        if folder.kind in (Kind.PARTS, Kind.SHARDED):
+            yield from check_parts(folder, reference)
+        elif reference is not None:
+            yield from check_portable(candidate, reference)
+        return
+    source = None if reference is None else Checkpoint.open(reference)
+    try:
+        yield from check_structure(candidate, source)
+        yield from _verify_linears(candidate, source)
+    finally:
+        if source is not None:
+            source.close()
+
+
+def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Finding | LinearArithmetic]:
+    config = usable_config(candidate, source)
+    groups = [] if config is None else [group for block in all_blocks(config) for group in block.groups]
+    report = read_report(candidate)
+    try:
+        checkpoint = Checkpoint.open(candidate)
+    except CheckpointError:  # the structure's findings say why
+        return
+    with checkpoint:
+        yield from check_checksums(checkpoint, report)
+        if source is not None:
+            yield from check_shifts(checkpoint, groups)
+        scalings = {} if source is None else find_scalings(source, checkpoint, groups)
+        for record in measure_linears(checkpoint, source, scalings):
+            yield record
+            if isinstance(record, LinearArithmetic):
+                yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))
+                yield from judge_against_report(record, report)
+
+
+def _is_fp16(checkpoint: Checkpoint, linear: str) -> bool:
+    """A static linear of a float16 model stores deq_scale as integers."""
+    name = f"{linear}.deq_scale"
+    return name in checkpoint and checkpoint[name].dtype == "I64"
+
+
+def usable_config(candidate: Path, source: Checkpoint | None) -> ModelConfig | None:
+    """The candidate's configuration, or the source's where it has no usable one; None where neither has."""
+    for directory in (candidate, *(() if source is None else (source.directory,))):
+        try:
+            return read_config(directory)
+        except GlmqError:
+            continue
+    return None
+
+
+def judge_block(block: BlockBehaviour, limits: Limits, *, is_fp16: bool) -> Iterator[Finding]:
+    """What is wrong with how a block behaves."""
+    for linear in block.linears:
+        if not linear.error <= limits.max_error:
+            message = f"is {linear.error:.3g} away from the float linear's output, wanted at most {limits.max_error:g}"
+            yield Finding(BEHAVIOUR_CHECK, "error", linear.name, message)
+        if is_fp16 and linear.largest_output > 65504:
+            message = f"reaches {linear.largest_output:.4g}, float16 ends at 65504"
+            yield Finding(BEHAVIOUR_CHECK, "error", linear.name, message)
+        if linear.clipped_share > limits.max_clipped:
+            message = (
+                f"clips {linear.clipped_share:.1%} of its inputs ({linear.seen_low:.3g} to {linear.seen_high:.3g} seen, "
+                f"{linear.covered_low:.3g} to {linear.covered_high:.3g} covered), most on {linear.excess_sample}"
+            )
+            yield Finding(BEHAVIOUR_CHECK, "warning", linear.name, message)
+
+
+def judge_predictions(predictions: Predictions, limits: Limits) -> Iterator[Finding]:
+    """What is wrong with the predicted tokens."""
+    if not predictions.kl <= limits.max_kl:
+        message = f"KL from the float model is {predictions.kl:.4g} nats, wanted at most {limits.max_kl:g}"
+        yield Finding(BEHAVIOUR_CHECK, "error", "", message)
+    if not predictions.top1 >= limits.min_top1:
+        message = f"agrees on the most likely token at {predictions.top1:.1%}, wanted at least {limits.min_top1:.0%}"
+        yield Finding(BEHAVIOUR_CHECK, "error", "", message)

@@ -1,0 +1,254 @@
+"""check_structure(): whether a folder is a quantized GLM-4.1V that the engines load and compute rightly with.
+
+The checks are numbered: 1-3 description, 4-5 weight files, 6-7 which tensors, 8-9 shapes and dtypes, 10-11 values and
+their relations, 12-14 what must agree between linears, 15 norms, 16 distance from the float weights, 17 config.json,
+18 side files, 19 modes and names. One tensor, or a piece of one, is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from glmq.checkpoint.description import Description, vllm_aliases
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError
+from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
+from glmq.inspection.weights import pieces_of
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import VISION, InputGroup, all_blocks, expected_shapes, rms_norms
+from glmq.records import Finding
+from glmq.spec import FloatDtype, QuantType
+from glmq.verification.files import (
+    check_config,
+    check_description,
+    check_modes,
+    check_side_files,
+    check_weight_files,
+    is_mindie,
+    read_report,
+    row_of,
+    run_dtype,
+)
+from glmq.verification.linears import SUFFIXES, Subject, check_linear
+
+BIASED_NORMS: Final = (".input_layernorm", ".post_attention_layernorm")
+"""The norms whose bias every engine adds; elsewhere a bias is ignored."""
+
+_CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A checkpoint whose parts could all be read."""
+
+    checkpoint: Checkpoint
+    description: Description
+    config: ModelConfig
+    source: Checkpoint | None
+    is_mindie: bool
+    linears: Mapping[str, QuantType]
+    """Quantized linears and their types, by the description."""
+
+    @property
+    def dtype(self) -> FloatDtype | None:
+        return run_dtype(self.config)
+
+
+def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Finding]:
+    """Examine the quantized checkpoint in `candidate`.
+
+    Args:
+        candidate: a folder as `quantize` writes it, or another tool does.
+        source: the float checkpoint it was made from; without it, what needs a comparison is left out.
+
+    Yields:
+        What is wrong, nothing for a good checkpoint. Where a file cannot be read, what depends on it is left out.
+
+    Raises:
+        CheckpointError: `candidate` is not a folder.
+    """
+    if not candidate.is_dir():
+        raise CheckpointError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
+    description = yield from check_description(candidate)
+    config = yield from check_config(candidate, description, source)
+    yield from check_side_files(candidate, source)
+    yield from check_modes(candidate)
+    if description is None or config is None:
+        return
+    checkpoint = yield from check_weight_files(candidate, description.model_quant_type)
+    if checkpoint is None:
+        return
+    with checkpoint:
+        linears = {
+            base: QuantType(kind)
+            for name, kind in description.tensors.items()
+            for base in [name.removesuffix(".weight")]
+            if name in checkpoint and base != name and not base.endswith(".module") and kind in _known_types()
+        }
+        case = _Case(checkpoint, description, config, source, is_mindie(candidate), linears)
+        yield from _check_keys(case)
+        yield from _check_names(case)
+        yield from _check_agreement(case)
+        yield from _check_norms(case)
+        scalings = {} if source is None else find_scalings(source, checkpoint, _groups(config))
+        yield from _check_floats(case, scalings)
+        report = read_report(candidate)
+        for name, kind in linears.items():
+            shift = row_of(report, name).get("bias_shift")
+            yield from check_linear(
+                Subject(
+                    name=name,
+                    kind=kind,
+                    checkpoint=checkpoint,
+                    source=source,
+                    dtype=case.dtype,
+                    is_mindie=case.is_mindie,
+                    group_size=description.group_size,
+                    scaling=scalings.get(name, UNSCALED),
+                    bias_shift=shift if isinstance(shift, int) else 0,
+                )
+            )
+
+
+def _known_types() -> set[str]:
+    return {kind.value for kind in SUFFIXES}
+
+
+def _groups(config: ModelConfig) -> Iterator[InputGroup]:
+    return (group for block in all_blocks(config) for group in block.groups)
+
+
+def _check_keys(case: _Case) -> Iterator[Finding]:
+    """Checks 5, 7, 12 and 14 on the description's keys."""
+    tensors, kind = case.description.tensors, case.description.model_quant_type
+    for name in case.checkpoint:
+        if name not in tensors:
+            yield Finding(5, "error", name, "is stored but not in the description")
+    stored = {name: value for name, value in tensors.items() if name in case.checkpoint}
+    aliases = {} if case.is_mindie else vllm_aliases(stored)
+    for name, value in tensors.items():
+        if name not in case.checkpoint and aliases.get(name) != value:
+            yield Finding(5, "error", name, f"is described as {value} but not stored, and is no alias of what is")
+        elif value not in ("FLOAT", kind):
+            # vLLM-Ascend reads a type per layer, MindIE one for the model: a mixture is wrong for one engine only.
+            severity: Literal["error", "warning"] = "warning" if value in _known_types() else "error"
+            yield Finding(12, severity, name, f"is described as {value}, all of a {kind} model is FLOAT or {kind}")
+    for name, value in stored.items():
+        base, _, suffix = name.rpartition(".")
+        if base in case.linears:
+            wanted = "FLOAT" if suffix == "bias" else case.linears[base].value
+            if value != wanted:
+                yield Finding(7, "error", name, f"is described as {value}, wanted {wanted} as its linear's weight is")
+    for index in range(case.config.vision_depth):
+        for part in ("gate_proj", "up_proj"):
+            name = f"{VISION}.blocks.{index}.mlp.{part}.weight"
+            if name not in tensors:
+                yield Finding(14, "error", name, "is not in the description, where the engine looks it up")
+
+
+def _check_names(case: _Case) -> Iterator[Finding]:
+    """Check 6: every tensor of the float model is there, and nothing that belongs to neither."""
+    expected = expected_shapes(case.config)
+    wanted = [*expected, *(name for name in case.source or () if name not in expected)]
+    for name in wanted:
+        if name not in case.checkpoint:
+            yield Finding(6, "error", name, "is missing, the float model has it")
+    norms = set(rms_norms(case.config))
+    known = set(wanted)
+    for name in case.checkpoint:
+        base, _, suffix = name.rpartition(".")
+        is_norm = suffix in ("weight", "bias") and base.removesuffix(".module") in norms
+        if name not in known and base not in case.linears and not is_norm:
+            yield Finding(6, "error", name, "is neither in the float model nor part of a quantized linear")
+
+
+def _check_agreement(case: _Case) -> Iterator[Finding]:
+    """Checks 12 and 13: linears of one input are of one type with one input scale; sparse types are float16."""
+    for group in _groups(case.config):
+        names = [linear.name for linear in group.linears]
+        types = {case.linears.get(name, QuantType.FLOAT) for name in names}
+        if len(types) > 1:
+            listed = ", ".join(
+                f"{name.rpartition('.')[2]} {case.linears.get(name, QuantType.FLOAT).value}" for name in names
+            )
+            yield Finding(12, "error", names[0], f"the linears of this input differ in type: {listed}")
+        elif len(names) > 1:
+            for suffix in ("input_scale", "input_offset"):
+                stored = [case.checkpoint.read(f"{n}.{suffix}") for n in names if f"{n}.{suffix}" in case.checkpoint]
+                if any(not torch.equal(stored[0], other) for other in stored[1:]):
+                    values = ", ".join(str(tensor.float().tolist()) for tensor in stored)
+                    yield Finding(
+                        12, "error", f"{names[0]}.{suffix}", f"differs between the linears of this input: {values}"
+                    )
+    if case.description.model_quant_type == "W8A8S" and case.dtype is not FloatDtype.FP16:
+        found = "no dtype" if case.dtype is None else case.dtype.value
+        yield Finding(13, "error", "", f"W8A8S runs in float16 only, config.json says {found}")
+
+
+def _check_norms(case: _Case) -> Iterator[Finding]:
+    """Check 15: the doubled norm tensors of the MindIE form, and biases where no engine adds them."""
+    for norm in rms_norms(case.config):
+        doubled = [f"{norm}.module.{suffix}" for suffix in ("weight", "bias")]
+        present = [name for name in doubled if name in case.checkpoint]
+        if present and not case.is_mindie:
+            yield Finding(15, "error", present[0], "belongs to the MindIE form, ascendV1 must not have it")
+        elif present and len(present) < 2:
+            missing = doubled[0] if doubled[1] in present else doubled[1]
+            yield Finding(15, "error", missing, f"is missing beside {present[0]}")
+        elif present and not _same(case, f"{norm}.weight", doubled[0]):
+            yield Finding(15, "error", doubled[0], f"differs from {norm}.weight")
+        for name in (f"{norm}.bias", doubled[1]):
+            if name in case.checkpoint and not norm.endswith(BIASED_NORMS) and bool(case.checkpoint.read(name).any()):
+                yield Finding(15, "error", name, "is not zero, but the engine ignores the bias of this norm")
+
+
+def _same(case: _Case, one: str, other: str) -> bool:
+    return one in case.checkpoint and torch.equal(case.checkpoint.read(one), case.checkpoint.read(other))
+
+
+def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Finding]:
+    """Checks 6, 9 and 10 on what is not quantized: dtype, finite, equal to the source unless smoothed."""
+    shapes = expected_shapes(case.config) if case.source is None else {n: i.shape for n, i in case.source.items()}
+    norms = set(rms_norms(case.config))
+    smoothed = {
+        f"{group.norm}.weight" for group in _groups(case.config) if any(x.name in case.linears for x in group.linears)
+    }
+    for name, info in case.checkpoint.items():
+        base, _, suffix = name.rpartition(".")
+        if base in case.linears:  # its own checks, but the float bias is compared here
+            if suffix == "bias" and case.source is not None and name in case.source:
+                yield from _check_pieces(case, name, rows=scalings.get(base, UNSCALED).rows)
+            continue
+        is_norm_bias = suffix == "bias" and base.removesuffix(".module") in norms
+        allowed = [_CODES[case.dtype]] if case.dtype is not None else list(_CODES.values())
+        allowed += ["F32"] if is_norm_bias else []
+        if info.dtype not in allowed:
+            yield Finding(9, "error", name, f"has dtype {info.dtype}, wanted {' or '.join(allowed)}")
+        elif name in shapes and info.shape != shapes[name]:
+            yield Finding(8, "error", name, f"has shape {list(info.shape)}, wanted {list(shapes[name])}")
+        else:
+            yield from _check_pieces(case, name, may_differ=name in smoothed)
+
+
+def _check_pieces(case: _Case, name: str, *, may_differ: bool = False, rows: Tensor | None = None) -> Iterator[Finding]:
+    source = case.source if case.source is not None and name in case.source and not may_differ else None
+    if source is not None and source[name].shape != case.checkpoint[name].shape:
+        return  # reported with the shapes
+    bad = different = 0
+    for start, piece in pieces_of(case.checkpoint, name):
+        bad += int((~piece.isfinite()).sum())
+        if source is not None:
+            whole = not piece.shape
+            original = source.read(name) if whole else source.read_rows(name, start, start + piece.shape[0])
+            original = original if rows is None else original * rows[start : start + piece.shape[0]]
+            different += int((original.to(piece.dtype) != piece).sum())
+    if bad:
+        yield Finding(10, "error", name, f"holds {bad} NaN or infinite values")
+    elif different:
+        yield Finding(6, "error", name, f"differs from the source, cast to its dtype, in {different} values")

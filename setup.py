@@ -1,0 +1,30 @@
+"""The compiled inner loops. Everything else about the package stands in pyproject.toml.
+
+Without a compiler the installation still succeeds, and numpy and torch do the work.
+"""
+
+from setuptools import Extension, setup
+
+FLAGS = ["-O3", "-std=c11"]
+# The two that sum floats fuse multiply and add where a target has both; the codec has no floats.
+FUSED = [*FLAGS, "-ffp-contract=fast"]
+
+setup(
+    ext_modules=[
+        Extension("glmq.numerics._rounding", ["glmq/numerics/_rounding.c"], extra_compile_args=FUSED, optional=True),
+        Extension(
+            "glmq.inspection._sums",
+            ["glmq/inspection/_sums.c"],
+            depends=["glmq/codec/_count.h"],
+            extra_compile_args=FUSED,
+            optional=True,
+        ),
+        Extension(
+            "glmq.codec._codec",
+            ["glmq/codec/_codec.c"],
+            depends=["glmq/codec/_count.h", "glmq/codec/_rans.h", "glmq/codec/_tables.h"],
+            extra_compile_args=FLAGS,
+            optional=True,
+        ),
+    ]
+)

@@ -1,0 +1,255 @@
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from glmq.calibration.samples import (
+    Rejected,
+    Sample,
+    default_images,
+    digest,
+    list_images,
+    open_image,
+    read_samples,
+)
+from glmq.errors import SampleError
+
+PROMPT = "What is it?"
+SUFFIXES = "bmp, gif, jpeg, jpg, png, tif, tiff, webp"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, made in another order than their names'."""
+    made = tmp_path / "images"
+    made.mkdir()
+    for shade, name in [(30, "c.png"), (10, "a.jpg"), (20, "B.png")]:
+        Image.new("RGB", (40, 30), (shade, 0, 0)).save(made / name)
+    return made
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def sha256(*parts: bytes) -> str:
+    """Over each part's length in 8 little-endian bytes and the part itself."""
+    joined = b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return hashlib.sha256(joined).hexdigest()
+
+
+def test_images_come_sorted_by_name_whatever_the_folders_order(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert [sample.name for sample in found.samples] == ["B.png", "a.jpg", "c.png"]
+    names = [folder / "a.jpg", folder / "c.png", folder / "B.png"]
+    for order in (names, names[::-1]):
+        monkeypatch.setattr(Path, "iterdir", lambda _, order=order: iter(order))
+        assert list_images(folder, PROMPT, skip_bad=False, limit=None) == found
+
+
+def test_an_image_is_a_sample_with_the_prompt_and_no_answer(folder: Path) -> None:
+    sample = list_images(folder, PROMPT, skip_bad=False, limit=None).samples[0]
+    path = folder / "B.png"
+    assert sample == Sample("B.png", path, PROMPT, None, sha256(path.read_bytes(), PROMPT.encode(), b""))
+    image = open_image(sample)
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (40, 30), (20, 0, 0))
+
+
+def test_the_hash_of_a_sample_separates_its_parts(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "s.jsonl", {"prompt": "ab", "text": "c"}, {"prompt": "a", "text": "bc"})
+    first, second = read_samples(path, limit=None).samples
+    assert first.digest == sha256(b"", b"ab", b"c")
+    assert second.digest == sha256(b"", b"a", b"bc") != first.digest
+
+
+def test_the_hash_of_a_set_depends_on_the_order_and_not_on_names(folder: Path) -> None:
+    samples = list_images(folder, PROMPT, skip_bad=False, limit=None).samples
+    assert digest(samples, None) == hashlib.sha256("".join(s.digest for s in samples).encode()).hexdigest()
+    assert digest(samples, None) != digest(samples[::-1], None)
+    shutil.copytree(folder, folder.with_name("other"))
+    others = list_images(folder.with_name("other"), PROMPT, skip_bad=False, limit=None).samples
+    assert digest(others, None) == digest(samples, None)
+
+
+def test_the_hash_of_a_set_says_how_much_the_model_answers(folder: Path) -> None:
+    samples = list_images(folder, PROMPT, skip_bad=False, limit=None).samples
+    assert len({digest(samples, tokens) for tokens in (None, 1, 2)}) == 3
+
+
+def test_a_limit_takes_the_first_images(folder: Path) -> None:
+    assert [s.name for s in list_images(folder, PROMPT, skip_bad=False, limit=2).samples] == ["B.png", "a.jpg"]
+
+
+def test_texts_and_hidden_files_and_folders_beside_the_images_are_passed_over(folder: Path) -> None:
+    for name in ("SOURCES.md", "notes.TXT", "a.json", "answers.jsonl", ".DS_Store"):
+        (folder / name).write_text("no image")
+    (folder / "more").mkdir()
+    found = list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert [sample.name for sample in found.samples] == ["B.png", "a.jpg", "c.png"]
+    assert found.rejected == ()
+
+
+def test_a_file_that_decodes_is_an_image_whatever_its_name(folder: Path) -> None:
+    shutil.copy(folder / "c.png", folder / "z.dat")
+    assert [s.name for s in list_images(folder, PROMPT, skip_bad=False, limit=None).samples][-1] == "z.dat"
+
+
+def test_files_that_do_not_decode_stop_the_run_by_name(folder: Path) -> None:
+    (folder / "empty.png").touch()
+    cut = (folder / "c.png").read_bytes()
+    (folder / "cut.png").write_bytes(cut[: len(cut) // 2])
+    with pytest.raises(SampleError) as caught:
+        list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert str(caught.value) == (
+        f"{folder}: 2 of 5 files are not usable images: "
+        "cut.png (OSError: does not decode as an image); empty.png (UnidentifiedImageError: does not decode as an image); "
+        "remove them or pass --skip-bad-images"
+    )
+
+
+def test_at_most_five_bad_files_are_listed(folder: Path) -> None:
+    for number in range(7):
+        (folder / f"bad{number}.png").write_bytes(b"?")
+    with pytest.raises(SampleError) as caught:
+        list_images(folder, PROMPT, skip_bad=False, limit=None)
+    reason = "(UnidentifiedImageError: does not decode as an image)"
+    listed = "; ".join(f"bad{number}.png {reason}" for number in range(5))
+    assert str(caught.value) == (
+        f"{folder}: 7 of 10 files are not usable images: {listed} and 2 more; remove them or pass --skip-bad-images"
+    )
+
+
+def test_bad_files_are_left_out_when_asked_to(folder: Path) -> None:
+    (folder / "bad.png").write_bytes(b"?")
+    found = list_images(folder, PROMPT, skip_bad=True, limit=None)
+    assert [sample.name for sample in found.samples] == ["B.png", "a.jpg", "c.png"]
+    assert found.rejected == (Rejected(folder / "bad.png", "UnidentifiedImageError: does not decode as an image"),)
+
+
+def test_a_dangling_link_is_named_and_not_passed_over(folder: Path) -> None:
+    os.symlink(folder / "nowhere.png", folder / "link.png")
+    assert list_images(folder, PROMPT, skip_bad=True, limit=None).rejected == (
+        Rejected(folder / "link.png", "no such file"),
+    )
+
+
+def test_a_file_without_permission_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(SampleError) as caught:
+        list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert "B.png (no permission to read it)" in str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SampleError) as caught:
+        list_images(tmp_path / "none", PROMPT, skip_bad=False, limit=None)
+    assert str(caught.value) == (f"{tmp_path / 'none'}: no such folder; give a folder of images as --calib-images")
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_folder_without_images_is_refused(skip_bad: bool, tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    if skip_bad:
+        (tmp_path / "bad.png").touch()
+    with pytest.raises(SampleError) as caught:
+        list_images(tmp_path, PROMPT, skip_bad=skip_bad, limit=None)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds no image ({SUFFIXES} are read); put some there, 30 are wanted for accuracy"
+    )
+
+
+def test_glmqs_own_photographs_are_found() -> None:
+    assert [s.name for s in list_images(default_images(), PROMPT, skip_bad=False, limit=None).samples] == [
+        f"{name}.jpg" for name in ("astronaut", "cat", "clock", "coffee", "deep_field", "flower", "rocket", "temple")
+    ]
+
+
+def test_lines_keep_their_order_and_may_leave_fields_out(folder: Path) -> None:
+    path = write_lines(
+        folder / "s.jsonl",
+        {"text": "plain text"},
+        "",
+        {"image": "c.png", "prompt": PROMPT, "text": "An answer."},
+        {"image": None, "prompt": PROMPT},
+        {"image": "a.jpg", "prompt": None, "text": None},
+    )
+    found = read_samples(path, limit=None)
+    assert found.rejected == ()
+    assert [(s.name, s.image, s.prompt, s.answer) for s in found.samples] == [
+        ("s.jsonl:1", None, None, "plain text"),
+        ("s.jsonl:3", folder / "c.png", PROMPT, "An answer."),
+        ("s.jsonl:4", None, PROMPT, None),
+        ("s.jsonl:5", folder / "a.jpg", None, None),
+    ]
+    assert found.samples[1].digest == sha256((folder / "c.png").read_bytes(), PROMPT.encode(), b"An answer.")
+    assert read_samples(path, limit=2).samples == found.samples[:2]
+    assert open_image(found.samples[0]) is None
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_only_line_feeds_separate_lines_and_a_byte_order_mark_is_skipped(
+    line_end: str, start: bytes, tmp_path: Path
+) -> None:
+    texts = ["one\u2028paragraph", "next\x85line", "last"]
+    lines = line_end.join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "s.jsonl").write_bytes(start + lines.encode())
+    assert [sample.answer for sample in read_samples(tmp_path / "s.jsonl", limit=None).samples] == texts
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{'image': 1}", "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+        ("[1]", "is a JSON list, an object is needed"),
+        ('"a.png"', "is a JSON str, an object is needed"),
+        ('{"answer": "x", "text": "y"}', "unknown key 'answer'; known are image, prompt, text"),
+        ('{"image": 3}', "image is 3, a string or null is needed"),
+        ('{"text": ["a"]}', "text is ['a'], a string or null is needed"),
+        ("{}", "has neither image nor prompt nor text; give at least one"),
+        ('{"image": null, "prompt": "", "text": null}', "has neither image nor prompt nor text; give at least one"),
+        ('{"image": "none.png"}', "image none.png is not usable (no such file)"),
+        ('{"image": "s.jsonl"}', "image s.jsonl is not usable (UnidentifiedImageError: does not decode as an image)"),
+    ],
+)  # fmt: skip
+def test_a_bad_line_is_named_by_its_number(line: str, what: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "s.jsonl", {"text": "good"}, "", line)
+    with pytest.raises(SampleError) as caught:
+        read_samples(path, limit=None)
+    assert str(caught.value) == f"{path}, line 3: {what}"
+
+
+def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "s.jsonl", "", "  ")
+    with pytest.raises(SampleError) as caught:
+        read_samples(path, limit=None)
+    assert str(caught.value) == f"{path}: holds no sample; write one JSON object a line with image, prompt or text"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(SampleError) as caught:
+        read_samples(path, limit=None)
+    assert str(caught.value) == (
+        f"{path}: cannot be read ([Errno 2] No such file or directory: '{path}'); "
+        "give a JSON-lines file as --calib-samples"
+    )
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(SampleError) as caught:
+        read_samples(path, limit=None)
+    assert str(caught.value) == (
+        f"{path}: cannot be read ('utf-8' codec can't decode byte 0x89 in position 0: invalid start byte); "
+        "give a JSON-lines file as --calib-samples"
+    )

@@ -1,0 +1,217 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tree
+from random_w8a8s import write_stand_in, write_w8a8s
+from safetensors.torch import load_file, save_file
+
+from glmq.checkpoint.header import read_header
+from glmq.compression.executor import AscendCodec
+from glmq.compression.layouts import Layout
+from glmq.compression.manifest import MANIFEST, read_manifest, write_manifest
+from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
+from glmq.compression.shard import read_pieces
+from glmq.compression.source import open_source
+from glmq.compression.stream import PartWritten, Step, compress_checkpoint, finish_folder, plan_ranks
+from glmq.compression.weight_codec import Codec, PortableCodec
+from glmq.errors import CheckpointError, CodecError
+
+AGAIN = "the folder is damaged or incomplete, copy it again"
+Q = "model.language_model.layers.0.self_attn.q_proj.weight.gqsc"
+
+
+def compress(source_folder: Path, folder: Path, world: int, codec: Codec | None = None) -> Path:
+    codec = codec or PortableCodec()
+    layout = Layout.SOURCE if world == 1 else Layout.MINDIE
+    folder.mkdir()
+    source = open_source(source_folder)
+    with source.checkpoint:
+        plans = plan_ranks(source, layout, world, range(world))
+        records = list(compress_checkpoint(source, plans, codec, layout, world, folder, 2))
+        parts = [record.record for record in records if isinstance(record, PartWritten)]
+        finish_folder(source, codec.kind, layout, world, parts, folder)
+    return folder
+
+
+def restore(folder: Path, out: Path) -> list[Step]:
+    out.mkdir()
+    return list(decompress_checkpoint(folder, read_portable_manifest(folder), out, 2))
+
+
+@pytest.fixture
+def w8a8s(tmp_path: Path) -> Path:
+    return write_w8a8s(tmp_path / "w8a8s")
+
+
+@pytest.fixture
+def portable(w8a8s: Path, tmp_path: Path) -> Path:
+    return compress(w8a8s, tmp_path / "portable", 1)
+
+
+def test_one_rank_restores_what_quantize_wrote_file_by_file(tiny_seed: Path, tmp_path: Path) -> None:
+    compress(tiny_seed, tmp_path / "portable", 1)
+    restore(tmp_path / "portable", tmp_path / "restored")
+    assert tree(tmp_path / "restored") == tree(tiny_seed)
+
+
+def test_numbered_weight_files_are_restored_with_their_index(tmp_path: Path) -> None:
+    folder = write_w8a8s(tmp_path / "w8a8s", shard_bytes=200_000)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    restore(compress(folder, tmp_path / "portable", 1), tmp_path / "restored")
+    assert tree(tmp_path / "restored") == tree(folder)
+
+
+def test_headers_of_other_writers_are_restored_too(w8a8s: Path, tmp_path: Path) -> None:
+    path = w8a8s / "quant_model_weight_w8a8s.safetensors"
+    save_file(load_file(path), path, metadata={"made": "elsewhere"})
+    restore(compress(w8a8s, tmp_path / "portable", 1), tmp_path / "restored")
+    assert tree(tmp_path / "restored") == tree(w8a8s)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_ranks_restore_their_w8a8s_parts_bit_for_bit(w8a8s: Path, tmp_path: Path, world: int) -> None:
+    folder = compress(w8a8s, tmp_path / "portable", world)
+    steps = restore(folder, tmp_path / "restored")
+    source = open_source(w8a8s)
+    with source.checkpoint as checkpoint:
+        for rank, tensors in plan_ranks(source, Layout.MINDIE, world, range(world)).items():
+            part = tmp_path / "restored" / f"part{rank}-of-{world}"
+            stored = load_file(part / "quant_model_weight_w8a8s.safetensors")
+            description = json.loads((part / "quant_model_description.json").read_text())
+            for tensor in tensors:
+                assert torch.equal(stored.pop(tensor.spec.name), torch.cat(list(read_pieces(checkpoint, tensor))))
+                is_float = tensor.spec.dtype == "F16" and not tensor.spec.name.endswith("input_scale")
+                assert description.pop(tensor.spec.name) == ("FLOAT" if is_float else "W8A8S")
+            assert not stored
+            assert description == {"version": "1.0.0", "model_quant_type": "W8A8S"}
+    total = restored_bytes(folder, read_manifest(folder))
+    assert sum(step.nbytes for step in steps) == total == sum(
+        file.file_bytes - file.data_start for file in map(read_header, (tmp_path / "restored").glob("*/*.safetensors"))
+    )  # fmt: skip
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "restored" / name).read_bytes() == (w8a8s / name).read_bytes()
+
+
+def weight_file(folder: Path) -> Path:
+    return folder / "part0-of-1" / "glmq_weight_w8a8s.gqsc.safetensors"
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def refusal(folder: Path, kind: type[Exception] = CheckpointError) -> str:
+    with pytest.raises(kind) as caught:
+        restore(folder, folder.parent / "restored")
+    return str(caught.value).replace(str(folder), "DIR")
+
+
+def test_an_altered_blob_names_tensor_and_tile(portable: Path) -> None:
+    info = read_header(weight_file(portable)).tensors[Q]
+    flip(weight_file(portable), info.end - 70)  # the last payload byte lies before the tail of 64 zeros
+    assert refusal(portable, CodecError).startswith(
+        f"DIR/part0-of-1/{weight_file(portable).name}: '{Q}': compressed weight: tile 0: "
+    )
+
+
+def test_an_altered_tail_of_a_blob_is_found_by_one_of_the_checksums(portable: Path) -> None:
+    info = read_header(weight_file(portable)).tensors[Q]
+    flip(weight_file(portable), info.end - 1)
+    with pytest.raises((CodecError, CheckpointError), match=Q.replace(".", r"\.")):
+        restore(portable, portable.parent / "restored")
+
+
+def test_an_altered_float_tensor_is_named(portable: Path) -> None:
+    name = "model.visual.blocks.1.mlp.up_proj.weight"
+    flip(weight_file(portable), read_header(weight_file(portable)).tensors[name].start)
+    assert refusal(portable) == (
+        f"DIR/part0-of-1/{weight_file(portable).name}: tensor '{name}' is altered, its checksum is not the one in {MANIFEST}; "
+        f"{AGAIN}"
+    )
+
+
+def swap_header(folder: Path) -> None:
+    path = weight_file(folder)
+    path.write_bytes(path.read_bytes().replace(b"layers.0.mlp.down_proj", b"layers.9.mlp.down_proj"))
+
+
+def truncate(folder: Path) -> None:
+    path = weight_file(folder)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def alter_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def lose_description(folder: Path) -> None:
+    (folder / "glmq_source" / "quant_model_description.json").unlink()
+
+
+def lose_part(folder: Path) -> None:
+    weight_file(folder).unlink()
+
+
+def forget_part(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    write_manifest(folder, type(manifest)(manifest.codec, manifest.layout, 1, manifest.source, (), manifest.files))
+
+
+def forget_header(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    files = {name: record for name, record in manifest.files.items() if not name.endswith(".header")}
+    write_manifest(folder, type(manifest)(manifest.codec, manifest.layout, 1, manifest.source, manifest.parts, files))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            swap_header,
+            f"DIR/part0-of-1/glmq_weight_w8a8s.gqsc.safetensors: is not the file that {MANIFEST} describes; {AGAIN}",
+        ),
+        (truncate, "DIR/part0-of-1/glmq_weight_w8a8s.gqsc.safetensors: the file is truncated: its tensors end at byte"),
+        (alter_config, f"DIR/config.json: its checksum is not the one in {MANIFEST}; {AGAIN}"),
+        (
+            lose_description,
+            "DIR/glmq_source/quant_model_description.json: cannot be read (No such file or directory), but the manifest lists "
+            f"it; {AGAIN}",
+        ),
+        (lose_part, "DIR/part0-of-1/glmq_weight_w8a8s.gqsc.safetensors: cannot be read (No such file or directory)"),
+        (forget_part, f"DIR: {MANIFEST} does not list the parts 0 to 0; {AGAIN}"),
+        (forget_header, f"DIR/part0-of-1: tensor 'lm_head.weight' belongs into no file of the source; {AGAIN}"),
+    ],
+)
+def test_a_damaged_folder_is_refused(portable: Path, damage: Callable[[Path], None], sentence: str) -> None:
+    damage(portable)
+    assert refusal(portable).startswith(sentence)
+
+
+def test_what_only_the_engine_reads_is_refused(w8a8s: Path, tmp_path: Path) -> None:
+    folder = compress(w8a8s, tmp_path / "sc", 2, AscendCodec(write_stand_in(tmp_path)))
+    assert refusal(folder) == (
+        "DIR: was compressed by the vendor's program, and only the serving engine reads that; keep the W8A8S folder, or "
+        "compress with --codec portable, to have a way back"
+    )
+
+
+def test_folders_of_others_are_refused(w8a8s: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no glmq_manifest\.json, so it was not written by `glmq compress`"):
+        read_portable_manifest(w8a8s)
+    with pytest.raises(CheckpointError) as caught:
+        read_portable_manifest(tmp_path / "none")
+    assert str(caught.value) == f"{tmp_path / 'none'}: is not a folder; give the folder that `glmq compress` wrote"
+
+
+def test_a_compressed_folder_is_not_compressed_again(portable: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_source(portable)
+    assert str(caught.value) == (
+        f"{portable}: is compressed already (portable, world size 1); give the W8A8S folder it was made from, or restore that "
+        "with --decompress"
+    )

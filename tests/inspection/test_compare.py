@@ -1,0 +1,244 @@
+"""Weights of two checkpoints against each other."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edit_tensors, glmq
+from safetensors.torch import load_file, save_file
+
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import CheckpointError, UsageError
+from glmq.inspection import compare
+from glmq.inspection.compare import (
+    Incomparable,
+    KeyChange,
+    NamePattern,
+    WeightDiff,
+    compare_weights,
+    config_changes,
+    description_changes,
+    only_in,
+    sum_layers,
+    weight_histograms,
+)
+from glmq.inspection.folder import scan_folder
+from glmq.inspection.weights import StoredMatrix, run_ahead
+
+LAYER = "model.language_model.layers.0"
+Q = f"{LAYER}.self_attn.q_proj"
+O = f"{LAYER}.self_attn.o_proj"
+NORM = f"{LAYER}.input_layernorm.weight"
+
+
+def diffs_of(a: Path, b: Path) -> dict[str, WeightDiff | Incomparable]:
+    one, other = scan_folder(a), scan_folder(b)
+    return {diff.name: diff for diff in compare_weights(one, other, {tensor.name for tensor in one.tensors})}
+
+
+def diff_of(a: Path, b: Path, name: str) -> WeightDiff:
+    diff = diffs_of(a, b)[name]
+    assert isinstance(diff, WeightDiff)
+    return diff
+
+
+@pytest.fixture(scope="module")
+def kinds(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    for label, options in {
+        "w8a8s": ("--w_bit", 4, "--is_lowbit", "True", "--torch_dtype", "fp16"),
+        "w8a8": (),
+        "w4a8": ("--w_bit", 4, "--is_lowbit", "True", "--is_dynamic", "True", "--group_size", 64),
+    }.items():
+        glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", root / label, *options)
+    return {path.name: path for path in root.iterdir() if not path.name.startswith(".")}
+
+
+def real_weight(folder: Path, name: str) -> torch.Tensor:
+    """The float64 weight that a linear's stored tensors stand for."""
+    tensors = {key: value for path in folder.glob("*.safetensors") for key, value in load_file(path).items()}
+    weight = tensors[f"{name}.weight"]
+    if weight.dtype != torch.int8:
+        return weight.double()
+    if f"{name}.weight_scale_second" in tensors:
+        low, high = (weight << 4) >> 4, weight >> 4  # arithmetic shifts carry the sign
+        q = torch.stack([low, high], 1).reshape(-1, weight.shape[1]).double()
+        second = tensors[f"{name}.weight_scale_second"].double()
+        return q * second.repeat_interleave(q.shape[1] // second.shape[1], 1) * tensors[f"{name}.weight_scale"].double()
+    deq = tensors[f"{name}.deq_scale"]
+    deq = deq.int().view(torch.float32) if deq.dtype == torch.int64 else deq
+    return weight.double() * (deq.double() / tensors[f"{name}.input_scale"].double())[:, None]
+
+
+@pytest.mark.parametrize("label", ["w8a8s", "w8a8", "w4a8"])
+def test_the_difference_is_one_of_the_function_with_smoothing_undone(
+    small: Path, kinds: dict[str, Path], label: str
+) -> None:
+    norms = [
+        next(load_file(path)[NORM] for path in sorted(folder.glob("*.safetensors")) if NORM in load_file(path)).double()
+        for folder in (small, kinds[label])
+    ]
+    wanted = real_weight(small, Q)
+    found = real_weight(kinds[label], Q) * norms[1] / norms[0]
+    error = (found - wanted).norm() / wanted.norm()
+    diff = diff_of(small, kinds[label], f"{Q}.weight")
+    # float32 products and sums of a few thousand terms: 1e-5 of a relative error is far above their rounding.
+    assert diff.relative_l2 == pytest.approx(float(error), rel=1e-5)
+    assert diff.max_abs == pytest.approx(float((found - wanted).abs().max()), rel=1e-4)
+    assert diff.cosine == pytest.approx(float((found * wanted).sum() / found.norm() / wanted.norm()), abs=1e-6)
+    assert diff.sqnr_db == pytest.approx(-20 * math.log10(float(error)), abs=1e-3)
+    assert diff.undone == pytest.approx(
+        (float((norms[0] / norms[1]).min()), float((norms[0] / norms[1]).max())), rel=1e-6
+    )
+    assert (diff.entropy_a, diff.changed_share, diff.step_ratio) == (None, None, None)
+
+
+def test_a_norm_whose_scales_the_linears_carry_does_not_count(small: Path, kinds: dict[str, Path]) -> None:
+    diff = diff_of(small, kinds["w8a8s"], NORM)
+    assert (diff.noise, diff.identical) == (0.0, False)
+    assert diff.undone is not None
+
+
+def test_a_channel_that_only_one_norm_switches_off_does_count(small_copy: Path, small: Path) -> None:
+    path = next(path for path in small_copy.glob("*.safetensors") if NORM in load_file(path))
+    (small_copy / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors = load_file(path)
+    value = float(tensors[NORM][3])
+    tensors[NORM][3] = 0
+
+    save_file(tensors, path)
+    assert diff_of(small, small_copy, NORM).noise == pytest.approx(value**2, rel=1e-6)
+
+
+def test_a_checkpoint_is_identical_to_itself(kinds: dict[str, Path]) -> None:
+    for folder in kinds.values():
+        for diff in diffs_of(folder, folder).values():
+            assert isinstance(diff, WeightDiff)
+            assert (diff.identical, diff.relative_l2, diff.max_abs) == (True, 0.0, 0.0)
+            assert diff.cosine == pytest.approx(1.0, abs=1e-12) or diff.signal == 0
+            assert diff.changed_share in (None, 0.0)
+            assert diff.step_ratio in (None, (1.0, 1.0, 1.0))
+
+
+def test_two_quantized_checkpoints_show_changed_integers_steps_and_entropy(
+    kinds: dict[str, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in kinds["w8a8"].iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{O}.weight"][0, :8] = 77
+        tensors[f"{O}.deq_scale"][1] *= 2
+        tensors[f"{O}.input_scale"] *= 1
+        tensors[f"{O}.input_offset"] += 3
+
+    old = load_file(next(other.glob("*.safetensors")))
+    edit_tensors(other, edit)
+    diff = diff_of(kinds["w8a8"], other, f"{O}.weight")
+    assert diff.changed_share == float((old[f"{O}.weight"][0, :8] != 77).sum()) / old[f"{O}.weight"].numel()
+    assert diff.step_ratio == (1.0, 1.0, 2.0)
+    assert (diff.input_scale_ratio, diff.input_offset_change) == (1.0, 3)
+    assert diff.entropy_a != diff.entropy_b
+    assert (diff.type_a, diff.type_b) == ("INT8", "INT8")
+
+
+def test_shapes_that_differ_cannot_be_compared(small: Path, kinds: dict[str, Path], tmp_path: Path) -> None:
+    for path in kinds["w8a8"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for suffix in ("weight", "deq_scale"):
+            tensors[f"{O}.{suffix}"] = tensors[f"{O}.{suffix}"][:-2].clone()
+        tensors[f"{Q}.bias"] = tensors[f"{Q}.bias"][:-1].clone()
+        tensors[f"{LAYER}.mlp.gate_up_proj.deq_scale"] = tensors[f"{LAYER}.mlp.gate_up_proj.deq_scale"][:-1].clone()
+
+    edit_tensors(tmp_path, edit)
+    found = diffs_of(small, tmp_path)
+    assert found[f"{O}.weight"] == Incomparable(f"{O}.weight", "is 64 x 64 in the first, 62 x 64 in the other")
+    assert found[f"{Q}.bias"] == Incomparable(f"{Q}.bias", "has shape [64] in the first, [63] in the other")
+    broken = found[f"{LAYER}.mlp.gate_up_proj.weight"]
+    assert broken == Incomparable(
+        f"{LAYER}.mlp.gate_up_proj.weight",
+        f"{LAYER}.mlp.gate_up_proj.weight: 192 x 64 integers have 191 row steps",
+    )
+
+
+def test_names_that_only_one_has_are_grouped(small: Path, kinds: dict[str, Path]) -> None:
+    one, other = scan_folder(small), scan_folder(kinds["w8a8s"])
+    assert only_in(one, other) == []
+    extra = only_in(other, one)
+    assert NamePattern("model.language_model.layers.N.input_layernorm.bias", 2) in extra
+    assert all(row.pattern.endswith("norm.bias") or ".norm" in row.pattern for row in extra)
+
+
+def test_changes_of_config_and_description_are_listed(small: Path, kinds: dict[str, Path]) -> None:
+    one, other = scan_folder(small), scan_folder(kinds["w8a8s"])
+    assert config_changes(one, other) == [
+        KeyChange("text_config.dtype", "bfloat16", "float16"),
+        KeyChange("torch_dtype", "bfloat16", "float16"),
+    ]
+    assert description_changes(one, other) == []
+    changes = description_changes(scan_folder(kinds["w8a8"]), other)
+    assert KeyChange("model_quant_type", "W8A8", "W8A8S") in changes
+    assert KeyChange("model.language_model.layers.N.self_attn.q_proj.weight (2 keys)", "W8A8", "W8A8S") in changes
+
+
+def test_layers_add_up_to_the_total(small: Path, kinds: dict[str, Path]) -> None:
+    diffs = [diff for diff in diffs_of(small, kinds["w8a8"]).values() if isinstance(diff, WeightDiff)]
+    layers = sum_layers(diffs)
+    assert [layer.layer for layer in layers][-1] == "total"
+    assert sum(layer.tensors for layer in layers[:-1]) == layers[-1].tensors == len(diffs)
+    total = math.sqrt(sum(diff.noise for diff in diffs) / sum(diff.signal for diff in diffs))
+    assert layers[-1].relative_l2 == pytest.approx(total, rel=1e-12)
+    assert layers[-1].worst == max(diffs, key=lambda diff: diff.relative_l2).name
+
+
+def test_histograms_count_every_weight_over_the_same_bins(small: Path, kinds: dict[str, Path]) -> None:
+    (pair,) = weight_histograms(scan_folder(small), scan_folder(kinds["w8a8s"]), [f"{Q}.weight"])
+    assert sum(pair.a) == sum(pair.b) == 64 * 64
+    assert len(pair.a) == len(pair.b) == compare.HISTOGRAM_BINS
+    assert pair.low <= float(real_weight(small, Q).min())
+    assert pair.high >= float(real_weight(small, Q).max())
+
+
+def test_statistics_and_compressed_weights_cannot_be_compared(small: Path, small_stats: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        diffs_of(small, small_stats)
+    assert str(error.value) == (
+        f"{small_stats}: holds calibration statistics; weights of float and un-compressed quantized checkpoints can be "
+        "compared, run `glmq compress --decompress` first"
+    )
+
+
+def test_without_a_config_norms_are_compared_as_they_are(small: Path, kinds: dict[str, Path], tmp_path: Path) -> None:
+    folders = []
+    for label, folder in (("a", small), ("b", kinds["w8a8"])):
+        (tmp_path / label).mkdir()
+        for path in folder.glob("*.safetensors"):
+            (tmp_path / label / path.name).symlink_to(path)
+        folders.append(tmp_path / label)
+    diff = diff_of(*folders, NORM)
+    assert diff.undone is None
+    assert diff.noise > 0
+
+
+def test_a_stored_matrix_refuses_what_is_no_matrix(small: Path) -> None:
+    with Checkpoint.open(small) as checkpoint, pytest.raises(CheckpointError) as error:
+        StoredMatrix(checkpoint, f"{LAYER}.input_layernorm")
+    assert str(error.value) == f"{NORM}: has shape [64], a matrix is wanted"
+
+
+def test_results_that_are_computed_ahead_keep_their_order_and_their_errors() -> None:
+    def square(number: int) -> int:
+        if number == 20:
+            raise ValueError("twenty")
+        return number * number
+
+    calls = [lambda number=number: square(number) for number in range(30)]
+    found: list[int] = []
+    with pytest.raises(ValueError, match="twenty"):
+        found.extend(run_ahead(calls, 3))
+    assert found == [number * number for number in range(20)]

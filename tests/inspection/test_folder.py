@@ -1,0 +1,168 @@
+"""What a folder is, from its headers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import glmq
+from safetensors.torch import load_file, save_file
+
+from glmq.errors import CheckpointError, UsageError
+from glmq.inspection.folder import Kind, layer_of, role_of, scan_folder
+from glmq.inspection.listing import (
+    choose_rows,
+    describe_folder,
+    describe_layers,
+    group_rows,
+    tensor_rows,
+    totals_by_part,
+)
+from glmq.verification.engines import describe_engines
+
+
+def test_a_float_checkpoint_is_known_by_its_dtype(small: Path) -> None:
+    folder = scan_folder(small)
+    assert (folder.kind, folder.quant_type, folder.form) == (Kind.FLOAT, None, None)
+    assert describe_folder(folder) == "float checkpoint, bfloat16 floats"
+    assert folder.problems == ()
+    assert folder.nbytes == sum(tensor.info.nbytes for tensor in folder.tensors)
+
+
+def test_a_quantized_checkpoint_is_known_by_its_description(tiny_seed: Path) -> None:
+    folder = scan_folder(tiny_seed)
+    assert describe_folder(folder) == "quantized checkpoint, W8A8S (ascendV1), float16 floats"
+    assert describe_engines(folder) == "the input of `glmq compress`; as it is, MindIE on the Atlas 300I Duo"
+    types = {tensor.name: tensor.quant_type for tensor in folder.tensors}
+    assert types["model.language_model.layers.0.self_attn.q_proj.weight"] == "W8A8S"
+    assert types["model.language_model.layers.0.self_attn.q_proj.bias"] == "FLOAT"
+
+
+def test_statistics_are_known(small_stats: Path) -> None:
+    folder = scan_folder(small_stats)
+    assert (folder.kind, describe_folder(folder)) == (Kind.STATISTICS, "calibration statistics")
+    assert {tensor.quant_type for tensor in folder.tensors} == {"statistics"}
+    assert {row.layer for row in tensor_rows(folder)} >= {"layers.0", "layers.1", "visual.blocks.0", "lm_head"}
+
+
+def test_portable_parts_are_known(tiny_seed: Path, tmp_path: Path) -> None:
+    glmq("compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "sc", "--codec", "portable")
+    folder = scan_folder(tmp_path / "sc")
+    assert folder.kind is Kind.PORTABLE
+    assert describe_engines(folder) == "no engine; `glmq compress --decompress` restores the W8A8S weights"
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        scan_folder(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}: has neither safetensors files nor part folders with some; is this the right folder?"
+    )
+
+
+def test_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as error:
+        scan_folder(tmp_path / "none")
+    assert str(error.value) == (
+        f"{tmp_path / 'none'}: is not a folder; give the folder that holds config.json and the weights"
+    )
+
+
+def test_what_cannot_be_read_is_a_problem_and_not_an_end(small_copy: Path) -> None:
+    (small_copy / "config.json").write_text("{")
+    (small_copy / "torn.safetensors").write_bytes(b"123")
+    problems = scan_folder(small_copy).problems
+    assert [problem.partition(": ")[0] for problem in problems] == [
+        str(small_copy / "config.json"),
+        str(small_copy / "torn.safetensors"),
+    ]
+
+
+def test_a_tensor_in_two_files_and_a_missing_config_are_problems(small_copy: Path) -> None:
+    (first, *_) = sorted(small_copy.glob("*.safetensors"))
+    name = "lm_head.weight"
+    save_file(
+        {name: load_file(first)[name] if name in load_file(first) else torch.zeros(1)}, small_copy / "z.safetensors"
+    )
+    (small_copy / "config.json").unlink()
+    problems = scan_folder(small_copy).problems
+    assert (
+        problems[0] == f"{small_copy}: has no config.json, so no engine can load it; copy it from the float checkpoint"
+    )
+    assert problems[1] == f"z.safetensors: has 'lm_head.weight', which is also in {first.name}; engines refuse that"
+
+
+def test_integers_without_a_description_are_a_problem(tiny_seed: Path, tmp_path: Path) -> None:
+    for path in tiny_seed.iterdir():
+        if path.name != "quant_model_description.json":
+            (tmp_path / path.name).symlink_to(path)
+    folder = scan_folder(tmp_path)
+    assert (folder.kind, folder.form) == (Kind.QUANTIZED, None)
+    assert folder.problems == (
+        f"{tmp_path}: has int8 tensors but no quant_model_description.json; engines take it for float",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "role"),
+    [
+        ("model.language_model.layers.12.self_attn.q_proj.deq_scale", "layers.12", "self_attn.q_proj"),
+        ("model.language_model.layers.1.input_layernorm.weight", "layers.1", "input_layernorm"),
+        ("model.language_model.norm.weight", "norm", "norm"),
+        ("model.visual.blocks.3.attn.qkv.weight", "visual.blocks.3", "attn.qkv"),
+        ("model.visual.merger.gate_proj.weight", "visual.merger", "gate_proj"),
+        ("lm_head.weight", "lm_head", "lm_head"),
+        ("part1-of-2/language_model.layers.0.mlp.gate_up_proj.info", "part1-of-2/layers.0", "mlp.gate_up_proj"),
+    ],
+)
+def test_a_name_tells_layer_and_role(name: str, layer: str, role: str) -> None:
+    assert (layer_of(name), role_of(name)) == (layer, role)
+
+
+def test_rows_are_chosen_by_layer_and_name_and_ordered(tiny_seed: Path) -> None:
+    rows = tensor_rows(scan_folder(tiny_seed))
+    chosen = choose_rows(rows, layer="3", name="_proj.*eight", sort="bytes")
+    assert [row.role for row in chosen] == [
+        "mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+    ]  # fmt: skip
+    assert {row.layer for row in choose_rows(rows, layer="visual.blocks.*", name=None, sort="name")} == {
+        f"visual.blocks.{index}" for index in range(3)
+    }
+
+
+def test_patterns_that_match_nothing_are_refused(small: Path) -> None:
+    rows = tensor_rows(scan_folder(small))
+    with pytest.raises(UsageError) as error:
+        choose_rows(rows, layer="9", name=None, sort="name")
+    assert str(error.value).startswith(
+        "--layer 9: matches no layer; there are embed_tokens, layers.0, layers.1, lm_head"
+    )
+    with pytest.raises(UsageError) as error:
+        choose_rows(rows, layer=None, name="q_prj", sort="name")
+    assert str(error.value) == f"--name q_prj: matches none of {len(rows)} tensors; try a part of a name or use *"
+
+
+def test_layers_that_are_alike_share_a_line(tiny: Path) -> None:
+    lines = group_rows(tensor_rows(scan_folder(tiny)))
+    (q,) = [line for line in lines if line.role == "self_attn.q_proj"]
+    assert (describe_layers(q.layers), q.dtypes, q.shape) == ("layers.0-5", "bias BF16, weight BF16", (192, 192))
+    assert q.nbytes == 2 * (192 * 192 + 192)
+    assert describe_layers(["layers.0", "layers.1", "layers.4"]) == "layers.0-1, 4"
+
+
+def test_totals_add_up_to_all_bytes(tiny_seed: Path) -> None:
+    folder = scan_folder(tiny_seed)
+    totals = totals_by_part(tensor_rows(folder))
+    assert sum(total.nbytes for total in totals) == folder.nbytes
+    assert sum(total.tensors for total in totals) == len(folder.tensors)
+    assert [total.label for total in totals] == [
+        "text linears", "down_proj", "vision tower", "embeddings and lm_head", "text norms",
+    ]  # fmt: skip
+
+
+def test_a_description_in_two_forms_is_a_problem(tiny_seed: Path, tmp_path: Path) -> None:
+    for path in tiny_seed.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "quant_model_description_w8a8.json").write_text("{}")
+    assert scan_folder(tmp_path).problems == (
+        f"{tmp_path}: has 2 descriptions; engines take the one without a type in its name",
+    )

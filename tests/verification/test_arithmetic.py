@@ -1,0 +1,177 @@
+"""The numbers of integer linears against slow sums."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import edit_tensors
+from safetensors.torch import load_file
+from torch import Tensor
+
+from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.reader import Checkpoint
+from glmq.inspection.scaling import find_scalings
+from glmq.model.config import read_config
+from glmq.model.glm4v import all_blocks
+from glmq.records import Finding
+from glmq.verification.arithmetic import (
+    FP16_LIMIT,
+    LinearArithmetic,
+    WeightDistance,
+    judge_against_report,
+    judge_linear,
+    measure_linears,
+)
+
+LAYER = "model.language_model.layers.0"
+O = f"{LAYER}.self_attn.o_proj"
+Q = f"{LAYER}.self_attn.q_proj"
+
+
+def measure(candidate: Path, reference: Path | None) -> dict[str, LinearArithmetic]:
+    with Checkpoint.open(candidate) as one:
+        if reference is None:
+            records = list(measure_linears(one, None, {}))
+        else:
+            with Checkpoint.open(reference) as other:
+                groups = [group for block in all_blocks(read_config(candidate)) for group in block.groups]
+                records = list(measure_linears(one, other, find_scalings(other, one, groups)))
+    return {record.name: record for record in records if isinstance(record, LinearArithmetic)}
+
+
+@pytest.fixture(scope="module")
+def numbers(tiny: Path, tiny_seed: Path) -> dict[str, LinearArithmetic]:
+    return measure(tiny_seed, tiny)
+
+
+def test_bounds_hold_for_the_worst_inputs_and_are_reached(
+    numbers: dict[str, LinearArithmetic], tiny_seed: Path
+) -> None:
+    tensors = load_file(next(tiny_seed.glob("*.safetensors")))
+    q, bias = tensors[f"{O}.weight"].long(), tensors[f"{O}.quant_bias"].long()
+    deq = tensors[f"{O}.deq_scale"].int().view(torch.float32).double()
+    largest_sum, largest_y = 0, 0.0
+    for row in range(q.shape[0]):
+        for worst in (torch.where(q[row] > 0, 127, -128), torch.where(q[row] > 0, -128, 127)):
+            total = int((q[row] * worst).sum())
+            largest_sum = max(largest_sum, abs(total), abs(total + int(bias[row])))
+            largest_y = max(largest_y, abs(total + int(bias[row])) * float(deq[row]))
+    found = numbers[O]
+    assert found.accumulator_share == largest_sum / 2**31
+    assert found.result_bound == pytest.approx(largest_y, rel=1e-15)
+    assert found.bias_output == pytest.approx(float((bias.double() * deq).abs().max()), rel=1e-15)
+
+
+def test_distances_and_gains_undo_the_smoothing(
+    numbers: dict[str, LinearArithmetic], tiny: Path, tiny_seed: Path
+) -> None:
+    tensors = load_file(next(tiny_seed.glob("*.safetensors")))
+    floats = {name: value for path in tiny.glob("*.safetensors") for name, value in load_file(path).items()}
+    norm = f"{LAYER}.input_layernorm.weight"
+    wanted = floats[f"{Q}.weight"].double() * (floats[norm].double() / tensors[norm].double())
+    step = tensors[f"{Q}.deq_scale"].int().view(torch.float32).double() / tensors[f"{Q}.input_scale"].double()
+    error = tensors[f"{Q}.weight"].double() * step[:, None] - wanted
+    found = numbers[Q].against
+    assert found is not None
+    # float32 products of 36 864 weights against float64: 1e-6 each, far below what is compared.
+    assert found.relative_l2 == pytest.approx(float(error.norm() / wanted.norm()), rel=1e-5)
+    assert found.farthest_steps == pytest.approx(float((error / step[:, None]).abs().max()), rel=1e-4)
+    assert found.rms_steps == pytest.approx(float((error / step[:, None]).square().mean().sqrt()), rel=1e-5)
+    row, gain, _ = found.row_gain
+    dot = ((wanted + error) * wanted).sum(1) / wanted.square().sum(1)
+    assert gain == pytest.approx(float(dot[row]), rel=1e-6)
+    column, gain, _ = found.column_gain
+    dot = ((wanted + error) * wanted).sum(0) / wanted.square().sum(0)
+    assert gain == pytest.approx(float(dot[column]), rel=1e-6)
+
+
+def test_integers_are_counted_as_the_report_counts_them(numbers: dict[str, LinearArithmetic], tiny_seed: Path) -> None:
+    report = read_json_object(tiny_seed / "glmq_report.json")
+    assert [finding for linear in numbers.values() for finding in judge_against_report(linear, report)] == []
+    assert len(numbers) == 30
+
+
+def test_without_a_reference_there_is_no_distance(tiny_seed: Path) -> None:
+    assert all(linear.against is None for linear in measure(tiny_seed, None).values())
+
+
+def good_linear(**changes: object) -> LinearArithmetic:
+    distance = WeightDistance(0.01, 0.29, 0.5, (0, 1.0, 0.05), (0, 1.0, 0.05))
+    fields = {
+        "name": O, "type": "INT8", "entropy_bits": 4.0, "zero_share": 0.1, "outlier_share": 0.1,
+        "accumulator_share": 0.001, "bias_output": 1.0, "result_bound": 100.0, "against": distance,
+    }  # fmt: skip
+    return LinearArithmetic(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def distance(**changes: object) -> WeightDistance:
+    fields = {
+        "relative_l2": 0.01, "rms_steps": 0.29, "farthest_steps": 0.5, "row_gain": (0, 1.0, 0.05),
+        "column_gain": (0, 1.0, 0.05),
+    }  # fmt: skip
+    return WeightDistance(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def test_a_good_linear_has_no_findings() -> None:
+    assert list(judge_linear(good_linear(), is_fp16=True)) == []
+    assert list(judge_linear(good_linear(against=None), is_fp16=True)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "severity", "tensor", "message"),
+    [
+        ({"accumulator_share": 1.5}, "error", "quant_bias",
+         "lets int32 sums reach 1.5 times what an int32 can hold"),
+        ({"bias_output": FP16_LIMIT * 2}, "error", "quant_bias",
+         "stands for 1.31e+05, float16 results end at 65504"),
+        ({"against": distance(farthest_steps=40.0)}, "error", "weight",
+         "has a weight 40 steps from the float one, wanted at most 24.7 where the root mean square is 0.29: "
+         "was a bit flipped?"),
+        ({"type": "INT4", "against": distance(farthest_steps=7.5)}, "error", "weight",
+         "has a weight 7.5 steps from the float one, wanted at most 6.9 where the root mean square is 0.29: "
+         "was a bit flipped?"),
+        ({"against": distance(row_gain=(7, 2.0, 0.05))}, "error", "weight",
+         "row 7 is 2 times the float row, wanted 1 within 0.05; its step or the row is wrong"),
+        ({"against": distance(row_gain=(7, math.nan, 0.05))}, "error", "weight",
+         "row 7 is nan times the float row, wanted 1 within 0.05; its step or the row is wrong"),
+        ({"against": distance(column_gain=(7, 0.5, 0.05))}, "error", "weight",
+         "column 7 is 0.5 times the float column, wanted 1 within 0.05; the norm in front or the column is wrong"),
+        ({"against": distance(rms_steps=0.5, column_gain=(7, 0.5, 0.05))}, "warning", "weight",
+         "column 7 is 0.5 times the float column, wanted 1 within 0.1; the norm in front or the column is wrong"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_linear_is_said(
+    changes: dict[str, object], severity: str, tensor: str, message: str
+) -> None:
+    (finding,) = judge_linear(good_linear(**changes), is_fp16=True)
+    assert (finding.severity, finding.tensor, finding.message) == (severity, f"{O}.{tensor}", message)
+
+
+def test_a_bfloat16_model_may_have_large_biases() -> None:
+    assert list(judge_linear(good_linear(bias_output=1e6), is_fp16=False)) == []
+
+
+def test_changed_integers_contradict_the_report() -> None:
+    report = {"linears": [{"name": O, "entropy_bits": 4.5, "zero_share": 0.1, "outlier_share": 0.1}]}
+    (finding,) = judge_against_report(good_linear(), report)
+    assert finding.message == "has entropy_bits 4, glmq_report.json says 4.5: the integers were changed since"
+    assert list(judge_against_report(good_linear(name=Q), report)) == []
+    assert list(judge_against_report(good_linear(), {})) == []
+
+
+def test_tensors_that_contradict_each_other_are_a_finding(tiny_seed: Path, tmp_path: Path) -> None:
+    for path in tiny_seed.glob("*.safetensors"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{O}.quant_bias"] = tensors[f"{O}.quant_bias"][1:].clone()
+        del tensors[f"{Q}.deq_scale"]
+
+    edit_tensors(tmp_path, edit)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        found = [record for record in measure_linears(checkpoint, None, {}) if isinstance(record, Finding)]
+    assert [(finding.check, finding.tensor) for finding in found] == [(30, O), (30, Q)]
+    assert found[0].message == (
+        f"cannot be computed with: {O}: quant_bias and deq_scale have not one entry for each of 192 rows"
+    )
