@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from glmq.spec import QuantType
 
@@ -136,17 +136,3 @@ class BlockDone:
     """Resident memory of the process after the block."""
     stages: tuple[StageTime, ...] = ()
     """Where the seconds went, as far as it was measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that is wrong with a checkpoint."""
-
-    check: int
-    """Number of the check that found it."""
-    severity: Literal["error", "warning"]
-    """An error keeps an engine from loading it or makes wrong results; a warning may."""
-    tensor: str
-    """The tensor, linear or norm it is about; empty for the checkpoint as a whole."""
-    message: str
-    """One sentence: what was wanted and what was found."""

@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import math
 import os
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from glmq.checkpoint.header import DTYPE_BYTES, Header, TensorInfo, read_header
 from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -58,14 +58,6 @@ def dtype_code(dtype: torch.dtype) -> str:
     if dtype not in _CODES:
         raise CheckpointError(f"{dtype} cannot be stored; use one of {', '.join(str(known) for known in _CODES)}")
     return _CODES[dtype]
-
-
-def natural_key(name: str) -> tuple[list[tuple[int, str]], str]:
-    """Sort key that compares runs of digits as numbers: layers.2 comes before layers.10."""
-    parts = re.split(r"([0-9]+)", name)
-    # A number is its length and its digits, so that no run of digits is too long for int().
-    keyed = [(len(part.lstrip("0")), part.lstrip("0")) if odd % 2 else (0, part) for odd, part in enumerate(parts)]
-    return keyed, name
 
 
 class Checkpoint(Mapping[str, TensorInfo]):

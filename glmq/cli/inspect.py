@@ -93,7 +93,7 @@ def _inspect_one(
     from glmq.inspection.listing import choose_rows, tensor_rows
     from glmq.reporting.documents import Inspection, inspection_csv, inspection_document, write_csv
     from glmq.reporting.pages import inspection_page, write_page
-    from glmq.verification.engines import Target, check_target
+    from glmq.verification.engines.check import Target, check_target
 
     folder = scan_folder(a)
     rows = choose_rows(tensor_rows(folder), layer=layer, name=name, sort=sort)[:limit]

@@ -26,7 +26,7 @@ from glmq.inspection.listing import (
     totals_by_type,
 )
 from glmq.jobs.malloc import keep_freed_memory
-from glmq.verification.engines import describe_engines
+from glmq.verification.engines.check import describe_engines
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import Incomparable, KeyChange, NamePattern, WeightDiff

@@ -144,7 +144,7 @@ Quiet = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row of every table.", rich_help_panel=RUN)]
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks.", rich_help_panel=RUN)]
 
-_SIZE = re.compile(r"(\d+)\s*(GB|MB|GiB|MiB)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15})\s*(GB|MB|GiB|MiB)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

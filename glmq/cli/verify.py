@@ -17,9 +17,13 @@ FAILED = 3
 
 def verify(
     candidate: Annotated[
-        Path,
-        typer.Argument(help="Folder of a quantized or compressed checkpoint, whoever wrote it.", metavar="CANDIDATE"),
-    ],
+        Path | None,
+        typer.Argument(
+            help="Folder of a quantized or compressed checkpoint, whoever wrote it.",
+            metavar="CANDIDATE",
+            show_default=False,
+        ),
+    ] = None,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -70,6 +74,13 @@ def verify(
         float,
         typer.Option("--max-error", min=0, help="Relative output error of the worst linear.", rich_help_panel=LIMITS),
     ] = 0.3,
+    list_checks: Annotated[
+        bool,
+        typer.Option(
+            "--list-checks",
+            help="Print the number and title of every check, and whether it finds errors or warnings; CANDIDATE is not needed.",
+        ),
+    ] = False,
     html: Html = None,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
@@ -83,13 +94,21 @@ def verify(
     [bold]glmq verify W8A8 --target mindie[/]
     """
     from glmq.cli.render import print_json, stderr
-    from glmq.cli.verify_view import show_verification
+    from glmq.cli.verify_view import show_checks, show_verification
     from glmq.jobs.verify import load_samples, verify_folder
-    from glmq.reporting.documents import verification_document
+    from glmq.reporting.documents import VERIFY_SCHEMA, checks_document, verification_document
     from glmq.reporting.pages import verification_page, write_page
     from glmq.verification.checks import Limits
-    from glmq.verification.engines import Target
+    from glmq.verification.engines.check import Target
 
+    if list_checks:
+        if json_output:
+            print_json({"schema": VERIFY_SCHEMA, "checks": checks_document()})
+        else:
+            show_checks()
+        return
+    if candidate is None:
+        raise typer.BadParameter("give the folder of a quantized or compressed checkpoint", param_hint="CANDIDATE")
     found = verify_folder(
         candidate,
         reference,

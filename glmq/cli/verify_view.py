@@ -8,8 +8,8 @@ from rich.text import Text
 
 from glmq.cli.inspect_view import marked, plain_table, short
 from glmq.cli.render import SHOWN_ROWS, stdout
-from glmq.records import Finding
 from glmq.reporting.documents import Verification
+from glmq.verification.findings import Check, Finding
 
 SHOWN_FINDINGS: Final = 3
 """Of each check, before the rest is counted."""
@@ -26,15 +26,23 @@ def show_verification(found: Verification, *, quiet: bool, verbose: bool) -> Non
     _show_verdict(found, quiet=quiet)
 
 
+def show_checks() -> None:
+    """The table of all checks."""
+    table = plain_table("What verify looks for", ("", "check", "findings are"), left=3)
+    for check in Check:
+        table.add_row(str(check.number), check.title, " or ".join(f"{severity}s" for severity in check.severities))
+    stdout.print(table)
+
+
 def _show_findings(found: Verification, *, verbose: bool) -> None:
-    groups: dict[int, list[Finding]] = {}
+    groups: dict[Check, list[Finding]] = {}
     for finding in sorted(found.findings, key=lambda finding: finding.severity):  # errors before warnings
         groups.setdefault(finding.check, []).append(finding)
-    for check, findings in sorted(groups.items()):
+    for check, findings in sorted(groups.items(), key=lambda item: item[0].number):
         errors = sum(finding.severity == "error" for finding in findings)
         mark, style = ("!!", "bold red") if errors else ("!", "yellow")
         count = f"{errors} errors" if errors == len(findings) else f"{errors} errors, {len(findings) - errors} warnings"
-        stdout.print(Text(f"{mark} {check} {found.checks[check]}: {count}", style=style))
+        stdout.print(Text(f"{mark} {check.number} {check.title}: {count}", style=style))
         shown = findings if verbose else findings[:SHOWN_FINDINGS]
         for finding in shown:
             where = f"{finding.tensor} " if finding.tensor else ""

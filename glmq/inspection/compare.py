@@ -211,7 +211,7 @@ def only_in(a: Folder, b: Folder) -> list[NamePattern]:
     patterns: dict[str, int] = {}
     for tensor in a.tensors:
         if tensor.name not in there and tensor.name.rpartition(".")[2] not in LINEAR_SUFFIXES:
-            pattern = re.sub(r"\.\d+\.", ".N.", tensor.name)
+            pattern = re.sub(r"\.[0-9]+\.", ".N.", tensor.name)
             patterns[pattern] = patterns.get(pattern, 0) + 1
     return [NamePattern(pattern, count) for pattern, count in patterns.items()]
 
@@ -227,7 +227,7 @@ def description_changes(a: Folder, b: Folder) -> list[KeyChange]:
         return []
     found: dict[tuple[str, str | None, str | None], int] = {}
     for change in _changes(_flatten(a.description), _flatten(b.description)):
-        key = (re.sub(r"\.\d+\.", ".N.", change.key), change.a, change.b)
+        key = (re.sub(r"\.[0-9]+\.", ".N.", change.key), change.a, change.b)
         found[key] = found.get(key, 0) + 1
     return [KeyChange(key if n == 1 else f"{key} ({n} keys)", x, y) for (key, x, y), n in found.items()]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,14 +12,15 @@ from typing import Final
 from glmq.checkpoint.description import find_descriptions
 from glmq.checkpoint.header import TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
+from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
 from glmq.spec import QuantType
 
 STATISTICS: Final = "statistics.json"
 PORTABLE_FILE: Final = ".gqsc.safetensors"
 FLOAT_CODES: Final = ("F16", "BF16", "F32", "F64")
-_PART: Final = re.compile(r"part(\d+)-of-(\d+)")
-_RANK: Final = re.compile(r"model-rank-(\d+)-part-\d+\.safetensors")
+_PART: Final = re.compile(r"part([0-9]{1,4})-of-([0-9]{1,4})")
+_RANK: Final = re.compile(r"model-rank-([0-9]{1,4})-part-[0-9]{1,4}\.safetensors")
 
 
 class Kind(Enum):
@@ -118,7 +119,7 @@ def scan_folder(directory: Path) -> Folder:
                 seen[name] = file
                 quant = "statistics" if kind is Kind.STATISTICS else _type_of(info, own)
                 tensors.append(StoredTensor(f"{prefix}{name}", info, file, quant))
-    tensors.sort(key=lambda tensor: _natural(tensor.name))
+    tensors.sort(key=lambda tensor: natural_key(tensor.name))
     if not description and kind is Kind.FLOAT and any(t.info.dtype == "I8" for t in tensors):
         kind = Kind.QUANTIZED
         problems.append(f"{directory}: has int8 tensors but no quant_model_description.json; engines take it for float")
@@ -146,7 +147,7 @@ def _weight_files(directory: Path) -> dict[str, list[Path]]:
         return {"": own}
     return {
         f"{part.name}/": files
-        for part in sorted(directory.iterdir(), key=lambda path: _natural(path.name))
+        for part in sorted(directory.iterdir(), key=lambda path: natural_key(path.name))
         if _PART.fullmatch(part.name) and (files := sorted(part.glob("*.safetensors")))
     }
 
@@ -198,11 +199,6 @@ def _type_of(info: TensorInfo, description: Mapping[str, JsonValue]) -> str:
     return QuantType.FLOAT.value if info.dtype in FLOAT_CODES else "?"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Runs of digits compare as numbers."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def layer_of(name: str) -> str:
     """The block or other place that a tensor belongs to: `layers.3`, `visual.blocks.0`, `visual.merger`, `embed_tokens`.
 
@@ -210,7 +206,7 @@ def layer_of(name: str) -> str:
     """
     prefix, _, bare = name.rpartition("/")
     bare = bare.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
-    match = re.match(r"(layers\.\d+|visual\.blocks\.\d+|visual\.[a-z_]+|[a-z_]+)", bare)
+    match = re.match(r"(layers\.[0-9]+|visual\.blocks\.[0-9]+|visual\.[a-z_]+|[a-z_]+)", bare)
     layer = bare if match is None else match[1]
     return f"{prefix}/{layer}" if prefix else layer
 
@@ -222,10 +218,3 @@ def role_of(name: str) -> str:
     layer = layer_of(bare)
     role = base[base.find(layer) + len(layer) :].lstrip(".") if layer in base else base
     return role or layer.rpartition(".")[2]
-
-
-def iter_quantized(folder: Folder) -> Iterator[str]:
-    """Names of linears that are stored as integers: those with an int8 `.weight`."""
-    for tensor in folder.tensors:
-        if tensor.name.endswith(".weight") and tensor.info.dtype == "I8":
-            yield tensor.name.removesuffix(".weight")

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final
 
+from glmq.checkpoint.names import natural_key
 from glmq.errors import UsageError
 from glmq.inspection.folder import Folder, Kind, StoredTensor, layer_of, role_of
 from glmq.model.glm4v import Part, part_of
+
+_LAST_NUMBER: Final = re.compile(r"[0-9]{1,9}\Z")
+"""No model has a layer with more digits; int() would refuse more than 4,300 of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +142,7 @@ def group_rows(rows: Sequence[TensorRow]) -> list[LayerRow]:
     for (layer, role), members in grouped.items():
         weight = next((m for m in members if m.name.endswith(".weight")), members[0])
         dtypes = ", ".join(f"{m.name.rpartition('.')[2]} {m.dtype}" for m in members)
-        family = re.sub(r"\d+", "N", layer)
+        family = re.sub(r"[0-9]+", "N", layer)
         key = (family, role, weight.quant_type, dtypes, weight.shape)
         before = lines.get(key)
         lines[key] = LayerRow(
@@ -154,20 +158,21 @@ def group_rows(rows: Sequence[TensorRow]) -> list[LayerRow]:
 
 def describe_layers(layers: Sequence[str]) -> str:
     """`layers.0-39` for consecutive ones, `layers.0-2, 5` with a gap, the name itself for one."""
-    if len(layers) == 1:
-        return layers[0]
-    match = re.fullmatch(r"(.*?)(\d+)", layers[0])
-    if match is None:
-        return ", ".join(layers)
-    numbers = sorted(int(layer[len(match[1]) :]) for layer in layers)
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+    runs: dict[str, list[list[str]]] = {}
+    for layer in sorted(layers, key=natural_key):
+        number = _LAST_NUMBER.search(layer)
+        if number is None:
+            runs[layer] = []
+            continue
+        own = runs.setdefault(layer[: number.start()], [])
+        if own and int(number[0]) == int(own[-1][-1]) + 1:
+            own[-1].append(number[0])
         else:
-            runs.append([number])
-    listed = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"{match[1]}{listed}"
+            own.append([number[0]])
+    return ", ".join(
+        stem + ", ".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in own)
+        for stem, own in runs.items()
+    )
 
 
 def describe_folder(folder: Folder) -> str:

@@ -16,20 +16,18 @@ from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import describe_folder
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.records import Finding
 from glmq.reporting.documents import Caption, Verification
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.behaviour import BlockBehaviour, Case, caption, compare_behaviour
 from glmq.verification.checks import (
-    BEHAVIOUR_CHECK,
-    CHECKS,
     Limits,
     judge_block,
     judge_predictions,
     usable_config,
     verify_files,
 )
-from glmq.verification.engines import Target
+from glmq.verification.engines.check import Target
+from glmq.verification.findings import Check, Finding
 from glmq.verification.predictions import Predictions
 
 SMALL_BYTES: Final = 256 * 2**20
@@ -76,7 +74,7 @@ def verify_folder(
                 captions = _captions(source, candidate, samples, max_pixels=max_pixels)
             except CheckpointError as error:
                 message = f"cannot be measured: {error}"
-                findings.append(Finding(BEHAVIOUR_CHECK, "error", "", message))
+                findings.append(Check.BEHAVIOUR.error("", message))
         is_fp16 = folder.float_codes[:1] == ("F16",)
         findings += [] if predictions is None else judge_predictions(predictions, limits)
         findings += [found for block in blocks for found in judge_block(block, limits, is_fp16=is_fp16)]
@@ -91,7 +89,6 @@ def verify_folder(
         predictions=predictions,
         captions=captions,
         limits=limits,
-        checks=CHECKS,
     )
 
 

@@ -14,8 +14,8 @@ from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.inspection.folder import Folder
 from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_part, totals_by_type
-from glmq.records import Finding
-from glmq.verification.engines import Target, describe_engines
+from glmq.verification.engines.check import Target, describe_engines
+from glmq.verification.findings import Check, Finding
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -87,8 +87,6 @@ class Verification:
     predictions: Predictions | None
     captions: Sequence[Caption]
     limits: Limits
-    checks: Mapping[int, str]
-    """What the number of a finding stands for."""
 
     @property
     def passed(self) -> bool:
@@ -146,11 +144,28 @@ def inspection_document(found: Inspection) -> JsonObject:
         "tensors_total": len(folder.tensors),
         "bytes_total": folder.nbytes,
         "problems": list(folder.problems),
-        "engines": {target.value: [to_json(f) for f in findings] for target, findings in found.engines.items()},
+        "engines": {
+            target.value: [finding_document(f) for f in findings] for target, findings in found.engines.items()
+        },
         "parts": [to_json(total) for total in totals_by_part(every)],
         "types": [to_json(total) for total in totals_by_type(every)],
         "tensors": [_row_document(row, found.values.get(row.name)) for row in found.rows],
     }
+
+
+def finding_document(finding: Finding) -> JsonObject:
+    """One finding; its check is a number."""
+    return {
+        "check": finding.check.number,
+        "severity": finding.severity,
+        "tensor": finding.tensor,
+        "message": finding.message,
+    }
+
+
+def checks_document() -> list[JsonValue]:
+    """`glmq verify --list-checks --json`."""
+    return [{"check": check.number, "title": check.title, "severities": list(check.severities)} for check in Check]
 
 
 def _row_document(row: TensorRow, values: TensorValues | None) -> JsonObject:
@@ -224,7 +239,7 @@ def verification_document(found: Verification) -> JsonObject:
     """`glmq verify --json`."""
     counts: dict[str, JsonValue] = {}
     for finding in found.findings:
-        key = found.checks[finding.check]
+        key = finding.check.title
         before = counts.get(key, 0)
         assert isinstance(before, int)
         counts[key] = before + 1
@@ -238,7 +253,7 @@ def verification_document(found: Verification) -> JsonObject:
         "warnings": sum(f.severity == "warning" for f in found.findings),
         "not_checked": found.not_checked,
         "counts": counts,
-        "findings": [to_json(finding) for finding in found.findings],
+        "findings": [finding_document(finding) for finding in found.findings],
         "linears": [to_json(linear) for linear in found.linears],
         "blocks": [to_json(block) for block in found.blocks],
         "predictions": None if found.predictions is None else to_json(found.predictions),

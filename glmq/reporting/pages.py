@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from glmq.checkpoint.json_file import write_whole
+from glmq.checkpoint.names import natural_key
 from glmq.inspection.folder import Folder
 from glmq.inspection.listing import (
     TensorRow,
@@ -18,7 +19,6 @@ from glmq.inspection.listing import (
     totals_by_part,
     totals_by_type,
 )
-from glmq.records import Finding
 from glmq.reporting.charts import (
     RangeBar,
     columns_chart,
@@ -32,7 +32,8 @@ from glmq.reporting.charts import (
 )
 from glmq.reporting.documents import Comparison, Inspection, Verification
 from glmq.reporting.page import Cell, Tone, card, cards, cell, figure, folded, grid, page, section, table
-from glmq.verification.engines import Target, describe_engines
+from glmq.verification.engines.check import Target, describe_engines
+from glmq.verification.findings import Finding
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import KeyChange, WeightDiff
@@ -144,7 +145,7 @@ def comparison_page(found: Comparison) -> str:
     changed = sum(not diff.identical for diff in found.diffs)
     names_differ = len(found.only_a) + len(found.only_b) + len(found.incomparable)
     columns = list(dict.fromkeys(d.layer for d in matrices if "." in d.layer and "visual" not in d.layer))
-    columns = sorted(columns, key=lambda layer: [int(p) if p.isdigit() else -1 for p in layer.split(".")])
+    columns = sorted(columns, key=natural_key)
     roles = list(dict.fromkeys(diff.role for diff in sorted(matrices, key=lambda d: d.name) if diff.layer in columns))
     layers = [layer for layer in found.layers if layer.layer != "total" and layer.relative_l2 > NEGLIGIBLE]
     rest = len(found.layers) - 1 - len(layers)
@@ -319,7 +320,7 @@ def _findings_table(found: Verification) -> str:
     rows = [
         (
             cell(finding.severity, "bad" if finding.severity == "error" else "warn"),
-            found.checks[finding.check],
+            finding.check.title,
             cell(finding.tensor, code=True),
             finding.message,
         )

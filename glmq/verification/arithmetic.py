@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,11 +24,8 @@ from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges, ru
 from glmq.model.glm4v import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.records import Finding
 from glmq.verification.files import row_of
-
-ARITHMETIC_CHECK: Final = 30
-REPORT_CHECK: Final = 32
+from glmq.verification.findings import Check, Finding, Severity
 
 FP16_LIMIT: Final = 65504.0
 GAIN_FLOOR: Final = 0.05
@@ -105,7 +102,7 @@ def measure_linears(
         try:
             yield _measure(name, candidate, reference, scalings.get(name, UNSCALED))
         except CheckpointError as error:
-            yield Finding(ARITHMETIC_CHECK, "error", name, f"cannot be computed with: {error}")
+            yield Check.INTEGERS.error(name, f"cannot be computed with: {error}")
 
 
 def check_shifts(candidate: Checkpoint, groups: Iterable[InputGroup]) -> Iterator[Finding]:
@@ -118,17 +115,15 @@ def check_shifts(candidate: Checkpoint, groups: Iterable[InputGroup]) -> Iterato
     for norm in sorted({group.norm for group in groups if group.norm is not None}):
         name = f"{norm}.bias"
         if name in candidate and bool(candidate.read(name).any()):
-            yield Finding(
-                ARITHMETIC_CHECK, "error", name, "is not zero, which shifts the input of the linears behind it"
-            )
+            yield Check.INTEGERS.error(name, "is not zero, which shifts the input of the linears behind it")
 
 
 def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Finding]:
     """What is wrong with the numbers of one linear."""
-    severity: Literal["error", "warning"]
+    severity: Severity
 
     def finding(suffix: str, message: str) -> Finding:
-        return Finding(ARITHMETIC_CHECK, "error", f"{numbers.name}.{suffix}", message)
+        return Check.INTEGERS.error(f"{numbers.name}.{suffix}", message)
 
     if numbers.accumulator_share >= 1:
         yield finding(
@@ -158,7 +153,7 @@ def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Findin
                 f"{what} {index} is {gain:.3g} times the float {what}, wanted 1 within {limit:.2g}; "
                 f"{cause} or the {what} is wrong"
             )
-            yield Finding(ARITHMETIC_CHECK, severity, f"{numbers.name}.weight", message)
+            yield Finding(Check.INTEGERS, severity, f"{numbers.name}.weight", message)
 
 
 def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonValue]) -> Iterator[Finding]:
@@ -178,7 +173,7 @@ def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonVal
         # The report holds the same sums of the same counts, so only another order of summing may differ, by some ulps.
         if isinstance(wanted, float) and abs(found - wanted) > 1e-12 * max(1.0, abs(wanted)):
             message = f"has {key} {found:.9g}, glmq_report.json says {wanted:.9g}: the integers were changed since"
-            yield Finding(REPORT_CHECK, "error", f"{numbers.name}.weight", message)
+            yield Check.REPORT.error(f"{numbers.name}.weight", message)
             return
 
 

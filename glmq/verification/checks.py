@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, GlmqError
@@ -13,7 +12,6 @@ from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.glm4v import all_blocks
-from glmq.records import Finding
 from glmq.verification.arithmetic import (
     LinearArithmetic,
     check_shifts,
@@ -22,51 +20,13 @@ from glmq.verification.arithmetic import (
     measure_linears,
 )
 from glmq.verification.behaviour import BlockBehaviour
-from glmq.verification.checksums import CHECKSUMS_CHECK, check_checksums
-from glmq.verification.engines import Target, check_target
+from glmq.verification.checksums import check_checksums
+from glmq.verification.engines.check import Target, check_target
 from glmq.verification.files import read_report
+from glmq.verification.findings import Check, Finding
 from glmq.verification.parts import check_manifest, check_parts, check_portable, is_compressed
 from glmq.verification.predictions import Predictions
 from glmq.verification.structure import check_structure
-
-BEHAVIOUR_CHECK: Final = 31
-
-CHECKS: Final[Mapping[int, str]] = {
-    1: "one description file",
-    2: "description: type, version, keys",
-    3: "description: group size",
-    4: "weight files and their index",
-    5: "tensors and description agree",
-    6: "no tensor lost, added or changed",
-    7: "tensors of each quantized linear",
-    8: "shapes",
-    9: "dtypes",
-    10: "values",
-    11: "quant_bias and scales recomputed",
-    12: "linears of one input agree",
-    13: "sparse types are float16",
-    14: "vision tower described",
-    15: "norms",
-    16: "distance from the float weights",
-    17: "config.json",
-    18: "tokenizer and processor files",
-    19: "modes and names of files",
-    20: "MindIE's look-ups",
-    21: "parts: files and config.json",
-    22: "parts: names",
-    23: "parts: compressed tensors",
-    24: "parts: bias of row-parallel linears",
-    25: "parts: against the W8A8S checkpoint",
-    27: "shards: files and config.json",
-    28: "shards: compressed tensors",
-    29: "vLLM-Ascend's look-ups",
-    30: "integers of each linear",
-    31: "behaviour",
-    32: "integers as glmq_report.json says",
-    33: "bytes as glmq_manifest.json says",
-    CHECKSUMS_CHECK: "bytes as glmq_checksums.json says",
-}
-"""What the number of a finding stands for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,23 +121,23 @@ def judge_block(block: BlockBehaviour, limits: Limits, *, is_fp16: bool) -> Iter
     for linear in block.linears:
         if not linear.error <= limits.max_error:
             message = f"is {linear.error:.3g} away from the float linear's output, wanted at most {limits.max_error:g}"
-            yield Finding(BEHAVIOUR_CHECK, "error", linear.name, message)
+            yield Check.BEHAVIOUR.error(linear.name, message)
         if is_fp16 and linear.largest_output > 65504:
             message = f"reaches {linear.largest_output:.4g}, float16 ends at 65504"
-            yield Finding(BEHAVIOUR_CHECK, "error", linear.name, message)
+            yield Check.BEHAVIOUR.error(linear.name, message)
         if linear.clipped_share > limits.max_clipped:
             message = (
                 f"clips {linear.clipped_share:.1%} of its inputs ({linear.seen_low:.3g} to {linear.seen_high:.3g} seen, "
                 f"{linear.covered_low:.3g} to {linear.covered_high:.3g} covered), most on {linear.excess_sample}"
             )
-            yield Finding(BEHAVIOUR_CHECK, "warning", linear.name, message)
+            yield Check.BEHAVIOUR.warning(linear.name, message)
 
 
 def judge_predictions(predictions: Predictions, limits: Limits) -> Iterator[Finding]:
     """What is wrong with the predicted tokens."""
     if not predictions.kl <= limits.max_kl:
         message = f"KL from the float model is {predictions.kl:.4g} nats, wanted at most {limits.max_kl:g}"
-        yield Finding(BEHAVIOUR_CHECK, "error", "", message)
+        yield Check.BEHAVIOUR.error("", message)
     if not predictions.top1 >= limits.min_top1:
         message = f"agrees on the most likely token at {predictions.top1:.1%}, wanted at least {limits.min_top1:.0%}"
-        yield Finding(BEHAVIOUR_CHECK, "error", "", message)
+        yield Check.BEHAVIOUR.error("", message)

@@ -6,7 +6,6 @@ The other checks see what a damage does to the numbers; one of a low mantissa bi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Final
 
 import xxhash
 
@@ -16,9 +15,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.shard import raw_bytes
 from glmq.errors import CheckpointError
 from glmq.inspection.weights import pieces_of
-from glmq.records import Finding
-
-CHECKSUMS_CHECK: Final = 34
+from glmq.verification.findings import Check, Finding
 
 
 def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> Iterator[Finding]:
@@ -34,26 +31,26 @@ def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> 
     if not (directory / CHECKSUMS).exists():
         if wanted_digest is not None:
             message = f"{CHECKSUMS} is missing, glmq_report.json says it was written; single bits cannot be proven"
-            yield Finding(CHECKSUMS_CHECK, "warning", "", message)
+            yield Check.CHECKSUMS.warning("", message)
         return
     try:
         checksums = read_checksums(directory)
     except CheckpointError as error:
-        yield Finding(CHECKSUMS_CHECK, "warning", "", f"{error}; single bits cannot be proven")
+        yield Check.CHECKSUMS.warning("", f"{error}; single bits cannot be proven")
         return
     if wanted_digest not in (None, checksums.digest):
         message = f"{CHECKSUMS} has digest {checksums.digest}, glmq_report.json says {wanted_digest}: it was replaced"
-        yield Finding(CHECKSUMS_CHECK, "warning", "", message)
+        yield Check.CHECKSUMS.warning("", message)
     for name in checkpoint:
         wanted, found = checksums.tensors.get(name), checksum_of(checkpoint, name)
         if wanted is None:
-            yield Finding(CHECKSUMS_CHECK, "error", name, f"is stored, but {CHECKSUMS} does not list it")
+            yield Check.CHECKSUMS.error(name, f"is stored, but {CHECKSUMS} does not list it")
         elif found != wanted:
             message = f"has checksum {found}, {CHECKSUMS} says {wanted}: its bytes were changed since it was written"
-            yield Finding(CHECKSUMS_CHECK, "error", name, message)
+            yield Check.CHECKSUMS.error(name, message)
     for name in checksums.tensors:
         if name not in checkpoint:
-            yield Finding(CHECKSUMS_CHECK, "error", name, f"is not stored, but {CHECKSUMS} lists it")
+            yield Check.CHECKSUMS.error(name, f"is not stored, but {CHECKSUMS} lists it")
 
 
 def checksum_of(checkpoint: Checkpoint, name: str) -> str:

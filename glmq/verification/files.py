@@ -26,8 +26,8 @@ from glmq.checkpoint.reader import INDEX_SUFFIX, Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import ModelConfig, parse_config
-from glmq.records import Finding
 from glmq.spec import FloatDtype, QuantType
+from glmq.verification.findings import Check, Finding
 
 KINDS: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
 GROUP_SIZES: Final = (64, 128, 256)
@@ -57,25 +57,29 @@ def check_description(directory: Path) -> Generator[Finding, None, Description |
     paths = find_descriptions(directory)
     if len(paths) != 1:
         names = ", ".join(path.name for path in paths) or "none"
-        yield Finding(1, "error", "", f"wanted one {ASCEND_V1} or quant_model_description_TYPE.json, found {names}")
+        yield Check.DESCRIPTION_FILE.error(
+            "",
+            f"wanted one {ASCEND_V1} or quant_model_description_TYPE.json, found {names}",
+        )
         return None
     try:
         document = read_json_object(paths[0])
     except CheckpointError as error:
-        yield Finding(1, "error", "", str(error))
+        yield Check.DESCRIPTION_FILE.error("", str(error))
         return None
     for key in FOREIGN_KEYS:
         if key in document:
-            yield Finding(
-                2, "error", key, "the description has this key, which switches another feature on, even if null"
+            yield Check.DESCRIPTION_KEYS.error(
+                key,
+                "the description has this key, which switches another feature on, even if null",
             )
     for key in ("version", "group_size"):
         if key in document and document[key] is None:
-            yield Finding(2, "error", key, "is null in the description; the key must be absent instead")
+            yield Check.DESCRIPTION_KEYS.error(key, "is null in the description; the key must be absent instead")
     try:
         description = parse_description(paths[0], document)
     except CheckpointError as error:
-        yield Finding(2, "error", "", str(error))
+        yield Check.DESCRIPTION_KEYS.error("", str(error))
         return None
     yield from _check_form(paths[0], description)
     return description
@@ -84,25 +88,27 @@ def check_description(directory: Path) -> Generator[Finding, None, Description |
 def _check_form(path: Path, description: Description) -> Iterator[Finding]:
     kind, mindie = description.model_quant_type, path.name != ASCEND_V1
     if mindie and path.name != description_name(kind, mindie=True):
-        yield Finding(
-            1, "error", "", f"{path.name} describes {kind}, wanted the name {description_name(kind, mindie=True)}"
+        yield Check.DESCRIPTION_FILE.error(
+            "",
+            f"{path.name} describes {kind}, wanted the name {description_name(kind, mindie=True)}",
         )
     if kind not in KINDS:
-        yield Finding(2, "error", "model_quant_type", f"is {kind}, wanted one of {', '.join(KINDS)}")
+        yield Check.DESCRIPTION_KEYS.error("model_quant_type", f"is {kind}, wanted one of {', '.join(KINDS)}")
     wanted = None if mindie else ASCEND_V1_VERSION
     if description.version != wanted:
         form = "the MindIE form" if mindie else "ascendV1"
-        yield Finding(2, "error", "version", f"is {description.version!r}, {form} wants {wanted!r}")
+        yield Check.DESCRIPTION_KEYS.error("version", f"is {description.version!r}, {form} wants {wanted!r}")
     size = description.group_size
     if kind != QuantType.W4A8_DYNAMIC.value or mindie:
         if size is not None:
-            yield Finding(
-                3, "error", "group_size", f"is {size}, wanted only in an ascendV1 description of W4A8_DYNAMIC"
+            yield Check.GROUP_SIZE.error(
+                "group_size",
+                f"is {size}, wanted only in an ascendV1 description of W4A8_DYNAMIC",
             )
     elif size == 32:
-        yield Finding(3, "warning", "group_size", "is 32, which the MindIE engine refuses")
+        yield Check.GROUP_SIZE.warning("group_size", "is 32, which the MindIE engine refuses")
     elif size not in GROUP_SIZES:
-        yield Finding(3, "error", "group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
+        yield Check.GROUP_SIZE.error("group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
 
 
 def check_weight_files(directory: Path, kind: str) -> Generator[Finding, None, Checkpoint | None]:
@@ -111,20 +117,23 @@ def check_weight_files(directory: Path, kind: str) -> Generator[Finding, None, C
     indexes = {path.name for path in directory.glob(f"*{INDEX_SUFFIX}")}
     wanted, index = _wanted_files(f"quant_model_weight_{kind.lower()}", present)
     for name in sorted((present - wanted) | (indexes - {index})):
-        yield Finding(4, "error", "", f"{name} does not belong to a {kind} checkpoint; engines take every weight file")
+        yield Check.WEIGHT_FILES.error(
+            "",
+            f"{name} does not belong to a {kind} checkpoint; engines take every weight file",
+        )
     for name in sorted(wanted - present):
-        yield Finding(4, "error", "", f"{name} is missing")
+        yield Check.WEIGHT_FILES.error("", f"{name} is missing")
     headers: dict[Path, Header] = {}
     places: dict[str, str] = {}
     for name in sorted(present):
         try:
             header = read_header(directory / name)
         except CheckpointError as error:
-            yield Finding(4, "error", "", str(error))
+            yield Check.WEIGHT_FILES.error("", str(error))
             continue
         for tensor in header.tensors:
             if tensor in places:
-                yield Finding(5, "error", tensor, f"is in {places[tensor]} and in {name}")
+                yield Check.DESCRIBED_TENSORS.error(tensor, f"is in {places[tensor]} and in {name}")
             places.setdefault(tensor, name)
         if name in wanted:
             headers[directory / name] = header
@@ -141,7 +150,7 @@ def check_weight_files(directory: Path, kind: str) -> Generator[Finding, None, C
 def _wanted_files(stem: str, present: set[str]) -> tuple[set[str], str | None]:
     """The names that the weight files should have, judged by those that are there, and that of their index."""
     single = f"{stem}.safetensors"
-    numbered = (re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.safetensors", name) for name in sorted(present))
+    numbered = (re.fullmatch(rf"{stem}-[0-9]{{5}}-of-([0-9]{{5}})\.safetensors", name) for name in sorted(present))
     counts = [int(found[1]) for found in numbered if found]
     if single in present or not counts:
         return {single}, None
@@ -153,12 +162,13 @@ def _check_index(path: Path, headers: Mapping[Path, Header]) -> Iterator[Finding
     try:
         index = read_json_object(path)
     except CheckpointError as error:
-        yield Finding(4, "error", "", str(error))
+        yield Check.WEIGHT_FILES.error("", str(error))
         return
     infos = [(file.name, info) for file, header in headers.items() for info in header.tensors.values()]
     if index.get("weight_map") != {info.name: name for name, info in infos}:
-        yield Finding(
-            4, "error", "", f"the weight_map of {path.name} does not list every tensor in the file that has it"
+        yield Check.WEIGHT_FILES.error(
+            "",
+            f"the weight_map of {path.name} does not list every tensor in the file that has it",
         )
     metadata = index.get("metadata")
     total, wanted = (
@@ -166,7 +176,7 @@ def _check_index(path: Path, headers: Mapping[Path, Header]) -> Iterator[Finding
         sum(i.nbytes for _, i in infos),
     )
     if total != wanted:
-        yield Finding(4, "error", "", f"total_size in {path.name} is {total}, the tensors have {wanted} bytes")
+        yield Check.WEIGHT_FILES.error("", f"total_size in {path.name} is {total}, the tensors have {wanted} bytes")
 
 
 def check_config(
@@ -177,14 +187,14 @@ def check_config(
         raw = read_json_object(directory / "config.json")
         config = parse_config(raw, str(directory / "config.json"))
     except (CheckpointError, ModelError) as error:
-        yield Finding(17, "error", "", str(error))
+        yield Check.CONFIG.error("", str(error))
         return None
     yield from _check_dtypes(raw)
     if description is not None:
         yield from _check_quantization_keys(raw, description, mindie=is_mindie(directory))
     rope = _section(raw, "text_config").get("rope_scaling")
     if not isinstance(rope, Mapping) or "mrope_section" not in rope:
-        yield Finding(17, "error", "", f"text_config.rope_scaling is {rope!r}, the engine wants one with mrope_section")
+        yield Check.CONFIG.error("", f"text_config.rope_scaling is {rope!r}, the engine wants one with mrope_section")
     if source is not None:
         yield from _check_rest(raw, source.directory)
     return config
@@ -208,24 +218,24 @@ def _check_dtypes(raw: JsonObject) -> Iterator[Finding]:
     wanted = [dtype.value for dtype in FloatDtype]
     for key in ("torch_dtype", "text_config.dtype"):
         if found.get(key) not in wanted:
-            yield Finding(17, "error", "", f"{key} is {found.get(key)!r} in config.json, wanted {' or '.join(wanted)}")
+            yield Check.CONFIG.error("", f"{key} is {found.get(key)!r} in config.json, wanted {' or '.join(wanted)}")
     if len({str(value) for value in found.values()}) > 1:
         listed = ", ".join(f"{key} {value}" for key, value in found.items())
-        yield Finding(17, "error", "", f"the dtypes in config.json differ: {listed}")
+        yield Check.CONFIG.error("", f"the dtypes in config.json differ: {listed}")
 
 
 def _check_quantization_keys(raw: JsonObject, description: Description, *, mindie: bool) -> Iterator[Finding]:
     if not mindie:
         for key in ("quantize", "quantization_config"):
             if key in raw:
-                yield Finding(17, "error", "", f"config.json has {key}, which ascendV1 must not have")
+                yield Check.CONFIG.error("", f"config.json has {key}, which ascendV1 must not have")
         return
     tag = description.model_quant_type.lower()
     if raw.get("quantize") != tag:
-        yield Finding(17, "error", "", f"quantize is {raw.get('quantize')!r} in config.json, wanted {tag!r}")
+        yield Check.CONFIG.error("", f"quantize is {raw.get('quantize')!r} in config.json, wanted {tag!r}")
     size = _section(raw, "quantization_config").get("group_size")
     if size not in (0, *GROUP_SIZES):
-        yield Finding(17, "error", "", f"quantization_config.group_size is {size!r}, wanted 0, 64, 128 or 256")
+        yield Check.CONFIG.error("", f"quantization_config.group_size is {size!r}, wanted 0, 64, 128 or 256")
 
 
 def _check_rest(raw: JsonObject, source_dir: Path) -> Iterator[Finding]:
@@ -234,7 +244,7 @@ def _check_rest(raw: JsonObject, source_dir: Path) -> Iterator[Finding]:
         source = read_json_object(source_dir / "config.json")
         nested = parse_config(source, str(source_dir / "config.json")).nested
     except (CheckpointError, ModelError) as error:
-        yield Finding(17, "warning", "", f"cannot be compared with the source: {error}")
+        yield Check.CONFIG.warning("", f"cannot be compared with the source: {error}")
         return
     found, wanted = _flatten(raw), _flatten(nested)
     if found == _flatten(source):
@@ -242,7 +252,7 @@ def _check_rest(raw: JsonObject, source_dir: Path) -> Iterator[Finding]:
     for key in sorted(found.keys() | wanted.keys()):
         if key not in found or key not in wanted or found[key] != wanted[key]:
             sides = f"{found.get(key, 'absent')!r} in config.json, {wanted.get(key, 'absent')!r} in the source"
-            yield Finding(17, "error", "", f"{key} is {sides}")
+            yield Check.CONFIG.error("", f"{key} is {sides}")
 
 
 def _flatten(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -263,33 +273,38 @@ def check_side_files(directory: Path, source: Checkpoint | None) -> Iterator[Fin
     expected = [] if source is None else list_side_files(source.directory)
     for name in expected:
         if not (directory / name).is_file():
-            yield Finding(18, "error", "", f"{name} is missing, the source has it")
+            yield Check.SIDE_FILES.error("", f"{name} is missing, the source has it")
         elif source is not None and (directory / name).read_bytes() != (source.directory / name).read_bytes():
-            yield Finding(18, "error", "", f"{name} differs from the source's")
+            yield Check.SIDE_FILES.error("", f"{name} differs from the source's")
     for name in NEEDED_FILES:
         if name not in expected and not (directory / name).is_file():
-            yield Finding(18, "error", "", f"{name} is missing; the engine cannot build its processor without it")
+            yield Check.SIDE_FILES.error("", f"{name} is missing; the engine cannot build its processor without it")
 
 
 def check_modes(directory: Path) -> Iterator[Finding]:
     """Check 19: modes and names that the engine's file checks accept."""
     whole = directory.resolve()
     if not _LEGAL_PATH.fullmatch(str(whole)) or len(str(whole)) > _MAX_PATH:
-        yield Finding(19, "warning", "", f"{whole}: the engine refuses such a path; use letters, digits, _ . / - only")
+        yield Check.FILE_MODES.warning(
+            "",
+            f"{whole}: the engine refuses such a path; use letters, digits, _ . / - only",
+        )
     entries = sorted(directory.iterdir())
     if len(entries) > _MAX_ENTRIES:
-        yield Finding(19, "error", "", f"the folder has {len(entries)} entries, the engine stops at {_MAX_ENTRIES}")
+        yield Check.FILE_MODES.error("", f"the folder has {len(entries)} entries, the engine stops at {_MAX_ENTRIES}")
     for path in (directory, *entries):
         mode = path.stat().st_mode
         if mode & stat.S_IWOTH:
-            yield Finding(
-                19, "error", "", f"{path.name} is writable by everyone (mode {mode & 0o777:o}); the engine refuses that"
+            yield Check.FILE_MODES.error(
+                "",
+                f"{path.name} is writable by everyone (mode {mode & 0o777:o}); the engine refuses that",
             )
         if not mode & stat.S_IRUSR:
-            yield Finding(19, "error", "", f"{path.name} is not readable by its owner (mode {mode & 0o777:o})")
+            yield Check.FILE_MODES.error("", f"{path.name} is not readable by its owner (mode {mode & 0o777:o})")
         if path != directory and not _LEGAL_PATH.fullmatch(path.name):
-            yield Finding(
-                19, "error", "", f"{path.name!r}: the engine refuses such a name; use letters, digits, _ . - only"
+            yield Check.FILE_MODES.error(
+                "",
+                f"{path.name!r}: the engine refuses such a name; use letters, digits, _ . - only",
             )
 
 

@@ -17,8 +17,8 @@ from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import Scaling
-from glmq.records import Finding
 from glmq.spec import FloatDtype, QuantType
+from glmq.verification.findings import Check, Finding
 
 _STATIC: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
 _STEPS: Final = ("weight_scale", "weight_offset")
@@ -97,9 +97,9 @@ def _check_suffixes(subject: Subject) -> Iterator[Finding]:
     has_bias = f"{prefix}bias" in (subject.checkpoint if subject.source is None else subject.source)
     wanted = {"weight", *_own(subject)} | ({"bias"} if has_bias else set())
     for suffix in sorted(wanted - present):
-        yield Finding(7, "error", f"{prefix}{suffix}", f"is missing, a {subject.kind.value} linear has it")
+        yield Check.LINEAR_TENSORS.error(f"{prefix}{suffix}", f"is missing, a {subject.kind.value} linear has it")
     for suffix in sorted(present - wanted):
-        yield Finding(7, "error", f"{prefix}{suffix}", f"does not belong to a {subject.kind.value} linear")
+        yield Check.LINEAR_TENSORS.error(f"{prefix}{suffix}", f"does not belong to a {subject.kind.value} linear")
 
 
 def _size(subject: Subject) -> tuple[int, int] | None:
@@ -115,7 +115,7 @@ def _size(subject: Subject) -> tuple[int, int] | None:
 def _check_shapes(subject: Subject) -> Iterator[Finding]:
     size = _size(subject)
     if size is None:
-        yield Finding(8, "error", f"{subject.name}.weight", "has no rows and columns to compare with")
+        yield Check.SHAPES.error(f"{subject.name}.weight", "has no rows and columns to compare with")
         return
     rows, cols = size
     wanted: dict[str, tuple[int, ...]] = {
@@ -135,7 +135,7 @@ def _check_shapes(subject: Subject) -> Iterator[Finding]:
         name = f"{subject.name}.{suffix}"
         if name in subject.checkpoint and subject.checkpoint[name].shape != shape:
             found = subject.checkpoint[name].shape
-            yield Finding(8, "error", name, f"has shape {list(found)}, wanted {list(shape)}")
+            yield Check.SHAPES.error(name, f"has shape {list(found)}, wanted {list(shape)}")
 
 
 def _groups(subject: Subject, cols: int) -> int:
@@ -162,7 +162,7 @@ def _check_dtypes(subject: Subject) -> Iterator[Finding]:
         name, allowed = f"{subject.name}.{suffix}", wanted.get(suffix, FLOATING)
         if name in subject.checkpoint and subject.checkpoint[name].dtype not in allowed:
             found = subject.checkpoint[name].dtype
-            yield Finding(9, "error", name, f"has dtype {found}, wanted {' or '.join(allowed)}")
+            yield Check.DTYPES.error(name, f"has dtype {found}, wanted {' or '.join(allowed)}")
 
 
 def _check_values(subject: Subject) -> Iterator[Finding]:
@@ -174,11 +174,11 @@ def _check_values(subject: Subject) -> Iterator[Finding]:
             values = subject.checkpoint.read(name)
             values = decode_deq_scale(name, values) if suffix == "deq_scale" else values
         except CheckpointError as error:
-            yield Finding(10, "error", name, str(error))
+            yield Check.VALUES.error(name, str(error))
             continue
         message = _judge(suffix, values.double())
         if message is not None:
-            yield Finding(10, "error", name, message)
+            yield Check.VALUES.error(name, message)
 
 
 def _judge(suffix: str, values: Tensor) -> str | None:
@@ -211,21 +211,21 @@ def _check_arithmetic(subject: Subject) -> Iterator[Finding]:
                 f"differs from bias / deq_scale - input_offset * rowsum in {count} rows, by {off[row]:g} in row {row}"
             )
             message += f", glmq_report.json says that bias correction changed it by {shift}" if shift else ""
-            yield Finding(11, "error", f"{name}.quant_bias", message)
+            yield Check.RECOMPUTED.error(f"{name}.quant_bias", message)
         if subject.kind is QuantType.W8A8:
             step = checkpoint.read(f"{name}.weight_scale").double().flatten()
             # 2^-24 is the smallest positive float16 number: below it a stored step cannot follow.
             off = ((deq / scale - step).abs() - 2.0**-24) / step
             if bool((off > STEP_TOLERANCE).any()):
                 message = f"differs from deq_scale / input_scale by up to {100 * float(off.max()):.2g} %"
-                yield Finding(11, "error", f"{name}.weight_scale", message)
+                yield Check.RECOMPUTED.error(f"{name}.weight_scale", message)
     if subject.is_packed:
         yield from _check_scale_bias(subject)
     if error is not None and not error <= LARGEST_ERROR[subject.kind]:
         message = (
             f"is {error:.3g} of the float weight's norm away from it, wanted at most {LARGEST_ERROR[subject.kind]}"
         )
-        yield Finding(16, "error", f"{name}.weight", message)
+        yield Check.WEIGHT_DISTANCE.error(f"{name}.weight", message)
 
 
 def _check_scale_bias(subject: Subject) -> Iterator[Finding]:
@@ -244,7 +244,7 @@ def _check_scale_bias(subject: Subject) -> Iterator[Finding]:
         off, slack = (stored[cut] - terms.sum(2)).abs(), terms.shape[2] * 2.0**-24 * terms.abs().sum(2)
         worst = max(worst, float(torch.where(off > slack, off, 0.0).max()))
     if worst > 0:
-        yield Finding(11, "error", name, f"differs from 8 * sum(int4 * scales) by up to {worst:g}")
+        yield Check.RECOMPUTED.error(name, f"differs from 8 * sum(int4 * scales) by up to {worst:g}")
 
 
 def _bias(subject: Subject) -> Tensor:

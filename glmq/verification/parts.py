@@ -27,10 +27,9 @@ from glmq.compression.weight_codec import BLOB_SUFFIX
 from glmq.errors import CheckpointError, CodecError, GlmqError, ModelError
 from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig, parse_config
-from glmq.records import Finding
 from glmq.verification.checksums import checksum_of
+from glmq.verification.findings import Check, Finding
 
-MANIFEST_CHECK: Final = 33
 TILING: Final = 8
 """The engine's kernel has it built in."""
 
@@ -44,7 +43,7 @@ _DTYPES: Final = {
     "input_offset": "I8",
 }
 _LAYOUTS: Final = {Kind.PARTS: Layout.MINDIE, Kind.SHARDED: Layout.VLLM_ASCEND}
-_PREFIX: Final = re.compile(r"(?:part(\d+)-of-(\d+)|rank(\d+))/")
+_PREFIX: Final = re.compile(r"(?:part([0-9]+)-of-([0-9]+)|rank([0-9]+))/")
 
 
 def is_compressed(directory: Path) -> bool:
@@ -66,18 +65,18 @@ def check_manifest(directory: Path) -> Iterator[Finding]:
     try:
         manifest = read_manifest(directory)
     except CheckpointError as error:
-        yield Finding(MANIFEST_CHECK, "error", "", str(error))
+        yield Check.MANIFEST.error("", str(error))
         return
     listed = {MANIFEST, *manifest.files, *(part.file for part in manifest.parts)}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in listed and path.suffix in (".safetensors", ".json"):
-            yield Finding(MANIFEST_CHECK, "error", "", f"{name} is not in {MANIFEST}; it does not belong here")
+            yield Check.MANIFEST.error("", f"{name} is not in {MANIFEST}; it does not belong here")
     for name, record in manifest.files.items():
         try:
             checked_bytes(directory, name, record)
         except CheckpointError as error:
-            yield Finding(MANIFEST_CHECK, "error", "", str(error))
+            yield Check.MANIFEST.error("", str(error))
     for part in manifest.parts:
         yield from _check_part_bytes(directory, part)
 
@@ -87,12 +86,12 @@ def _check_part_bytes(directory: Path, part: PartRecord) -> Iterator[Finding]:
     try:
         header = read_header(path)
     except CheckpointError as error:
-        yield Finding(MANIFEST_CHECK, "error", "", str(error))
+        yield Check.MANIFEST.error("", str(error))
         return
     with path.open("rb") as file:
         start = file.read(header.data_start)
     if digest_of(start) != part.header or set(header.tensors) != set(part.tensors):
-        yield Finding(MANIFEST_CHECK, "error", "", f"{part.file}: its header is not the one in {MANIFEST}")
+        yield Check.MANIFEST.error("", f"{part.file}: its header is not the one in {MANIFEST}")
         return
     with Checkpoint(path.parent, {path: header}) as checkpoint:
         for name, digest in part.tensors.items():
@@ -100,17 +99,17 @@ def _check_part_bytes(directory: Path, part: PartRecord) -> Iterator[Finding]:
             if name in part.matrices:
                 yield from _check_blob(checkpoint, name, where, part.matrices[name])
             if checksum_of(checkpoint, name) != digest:
-                yield Finding(MANIFEST_CHECK, "error", where, f"is altered, its checksum is not the one in {MANIFEST}")
+                yield Check.MANIFEST.error(where, f"is altered, its checksum is not the one in {MANIFEST}")
 
 
 def _check_blob(checkpoint: Checkpoint, name: str, where: str, shape: tuple[int, int]) -> Iterator[Finding]:
     try:
         found = decode(checkpoint.read(name).numpy(), threads=1).shape
     except CodecError as error:
-        yield Finding(MANIFEST_CHECK, "error", where, str(error))
+        yield Check.MANIFEST.error(where, str(error))
         return
     if found != shape:
-        yield Finding(MANIFEST_CHECK, "error", where, f"holds a matrix of {found}, {MANIFEST} says {shape}")
+        yield Check.MANIFEST.error(where, f"holds a matrix of {found}, {MANIFEST} says {shape}")
 
 
 def check_parts(folder: Folder, source_dir: Path | None) -> Iterator[Finding]:
@@ -120,9 +119,9 @@ def check_parts(folder: Folder, source_dir: Path | None) -> Iterator[Finding]:
         folder: of kind PARTS or SHARDED.
         source_dir: the W8A8S checkpoint they were made from; without it, nothing is compared with one.
     """
-    first = 21 if folder.kind is Kind.PARTS else 27
+    first = Check.PART_FILES if folder.kind is Kind.PARTS else Check.SHARD_FILES
     for problem in folder.problems:
-        yield Finding(first, "error", "", problem)
+        yield first.error("", problem)
     config = yield from _check_top(folder, first)
     ranks: dict[tuple[int, int], dict[str, StoredTensor]] = {}
     for tensor in folder.tensors:
@@ -136,9 +135,7 @@ def check_parts(folder: Folder, source_dir: Path | None) -> Iterator[Finding]:
     for world in sorted({world for world, _ in ranks}):
         for rank in range(world):
             if (world, rank) not in ranks:
-                yield Finding(
-                    first, "error", "", f"rank {rank} of {world} is missing; every rank needs its own weights"
-                )
+                yield first.error("", f"rank {rank} of {world} is missing; every rank needs its own weights")
     for (world, rank), tensors in sorted(ranks.items()):
         part = _Part(folder, rank, world, tensors)
         yield from _check_description(part)
@@ -171,42 +168,40 @@ class _Part:
                 yield name.removesuffix(".weight")
 
 
-def _check_top(folder: Folder, number: int) -> Generator[Finding, None, ModelConfig | None]:
+def _check_top(folder: Folder, check: Check) -> Generator[Finding, None, ModelConfig | None]:
     """The folder's own config.json and description."""
     quantize = folder.config.get("quantize")
     if quantize is not None and (folder.kind is Kind.SHARDED or quantize != "w8a8sc"):
         wanted = "absent" if folder.kind is Kind.SHARDED else "absent or 'w8a8sc'"
-        yield Finding(number, "error", "", f"config.json says quantize {quantize!r}, wanted it {wanted}")
+        yield check.error("", f"config.json says quantize {quantize!r}, wanted it {wanted}")
     if "quantization_config" in folder.config:
-        yield Finding(number, "error", "", "config.json has quantization_config, which must be absent")
+        yield check.error("", "config.json has quantization_config, which must be absent")
     for where in ("", "text_config", "vision_config"):
         section = folder.config if not where else folder.config.get(where)
         for key in ("torch_dtype", "dtype"):
             found = section.get(key, "float16") if isinstance(section, Mapping) else "float16"
             if found != "float16":
                 place = f"{where}.{key}".lstrip(".")
-                yield Finding(number, "error", "", f"config.json says {place} {found!r}, W8A8SC runs in float16 only")
+                yield check.error("", f"config.json says {place} {found!r}, W8A8SC runs in float16 only")
     if folder.kind is Kind.PARTS:
         for path in find_descriptions(folder.directory):
-            yield Finding(
-                number, "error", "", f"{path.name} lies beside the parts; the engine takes its type for theirs"
-            )
+            yield check.error("", f"{path.name} lies beside the parts; the engine takes its type for theirs")
     elif folder.quant_type != "W8A8SC":
-        yield Finding(number, "error", "", f"the description says {folder.quant_type}, wanted W8A8SC")
+        yield check.error("", f"the description says {folder.quant_type}, wanted W8A8SC")
     try:
         return parse_config(folder.config, str(folder.directory / "config.json"))
     except ModelError as error:
-        yield Finding(number, "error", "", str(error))
+        yield check.error("", str(error))
         return None
 
 
-def _open_source(directory: Path | None, number: int) -> Generator[Finding, None, Source | None]:
+def _open_source(directory: Path | None, check: Check) -> Generator[Finding, None, Source | None]:
     if directory is None:
         return None
     try:
         return open_source(directory)
     except (CheckpointError, ModelError) as error:
-        yield Finding(number, "error", "", f"cannot be compared with its source: {error}")
+        yield check.error("", f"cannot be compared with its source: {error}")
         return None
 
 
@@ -218,57 +213,55 @@ def _check_description(part: _Part) -> Iterator[Finding]:
     weights, descriptions = list(place.glob("*.safetensors")), find_descriptions(place)
     for what, paths in (("weight files", weights), ("descriptions", descriptions)):
         if len(paths) != 1:
-            yield Finding(21, "error", "", f"{part.label} has {len(paths)} {what}, wanted one")
+            yield Check.PART_FILES.error("", f"{part.label} has {len(paths)} {what}, wanted one")
     for name, tensor in part.tensors.items():
         integers = tensor.info.dtype == "I8" and name.endswith((".weight", ".index"))
         if tensor.quant_type == "?" or (integers and tensor.quant_type != "W8A8SC"):
             found = "nothing" if tensor.quant_type == "?" else tensor.quant_type
-            yield Finding(22, "error", f"{part.label}: {name}", f"is described as {found}")
+            yield Check.PART_NAMES.error(f"{part.label}: {name}", f"is described as {found}")
 
 
 def _check_names(part: _Part, first: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     """Check 22: every rank has the same tensors, under the engine's names."""
     for name in part.tensors.keys() ^ first.keys():
         where = "only on rank 0" if name in first else f"only on {part.label}"
-        yield Finding(22, "error", f"{part.label}: {name}", f"is {where}; all ranks need the same tensors")
+        yield Check.PART_NAMES.error(f"{part.label}: {name}", f"is {where}; all ranks need the same tensors")
     for name in part.tensors:
         if name.startswith("model."):
-            yield Finding(22, "error", f"{part.label}: {name}", "has the name of the un-sharded checkpoint")
+            yield Check.PART_NAMES.error(f"{part.label}: {name}", "has the name of the un-sharded checkpoint")
 
 
 def _check_linears(part: _Part) -> Iterator[Finding]:
     """Checks 23, 24 and 28 of each compressed linear."""
-    number = 23 if part.layout is Layout.MINDIE else 28
+    check = Check.PART_LINEARS if part.layout is Layout.MINDIE else Check.SHARD_LINEARS
     for linear in part.linears():
         where = f"{part.label}: {linear}"
         missing = [suffix for suffix in _DTYPES if f"{linear}.{suffix}" not in part.tensors]
         if linear.endswith("query_key_value") and f"{linear}.bias" not in part.tensors:
             missing.append("bias")
         for suffix in missing:
-            yield Finding(number, "error", f"{where}.{suffix}", "is missing, a compressed linear has it")
+            yield check.error(f"{where}.{suffix}", "is missing, a compressed linear has it")
         wrong = False
         for suffix, code in _DTYPES.items():
             found = part.tensors.get(f"{linear}.{suffix}")
             if found is not None and found.info.dtype != code:
                 wrong = True
-                yield Finding(number, "error", f"{where}.{suffix}", f"has dtype {found.info.dtype}, wanted {code}")
+                yield check.error(f"{where}.{suffix}", f"has dtype {found.info.dtype}, wanted {code}")
         if not missing and not wrong:
-            yield from _check_sizes(part, linear, where, number)
+            yield from _check_sizes(part, linear, where, check)
 
 
-def _check_sizes(part: _Part, linear: str, where: str, number: int) -> Iterator[Finding]:
+def _check_sizes(part: _Part, linear: str, where: str, check: Check) -> Iterator[Finding]:
     info = part.read(f"{linear}.info").tolist()
     if len(info) != 5 or info[:2] != [TILING, TILING] or info[4] != 1 or min(info[2:4]) < 1:
-        yield Finding(number, "error", f"{where}.info", f"is {info}, wanted [8, 8, columns, rows, 1]")
+        yield check.error(f"{where}.info", f"is {info}, wanted [8, 8, columns, rows, 1]")
         return
     cols, rows = info[2], info[3]
     padded = math.ceil(cols / 32) * math.ceil(rows / 16) * 512
     length = math.prod(part.tensors[f"{linear}.weight"].info.shape)
     limit = padded if part.layout is Layout.MINDIE else cols * rows
     if not 0 < length <= limit:
-        yield Finding(
-            number, "error", f"{where}.weight", f"has {length} bytes, wanted 1 to {limit} for {rows} x {cols}"
-        )
+        yield check.error(f"{where}.weight", f"has {length} bytes, wanted 1 to {limit} for {rows} x {cols}")
     shapes = {
         "weight": (length,),
         "index": (index_length(rows, cols),),
@@ -280,19 +273,20 @@ def _check_sizes(part: _Part, linear: str, where: str, number: int) -> Iterator[
     for suffix, shape in shapes.items():
         found = part.tensors[f"{linear}.{suffix}"].info.shape
         if found != shape:
-            yield Finding(number, "error", f"{where}.{suffix}", f"has shape {list(found)}, wanted {list(shape)}")
+            yield check.error(f"{where}.{suffix}", f"has shape {list(found)}, wanted {list(shape)}")
     deq = part.read(f"{linear}.deq_scale")
     if not bool(((deq > 0) & (deq < 0x7F800000)).all()):
-        yield Finding(number, "error", f"{where}.deq_scale", "does not hold the bits of positive finite numbers")
+        yield check.error(f"{where}.deq_scale", "does not hold the bits of positive finite numbers")
     scale = float(part.read(f"{linear}.input_scale").flatten()[0])
     if not 0 < scale < math.inf:
-        yield Finding(number, "error", f"{where}.input_scale", f"is {scale:g}, wanted a positive number")
+        yield check.error(f"{where}.input_scale", f"is {scale:g}, wanted a positive number")
     if part.layout is Layout.MINDIE and part.rank > 0 and linear.endswith((".o_proj", ".down_proj")):
         # The engine adds it on every rank before it sums the ranks.
         values = part.read(f"{linear}.quant_bias")
         if bool(values.any()):
-            yield Finding(
-                24, "error", f"{where}.quant_bias", "is not zero on a rank above 0; the engine would add it twice"
+            yield Check.PART_BIAS.error(
+                f"{where}.quant_bias",
+                "is not zero on a rank above 0; the engine would add it twice",
             )
 
 
@@ -311,12 +305,12 @@ def _check_against(part: _Part, source: Source) -> Iterator[Finding]:
             names |= {f"{base}.index", f"{base}.info"}
         for name in sorted(names ^ part.tensors.keys()):
             where = "is missing" if name in names else "belongs to nothing in the source"
-            yield Finding(25, "error", f"{part.label}: {name}", where)
+            yield Check.PART_SOURCE.error(f"{part.label}: {name}", where)
         for tensor in wanted:
             if tensor.spec.name in part.tensors:
                 yield from _check_same(part, tensor, source.checkpoint)
     except GlmqError as error:
-        yield Finding(25, "error", part.label, f"cannot be made again from the source: {error}")
+        yield Check.PART_SOURCE.error(part.label, f"cannot be made again from the source: {error}")
 
 
 def _check_same(part: _Part, tensor: RankTensor, source: Checkpoint) -> Iterator[Finding]:
@@ -327,18 +321,18 @@ def _check_same(part: _Part, tensor: RankTensor, source: Checkpoint) -> Iterator
             found = part.read(f"{base}.info").tolist()[2:4]
             if found != list(tensor.spec.shape[::-1]):
                 message = f"says {found} columns and rows, the source gives {list(tensor.spec.shape[::-1])}"
-                yield Finding(25, "error", f"{where.removesuffix('weight')}info", message)
+                yield Check.PART_SOURCE.error(f"{where.removesuffix('weight')}info", message)
         return
     info = part.tensors[name].info
     if (info.dtype, info.shape) != (tensor.spec.dtype, tensor.spec.shape):
         message = f"is {info.dtype} {list(info.shape)}, the source gives {tensor.spec.dtype} {list(tensor.spec.shape)}"
-        yield Finding(25, "error", where, message)
+        yield Check.PART_SOURCE.error(where, message)
         return
     found_bytes, at = raw_bytes(part.read(name)), 0
     for piece in read_pieces(source, tensor):
         data = raw_bytes(piece)
         if found_bytes[at : at + len(data)] != data:
-            yield Finding(25, "error", where, "differs from what the source gives")
+            yield Check.PART_SOURCE.error(where, "differs from what the source gives")
             return
         at += len(data)
 
@@ -348,7 +342,7 @@ def check_portable(directory: Path, source_dir: Path) -> Iterator[Finding]:
     try:
         manifest, source = read_manifest(directory), open_source(source_dir)
     except (CheckpointError, ModelError) as error:
-        yield Finding(25, "error", "", f"cannot be compared with its source: {error}")
+        yield Check.PART_SOURCE.error("", f"cannot be compared with its source: {error}")
         return
     with source.checkpoint:
         for part in manifest.parts:
@@ -364,14 +358,14 @@ def _check_portable_part(directory: Path, manifest: Manifest, part: PartRecord, 
                 name = f"{tensor.spec.name}{BLOB_SUFFIX}" if tensor.is_matrix else tensor.spec.name
                 where = f"{part.file}: {name}"
                 if name not in checkpoint:
-                    yield Finding(25, "error", where, "is missing")
+                    yield Check.PART_SOURCE.error(where, "is missing")
                 elif tensor.is_matrix:
                     found = decode(checkpoint.read(name).numpy(), threads=1)
                     if not np.array_equal(found, read_matrix(source.checkpoint, tensor)):
-                        yield Finding(25, "error", where, "decodes to other integers than the source has")
+                        yield Check.PART_SOURCE.error(where, "decodes to other integers than the source has")
                 else:
                     data = b"".join(bytes(raw_bytes(piece)) for piece in read_pieces(source.checkpoint, tensor))
                     if bytes(raw_bytes(checkpoint.read(name))) != data:
-                        yield Finding(25, "error", where, "differs from what the source gives")
+                        yield Check.PART_SOURCE.error(where, "differs from what the source gives")
     except GlmqError as error:
-        yield Finding(25, "error", part.file, f"cannot be compared with its source: {error}")
+        yield Check.PART_SOURCE.error(part.file, f"cannot be compared with its source: {error}")

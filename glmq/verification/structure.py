@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.weights import pieces_of
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import VISION, InputGroup, all_blocks, expected_shapes, rms_norms
-from glmq.records import Finding
 from glmq.spec import FloatDtype, QuantType
 from glmq.verification.files import (
     check_config,
@@ -35,6 +34,7 @@ from glmq.verification.files import (
     row_of,
     run_dtype,
 )
+from glmq.verification.findings import Check, Finding, Severity
 from glmq.verification.linears import SUFFIXES, Subject, check_linear
 
 BIASED_NORMS: Final = (".input_layernorm", ".post_attention_layernorm")
@@ -129,27 +129,35 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
     tensors, kind = case.description.tensors, case.description.model_quant_type
     for name in case.checkpoint:
         if name not in tensors:
-            yield Finding(5, "error", name, "is stored but not in the description")
+            yield Check.DESCRIBED_TENSORS.error(name, "is stored but not in the description")
     stored = {name: value for name, value in tensors.items() if name in case.checkpoint}
     aliases = {} if case.is_mindie else vllm_aliases(stored)
     for name, value in tensors.items():
         if name not in case.checkpoint and aliases.get(name) != value:
-            yield Finding(5, "error", name, f"is described as {value} but not stored, and is no alias of what is")
+            yield Check.DESCRIBED_TENSORS.error(
+                name,
+                f"is described as {value} but not stored, and is no alias of what is",
+            )
         elif value not in ("FLOAT", kind):
             # vLLM-Ascend reads a type per layer, MindIE one for the model: a mixture is wrong for one engine only.
-            severity: Literal["error", "warning"] = "warning" if value in _known_types() else "error"
-            yield Finding(12, severity, name, f"is described as {value}, all of a {kind} model is FLOAT or {kind}")
+            severity: Severity = "warning" if value in _known_types() else "error"
+            yield Finding(
+                Check.SHARED_INPUT, severity, name, f"is described as {value}, all of a {kind} model is FLOAT or {kind}"
+            )
     for name, value in stored.items():
         base, _, suffix = name.rpartition(".")
         if base in case.linears:
             wanted = "FLOAT" if suffix == "bias" else case.linears[base].value
             if value != wanted:
-                yield Finding(7, "error", name, f"is described as {value}, wanted {wanted} as its linear's weight is")
+                yield Check.LINEAR_TENSORS.error(
+                    name,
+                    f"is described as {value}, wanted {wanted} as its linear's weight is",
+                )
     for index in range(case.config.vision_depth):
         for part in ("gate_proj", "up_proj"):
             name = f"{VISION}.blocks.{index}.mlp.{part}.weight"
             if name not in tensors:
-                yield Finding(14, "error", name, "is not in the description, where the engine looks it up")
+                yield Check.VISION_KEYS.error(name, "is not in the description, where the engine looks it up")
 
 
 def _check_names(case: _Case) -> Iterator[Finding]:
@@ -158,14 +166,14 @@ def _check_names(case: _Case) -> Iterator[Finding]:
     wanted = [*expected, *(name for name in case.source or () if name not in expected)]
     for name in wanted:
         if name not in case.checkpoint:
-            yield Finding(6, "error", name, "is missing, the float model has it")
+            yield Check.FLOAT_TENSORS.error(name, "is missing, the float model has it")
     norms = set(rms_norms(case.config))
     known = set(wanted)
     for name in case.checkpoint:
         base, _, suffix = name.rpartition(".")
         is_norm = suffix in ("weight", "bias") and base.removesuffix(".module") in norms
         if name not in known and base not in case.linears and not is_norm:
-            yield Finding(6, "error", name, "is neither in the float model nor part of a quantized linear")
+            yield Check.FLOAT_TENSORS.error(name, "is neither in the float model nor part of a quantized linear")
 
 
 def _check_agreement(case: _Case) -> Iterator[Finding]:
@@ -177,18 +185,19 @@ def _check_agreement(case: _Case) -> Iterator[Finding]:
             listed = ", ".join(
                 f"{name.rpartition('.')[2]} {case.linears.get(name, QuantType.FLOAT).value}" for name in names
             )
-            yield Finding(12, "error", names[0], f"the linears of this input differ in type: {listed}")
+            yield Check.SHARED_INPUT.error(names[0], f"the linears of this input differ in type: {listed}")
         elif len(names) > 1:
             for suffix in ("input_scale", "input_offset"):
                 stored = [case.checkpoint.read(f"{n}.{suffix}") for n in names if f"{n}.{suffix}" in case.checkpoint]
                 if any(not torch.equal(stored[0], other) for other in stored[1:]):
                     values = ", ".join(str(tensor.float().tolist()) for tensor in stored)
-                    yield Finding(
-                        12, "error", f"{names[0]}.{suffix}", f"differs between the linears of this input: {values}"
+                    yield Check.SHARED_INPUT.error(
+                        f"{names[0]}.{suffix}",
+                        f"differs between the linears of this input: {values}",
                     )
     if case.description.model_quant_type == "W8A8S" and case.dtype is not FloatDtype.FP16:
         found = "no dtype" if case.dtype is None else case.dtype.value
-        yield Finding(13, "error", "", f"W8A8S runs in float16 only, config.json says {found}")
+        yield Check.SPARSE_DTYPE.error("", f"W8A8S runs in float16 only, config.json says {found}")
 
 
 def _check_norms(case: _Case) -> Iterator[Finding]:
@@ -197,15 +206,15 @@ def _check_norms(case: _Case) -> Iterator[Finding]:
         doubled = [f"{norm}.module.{suffix}" for suffix in ("weight", "bias")]
         present = [name for name in doubled if name in case.checkpoint]
         if present and not case.is_mindie:
-            yield Finding(15, "error", present[0], "belongs to the MindIE form, ascendV1 must not have it")
+            yield Check.NORMS.error(present[0], "belongs to the MindIE form, ascendV1 must not have it")
         elif present and len(present) < 2:
             missing = doubled[0] if doubled[1] in present else doubled[1]
-            yield Finding(15, "error", missing, f"is missing beside {present[0]}")
+            yield Check.NORMS.error(missing, f"is missing beside {present[0]}")
         elif present and not _same(case, f"{norm}.weight", doubled[0]):
-            yield Finding(15, "error", doubled[0], f"differs from {norm}.weight")
+            yield Check.NORMS.error(doubled[0], f"differs from {norm}.weight")
         for name in (f"{norm}.bias", doubled[1]):
             if name in case.checkpoint and not norm.endswith(BIASED_NORMS) and bool(case.checkpoint.read(name).any()):
-                yield Finding(15, "error", name, "is not zero, but the engine ignores the bias of this norm")
+                yield Check.NORMS.error(name, "is not zero, but the engine ignores the bias of this norm")
 
 
 def _same(case: _Case, one: str, other: str) -> bool:
@@ -229,9 +238,9 @@ def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Find
         allowed = [_CODES[case.dtype]] if case.dtype is not None else list(_CODES.values())
         allowed += ["F32"] if is_norm_bias else []
         if info.dtype not in allowed:
-            yield Finding(9, "error", name, f"has dtype {info.dtype}, wanted {' or '.join(allowed)}")
+            yield Check.DTYPES.error(name, f"has dtype {info.dtype}, wanted {' or '.join(allowed)}")
         elif name in shapes and info.shape != shapes[name]:
-            yield Finding(8, "error", name, f"has shape {list(info.shape)}, wanted {list(shapes[name])}")
+            yield Check.SHAPES.error(name, f"has shape {list(info.shape)}, wanted {list(shapes[name])}")
         else:
             yield from _check_pieces(case, name, may_differ=name in smoothed)
 
@@ -249,6 +258,6 @@ def _check_pieces(case: _Case, name: str, *, may_differ: bool = False, rows: Ten
             original = original if rows is None else original * rows[start : start + piece.shape[0]]
             different += int((original.to(piece.dtype) != piece).sum())
     if bad:
-        yield Finding(10, "error", name, f"holds {bad} NaN or infinite values")
+        yield Check.VALUES.error(name, f"holds {bad} NaN or infinite values")
     elif different:
-        yield Finding(6, "error", name, f"differs from the source, cast to its dtype, in {different} values")
+        yield Check.FLOAT_TENSORS.error(name, f"differs from the source, cast to its dtype, in {different} values")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from glmq.checkpoint import reader
 from glmq.checkpoint.header import DTYPE_BYTES
-from glmq.checkpoint.reader import Checkpoint, dtype_code, natural_key, torch_dtype
+from glmq.checkpoint.reader import Checkpoint, dtype_code, torch_dtype
 from glmq.errors import CheckpointError
 
 GENERATOR = torch.Generator().manual_seed(1)
@@ -255,12 +255,6 @@ def test_the_fingerprint_follows_names_headers_and_config_but_not_the_place(
     renamed = fingerprint(copy)
     save_file(TENSORS | {"mask": torch.zeros(2, dtype=torch.uint8)}, copy / "renamed.safetensors")
     assert len({first, with_config, renamed, fingerprint(copy)}) == 4
-
-
-def test_natural_order_compares_numbers_as_numbers() -> None:
-    names = ["b", "a10", "a9", "a09", "a", "a9.x10", "a9.x9", "a" + "1" * 5000, "a" + "2" * 5000]
-    expected = ["a", "a09", "a9", "a9.x9", "a9.x10", "a10", "a" + "1" * 5000, "a" + "2" * 5000, "b"]
-    assert sorted(names, key=natural_key) == expected
 
 
 def test_dtype_codes_and_torch_dtypes_are_each_others_inverse() -> None:

@@ -17,7 +17,7 @@ from glmq.inspection.listing import (
     tensor_rows,
     totals_by_part,
 )
-from glmq.verification.engines import describe_engines
+from glmq.verification.engines.check import describe_engines
 
 
 def test_a_float_checkpoint_is_known_by_its_dtype(small: Path) -> None:

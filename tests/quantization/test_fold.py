@@ -23,10 +23,10 @@ from glmq.model.glm4v import all_blocks
 from glmq.model.inputs import Preprocessor
 from glmq.quantization.fold import fold_into_rows, row_divisors
 from glmq.quantization.recipe import Options, make_recipe, plan_groups
-from glmq.records import Finding
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.behaviour import BlockBehaviour, Case, compare_behaviour
 from glmq.verification.checks import verify_files
+from glmq.verification.findings import Finding
 
 LAYER = "model.language_model.layers.0"
 V, O = f"{LAYER}.self_attn.v_proj", f"{LAYER}.self_attn.o_proj"
@@ -228,7 +228,7 @@ def test_half_a_fold_is_found(
 
         edit_tensors(folder, scale_row)
         found = [f for f in verify_files(folder, loud, []) if isinstance(f, Finding) and f.severity == "error"]
-        assert any(f.check == 30 and f.tensor.startswith((V, O)) for f in found)
+        assert any(f.check.number == 30 and f.tensor.startswith((V, O)) for f in found)
 
 
 def test_a_row_that_shrank_by_itself_is_said_to_be_wrong_in_that_row(
@@ -237,7 +237,7 @@ def test_a_row_that_shrank_by_itself_is_said_to_be_wrong_in_that_row(
     out = quantize(loud, loud_stats, tmp_path / "out", "--is_dynamic", "True")
     edit_tensors(out, lambda tensors: tensors[f"{V}.weight_scale"][0].mul_(0.5))
     _, found = [f for f in verify_files(out, loud, []) if isinstance(f, Finding)]  # the first one is of the checksum
-    assert (found.check, found.tensor) == (30, f"{V}.weight")
+    assert (found.check.number, found.tensor) == (30, f"{V}.weight")
     assert found.message.startswith(("row 0 is 0.5 times the float row", "row 0 is 0.499 times the float row"))
 
 

@@ -14,7 +14,6 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import read_config
 from glmq.model.glm4v import all_blocks
-from glmq.records import Finding
 from glmq.verification.arithmetic import (
     FP16_LIMIT,
     LinearArithmetic,
@@ -23,6 +22,7 @@ from glmq.verification.arithmetic import (
     judge_linear,
     measure_linears,
 )
+from glmq.verification.findings import Finding
 
 LAYER = "model.language_model.layers.0"
 O = f"{LAYER}.self_attn.o_proj"
@@ -171,7 +171,7 @@ def test_tensors_that_contradict_each_other_are_a_finding(tiny_seed: Path, tmp_p
     edit_tensors(tmp_path, edit)
     with Checkpoint.open(tmp_path) as checkpoint:
         found = [record for record in measure_linears(checkpoint, None, {}) if isinstance(record, Finding)]
-    assert [(finding.check, finding.tensor) for finding in found] == [(30, O), (30, Q)]
+    assert [(finding.check.number, finding.tensor) for finding in found] == [(30, O), (30, Q)]
     assert found[0].message == (
         f"cannot be computed with: {O}: quant_bias and deq_scale have not one entry for each of 192 rows"
     )

@@ -10,7 +10,7 @@ from helpers import edit_json, edit_tensors, glmq
 from torch import Tensor
 
 from glmq.inspection.folder import scan_folder
-from glmq.verification.engines import Target, check_target
+from glmq.verification.engines.check import Target, check_target
 
 LAYER = "model.language_model.layers.0"
 DESCRIPTION = "quant_model_description.json"

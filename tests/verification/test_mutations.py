@@ -24,11 +24,11 @@ from glmq.checkpoint.header import read_header
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.quantization.recipe import Options, Recipe, make_recipe
-from glmq.records import Finding
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.checks import verify_files
-from glmq.verification.checksums import CHECKSUMS_CHECK, check_checksums, checksum_of
+from glmq.verification.checksums import check_checksums, checksum_of
 from glmq.verification.files import row_of
+from glmq.verification.findings import Check, Finding
 
 Tensors = dict[str, Tensor]
 Damage = Callable[[Path], object]
@@ -485,10 +485,10 @@ def test_each_damage_is_found_and_named(
     shutil.copytree(good.folders[label], folder)
     damage(folder)
     found = findings(folder, good, label)
-    own = [f"{finding.tensor} {finding.message}" for finding in found if finding.check == check]
+    own = [f"{finding.tensor} {finding.message}" for finding in found if finding.check.number == check]
     assert any(named in sentence for sentence in own), found
     # Checksums find every damage to a tensor; the other checks must find these without them.
-    assert any(finding.severity == "error" and finding.check != CHECKSUMS_CHECK for finding in found)
+    assert any(finding.severity == "error" and finding.check != Check.CHECKSUMS for finding in found)
 
 
 UNCOMPRESSED = [label for label in OPTIONS if label != "sharded"]  # the tensors of w8a8 in other files
@@ -541,7 +541,7 @@ def test_the_lowest_bit_of_every_single_tensor_is_found_by_verify(good: Good, tm
     folder = tmp_path / "damaged"
     shutil.copytree(good.folders[label], folder)
     flipped = flip_stored_bit(folder, 0, re.compile(""))
-    found = [finding for finding in findings(folder, good, label) if finding.check == CHECKSUMS_CHECK]
+    found = [finding for finding in findings(folder, good, label) if finding.check == Check.CHECKSUMS]
     assert sorted(finding.tensor for finding in found) == flipped
     assert all(finding.severity == "error" for finding in found)
 
@@ -572,7 +572,7 @@ def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(
     put(f"{O}.quant_bias", lambda t: t.index_add(0, torch.tensor([5]), torch.tensor([3 * shift], dtype=torch.int32)))(
         folder
     )
-    damaged = [finding for finding in findings(folder, good, "w8a8s") if finding.check == 11]
+    damaged = [finding for finding in findings(folder, good, "w8a8s") if finding.check is Check.RECOMPUTED]
     assert [finding.tensor for finding in damaged] == [f"{O}.quant_bias"]
     assert damaged[0].message.endswith(f"in row 5, glmq_report.json says that bias correction changed it by {shift}")
 
@@ -587,7 +587,7 @@ def test_a_correction_that_the_report_does_not_know_is_found(good: Good, tmp_pat
 
     edit_json(folder / "glmq_report.json", say)
     (finding,) = findings(folder, good, "w8a8s")
-    assert (finding.check, finding.tensor) == (11, f"{K}.quant_bias")
+    assert (finding.check, finding.tensor) == (Check.RECOMPUTED, f"{K}.quant_bias")
     assert finding.message.endswith("glmq_report.json says that bias correction changed it by 7")
 
 
@@ -608,7 +608,7 @@ def test_lost_or_altered_checksums_are_a_warning_and_prove_nothing(
     shutil.copytree(good.folders["w8a8s"], folder)
     damage(folder)
     (finding,) = findings(folder, good, "w8a8s")
-    assert (finding.check, finding.severity, finding.tensor) == (CHECKSUMS_CHECK, "warning", "")
+    assert (finding.check, finding.severity, finding.tensor) == (Check.CHECKSUMS, "warning", "")
     assert message in finding.message
 
 

@@ -1,0 +1,1 @@
+"""What the serving engines would look up in a folder, one module an engine."""

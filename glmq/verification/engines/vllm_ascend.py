@@ -1,0 +1,101 @@
+"""vLLM-Ascend's look-ups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
+from glmq.checkpoint.json_file import JsonValue
+from glmq.inspection.folder import Folder, Kind
+from glmq.model.config import ModelConfig
+from glmq.model.glm4v import LM_HEAD, TEXT, VISION, all_blocks
+from glmq.verification.engines.linears import DTYPE_NAMES, TYPES, Complaint, check_linear_tensors, section
+
+
+def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Complaint]:
+    """What keeps vLLM-Ascend from loading the folder, or makes it compute something else.
+
+    Args:
+        config: None where config.json cannot be read.
+    """
+    yield False, "", "vLLM-Ascend does not list GLM-4.1V as supported; that look-ups succeed does not mean that it runs"
+    if "quantization_config" in folder.config:
+        yield (
+            True,
+            "",
+            "config.json has quantization_config, which vLLM takes for the whole description: every look-up fails",
+        )
+    if folder.kind is Kind.PARTS:
+        yield True, "", "the weights are parts for MindIE; vLLM-Ascend reads model-rank-*.safetensors"
+        return
+    if folder.form is None:
+        if any(tensor.info.dtype == "I8" for tensor in folder.tensors):
+            yield True, "", f"there is no {ASCEND_V1}, which alone tells vLLM-Ascend that the model is quantized"
+        return
+    if folder.form != "ascendV1":
+        yield True, "", f"the description has the MindIE form; vLLM-Ascend knows {ASCEND_V1} only"
+        return
+    for key in FOREIGN_KEYS:
+        if key in folder.description:
+            yield True, key, "is in the description and switches another feature on, even if null"
+    if folder.kind is not Kind.SHARDED and (folder.directory / "model.safetensors.index.json").exists():
+        yield True, "", "model.safetensors.index.json is there; vLLM drops every weight file that it does not name"
+    if folder.quant_type == "W4A8_DYNAMIC":
+        yield (
+            True,
+            "",
+            "W4A8_DYNAMIC is for mixtures of experts in vLLM-Ascend; a dense linear raises NotImplementedError",
+        )
+    elif folder.quant_type in ("W8A8S", "W8A8SC"):
+        yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only"
+    if config is None:
+        return
+    for module, members in _modules(config):
+        yield from _check_type(folder.description, module, members)
+    if folder.kind is Kind.SHARDED:
+        return
+    stored = {tensor.name: tensor for tensor in folder.tensors}
+    dtype = DTYPE_NAMES.get(str(section(folder.config, "text_config").get("dtype")))
+    for block in all_blocks(config):
+        for group in block.groups:
+            for linear in group.linears:
+                yield from check_linear_tensors(stored, linear.name, folder, dtype)
+
+
+def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Every linear that vLLM builds, by its name in the checkpoint's words, and the keys that it looks up for it.
+
+    The class maps of vLLM apply: in the vision tower qkv_proj stands for q, k, v and gate_up_proj for itself; in the text
+    layers gate_up_proj stands for gate_proj and up_proj.
+    """
+    for index in range(config.vision_depth):
+        base = f"{VISION}.blocks.{index}"
+        yield f"{base}.attn.qkv_proj", tuple(f"{base}.attn.{part}_proj" for part in "qkv")
+        for part in ("attn.qkv", "attn.proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            yield f"{base}.{part}", (f"{base}.{part}",)
+    for part in ("proj", "gate_up_proj", "down_proj"):
+        yield f"{VISION}.merger.{part}", (f"{VISION}.merger.{part}",)
+    for index in range(config.layers):
+        base = f"{TEXT}.layers.{index}"
+        yield f"{base}.self_attn.qkv_proj", tuple(f"{base}.self_attn.{part}_proj" for part in "qkv")
+        yield f"{base}.self_attn.o_proj", (f"{base}.self_attn.o_proj",)
+        yield f"{base}.mlp.gate_up_proj", tuple(f"{base}.mlp.{part}_proj" for part in ("gate", "up"))
+        yield f"{base}.mlp.down_proj", (f"{base}.mlp.down_proj",)
+    yield LM_HEAD, (LM_HEAD,)
+
+
+def _check_type(description: Mapping[str, JsonValue], module: str, members: tuple[str, ...]) -> Iterator[Complaint]:
+    """One linear's look-up: KeyError where a key is missing, ValueError where packed members differ."""
+    types: list[JsonValue] = []
+    for member in members:
+        key = f"{member}.weight"
+        if key not in description:
+            yield True, key, f"is not in the description, vLLM looks it up for {module}: KeyError"
+        else:
+            types.append(description[key])
+    if len({str(found) for found in types}) > 1:
+        listed = ", ".join(str(found) for found in types)
+        yield True, module, f"is packed from linears of different types ({listed}): ValueError"
+    for found in types:
+        if found not in TYPES:
+            yield True, module, f"is described as {found!r}, which vLLM-Ascend does not know"
