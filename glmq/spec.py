@@ -1,8 +1,9 @@
-"""The frozen words of glmq: quantization types, integer grids, and the scheme of one linear. Pure Python."""
+"""The frozen words of glmq: quantization types with their properties, forms, integer grids, the scheme of one linear."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, NoReturn
 
 
 class FloatDtype(Enum):
@@ -10,6 +11,27 @@ class FloatDtype(Enum):
 
     FP16 = "float16"
     BF16 = "bfloat16"
+
+
+class Form(Enum):
+    """One of the two ways in which a quantized checkpoint is written and described."""
+
+    ASCEND_V1 = "ascendV1"
+    """`quant_model_description.json` with a version; int4 weights two rows in one; no extra norm tensors."""
+    MINDIE = "MindIE form"
+    """The older one: `quant_model_description_{type}.json`, `quantize` in config.json, every norm a second time as
+    `.module`."""
+
+
+class Activation(Enum):
+    """What becomes of a linear's input before the product."""
+
+    STATIC = "static"
+    """int8 with one stored scale and offset per linear."""
+    PER_TOKEN = "per token"
+    """int8 with a scale that the engine computes for every token, no offset."""
+    NONE = "none"
+    """It stays float."""
 
 
 class QuantType(Enum):
@@ -23,14 +45,54 @@ class QuantType(Enum):
     W8A8SC = "W8A8SC"
 
     @property
-    def is_static(self) -> bool:
-        """Activation scale and offset are stored (one pair per linear), not computed per token."""
-        return self in (QuantType.W8A8, QuantType.W8A8S, QuantType.W8A8SC)
+    def spec(self) -> "TypeSpec":
+        """The type's properties."""
+        return TYPES[self]
 
     @property
     def tag(self) -> str:
         """Lower case, as used in file names and in config.json."""
         return self.value.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class TypeSpec:
+    """The properties of a quantization type. What depends on a type asks these, not for the type by name."""
+
+    weight_bits: int
+    """Of nearly every weight; the rare outliers of a sparse type take up to 8. 16: the weights stay float."""
+    activation: Activation
+    suffixes: tuple[str, ...] = ()
+    """What `glmq quantize` stores for a linear beside `.weight` and `.bias`, in order, without the dot; two-stage types
+    have `scale_bias` too in ascendV1. Empty for types that it does not write."""
+    is_sparse: bool = False
+    """Most weights are few-bit integers, so an entropy coder makes them small."""
+    is_compressed: bool = False
+    """The weights are stored as that coder's bytes."""
+    two_stage: bool = False
+    """int4 weights with a float32 step per row and one per group of input columns; else one step per row."""
+    step_in_model_dtype: bool = False
+    """Row steps are stored as float16 or bfloat16 numbers, as the model is; else they are float32."""
+
+
+_STATIC_SUFFIXES: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
+_STEP_SUFFIXES: Final = ("weight_scale", "weight_offset")
+_SECOND_SUFFIXES: Final = ("weight_scale_second", "weight_offset_second")
+
+TYPES: Final[Mapping[QuantType, TypeSpec]] = {
+    QuantType.FLOAT: TypeSpec(16, Activation.NONE),
+    QuantType.W8A8: TypeSpec(
+        8, Activation.STATIC, suffixes=(*_STATIC_SUFFIXES, *_STEP_SUFFIXES), step_in_model_dtype=True
+    ),
+    QuantType.W8A8S: TypeSpec(4, Activation.STATIC, suffixes=_STATIC_SUFFIXES, is_sparse=True),
+    QuantType.W8A8_DYNAMIC: TypeSpec(8, Activation.PER_TOKEN, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True),
+    QuantType.W4A8_DYNAMIC: TypeSpec(
+        4, Activation.PER_TOKEN, suffixes=(*_STEP_SUFFIXES, *_SECOND_SUFFIXES), two_stage=True
+    ),
+    QuantType.W8A8SC: TypeSpec(4, Activation.STATIC, is_sparse=True, is_compressed=True),
+}
+"""Every quantization type. A new one is a row here, one in engines.py for each engine that reads it, and what mypy then asks
+for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +119,7 @@ class Smoothing(Enum):
 
 
 class ActRange(Enum):
-    """How the range of a static activation is chosen; the numbers are the `act_method` of the seed."""
+    """How the range of a static activation is chosen; the numbers are `act_method` of the vendor's tool."""
 
     MINMAX = 1
     HISTOGRAM = 2
@@ -66,10 +128,14 @@ class ActRange(Enum):
 
 
 class StepRule(Enum):
-    """How the weight step of a row is chosen."""
+    """A rule of the vendor's tool that gives each weight row its step.
+
+    Plain and reference rounding use the step itself. Compensated rounding of a sparse type takes from it only a budget: the
+    entropy, in bits per weight, that the rule's integers would have; its own steps spend as much (numerics/budget.py).
+    """
 
     ROW_MAX = "row-max"
-    """max|w| / 127 (W8A8, W8A8_DYNAMIC), or the first stage of W4A8_DYNAMIC."""
+    """max|w| / 127; the only rule of types that are not sparse. Two-stage types have steps of their own (w4a8.py)."""
     SIGMA = "sigma"
     """Largest |w| not above sigma_factor * std(|w|) of the row, divided by 7 (is_lowbit, use_sigma)."""
     FRACTION = "fraction"
@@ -79,14 +145,14 @@ class StepRule(Enum):
 
 
 class Method(Enum):
-    """How weights are rounded onto the grid."""
+    """How weights become integers."""
 
     PLAIN = "plain"
     """Nearest integer."""
     COMPENSATED = "compensated"
-    """Error-compensated rounding from the second moment of the inputs (GPTQ family)."""
+    """Error-compensated rounding with the second moment of the inputs (GPTQ, arXiv 2210.17323)."""
     REFERENCE = "reference"
-    """Integers exactly as the vendor's tool makes them (REFERENCE formulas), saturation included."""
+    """Integers exactly as the vendor's tool makes them, saturation included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +167,14 @@ class WeightScheme:
     sigma_factor: float = 3.0
     """Only SIGMA."""
     group_size: int = 0
-    """Input columns per second-stage scale; only W4A8_DYNAMIC, else 0."""
+    """Input columns per second-stage scale; two-stage types only, else 0."""
     keep_outliers: bool = True
     """open_outlier: weights above the rule's range keep their value; False makes the step cover the row's maximum."""
+
+
+def assert_never(value: NoReturn) -> NoReturn:
+    """For the last `case` of a `match` over an enum: mypy refuses the call as long as a member has no case of its own.
+
+    typing.assert_never, which Python 3.10 does not have yet.
+    """
+    raise AssertionError(f"{value!r} has no case")

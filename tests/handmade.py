@@ -17,7 +17,7 @@ from glmq.checkpoint.writer import ShardWriter, TensorSpec, dtype_code, plan_sha
 from glmq.model.config import parse_config
 from glmq.model.glm4v import rms_norms, text_block
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import Activation, FloatDtype, QuantType
 from glmq.verification import files
 from glmq.verification.findings import Check
 from glmq.verification.structure import check_structure
@@ -67,7 +67,7 @@ def quantize(weight: Tensor, bias: Tensor | None, kind: QuantType) -> QuantizedL
         return QuantizedLinear(kind, q, step, bias, weight_scale_second=second)
     step = weight.abs().amax(1, keepdim=True) / 127
     q = (weight / step).round().to(torch.int8)
-    if not kind.is_static:
+    if kind.spec.activation is not Activation.STATIC:
         return QuantizedLinear(kind, q, step, bias)
     scale, offset = 0.0625, 5
     deq = (step * scale).flatten()

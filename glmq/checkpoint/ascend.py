@@ -16,7 +16,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import TensorSpec
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import INT4, INT8, FloatDtype, QuantType
+from glmq.spec import INT4, INT8, Activation, FloatDtype, QuantType, assert_never
 
 TORCH_DTYPES: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfloat16}
 CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
@@ -34,20 +34,11 @@ def linear_suffixes(quant_type: QuantType, *, mindie: bool, has_bias: bool) -> t
     Raises:
         CheckpointError: a type that is not stored this way (FLOAT, W8A8SC).
     """
-    own: tuple[str, ...]
-    match quant_type:
-        case QuantType.W8A8:
-            own = ("input_scale", "input_offset", "quant_bias", "deq_scale", "weight_scale", "weight_offset")
-        case QuantType.W8A8S:
-            own = ("input_scale", "input_offset", "quant_bias", "deq_scale")
-        case QuantType.W8A8_DYNAMIC:
-            own = ("weight_scale", "weight_offset")
-        case QuantType.W4A8_DYNAMIC:
-            own = ("weight_scale", "weight_offset", "weight_scale_second", "weight_offset_second")
-            own = own if mindie else (*own, "scale_bias")
-        case _:
-            raise CheckpointError(f"{quant_type.value} linears are not written by the quantizer")
-    return ("weight", *(("bias",) if has_bias else ()), *own)
+    spec = quant_type.spec
+    if not spec.suffixes:
+        raise CheckpointError(f"{quant_type.value} linears are not written by the quantizer")
+    packed = ("scale_bias",) if spec.two_stage and not mindie else ()
+    return ("weight", *(("bias",) if has_bias else ()), *spec.suffixes, *packed)
 
 
 def linear_specs(
@@ -78,12 +69,12 @@ def linear_specs(
     Raises:
         UsageError: W4A8_DYNAMIC, and the sizes cannot be packed.
     """
-    if quant_type is QuantType.W4A8_DYNAMIC:
+    if quant_type.spec.two_stage:
         _check_w4a8(name, rows, cols, group_size, mindie=mindie, row_parallel=row_parallel)
     float_code = CODES[dtype]
-    is_w4a8 = quant_type is QuantType.W4A8_DYNAMIC
+    is_w4a8 = quant_type.spec.two_stage
     activation_code = "F32" if dtype is FloatDtype.FP16 else "BF16"
-    scale_code = "F32" if is_w4a8 else float_code
+    scale_code = float_code if quant_type.spec.step_in_model_dtype else "F32"
     groups = cols // group_size if is_w4a8 else 0
     table: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight": ("I8", (rows // 2 if is_w4a8 and not mindie else rows, cols)),
@@ -154,17 +145,24 @@ def encode_linear(
         CheckpointError: a field that the type needs is missing, is not finite or positive, or does not fit its dtype.
     """
     suffixes = linear_suffixes(linear.quant_type, mindie=mindie, has_bias=linear.bias is not None)
-    is_w4a8 = linear.quant_type is QuantType.W4A8_DYNAMIC
+    spec = linear.quant_type.spec
     found = {"weight": linear.weight}
     if linear.bias is not None:
         found["bias"] = _to_float(f"{name}.bias", linear.bias, dtype)
-    if linear.quant_type.is_static:
-        found |= _encode_static(name, linear, dtype)
+    match spec.activation:
+        case Activation.STATIC:
+            found |= _encode_static(name, linear, dtype)
+        case Activation.PER_TOKEN | Activation.NONE:
+            pass
+        case other:
+            assert_never(other)
     if "weight_scale" in suffixes:
         _check_positive(f"{name}.weight_scale", linear.weight_scale)
-        found["weight_scale"] = linear.weight_scale if is_w4a8 else _encode_row_scale(linear.weight_scale, dtype)
+        found["weight_scale"] = (
+            _encode_row_scale(linear.weight_scale, dtype) if spec.step_in_model_dtype else linear.weight_scale
+        )
         found["weight_offset"] = torch.zeros_like(found["weight_scale"])
-    if is_w4a8:
+    if spec.two_stage:
         found |= _encode_w4a8(name, linear, mindie=mindie, row_parallel=row_parallel)
     return {f"{name}.{suffix}": found[suffix].contiguous() for suffix in suffixes}
 
@@ -259,21 +257,40 @@ def decode_linear(name: str, checkpoint: Checkpoint) -> QuantizedLinear:
     if weight.dtype != torch.int8 or weight.dim() != 2:
         raise CheckpointError(f"{name}.weight: wanted int8 [N, K], found {weight.dtype} {tuple(weight.shape)}")
     bias = checkpoint.read(f"{name}.bias").float() if f"{name}.bias" in checkpoint else None
-    if not quant_type.is_static:
-        scale = checkpoint.read(f"{name}.weight_scale").float()
-        second = None
-        if quant_type is QuantType.W4A8_DYNAMIC:
-            second = checkpoint.read(f"{name}.weight_scale_second").float()
-            weight = unpack_int4(weight) if 2 * weight.shape[0] == scale.shape[0] else weight
-        return QuantizedLinear(quant_type, weight, scale, bias, weight_scale_second=second)
+    match quant_type.spec.activation:
+        case Activation.STATIC:
+            linear = _decode_static(name, checkpoint, quant_type, weight, bias)
+        case Activation.PER_TOKEN | Activation.NONE:
+            linear = _decode_steps(name, checkpoint, quant_type, weight, bias)
+        case other:
+            assert_never(other)
+    return linear
+
+
+def _decode_static(
+    name: str, checkpoint: Checkpoint, quant_type: QuantType, weight: Tensor, bias: Tensor | None
+) -> QuantizedLinear:
+    """A linear with a stored activation scale and offset."""
     deq_scale = decode_deq_scale(f"{name}.deq_scale", checkpoint.read(f"{name}.deq_scale"))
     activation = _decode_activation(name, checkpoint)
-    if quant_type is QuantType.W8A8:
+    if "weight_scale" in quant_type.spec.suffixes:
         scale = checkpoint.read(f"{name}.weight_scale").float()
     else:
         scale = (deq_scale / activation.scale)[:, None]
     quant_bias = checkpoint.read(f"{name}.quant_bias")
     return QuantizedLinear(quant_type, weight, scale, bias, activation, deq_scale, quant_bias)
+
+
+def _decode_steps(
+    name: str, checkpoint: Checkpoint, quant_type: QuantType, weight: Tensor, bias: Tensor | None
+) -> QuantizedLinear:
+    """A linear of which weight steps alone are stored, in one stage or two."""
+    scale = checkpoint.read(f"{name}.weight_scale").float()
+    second = None
+    if quant_type.spec.two_stage:
+        second = checkpoint.read(f"{name}.weight_scale_second").float()
+        weight = unpack_int4(weight) if 2 * weight.shape[0] == scale.shape[0] else weight
+    return QuantizedLinear(quant_type, weight, scale, bias, weight_scale_second=second)
 
 
 def _type_of(name: str, checkpoint: Checkpoint) -> QuantType:

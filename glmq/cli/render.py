@@ -22,7 +22,7 @@ from rich.text import Text
 
 from glmq.progress import sum_stages
 from glmq.records import PassTime
-from glmq.spec import QuantType
+from glmq.spec import Activation, QuantType, assert_never
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,7 +161,16 @@ class ErrorColumn:
 
 
 def _static(report: LinearReport, text: str) -> str:
-    return text if report.quant_type.is_static else "per token"
+    match report.quant_type.spec.activation:
+        case Activation.STATIC:
+            shown = text
+        case Activation.PER_TOKEN:
+            shown = "per token"
+        case Activation.NONE:
+            shown = "float"
+        case other:
+            assert_never(other)
+    return shown
 
 
 ERROR_COLUMNS: Final = (

@@ -17,7 +17,7 @@ from torch import Tensor
 from glmq.numerics.affine import quantize
 from glmq.numerics.lowbit import row_chunks
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import INT8
+from glmq.spec import INT8, Activation, assert_never
 
 EXACT_COLUMNS = 1024
 EXACT_LIMIT = 2**24
@@ -113,7 +113,22 @@ def dynamic_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
 
 def run_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
     """Run a quantized linear as the NPU does, whatever its type. float32 [T, K] -> float32 [T, N]."""
-    return static_linear(x, linear) if linear.quant_type.is_static else dynamic_linear(x, linear)
+    match linear.quant_type.spec.activation:
+        case Activation.STATIC:
+            y = static_linear(x, linear)
+        case Activation.PER_TOKEN:
+            y = dynamic_linear(x, linear)
+        case Activation.NONE:
+            y = weight_only_linear(x, linear)
+        case other:
+            assert_never(other)
+    return y
+
+
+def weight_only_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
+    """Run a linear whose weights alone are integers: y = x . (q * weight_scale) + bias. float32 [T, K] -> float32 [T, N]."""
+    y = (x @ linear.weight.float().T) * linear.weight_scale.reshape(1, -1)
+    return y if linear.bias is None else y + linear.bias
 
 
 def _grouped_product(xq: Tensor, q: Tensor, second: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from glmq.numerics.lowbit import column_energy, column_max, row_max
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import balanced_steps, coarse_steps, even_rows
-from glmq.spec import FloatDtype, QuantType, Smoothing
+from glmq.spec import Activation, FloatDtype, QuantType, Smoothing, assert_never
 
 SEARCH_ROWS: Final = 512
 """Rows of a linear that the search looks at, evenly spaced: candidates are compared, not measured."""
@@ -158,12 +158,12 @@ def _predictor(
 
     def predict(scales: Tensor) -> float:
         low, high = (stats.minimum / scales).min().clamp_max(0), (stats.maximum / scales).max().clamp_min(0)
-        act_step = (high - low) / 255 if quant_type.is_static else torch.maximum(high, -low) / 127
+        act_step = _input_step(low, high, quant_type)
         noise = (variance / scales.square()).sum()
         total = 0.0
         for w, signal in zip(rows, signals, strict=True):
             scaled = w * scales
-            if quant_type is QuantType.W8A8S:
+            if quant_type.spec.is_sparse:
                 step = coarse_steps(scaled, balanced_steps(scaled), -2.0)
                 bits = entropy_bits(count_int8((scaled / step).round_().to(torch.int8)))
                 weight_noise = float(step.square().sum() * noise) * 4 ** (bits - 4)  # at 4 bits
@@ -173,6 +173,20 @@ def _predictor(
         return total
 
     return predict
+
+
+def _input_step(low: Tensor, high: Tensor, quant_type: QuantType) -> Tensor:
+    """The step between the values that an input in low..high can take; 0 where it stays float. All are scalars."""
+    match quant_type.spec.activation:
+        case Activation.STATIC:
+            step = (high - low) / 255
+        case Activation.PER_TOKEN:
+            step = torch.maximum(high, -low) / 127
+        case Activation.NONE:
+            step = torch.zeros(())
+        case other:
+            assert_never(other)
+    return step
 
 
 def _floored(x: Tensor) -> Tensor:

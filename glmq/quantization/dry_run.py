@@ -96,7 +96,7 @@ def _estimate_seconds(source: Checkpoint, statistics: Statistics, recipe: Recipe
 
     Time is taken to grow with the weights of the quantized linears, and with the bytes of tensors that are copied.
     """
-    groups = [group for group in plan.groups.values() if group.quant_type is not QuantType.FLOAT]
+    groups = [group for group in plan.groups.values() if group.is_quantized]
     clock = Stopwatch()
     copied = sum(source.nbytes(name) for name in source if name.rpartition(".")[0] not in plan.linears)
     smallest = min(groups, key=_weights)
@@ -129,7 +129,7 @@ def _largest_group_bytes(plan: OutputPlan) -> int:
     """The largest group that is quantized: float32 weights, as stored and scaled; its integers; four matrices of its input."""
     largest = COPY_BYTES * 2
     for group in plan.groups.values():
-        if group.quant_type is not QuantType.FLOAT:
+        if group.is_quantized:
             weights = _weights(group)
             largest = max(largest, WEIGHT_COPIES * 4 * weights + weights + 4 * 4 * group.group.width**2)
     return largest

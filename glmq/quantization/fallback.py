@@ -24,7 +24,7 @@ def worst_groups(
         max_error: also keep every group with a relative output error above this; None for no limit.
     """
     error = {report.name: report.output_error for report in reports}
-    quantized = [plan for plan in groups.values() if plan.quant_type is not QuantType.FLOAT]
+    quantized = [plan for plan in groups.values() if plan.is_quantized]
     ranked = sorted(quantized, key=lambda plan: (-_worst(plan, error), plan.group.site))
     return [
         plan

@@ -19,7 +19,7 @@ from glmq.model.glm4v import InputGroup
 from glmq.numerics.smooth import choose_row_scales
 from glmq.quantization.layer import NO_FOLD, RowFold
 from glmq.quantization.recipe import GroupPlan, Recipe
-from glmq.spec import QuantType, Smoothing
+from glmq.spec import Smoothing
 
 
 def fold_into_rows(
@@ -35,7 +35,7 @@ def fold_into_rows(
     if rows is None or recipe.scheme.smoothing is not Smoothing.SMOOTHQUANT:
         return NO_FOLD
     behind, short = _plan_with(groups, rows.linear), rows.linear.rpartition(".")[2]
-    if behind.quant_type is QuantType.FLOAT:
+    if not behind.is_quantized:
         return RowFold(None, f"none ({short} stays float)")
     (linear,) = group.linears
     weight = source.read_finite(f"{linear.name}.weight").float()
@@ -54,7 +54,7 @@ def row_divisors(
     shapes = {linear.name: linear for linear in group.linears}
     for plan in groups.values():
         rows = plan.group.source
-        if rows is None or rows.linear not in shapes or plan.quant_type is QuantType.FLOAT:
+        if rows is None or rows.linear not in shapes or not plan.is_quantized:
             continue
         scales = fold_into_rows(source, statistics, recipe, groups, plan.group).scales
         if scales is not None:

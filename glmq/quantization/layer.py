@@ -25,7 +25,7 @@ from glmq.numerics.w4a8 import expand_steps
 from glmq.progress import Stopwatch
 from glmq.quantization.methods import METHODS, Integers, WeightJob, spend_bits
 from glmq.records import ActivationQParams, LinearReport, QuantizedLinear, StageTime
-from glmq.spec import INT4, INT8, ActRange, FloatDtype, Method, QuantType, Smoothing, WeightScheme
+from glmq.spec import INT4, INT8, Activation, ActRange, FloatDtype, Method, Smoothing, WeightScheme, assert_never
 
 MIN_MAX: Final = "min-max"
 HISTOGRAM: Final = "histogram"
@@ -118,7 +118,7 @@ def quantize_group(
     clock = Stopwatch()
     with clock.stage("smoothing"):
         group = _prepare(linears, stats, scheme, norm_weight, dtype, fold)
-    is_sparse = scheme.weight.quant_type is QuantType.W8A8S
+    is_sparse = scheme.weight.quant_type.spec.is_sparse
     if bits is None and is_sparse and scheme.weight.method is Method.COMPENSATED:
         with clock.stage("rate"):
             curves = _curves(linears, stats, scheme, group)
@@ -201,10 +201,15 @@ def _prepare(
     found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
     smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found, fold)
     scales = smoothed.scales
-    activation, input_range = None, ""
-    if scheme.weight.quant_type.is_static:
-        weights = [linear.weight for linear in linears]
-        activation, input_range = _activation(weights, stats, scheme, scales, dtype)
+    activation: ActivationQParams | None
+    match scheme.weight.quant_type.spec.activation:
+        case Activation.STATIC:
+            weights = [linear.weight for linear in linears]
+            activation, input_range = _activation(weights, stats, scheme, scales, dtype)
+        case Activation.PER_TOKEN | Activation.NONE:
+            activation, input_range = None, ""
+        case other:
+            assert_never(other)
     if found is not None and scales is not None:
         found = found.scaled(1 / scales)
     return _Group(smoothed.norm_weight, scales, smoothed.label, activation, input_range, found)
@@ -225,7 +230,7 @@ def _smooth(
     if scheme.smoothing is Smoothing.NONE:
         return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none")
     # With 8-bit weights the noise of the activations counts as much, and that cannot be compensated.
-    few_bits = scheme.weight.quant_type in (QuantType.W8A8S, QuantType.W4A8_DYNAMIC)
+    few_bits = scheme.weight.quant_type.spec.weight_bits < 8
     variance = stats.square_mean if factor is None or not few_bits else factor.by_column()
     weights = [linear.weight for linear in linears]
     choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)

@@ -1,4 +1,11 @@
-"""METHODS: how the weight of one linear becomes integers, one entry per Method."""
+"""How weights become integers. Two ways lead there, and quantize_group (layer.py) chooses:
+
+METHODS, one entry per Method, rounds one linear on steps that follow from its scheme: linears of every type that is not
+sparse, and sparse ones by the vendor's rule itself (plain and reference, where no target of bits is given).
+
+`spend_bits` rounds the sparse linears of one input together, on steps as fine as given entropies allow: always with the
+compensated method, and with plain rounding towards a target of bits.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +21,7 @@ from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.gptq import round_compensated
 from glmq.numerics.hessian import Factor
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, QuantType, WeightScheme
+from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, WeightScheme
 
 RATE_ROWS: Final = 512
 """Rows, evenly spaced, on which the step for a wanted entropy is found."""
@@ -31,11 +38,11 @@ class Integers:
     """The integers of one weight with their steps."""
 
     q: Tensor
-    """int8 [N, K]; int4 values for W4A8_DYNAMIC."""
+    """int8 [N, K]; int4 values for two-stage types."""
     step: Tensor
     """float32 [N, 1]."""
     second: Tensor | None = None
-    """float32 [N, K / group_size]; W4A8_DYNAMIC only."""
+    """float32 [N, K / group_size]; two-stage types only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +62,27 @@ class WeightJob:
 
 def plain(job: WeightJob) -> Integers:
     """Nearest integers with the rule's step, repaired so that nothing is lost."""
-    if job.scheme.quant_type is QuantType.W4A8_DYNAMIC:
+    if job.scheme.quant_type.spec.two_stage:
         return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
     step = _storable(lowbit.safe_steps(job.weight, job.scheme), job)
     return Integers(nearest(job.weight, step, job.scheme), step)
 
 
 def compensated(job: WeightJob) -> Integers:
-    """Error-compensated integers on the rule's (safe) steps, widened until they have no more than the job's bits."""
+    """Error-compensated integers on steps that reach each row's maximum, widened until they have no more than the job's bits.
+
+    Not for sparse types, whose linears `spend_bits` rounds.
+    """
     factor = job.factor
     assert factor is not None
-    if job.scheme.quant_type is QuantType.W4A8_DYNAMIC:
+    assert not job.scheme.quant_type.spec.is_sparse
+    if job.scheme.quant_type.spec.two_stage:
         step, second = w4a8.fit_second_stage(job.weight, factor.by_column(), job.scheme.group_size)
         step = step * _widening(job, step * second, INT4)
         return Integers(round_compensated(job.weight, step * second, factor, INT4), step, second)
-    step, grid = lowbit.safe_steps(job.weight, job.scheme), lowbit.grid_of(job.scheme)
-    step = _storable(step * _widening(job, step, grid), job)
-    return Integers(round_compensated(job.weight, step, factor, grid), step)
+    step = lowbit.safe_steps(job.weight, job.scheme)
+    step = _storable(step * _widening(job, step, INT8), job)
+    return Integers(round_compensated(job.weight, step, factor, INT8), step)
 
 
 def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
@@ -100,15 +111,14 @@ def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
 
 def reference(job: WeightJob) -> Integers:
     """The integers that the vendor's tool writes, saturation and all."""
-    match job.scheme.quant_type:
-        case QuantType.W4A8_DYNAMIC:
-            return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
-        case QuantType.W8A8 | QuantType.W8A8_DYNAMIC:
-            return Integers(*lowbit.quantize_in_storage_dtype(job.weight, job.dtype))
-        case _:
-            step = lowbit.rule_steps(job.weight, job.scheme)
-            step = torch.where(step > 0, step, 1.0)  # the vendor divides by zero here
-            return Integers(nearest(job.weight, step, job.scheme), step)
+    spec = job.scheme.quant_type.spec
+    if spec.two_stage:
+        return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
+    if spec.step_in_model_dtype:
+        return Integers(*lowbit.quantize_in_storage_dtype(job.weight, job.dtype))
+    step = lowbit.rule_steps(job.weight, job.scheme)
+    step = torch.where(step > 0, step, 1.0)  # the vendor divides by zero here
+    return Integers(nearest(job.weight, step, job.scheme), step)
 
 
 def nearest(weight: Tensor, step: Tensor, scheme: WeightScheme) -> Tensor:
@@ -173,12 +183,12 @@ def _round_together(weights: Sequence[Tensor], steps: Sequence[Tensor], factor: 
 
 
 def _storable(step: Tensor, job: WeightJob) -> Tensor:
-    """Round steps to what the checkpoint can hold: W8A8 types store them in the model dtype, the others in float32.
+    """Round steps to what the checkpoint can hold: some types store them in the model dtype, the others in float32.
 
     A half-precision step may come out 1/512 smaller than asked for, which moves the largest weight by a quarter of a
     step. Where float16 is coarser than that (below 2^-14), steps are rounded up.
     """
-    if job.scheme.quant_type not in (QuantType.W8A8, QuantType.W8A8_DYNAMIC):
+    if not job.scheme.quant_type.spec.step_in_model_dtype:
         return step
     if job.dtype is FloatDtype.FP16:
         step = step + FP16_SPACING / 2

@@ -15,7 +15,17 @@ from glmq.model.config import ModelConfig
 from glmq.model.glm4v import DEFAULT_FLOAT, InputGroup, all_blocks
 from glmq.quantization.layer import GroupScheme
 from glmq.quantization.targets import ENGINES, Target, check_target
-from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
+from glmq.spec import (
+    Activation,
+    ActRange,
+    FloatDtype,
+    Method,
+    QuantType,
+    Smoothing,
+    StepRule,
+    WeightScheme,
+    assert_never,
+)
 
 GROUP_SIZES: Final = (64, 128, 256, 512)
 DEFAULT_GROUP_SIZE: Final = 64
@@ -87,7 +97,7 @@ class Recipe:
         """The scheme of linears of that type."""
         if quant_type is self.quant_type:
             return self.scheme
-        group_size = self.group_size if quant_type is QuantType.W4A8_DYNAMIC else 0
+        group_size = self.group_size if quant_type.spec.two_stage else 0
         weight = replace(self.scheme.weight, quant_type=quant_type, step_rule=StepRule.ROW_MAX, group_size=group_size)
         return replace(self.scheme, weight=weight)
 
@@ -99,6 +109,11 @@ class GroupPlan:
     group: InputGroup
     quant_type: QuantType
     """FLOAT: the linears stay as they are."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Its linears become integers."""
+        return self.quant_type is not QuantType.FLOAT
 
 
 def make_recipe(options: Options) -> Recipe:
@@ -120,7 +135,7 @@ def make_recipe(options: Options) -> Recipe:
         method=Method(options.method),
         fraction=options.fraction,
         sigma_factor=options.sigma_factor,
-        group_size=options.group_size if quant_type is QuantType.W4A8_DYNAMIC else 0,
+        group_size=options.group_size if quant_type.spec.two_stage else 0,
         keep_outliers=options.open_outlier,
     )
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
@@ -159,7 +174,7 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
     for plan in plans.values():
         _check_width(plan, recipe)
-    if all(plan.quant_type is QuantType.FLOAT for plan in plans.values()):
+    if not any(plan.is_quantized for plan in plans.values()):
         raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
     return plans
 
@@ -167,7 +182,7 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
 def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
     """The vendor's fraction rule needs at least one outlier per row; glmq's own methods do without."""
     weight = recipe.scheme_of(plan.quant_type).weight
-    by_fraction = plan.quant_type is QuantType.W8A8S and weight.step_rule is StepRule.FRACTION
+    by_fraction = plan.quant_type.spec.is_sparse and weight.step_rule is StepRule.FRACTION
     if by_fraction and weight.method is Method.REFERENCE and int(weight.fraction * plan.group.width) < 1:
         raise UsageError(
             f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
@@ -189,13 +204,13 @@ def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'")
-    known = {t.value: t for t in QuantType if t is not QuantType.W8A8SC}
+    known = {t.value: t for t in QuantType if not t.spec.is_compressed}
     quant_type = known.get(name.upper())
     if quant_type is None:
         raise UsageError(f"--layer {text!r}: unknown type {name!r}; known are {', '.join(known)}")
     if quant_type in (QuantType.FLOAT, model_type):
         return LayerRule(pattern, quant_type, f"--layer {text!r}")
-    if quant_type is QuantType.W8A8S or model_type is QuantType.W8A8S:
+    if quant_type.spec.is_sparse or model_type.spec.is_sparse:
         raise UsageError(
             f"--layer {text!r} in a {model_type.value} model: sparse linears cannot be mixed with other types, "
             "their engine reads one type; use FLOAT or the model's own type"
@@ -230,7 +245,7 @@ def _target_bits(options: Options, quant_type: QuantType) -> float | None:
     name = "--target-bits" if options.target_ratio is None else "--target-ratio"
     if options.target_bits is not None and options.target_ratio is not None:
         raise UsageError("--target-bits with --target-ratio: they name the same size in two ways; choose one")
-    if quant_type is not QuantType.W8A8S and options.method == Method.PLAIN.value:
+    if not quant_type.spec.is_sparse and options.method == Method.PLAIN.value:
         raise UsageError(
             f"{name} with --method plain has no effect in {quant_type.value}: nearest integers keep the finest step there; "
             "drop one of them"
@@ -288,7 +303,7 @@ def _quant_type(options: Options) -> QuantType:
 
 
 def _step_rule(options: Options, quant_type: QuantType) -> StepRule:
-    if quant_type is not QuantType.W8A8S:
+    if not quant_type.spec.is_sparse:
         return StepRule.ROW_MAX
     if options.co_sparse:
         return StepRule.TENSOR_FRACTION
@@ -296,7 +311,8 @@ def _step_rule(options: Options, quant_type: QuantType) -> StepRule:
 
 
 def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule) -> None:
-    sparse = quant_type is QuantType.W8A8S
+    spec = quant_type.spec
+    sparse = spec.is_sparse
     by_fraction = sparse and rule in (StepRule.FRACTION, StepRule.TENSOR_FRACTION)
     if options.use_sigma and rule is not StepRule.SIGMA:
         why = (
@@ -312,20 +328,32 @@ def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRu
     if options.fraction != DEFAULT_FRACTION and not by_fraction:
         why = "--use_sigma True chooses outliers by sigma" if sparse else f"{quant_type.value} splits no outliers off"
         raise UsageError(f"--fraction {options.fraction} has no effect here: {why}; drop it")
-    if not options.open_outlier and not sparse and quant_type is not QuantType.W4A8_DYNAMIC:
+    if not options.open_outlier and not sparse and not spec.two_stage:
         raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
-    if options.act_method != 2 and not quant_type.is_static:
-        raise UsageError(
-            f"--act_method {options.act_method} has no effect with --is_dynamic True: ranges are found at run time; drop it"
-        )
-    if options.bias_correction and not quant_type.is_static:
+    if options.act_method != 2:
+        _refuse_range(options.act_method, quant_type)
+    if options.bias_correction and "quant_bias" not in spec.suffixes:
         raise UsageError(
             f"--bias-correction has no effect in {quant_type.value}: its linears have no quant_bias to correct; drop it"
         )
     if options.bias_correction and options.method == Method.REFERENCE.value:
         raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
-    if options.group_size != DEFAULT_GROUP_SIZE and quant_type is not QuantType.W4A8_DYNAMIC:
+    if options.group_size != DEFAULT_GROUP_SIZE and not spec.two_stage:
         raise UsageError(
             f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "
             "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups; drop it"
         )
+
+
+def _refuse_range(act_method: int, quant_type: QuantType) -> None:
+    """Raise UsageError unless the type stores an activation range, which --act_method chooses."""
+    match quant_type.spec.activation:
+        case Activation.STATIC:
+            return
+        case Activation.PER_TOKEN:
+            why = "with --is_dynamic True: ranges are found at run time"
+        case Activation.NONE:
+            why = f"in {quant_type.value}: its activations stay float"
+        case other:
+            assert_never(other)
+    raise UsageError(f"--act_method {act_method} has no effect {why}; drop it")

@@ -43,7 +43,7 @@ from glmq.quantization.layer import FloatLinear, GroupResult, RowFold, quantize_
 from glmq.quantization.recipe import GroupPlan, Recipe
 from glmq.ranks import Ranks
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
-from glmq.spec import FloatDtype, QuantType, Smoothing, StepRule
+from glmq.spec import Activation, FloatDtype, QuantType, Smoothing, StepRule
 
 FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
 """Dtypes of float weights that we take."""
@@ -99,10 +99,7 @@ def plan_output(
     """
     check_source(source, config)
     types = {
-        linear.name: plan.quant_type
-        for plan in groups.values()
-        if plan.quant_type is not QuantType.FLOAT
-        for linear in plan.group.linears
+        linear.name: plan.quant_type for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
     }
     shapes = {linear.name: linear for plan in groups.values() for linear in plan.group.linears}
     norms = set(rms_norms(config))
@@ -231,12 +228,10 @@ def measure_checkpoint(
     run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
     """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
-    blocks = [
-        b for b in all_blocks(run.config) if any(groups[g.site].quant_type is not QuantType.FLOAT for g in b.groups)
-    ]
+    blocks = [b for b in all_blocks(run.config) if any(groups[g.site].is_quantized for g in b.groups)]
 
     def measure(block: Block) -> JsonObject:
-        plans = [groups[g.site] for g in block.groups if groups[g.site].quant_type is not QuantType.FLOAT]
+        plans = [groups[g.site] for g in block.groups if groups[g.site].is_quantized]
         results = [_quantize_plan(run, recipe, groups, plan, bits) for plan in plans]
         return {"reports": [report_row(report) for result in results for report in result.reports]}
 
@@ -246,14 +241,14 @@ def measure_checkpoint(
 
 def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
     """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
-    blocks = [b for b in all_blocks(run.config) if any(groups[g.site].quant_type is QuantType.W8A8S for g in b.groups)]
-    plans = [plan for plan in groups.values() if plan.quant_type is QuantType.W8A8S]
+    blocks = [b for b in all_blocks(run.config) if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
+    plans = [plan for plan in groups.values() if plan.quant_type.spec.is_sparse]
     sparse = {linear.name for plan in plans for linear in plan.group.linears}
 
     def rate(block: Block) -> JsonObject:
         curves: list[RateCurve] = []
         for group in block.groups:
-            if groups[group.site].quant_type is QuantType.W8A8S:
+            if groups[group.site].quant_type.spec.is_sparse:
                 linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, group, run.clock)
                 with run.clock.stage("rate"):
                     curves += rate_curves(
@@ -378,7 +373,7 @@ class _Job:
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm; nothing for a group that stays float."""
-        if plan.quant_type is QuantType.FLOAT:
+        if not plan.is_quantized:
             return []
         recipe, group = self._recipe, plan.group
         result = _quantize_plan(self._run, recipe, self._groups, plan, self._bits)
@@ -466,8 +461,8 @@ def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, p
         mm_tensor=False,
         w_sym=True,
         open_outlier=scheme.weight.keep_outliers,
-        is_dynamic=not recipe.quant_type.is_static,
-        w_bit=4 if recipe.quant_type in (QuantType.W8A8S, QuantType.W4A8_DYNAMIC) else 8,
+        is_dynamic=recipe.quant_type.spec.activation is Activation.PER_TOKEN,
+        w_bit=recipe.quant_type.spec.weight_bits,
         a_bit=8,
         dev_type="npu",
     )

@@ -17,7 +17,7 @@ from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import Scaling
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import Activation, FloatDtype, QuantType, assert_never
 from glmq.verification.findings import Check, Finding
 
 _STATIC: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
@@ -37,15 +37,12 @@ ROW_PARALLEL: Final = (".o_proj", ".down_proj", ".attn.proj")
 
 STEP_TOLERANCE: Final = 0.005
 """deq_scale / input_scale against weight_scale: a bfloat16 product is off by up to 2^-8 = 0.4 %."""
-LARGEST_ERROR: Final = {
-    QuantType.W8A8: 0.25,
-    QuantType.W8A8_DYNAMIC: 0.25,
-    QuantType.W8A8S: 0.6,
-    QuantType.W4A8_DYNAMIC: 0.6,
-}
-"""||W_q - W|| / ||W|| above which a linear is wrong, not coarse. Rounding to steps of max/127 gives (max/rms) / 440:
-0.01 for ordinary rows, 0.15 where one weight in 4096 carries the row. Steps of 3 sigma / 7 or 4 sigma / 7 give 0.12 or
-0.17, twice that with error compensation. Unrelated weights give 1.4, a missing one 1."""
+LARGEST_ERROR: Final = {8: 0.25, 4: 0.6}
+"""By weight bits: ||W_q - W|| / ||W|| above which a linear is wrong, not coarse.
+
+Rounding to steps of max/127 gives (max/rms) / 440: 0.01 for ordinary rows, 0.15 where one weight in 4096 carries the row.
+Steps of 3 sigma / 7 or 4 sigma / 7 give 0.12 or 0.17, twice that with error compensation. Unrelated weights give 1.4, a
+missing one 1."""
 
 _ELEMENTS_AT_ONCE: Final = 2**22
 """Weights that are widened to float64 together: 32 MB."""
@@ -56,7 +53,7 @@ class Subject:
     """A linear under examination."""
 
     name: str
-    kind: QuantType
+    quant_type: QuantType
     checkpoint: Checkpoint
     source: Checkpoint | None
     dtype: FloatDtype | None
@@ -72,7 +69,7 @@ class Subject:
     @property
     def is_packed(self) -> bool:
         """Two int4 rows in a byte row."""
-        return self.kind is QuantType.W4A8_DYNAMIC and not self.is_mindie
+        return self.quant_type.spec.two_stage and not self.is_mindie
 
 
 def check_linear(subject: Subject) -> Iterator[Finding]:
@@ -88,7 +85,7 @@ def check_linear(subject: Subject) -> Iterator[Finding]:
 
 
 def _own(subject: Subject) -> tuple[str, ...]:
-    return (*SUFFIXES[subject.kind], "scale_bias") if subject.is_packed else SUFFIXES[subject.kind]
+    return (*SUFFIXES[subject.quant_type], "scale_bias") if subject.is_packed else SUFFIXES[subject.quant_type]
 
 
 def _check_suffixes(subject: Subject) -> Iterator[Finding]:
@@ -97,9 +94,9 @@ def _check_suffixes(subject: Subject) -> Iterator[Finding]:
     has_bias = f"{prefix}bias" in (subject.checkpoint if subject.source is None else subject.source)
     wanted = {"weight", *_own(subject)} | ({"bias"} if has_bias else set())
     for suffix in sorted(wanted - present):
-        yield Check.LINEAR_TENSORS.error(f"{prefix}{suffix}", f"is missing, a {subject.kind.value} linear has it")
+        yield Check.LINEAR_TENSORS.error(f"{prefix}{suffix}", f"is missing, a {subject.quant_type.value} linear has it")
     for suffix in sorted(present - wanted):
-        yield Check.LINEAR_TENSORS.error(f"{prefix}{suffix}", f"does not belong to a {subject.kind.value} linear")
+        yield Check.LINEAR_TENSORS.error(f"{prefix}{suffix}", f"does not belong to a {subject.quant_type.value} linear")
 
 
 def _size(subject: Subject) -> tuple[int, int] | None:
@@ -196,36 +193,44 @@ def _judge(suffix: str, values: Tensor) -> str | None:
 
 def _check_arithmetic(subject: Subject) -> Iterator[Finding]:
     """Checks 11 and 16, in one pass over the rows of the weight."""
-    name, checkpoint = subject.name, subject.checkpoint
+    name = subject.name
     sums, error = _sum_and_compare(subject)
-    if subject.kind.is_static:
-        scale = checkpoint.read(f"{name}.input_scale").double()
-        offset = checkpoint.read(f"{name}.input_offset").double()
-        deq = decode_deq_scale(name, checkpoint.read(f"{name}.deq_scale")).double()
-        wanted = (_bias(subject) / deq - offset * sums).round()
-        off = (checkpoint.read(f"{name}.quant_bias").double() - wanted).abs()
-        row, count, shift = int(off.argmax()), int((off > 1).sum()), subject.bias_shift
-        # The farthest entry tells whether it is the correction that the report speaks of; checksums tell the others.
-        if abs(off[row] - shift) > 1:
-            message = (
-                f"differs from bias / deq_scale - input_offset * rowsum in {count} rows, by {off[row]:g} in row {row}"
-            )
-            message += f", glmq_report.json says that bias correction changed it by {shift}" if shift else ""
-            yield Check.RECOMPUTED.error(f"{name}.quant_bias", message)
-        if subject.kind is QuantType.W8A8:
-            step = checkpoint.read(f"{name}.weight_scale").double().flatten()
-            # 2^-24 is the smallest positive float16 number: below it a stored step cannot follow.
-            off = ((deq / scale - step).abs() - 2.0**-24) / step
-            if bool((off > STEP_TOLERANCE).any()):
-                message = f"differs from deq_scale / input_scale by up to {100 * float(off.max()):.2g} %"
-                yield Check.RECOMPUTED.error(f"{name}.weight_scale", message)
+    match subject.quant_type.spec.activation:
+        case Activation.STATIC:
+            yield from _check_static(subject, sums)
+        case Activation.PER_TOKEN | Activation.NONE:
+            pass
+        case other:
+            assert_never(other)
     if subject.is_packed:
         yield from _check_scale_bias(subject)
-    if error is not None and not error <= LARGEST_ERROR[subject.kind]:
-        message = (
-            f"is {error:.3g} of the float weight's norm away from it, wanted at most {LARGEST_ERROR[subject.kind]}"
-        )
+    largest = LARGEST_ERROR[subject.quant_type.spec.weight_bits]
+    if error is not None and not error <= largest:
+        message = f"is {error:.3g} of the float weight's norm away from it, wanted at most {largest}"
         yield Check.WEIGHT_DISTANCE.error(f"{name}.weight", message)
+
+
+def _check_static(subject: Subject, sums: Tensor) -> Iterator[Finding]:
+    """Part of check 11 for stored activation scales; `sums`: row sums of the integers, float64 [N]."""
+    name, checkpoint = subject.name, subject.checkpoint
+    scale = checkpoint.read(f"{name}.input_scale").double()
+    offset = checkpoint.read(f"{name}.input_offset").double()
+    deq = decode_deq_scale(name, checkpoint.read(f"{name}.deq_scale")).double()
+    wanted = (_bias(subject) / deq - offset * sums).round()
+    off = (checkpoint.read(f"{name}.quant_bias").double() - wanted).abs()
+    row, count, shift = int(off.argmax()), int((off > 1).sum()), subject.bias_shift
+    # The farthest entry tells whether it is the correction that the report speaks of; checksums tell the others.
+    if abs(off[row] - shift) > 1:
+        message = f"differs from bias / deq_scale - input_offset * rowsum in {count} rows, by {off[row]:g} in row {row}"
+        message += f", glmq_report.json says that bias correction changed it by {shift}" if shift else ""
+        yield Check.RECOMPUTED.error(f"{name}.quant_bias", message)
+    if "weight_scale" in SUFFIXES[subject.quant_type]:
+        step = checkpoint.read(f"{name}.weight_scale").double().flatten()
+        # 2^-24 is the smallest positive float16 number: below it a stored step cannot follow.
+        off = ((deq / scale - step).abs() - 2.0**-24) / step
+        if bool((off > STEP_TOLERANCE).any()):
+            message = f"differs from deq_scale / input_scale by up to {100 * float(off.max()):.2g} %"
+            yield Check.RECOMPUTED.error(f"{name}.weight_scale", message)
 
 
 def _check_scale_bias(subject: Subject) -> Iterator[Finding]:
@@ -287,13 +292,18 @@ def _integer_rows(subject: Subject) -> Iterator[tuple[int, Tensor]]:
 def _steps(subject: Subject) -> Tensor:
     """float32 [N, 1]: the step of each row that the engine computes with."""
     name = subject.name
-    if not subject.kind.is_static:
-        return subject.checkpoint.read(f"{name}.weight_scale").float()
-    deq = decode_deq_scale(name, subject.checkpoint.read(f"{name}.deq_scale"))
-    return (deq / subject.checkpoint.read(f"{name}.input_scale").float())[:, None]
+    match subject.quant_type.spec.activation:
+        case Activation.STATIC:
+            deq = decode_deq_scale(name, subject.checkpoint.read(f"{name}.deq_scale"))
+            steps = (deq / subject.checkpoint.read(f"{name}.input_scale").float())[:, None]
+        case Activation.PER_TOKEN | Activation.NONE:
+            steps = subject.checkpoint.read(f"{name}.weight_scale").float()
+        case other:
+            assert_never(other)
+    return steps
 
 
 def _second(subject: Subject) -> Tensor | None:
-    if subject.kind is not QuantType.W4A8_DYNAMIC:
+    if not subject.quant_type.spec.two_stage:
         return None
     return subject.checkpoint.read(f"{subject.name}.weight_scale_second").float()

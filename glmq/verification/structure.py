@@ -86,10 +86,10 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         return
     with checkpoint:
         linears = {
-            base: QuantType(kind)
-            for name, kind in description.tensors.items()
+            base: QuantType(quant_type)
+            for name, quant_type in description.tensors.items()
             for base in [name.removesuffix(".weight")]
-            if name in checkpoint and base != name and not base.endswith(".module") and kind in _known_types()
+            if name in checkpoint and base != name and not base.endswith(".module") and quant_type in _known_types()
         }
         case = _Case(checkpoint, description, config, source, is_mindie(candidate), linears)
         yield from _check_keys(case)
@@ -99,12 +99,12 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         scalings = {} if source is None else find_scalings(source, checkpoint, _groups(config))
         yield from _check_floats(case, scalings)
         report = read_report(candidate)
-        for name, kind in linears.items():
+        for name, quant_type in linears.items():
             shift = row_of(report, name).get("bias_shift")
             yield from check_linear(
                 Subject(
                     name=name,
-                    kind=kind,
+                    quant_type=quant_type,
                     checkpoint=checkpoint,
                     source=source,
                     dtype=case.dtype,
@@ -117,7 +117,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
 
 
 def _known_types() -> set[str]:
-    return {kind.value for kind in SUFFIXES}
+    return {quant_type.value for quant_type in SUFFIXES}
 
 
 def _groups(config: ModelConfig) -> Iterator[InputGroup]:

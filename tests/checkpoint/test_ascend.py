@@ -25,7 +25,7 @@ from glmq.checkpoint.reader import Checkpoint, dtype_code
 from glmq.checkpoint.writer import TensorSpec
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import Activation, FloatDtype, QuantType
 
 FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
 ROWS, COLS, GROUP = 6, 32, 8
@@ -42,7 +42,7 @@ def make_linear(quant_type: QuantType, *, has_bias: bool = True, scale: float = 
     # Steps that float16 and bfloat16 both hold exactly (8 significant bits), so that round trips are bit-exact.
     step = torch.randint(128, 256, (ROWS, 1), generator=generator).float() / 2**17
     bias = torch.randint(-128, 128, (ROWS,), generator=generator).float() / 64 if has_bias else None
-    if quant_type.is_static:
+    if quant_type.spec.activation is Activation.STATIC:
         deq = (step * scale).reshape(ROWS)
         quant_bias = torch.randint(-1000, 1000, (ROWS,), generator=generator).to(torch.int32)
         return QuantizedLinear(quant_type, q, step, bias, ActivationQParams(scale, -7), deq, quant_bias)

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glmq.numerics import lowbit
-from glmq.numerics.int8_linear import fold_bias, matmul_int8, quantize_input, quantize_tokens, run_linear
+from glmq.numerics.int8_linear import (
+    fold_bias,
+    matmul_int8,
+    quantize_input,
+    quantize_tokens,
+    run_linear,
+    weight_only_linear,
+)
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import QuantType
 
@@ -101,3 +108,13 @@ def test_two_stage_linear_equals_the_product_with_its_dequantized_weight() -> No
     xq, token_scale = quantize_tokens(x)
     # Steps are powers of two and sums stay below 2^53: every product and sum above is exact in float64 but the last.
     assert torch.equal(run_linear(x, linear), ((xq.double() @ weight.T) * token_scale.double()).float())
+
+
+def test_a_linear_with_float_activations_multiplies_the_dequantized_weight() -> None:
+    bias = torch.tensor([1.0, -2.0])
+    linear = QuantizedLinear(
+        QuantType.FLOAT, torch.tensor([[1, -2], [3, 4]], dtype=torch.int8), torch.tensor([[0.5], [2]]), bias
+    )
+    x = torch.tensor([[1.0, 0.25]])
+    assert weight_only_linear(x, linear).tolist() == [[1.25, 6.0]]
+    assert torch.equal(run_linear(x, linear), weight_only_linear(x, linear))

@@ -1,0 +1,77 @@
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import glmq
+from glmq.spec import TYPES, Activation, QuantType, assert_never
+
+PACKAGE = Path(glmq.__file__).parent
+
+PLACES = {
+    "checkpoint/ascend.py": 2,
+    "cli/render.py": 1,
+    "numerics/int8_linear.py": 1,
+    "numerics/smooth.py": 1,
+    "quantization/layer.py": 1,
+    "quantization/recipe.py": 1,
+    "verification/linears.py": 2,
+}
+"""Where the arithmetic, the stored tensors or the words depend on what becomes of a linear's input."""
+
+
+def run_mypy(root: Path) -> str:
+    """mypy's output on the copy of the package in `root`, with this project's settings."""
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        "pyproject.toml",
+        "--cache-dir",
+        "cache",
+        "--no-error-summary",
+    ]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+
+
+@pytest.mark.slow
+def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(tmp_path: Path) -> None:
+    shutil.copytree(PACKAGE, tmp_path / "glmq", ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
+    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", tmp_path)
+    spec = tmp_path / "glmq/spec.py"
+    text = spec.read_text(encoding="utf-8")
+    member = '    NONE = "none"\n'
+    assert text.count(f'{member}    """It stays float."""') == 1
+    spec.write_text(text.replace(member, f'    PER_GROUP = "per group"\n{member}'), encoding="utf-8")
+    lines = run_mypy(tmp_path).splitlines()
+    refused = re.compile(
+        r'glmq/(\S+):\d+: error: Argument 1 to "assert_never" has incompatible type '
+        r'"(?:Literal\[)?Activation\.PER_GROUP\]?"; expected "Never"'
+    )
+    found = [match[1] for line in lines if (match := refused.match(line))]
+    assert Counter(found) == PLACES
+    assert [line for line in lines if ": error:" in line and not refused.match(line)] == []
+
+
+def test_every_type_has_its_row() -> None:
+    assert list(TYPES) == list(QuantType)
+
+
+def test_what_a_type_stores_follows_from_its_activation() -> None:
+    for quant_type, spec in TYPES.items():
+        if not spec.suffixes:
+            continue
+        assert ("input_scale" in spec.suffixes) == (spec.activation is Activation.STATIC), quant_type
+        assert ("weight_scale_second" in spec.suffixes) == spec.two_stage, quant_type
+        assert "weight_scale" in spec.suffixes or spec.activation is Activation.STATIC, quant_type
+    assert [t for t, spec in TYPES.items() if not spec.suffixes] == [QuantType.FLOAT, QuantType.W8A8SC]
+
+
+def test_a_case_that_nobody_wrote_is_an_error_of_the_program() -> None:
+    with pytest.raises(AssertionError, match=r"<Activation\.NONE: 'none'> has no case"):
+        assert_never(Activation.NONE)  # type: ignore[arg-type]
