@@ -11,9 +11,10 @@ from torch import Tensor
 from glmq.checkpoint.ascend import encode_linear, encode_norm
 from glmq.checkpoint.description import Description, tensor_types, vllm_aliases, write_description
 from glmq.checkpoint.json_file import write_json
-from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.layout import TensorSpec, plan_shards
+from glmq.checkpoint.reader import Checkpoint, dtype_code
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
-from glmq.checkpoint.writer import ShardWriter, TensorSpec, dtype_code, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
 from glmq.model.glm4v import rms_norms, text_block
 from glmq.records import ActivationQParams, QuantizedLinear

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from glmq.checkpoint.description import Description, tensor_types, vllm_aliases, write_description
 from glmq.checkpoint.json_file import write_json
+from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import dtype_code
 from glmq.checkpoint.sidecar import copy_side_files, edit_config
-from glmq.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
 from glmq.model.glm4v import expected_shapes, rms_norms
 from glmq.model.tiny import TINY_CHECKPOINT

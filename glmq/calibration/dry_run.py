@@ -23,7 +23,7 @@ from glmq.calibration.stats import (
 )
 from glmq.checkpoint.header import DTYPE_BYTES
 from glmq.checkpoint.json_file import JsonObject
-from glmq.checkpoint.writer import TensorSpec
+from glmq.checkpoint.layout import TensorSpec
 from glmq.errors import SampleError
 from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.config import ModelConfig

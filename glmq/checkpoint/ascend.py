@@ -12,8 +12,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.writer import TensorSpec
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT4, INT8, Activation, FloatDtype, QuantType, assert_never

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from glmq.checkpoint import journal
-from glmq.checkpoint.json_file import DIRECTORY_MODE
+from glmq.checkpoint.disk import DIRECTORY_MODE
 from glmq.errors import InputError, UsageError
 
 

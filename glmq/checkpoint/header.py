@@ -6,12 +6,13 @@ Layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-en
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, TypeGuard
 
+from glmq.checkpoint.disk import open_input
+from glmq.checkpoint.json_file import parse_json
 from glmq.errors import CheckpointError
 
 DTYPE_BYTES: Final[dict[str, int]] = {
@@ -33,8 +34,11 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 }
 """Bytes per element of every dtype code we read, in the order of the format's own list (its writer sorts by it)."""
 
-MAX_HEADER_BYTES: Final = 100_000_000
-"""The limit of the format's own reader."""
+MAX_HEADER_BYTES: Final = 16_000_000
+"""Thirty times what the largest GLM-4.1V needs in one file; the format's own reader stops at 100 MB. A parsed header takes up
+to thirty times its size."""
+MAX_TENSORS: Final = 50_000
+"""Ten times what the largest GLM-4.1V has, scales and all."""
 
 _LFS_START: Final = b"version https://git-lfs"
 _MAX_ELEMENTS: Final = 2**62
@@ -68,9 +72,14 @@ class Header:
     tensors: dict[str, TensorInfo]
     """In offset order."""
     metadata: dict[str, str]
-    data_start: int
-    """Offset of the data section from the start of the file, bytes."""
+    raw: bytes
+    """Everything before the data: length, JSON and padding."""
     file_bytes: int
+
+    @property
+    def data_start(self) -> int:
+        """Offset of the data section from the start of the file, bytes."""
+        return len(self.raw)
 
 
 def read_header(path: Path) -> Header:
@@ -79,59 +88,66 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file cannot be read, or is not exactly what its header says.
     """
-    try:
-        with path.open("rb") as file:
+    with os.fdopen(open_input(path), "rb") as file:
+        try:
             file_bytes = os.fstat(file.fileno()).st_size
-            prefix = file.read(len(_LFS_START))
-            if prefix == _LFS_START:
+            raw = file.read(len(_LFS_START))
+            if raw == _LFS_START:
                 raise CheckpointError(
                     f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
                 )
-            if len(prefix) < 8:
+            if len(raw) < 8:
                 _refuse(path, f"{file_bytes} bytes are too few for a safetensors file, which has at least 8")
-            length = int.from_bytes(prefix[:8], "little")
+            length = int.from_bytes(raw[:8], "little")
             if length > MAX_HEADER_BYTES:
                 _refuse(path, f"header length {length} is above the limit of {MAX_HEADER_BYTES} bytes")
             if 8 + length > file_bytes:
                 _refuse(path, f"a header of {length} bytes was announced, but only {file_bytes - 8} bytes follow")
-            file.seek(8)
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
-    return _parse(path, raw, file_bytes)
+            file.seek(0)
+            raw = file.read(8 + length)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+            ) from None
+    header = parse_header(path, raw, file_bytes)
+    end = max((info.end for info in header.tensors.values()), default=len(raw))
+    if end != file_bytes:
+        what = "is truncated" if file_bytes < end else "has trailing bytes"
+        _refuse(path, f"the file {what}: its tensors end at byte {end}, but it has {file_bytes} bytes")
+    return header
 
 
-def _parse(path: Path, raw: bytes, file_bytes: int) -> Header:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in pairs:
-            if key in found:
-                _refuse(path, f"{key!r} appears twice in the header")
-            found[key] = value
-        return found
+def parse_header(path: Path, raw: bytes, file_bytes: int | None = None) -> Header:
+    """Check the header `raw` (length, JSON and padding) of the safetensors file `path`.
 
+    Args:
+        path: for messages.
+        raw: everything before the data.
+        file_bytes: size of the file; None if only the header is there: what it says.
+
+    Raises:
+        CheckpointError: it contradicts itself.
+    """
+    if len(raw) < 8 or int.from_bytes(raw[:8], "little") != len(raw) - 8:
+        _refuse(path, f"{len(raw)} bytes are not a header of the length that it announces")
     try:
-        document: object = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError):  # ValueError covers bad UTF-8, bad JSON and integers of absurd length
-        _refuse(path, "the header is not JSON")
+        document = parse_json(raw[8:])
+    except ValueError as error:
+        _refuse(path, f"the header is not JSON ({error})")
     if not isinstance(document, dict):
         _refuse(path, "the header is not a JSON object")
-    data_start = 8 + len(raw)
     metadata = _metadata(path, document.pop("__metadata__", {}))
-    infos = [_tensor(path, name, entry, data_start) for name, entry in document.items()]
+    if len(document) > MAX_TENSORS:
+        _refuse(path, f"{len(document)} tensors are more than any GLM-4.1V has, {MAX_TENSORS} are read")
+    infos = [_tensor(path, name, entry, len(raw)) for name, entry in document.items()]
     infos.sort(key=lambda info: (info.start, info.end))
-    at = data_start
+    at = len(raw)
     for info in infos:
         if info.start != at:
             what = "overlaps the one before it" if info.start < at else "leaves a hole before it"
             _refuse(path, f"tensor {info.name!r} starts at byte {info.start}, which {what} (wanted {at})")
         at = info.end
-    if at != file_bytes:
-        what = "is truncated" if file_bytes < at else "has trailing bytes"
-        _refuse(path, f"the file {what}: its tensors end at byte {at}, but it has {file_bytes} bytes")
-    return Header({info.name: info for info in infos}, metadata, data_start, file_bytes)
+    return Header({info.name: info for info in infos}, metadata, raw, at if file_bytes is None else file_bytes)
 
 
 def _metadata(path: Path, found: object) -> dict[str, str]:

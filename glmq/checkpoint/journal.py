@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.json_file import DISK_FULL, FILE_MODE, JsonObject, JsonValue
+from glmq.checkpoint.disk import DISK_FULL, FILE_MODE
+from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.errors import SpaceError, UsageError
 
 NAME: Final = "journal.jsonl"

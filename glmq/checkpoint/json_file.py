@@ -1,62 +1,199 @@
-"""JSON files beside the weights: read with distrust, written whole or not at all."""
+"""JSON files: read with distrust into typed values, written whole or not at all. Standard library only.
+
+`read_json_object` bounds what a file may hold; `Fields` then takes its values out by name and type, so that whatever a file
+says ends in one sentence at the edge and never inside.
+"""
 
 from __future__ import annotations
 
-import errno
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, NoReturn, TypeAlias, TypeVar
 
-from glmq.errors import CheckpointError, SpaceError
+from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, read_input
+from glmq.errors import CheckpointError
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 JsonObject: TypeAlias = dict[str, JsonValue]
+T = TypeVar("T")
 
-MAX_JSON_BYTES: Final = 100_000_000
-"""The serving engine refuses larger ones."""
-FILE_MODE: Final = 0o640
-DIRECTORY_MODE: Final = 0o750
-DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says when a disk, or the user's share of it, is full."""
+MAX_JSON_BYTES: Final = 16_000_000
+"""Ten times the largest JSON file of a GLM-4.1V, the manifest of a compressed one. Parsed it takes up to thirty times that."""
+MAX_DEPTH: Final = 64
+"""Lists and objects within each other; config.json has 4."""
+MAX_DIGITS: Final = 40
+"""Of an integer; tokenizers write 10^30 for "no limit"."""
+_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+
+
+def parse_json(raw: bytes | str) -> JsonValue:
+    """The JSON document in `raw`, keys in their order.
+
+    Raises:
+        ValueError: not JSON, a key that appears twice, numbers that are not finite or have more than MAX_DIGITS digits, halves
+            of a surrogate pair, or more than MAX_DEPTH levels. The message says which, without a full stop.
+    """
+    text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
+    try:
+        document: JsonValue = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_parse_integer,
+            parse_float=_parse_number,
+            parse_constant=_refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError(f"more than {MAX_DEPTH} lists and objects lie within each other") from None
+    _check_values(document)
+    return document
+
+
+def _unique(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key!a:.200} appears twice")
+            seen.add(key)
+    return found
+
+
+def _parse_integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, {MAX_DIGITS} are read")
+    return int(digits)
+
+
+def _parse_number(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits:.40} is out of range")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_values(document: JsonValue) -> None:
+    """Refuse what is nested too deep and text that could never be written again, level by level."""
+    level = [document]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[JsonValue] = []
+        for value in level:
+            if isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, dict):
+                for key in value:
+                    _check_text(key)
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        if not below:
+            return
+        level = below
+    raise ValueError(f"more than {MAX_DEPTH} lists and objects lie within each other")
+
+
+def _check_text(text: str) -> None:
+    if not text.isascii() and _SURROGATE.search(text):
+        raise ValueError(f"{text!a:.40} has half of a surrogate pair, which is no character")
 
 
 def read_json_object(path: Path) -> JsonObject:
     """The JSON object in `path`, keys in file order.
 
     Raises:
-        CheckpointError: unreadable, larger than 100 MB, not JSON, not an object, or a key appears twice.
+        CheckpointError: no regular file, unreadable, larger than MAX_JSON_BYTES, not an object, or what parse_json refuses.
     """
-
-    def unique(pairs: list[tuple[str, JsonValue]]) -> JsonObject:
-        found: JsonObject = {}
-        for key, value in pairs:
-            if key in found:
-                raise CheckpointError(f"{path}: the key {key!r} appears twice; remove one of them")
-            found[key] = value
-        return found
-
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
-        ) from None
+    raw = read_input(path, MAX_JSON_BYTES)
     if len(raw) > MAX_JSON_BYTES:
         raise CheckpointError(
             f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V checkpoint"
         )
     try:
-        document: JsonValue = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"{path}: is not JSON ({error}); download or write it again") from None
     if not isinstance(document, dict):
         raise CheckpointError(
             f"{path}: wanted a JSON object, found {type(document).__name__}; download or write it again"
         )
     return document
+
+
+class Fields:
+    """A JSON object whose values are taken out by name and type.
+
+    Args:
+        document: the object.
+        where: what it is, for messages, e.g. a path.
+        refuse: makes the error from a sentence without its end.
+    """
+
+    def __init__(self, document: Mapping[str, JsonValue], where: str, refuse: Callable[[str], Exception]) -> None:
+        self._document = document
+        self._where = where
+        self._refuse = refuse
+
+    def text(self, key: str) -> str:
+        """A string."""
+        return self._typed(key, str, "a text")
+
+    def count(self, key: str) -> int:
+        """An integer from 0 to 2^63 - 1."""
+        value = self._document.get(key)
+        if type(value) is not int or not 0 <= value < 2**63:
+            self._wrong(key, value, "a count")
+        return value
+
+    def counts(self, key: str) -> tuple[int, ...]:
+        """A list of integers from 0 to 2^63 - 1."""
+        value = self._document.get(key)
+        if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
+            self._wrong(key, value, "a list of counts")
+        return tuple(value)
+
+    def choice(self, key: str, kind: Callable[[str], T]) -> T:
+        """A string that names a member of the enumeration `kind`."""
+        text = self.text(key)
+        try:
+            return kind(text)
+        except ValueError:
+            self._wrong(key, text, "one of the names that this glmq knows")
+
+    def fields(self, key: str) -> Fields:
+        """An object."""
+        value = self._document.get(key)
+        if not isinstance(value, dict):
+            self._wrong(key, value, "an object")
+        return Fields(value, f"{self._where}: {key}", self._refuse)
+
+    def list_of_fields(self, key: str) -> list[Fields]:
+        """A list of objects."""
+        value = self._document.get(key)
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            self._wrong(key, value, "a list of objects")
+        return [Fields(item, f"{self._where}: {key} {i}", self._refuse) for i, item in enumerate(value)]
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys, in their order."""
+        return iter(self._document)
+
+    def _typed(self, key: str, kind: type[T], wanted: str) -> T:
+        value = self._document.get(key)
+        if not isinstance(value, kind):
+            self._wrong(key, value, wanted)
+        return value
+
+    def _wrong(self, key: str, value: JsonValue, wanted: str) -> NoReturn:
+        found = f"{value!a:.60}" if key in self._document else "missing"
+        raise self._refuse(f"{self._where}: {key!a:.200} is {found}, wanted {wanted}")
 
 
 def write_json(path: Path, document: Mapping[str, JsonValue], *, indent: int) -> None:
@@ -77,16 +214,13 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a journal may speak of it next
-        partial.chmod(FILE_MODE)
-        os.replace(partial, path)
-    except BaseException as error:
+        with naming_full_disk(path, len(content)):
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # a journal may speak of it next
+            partial.chmod(FILE_MODE)
+            os.replace(partial, path)
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise SpaceError(
-                f"{path}: {len(content)} bytes are to be written, but its disk is full; make room"
-            ) from None
         raise

@@ -15,14 +15,17 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.header import DTYPE_BYTES, Header, TensorInfo, read_header
-from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.disk import open_input, read_input
+from glmq.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, Header, TensorInfo, read_header
+from glmq.checkpoint.json_file import MAX_JSON_BYTES, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 AHEAD_BYTES: Final = 2 * 2**20
 """Bytes asked for at a time when reading ahead; Linux takes no more in one call than its device's readahead."""
+PIECE_BYTES: Final = 64 * 2**20
+"""A tensor that need not be in memory as a whole is read in pieces of about this size."""
 
 _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -60,6 +63,11 @@ def dtype_code(dtype: torch.dtype) -> str:
     return _CODES[dtype]
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in C order; its own memory if it is a contiguous CPU tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 class Checkpoint(Mapping[str, TensorInfo]):
     """The tensors of a checkpoint folder: name -> TensorInfo, in natural order. Reads are thread-safe.
 
@@ -70,6 +78,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.directory: Final = directory
         self._headers = dict(headers)
         self._files: dict[str, Path] = {}
+        count = sum(len(header.tensors) for header in headers.values())
+        if count > MAX_TENSORS:
+            raise CheckpointError(
+                f"{directory}: {count} tensors are more than any GLM-4.1V has, {MAX_TENSORS} are read"
+            )
         for path, header in headers.items():
             for name in header.tensors:
                 if name in self._files:
@@ -128,6 +141,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """The weight files, sorted by name."""
         return sorted(self._headers)
 
+    def header(self, path: Path) -> Header:
+        """The header of one of the weight files."""
+        return self._headers[path]
+
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor. Raises CheckpointError with the nearest name if there is none."""
         return self._headers[self.file_of(name)].tensors[name]
@@ -162,6 +179,24 @@ class Checkpoint(Mapping[str, TensorInfo]):
             )
         row_bytes = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
         return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes)
+
+    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """The tensor, or rows start..stop of its dimension 0, some PIECE_BYTES at a time and in order.
+
+        Yields:
+            the first row of each piece, and the piece: [rows, ...] in the stored dtype. A scalar comes whole.
+
+        Raises:
+            CheckpointError: as `read_rows`.
+        """
+        info = self.info(name)
+        if not info.shape:
+            yield 0, self.read(name)
+            return
+        stop = info.shape[0] if stop is None else stop
+        height = max(1, PIECE_BYTES * info.shape[0] // max(info.nbytes, 1))
+        for row in range(start, stop, height):
+            yield row, self.read_rows(name, row, min(row + height, stop))
 
     def read_finite(self, name: str) -> Tensor:
         """As `read`; raises CheckpointError if the tensor holds NaN or infinity."""
@@ -199,12 +234,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         digest = hashlib.sha256()
         for path in self.files():
             header = self._headers[path]
-            raw = os.pread(self._handle(path), header.data_start, 0)
-            digest.update(os.fsencode(path.name) + f"\n{header.file_bytes}\n{len(raw)}\n".encode())
-            digest.update(raw)
+            digest.update(os.fsencode(path.name) + f"\n{header.file_bytes}\n{len(header.raw)}\n".encode())
+            digest.update(header.raw)
         config = self.directory / "config.json"
         if config.is_file():
-            digest.update(config.read_bytes())
+            digest.update(read_input(config, MAX_JSON_BYTES))
         return digest.hexdigest()
 
     def close(self) -> None:
@@ -225,12 +259,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
     def _handle(self, path: Path) -> int:
         with self._lock:
             if path not in self._handles:
-                try:
-                    self._handles[path] = os.open(path, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{path}: cannot be opened ({error.strerror}); was it moved or deleted?"
-                    ) from None
+                self._handles[path] = open_input(path)
             return self._handles[path]
 
     def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int) -> Tensor:
@@ -239,7 +268,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))
         if tensor.numel() == 0:
             return tensor
-        view = tensor.reshape(-1).view(torch.uint8).numpy().data
+        view = raw_bytes(tensor)
         handle, done = self._handle(path), 0
         while done < len(view):
             count = os.preadv(handle, [view[done:]], info.start + skip + done)

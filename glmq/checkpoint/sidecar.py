@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.checksums import CHECKSUMS
+from glmq.checkpoint.disk import make_directory
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
 from glmq.checkpoint.reader import INDEX_SUFFIX
-from glmq.checkpoint.writer import make_directory
 from glmq.errors import CheckpointError
 from glmq.spec import FloatDtype, QuantType
 

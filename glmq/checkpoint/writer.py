@@ -1,166 +1,23 @@
-"""Write safetensors shards whose layout is known before the first tensor exists.
-
-Every header and offset follows from the tensors' names, dtypes and shapes, so the files are laid out first and tensors
-are written in any order. The bytes are those of the format's own writer: dtypes in the reverse order of its list, then
-names; header padded with spaces to a multiple of 8.
-"""
+"""Write the files of a plan (layout.py): tensors in any order, at their places, and final names when everything is there."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-import torch
 import xxhash
 from torch import Tensor
 
-from glmq.checkpoint.header import DTYPE_BYTES, MAX_HEADER_BYTES, TensorInfo
-from glmq.checkpoint.json_file import DIRECTORY_MODE, DISK_FULL, FILE_MODE, JsonObject, write_json
-from glmq.checkpoint.reader import INDEX_SUFFIX, dtype_code
-from glmq.errors import CheckpointError, SpaceError
-
-_DTYPE_ORDER: Final = {code: order for order, code in enumerate(DTYPE_BYTES)}
-_METADATA: Final = {"format": "pt"}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """What will be stored under a name."""
-
-    name: str
-    dtype: str
-    """Safetensors code, e.g. "F16"."""
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedFile:
-    """One weight file to be written."""
-
-    name: str
-    header: bytes
-    """Length prefix, JSON and padding."""
-    tensors: tuple[TensorInfo, ...]
-    """In offset order; offsets are absolute."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole file."""
-        return self.tensors[-1].end if self.tensors else len(self.header)
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """Every file of one checkpoint's weights."""
-
-    stem: str
-    """E.g. `quant_model_weight_w8a8s`."""
-    files: tuple[PlannedFile, ...]
-    is_numbered: bool
-    """Parts were asked for: numbered names and an index."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all files together, headers included."""
-        return sum(file.nbytes for file in self.files)
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Size of the tensors' data, headers excluded."""
-        return sum(info.nbytes for file in self.files for info in file.tensors)
-
-
-def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None) -> ShardPlan:
-    """Distribute tensors over files in the given order and lay out each file.
-
-    Args:
-        specs: every tensor, in the order in which parts are filled.
-        stem: file name without number and suffix.
-        shard_bytes: None for the single file `{stem}.safetensors`; else names are numbered (even if one is enough),
-            and a new file starts before a tensor that would bring the tensor bytes of the current one to `shard_bytes`
-            or more.
-
-    Raises:
-        CheckpointError: a name occurs twice, or a header would be larger than readers accept.
-    """
-    parts: list[list[TensorSpec]] = [[]]
-    names: set[str] = set()
-    filled = 0
-    for spec in specs:
-        if spec.name in names:
-            raise CheckpointError(f"tensor {spec.name!r} is planned twice; each tensor is written once")
-        names.add(spec.name)
-        if shard_bytes is not None and parts[-1] and filled + spec.nbytes >= shard_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(spec)
-        filled += spec.nbytes
-    if shard_bytes is None:
-        file_names = [f"{stem}.safetensors"]
-    else:
-        file_names = [f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
-    files = tuple(_lay_out(name, part) for name, part in zip(file_names, parts))
-    return ShardPlan(stem, files, is_numbered=shard_bytes is not None)
-
-
-def _lay_out(file_name: str, specs: Iterable[TensorSpec]) -> PlannedFile:
-    ordered = sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
-    entries: dict[str, object] = {"__metadata__": _METADATA}
-    at = 0
-    for spec in ordered:
-        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + spec.nbytes]}
-        at += spec.nbytes
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{file_name}: its header needs {len(text)} bytes, readers stop at {MAX_HEADER_BYTES}; use parts"
-        )
-    header = len(text).to_bytes(8, "little") + text
-    tensors, at = [], len(header)
-    for spec in ordered:
-        tensors.append(TensorInfo(spec.name, spec.dtype, spec.shape, at, at + spec.nbytes))
-        at += spec.nbytes
-    return PlannedFile(file_name, header, tuple(tensors))
-
-
-def free_bytes(directory: Path) -> int:
-    """Free bytes on the disk of `directory`, which need not exist yet."""
-    existing = directory.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
-
-
-def check_room(directory: Path, bytes_needed: int) -> None:
-    """Raise SpaceError unless the disk of `directory` has `bytes_needed` bytes free."""
-    free = free_bytes(directory)
-    if free < bytes_needed:
-        raise _no_space(directory, bytes_needed, free)
-
-
-def _no_space(directory: Path, wanted: int, free: int) -> SpaceError:
-    return SpaceError(
-        f"{directory}: {wanted} bytes are to be written, but its disk has {free} free; make room or choose another disk"
-    )
-
-
-def make_directory(directory: Path) -> None:
-    """Create `directory` (and its parents) with mode 0750; an existing one is left as it is."""
-    if not directory.is_dir():
-        directory.mkdir(parents=True)
-        directory.chmod(DIRECTORY_MODE)
+from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, sync_directory, write_at
+from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo
+from glmq.checkpoint.json_file import JsonObject, write_json
+from glmq.checkpoint.layout import PlannedFile, ShardPlan
+from glmq.checkpoint.reader import INDEX_SUFFIX, dtype_code, raw_bytes
+from glmq.errors import CheckpointError
 
 
 class ShardWriter:
@@ -217,8 +74,8 @@ class ShardWriter:
                 f"tensor {name!r} was planned as {info.dtype} {info.shape}, "
                 f"but {dtype_code(tensor.dtype)} {tuple(tensor.shape)} was to be written; this is a bug in the caller"
             )
-        data = _bytes_of(tensor)
-        self._write_at(file, data, info.start)
+        data = raw_bytes(tensor)
+        write_at(self._handles[file.name], self.directory / file.name, data, info.start)
         self.checksums[name] = xxhash.xxh3_128_hexdigest(data)
 
     def write_rows(self, name: str, start: int, rows: Tensor) -> None:
@@ -239,8 +96,8 @@ class ShardWriter:
                 "this is a bug in the caller"
             )
         row_bytes = math.prod(row_shape) * DTYPE_BYTES[info.dtype]
-        data = _bytes_of(rows)
-        self._write_at(file, data, info.start + start * row_bytes)
+        data = raw_bytes(rows)
+        write_at(self._handles[file.name], self.directory / file.name, data, info.start + start * row_bytes)
         self._next_row[name] = start + rows.shape[0]
         digest = self._hashes.setdefault(name, xxhash.xxh3_128())
         digest.update(data)
@@ -259,7 +116,7 @@ class ShardWriter:
             self.checksums[name] = checksum
 
     def finish(self) -> None:
-        """Give the files their final names, then write the index if parts were asked for.
+        """Give the files their final names, then write the index if shards were asked for.
 
         Raises:
             CheckpointError: a planned tensor was not written.
@@ -279,7 +136,7 @@ class ShardWriter:
             weight_map = {name: file.name for name, (file, _) in sorted(self._places.items())}
             index: JsonObject = {"metadata": {"total_size": self.plan.tensor_bytes}, "weight_map": weight_map}
             write_json(self.directory / f"{self.plan.stem}{INDEX_SUFFIX}", index, indent=2)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
         self._is_finished = True
 
     def leave(self) -> None:
@@ -317,7 +174,7 @@ class ShardWriter:
         self._handles[file.name] = handle
         os.fchmod(handle, FILE_MODE)  # whatever the umask says
         os.ftruncate(handle, file.nbytes)
-        self._write_at(file, memoryview(file.header), 0)
+        write_at(self._handles[file.name], self.directory / file.name, file.header, 0)
         return handle
 
     def _reopen(self, file: PlannedFile) -> int:
@@ -339,17 +196,6 @@ class ShardWriter:
             )
         return handle
 
-    def _write_at(self, file: PlannedFile, data: memoryview, offset: int) -> None:
-        done = 0
-        try:
-            while done < len(data):
-                done += os.pwrite(self._handles[file.name], data[done:], offset + done)
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            free = shutil.disk_usage(self.directory).free
-            raise _no_space(self.directory / file.name, len(data) - done, free) from None
-
     def _close(self) -> None:
         while self._handles:
             os.close(self._handles.popitem()[1])
@@ -362,16 +208,3 @@ class ShardWriter:
         if not keep:
             for file in self.plan.files:
                 self._partial(file).unlink(missing_ok=True)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in C order; its own memory if it is a contiguous CPU tensor."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,7 +14,7 @@ from rich import box
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from glmq.checkpoint.writer import free_bytes
+from glmq.checkpoint.disk import free_bytes
 from glmq.cli.render import MIB, SHOWN_ROWS, print_json, size, stderr, stdout
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import REPORT, CodecKind

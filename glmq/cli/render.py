@@ -278,7 +278,7 @@ def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
 
 def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) -> None:
     """What a run would do and need, as tables or JSON."""
-    from glmq.checkpoint.writer import free_bytes  # imports torch, which `glmq inspect` starts without
+    from glmq.checkpoint.disk import free_bytes  # imports torch, which `glmq inspect` starts without
 
     free, memory = free_bytes(folder), psutil.virtual_memory().available
     if as_json:
@@ -325,7 +325,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
 
 def show_calibration_plan(plan: CalibrationPlan, seconds: float, folder: Path, *, as_json: bool) -> None:
     """What a calibration would write, need and take."""
-    from glmq.checkpoint.writer import free_bytes
+    from glmq.checkpoint.disk import free_bytes
 
     free, memory = free_bytes(folder), psutil.virtual_memory().available
     if as_json:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from glmq.checkpoint.reader import raw_bytes
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.codec.codec import zero_order_entropy
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import CodecKind
-from glmq.compression.shard import RankTensor, raw_bytes, read_matrix, read_pieces, read_sample
+from glmq.compression.shard import RankTensor, read_matrix, read_pieces, read_sample
 from glmq.compression.source import Source
 from glmq.compression.stream import weight_file
 from glmq.compression.weight_codec import Codec

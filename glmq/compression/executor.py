@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from glmq.checkpoint.json_file import DISK_FULL
+from glmq.checkpoint.disk import DISK_FULL
 from glmq.compression.fractal import COLS, ROWS, count_fractals, to_nz
 from glmq.compression.manifest import CodecKind
 from glmq.compression.weight_codec import Compressed, EncodedTensor

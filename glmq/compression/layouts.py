@@ -15,8 +15,8 @@ from enum import Enum
 from functools import partial
 from typing import Final
 
+from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.writer import TensorSpec
 from glmq.compression.shard import RankSplit, RankTensor, Slice, zeros
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import LM_HEAD, TEXT, VISION

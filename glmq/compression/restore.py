@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
 
-from glmq.checkpoint.header import TensorInfo, read_header
-from glmq.checkpoint.json_file import DISK_FULL, FILE_MODE, write_whole
-from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.writer import ShardWriter, TensorSpec, check_room, make_directory, plan_shards
+from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, write_at
+from glmq.checkpoint.header import TensorInfo, parse_header, read_header
+from glmq.checkpoint.json_file import write_whole
+from glmq.checkpoint.layout import TensorSpec, plan_shards
+from glmq.checkpoint.reader import Checkpoint, raw_bytes
+from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import decode
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import (
@@ -30,10 +29,9 @@ from glmq.compression.manifest import (
     digest_of,
     read_manifest,
 )
-from glmq.compression.shard import RankTensor, Slice, raw_bytes, read_pieces
 from glmq.compression.stream import HEADER_SUFFIX, SOURCE_FOLDER, Step, describe_part, resident_bytes
 from glmq.compression.weight_codec import BLOB_SUFFIX
-from glmq.errors import CheckpointError, CodecError, SpaceError
+from glmq.errors import CheckpointError, CodecError
 from glmq.spec import QuantType
 
 RESTORED_STEM: Final = "quant_model_weight_w8a8s"
@@ -97,7 +95,7 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
     for part in manifest.parts:
         with _open_part(directory, part) as checkpoint:
             if manifest.layout is Layout.SOURCE:
-                yield from _restore_files(checkpoint, part, headers, folder, jobs)
+                yield from _restore_files(checkpoint, part, directory, headers, folder, jobs)
             else:
                 yield from _restore_part(checkpoint, part, (folder / part.file).parent, jobs)
 
@@ -106,9 +104,11 @@ def _open_part(directory: Path, part: PartRecord) -> Checkpoint:
     """One rank's weight file; its size and header are what the manifest says."""
     path = directory / part.file
     header = read_header(path)
-    with path.open("rb") as file:
-        start = file.read(header.data_start)
-    if header.file_bytes != part.nbytes or digest_of(start) != part.header or set(header.tensors) != set(part.tensors):
+    if (
+        header.file_bytes != part.nbytes
+        or digest_of(header.raw) != part.header
+        or set(header.tensors) != set(part.tensors)
+    ):
         raise CheckpointError(f"{path}: is not the file that {MANIFEST} describes; {_AGAIN}")
     return Checkpoint(path.parent, {path: header})
 
@@ -139,20 +139,20 @@ def _restore_part(checkpoint: Checkpoint, part: PartRecord, directory: Path, job
 
 
 def _restore_files(
-    checkpoint: Checkpoint, part: PartRecord, headers: dict[str, bytes], folder: Path, jobs: int
+    checkpoint: Checkpoint, part: PartRecord, directory: Path, headers: dict[str, bytes], folder: Path, jobs: int
 ) -> Iterator[Step]:
     """One rank: the weight files of the un-sharded checkpoint, from their own headers."""
     waiting = set(checkpoint)
-    for file_name, header in headers.items():
+    for file_name, raw in headers.items():
         path = folder / file_name
+        header = parse_header(directory / SOURCE_FOLDER / f"{file_name}{HEADER_SUFFIX}", raw)
+        check_room(folder, header.file_bytes)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         try:
             os.fchmod(handle, FILE_MODE)  # whatever the umask says
-            file_bytes = _announced_bytes(path, header)
-            check_room(folder, file_bytes)
-            os.ftruncate(handle, file_bytes)
-            os.pwrite(handle, header, 0)
-            for name, info in read_header(path).tensors.items():
+            os.ftruncate(handle, header.file_bytes)
+            write_at(handle, path, raw, 0)
+            for name, info in header.tensors.items():
                 stored = f"{name}{BLOB_SUFFIX}" if f"{name}{BLOB_SUFFIX}" in part.matrices else name
                 if stored not in waiting:
                     raise CheckpointError(
@@ -177,7 +177,7 @@ def _restore_tensor(
         data = raw_bytes(piece)
         if at + len(data) > info.end:
             break
-        _write_at(handle, path, data, at)
+        write_at(handle, path, data, at)
         at += len(data)
         yield Step(info.name, part.rank, len(data), resident_bytes())
     if at != info.end:
@@ -189,9 +189,8 @@ def _restored_pieces(checkpoint: Checkpoint, part: PartRecord, stored: str, jobs
     if stored in part.matrices:
         yield _decode(checkpoint, part, stored, jobs)
         return
-    info, digest = checkpoint[stored], xxhash.xxh3_128()
-    rows = Slice(stored, 0, info.shape[0], 0, int(np.prod(info.shape[1:])))
-    for piece in read_pieces(checkpoint, RankTensor(TensorSpec(stored, info.dtype, info.shape), (rows,))):
+    digest = xxhash.xxh3_128()
+    for _, piece in checkpoint.pieces(stored):
         digest.update(raw_bytes(piece))
         yield piece
     _check_digest(checkpoint, part, stored, digest.hexdigest())
@@ -215,30 +214,3 @@ def _check_digest(checkpoint: Checkpoint, part: PartRecord, stored: str, found: 
         raise CheckpointError(
             f"{checkpoint.file_of(stored)}: tensor {stored!r} is altered, its checksum is not the one in {MANIFEST}; {_AGAIN}"
         )
-
-
-def _announced_bytes(path: Path, header: bytes) -> int:
-    """Size of the safetensors file that starts with `header`; read_header checks the rest."""
-    try:
-        entries = json.loads(header[8:])
-        return len(header) + max(
-            int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"
-        )
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        raise CheckpointError(
-            f"{path.name}{HEADER_SUFFIX}: is not the header of a safetensors file; {_AGAIN}"
-        ) from None
-
-
-def _write_at(handle: int, path: Path, data: memoryview, at: int) -> None:
-    done = 0
-    try:
-        while done < len(data):
-            done += os.pwrite(handle, data[done:], at + done)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        free = shutil.disk_usage(path.parent).free
-        raise SpaceError(
-            f"{path}: {len(data) - done} bytes are to be written, but its disk has {free} free; make room"
-        ) from None

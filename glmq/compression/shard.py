@@ -16,16 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from glmq.checkpoint.header import DTYPE_BYTES
-from glmq.checkpoint.reader import Checkpoint, torch_dtype
-from glmq.checkpoint.writer import TensorSpec
+from glmq.checkpoint.layout import TensorSpec
+from glmq.checkpoint.reader import PIECE_BYTES, Checkpoint, torch_dtype
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.model.config import ModelConfig
 
 WORLD_SIZES: Final = (1, 2, 4)
 """Those whose parts have been compared with what the engine's own loader makes."""
-
-PIECE_BYTES: Final = 64 * 2**20
-"""Rows are read in pieces of about this size."""
 
 _CODES: Final = {"deq_scale": "I64", "quant_bias": "I32", "input_offset": "I8"}
 """Stored dtype by suffix; a quantized `.weight` is I8, everything else F16."""
@@ -267,24 +264,15 @@ def read_sample(source: Checkpoint, tensor: RankTensor, rows: int) -> NDArray[np
     return torch.cat(found).contiguous().numpy()
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
 def _read_slice(source: Checkpoint, part: Slice, code: str) -> Iterator[Tensor]:
     """Blocks [rows, columns] of a slice; of zeros in dtype `code`."""
     if part.name is None:
-        row_bytes = part.cols * DTYPE_BYTES[code]
+        step = max(1, PIECE_BYTES // (part.cols * DTYPE_BYTES[code]))
+        for start in range(0, part.rows, step):
+            yield torch.zeros(min(step, part.rows - start), part.cols, dtype=torch_dtype(code))
     else:
-        row_bytes = source.nbytes(part.name) // source.info(part.name).shape[0]
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(part.row_start, part.row_stop, step):
-        stop = min(start + step, part.row_stop)
-        if part.name is None:
-            yield torch.zeros(stop - start, part.cols, dtype=torch_dtype(code))
-        else:
-            yield source.read_rows(part.name, start, stop).reshape(stop - start, -1)[:, part.col_start : part.col_stop]
+        for _, piece in source.pieces(part.name, part.row_start, part.row_stop):
+            yield piece.reshape(piece.shape[0], -1)[:, part.col_start : part.col_stop]
 
 
 def _cast(source: Checkpoint, spec: TensorSpec, values: Tensor) -> Tensor:

@@ -36,10 +36,12 @@ import psutil
 import torch
 
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, write_description
+from glmq.checkpoint.disk import make_directory
 from glmq.checkpoint.json_file import write_json, write_whole
+from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.checkpoint.sidecar import copy_side_files, edit_config, list_side_files
-from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, make_directory, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import zero_order_entropy
 from glmq.compression.layouts import Layout, part_types, rank_tensors, vllm_types
 from glmq.compression.manifest import CodecKind, Manifest, PartRecord, digest_of, record_files, write_manifest
@@ -350,7 +352,4 @@ def _keep_source_files(source: Checkpoint, folder: Path) -> None:
         if path.is_file() and path.name not in elsewhere and path.suffix != ".safetensors" and path.name[0] != ".":
             write_whole(folder / path.name, path.read_bytes())
     for path in source.files():
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            write_whole(folder / f"{path.name}{HEADER_SUFFIX}", file.read(8 + length))
+        write_whole(folder / f"{path.name}{HEADER_SUFFIX}", source.header(path).raw)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmq.checkpoint.json_file import write_whole
-from glmq.checkpoint.writer import TensorSpec
+from glmq.checkpoint.layout import TensorSpec
 from glmq.codec.codec import at_most_bytes, encode, read_info
 from glmq.compression.manifest import CodecKind
 

@@ -117,7 +117,7 @@ def _numbers(stored: StoredTensor) -> Iterator[Tensor]:
 def _pieces(stored: StoredTensor) -> Iterator[Tensor]:
     """The tensor, some rows at a time."""
     info = stored.info
-    header = Header({info.name: info}, {}, 0, 0)  # of this tensor alone: it was checked when the folder was scanned
+    header = Header({info.name: info}, {}, b"", 0)  # of this tensor alone: it was checked when the folder was scanned
     with Checkpoint(stored.file.parent, {stored.file: header}) as checkpoint:
         if not info.shape or info.nbytes <= PIECE_BYTES:
             yield checkpoint.read(info.name)

@@ -18,8 +18,6 @@ PIECE_ELEMENTS: Final = 2**20
 """Elements that are read at a time."""
 CACHE_ELEMENTS: Final = 2**17
 """Elements that are computed with at a time: a few float32 arrays of them fit into the processor's cache."""
-BYTES_AT_ONCE: Final = 64 * 2**20
-"""Bytes of a tensor that are read at a time where little is computed with them."""
 _T = TypeVar("_T")
 
 
@@ -91,17 +89,6 @@ class StoredMatrix:
     def pieces(self) -> list[tuple[int, int]]:
         """Row ranges of about PIECE_ELEMENTS elements, their borders even."""
         return list(row_ranges(0, self.rows, self.cols, PIECE_ELEMENTS))
-
-
-def pieces_of(checkpoint: Checkpoint, name: str) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of a tensor, some 64 MB at a time; a scalar as it is."""
-    info = checkpoint[name]
-    if not info.shape:
-        yield 0, checkpoint.read(name)
-        return
-    height = max(1, BYTES_AT_ONCE * info.shape[0] // max(info.nbytes, 1))
-    for start in range(0, info.shape[0], height):
-        yield start, checkpoint.read_rows(name, start, min(start + height, info.shape[0]))
 
 
 def row_ranges(start: int, stop: int, cols: int, elements: int) -> Iterator[tuple[int, int]]:

@@ -24,10 +24,10 @@ from glmq.calibration.samples import (
 )
 from glmq.calibration.stats import Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
+from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_output
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.writer import check_room
 from glmq.cli.render import BlockProgress, describe_convergence, describe_generation, stderr
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import UsageError

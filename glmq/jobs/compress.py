@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_output
 from glmq.checkpoint.json_file import JsonObject
-from glmq.checkpoint.writer import check_room
 from glmq.cli.compress_view import ByteProgress
 from glmq.cli.render import stderr
 from glmq.codec.codec import KERNELS

@@ -14,11 +14,11 @@ from glmq.calibration.samples import (
 )
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.checksums import read_checksums
+from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_output, refuse_interrupted, stored_bytes
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.writer import check_room
 from glmq.cli.render import BlockProgress, stderr
 from glmq.device import resolve
 from glmq.errors import InputError, UsageError

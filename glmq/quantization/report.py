@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from glmq import __version__
-from glmq.checkpoint.json_file import FILE_MODE, JsonObject, JsonValue, write_json
+from glmq.checkpoint.disk import FILE_MODE
+from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.stream import PartBytes
 from glmq.records import LinearReport, report_row

@@ -19,9 +19,10 @@ from glmq.checkpoint.checksums import write_checksums
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, vllm_aliases, write_description
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject, write_json
+from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
-from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import (

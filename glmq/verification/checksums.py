@@ -11,10 +11,8 @@ import xxhash
 
 from glmq.checkpoint.checksums import CHECKSUMS, read_checksums
 from glmq.checkpoint.json_file import JsonValue
-from glmq.checkpoint.reader import Checkpoint
-from glmq.compression.shard import raw_bytes
+from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.errors import CheckpointError
-from glmq.inspection.weights import pieces_of
 from glmq.verification.findings import Check, Finding
 
 
@@ -56,6 +54,6 @@ def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> 
 def checksum_of(checkpoint: Checkpoint, name: str) -> str:
     """xxh3-128 of a tensor's stored bytes, in hexadecimal."""
     digest = xxhash.xxh3_128()
-    for _, piece in pieces_of(checkpoint, name):
+    for _, piece in checkpoint.pieces(name):
         digest.update(raw_bytes(piece))
     return str(digest.hexdigest())

@@ -17,11 +17,11 @@ import torch
 
 from glmq.checkpoint.description import find_descriptions
 from glmq.checkpoint.header import read_header
-from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.codec.codec import decode
 from glmq.compression.layouts import Layout, rank_tensors
 from glmq.compression.manifest import MANIFEST, Manifest, PartRecord, checked_bytes, digest_of, read_manifest
-from glmq.compression.shard import RankTensor, raw_bytes, read_matrix, read_pieces
+from glmq.compression.shard import RankTensor, read_matrix, read_pieces
 from glmq.compression.source import Source, open_source
 from glmq.compression.weight_codec import BLOB_SUFFIX
 from glmq.errors import CheckpointError, CodecError, GlmqError, ModelError
@@ -88,9 +88,7 @@ def _check_part_bytes(directory: Path, part: PartRecord) -> Iterator[Finding]:
     except CheckpointError as error:
         yield Check.MANIFEST.error("", str(error))
         return
-    with path.open("rb") as file:
-        start = file.read(header.data_start)
-    if digest_of(start) != part.header or set(header.tensors) != set(part.tensors):
+    if digest_of(header.raw) != part.header or set(header.tensors) != set(part.tensors):
         yield Check.MANIFEST.error("", f"{part.file}: its header is not the one in {MANIFEST}")
         return
     with Checkpoint(path.parent, {path: header}) as checkpoint:

@@ -19,7 +19,6 @@ from glmq.checkpoint.description import Description, vllm_aliases
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
-from glmq.inspection.weights import pieces_of
 from glmq.model.config import ModelConfig
 from glmq.model.glm4v import VISION, InputGroup, all_blocks, expected_shapes, rms_norms
 from glmq.spec import FloatDtype, QuantType
@@ -250,7 +249,7 @@ def _check_pieces(case: _Case, name: str, *, may_differ: bool = False, rows: Ten
     if source is not None and source[name].shape != case.checkpoint[name].shape:
         return  # reported with the shapes
     bad = different = 0
-    for start, piece in pieces_of(case.checkpoint, name):
+    for start, piece in case.checkpoint.pieces(name):
         bad += int((~piece.isfinite()).sum())
         if source is not None:
             whole = not piece.shape

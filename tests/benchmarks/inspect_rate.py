@@ -25,9 +25,10 @@ from process import Measured, measure
 
 from glmq.checkpoint.ascend import encode_linear, encode_norm, linear_specs, norm_specs
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
+from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import copy_side_files
-from glmq.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import read_config
 from glmq.model.glm4v import all_blocks
 from glmq.model.tiny import TINY_CHECKPOINT

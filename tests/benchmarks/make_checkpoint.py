@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from glmq.checkpoint.json_file import JsonObject, read_json_object, write_json
+from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.sidecar import copy_side_files
-from glmq.checkpoint.writer import ShardWriter, TensorSpec, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
 from glmq.model.glm4v import expected_shapes
 from glmq.model.tiny import TINY_CHECKPOINT

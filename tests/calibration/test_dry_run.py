@@ -81,12 +81,12 @@ def test_a_disk_without_room_is_refused_before_the_first_block(
     command = ["calibrate", "--model-path", small, "--stats", tmp_path / "stats", "--calib-samples", lines]
     plan = json.loads(glmq(*command, "--dry-run", "--json").stdout)
     needed = plan["output_bytes"] + plan["work_bytes"]
-    monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: needed - 1)
     result = run(*command)
     assert result.exit_code == 5
     assert f"{needed} bytes are to be written, but its disk has {needed - 1} free" in result.stderr
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda _: needed)
+    monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: needed)
     glmq(*command)
 
 

@@ -21,8 +21,8 @@ from glmq.checkpoint.ascend import (
     storable_weight_scale,
     unpack_int4,
 )
+from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint, dtype_code
-from glmq.checkpoint.writer import TensorSpec
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import Activation, FloatDtype, QuantType

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header
+from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo, parse_header, read_header
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 
@@ -90,27 +91,35 @@ def test_files_that_are_too_short_for_their_announcement_are_refused(tmp_path: P
     assert refusal(path) == "7 bytes are too few for a safetensors file, which has at least 8"
     write(path, {}, b"", announced=3)
     assert refusal(path) == "a header of 3 bytes was announced, but only 2 bytes follow"
-    write(path, {}, b"", announced=100_000_001)
-    assert refusal(path) == "header length 100000001 is above the limit of 100000000 bytes"
+    write(path, {}, b"", announced=16_000_001)
+    assert refusal(path) == "header length 16000001 is above the limit of 16000000 bytes"
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff{}", b"{} {}", b'{"a": ' + b"9" * 5000 + b"}", b'{"a":' * 100_000 + b"1" + b"}" * 100_000]
+    ("text", "why"),
+    [
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (b"\xff{}", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+        (b"{} {}", "Extra data: line 1 column 4 (char 3)"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "a number has 5000 digits, 40 are read"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "more than 64 lists and objects lie within each other"),
+        (b'{"a":1,"a":2}', "the key 'a' appears twice"),
+        (b'{"a":{"dtype":"I8","dtype":"U8"}}', "the key 'dtype' appears twice"),
+        (b'{"\\ud800":{}}', "'\\ud800' has half of a surrogate pair, which is no character"),
+    ],
 )
-def test_a_header_that_is_not_json_is_refused(tmp_path: Path, text: bytes) -> None:
-    assert refusal(write(tmp_path / "a", text, b"")) == "the header is not JSON"
+def test_a_header_that_is_not_json_is_refused(tmp_path: Path, text: bytes, why: str) -> None:
+    assert refusal(write(tmp_path / "a", text, b"")) == f"the header is not JSON ({why})"
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         ([1], "the header is not a JSON object"),
-        (b'{"a":1,"a":2}', "'a' appears twice in the header"),
-        (b'{"a":{"dtype":"I8","dtype":"U8"}}', "'dtype' appears twice in the header"),
         ({"__metadata__": []}, "__metadata__ is not a JSON object"),
         ({"__metadata__": {"x": 1}}, "__metadata__ entry 'x' is not a string"),
         ({"a\n": entry()}, r"tensor name 'a\n' has characters that cannot be printed"),
-        ({"\ud800": entry()}, r"tensor name '\ud800' has characters that cannot be printed"),
         ({"a": 1}, "tensor 'a' is not described by dtype, shape and data_offsets"),
         ({"a": {"dtype": "I8"}}, "tensor 'a' is not described by dtype, shape and data_offsets"),
         ({"a": entry() | {"x": 1}}, "tensor 'a' is not described by dtype, shape and data_offsets"),
@@ -139,6 +148,32 @@ def test_a_header_that_is_not_json_is_refused(tmp_path: Path, text: bytes) -> No
 )
 def test_a_lying_header_is_refused_with_the_reason(tmp_path: Path, header: object, message: str) -> None:
     assert refusal(write(tmp_path / "a", header)) == message
+
+
+def test_more_tensors_than_any_model_has_are_refused_before_they_are_looked_at(tmp_path: Path) -> None:
+    text = b"{" + b",".join(b'"%d":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}' % i for i in range(50_001)) + b"}"
+    assert refusal(write(tmp_path / "a", text, b"")) == "50001 tensors are more than any GLM-4.1V has, 50000 are read"
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    for opening in (lambda: read_header(tmp_path / "a.safetensors"), lambda: Checkpoint.open(tmp_path)):
+        with pytest.raises(CheckpointError) as caught:
+            opening()
+        assert str(caught.value) == (
+            f"{tmp_path / 'a.safetensors'}: is a pipe, a regular file is needed; give the file itself"
+        )
+
+
+def test_a_header_alone_says_how_large_its_file_is(tmp_path: Path) -> None:
+    raw = small_file(tmp_path / "a")
+    header = read_header(tmp_path / "a")
+    assert header.raw == raw[: header.data_start]
+    assert parse_header(tmp_path / "a", header.raw) == header
+    for damaged in (header.raw[:-1], header.raw + b" ", header.raw[:7]):
+        with pytest.raises(CheckpointError) as caught:
+            parse_header(Path("a"), damaged)
+        assert str(caught.value) == f"a: {len(damaged)} bytes are not a header of the length that it announces{AGAIN}"
 
 
 def test_overlaps_and_holes_between_tensors_are_refused(tmp_path: Path) -> None:

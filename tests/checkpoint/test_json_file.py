@@ -1,11 +1,13 @@
 import errno
+import json
 import os
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
 from glmq.checkpoint import json_file
-from glmq.checkpoint.json_file import read_json_object, write_json, write_whole
+from glmq.checkpoint.json_file import Fields, JsonObject, read_json_object, write_json, write_whole
 from glmq.errors import CheckpointError, SpaceError
 
 
@@ -36,8 +38,22 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1, "a": 1}', "the key 'a' appears twice; remove one of them"),
+        (b'{"a": 1, "a": 1}', "is not JSON (the key 'a' appears twice); download or write it again"),
+        (b'{"a": {"b\\n": 1, "c": 2, "b\\n": 1}}', "is not JSON (the key 'b\\n' appears twice); download or write it again"),
         (b"[]", "wanted a JSON object, found list; download or write it again"),
+        (b"3", "wanted a JSON object, found int; download or write it again"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON (a number has 5000 digits, 40 are read); download or write it again"),
+        (b'{"a": 1e400}', "is not JSON (1e400 is out of range); download or write it again"),
+        (b'{"a": [NaN]}', "is not JSON (NaN is not a JSON number); download or write it again"),
+        (b'{"a": -Infinity}', "is not JSON (-Infinity is not a JSON number); download or write it again"),
+        (b'{"a": ["x\\ud800"]}', "is not JSON ('x\\ud800' has half of a surrogate pair, which is no character); "
+                                "download or write it again"),
+        (b'{"\\udfff": 1}', "is not JSON ('\\udfff' has half of a surrogate pair, which is no character); "
+                           "download or write it again"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "is not JSON (more than 64 lists and objects lie within each other); "
+                                           "download or write it again"),
+        (b'{"a":' * 100_000, "is not JSON (more than 64 lists and objects lie within each other); "
+                             "download or write it again"),
         (b"{", "is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
                "download or write it again"),
         (b"\xff", "is not JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); "
@@ -49,11 +65,57 @@ def test_other_contents_than_a_json_object_are_refused(tmp_path: Path, content: 
     assert refusal(tmp_path / "a.json") == message
 
 
-def test_a_json_bomb_and_an_oversized_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.json").write_bytes(b'{"a":' * 100_000)
-    assert "is not JSON" in refusal(tmp_path / "a.json")
+def test_an_oversized_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"a":123456}')
     monkeypatch.setattr(json_file, "MAX_JSON_BYTES", 10)
     assert refusal(tmp_path / "a.json") == ("is larger than 10 bytes; it is not a file of a GLM-4.1V checkpoint")
+
+
+def test_what_a_json_file_may_hold_at_most_is_read(tmp_path: Path) -> None:
+    text = '{"pair": "\\ud83d\\ude00", "limit": ' + "1" + "0" * 39 + ', "deep": ' + "[" * 63 + "]" * 63 + "}"
+    (tmp_path / "a.json").write_text(text)
+    assert read_json_object(tmp_path / "a.json") == {
+        "pair": "😀",
+        "limit": 10**39,
+        "deep": json.loads("[" * 63 + "]" * 63),
+    }
+
+
+def test_a_pipe_a_device_and_a_folder_are_refused_at_once(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("/dev/zero")
+    assert refusal(pipe) == "is a pipe, a regular file is needed; give the file itself"
+    assert refusal(link) == "is a device, a regular file is needed; give the file itself"
+    assert refusal(tmp_path) == "cannot be read (Is a directory); check the path and its permissions"
+
+
+def test_fields_give_typed_values_or_one_sentence(tmp_path: Path) -> None:
+    class Colour(Enum):
+        RED = "red"
+
+    document: JsonObject = {"n": 3, "t": "x", "l": [1, 2], "c": "red", "o": {"p": "q"}, "m": [{"z": 0}], "b": True}
+    fields = Fields(document, "file", CheckpointError)
+    assert (fields.count("n"), fields.text("t"), fields.counts("l"), list(fields)) == (3, "x", (1, 2), list(document))
+    assert (fields.choice("c", Colour), fields.fields("o").text("p")) == (Colour.RED, "q")
+    assert [item.count("z") for item in fields.list_of_fields("m")] == [0]
+    for call, message in [
+        (lambda: fields.count("b"), "file: 'b' is True, wanted a count"),
+        (lambda: fields.count("none"), "file: 'none' is missing, wanted a count"),
+        (lambda: Fields({"n": 2**63}, "file", CheckpointError).count("n"), f"file: 'n' is {2**63}, wanted a count"),
+        (lambda: Fields({"n": -1}, "file", CheckpointError).count("n"), "file: 'n' is -1, wanted a count"),
+        (lambda: fields.text("n"), "file: 'n' is 3, wanted a text"),
+        (lambda: fields.counts("t"), "file: 't' is 'x', wanted a list of counts"),
+        (lambda: fields.counts("m"), "file: 'm' is [{'z': 0}], wanted a list of counts"),
+        (lambda: fields.choice("t", Colour), "file: 't' is 'x', wanted one of the names that this glmq knows"),
+        (lambda: fields.fields("l"), "file: 'l' is [1, 2], wanted an object"),
+        (lambda: fields.fields("o").count("p"), "file: o: 'p' is 'q', wanted a count"),
+        (lambda: fields.list_of_fields("l"), "file: 'l' is [1, 2], wanted a list of objects"),
+        (lambda: fields.list_of_fields("m")[0].text("z"), "file: m 0: 'z' is 0, wanted a text"),
+    ]:
+        with pytest.raises(CheckpointError) as caught:
+            call()
+        assert str(caught.value) == message
 
 
 def test_a_missing_json_file_is_refused(tmp_path: Path) -> None:

@@ -234,7 +234,9 @@ def test_a_file_that_shrinks_or_vanishes_after_opening_is_refused(single: Path) 
     path.unlink()
     with pytest.raises(CheckpointError) as caught:
         checkpoint.read("layers.2.weight")
-    assert str(caught.value) == f"{path}: cannot be opened (No such file or directory); was it moved or deleted?"
+    assert str(caught.value) == (
+        f"{path}: cannot be read (No such file or directory); check the path and its permissions"
+    )
 
 
 def test_the_fingerprint_follows_names_headers_and_config_but_not_the_place(

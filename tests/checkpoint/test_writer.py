@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glmq.checkpoint.disk import check_room
+from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, dtype_code
-from glmq.checkpoint.writer import ShardPlan, ShardWriter, TensorSpec, check_room, plan_shards
+from glmq.checkpoint.writer import ShardWriter
 from glmq.errors import CheckpointError, SpaceError
 
 GENERATOR = torch.Generator().manual_seed(2)
@@ -66,7 +68,7 @@ def test_a_single_file_has_the_bytes_of_the_formats_own_writer(tmp_path: Path) -
 @given(
     st.dictionaries(
         st.text(st.characters(exclude_categories=["C"]), min_size=1, max_size=100).filter(
-            lambda name: name.isprintable()
+            lambda name: name.isprintable() and name != "__metadata__"
         ),
         st.tuples(
             st.sampled_from([torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64]),
@@ -250,11 +252,17 @@ def test_a_name_planned_twice_is_refused() -> None:
     assert str(caught.value) == "tensor 'a' is planned twice; each tensor is written once"
 
 
+def test_a_tensor_cannot_have_the_name_of_the_headers_notes() -> None:
+    with pytest.raises(CheckpointError) as caught:
+        plan_shards([TensorSpec("__metadata__", "I8", (1,))], "m", None)
+    assert str(caught.value) == ("no tensor can be called __metadata__: a safetensors header keeps its own notes there")
+
+
 def test_a_header_that_readers_would_refuse_is_refused_at_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glmq.checkpoint.writer.MAX_HEADER_BYTES", 80)
+    monkeypatch.setattr("glmq.checkpoint.layout.MAX_HEADER_BYTES", 80)
     with pytest.raises(CheckpointError) as caught:
         plan_shards([TensorSpec("a", "I8", (1,))], "m", None)
-    assert str(caught.value) == "m.safetensors: its header needs 88 bytes, readers stop at 80; use parts"
+    assert str(caught.value) == "m.safetensors: its header needs 88 bytes, readers stop at 80; use shards"
 
 
 def test_the_checksum_of_a_tensor_is_that_of_its_bytes_however_it_is_written(tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def test_a_dry_run_in_tables_says_what_is_exact_and_refuses_what_the_run_would(
         "1 B are, too little: the run would refuse",
     ):
         assert words in text
-    monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda folder: 1)
+    monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda folder: 1)
     assert complaint(5, *options).endswith("its disk has 1 free; make room or choose another disk")
     assert left_over(tmp_path) == []
     monkeypatch.setenv("RANK", "0")

@@ -136,7 +136,7 @@ def test_a_resumed_run_needs_room_for_the_rest_only(
     out = tmp_path / "out"
     arguments = ["quantize", "--model_path", small, "--save_directory", out, "--stats", small_stats, *SEED]
     run_and_die(arguments, 5, after=True)
-    monkeypatch.setattr("glmq.checkpoint.writer.free_bytes", lambda _: 500_000)
+    monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: 500_000)
     result = run(*(tmp_path / "other" if argument == out else argument for argument in arguments))
     assert result.exit_code == 5
     assert "bytes are to be written, but its disk has 500000 free" in result.stderr

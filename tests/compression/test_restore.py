@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_headers_of_other_writers_are_restored_too(w8a8s: Path, tmp_path: Path) 
     path = w8a8s / "quant_model_weight_w8a8s.safetensors"
     save_file(load_file(path), path, metadata={"made": "elsewhere"})
     restore(compress(w8a8s, tmp_path / "portable", 1), tmp_path / "restored")
+    assert tree(tmp_path / "restored") == tree(w8a8s)
+
+
+def test_a_system_that_writes_a_few_bytes_at_a_time_is_no_damage(
+    w8a8s: Path, portable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real(handle, data[:1000], offset))
+    restore(portable, tmp_path / "restored")
     assert tree(tmp_path / "restored") == tree(w8a8s)
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from random_w8a8s import write_w8a8s
 
+from glmq.checkpoint import reader
+from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.writer import TensorSpec
 from glmq.compression import shard
 from glmq.compression.shard import RankTensor, Slice, check_world, read_matrix, read_pieces, zeros
 from glmq.errors import ModelError, UsageError
@@ -76,6 +77,7 @@ def test_pieces_of_any_size_make_the_same_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     monkeypatch.setattr(shard, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(reader, "PIECE_BYTES", piece_bytes)
     name = "model.language_model.layers.0.mlp.gate_up_proj.weight"
     slices = (Slice(name, 3, 10, 5, 25), zeros(4, 20), Slice(name, 20, 21, 0, 20))
     tensor = RankTensor(TensorSpec("a.weight", "I8", (12, 20)), slices)

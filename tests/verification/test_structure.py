@@ -24,7 +24,7 @@ def test_pieces_of_a_tensor_are_judged_like_the_whole(
     good: dict[str, Path], source: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linears, "_ELEMENTS_AT_ONCE", 700)
-    monkeypatch.setattr("glmq.inspection.weights.BYTES_AT_ONCE", 700)
+    monkeypatch.setattr("glmq.checkpoint.reader.PIECE_BYTES", 700)
     assert [found(path, source) for path in good.values()] == [[]] * len(KINDS)
 
 

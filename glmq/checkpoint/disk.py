@@ -1,0 +1,133 @@
+"""What every reader opens and every writer fills: regular files alone, bytes written until done, one sentence for a full disk.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from glmq.errors import CheckpointError, SpaceError
+
+FILE_MODE: Final = 0o640
+DIRECTORY_MODE: Final = 0o750
+DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when a disk, or the user's share of it, is full."""
+
+
+def open_input(path: Path) -> int:
+    """A descriptor for reading the regular file `path`, which links may lead to.
+
+    A pipe, a device or a folder of that name is refused at once: opening a pipe would wait for somebody to write into it, and
+    a device never ends.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is no regular file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise _unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    kind = "a pipe" if stat.S_ISFIFO(mode) else "a device"
+    raise CheckpointError(f"{path}: is {kind}, a regular file is needed; give the file itself")
+
+
+def read_input(path: Path, limit: int) -> bytes:
+    """The contents of the regular file `path`; of one with more than `limit` bytes, its first limit + 1.
+
+    Raises:
+        CheckpointError: as open_input, or reading fails.
+    """
+    handle = open_input(path)
+    try:
+        with open(handle, "rb") as file:
+            return file.read(limit + 1)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
+
+
+def write_at(handle: int, path: Path, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`: the system may take only a part of it at a time.
+
+    Args:
+        handle: open for writing.
+        path: of the file, for the message.
+        data: bytes.
+        offset: from the start of the file, bytes.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    view, done = memoryview(data), 0
+    try:
+        while done < len(view):
+            done += os.pwrite(handle, view[done:], offset + done)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise _no_space(path, len(view) - done, shutil.disk_usage(path.parent).free) from None
+
+
+@contextmanager
+def naming_full_disk(path: Path, nbytes: int) -> Iterator[None]:
+    """Within it, a disk without room for the `nbytes` of `path` raises SpaceError; other failures pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise SpaceError(f"{path}: {nbytes} bytes are to be written, but its disk is full; make room") from None
+
+
+def free_bytes(directory: Path) -> int:
+    """Free bytes on the disk of `directory`, which need not exist yet."""
+    existing = directory.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def check_room(directory: Path, bytes_needed: int) -> None:
+    """Raise SpaceError unless the disk of `directory` has `bytes_needed` bytes free."""
+    free = free_bytes(directory)
+    if free < bytes_needed:
+        raise _no_space(directory, bytes_needed, free)
+
+
+def _no_space(place: Path, wanted: int, free: int) -> SpaceError:
+    return SpaceError(
+        f"{place}: {wanted} bytes are to be written, but its disk has {free} free; make room or choose another disk"
+    )
+
+
+def make_directory(directory: Path) -> None:
+    """Create `directory` (and its parents) with mode 0750; an existing one is left as it is."""
+    if not directory.is_dir():
+        directory.mkdir(parents=True)
+        directory.chmod(DIRECTORY_MODE)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names in `directory` are on the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

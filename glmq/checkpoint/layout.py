@@ -1,0 +1,129 @@
+"""Where every tensor of a checkpoint will lie: safetensors files laid out before the first tensor exists.
+
+Every header and offset follows from the tensors' names, dtypes and shapes. The bytes are those of the format's own writer:
+dtypes in the reverse order of its list, then names; header padded with spaces to a multiple of 8. No torch needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from glmq.checkpoint.header import DTYPE_BYTES, MAX_HEADER_BYTES, TensorInfo
+from glmq.errors import CheckpointError
+
+_DTYPE_ORDER: Final = {code: order for order, code in enumerate(DTYPE_BYTES)}
+_METADATA_KEY: Final = "__metadata__"
+_METADATA: Final = {"format": "pt"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What will be stored under a name."""
+
+    name: str
+    dtype: str
+    """Safetensors code, e.g. "F16"."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """One weight file to be written."""
+
+    name: str
+    header: bytes
+    """Length prefix, JSON and padding."""
+    tensors: tuple[TensorInfo, ...]
+    """In offset order; offsets are absolute."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole file."""
+        return self.tensors[-1].end if self.tensors else len(self.header)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """Every file of one checkpoint's weights."""
+
+    stem: str
+    """E.g. `quant_model_weight_w8a8s`."""
+    files: tuple[PlannedFile, ...]
+    is_numbered: bool
+    """Shards were asked for: numbered names and an index."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files together, headers included."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of the tensors' data, headers excluded."""
+        return sum(info.nbytes for file in self.files for info in file.tensors)
+
+
+def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None) -> ShardPlan:
+    """Distribute tensors over files in the given order and lay out each file.
+
+    Args:
+        specs: every tensor, in the order in which shards are filled.
+        stem: file name without number and suffix.
+        shard_bytes: None for the single file `{stem}.safetensors`; else names are numbered (even if one is enough),
+            and a new file starts before a tensor that would bring the tensor bytes of the current one to `shard_bytes`
+            or more.
+
+    Raises:
+        CheckpointError: a name occurs twice or is the format's own, or a header would be larger than readers accept.
+    """
+    shards: list[list[TensorSpec]] = [[]]
+    names: set[str] = set()
+    filled = 0
+    for spec in specs:
+        if spec.name in names:
+            raise CheckpointError(f"tensor {spec.name!r} is planned twice; each tensor is written once")
+        if spec.name == _METADATA_KEY:
+            raise CheckpointError(
+                f"no tensor can be called {_METADATA_KEY}: a safetensors header keeps its own notes there"
+            )
+        names.add(spec.name)
+        if shard_bytes is not None and shards[-1] and filled + spec.nbytes >= shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.nbytes
+    if shard_bytes is None:
+        file_names = [f"{stem}.safetensors"]
+    else:
+        file_names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    files = tuple(_lay_out(name, shard) for name, shard in zip(file_names, shards))
+    return ShardPlan(stem, files, is_numbered=shard_bytes is not None)
+
+
+def _lay_out(file_name: str, specs: Iterable[TensorSpec]) -> PlannedFile:
+    ordered = sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
+    entries: dict[str, object] = {_METADATA_KEY: _METADATA}
+    at = 0
+    for spec in ordered:
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + spec.nbytes]}
+        at += spec.nbytes
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file_name}: its header needs {len(text)} bytes, readers stop at {MAX_HEADER_BYTES}; use shards"
+        )
+    header = len(text).to_bytes(8, "little") + text
+    tensors, at = [], len(header)
+    for spec in ordered:
+        tensors.append(TensorInfo(spec.name, spec.dtype, spec.shape, at, at + spec.nbytes))
+        at += spec.nbytes
+    return PlannedFile(file_name, header, tuple(tensors))
