@@ -16,7 +16,6 @@ from glmq.checkpoint.reader import Checkpoint, dtype_code
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
-from glmq.model.glm4v import rms_norms, text_block
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import Activation, FloatDtype, QuantType
 from glmq.verification import files
@@ -81,10 +80,10 @@ def build(
 ) -> None:
     """Quantize the text layer's linears but down_proj, with channel scales 2^0, 2^1, 2^2, ... in the norms before them."""
     tensors: dict[str, Tensor] = {}
-    norms = set(rms_norms(CONFIG))
+    norms = set(CONFIG.family.rms_norms(CONFIG))
     types: dict[str, QuantType] = {}
     scales = 2.0 ** (torch.arange(128) % 3)
-    for group in text_block(CONFIG, 0).groups[:3]:
+    for group in CONFIG.family.text_block(CONFIG, 0).groups[:3]:
         for linear in group.linears:
             weight = source.read(f"{linear.name}.weight").float() * (1 if group.norm is None else scales)
             bias = source.read(f"{linear.name}.bias").float() if linear.has_bias else None

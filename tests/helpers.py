@@ -84,25 +84,24 @@ def tree(folder: Path) -> dict[str, str]:
 def streamed_logits(folder: Path, config: ModelConfig, inputs: ModelInputs, dtype: torch.dtype) -> Tensor:
     """The logits [tokens, vocabulary] of one sample, with one block placed at a time."""
     from glmq.checkpoint.reader import Checkpoint
-    from glmq.model.blocks import VISION_STEM, VISION_TAIL, StreamedModel
-    from glmq.model.glm4v import LM_HEAD, TEXT, VISION
+    from glmq.model.streamed import StreamedModel
 
-    has_image = inputs.pixel_values is not None
+    family, has_image = config.family, inputs.pixel_values is not None
     with Checkpoint.open(folder) as source:
         model = StreamedModel(source, config, device=torch.device("cpu"), dtype=dtype)
         vision = None
         if has_image:
-            with model.placed(*VISION_STEM):
+            with model.placed(*family.vision_stem):
                 vision = model.vision_call(inputs)
             for index in range(config.vision_depth):
-                with model.placed(f"{VISION}.blocks.{index}"):
-                    vision.hidden = model.replay(f"{VISION}.blocks.{index}", vision)
-        with model.placed(*(VISION_TAIL if has_image else ())), model.embedding_rows(inputs.ids):
+                with model.placed(f"{family.vision}.blocks.{index}"):
+                    vision.hidden = model.replay(f"{family.vision}.blocks.{index}", vision)
+        with model.placed(*(family.vision_tail if has_image else ())), model.embedding_rows(inputs.ids):
             call = model.text_call(inputs, vision)
         for index in range(config.layers):
-            with model.placed(f"{TEXT}.layers.{index}"):
-                call.hidden = model.replay(f"{TEXT}.layers.{index}", call)
-        with model.placed(f"{TEXT}.norm", LM_HEAD):
+            with model.placed(f"{family.text}.layers.{index}"):
+                call.hidden = model.replay(f"{family.text}.layers.{index}", call)
+        with model.placed(f"{family.text}.norm", family.lm_head):
             return model.logits(call.hidden)
 
 

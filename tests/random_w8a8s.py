@@ -17,7 +17,6 @@ from glmq.checkpoint.reader import dtype_code
 from glmq.checkpoint.sidecar import copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
-from glmq.model.glm4v import expected_shapes, rms_norms
 from glmq.model.tiny import TINY_CHECKPOINT
 from glmq.spec import FloatDtype, QuantType
 
@@ -48,14 +47,14 @@ def write_w8a8s(
     tensors: dict[str, Tensor] = {}
     linears: dict[str, QuantType] = {}
     parsed = parse_config(config, "config.json")
-    for name, shape in expected_shapes(parsed).items():
+    for name, shape in parsed.family.shapes(parsed).items():
         base, _, suffix = name.rpartition(".")
         if suffix == "weight" and base.endswith(quantized) and "language_model" in base:
             linears[base] = QuantType.W8A8S
             tensors |= random_linear(base, *shape, generator)
         else:
             tensors[name] = torch.randn(shape, generator=generator).half()
-    for norm in rms_norms(parsed):
+    for norm in parsed.family.rms_norms(parsed):
         tensors[f"{norm}.bias"] = torch.zeros(tensors[f"{norm}.weight"].shape)
     specs = [TensorSpec(name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
     with ShardWriter(plan_shards(specs, "quant_model_weight_w8a8s", shard_bytes), folder) as sink:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from glmq.calibration.convergence import Convergence, Halfway
-from glmq.model.blocks import StreamedModel
-from glmq.model.glm4v import Block
+from glmq.model.family import Block
+from glmq.model.streamed import StreamedModel
 from glmq.numerics.moments import InputAccumulator, InputStats
 from glmq.progress import Stopwatch
 from glmq.ranks import Ranks

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from glmq.calibration.samples import Sample
-from glmq.model.glm4v import VISION
+from glmq.model.config import FAMILY
 from glmq.numerics.moments import InputAccumulator
 
 MAX_RANGE: Final = 0.07
@@ -172,7 +172,7 @@ class Assessment:
 
 def assess(settled: Mapping[str, Convergence]) -> Assessment | None:
     """Judge the text inputs by their medians; None if there are none, as with a single sample."""
-    text = {site: change for site, change in settled.items() if not site.startswith(VISION)}
+    text = {site: change for site, change in settled.items() if not site.startswith(FAMILY.vision)}
     if not text:
         return None
     correlations = [change.correlation for change in text.values() if change.correlation is not None]

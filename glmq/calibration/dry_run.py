@@ -25,10 +25,10 @@ from glmq.checkpoint.header import DTYPE_BYTES
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.layout import TensorSpec
 from glmq.errors import SampleError
-from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import VISION, Block, InputGroup, all_blocks, merger_block, text_block, vision_block
+from glmq.model.family import Block, InputGroup
 from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.moments import BINS, InputAccumulator
 from glmq.progress import Stopwatch
 from glmq.ranks import Place, Ranks
@@ -91,7 +91,7 @@ def plan_calibration(
     sizes = [_size(sample, preprocessor) for sample in convergence_order(samples)]
     sink = StatsWriter(Path(), fingerprint, samples, settings)
     files = []
-    for block in all_blocks(config):
+    for block in config.family.blocks(config):
         entries, specs = _plan_block(block, config, settings, sizes)
         if entries:
             files.append((f"{block.name}.safetensors", _stored_bytes(specs)))
@@ -129,20 +129,20 @@ def estimate_seconds(
         share = patches / _patches(chosen)
         read, run, vision = _time_vision_start(model, chosen)
         total += read + share * run
-        read, run = _time_block(model, vision_block(config, 0), vision, settings)
+        read, run = _time_block(model, config.family.vision_block(config, 0), vision, settings)
         total += config.vision_depth * (read + share * run)
     started = time.perf_counter()
-    with model.placed(*(() if vision is None else VISION_TAIL)), model.embedding_rows(chosen.ids):
+    with model.placed(*(() if vision is None else config.family.vision_tail)), model.embedding_rows(chosen.ids):
         read, started = time.perf_counter() - started, time.perf_counter()
         call = model.text_call(chosen, vision)
         total += read + (time.perf_counter() - started) * tokens / chosen.tokens
-    read, run = _time_block(model, text_block(config, 0), call, settings)
+    read, run = _time_block(model, config.family.text_block(config, 0), call, settings)
     return total + config.layers * (read + run * tokens / chosen.tokens)
 
 
 def _time_vision_start(model: StreamedModel, inputs: ModelInputs) -> tuple[float, float, BlockCall]:
     started = time.perf_counter()
-    with model.placed(*VISION_STEM):
+    with model.placed(*model.config.family.vision_stem):
         read, started = time.perf_counter() - started, time.perf_counter()
         call = model.vision_call(inputs)
         return read, time.perf_counter() - started, call
@@ -183,9 +183,9 @@ def _patches(inputs: ModelInputs) -> int:
 
 def _rows_of(block: Block, config: ModelConfig, size: SampleSize) -> int:
     """Rows that the block's linears see of one sample."""
-    if not block.name.startswith(VISION):
+    if not block.name.startswith(config.family.vision):
         return size.tokens
-    return size.patches // config.merge_size**2 if block == merger_block(config) else size.patches
+    return size.patches // config.merge_size**2 if block == config.family.merger_block(config) else size.patches
 
 
 def _plan_block(
@@ -248,7 +248,7 @@ def _peak_beside_process(
 ) -> int:
     """The largest block: its weights, one of them as stored, its statistics, one sample's widest tensors; all hidden states."""
     peak = 0
-    for block in all_blocks(config)[:-1]:  # lm_head is not run
+    for block in config.family.blocks(config)[:-1]:  # lm_head is not run
         linears = [linear for group in block.groups for linear in group.linears]
         weights = element_bytes * sum(linear.rows * linear.cols for linear in linears)
         stored = 2 * max(linear.rows * linear.cols for linear in linears)

@@ -24,10 +24,9 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonValue
 from glmq.device import free_bytes
 from glmq.errors import SampleError
-from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.cache import TokenCache, cache_bytes
-from glmq.model.glm4v import LM_HEAD, TEXT, VISION, text_blocks
 from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.ranks import Ranks
 from glmq.records import BlockDone
 
@@ -161,7 +160,8 @@ class _Round:
         self, model: StreamedModel, samples: Sequence[Sample], preprocessor: Preprocessor, plan: GenerationPlan
     ) -> None:
         self._model, self._samples, self._preprocessor, self._plan = model, samples, preprocessor, plan
-        self._blocks = [block.name for block in text_blocks(model.config)]
+        self._family = model.config.family
+        self._blocks = [block.name for block in self._family.text_blocks(model.config)]
         self._head: dict[int, Tensor] = {}
         self.answers: list[list[int]] = [[] for _ in samples]
 
@@ -178,12 +178,12 @@ class _Round:
                 with self._part(name, stack):
                     for sequence, call in enumerate(calls):
                         call.hidden = model.replay(name, model.cached(call, cache.prompt(sequence)))
-            stack.enter_context(model.placed(f"{TEXT}.norm"))
+            stack.enter_context(model.placed(f"{self._family.text}.norm"))
             last = torch.cat([call.hidden[:, -1] for call in calls])  # [S, width]
             del calls
             open_ends = [True] * len(lengths)
             for made in range(1, self._plan.max_tokens + 1):
-                tokens = self._choose(model.module(f"{TEXT}.norm")(last))
+                tokens = self._choose(model.module(f"{self._family.text}.norm")(last))
                 for sequence, token in enumerate(tokens.tolist()):
                     open_ends[sequence] = open_ends[sequence] and token not in ends
                     if open_ends[sequence]:
@@ -193,7 +193,7 @@ class _Round:
                     return
                 # Samples that have ended stay in the call: with fewer rows the others' last bits could change.
                 call = model.token_call(tokens, positions, cache.visible())
-                for name, after in zip(self._blocks, (*self._blocks[1:], LM_HEAD)):
+                for name, after in zip(self._blocks, (*self._blocks[1:], self._family.lm_head)):
                     with self._part(name, stack):
                         self._expect(after)
                         call.hidden = model.replay(name, model.cached(call, cache))
@@ -206,18 +206,18 @@ class _Round:
         model = self._model
         vision: dict[int, BlockCall] = {}
         pictured = any(sample.image is not None for sample in self._samples)
-        with model.placed(*(VISION_STEM if pictured else ())):
+        with model.placed(*(self._family.vision_stem if pictured else ())):
             for index, sample in enumerate(self._samples):
                 if sample.image is not None:
                     vision[index] = model.vision_call(_encode(self._preprocessor, sample))
         for block in range(model.config.vision_depth) if vision else ():
-            name = f"{VISION}.blocks.{block}"
+            name = f"{self._family.vision}.blocks.{block}"
             with model.placed(name):
                 for call in vision.values():
                     call.hidden = model.replay(name, call)
         calls: list[BlockCall] = []
         positions: list[int] = []
-        with model.placed(*((*VISION_STEM, *VISION_TAIL) if vision else ())):
+        with model.placed(*((*self._family.vision_stem, *self._family.vision_tail) if vision else ())):
             for index, sample in enumerate(self._samples):
                 inputs = _encode(self._preprocessor, sample)
                 with model.embedding_rows(inputs.ids):
@@ -260,10 +260,10 @@ class _Round:
     def _head_rows(self, start: int) -> Tensor:
         if start in self._head:
             return self._head[start]
-        model, name = self._model, f"{LM_HEAD}.weight"
+        model, name = self._model, f"{self._family.lm_head}.weight"
         rows = model.source.read_rows(name, start, min(start + HEAD_ROWS, model.config.vocab_size))
         rows = model.source.check_finite(name, rows).to(device=model.device, dtype=model.dtype)
-        if LM_HEAD in self._plan.kept:
+        if self._family.lm_head in self._plan.kept:
             self._head[start] = rows
         return rows
 
@@ -275,7 +275,8 @@ def _name(number: int) -> str:
 
 def _part_bytes(model: StreamedModel) -> dict[str, int]:
     """Text layers and lm_head with their bytes when placed."""
-    names = [block.name for block in text_blocks(model.config)] + [LM_HEAD]
+    family = model.config.family
+    names = [block.name for block in family.text_blocks(model.config)] + [family.lm_head]
     return {
         name: sum(parameter.numel() for parameter in model.module(name).parameters()) * model.dtype.itemsize
         for name in names

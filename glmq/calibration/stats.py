@@ -25,7 +25,7 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_js
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import StatisticsError
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import TEXT, InputGroup
+from glmq.model.family import InputGroup
 from glmq.numerics.moments import InputStats
 
 SCHEMA: Final = "glmq.statistics/1"
@@ -269,7 +269,7 @@ def _has(entry: object, **kinds: type) -> bool:
 
 def has_moment(group: InputGroup, config: ModelConfig, *, wide_moments: bool) -> bool:
     """Whether a group's input gets a second moment: text inputs up to the hidden size, or all with `wide_moments`."""
-    return wide_moments or (group.site.startswith(TEXT) and group.width <= config.hidden_size)
+    return wide_moments or (group.site.startswith(config.family.text) and group.width <= config.hidden_size)
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:

@@ -23,18 +23,9 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject, write_whole
 from glmq.device import release
 from glmq.errors import SampleError
-from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
-from glmq.model.glm4v import (
-    LM_HEAD,
-    TEXT,
-    Block,
-    all_blocks,
-    head_block,
-    merger_block,
-    text_blocks,
-    vision_block,
-)
+from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.moments import InputAccumulator
 from glmq.progress import Stopwatch
 from glmq.ranks import Ranks
@@ -87,7 +78,7 @@ def calibrate_checkpoint(
         if isinstance(inputs, Mapping):  # answers are journalled too
             sink.restore(inputs)
             first += 1
-    total = len(all_blocks(model.config))
+    total = len(model.config.family.blocks(model.config))
     started = time.perf_counter()
     for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
         with clock.stage("write"):
@@ -112,29 +103,30 @@ Calls: TypeAlias = dict[int, BlockCall]
 def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonObject, Calls]]:
     """Do the work from block `first` on; yields each block's name, manifest entries and calls when it is done."""
     config = run.model.config
+    family = config.family
     calls = run.start_vision()
     depth = config.vision_depth
     if 0 < first <= depth:
         states.load(first - 1, calls)
     for index in range(first, depth):
-        block = vision_block(config, index)
-        run.prefetch(vision_block(config, index + 1) if index + 1 < depth else merger_block(config))
+        block = family.vision_block(config, index)
+        run.prefetch(family.vision_block(config, index + 1) if index + 1 < depth else family.merger_block(config))
         entries = run.replay_block(block, calls)
         yield block.name, entries, calls
     # On a resume past this point the text calls are made anew, but for their hidden states, which come from the folder.
     entries, calls = run.start_text(calls, watch=first <= depth)
     if first <= depth:
-        yield merger_block(config).name, entries, calls
+        yield family.merger_block(config).name, entries, calls
     elif first <= depth + 1 + config.layers:
         states.load(first - 1, calls)
-    blocks = text_blocks(config)[max(0, first - depth - 1) :]
+    blocks = family.text_blocks(config)[max(0, first - depth - 1) :]
     for block, after in zip(blocks, (*blocks[1:], None)):
         if after is not None:
             run.prefetch(after)
         entries = run.replay_block(block, calls)
         yield block.name, entries, calls
     if first <= depth + 1 + config.layers:
-        yield LM_HEAD, run.finish_text(calls), {}
+        yield family.lm_head, run.finish_text(calls), {}
 
 
 class _States:
@@ -182,6 +174,7 @@ class _Run:
         clock: Stopwatch,
     ) -> None:
         self.model, self.sink, self._clock = model, sink, clock
+        self._family = model.config.family
         self._samples, self._preprocessor, self._settings, self._ranks = samples, preprocessor, settings, ranks
         place = ranks.place
         self._own = range(place.rank, len(samples), place.world)
@@ -194,7 +187,7 @@ class _Run:
     def start_vision(self) -> Calls:
         """The first vision block's call of every sample with an image."""
         calls: Calls = {}
-        with self._placed(*VISION_STEM):
+        with self._placed(*self._family.vision_stem):
             for index in self._own:
                 if self._samples[index].image is not None:
                     inputs = self._inputs(self._samples[index])
@@ -204,11 +197,11 @@ class _Run:
 
     def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[JsonObject, Calls]:
         """The first text layer's call of every sample; with `watch` the merger's inputs are collected on the way."""
-        model, block = self.model, merger_block(self.model.config)
+        model, block = self.model, self._family.merger_block(self.model.config)
         watched = self._watch(block)
         calls: Calls = {}
         tokens: dict[int, int] = {}
-        parts = VISION_TAIL if vision_calls else ()
+        parts = self._family.vision_tail if vision_calls else ()
         with self._placed(*parts), watched.hooked(model) if watch else nullcontext():
             for index in self._turns:
                 if watch and index not in vision_calls:
@@ -231,7 +224,7 @@ class _Run:
     def replay_block(self, block: Block, calls: Calls) -> JsonObject:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""
         model, watched = self.model, self._watch(block)
-        stage = "forward" if block.name.startswith(TEXT) else "vision"
+        stage = "forward" if block.name.startswith(self._family.text) else "vision"
         with self._placed(*([block.name] if calls else [])), watched.hooked(model):
             for index in self._turns:
                 if index in calls:
@@ -245,14 +238,14 @@ class _Run:
 
     def finish_text(self, calls: Calls) -> JsonObject:
         """The statistics of lm_head's input; the head itself is not run."""
-        model, block = self.model, head_block(self.model.config)
+        model, block = self.model, self._family.head_block(self.model.config)
         watched = self._watch(block)
-        with self._placed(f"{TEXT}.norm"), torch.no_grad():
+        with self._placed(f"{self._family.text}.norm"), torch.no_grad():
             for index in self._turns:
                 if index in calls:
-                    hidden = model.module(f"{TEXT}.norm")(calls[index].hidden)
+                    hidden = model.module(f"{self._family.text}.norm")(calls[index].hidden)
                     with self._blaming(self._samples[index]):
-                        watched.observe(LM_HEAD, hidden)
+                        watched.observe(block.name, hidden)
                 else:
                     watched.skip_turn()
         return self._write(block, watched)

@@ -18,12 +18,13 @@ from glmq.checkpoint.disk import free_bytes
 from glmq.cli.render import MIB, SHOWN_ROWS, print_json, size, stderr, stdout
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import REPORT, CodecKind
+from glmq.model.config import FAMILY
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from glmq.compression.dry_run import CompressionPlan
-    from glmq.compression.report import PartSizes, RankTotals
+    from glmq.compression.report import AreaSizes, RankTotals
     from glmq.compression.stream import CompressedLinear
     from glmq.jobs.compress import CompressionResult, RestorationPlan, RestoreResult
 
@@ -112,7 +113,7 @@ def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bo
         table.add_column(header, justify="right", no_wrap=True)
     for linear in shown:
         table.add_row(
-            linear.name.removeprefix("model.").removeprefix("language_model.").removeprefix("model."),
+            FAMILY.short_name(linear.name),
             f"{linear.rank}/{world}",
             f"{linear.rows} x {linear.cols}",
             f"{linear.bits_per_weight:.3f}",
@@ -148,14 +149,14 @@ def rank_table(ranks: Sequence[RankTotals]) -> Table:
     return table
 
 
-def size_table(sizes: Sequence[PartSizes], codec: CodecKind, world: int) -> Table:
+def size_table(sizes: Sequence[AreaSizes], codec: CodecKind, world: int) -> Table:
     """Bytes by part of the model: float, quantized, compressed."""
     last = "W8A8SC" if codec is CodecKind.ASCEND else "portable"
     table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("part")
     for header in ("float16", "W8A8S", last if world == 1 else f"{last}, {world} ranks", "ratio to float16"):
         table.add_column(header, justify="right")
-    rows = [(s.part.value, s.float16, s.w8a8s, s.compressed) for s in sizes]
+    rows = [(s.area.value, s.float16, s.w8a8s, s.compressed) for s in sizes]
     total = ("total", sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows))
     for name, float16, w8a8s, compressed in (*rows, total):
         table.add_row(
@@ -200,7 +201,7 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
                 "layout": plan.layout.value,
                 "world_size": plan.world,
                 "weights": [asdict(weight) for weight in plan.weights],
-                "bytes": [{"part": p.part.value, "before": p.before, "after_estimated": p.after} for p in plan.parts],
+                "bytes": [{"part": p.area.value, "before": p.before, "after_estimated": p.after} for p in plan.areas],
                 "files": [asdict(file) for file in plan.files],
                 "side_bytes": plan.side_bytes,
                 "estimated_bytes": plan.estimated_bytes,
@@ -218,7 +219,7 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
     for header in ("linear", "rank", "rows x cols", "entropy of a sample", "estimated"):
         table.add_column(header, justify="left" if header == "linear" else "right", no_wrap=True)
     for weight in shown:
-        name = weight.name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+        name = FAMILY.short_name(weight.name)
         shape = f"{weight.rows} x {weight.cols}"
         rank = f"{weight.rank}/{plan.world}"
         table.add_row(name, rank, shape, f"{weight.entropy_bits:.3f}", size(weight.estimated_bytes))
@@ -229,9 +230,9 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
     table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for header in ("part", "W8A8S, exact", "compressed, estimated"):
         table.add_column(header, justify="left" if header == "part" else "right")
-    for part in plan.parts:
-        table.add_row(part.part.value, size(part.before), size(part.after))
-    table.add_row("total", size(sum(part.before for part in plan.parts)), size(sum(part.after for part in plan.parts)))
+    for area in plan.areas:
+        table.add_row(area.area.value, size(area.before), size(area.after))
+    table.add_row("total", size(sum(area.before for area in plan.areas)), size(sum(area.after for area in plan.areas)))
     stdout.print(table)
     for file in plan.files:
         stdout.print(

@@ -22,10 +22,11 @@ from glmq.inspection.listing import (
     describe_layers,
     group_rows,
     tensor_rows,
-    totals_by_part,
+    totals_by_area,
     totals_by_type,
 )
 from glmq.jobs.malloc import keep_freed_memory
+from glmq.model.config import FAMILY
 from glmq.verification.engines.check import describe_engines
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
     else:
         stdout.print(_layers_table(found.rows))
     every = tensor_rows(folder)
-    for title, totals in (("Bytes by part", totals_by_part(every)), ("Bytes by type", totals_by_type(every))):
+    for title, totals in (("Bytes by part", totals_by_area(every)), ("Bytes by type", totals_by_type(every))):
         table = plain_table(title, ("", "tensors", "bytes", "share"), left=1)
         for total in totals:
             share = f"{total.nbytes / max(1, folder.nbytes):.1%}"
@@ -156,7 +157,8 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
         if row.relative_l2 > 0 or row.layer == "total":
             style = "bold" if row.layer == "total" else None
             worst = marked(row.worst_relative_l2)
-            layers.add_row(row.layer, str(row.tensors), marked(row.relative_l2), short(row.worst), worst, style=style)
+            name = FAMILY.short_name(row.worst)
+            layers.add_row(row.layer, str(row.tensors), marked(row.relative_l2), name, worst, style=style)
     stdout.print(layers)
     for one in found.incomparable:
         _print_mark("error", f"{one.name}: {one.reason}")
@@ -174,7 +176,7 @@ def _diff_cells(diff: WeightDiff) -> list[str | Text]:
     if diff.entropy_a is not None and diff.entropy_b is not None:
         bits = f"{diff.entropy_b - diff.entropy_a:+.2f}"
     return [
-        short(diff.name),
+        FAMILY.short_name(diff.name),
         f"{diff.type_a} > {diff.type_b}",
         marked(diff.relative_l2),
         "inf" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
@@ -197,7 +199,9 @@ def _layers_table(rows: Sequence[TensorRow]) -> Table:
 def _tensors_table(rows: Sequence[TensorRow]) -> Table:
     table = plain_table("Tensors", ("tensor", "type", "dtype", "shape", "bytes"), left=3)
     for row in rows:
-        table.add_row(short(row.name), row.quant_type, row.dtype, " x ".join(map(str, row.shape)), size(row.nbytes))
+        table.add_row(
+            FAMILY.short_name(row.name), row.quant_type, row.dtype, " x ".join(map(str, row.shape)), size(row.nbytes)
+        )
     return table
 
 
@@ -208,7 +212,7 @@ def _values_table(found: Inspection) -> Table:
         values = found.values[row.name]
         bad = f"!! {values.nonfinite} not finite " if values.nonfinite else ""
         table.add_row(
-            Text(f"{bad}{short(row.name)}", style="bold red" if bad else ""),
+            Text(f"{bad}{FAMILY.short_name(row.name)}", style="bold red" if bad else ""),
             row.dtype,
             sparkline(values.histogram),
             f"{values.minimum:.4g}",
@@ -274,10 +278,6 @@ def marked(error: float) -> Text:
 def _print_mark(severity: str, message: str) -> None:
     mark, style = ("!!", "bold red") if severity == "error" else ("!", "yellow")
     stdout.print(Text(f"{mark} {severity}: {message}", style=style), soft_wrap=True)
-
-
-def short(name: str) -> str:
-    return name.removeprefix("model.language_model.").removeprefix("model.")
 
 
 def _bar(*, quiet: bool) -> Progress:

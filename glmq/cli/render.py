@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
+from glmq.model.config import FAMILY
 from glmq.progress import sum_stages
 from glmq.records import PassTime
 from glmq.spec import Activation, QuantType, assert_never
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from glmq.jobs.quantize import QuantizationResult
     from glmq.quantization.dry_run import RunPlan
     from glmq.quantization.recipe import Recipe
-    from glmq.quantization.stream import PartBytes
+    from glmq.quantization.stream import AreaBytes
     from glmq.records import BlockDone, LinearReport, StageTime
 
 GIB: Final = 2**30
@@ -197,7 +198,7 @@ def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> Table:
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
     for report in shown:
-        table.add_row(short_name(report.name), *(column.cell(report) for column in columns))
+        table.add_row(FAMILY.short_name(report.name), *(column.cell(report) for column in columns))
     if len(shown) < len(worst_first):
         table.caption = (
             f"{len(worst_first) - len(shown)} better ones are left out; -v shows all, glmq_report.csv has them"
@@ -241,7 +242,6 @@ def describe_generation(plan: GenerationPlan) -> str:
 def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
     """Whether the statistics have settled, their worst inputs, and what would help."""
     from glmq.calibration.samples import WANTED_IMAGES  # imports torch, which `glmq inspect` starts without
-    from glmq.model.glm4v import TEXT
 
     if assessment is None:
         yield "warning: one sample alone does not show whether the statistics have settled; give more images"
@@ -251,7 +251,7 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
             f"{verdict}: against half of the samples, {_changes(assessment.typical)} "
             f"(medians over {assessment.inputs} text inputs)"
         )
-        worst = "; ".join(f"{site.removeprefix(f'{TEXT}.')}: {_changes(change)}" for site, change in assessment.worst)
+        worst = "; ".join(f"{FAMILY.short_name(site)}: {_changes(change)}" for site, change in assessment.worst)
         yield f"  most at {worst}"
         if not assessment.is_settled:
             yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
@@ -286,7 +286,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
             {
                 "schema": "glmq.plan/1",
                 "linears": [asdict(linear) | {"quant_type": linear.quant_type.value} for linear in plan.linears],
-                "bytes": [{"part": p.part.value, "before": p.before, "after": p.after} for p in plan.parts],
+                "bytes": [{"part": p.area.value, "before": p.before, "after": p.after} for p in plan.areas],
                 "files": [{"name": name, "bytes": count} for name, count in plan.files],
                 "output_bytes": plan.output_bytes,
                 "statistics_bytes": plan.statistics_bytes,
@@ -304,12 +304,12 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
     shown = [linear for linear in plan.linears if verbose or linear.quant_type is not QuantType.FLOAT]
     for linear in shown:
         shape = f"{linear.rows} x {linear.cols}"
-        table.add_row(short_name(linear.name), linear.quant_type.value, shape, linear.rule or "default")
+        table.add_row(FAMILY.short_name(linear.name), linear.quant_type.value, shape, linear.rule or "default")
     if len(shown) < len(plan.linears):
         table.caption = f"{len(plan.linears) - len(shown)} linears stay float; -v lists them"
         table.caption_justify = "left"
     stdout.print(table)
-    stdout.print(parts_table(plan.parts))
+    stdout.print(areas_table(plan.areas))
     for name, count in plan.files:
         stdout.print(f"{name}: {count} bytes")
     stdout.print(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
@@ -355,11 +355,6 @@ def show_calibration_plan(plan: CalibrationPlan, seconds: float, folder: Path, *
     )
 
 
-def short_name(name: str) -> str:
-    """`layers.3.mlp.gate_up_proj` for a text linear, `visual...` for one of the vision tower."""
-    return name.removeprefix("model.language_model.").removeprefix("model.")
-
-
 def _marked(error: float) -> Text:
     """An error with a colour and, for those who see none, a mark."""
     if error >= BAD_ERROR:
@@ -369,13 +364,13 @@ def _marked(error: float) -> Text:
     return Text(f"{error:.2%}", style="green")
 
 
-def parts_table(parts: Sequence[PartBytes]) -> Table:
+def areas_table(areas: Sequence[AreaBytes]) -> Table:
     """Bytes before and after by part of the model."""
     table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for header in ("part", "float", "quantized", "ratio"):
         table.add_column(header, justify="left" if header == "part" else "right")
-    before, after = sum(p.before for p in parts), sum(p.after for p in parts)
-    for name, b, a in [*((p.part.value, p.before, p.after) for p in parts), ("total", before, after)]:
+    before, after = sum(p.before for p in areas), sum(p.after for p in areas)
+    for name, b, a in [*((p.area.value, p.before, p.after) for p in areas), ("total", before, after)]:
         table.add_row(name, size(b), size(a), f"{a / b:.3f}" if b else "-")
     return table
 
@@ -392,7 +387,7 @@ def size(count: int) -> str:
 def show_quantization(result: QuantizationResult, *, verbose: bool) -> None:
     """The error table, the bytes, where the output lies, and what to do next."""
     stdout.print(error_table(result.reports, verbose=verbose))
-    stdout.print(parts_table(result.parts))
+    stdout.print(areas_table(result.parts))
     recipe = result.recipe
     stdout.print(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {result.folder}", soft_wrap=True)
     for line in next_steps(result.folder, recipe):

@@ -6,8 +6,9 @@ from typing import Final
 
 from rich.text import Text
 
-from glmq.cli.inspect_view import marked, plain_table, short
+from glmq.cli.inspect_view import marked, plain_table
 from glmq.cli.render import SHOWN_ROWS, stdout
+from glmq.model.config import FAMILY
 from glmq.reporting.documents import Verification
 from glmq.verification.findings import Check, Finding
 
@@ -67,7 +68,7 @@ def _show_linears(found: Verification, *, verbose: bool) -> None:
         against = None if other is None else other.against
         rows.append(
             [
-                short(name),
+                FAMILY.short_name(name),
                 "" if one is None else marked(one.error),
                 "" if against is None else f"{against.relative_l2:.2%}",
                 "" if other is None else f"{other.entropy_bits:.2f}",
@@ -93,7 +94,7 @@ def _show_blocks(found: Verification) -> None:
         return
     table = plain_table("Error built up, block after block", ("block", "hidden states"), left=1)
     for block in found.blocks:
-        table.add_row(short(block.done.name), marked(block.error))
+        table.add_row(FAMILY.short_name(block.done.name), marked(block.error))
     stdout.print(table)
 
 

@@ -18,7 +18,7 @@ from glmq.compression.shard import RankTensor, read_matrix, read_pieces, read_sa
 from glmq.compression.source import Source
 from glmq.compression.stream import weight_file
 from glmq.compression.weight_codec import Codec
-from glmq.model.glm4v import Part, part_of
+from glmq.model.family import Area
 
 PROCESS_BYTES: Final = 230 * 2**20
 """Python with torch loaded; measured on Linux x86-64."""
@@ -70,10 +70,10 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class PartEstimate:
+class AreaEstimate:
     """Bytes by part of the model, all planned ranks together."""
 
-    part: Part
+    area: Area
     before: int
     """Exactly."""
     after: int
@@ -88,7 +88,7 @@ class CompressionPlan:
     layout: Layout
     world: int
     weights: tuple[WeightEstimate, ...]
-    parts: tuple[PartEstimate, ...]
+    areas: tuple[AreaEstimate, ...]
     files: tuple[FileEstimate, ...]
     side_bytes: int
     """Exactly, of the small files that are copied."""
@@ -146,12 +146,12 @@ def make_compression_plan(
         entropy = zero_order_entropy(read_sample(source.checkpoint, tensor, SAMPLED_ROWS))
         stored = min(round(rows * cols * entropy * factor / 8), _stored_at_most(tensor, codec))
         weights.append(WeightEstimate(rank, tensor.spec.name.removesuffix(".weight"), rows, cols, entropy, stored))
-    before, after = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
+    before, after = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
     estimates = {(weight.rank, f"{weight.name}.weight"): weight.estimated_bytes for weight in weights}
     for rank, tensor in everything:
-        part = part_of(tensor.source or tensor.spec.name)
-        before[part] += tensor.spec.nbytes
-        after[part] += estimates.get((rank, tensor.spec.name), tensor.spec.nbytes)
+        area = source.config.family.area(tensor.source or tensor.spec.name)
+        before[area] += tensor.spec.nbytes
+        after[area] += estimates.get((rank, tensor.spec.name), tensor.spec.nbytes)
     files = []
     for rank, tensors in plans.items():
         kept = sum(tensor.spec.nbytes for tensor in tensors if not tensor.is_matrix)
@@ -170,7 +170,7 @@ def make_compression_plan(
         layout=layout,
         world=world,
         weights=tuple(weights),
-        parts=tuple(PartEstimate(part, before[part], after[part]) for part in Part),
+        areas=tuple(AreaEstimate(area, before[area], after[area]) for area in Area),
         files=tuple(files),
         side_bytes=sum((directory / name).stat().st_size for name in list_side_files(directory)),
         disk_bytes=disk_bytes(plans, codec),

@@ -19,7 +19,6 @@ from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.shard import RankSplit, RankTensor, Slice, zeros
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import LM_HEAD, TEXT, VISION
 from glmq.spec import QuantType
 
 VLLM_VOCAB_MULTIPLE: Final = 64
@@ -99,13 +98,13 @@ def rank_tensors(source: Checkpoint, config: ModelConfig, layout: Layout, rank: 
     _embeddings(split, config, style)
     for index in range(config.layers):
         _text_layer(split, config, style, index)
-    _norm(split, style, f"{TEXT}.norm", f"{style.text}.norm", needs_bias=False)
+    _norm(split, style, f"{config.family.text}.norm", f"{style.text}.norm", needs_bias=False)
     _vision(split, config, style)
     return split.finish()
 
 
 def _embeddings(split: RankSplit, config: ModelConfig, style: _Style) -> None:
-    embedding, head = f"{TEXT}.embed_tokens.weight", f"{LM_HEAD}.weight"
+    embedding, head = f"{config.family.text}.embed_tokens.weight", f"{config.family.lm_head}.weight"
     if style.split_vocabulary:
         padded = -(-config.vocab_size // VLLM_VOCAB_MULTIPLE) * VLLM_VOCAB_MULTIPLE
         step = padded // split.world
@@ -119,7 +118,7 @@ def _embeddings(split: RankSplit, config: ModelConfig, style: _Style) -> None:
 
 
 def _text_layer(split: RankSplit, config: ModelConfig, style: _Style, index: int) -> None:
-    name, target = f"{TEXT}.layers.{index}", f"{style.text}.layers.{index}"
+    name, target = f"{config.family.text}.layers.{index}", f"{style.text}.layers.{index}"
     for norm in ("input_layernorm", "post_attention_layernorm"):
         _norm(split, style, f"{name}.{norm}", f"{target}.{norm}", needs_bias=True)
     for norm in ("post_self_attn_layernorm", "post_mlp_layernorm"):
@@ -191,13 +190,14 @@ def _norm(split: RankSplit, style: _Style, norm: str, target: str, *, needs_bias
 
 
 def _vision(split: RankSplit, config: ModelConfig, style: _Style) -> None:
+    vision = config.family.vision
     for convolution in ("patch_embed.proj", "downsample"):
-        name = f"{VISION}.{convolution}"
+        name = f"{vision}.{convolution}"
         shape = None if style.flat_convolutions else split.source.info(f"{name}.weight").shape
         split.put(f"visual.{convolution}.weight", split.whole(f"{name}.weight"), shape=shape)
         split.put(f"visual.{convolution}.bias", split.whole(f"{name}.bias"))
     for index in range(config.vision_depth):
-        name, target = f"{VISION}.blocks.{index}", f"visual.blocks.{index}"
+        name, target = f"{vision}.blocks.{index}", f"visual.blocks.{index}"
         for norm in ("norm1", "norm2"):
             _norm(split, style, f"{name}.{norm}", f"{target}.{norm}", needs_bias=False)
         qkv = f"{name}.attn.qkv.weight"
@@ -205,11 +205,11 @@ def _vision(split: RankSplit, config: ModelConfig, style: _Style) -> None:
         split.put(f"{target}.attn.proj.weight", split.cols(f"{name}.attn.proj.weight"))
         _vision_mlp(split, f"{name}.mlp", f"{target}.mlp")
     for norm in ("post_conv_layernorm", "post_layernorm"):
-        _norm(split, style, f"{VISION}.{norm}", f"visual.{norm}", needs_bias=False)
-    _vision_mlp(split, f"{VISION}.merger", "visual.merger")
+        _norm(split, style, f"{vision}.{norm}", f"visual.{norm}", needs_bias=False)
+    _vision_mlp(split, f"{vision}.merger", "visual.merger")
     for name in ("merger.proj.weight", "merger.post_projection_norm.weight", "merger.post_projection_norm.bias",
                  "embeddings.position_embedding.weight"):  # fmt: skip
-        split.put(f"visual.{name}", split.whole(f"{VISION}.{name}"))
+        split.put(f"visual.{name}", split.whole(f"{vision}.{name}"))
 
 
 def _vision_mlp(split: RankSplit, name: str, target: str) -> None:

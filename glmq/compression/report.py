@@ -16,7 +16,7 @@ from glmq.compression.layouts import Layout
 from glmq.compression.manifest import REPORT, CodecKind, PartRecord
 from glmq.compression.source import Source
 from glmq.compression.stream import CompressedLinear, PartWritten
-from glmq.model.glm4v import Part, expected_shapes, part_of
+from glmq.model.family import Area
 
 SCHEMA: Final = "glmq.compress-report/1"
 _COLUMNS: Final = (
@@ -25,10 +25,10 @@ _COLUMNS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class PartSizes:
+class AreaSizes:
     """Bytes of one part of the model in its three forms."""
 
-    part: Part
+    area: Area
     float16: int
     """As float16 weights, un-sharded."""
     w8a8s: int
@@ -61,17 +61,18 @@ def rank_totals(linears: Sequence[CompressedLinear], parts: Sequence[PartWritten
     return totals
 
 
-def part_sizes(source: Source, parts: Sequence[PartWritten]) -> list[PartSizes]:
-    """Bytes by part of the model: float16, W8A8S, and compressed."""
-    float16, w8a8s = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
-    for name, shape in expected_shapes(source.config).items():
+def area_sizes(source: Source, parts: Sequence[PartWritten]) -> list[AreaSizes]:
+    """Bytes by area of the model: float16, W8A8S, and compressed."""
+    family = source.config.family
+    float16, w8a8s = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
+    for name, shape in family.shapes(source.config).items():
         count = 2
         for size in shape:
             count *= size
-        float16[part_of(name)] += count
+        float16[family.area(name)] += count
     for name in source.checkpoint:
-        w8a8s[part_of(name)] += source.checkpoint.nbytes(name)
-    return [PartSizes(part, float16[part], w8a8s[part], sum(p.after[part] for p in parts)) for part in Part]
+        w8a8s[family.area(name)] += source.checkpoint.nbytes(name)
+    return [AreaSizes(area, float16[area], w8a8s[area], sum(p.after[area] for p in parts)) for area in Area]
 
 
 def report_document(
@@ -89,8 +90,8 @@ def report_document(
         "layout": layout.value,
         "world_size": len(parts),
         "bytes": [
-            {"part": s.part.value, "float16": s.float16, "w8a8s": s.w8a8s, "compressed": s.compressed}
-            for s in part_sizes(source, parts)
+            {"part": s.area.value, "float16": s.float16, "w8a8s": s.w8a8s, "compressed": s.compressed}
+            for s in area_sizes(source, parts)
         ],
         "ranks": [
             {
@@ -137,8 +138,8 @@ def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[PartWritte
     written = [
         {
             "record": asdict(part.record),
-            "before": [part.before[key] for key in Part],
-            "after": [part.after[key] for key in Part],
+            "before": [part.before[key] for key in Area],
+            "after": [part.after[key] for key in Area],
         }
         for part in parts
     ]
@@ -153,5 +154,5 @@ def unpack_results(text: str) -> tuple[list[CompressedLinear], list[PartWritten]
         record = part["record"] | {
             "matrices": {name: tuple(shape) for name, shape in part["record"]["matrices"].items()}
         }
-        parts.append(PartWritten(PartRecord(**record), dict(zip(Part, part["before"])), dict(zip(Part, part["after"]))))
+        parts.append(PartWritten(PartRecord(**record), dict(zip(Area, part["before"])), dict(zip(Area, part["after"]))))
     return [CompressedLinear(**linear) for linear in document["linears"]], parts

@@ -13,11 +13,12 @@ from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.manifest import MANIFEST, read_manifest
 from glmq.errors import CheckpointError
-from glmq.model.config import ModelConfig, read_config
-from glmq.model.glm4v import TEXT, expected_shapes
+from glmq.model.config import FAMILY, ModelConfig, read_config
 from glmq.spec import FloatDtype, QuantType
 
-_COMPRESSIBLE: Final = re.compile(rf"{re.escape(TEXT)}\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_up|down)_proj)")
+_COMPRESSIBLE: Final = re.compile(
+    rf"{re.escape(FAMILY.text)}\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_up|down)_proj)"
+)
 _HOW: Final = (
     "make one from the float weights with `glmq quantize --w_bit 4 --is_lowbit True --use_sigma True "
     "--torch_dtype fp16`"
@@ -105,7 +106,7 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, description: Des
             raise CheckpointError(
                 f"{directory}: tensor {name!r} is not in quant_model_description.json; take both from the same release"
             )
-    for name, shape in expected_shapes(config).items():
+    for name, shape in config.family.shapes(config).items():
         if checkpoint.info(name).shape != shape:
             raise CheckpointError(
                 f"{directory}: tensor {name!r} has shape {checkpoint[name].shape}, config.json asks for {shape}; "

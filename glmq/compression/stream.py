@@ -49,7 +49,8 @@ from glmq.compression.shard import RankTensor, check_world, read_matrix, read_pi
 from glmq.compression.source import Source
 from glmq.compression.weight_codec import BLOB_SUFFIX, Codec, Compressed
 from glmq.errors import UsageError
-from glmq.model.glm4v import Part, part_of
+from glmq.model.config import FAMILY
+from glmq.model.family import Area
 from glmq.spec import FloatDtype, QuantType
 
 PORTABLE_STEM: Final = f"glmq_weight_w8a8s{BLOB_SUFFIX}"
@@ -107,9 +108,9 @@ class PartWritten:
     """The weight file of one rank is whole."""
 
     record: PartRecord
-    before: Mapping[Part, int]
+    before: Mapping[Area, int]
     """Bytes of the rank's tensors before compression, by part of the model."""
-    after: Mapping[Part, int]
+    after: Mapping[Area, int]
     """The same as stored."""
 
 
@@ -333,11 +334,11 @@ def _part_written(
     compressed: Mapping[str, Compressed],
 ) -> PartWritten:
     (file,) = plan.files
-    before, after = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
+    before, after = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
     for tensor in tensors:
-        part = part_of(tensor.source or tensor.spec.name)
-        before[part] += tensor.spec.nbytes
-        after[part] += sum(spec.nbytes for spec in _stored_specs(tensor, compressed))
+        area = FAMILY.area(tensor.source or tensor.spec.name)
+        before[area] += tensor.spec.nbytes
+        after[area] += sum(spec.nbytes for spec in _stored_specs(tensor, compressed))
     path = (directory / file.name).relative_to(folder).as_posix()
     record = PartRecord(rank, path, file.nbytes, digest_of(file.header), digests, matrices)
     return PartWritten(record, before, after)

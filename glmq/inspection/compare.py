@@ -25,7 +25,7 @@ from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.sums import Sums, sum_rows
 from glmq.inspection.weights import StoredMatrix, column_scales, run_ahead
 from glmq.model.config import parse_config
-from glmq.model.glm4v import InputGroup, all_blocks
+from glmq.model.family import InputGroup
 from glmq.numerics.metrics import entropy_bits, sqnr_db
 
 HISTOGRAM_BINS: Final = 64
@@ -239,7 +239,7 @@ def _groups(a: Folder, b: Folder) -> list[InputGroup]:
             config = parse_config(folder.config, str(folder.directory))
         except ModelError:
             continue
-        return [group for block in all_blocks(config) for group in block.groups]
+        return config.family.groups(config)
     return []
 
 

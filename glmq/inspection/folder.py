@@ -14,6 +14,7 @@ from glmq.checkpoint.header import TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
+from glmq.model.config import FAMILY
 from glmq.spec import QuantType
 
 STATISTICS: Final = "statistics.json"
@@ -205,7 +206,7 @@ def layer_of(name: str) -> str:
     Takes names with and without `model.`, and those of statistics and of parts.
     """
     prefix, _, bare = name.rpartition("/")
-    bare = bare.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+    bare = FAMILY.short_name(bare)
     match = re.match(r"(layers\.[0-9]+|visual\.blocks\.[0-9]+|visual\.[a-z_]+|[a-z_]+)", bare)
     layer = bare if match is None else match[1]
     return f"{prefix}/{layer}" if prefix else layer

@@ -11,7 +11,8 @@ from typing import Final
 from glmq.checkpoint.names import natural_key
 from glmq.errors import UsageError
 from glmq.inspection.folder import Folder, Kind, StoredTensor, layer_of, role_of
-from glmq.model.glm4v import Part, part_of
+from glmq.model.config import FAMILY
+from glmq.model.family import Area
 
 _LAST_NUMBER: Final = re.compile(r"[0-9]{1,9}\Z")
 """No model has a layer with more digits; int() would refuse more than 4,300 of them."""
@@ -26,7 +27,7 @@ class TensorRow:
     """The block or other place it belongs to, e.g. `layers.3`."""
     role: str
     """What it is there, e.g. `self_attn.q_proj`."""
-    part: Part
+    area: Area
     quant_type: str
     dtype: str
     """Code of the weight file, e.g. I8."""
@@ -37,7 +38,7 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """All tensors of one part of the model."""
+    """All tensors of one area of the model, or of one type."""
 
     label: str
     tensors: int
@@ -76,7 +77,7 @@ def tensor_rows(folder: Folder) -> list[TensorRow]:
             name=tensor.name,
             layer=layer_of(tensor.name),
             role=role_of(tensor.name),
-            part=part_of(_canonical(tensor.name)),
+            area=FAMILY.area(FAMILY.checkpoint_name(tensor.name.rpartition("/")[2])),
             quant_type=tensor.quant_type,
             dtype=tensor.info.dtype,
             shape=tensor.info.shape,
@@ -113,13 +114,13 @@ def choose_rows(rows: Sequence[TensorRow], *, layer: str | None, name: str | Non
     return sorted(chosen, key=SORT_KEYS[sort])
 
 
-def totals_by_part(rows: Sequence[TensorRow]) -> list[Total]:
-    """Bytes by part of the model, in the order of Part, empty parts left out."""
+def totals_by_area(rows: Sequence[TensorRow]) -> list[Total]:
+    """Bytes by area of the model, in the order of Area, empty areas left out."""
     totals = []
-    for part in Part:
-        own = [row.nbytes for row in rows if row.part is part]
+    for area in Area:
+        own = [row.nbytes for row in rows if row.area is area]
         if own:
-            totals.append(Total(part.value, len(own), sum(own)))
+            totals.append(Total(area.value, len(own), sum(own)))
     return totals
 
 
@@ -187,10 +188,3 @@ def describe_folder(folder: Folder) -> str:
     if dtype:
         parts.append(f"{dtype} floats")
     return ", ".join(parts)
-
-
-def _canonical(name: str) -> str:
-    """A tensor's name as the float checkpoint would have it, as far as its part of the model goes."""
-    bare = name.rpartition("/")[2]
-    bare = bare.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
-    return f"model.{bare}" if bare.startswith(("language_model.", "visual.")) else bare

@@ -17,7 +17,7 @@ from torch import Tensor
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.weights import StoredMatrix, column_scales
-from glmq.model.glm4v import InputGroup, RowSource
+from glmq.model.family import InputGroup, RowSource
 
 
 @dataclass(frozen=True, slots=True)

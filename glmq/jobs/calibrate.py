@@ -32,10 +32,10 @@ from glmq.cli.render import BlockProgress, describe_convergence, describe_genera
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import UsageError
 from glmq.jobs.shared_folder import SharedFolder
-from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
-from glmq.quantization.stream import check_source
+from glmq.model.source import check_source
+from glmq.model.streamed import StreamedModel
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
 

@@ -19,10 +19,10 @@ from glmq.compression.executor import PROGRAM, AscendCodec, find_executor, how_t
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import CodecKind
 from glmq.compression.report import (
-    PartSizes,
+    AreaSizes,
     RankTotals,
+    area_sizes,
     pack_results,
-    part_sizes,
     rank_totals,
     report_document,
     unpack_results,
@@ -73,7 +73,7 @@ class CompressionResult:
     layout: Layout
     world: int
     linears: tuple[CompressedLinear, ...]
-    sizes: tuple[PartSizes, ...]
+    sizes: tuple[AreaSizes, ...]
     ranks: tuple[RankTotals, ...]
     document: JsonObject
 
@@ -128,7 +128,7 @@ def compress_folder(job: CompressionJob, *, overwrite: bool, quiet: bool) -> Com
                 write_report(folder.path, document, linears)
                 finish_folder(source, codec.kind, chosen, world, [part.record for part in parts], folder.path)
             folder.finish()
-        sizes, totals = part_sizes(source, parts), rank_totals(linears, parts)
+        sizes, totals = area_sizes(source, parts), rank_totals(linears, parts)
     if not is_first:
         return None
     return CompressionResult(

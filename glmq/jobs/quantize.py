@@ -43,10 +43,10 @@ from glmq.quantization.fallback import with_fallback, worst_groups
 from glmq.quantization.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
 from glmq.quantization.report import report_document, write_report
 from glmq.quantization.stream import (
+    AreaBytes,
     OutputPlan,
-    PartBytes,
     QuantizationRun,
-    bytes_by_part,
+    bytes_by_area,
     measure_checkpoint,
     plan_output,
     quantize_checkpoint,
@@ -81,7 +81,7 @@ class QuantizationResult:
     folder: Path
     recipe: Recipe
     reports: tuple[LinearReport, ...]
-    parts: tuple[PartBytes, ...]
+    parts: tuple[AreaBytes, ...]
     document: JsonObject
     times: tuple[PassTime, ...]
 
@@ -274,7 +274,7 @@ def _quantize(
             reports += block.reports
             progress.advance(block.done)
     times.append(progress.time())
-    parts = bytes_by_part(source, plan.shards)
+    parts = bytes_by_area(source, plan.shards)
     result = None
     if ranks.place.is_first:
         document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder).digest)

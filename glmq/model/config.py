@@ -17,6 +17,8 @@ from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.errors import ModelError
+from glmq.model.family import Family, Sizes
+from glmq.model.glm4v import GLM4V
 
 # Fields of the flat layout that belong to text_config.
 TEXT_FIELDS: Final = (
@@ -26,38 +28,17 @@ TEXT_FIELDS: Final = (
     "use_cache", "vocab_size",
 )  # fmt: skip
 
-# Relatives of GLM-4.1V that users confuse with it, and why each is not it.
-RELATIVES: Final = {
-    "glm4v_moe": "GLM-4.5V and GLM-4.6V are mixtures of experts",
-    "chatglm": "glm-4v-9b is the older ChatGLM architecture",
-    "glm_ocr": "GLM-OCR has another text model",
-    "glm4": "GLM-4 has no vision tower",
-    "glm4v_text": "this is the text part alone",
-}
+FAMILY: Final = GLM4V
+"""The family that glmq knows. Code that has a ModelConfig asks `config.family`; this is for names of tensors without one."""
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """A GLM-4.1V's config.json in the nested layout, and the sizes that glmq needs from it."""
+class ModelConfig(Sizes):
+    """A config.json in the nested layout, the sizes that glmq needs from it, and the family that gives them a meaning."""
 
     nested: JsonObject
     """The nested layout; equal to the file where the file already has it."""
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab_size: int
-    vision_hidden: int
-    vision_depth: int
-    vision_out: int
-    vision_intermediate: int
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    image_size: int
-    in_channels: int
+    family: Family
     image_token_id: int
     eos_token_ids: tuple[int, ...]
 
@@ -80,11 +61,12 @@ def read_config(directory: Path) -> ModelConfig:
 def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     """Check a config.json's contents and bring it into the nested layout. `where` names it in messages."""
     kind = raw.get("model_type")
-    if kind != "glm4v":
-        why = f": {RELATIVES[kind]}" if isinstance(kind, str) and kind in RELATIVES else ""
+    family = FAMILY
+    if kind != family.model_type:
+        why = f": {family.relatives[kind]}" if isinstance(kind, str) and kind in family.relatives else ""
         raise ModelError(
-            f"{where}: model_type is {kind!r}{why}, but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); "
-            "give the folder of a GLM-4.1V"
+            f"{where}: model_type is {kind!r}{why}, but glmq needs {family.model_type!r} ({family.members}); "
+            f"give the folder of a {family.title}"
         )
     nested = _nest(raw, where)
     text = _with_rope_fields(_section(nested, "text_config", where), where)
@@ -102,6 +84,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     heads, hidden = number("text_config", "num_attention_heads"), number("text_config", "hidden_size")
     config = ModelConfig(
         nested=nested,
+        family=family,
         hidden_size=hidden,
         intermediate_size=number("text_config", "intermediate_size"),
         layers=number("text_config", "num_hidden_layers"),

@@ -1,99 +1,22 @@
-"""GLM-4.1V as data: its tensors with shapes, its linears by role, its norm groups, what stays float."""
+"""GLM-4.1V and its like as data: the names of tensors, the blocks and their input groups, what stays float."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
-from glmq.model.config import ModelConfig
+from glmq.model.family import Area, Block, Family, ImageProcessor, InputGroup, LinearShape, RowSource, Sizes
 
 TEXT: Final = "model.language_model"
 VISION: Final = "model.visual"
 LM_HEAD: Final = "lm_head"
 
-ROW_PARALLEL: Final = (".o_proj", ".down_proj", ".attn.proj")
-"""Endings of linears that engines split along their input columns."""
 
-DEFAULT_FLOAT: Final = (f"{VISION}.*", "*.mlp.down_proj", LM_HEAD)
-"""Linears that stay float unless asked for, as in the mission."""
-
-
-class Part(Enum):
-    """The parts of the model that size tables speak of."""
-
-    TEXT_LINEARS = "text linears"
-    DOWN_PROJ = "down_proj"
-    VISION = "vision tower"
-    EMBEDDINGS = "embeddings and lm_head"
-    NORMS = "text norms"
-
-
-@dataclass(frozen=True, slots=True)
-class LinearShape:
-    """One linear of the model."""
-
-    name: str
-    rows: int
-    """Output features N."""
-    cols: int
-    """Input features K."""
-    has_bias: bool
-
-
-@dataclass(frozen=True, slots=True)
-class RowSource:
-    """Rows of an earlier linear, each a factor of the channels of a later input: only products with other things and sums
-    over tokens lie between, so what divides the row divides its channels.
-
-    With grouped-query attention a run of rows, one KV head, makes several runs of channels, its query heads.
-    """
-
-    linear: str
-    first_row: int
-    run: int
-    """Consecutive rows that stay together."""
-    repeats: int
-    """Runs of channels that one run of rows makes."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputGroup:
-    """Linears that read the same input, and what makes it where scales can fold into that."""
-
-    linears: tuple[LinearShape, ...]
-    norm: str | None
-    """Module name of the RMSNorm right before the linears; None where something nonlinear lies between."""
-    source: RowSource | None = None
-    """The rows that make an input without a norm; None where a factor would not pass."""
-
-    @property
-    def site(self) -> str:
-        """The name of the shared input: the first linear that reads it."""
-        return self.linears[0].name
-
-    @property
-    def width(self) -> int:
-        return self.linears[0].cols
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A piece of the model that is in memory at one time."""
-
-    name: str
-    """Module name, e.g. `model.language_model.layers.3`."""
-    groups: tuple[InputGroup, ...]
-    attention_width: int = 0
-    """Channels of all heads' queries; 0 in a block without attention."""
-
-
-def text_block(config: ModelConfig, index: int) -> Block:
+def text_block(sizes: Sizes, index: int) -> Block:
     """The groups of text layer `index`, in the order in which the layer computes them."""
     base = f"{TEXT}.layers.{index}"
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    hidden, inner = sizes.hidden_size, sizes.intermediate_size
+    heads, kv = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
     return Block(
         base,
         (
@@ -108,7 +31,7 @@ def text_block(config: ModelConfig, index: int) -> Block:
             InputGroup(
                 (LinearShape(f"{base}.self_attn.o_proj", hidden, heads, False),),
                 None,
-                RowSource(f"{base}.self_attn.v_proj", 0, config.head_dim, config.heads // config.kv_heads),
+                RowSource(f"{base}.self_attn.v_proj", 0, sizes.head_dim, sizes.heads // sizes.kv_heads),
             ),
             InputGroup(
                 (LinearShape(f"{base}.mlp.gate_up_proj", 2 * inner, hidden, False),),
@@ -124,10 +47,10 @@ def text_block(config: ModelConfig, index: int) -> Block:
     )
 
 
-def vision_block(config: ModelConfig, index: int) -> Block:
+def vision_block(sizes: Sizes, index: int) -> Block:
     """The groups of vision block `index`."""
     base = f"{VISION}.blocks.{index}"
-    width, inner = config.vision_hidden, config.vision_out
+    width, inner = sizes.vision_hidden, sizes.vision_out
     return Block(
         base,
         (
@@ -154,10 +77,10 @@ def vision_block(config: ModelConfig, index: int) -> Block:
     )
 
 
-def merger_block(config: ModelConfig) -> Block:
+def merger_block(sizes: Sizes) -> Block:
     """The vision tower's merger; a GELU lies between its LayerNorm and gate/up, so nothing folds."""
     base = f"{VISION}.merger"
-    out, inner = config.vision_out, config.vision_intermediate
+    out, inner = sizes.vision_out, sizes.vision_intermediate
     return Block(
         base,
         (
@@ -178,70 +101,94 @@ def merger_block(config: ModelConfig) -> Block:
     )
 
 
-def head_block(config: ModelConfig) -> Block:
+def head_block(sizes: Sizes) -> Block:
     """`lm_head`; its norm feeds nothing else, but it stays a linear of its own."""
-    return Block(LM_HEAD, (InputGroup((LinearShape(LM_HEAD, config.vocab_size, config.hidden_size, False),), None),))
+    return Block(LM_HEAD, (InputGroup((LinearShape(LM_HEAD, sizes.vocab_size, sizes.hidden_size, False),), None),))
 
 
-def vision_blocks(config: ModelConfig) -> tuple[Block, ...]:
-    return (*(vision_block(config, i) for i in range(config.vision_depth)), merger_block(config))
-
-
-def text_blocks(config: ModelConfig) -> tuple[Block, ...]:
-    return tuple(text_block(config, i) for i in range(config.layers))
-
-
-def all_blocks(config: ModelConfig) -> tuple[Block, ...]:
-    """Every block in the order of the forward pass: vision tower, text layers, lm_head."""
-    return (*vision_blocks(config), *text_blocks(config), head_block(config))
-
-
-def rms_norms(config: ModelConfig) -> Iterator[str]:
+def rms_norms(sizes: Sizes) -> Iterator[str]:
     """Module names of every RMSNorm, text and vision, sorted as the model runs them."""
-    for i in range(config.vision_depth):
+    for i in range(sizes.vision_depth):
         yield f"{VISION}.blocks.{i}.norm1"
         yield f"{VISION}.blocks.{i}.norm2"
     yield f"{VISION}.post_conv_layernorm"
     yield f"{VISION}.post_layernorm"
-    for i in range(config.layers):
+    for i in range(sizes.layers):
         for norm in ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"):
             yield f"{TEXT}.layers.{i}.{norm}"
     yield f"{TEXT}.norm"
 
 
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the float checkpoint with its shape, in model order."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    width, out, patch = config.vision_hidden, config.vision_out, config.patch_size
-    positions = (config.image_size // patch) ** 2
-    kernel = (width, config.in_channels, config.temporal_patch_size, patch, patch)
-    shapes[f"{VISION}.patch_embed.proj.weight"] = kernel
-    shapes[f"{VISION}.patch_embed.proj.bias"] = (width,)
-    shapes[f"{VISION}.embeddings.position_embedding.weight"] = (positions, width)
-    shapes[f"{VISION}.downsample.weight"] = (out, width, config.merge_size, config.merge_size)
-    shapes[f"{VISION}.downsample.bias"] = (out,)
-    shapes[f"{VISION}.merger.post_projection_norm.weight"] = (out,)
-    shapes[f"{VISION}.merger.post_projection_norm.bias"] = (out,)
-    shapes[f"{TEXT}.embed_tokens.weight"] = (config.vocab_size, config.hidden_size)
-    for norm in rms_norms(config):
-        shapes[f"{norm}.weight"] = (width if norm.startswith(VISION) else config.hidden_size,)
-    for block in all_blocks(config):
-        for group in block.groups:
-            for linear in group.linears:
-                shapes[f"{linear.name}.weight"] = (linear.rows, linear.cols)
-                if linear.has_bias:
-                    shapes[f"{linear.name}.bias"] = (linear.rows,)
-    return shapes
+def other_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """The convolutions, the embeddings and the merger's LayerNorm."""
+    width, out, patch = sizes.vision_hidden, sizes.vision_out, sizes.patch_size
+    positions = (sizes.image_size // patch) ** 2
+    return {
+        f"{VISION}.patch_embed.proj.weight": (width, sizes.in_channels, sizes.temporal_patch_size, patch, patch),
+        f"{VISION}.patch_embed.proj.bias": (width,),
+        f"{VISION}.embeddings.position_embedding.weight": (positions, width),
+        f"{VISION}.downsample.weight": (out, width, sizes.merge_size, sizes.merge_size),
+        f"{VISION}.downsample.bias": (out,),
+        f"{VISION}.merger.post_projection_norm.weight": (out,),
+        f"{VISION}.merger.post_projection_norm.bias": (out,),
+        f"{TEXT}.embed_tokens.weight": (sizes.vocab_size, sizes.hidden_size),
+    }
 
 
-def part_of(name: str) -> Part:
-    """The part of the model that a tensor belongs to, in float and quantized checkpoints alike."""
+def area(name: str) -> Area:
+    """The area of the model that a tensor belongs to, in float and quantized checkpoints alike."""
     if name.startswith(VISION):
-        return Part.VISION
+        return Area.VISION
     if name.startswith((LM_HEAD, f"{TEXT}.embed_tokens")):
-        return Part.EMBEDDINGS
+        return Area.EMBEDDINGS
     if ".mlp.down_proj." in name:
-        return Part.DOWN_PROJ
+        return Area.DOWN_PROJ
     if ".self_attn." in name or ".mlp." in name:
-        return Part.TEXT_LINEARS
-    return Part.NORMS
+        return Area.TEXT_LINEARS
+    return Area.NORMS
+
+
+GLM4V: Final = Family(
+    title="GLM-4.1V",
+    model_type="glm4v",
+    members="GLM-4.1V-9B, GLM-4.6V-Flash",
+    relatives={
+        "glm4v_moe": "GLM-4.5V and GLM-4.6V are mixtures of experts",
+        "chatglm": "glm-4v-9b is the older ChatGLM architecture",
+        "glm_ocr": "GLM-OCR has another text model",
+        "glm4": "GLM-4 has no vision tower",
+        "glm4v_text": "this is the text part alone",
+    },
+    config_class="Glm4vConfig",
+    model_class="Glm4vForConditionalGeneration",
+    # transformers 4.53 resizes to at most this many pixels for the two frames of a still image, whatever the processor's
+    # file says; newer ones read the file. The smaller of both gives the same pixels everywhere.
+    image_processor=ImageProcessor(
+        "Glm4vImageProcessor",
+        min_pixels=112 * 112,
+        max_pixels=14 * 14 * 2 * 2 * 2 * 6144,
+        smallest_side=28,
+        largest_aspect=200,
+    ),
+    text=TEXT,
+    vision=VISION,
+    lm_head=LM_HEAD,
+    vision_stem=tuple(f"{VISION}.{part}" for part in ("patch_embed", "post_conv_layernorm", "embeddings")),
+    vision_tail=tuple(f"{VISION}.{part}" for part in ("post_layernorm", "downsample", "merger")),
+    row_parallel=(".o_proj", ".down_proj", ".attn.proj"),
+    float_by_default=(f"{VISION}.*", "*.mlp.down_proj", LM_HEAD),
+    engine_prefixes={
+        "language_model.lm_head.": "lm_head.",
+        "language_model.model.": "model.language_model.",
+        "language_model.": "model.language_model.",
+        "visual.": "model.visual.",
+    },
+    vision_block=vision_block,
+    merger_block=merger_block,
+    text_block=text_block,
+    head_block=head_block,
+    rms_norms=rms_norms,
+    other_shapes=other_shapes,
+    area=area,
+)
+"""The family of the dense GLM-4.xV models."""

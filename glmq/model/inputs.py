@@ -23,14 +23,9 @@ from glmq.model.config import ModelConfig
 from glmq.model.lean import no_compiler
 
 if TYPE_CHECKING:
-    from glmq.model.blocks import StreamedModel
+    from glmq.model.streamed import StreamedModel
 
 DEFAULT_PROMPT: Final = "Please describe this picture in detail."
-
-# transformers 4.53 resizes to at most this many pixels times the two frames of a still image, whatever the processor's
-# file says; newer ones read the file. The smaller of both gives the same pixels everywhere.
-PIXELS_OF_TWO_FRAMES: Final = 14 * 14 * 2 * 2 * 2 * 6144
-SMALLEST_SIDE: Final = 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,28 +87,31 @@ class Preprocessor:
     def __init__(
         self, directory: Path, config: ModelConfig, *, max_pixels: int | None, trust_remote_code: bool
     ) -> None:
+        processor = config.family.image_processor
         with no_compiler():
             from transformers.utils import logging
 
             logging.set_verbosity_error()  # transformers 5 warns that torchvision is missing, which we do not want
-            from transformers import AutoTokenizer, Glm4vImageProcessor
+            import transformers
+            from transformers import AutoTokenizer
 
+            processor_class = getattr(transformers, processor.class_name)  # imports its module
         self._config = config
         settings = _processor_settings(directory)
         size = settings.get("size")
         longest = size.get("longest_edge") if isinstance(size, dict) else None
         frames = config.temporal_patch_size
-        limit = min(longest if isinstance(longest, int) else PIXELS_OF_TWO_FRAMES, PIXELS_OF_TWO_FRAMES)
+        limit = min(longest, processor.max_pixels) if isinstance(longest, int) else processor.max_pixels
         own_limit = limit // frames
         bound = own_limit if max_pixels is None else min(max_pixels, own_limit)
         # At the processor's own limit it resizes by itself, once; below it the picture is resized here first.
-        self._max_pixels = None if bound == PIXELS_OF_TWO_FRAMES // frames else bound
+        self._max_pixels = None if bound == processor.max_pixels // frames else bound
         chosen = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
-        self._images = Glm4vImageProcessor(
+        self._images = processor_class(
             patch_size=config.patch_size,
             temporal_patch_size=frames,
             merge_size=config.merge_size,
-            size={"shortest_edge": 112 * 112, "longest_edge": PIXELS_OF_TWO_FRAMES},
+            size={"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels},
             **chosen,
         )
         try:
@@ -181,17 +179,18 @@ class Preprocessor:
         return text.strip()
 
     def _bounded(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        if min(width, height) < SMALLEST_SIDE or max(width, height) > 200 * min(width, height):
+        family, (width, height) = self._config.family, image.size
+        smallest, aspect = family.image_processor.smallest_side, family.image_processor.largest_aspect
+        if min(width, height) < smallest or max(width, height) > aspect * min(width, height):
             raise SampleError(
-                f"an image of {width} x {height} pixels: GLM-4.1V needs sides of at least {SMALLEST_SIDE} pixels "
-                "and an aspect ratio of at most 200"
+                f"an image of {width} x {height} pixels: {family.title} needs sides of at least {smallest} pixels "
+                f"and an aspect ratio of at most {aspect}"
             )
         rgb = image.convert("RGB")
         if self._max_pixels is None or width * height <= self._max_pixels:
             return rgb
         ratio = math.sqrt(self._max_pixels / (width * height))
-        size = (max(SMALLEST_SIDE, int(width * ratio)), max(SMALLEST_SIDE, int(height * ratio)))
+        size = (max(smallest, int(width * ratio)), max(smallest, int(height * ratio)))
         return rgb.resize(size, Image.Resampling.BICUBIC)
 
 

@@ -12,7 +12,7 @@ from glmq.model.config import ModelConfig
 from glmq.progress import Stopwatch
 from glmq.quantization.layer import quantize_group
 from glmq.quantization.recipe import GroupPlan, Recipe
-from glmq.quantization.stream import COPY_BYTES, OutputPlan, PartBytes, bytes_by_part, read_group
+from glmq.quantization.stream import COPY_BYTES, AreaBytes, OutputPlan, bytes_by_area, read_group
 from glmq.spec import QuantType
 
 PROCESS_BYTES = 450 * 2**20
@@ -38,7 +38,7 @@ class RunPlan:
     """What a run would do and need."""
 
     linears: tuple[LinearPlan, ...]
-    parts: tuple[PartBytes, ...]
+    areas: tuple[AreaBytes, ...]
     files: tuple[tuple[str, int], ...]
     """Weight files with their exact sizes, headers included."""
     output_bytes: int
@@ -81,7 +81,7 @@ def make_run_plan(
             disk, peak, calibration = first.disk_bytes, max(peak, first.peak_bytes), first.seconds
     return RunPlan(
         linears=tuple(_linear_plans(plan, recipe)),
-        parts=tuple(bytes_by_part(source, plan.shards)),
+        areas=tuple(bytes_by_area(source, plan.shards)),
         files=tuple((file.name, file.nbytes) for file in plan.shards.files),
         output_bytes=plan.shards.nbytes,
         statistics_bytes=disk,

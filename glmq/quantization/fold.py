@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.glm4v import InputGroup
+from glmq.model.family import InputGroup
 from glmq.numerics.smooth import choose_row_scales
 from glmq.quantization.layer import NO_FOLD, RowFold
 from glmq.quantization.recipe import GroupPlan, Recipe

@@ -11,8 +11,8 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from glmq.errors import UsageError
-from glmq.model.config import ModelConfig
-from glmq.model.glm4v import DEFAULT_FLOAT, InputGroup, all_blocks
+from glmq.model.config import FAMILY, ModelConfig
+from glmq.model.family import InputGroup
 from glmq.quantization.layer import GroupScheme
 from glmq.quantization.targets import ENGINES, Target, check_target
 from glmq.spec import (
@@ -141,7 +141,7 @@ def make_recipe(options: Options) -> Recipe:
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
     scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), options.bias_correction)
     rules = (
-        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in DEFAULT_FLOAT),
+        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
         *(_parse_rule(text, quant_type, target) for text in options.layer),
         *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
     )
@@ -163,7 +163,7 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     Raises:
         UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize.
     """
-    groups = [group for block in all_blocks(config) for group in block.groups]
+    groups = config.family.groups(config)
     for rule in recipe.rules:
         if rule.option and not count_matches(rule.pattern, config):
             names = [linear.name for group in groups for linear in group.linears]
@@ -192,12 +192,7 @@ def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
 
 def count_matches(pattern: str, config: ModelConfig) -> int:
     """How many linears of the model a pattern names (`*`, `?`, `[...]` as in a shell, case-sensitive)."""
-    return sum(
-        fnmatchcase(linear.name, pattern)
-        for block in all_blocks(config)
-        for group in block.groups
-        for linear in group.linears
-    )
+    return sum(fnmatchcase(linear.name, pattern) for group in config.family.groups(config) for linear in group.linears)
 
 
 def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:

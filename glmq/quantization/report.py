@@ -12,7 +12,7 @@ from glmq import __version__
 from glmq.checkpoint.disk import FILE_MODE
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json
 from glmq.quantization.recipe import Recipe
-from glmq.quantization.stream import PartBytes
+from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport, report_row
 
 SCHEMA: Final = "glmq.quantize/1"
@@ -21,7 +21,7 @@ NAME: Final = "glmq_report"
 
 def report_document(
     reports: Sequence[LinearReport],
-    parts: Sequence[PartBytes],
+    parts: Sequence[AreaBytes],
     recipe: Recipe,
     samples_digest: str,
     checksums_digest: str,
@@ -43,7 +43,7 @@ def report_document(
         "act_range": recipe.scheme.act_range.name.lower(),
         "samples_sha256": samples_digest,
         "checksums": checksums_digest,
-        "bytes": [{"part": p.part.value, "before": p.before, "after": p.after} for p in parts],
+        "bytes": [{"part": p.area.value, "before": p.before, "after": p.after} for p in parts],
         "linears": [_row(report) for report in reports],
     }
 

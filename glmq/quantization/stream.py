@@ -24,18 +24,9 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.errors import CheckpointError
-from glmq.model.config import ModelConfig
-from glmq.model.glm4v import (
-    ROW_PARALLEL,
-    Block,
-    InputGroup,
-    LinearShape,
-    Part,
-    all_blocks,
-    expected_shapes,
-    part_of,
-    rms_norms,
-)
+from glmq.model.config import FAMILY, ModelConfig
+from glmq.model.family import Area, Block, InputGroup, LinearShape
+from glmq.model.source import FLOAT_CODES, check_source
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import RateCurve
 from glmq.progress import Stopwatch
@@ -45,9 +36,6 @@ from glmq.quantization.recipe import GroupPlan, Recipe
 from glmq.ranks import Ranks
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
 from glmq.spec import Activation, FloatDtype, QuantType, Smoothing, StepRule
-
-FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
-"""Dtypes of float weights that we take."""
 
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
@@ -81,10 +69,10 @@ class RatedBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class PartBytes:
-    """Bytes of one part of the model, float checkpoint against quantized one."""
+class AreaBytes:
+    """Bytes of one area of the model, float checkpoint against quantized one."""
 
-    part: Part
+    area: Area
     before: int
     after: int
 
@@ -103,7 +91,7 @@ def plan_output(
         linear.name: plan.quant_type for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
     }
     shapes = {linear.name: linear for plan in groups.values() for linear in plan.group.linears}
-    norms = set(rms_norms(config))
+    norms = set(config.family.rms_norms(config))
     specs: list[TensorSpec] = []
     for name in source:
         base, _, suffix = name.rpartition(".")
@@ -118,46 +106,15 @@ def plan_output(
     return OutputPlan(groups, types, plan_shards(specs, stem, shard_bytes))
 
 
-def check_source(source: Checkpoint, config: ModelConfig) -> None:
-    """Raise CheckpointError unless every tensor of the model is there, float, with the shape that config.json asks for.
-
-    Other tensors may lie beside them, but none of the model's own modules may have more than its own.
-    """
-    expected = expected_shapes(config)
-    missing = [name for name in expected if name not in source]
-    if missing:
-        raise CheckpointError(
-            f"{source.directory}: {len(missing)} of the model's {len(expected)} tensors are missing, "
-            f"the first is {missing[0]!r}; download the checkpoint again"
-        )
-    for name, shape in expected.items():
-        if source[name].shape != shape:
-            raise CheckpointError(
-                f"{source.file_of(name).name}: tensor {name!r} has shape {source[name].shape}, "
-                f"config.json asks for {shape}; take both from the same release"
-            )
-        if source[name].dtype not in FLOAT_CODES:
-            raise CheckpointError(
-                f"{source.file_of(name).name}: tensor {name!r} is {source[name].dtype}, one of {', '.join(FLOAT_CODES)} "
-                "is needed; give the float weights, not a quantized checkpoint"
-            )
-    owners = {name.rpartition(".")[0] for name in expected}
+def bytes_by_area(source: Checkpoint, shards: ShardPlan) -> list[AreaBytes]:
+    """Tensor bytes before and after, by area of the model."""
+    before, after = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
     for name in source:
-        if name not in expected and name.rpartition(".")[0] in owners:
-            raise CheckpointError(
-                f"{source.file_of(name).name}: tensor {name!r} is no part of a GLM-4.1V; give the float release's weights"
-            )
-
-
-def bytes_by_part(source: Checkpoint, shards: ShardPlan) -> list[PartBytes]:
-    """Tensor bytes before and after, by part of the model."""
-    before, after = dict.fromkeys(Part, 0), dict.fromkeys(Part, 0)
-    for name in source:
-        before[part_of(name)] += source.nbytes(name)
+        before[FAMILY.area(name)] += source.nbytes(name)
     for file in shards.files:
         for info in file.tensors:
-            after[part_of(info.name)] += info.nbytes
-    return [PartBytes(part, before[part], after[part]) for part in Part]
+            after[FAMILY.area(info.name)] += info.nbytes
+    return [AreaBytes(area, before[area], after[area]) for area in Area]
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +149,7 @@ def quantize_checkpoint(
         SpaceError: the disk fills up.
         OtherRankError, LostRanksError: another rank stopped.
     """
-    blocks = all_blocks(run.config)
+    blocks = run.config.family.blocks(run.config)
     total = len(blocks) + 1
     is_first = run.ranks.place.is_first
     is_begun = any(block.name in run.journal.finished for block in blocks)
@@ -229,7 +186,8 @@ def measure_checkpoint(
     run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
     """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
-    blocks = [b for b in all_blocks(run.config) if any(groups[g.site].is_quantized for g in b.groups)]
+    every = run.config.family.blocks(run.config)
+    blocks = [b for b in every if any(groups[g.site].is_quantized for g in b.groups)]
 
     def measure(block: Block) -> JsonObject:
         plans = [groups[g.site] for g in block.groups if groups[g.site].is_quantized]
@@ -242,7 +200,8 @@ def measure_checkpoint(
 
 def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
     """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
-    blocks = [b for b in all_blocks(run.config) if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
+    every = run.config.family.blocks(run.config)
+    blocks = [b for b in every if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
     plans = [plan for plan in groups.values() if plan.quant_type.spec.is_sparse]
     sparse = {linear.name for plan in plans for linear in plan.group.linears}
 
@@ -355,7 +314,7 @@ class _Job:
     ) -> None:
         self._run, self._source, self._recipe, self._sink = run, run.source, recipe, sink
         self._groups, self._bits = groups, bits
-        self._norms = set(rms_norms(run.config))
+        self._norms = set(run.config.family.rms_norms(run.config))
         self._written: set[str] = set()
         self._fresh: list[str] = []
 
@@ -379,7 +338,7 @@ class _Job:
         recipe, group = self._recipe, plan.group
         result = _quantize_plan(self._run, recipe, self._groups, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
-            parallel = shape.name.endswith(ROW_PARALLEL)
+            parallel = shape.name.endswith(FAMILY.row_parallel)
             self._write(
                 encode_linear(shape.name, linear, dtype=recipe.dtype, mindie=recipe.mindie, row_parallel=parallel)
             )
@@ -444,7 +403,7 @@ def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequ
         dtype=recipe.dtype,
         group_size=recipe.scheme_of(quant_type).weight.group_size,
         mindie=recipe.mindie,
-        row_parallel=shape.name.endswith(ROW_PARALLEL),
+        row_parallel=shape.name.endswith(FAMILY.row_parallel),
     )
 
 

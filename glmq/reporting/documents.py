@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.inspection.folder import Folder
-from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_part, totals_by_type
+from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_area, totals_by_type
 from glmq.verification.engines.check import Target, describe_engines
 from glmq.verification.findings import Check, Finding
 
@@ -147,7 +147,7 @@ def inspection_document(found: Inspection) -> JsonObject:
         "engines": {
             target.value: [finding_document(f) for f in findings] for target, findings in found.engines.items()
         },
-        "parts": [to_json(total) for total in totals_by_part(every)],
+        "parts": [to_json(total) for total in totals_by_area(every)],
         "types": [to_json(total) for total in totals_by_type(every)],
         "tensors": [_row_document(row, found.values.get(row.name)) for row in found.rows],
     }
@@ -173,7 +173,7 @@ def _row_document(row: TensorRow, values: TensorValues | None) -> JsonObject:
         "name": row.name,
         "layer": row.layer,
         "role": row.role,
-        "part": row.part.value,
+        "part": row.area.value,
         "quant_type": row.quant_type,
         "dtype": row.dtype,
         "shape": list(row.shape),

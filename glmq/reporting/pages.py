@@ -16,9 +16,10 @@ from glmq.inspection.listing import (
     describe_layers,
     group_rows,
     tensor_rows,
-    totals_by_part,
+    totals_by_area,
     totals_by_type,
 )
+from glmq.model.config import FAMILY
 from glmq.reporting.charts import (
     RangeBar,
     columns_chart,
@@ -73,7 +74,7 @@ def inspection_page(found: Inspection) -> str:
         section("For which engine", f"<p>{describe_engines(folder)}</p>".replace("`", ""), _list(problems)),
         section(
             "Bytes by part",
-            stacked_bars({"stored": {t.label: t.nbytes for t in totals_by_part(every)}}, "bytes by part"),
+            stacked_bars({"stored": {t.label: t.nbytes for t in totals_by_area(every)}}, "bytes by part"),
             table(
                 ("type and dtype", "tensors", "bytes", "share"),
                 [(t.label, f"{t.tensors:,}", size(t.nbytes), percent(t.nbytes / max(1, folder.nbytes)))
@@ -114,7 +115,7 @@ _VALUE_HEADER: Final = ("tensor", "histogram", "minimum", "maximum", "std", "bit
 
 def _value_row(row: TensorRow, values: TensorValues) -> list[str | Cell]:
     return [
-        cell(_short(row.name), code=True),
+        cell(FAMILY.short_name(row.name), code=True),
         Cell(sparkline(values.histogram)),
         f"{values.minimum:.4g}",
         f"{values.maximum:.4g}",
@@ -133,7 +134,7 @@ def _stored_ranges(found: Inspection) -> list[RangeBar]:
         if name.endswith(".input_scale") and offset is not None:
             low = (-128 - offset.minimum) * scale.minimum
             high = (127 - offset.minimum) * scale.minimum
-            bars.append(RangeBar(_short(name.removesuffix(".input_scale")), low, high, None, None))
+            bars.append(RangeBar(FAMILY.short_name(name.removesuffix(".input_scale")), low, high, None, None))
     return bars
 
 
@@ -154,7 +155,8 @@ def comparison_page(found: Comparison) -> str:
             card("Difference", percent(error), _tone(error), "||B - A|| / ||A|| over all tensors"),
             card("Tensors that differ", f"{changed:,} of {len(found.diffs):,}"),
             card("Worst", "none" if total is None else percent(total.worst_relative_l2),
-                 "plain" if total is None else _tone(total.worst_relative_l2), "" if total is None else _short(total.worst)),
+                 "plain" if total is None else _tone(total.worst_relative_l2),
+                 "" if total is None else FAMILY.short_name(total.worst)),
             card("Only in one of them", str(names_differ), note="patterns of names"),
             card("Bytes", f"{size(found.a.nbytes)} → {size(found.b.nbytes)}"),
         ),
@@ -167,7 +169,7 @@ def comparison_page(found: Comparison) -> str:
     ]  # fmt: skip
     if found.histograms:
         pairs = [
-            figure(f"{_short(pair.name)}", histogram_pair(pair.a, pair.b, pair.low, pair.high, pair.name))
+            figure(f"{FAMILY.short_name(pair.name)}", histogram_pair(pair.a, pair.b, pair.low, pair.high, pair.name))
             for pair in found.histograms
         ]
         sections.append(
@@ -206,7 +208,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
     if diff.entropy_a is not None and diff.entropy_b is not None:
         bits = f"{diff.entropy_a:.2f} → {diff.entropy_b:.2f}"
     return [
-        cell(_short(diff.name), code=True),
+        cell(FAMILY.short_name(diff.name), code=True),
         f"{diff.type_a} → {diff.type_b}",
         cell(percent(diff.relative_l2), _tone(diff.relative_l2)),
         "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
@@ -252,7 +254,7 @@ def verification_page(found: Verification) -> str:
     behaviours = list(found.behaviours.values())
     if found.blocks:
         errors_built = [block.error for block in found.blocks]
-        names = [_short(block.done.name) for block in found.blocks]
+        names = [FAMILY.short_name(block.done.name) for block in found.blocks]
         sections.append(
             section(
                 "Error built up, block after block",
@@ -311,7 +313,7 @@ def _seen_ranges(behaviours: Sequence[LinearBehaviour]) -> list[RangeBar]:
     for x in behaviours:
         if x.covered_high > x.covered_low:
             key = (_place(x.name)[0], x.covered_low, x.covered_high, x.seen_low, x.seen_high)
-            bar = RangeBar(_short(x.name), x.covered_low, x.covered_high, x.seen_low, x.seen_high)
+            bar = RangeBar(FAMILY.short_name(x.name), x.covered_low, x.covered_high, x.seen_low, x.seen_high)
             bars.setdefault(key, bar)
     return list(bars.values())
 
@@ -341,7 +343,7 @@ def _linears_table(found: Verification) -> str:
         against = None if other is None else other.against
         rows.append(
             [
-                cell(_short(name), code=True),
+                cell(FAMILY.short_name(name), code=True),
                 "" if one is None else cell(percent(one.error), _tone(one.error)),
                 "" if against is None else percent(against.relative_l2),
                 "" if other is None else f"{other.entropy_bits:.2f}",
@@ -376,7 +378,7 @@ def _split_table(header: Sequence[str], rows: Sequence[Sequence[str | Cell]], te
 
 
 def _part_bytes(folder: Folder) -> dict[str, int]:
-    return {total.label: total.nbytes for total in totals_by_part(tensor_rows(folder))}
+    return {total.label: total.nbytes for total in totals_by_area(tensor_rows(folder))}
 
 
 def _tone(error: float) -> Tone:
@@ -391,12 +393,7 @@ def _optional(value: float | None) -> str:
 
 def _place(name: str) -> tuple[str, str]:
     """Layer and role of a linear."""
-    short = _short(name)
+    short = FAMILY.short_name(name)
     pieces = short.split(".")
     cut = next((i + 1 for i, piece in enumerate(pieces) if piece.isdigit()), 1)
     return ".".join(pieces[:cut]), ".".join(pieces[cut:]) or short
-
-
-def _short(name: str) -> str:
-    """A tensor's, linear's or block's name without what all have in common."""
-    return name.removeprefix("model.language_model.").removeprefix("model.")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection.scaling import Scaling, find_scalings
-from glmq.model.blocks import VISION_STEM, VISION_TAIL, BlockCall, StreamedModel
 from glmq.model.config import ModelConfig, read_config
-from glmq.model.glm4v import LM_HEAD, TEXT, Block, all_blocks, merger_block, text_blocks, vision_block
+from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs
+from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.affine import covered_range
 from glmq.records import BlockDone, QuantizedLinear
 from glmq.verification.int8_model import Int8Linear, int8_linears, open_model, placed
@@ -92,7 +92,7 @@ def compare_behaviour(
         CheckpointError: a tensor of either is missing, not finite, has another shape or contradicts others.
     """
     pair = _Pair(open_model(reference, config), open_model(candidate, config))
-    groups = [group for block in all_blocks(config) for group in block.groups]
+    groups = config.family.groups(config)
     scalings = find_scalings(reference, candidate, groups)
     run = _Run(pair, config, cases, {name: scalings[name] for name in int8_linears(candidate)})
     has_images = any(case.has_image for case in cases)
@@ -121,7 +121,7 @@ def whole_model(directory: Path) -> Iterator[StreamedModel]:
     """
     with Checkpoint.open(directory) as source:
         model = open_model(source, read_config(directory))
-        with placed(model, "model", LM_HEAD):
+        with placed(model, "model", model.config.family.lm_head):
             yield model
 
 
@@ -134,7 +134,7 @@ def caption(
         CheckpointError: as `whole_model`.
     """
     model = open_model(checkpoint, config)
-    with placed(model, "model", LM_HEAD):
+    with placed(model, "model", model.config.family.lm_head):
         return [generate(model, question, max_tokens) for question in questions]
 
 
@@ -226,6 +226,7 @@ class _Run:
 
     def __init__(self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: Mapping[str, Scaling]) -> None:
         self._pair, self._config, self._cases, self._int8 = pair, config, cases, int8
+        self._family = config.family
         self._calls: dict[int, _Calls] = {}
         self._sample = ""
 
@@ -234,11 +235,11 @@ class _Run:
         if has_images:
             self._start_vision()
             for index in range(self._config.vision_depth):
-                yield self._replay(vision_block(self._config, index))
+                yield self._replay(self._family.vision_block(self._config, index))
         merged = self._start_text()
         if has_images:
             yield merged
-        for block in text_blocks(self._config):
+        for block in self._family.text_blocks(self._config):
             yield self._replay(block)
 
     def predictions(self) -> Predictions:
@@ -247,14 +248,14 @@ class _Run:
         inputs = [case.encode() for case in self._cases]
         places = [scored_places(i) for i in inputs]
         hidden: list[Tensor] = []
-        with pair.placed(f"{TEXT}.norm"), torch.no_grad():
+        with pair.placed(f"{self._family.text}.norm"), torch.no_grad():
             for model, of in ((pair.reference, "reference"), (pair.candidate, "candidate")):
-                norm = model.module(f"{TEXT}.norm")
+                norm = model.module(f"{self._family.text}.norm")
                 rows = [norm(getattr(self._calls[i], of).hidden)[0, place] for i, place in enumerate(places)]
                 hidden.append(torch.cat(rows).float())  # [positions, width]
         targets = torch.cat([target_ids(i, place) for i, place in zip(inputs, places, strict=True)])
         sums = HeadSums(targets)
-        heads = [Head(model.source) for model in (pair.reference, pair.candidate)]
+        heads = [Head(model.source, self._family.lm_head) for model in (pair.reference, pair.candidate)]
         for start in range(0, self._config.vocab_size, HEAD_ROWS):
             stop = min(start + HEAD_ROWS, self._config.vocab_size)
             sums.add(start, *(head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True)))
@@ -262,15 +263,15 @@ class _Run:
 
     def _start_vision(self) -> None:
         pair = self._pair
-        with pair.placed(*VISION_STEM):
+        with pair.placed(*self._family.vision_stem):
             for index, case in enumerate(self._cases):
                 if case.has_image:
                     inputs = case.encode()
                     self._calls[index] = _Calls(pair.reference.vision_call(inputs), pair.candidate.vision_call(inputs))
 
     def _start_text(self) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
-        block, pair = merger_block(self._config), self._pair
-        parts = VISION_TAIL if self._calls else ()
+        block, pair = self._family.merger_block(self._config), self._pair
+        parts = self._family.vision_tail if self._calls else ()
         sums = self._sums(block)
         with pair.placed(*parts), self._watching(block, sums):
             for index, case in enumerate(self._cases):

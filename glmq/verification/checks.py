@@ -11,7 +11,6 @@ from glmq.errors import CheckpointError, GlmqError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
-from glmq.model.glm4v import all_blocks
 from glmq.verification.arithmetic import (
     LinearArithmetic,
     check_shifts,
@@ -82,7 +81,7 @@ def verify_files(
 
 def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Finding | LinearArithmetic]:
     config = usable_config(candidate, source)
-    groups = [] if config is None else [group for block in all_blocks(config) for group in block.groups]
+    groups = [] if config is None else config.family.groups(config)
     report = read_report(candidate)
     try:
         checkpoint = Checkpoint.open(candidate)

@@ -1,6 +1,6 @@
 """Any checkpoint of GLM-4.1V, float or quantized, as a streamed model whose int8 linears compute as the NPU does.
 
-The model is the float one of `glmq.model.blocks`; linears that are stored as integers are replaced by `Int8Linear`,
+The model is the float one of `glmq.model.streamed`; linears that are stored as integers are replaced by `Int8Linear`,
 and a norm with a stored bias adds it. Everything else is computed in float32, and results are not rounded to the
 engine's half precision, so that numbers of float16 and bfloat16 checkpoints compare.
 """
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from glmq.checkpoint.ascend import decode_linear
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
-from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import all_blocks, rms_norms
+from glmq.model.streamed import StreamedModel
 from glmq.numerics.int8_linear import run_linear
 from glmq.records import QuantizedLinear
 
@@ -69,7 +68,7 @@ def open_model(source: Checkpoint, config: ModelConfig) -> StreamedModel:
     for name in int8_linears(source):
         parent, _, leaf = name.rpartition(".")
         setattr(model.module(parent), leaf, Int8Linear(name, source))
-    for name in rms_norms(config):
+    for name in config.family.rms_norms(config):
         if f"{name}.bias" in source:
             norm = model.module(name)
             width = source[f"{name}.bias"].shape
@@ -102,7 +101,7 @@ def int8_linears(source: Checkpoint) -> list[str]:
 
 
 def _check_names(source: Checkpoint, config: ModelConfig) -> None:
-    known = {linear.name for block in all_blocks(config) for group in block.groups for linear in group.linears}
+    known = {linear.name for group in config.family.groups(config) for linear in group.linears}
     for name in int8_linears(source):
         if name not in known:
             raise CheckpointError(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from glmq.checkpoint.ascend import decode_linear
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.glm4v import LM_HEAD
 from glmq.model.inputs import ModelInputs
 from glmq.numerics.int8_linear import run_linear
 
@@ -50,14 +49,14 @@ class Predictions:
 class Head:
     """lm_head of one checkpoint, read a few rows at a time."""
 
-    def __init__(self, source: Checkpoint) -> None:
-        self._source = source
-        self._int8 = decode_linear(LM_HEAD, source) if source[f"{LM_HEAD}.weight"].dtype == "I8" else None
+    def __init__(self, source: Checkpoint, name: str) -> None:
+        self._source, self._name = source, name
+        self._int8 = decode_linear(name, source) if source[f"{name}.weight"].dtype == "I8" else None
 
     def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
         """float32 [T, stop - start] from float32 [T, width]."""
         if self._int8 is None:
-            return x @ self._source.read_rows(f"{LM_HEAD}.weight", start, stop).float().T
+            return x @ self._source.read_rows(f"{self._name}.weight", start, stop).float().T
         cut = slice(start, stop)
         whole = self._int8
         part = replace(

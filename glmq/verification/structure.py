@@ -20,7 +20,6 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import VISION, InputGroup, all_blocks, expected_shapes, rms_norms
 from glmq.spec import FloatDtype, QuantType
 from glmq.verification.files import (
     check_config,
@@ -95,7 +94,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         yield from _check_names(case)
         yield from _check_agreement(case)
         yield from _check_norms(case)
-        scalings = {} if source is None else find_scalings(source, checkpoint, _groups(config))
+        scalings = {} if source is None else find_scalings(source, checkpoint, config.family.groups(config))
         yield from _check_floats(case, scalings)
         report = read_report(candidate)
         for name, quant_type in linears.items():
@@ -117,10 +116,6 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
 
 def _known_types() -> set[str]:
     return {quant_type.value for quant_type in SUFFIXES}
-
-
-def _groups(config: ModelConfig) -> Iterator[InputGroup]:
-    return (group for block in all_blocks(config) for group in block.groups)
 
 
 def _check_keys(case: _Case) -> Iterator[Finding]:
@@ -154,19 +149,19 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
                 )
     for index in range(case.config.vision_depth):
         for part in ("gate_proj", "up_proj"):
-            name = f"{VISION}.blocks.{index}.mlp.{part}.weight"
+            name = f"{case.config.family.vision}.blocks.{index}.mlp.{part}.weight"
             if name not in tensors:
                 yield Check.VISION_KEYS.error(name, "is not in the description, where the engine looks it up")
 
 
 def _check_names(case: _Case) -> Iterator[Finding]:
     """Check 6: every tensor of the float model is there, and nothing that belongs to neither."""
-    expected = expected_shapes(case.config)
+    expected = case.config.family.shapes(case.config)
     wanted = [*expected, *(name for name in case.source or () if name not in expected)]
     for name in wanted:
         if name not in case.checkpoint:
             yield Check.FLOAT_TENSORS.error(name, "is missing, the float model has it")
-    norms = set(rms_norms(case.config))
+    norms = set(case.config.family.rms_norms(case.config))
     known = set(wanted)
     for name in case.checkpoint:
         base, _, suffix = name.rpartition(".")
@@ -177,7 +172,7 @@ def _check_names(case: _Case) -> Iterator[Finding]:
 
 def _check_agreement(case: _Case) -> Iterator[Finding]:
     """Checks 12 and 13: linears of one input are of one type with one input scale; sparse types are float16."""
-    for group in _groups(case.config):
+    for group in case.config.family.groups(case.config):
         names = [linear.name for linear in group.linears]
         types = {case.linears.get(name, QuantType.FLOAT) for name in names}
         if len(types) > 1:
@@ -201,7 +196,7 @@ def _check_agreement(case: _Case) -> Iterator[Finding]:
 
 def _check_norms(case: _Case) -> Iterator[Finding]:
     """Check 15: the doubled norm tensors of the MindIE form, and biases where no engine adds them."""
-    for norm in rms_norms(case.config):
+    for norm in case.config.family.rms_norms(case.config):
         doubled = [f"{norm}.module.{suffix}" for suffix in ("weight", "bias")]
         present = [name for name in doubled if name in case.checkpoint]
         if present and not case.is_mindie:
@@ -222,10 +217,14 @@ def _same(case: _Case, one: str, other: str) -> bool:
 
 def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Finding]:
     """Checks 6, 9 and 10 on what is not quantized: dtype, finite, equal to the source unless smoothed."""
-    shapes = expected_shapes(case.config) if case.source is None else {n: i.shape for n, i in case.source.items()}
-    norms = set(rms_norms(case.config))
+    shapes = (
+        case.config.family.shapes(case.config) if case.source is None else {n: i.shape for n, i in case.source.items()}
+    )
+    norms = set(case.config.family.rms_norms(case.config))
     smoothed = {
-        f"{group.norm}.weight" for group in _groups(case.config) if any(x.name in case.linears for x in group.linears)
+        f"{group.norm}.weight"
+        for group in case.config.family.groups(case.config)
+        if any(x.name in case.linears for x in group.linears)
     }
     for name, info in case.checkpoint.items():
         base, _, suffix = name.rpartition(".")

@@ -30,7 +30,6 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import copy_side_files
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import read_config
-from glmq.model.glm4v import all_blocks
 from glmq.model.tiny import TINY_CHECKPOINT
 from glmq.numerics.affine import quantize_weight
 from glmq.records import QuantizedLinear
@@ -54,9 +53,7 @@ def quantize_simply(source_dir: Path, folder: Path, levels: int) -> None:
     """A W8A8_DYNAMIC checkpoint with smoothed norms: steps of max / levels, rounded to nearest."""
     config = read_config(source_dir)
     dtype, kind = FloatDtype.BF16, QuantType.W8A8_DYNAMIC
-    groups = [
-        group for block in all_blocks(config) for group in block.groups if group.norm and "visual" not in group.norm
-    ]
+    groups = [group for group in config.family.groups(config) if group.norm and "visual" not in group.norm]
     norms = {str(group.norm): group for group in groups}
     taken = {linear.name: linear for group in groups for linear in group.linears}
     with Checkpoint.open(source_dir) as source:

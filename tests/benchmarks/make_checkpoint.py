@@ -22,7 +22,6 @@ from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.sidecar import copy_side_files
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
-from glmq.model.glm4v import expected_shapes
 from glmq.model.tiny import TINY_CHECKPOINT
 
 GB = 10**9
@@ -100,7 +99,8 @@ def make_checkpoint(directory: Path, size: Size, *, seed: int = 0, shard_bytes: 
         shard_bytes: upper size of one shard.
     """
     config = config_of(size)
-    shapes = expected_shapes(parse_config(config, "config.json"))
+    parsed = parse_config(config, "config.json")
+    shapes = parsed.family.shapes(parsed)
     specs = [TensorSpec(name, "BF16", shape) for name, shape in shapes.items()]
     with ShardWriter(plan_shards(specs, "model", shard_bytes), directory) as sink:
         for name, shape in shapes.items():

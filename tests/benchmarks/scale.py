@@ -36,7 +36,6 @@ from process import SEED, Measured, best_seconds, measure
 
 from glmq.calibration.samples import IMAGE_SUFFIXES, default_images
 from glmq.model.config import read_config
-from glmq.model.glm4v import text_block, vision_block
 
 GLMQ = [sys.executable, "-m", "glmq"]
 MATRIX_STAGES = ("vision", "forward", "statistics", "rounding", "report")
@@ -60,8 +59,8 @@ def matrix_rate(model: Path, tokens: int, patches: int) -> dict[str, float]:
     config = read_config(model)
     rates = {}
     for label, block, rows in (
-        ("text", text_block(config, 0), tokens),
-        ("vision", vision_block(config, 0), patches),
+        ("text", config.family.text_block(config, 0), tokens),
+        ("vision", config.family.vision_block(config, 0), patches),
     ):
         linears = [linear for group in block.groups for linear in group.linears]
         seconds = 0.0

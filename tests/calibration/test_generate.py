@@ -14,9 +14,9 @@ from glmq.calibration.samples import Sample, list_images, open_image, read_sampl
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.blocks import StreamedModel
 from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+from glmq.model.streamed import StreamedModel
 from glmq.ranks import Place, Ranks
 
 TOKENS = 40

@@ -24,7 +24,6 @@ from glmq.calibration.stats import (
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, StatisticsError
 from glmq.model.config import read_config
-from glmq.model.glm4v import all_blocks
 from glmq.numerics.moments import InputAccumulator, InputStats
 
 SAMPLES = (
@@ -216,8 +215,13 @@ def test_equal_statistics_give_equal_bytes(folder: Path) -> None:
 @pytest.mark.parametrize("wide", [False, True])
 def test_second_moments_are_kept_of_text_inputs_up_to_the_hidden_size_or_of_all(wide: bool, small: Path) -> None:
     config = read_config(small)
-    kept = {g.site for block in all_blocks(config) for g in block.groups if has_moment(g, config, wide_moments=wide)}
-    sites = {group.site for block in all_blocks(config) for group in block.groups}
+    kept = {
+        g.site
+        for block in config.family.blocks(config)
+        for g in block.groups
+        if has_moment(g, config, wide_moments=wide)
+    }
+    sites = {group.site for block in config.family.blocks(config) for group in block.groups}
     narrow = {
         f"model.language_model.layers.{i}.{end}"
         for i in range(2)

@@ -16,10 +16,9 @@ from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, SampleError
-from glmq.model.blocks import StreamedModel
 from glmq.model.config import read_config
-from glmq.model.glm4v import all_blocks
 from glmq.model.inputs import Preprocessor
+from glmq.model.streamed import StreamedModel
 from glmq.ranks import Place, Ranks
 from glmq.records import BlockDone
 
@@ -104,7 +103,7 @@ def hooked(small: Path, samples: tuple[Sample, ...]) -> dict[str, list[Tensor]]:
 
 
 def test_linears_of_one_group_see_the_same_input(small: Path, hooked: dict[str, list[Tensor]]) -> None:
-    for block in all_blocks(read_config(small)):
+    for block in read_config(small).family.blocks(read_config(small)):
         for group in block.groups:
             for linear in group.linears[1:]:
                 for x, y in zip(hooked[group.site], hooked[linear.name], strict=True):
@@ -114,16 +113,23 @@ def test_linears_of_one_group_see_the_same_input(small: Path, hooked: dict[str, 
 def test_every_linears_input_has_statistics(
     small: Path, statistics: Statistics, hooked: dict[str, list[Tensor]]
 ) -> None:
-    sites = [group.site for block in all_blocks(read_config(small)) for group in block.groups]
+    sites = [group.site for block in read_config(small).family.blocks(read_config(small)) for group in block.groups]
     assert all(site in statistics for site in sites)
-    linears = {linear.name for block in all_blocks(read_config(small)) for g in block.groups for linear in g.linears}
+    linears = {
+        linear.name
+        for block in read_config(small).family.blocks(read_config(small))
+        for g in block.groups
+        for linear in g.linears
+    }
     assert linears == set(hooked)
 
 
 def test_statistics_equal_those_of_hooks_on_the_whole_model(
     small: Path, statistics: Statistics, hooked: dict[str, list[Tensor]]
 ) -> None:
-    for site in (group.site for block in all_blocks(read_config(small)) for group in block.groups):
+    for site in (
+        group.site for block in read_config(small).family.blocks(read_config(small)) for group in block.groups
+    ):
         found, x = statistics.input(site), torch.cat(hooked[site])
         tokens, wide = x.shape[0], x.double()
         assert found.tokens == tokens
@@ -218,7 +224,9 @@ def test_extremes_and_histograms_do_not_depend_on_the_order_of_the_samples(
     for _ in calibrate(small, samples[::-1], tmp_path / "stats"):
         pass
     turned = Statistics.open(tmp_path / "stats")
-    for site in (group.site for block in all_blocks(read_config(small)) for group in block.groups):
+    for site in (
+        group.site for block in read_config(small).family.blocks(read_config(small)) for group in block.groups
+    ):
         one, other = statistics.input(site), turned.input(site)
         for field in ("minimum", "maximum", "histogram", "exponent"):
             assert torch.equal(getattr(one, field), getattr(other, field))

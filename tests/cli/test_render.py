@@ -10,18 +10,17 @@ import pytest
 from glmq.cli import render
 from glmq.cli.render import (
     BlockProgress,
+    areas_table,
     error_table,
     next_steps,
-    parts_table,
     pass_lines,
     print_json,
-    short_name,
     size,
     stdout,
 )
-from glmq.model.glm4v import Part
+from glmq.model.family import Area
 from glmq.quantization.recipe import Options, make_recipe
-from glmq.quantization.stream import PartBytes
+from glmq.quantization.stream import AreaBytes
 from glmq.records import BlockDone, LinearReport, PassTime, StageTime
 from glmq.spec import QuantType
 
@@ -186,8 +185,8 @@ def test_a_long_table_is_cut_unless_all_is_asked_for(monkeypatch: pytest.MonkeyP
 
 
 def test_the_bytes_of_each_part_and_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [PartBytes(Part.TEXT_LINEARS, 2**31, 2**30), PartBytes(Part.NORMS, 0, 512)]
-    lines = text_of(parts_table(parts), 140, monkeypatch)
+    parts = [AreaBytes(Area.TEXT_LINEARS, 2**31, 2**30), AreaBytes(Area.NORMS, 0, 512)]
+    lines = text_of(areas_table(parts), 140, monkeypatch)
     assert [line.split() for line in lines[-3:]] == [
         ["text", "linears", "2.00", "GiB", "1.00", "GiB", "0.500"],
         ["text", "norms", "0", "B", "512", "B", "-"],
@@ -204,12 +203,6 @@ def test_the_bytes_of_each_part_and_their_sum(monkeypatch: pytest.MonkeyPatch) -
 )  # fmt: skip
 def test_sizes_are_written_for_people(count: int, text: str) -> None:
     assert size(count) == text
-
-
-def test_names_are_short_without_what_all_share() -> None:
-    assert short_name("model.language_model.layers.3.mlp.gate_up_proj") == "layers.3.mlp.gate_up_proj"
-    assert short_name("model.visual.merger.proj") == "visual.merger.proj"
-    assert short_name("lm_head") == "lm_head"
 
 
 def test_json_has_sorted_keys_and_no_nan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from glmq.inspection.listing import (
     describe_layers,
     group_rows,
     tensor_rows,
-    totals_by_part,
+    totals_by_area,
 )
 from glmq.verification.engines.check import describe_engines
 
@@ -151,7 +151,7 @@ def test_layers_that_are_alike_share_a_line(tiny: Path) -> None:
 
 def test_totals_add_up_to_all_bytes(tiny_seed: Path) -> None:
     folder = scan_folder(tiny_seed)
-    totals = totals_by_part(tensor_rows(folder))
+    totals = totals_by_area(tensor_rows(folder))
     assert sum(total.nbytes for total in totals) == folder.nbytes
     assert sum(total.tensors for total in totals) == len(folder.tensors)
     assert [total.label for total in totals] == [

@@ -11,9 +11,10 @@ from PIL import Image
 from glmq.checkpoint.json_file import JsonObject, read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
-from glmq.model.blocks import StreamedModel
 from glmq.model.config import ModelConfig, parse_config, read_config
+from glmq.model.glm4v import GLM4V
 from glmq.model.inputs import Preprocessor
+from glmq.model.streamed import StreamedModel
 from glmq.model.tiny import TINY_CHECKPOINT
 
 NESTED = read_json_object(TINY_CHECKPOINT / "config.json")
@@ -59,7 +60,7 @@ def test_the_tiny_models_config_is_read_number_by_number() -> None:
         hidden_size=192, intermediate_size=512, layers=6, heads=6, kv_heads=2, head_dim=32, vocab_size=1536,
         vision_hidden=96, vision_depth=3, vision_out=192, vision_intermediate=512,
         patch_size=14, temporal_patch_size=2, merge_size=2, image_size=112, in_channels=3,
-        image_token_id=14, eos_token_ids=(0, 7),
+        family=GLM4V, image_token_id=14, eos_token_ids=(0, 7),
     )  # fmt: skip
 
 

@@ -8,18 +8,8 @@ from make_checkpoint import SIZES, config_of
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig, parse_config, read_config
-from glmq.model.glm4v import (
-    DEFAULT_FLOAT,
-    Part,
-    all_blocks,
-    expected_shapes,
-    head_block,
-    merger_block,
-    part_of,
-    rms_norms,
-    text_block,
-    vision_block,
-)
+from glmq.model.family import Area
+from glmq.model.glm4v import GLM4V
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +19,19 @@ def real() -> ModelConfig:
 
 
 def test_the_9b_model_has_704_tensors_and_10_292_777_472_parameters(real: ModelConfig) -> None:
-    shapes = expected_shapes(real)
+    shapes = real.family.shapes(real)
     assert len(shapes) == 704
     assert sum(math.prod(shape) for shape in shapes.values()) == 10_292_777_472
 
 
 def test_the_9b_models_tensors_are_counted_by_tower(real: ModelConfig) -> None:
-    towers = Counter(name.split(".")[1] for name in expected_shapes(real))
+    towers = Counter(name.split(".")[1] for name in real.family.shapes(real))
     assert towers == {"visual": 181, "language_model": 522, "weight": 1}  # lm_head.weight is the last
-    assert sum(".layers.7." in name for name in expected_shapes(real)) == 13
+    assert sum(".layers.7." in name for name in real.family.shapes(real)) == 13
 
 
 def test_the_9b_models_shapes_are_those_of_the_release(real: ModelConfig) -> None:
-    shapes = expected_shapes(real)
+    shapes = real.family.shapes(real)
     layer, block = "model.language_model.layers.39", "model.visual.blocks.23"
     assert shapes[f"{layer}.self_attn.q_proj.weight"] == (4096, 4096)
     assert shapes[f"{layer}.self_attn.k_proj.weight"] == (256, 4096)
@@ -58,18 +48,22 @@ def test_the_9b_models_shapes_are_those_of_the_release(real: ModelConfig) -> Non
 
 def test_the_tiny_models_file_has_exactly_the_expected_names_and_shapes(tiny: Path) -> None:
     with Checkpoint.open(tiny) as checkpoint:
-        assert expected_shapes(read_config(tiny)) == {name: info.shape for name, info in checkpoint.items()}
+        assert read_config(tiny).family.shapes(read_config(tiny)) == {
+            name: info.shape for name, info in checkpoint.items()
+        }
 
 
 def test_240_linears_of_the_9b_model_lie_in_its_text_layers(real: ModelConfig) -> None:
-    names = [linear.name for block in all_blocks(real) for group in block.groups for linear in group.linears]
+    names = [linear.name for block in real.family.blocks(real) for group in block.groups for linear in group.linears]
     assert len(names) == len(set(names)) == 240 + 24 * 5 + 4 + 1
-    quantized = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in DEFAULT_FLOAT)]
+    quantized = [
+        name for name in names if not any(fnmatchcase(name, pattern) for pattern in real.family.float_by_default)
+    ]
     assert len(quantized) == 200  # q, k, v, o and gate_up of 40 layers
 
 
 def test_a_text_layers_groups_are_fed_by_the_norm_before_them(real: ModelConfig) -> None:
-    block = text_block(real, 3)
+    block = real.family.text_block(real, 3)
     assert block.name == "model.language_model.layers.3"
     found = [([linear.name.removeprefix(block.name) for linear in g.linears], g.norm, g.width) for g in block.groups]
     assert found == [
@@ -86,7 +80,7 @@ def test_a_text_layers_groups_are_fed_by_the_norm_before_them(real: ModelConfig)
 
 
 def test_a_vision_blocks_gate_and_up_read_one_input(real: ModelConfig) -> None:
-    block = vision_block(real, 0)
+    block = real.family.vision_block(real, 0)
     assert [(len(group.linears), group.norm) for group in block.groups] == [
         (1, "model.visual.blocks.0.norm1"),
         (1, None),
@@ -96,12 +90,12 @@ def test_a_vision_blocks_gate_and_up_read_one_input(real: ModelConfig) -> None:
 
 
 def test_nothing_folds_into_the_mergers_norm_or_before_the_head(real: ModelConfig) -> None:
-    groups = [*merger_block(real).groups, *head_block(real).groups]
+    groups = [*real.family.merger_block(real).groups, *real.family.head_block(real).groups]
     assert [group.norm for group in groups] == [None] * 4
 
 
 def test_blocks_come_in_the_order_of_the_forward_pass(tiny: Path) -> None:
-    assert [block.name for block in all_blocks(read_config(tiny))] == [
+    assert [block.name for block in read_config(tiny).family.blocks(read_config(tiny))] == [
         *(f"model.visual.blocks.{i}" for i in range(3)),
         "model.visual.merger",
         *(f"model.language_model.layers.{i}" for i in range(6)),
@@ -111,35 +105,59 @@ def test_blocks_come_in_the_order_of_the_forward_pass(tiny: Path) -> None:
 
 def test_the_rms_norms_are_the_models_own(tiny: Path, full_model: object) -> None:
     names = [name for name, module in full_model.named_modules() if type(module).__name__.endswith("RMSNorm")]
-    assert sorted(rms_norms(read_config(tiny))) == sorted(names)
+    assert sorted(read_config(tiny).family.rms_norms(read_config(tiny))) == sorted(names)
 
 
 @pytest.mark.parametrize(
-    ("name", "part"),
+    ("name", "area"),
     [
-        ("model.visual.blocks.0.mlp.down_proj.weight", Part.VISION),
-        ("model.visual.post_layernorm.bias", Part.VISION),
-        ("lm_head.weight", Part.EMBEDDINGS),
-        ("model.language_model.embed_tokens.weight", Part.EMBEDDINGS),
-        ("model.language_model.layers.0.mlp.down_proj.weight", Part.DOWN_PROJ),
-        ("model.language_model.layers.0.mlp.gate_up_proj.deq_scale", Part.TEXT_LINEARS),
-        ("model.language_model.layers.0.self_attn.q_proj.bias", Part.TEXT_LINEARS),
-        ("model.language_model.layers.0.input_layernorm.weight", Part.NORMS),
-        ("model.language_model.layers.0.post_self_attn_layernorm.bias", Part.NORMS),
-        ("model.language_model.norm.weight", Part.NORMS),
+        ("model.visual.blocks.0.mlp.down_proj.weight", Area.VISION),
+        ("model.visual.post_layernorm.bias", Area.VISION),
+        ("lm_head.weight", Area.EMBEDDINGS),
+        ("model.language_model.embed_tokens.weight", Area.EMBEDDINGS),
+        ("model.language_model.layers.0.mlp.down_proj.weight", Area.DOWN_PROJ),
+        ("model.language_model.layers.0.mlp.gate_up_proj.deq_scale", Area.TEXT_LINEARS),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", Area.TEXT_LINEARS),
+        ("model.language_model.layers.0.input_layernorm.weight", Area.NORMS),
+        ("model.language_model.layers.0.post_self_attn_layernorm.bias", Area.NORMS),
+        ("model.language_model.norm.weight", Area.NORMS),
     ],
 )
-def test_every_tensor_belongs_to_a_part(name: str, part: Part) -> None:
-    assert part_of(name) is part
+def test_every_tensor_belongs_to_an_area(name: str, area: Area) -> None:
+    assert GLM4V.area(name) is area
 
 
-def test_the_parts_of_the_9b_model_have_their_known_sizes(real: ModelConfig) -> None:
-    parts = dict.fromkeys(Part, 0)
-    for name, shape in expected_shapes(real).items():
-        parts[part_of(name)] += math.prod(shape)
-    assert parts[Part.DOWN_PROJ] == 40 * 4096 * 13696
-    assert parts[Part.EMBEDDINGS] == 2 * 151552 * 4096
-    assert parts[Part.NORMS] == 161 * 4096
+def test_the_areas_of_the_9b_model_have_their_known_sizes(real: ModelConfig) -> None:
+    areas = dict.fromkeys(Area, 0)
+    for name, shape in real.family.shapes(real).items():
+        areas[GLM4V.area(name)] += math.prod(shape)
+    assert areas[Area.DOWN_PROJ] == 40 * 4096 * 13696
+    assert areas[Area.EMBEDDINGS] == 2 * 151552 * 4096
+    assert areas[Area.NORMS] == 161 * 4096
     attention = 2 * 4096 * 4096 + 2 * 256 * 4096 + 4096 + 2 * 256
-    assert parts[Part.TEXT_LINEARS] == 40 * (attention + 27392 * 4096)
-    assert sum(parts.values()) == 10_292_777_472
+    assert areas[Area.TEXT_LINEARS] == 40 * (attention + 27392 * 4096)
+    assert sum(areas.values()) == 10_292_777_472
+
+
+@pytest.mark.parametrize(
+    ("name", "of_the_checkpoint", "short"),
+    [
+        ("model.language_model.layers.3.mlp.gate_up_proj", None, "layers.3.mlp.gate_up_proj"),
+        ("model.visual.merger.proj", None, "visual.merger.proj"),
+        ("lm_head", None, "lm_head"),
+        # MindIE's parts, then vLLM-Ascend's
+        (
+            "language_model.layers.3.mlp.down_proj",
+            "model.language_model.layers.3.mlp.down_proj",
+            "layers.3.mlp.down_proj",
+        ),
+        ("language_model.lm_head.weight", "lm_head.weight", "lm_head.weight"),
+        ("visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv", "visual.blocks.0.attn.qkv"),
+        ("language_model.model.norm.weight", "model.language_model.norm.weight", "norm.weight"),
+    ],
+)
+def test_engines_names_are_brought_back_and_all_are_shortened(
+    name: str, of_the_checkpoint: str | None, short: str
+) -> None:
+    assert GLM4V.checkpoint_name(name) == (of_the_checkpoint or name)
+    assert GLM4V.short_name(name) == short

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.blocks import StreamedModel
+from glmq.model.streamed import StreamedModel
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.model.lean import no_compiler

@@ -19,7 +19,6 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection.compare import WeightDiff, compare_weights
 from glmq.inspection.folder import scan_folder
 from glmq.model.config import read_config
-from glmq.model.glm4v import all_blocks
 from glmq.model.inputs import Preprocessor
 from glmq.quantization.fold import fold_into_rows, row_divisors
 from glmq.quantization.recipe import Options, make_recipe, plan_groups
@@ -144,7 +143,10 @@ def test_stored_rows_are_divided_by_what_stored_columns_are_multiplied_with(
     config = read_config(loud)
     with Checkpoint.open(outputs[mode]) as checkpoint, Checkpoint.open(loud) as source:
         folds = {
-            group.site: group.source for block in all_blocks(config) for group in block.groups if group.site in FOLDED
+            group.site: group.source
+            for block in config.family.blocks(config)
+            for group in block.groups
+            if group.site in FOLDED
         }
         for reader, rows in folds.items():
             assert rows is not None

@@ -8,10 +8,10 @@ import pytest
 
 from glmq import __version__
 from glmq.checkpoint.json_file import JsonObject
-from glmq.model.glm4v import Part
+from glmq.model.family import Area
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.quantization.report import report_document, write_report
-from glmq.quantization.stream import PartBytes
+from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport, parse_row, report_row
 from glmq.spec import QuantType
 
@@ -39,7 +39,7 @@ REPORT = LinearReport(
     seconds=0.5,
 )
 PERFECT = replace(REPORT, name="lm_head", quant_type=QuantType.W8A8_DYNAMIC, output_error=0.0, sqnr_db=math.inf)
-PARTS = [PartBytes(Part.TEXT_LINEARS, 4096, 2048), PartBytes(Part.NORMS, 128, 384)]
+PARTS = [AreaBytes(Area.TEXT_LINEARS, 4096, 2048), AreaBytes(Area.NORMS, 128, 384)]
 FIELDS = [
     "name", "quant_type", "rows", "cols", "method", "step_min", "step_max", "entropy_bits", "outlier_share",
     "zero_share", "saturated", "weight_error", "output_error", "sqnr_db", "input_low", "input_high", "input_range",

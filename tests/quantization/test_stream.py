@@ -13,9 +13,8 @@ from torch import Tensor
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.blocks import StreamedModel
-from glmq.model.config import read_config
-from glmq.model.glm4v import expected_shapes, part_of, rms_norms, text_block
+from glmq.model.config import FAMILY, read_config
+from glmq.model.streamed import StreamedModel
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.quantization.layer import FloatLinear, GroupResult, quantize_group
 from glmq.quantization.recipe import Options, make_recipe, plan_groups
@@ -69,9 +68,9 @@ def test_the_output_has_exactly_the_tensors_that_the_engines_read(
     half = torch.bfloat16 if mode == "W8A8 bf16" else torch.float16
     static = torch.bfloat16 if mode == "W8A8 bf16" else torch.float32
     wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for name, shape in expected_shapes(config).items():
+    for name, shape in config.family.shapes(config).items():
         wanted[name] = (torch.int8 if name.removesuffix(".weight") in linears else half, shape)
-    for norm in rms_norms(config):
+    for norm in config.family.rms_norms(config):
         wanted[f"{norm}.bias"] = (torch.float32, wanted[f"{norm}.weight"][1])
     for linear in linears:
         rows = wanted[f"{linear}.weight"][1][0]
@@ -130,13 +129,13 @@ def test_what_is_not_quantized_is_copied(mode: str, outputs: dict[str, Path], sm
     found, source = weights(outputs[mode]), weights(small)
     smoothed = {
         f"{norm}.weight"
-        for norm in rms_norms(read_config(small))
+        for norm in read_config(small).family.rms_norms(read_config(small))
         if norm.endswith(("input_layernorm", "post_attention_layernorm"))
     }
     for name, tensor in source.items():
         if name.removesuffix(".weight") not in quantized_linears(small) and name not in smoothed:
             assert torch.equal(found[name], tensor.to(found[name].dtype))
-    assert all(not found[f"{norm}.bias"].any() for norm in rms_norms(read_config(small)))
+    assert all(not found[f"{norm}.bias"].any() for norm in read_config(small).family.rms_norms(read_config(small)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -275,7 +274,7 @@ def smooth(
         Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16") if mode == "W8A8S fp16" else Options()
     )
     recipe, source = make_recipe(options), weights(model)
-    shapes = text_block(read_config(model), 1).groups[group]
+    shapes = read_config(model).family.text_block(read_config(model), 1).groups[group]
     linears = [
         FloatLinear(
             s.name, source[f"{s.name}.weight"].float(), source[f"{s.name}.bias"].float() if s.has_bias else None
@@ -291,12 +290,15 @@ def smooth(
 def test_without_outlier_suppression_no_norm_changes(small: Path, small_stats: Path, tmp_path: Path) -> None:
     found = weights(quantize(small, small_stats, tmp_path / "out", "--anti_method", "none"))
     source = weights(small)
-    assert all(torch.equal(found[f"{norm}.weight"], source[f"{norm}.weight"]) for norm in rms_norms(read_config(small)))
+    assert all(
+        torch.equal(found[f"{norm}.weight"], source[f"{norm}.weight"])
+        for norm in read_config(small).family.rms_norms(read_config(small))
+    )
 
 
 def test_the_older_mindie_layout(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = quantize(small, small_stats, tmp_path / "out", *SEED, "--mindie_format", "True")
-    found, norms = weights(out), list(rms_norms(read_config(small)))
+    found, norms = weights(out), list(read_config(small).family.rms_norms(read_config(small)))
     document = json.loads((out / "quant_model_description_w8a8s.json").read_text())
     assert "version" not in document
     assert document.pop("model_quant_type") == "W8A8S"
@@ -464,7 +466,7 @@ def test_missing_tensors_are_counted_and_the_first_is_named(
     edit_tensors(small_copy, drop)
     (small_copy / "model.safetensors.index.json").unlink()
     code, sentence = refused(small_copy, small_stats, tmp_path / "out")
-    total = len(expected_shapes(read_config(small_copy)))
+    total = len(read_config(small_copy).family.shapes(read_config(small_copy)))
     assert code == 4
     assert sentence == (
         f"error: {small_copy}: 13 of the model's {total} tensors are missing, "
@@ -521,8 +523,8 @@ def test_the_reports_bytes_are_those_of_the_files(outputs: dict[str, Path], smal
     for side, folder in (("before", small), ("after", outputs["W8A8S fp16"])):
         found: dict[str, int] = {}
         for name, tensor in weights(folder).items():
-            part = part_of(name).value
-            found[part] = found.get(part, 0) + tensor.nbytes
+            area = FAMILY.area(name).value
+            found[area] = found.get(area, 0) + tensor.nbytes
         assert {entry["part"]: entry[side] for entry in report["bytes"]} == found
 
 

@@ -11,14 +11,13 @@ from handmade import CONFIG, KINDS, SIDE_FILES, Make, build, make_tensor, small_
 from safetensors.torch import save_file
 
 from glmq.checkpoint.reader import Checkpoint
-from glmq.model.glm4v import expected_shapes
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
     directory = tmp_path_factory.mktemp("float")
     generator = torch.Generator().manual_seed(3)
-    tensors = {name: make_tensor(shape, generator) for name, shape in expected_shapes(CONFIG).items()}
+    tensors = {name: make_tensor(shape, generator) for name, shape in CONFIG.family.shapes(CONFIG).items()}
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(small_config()))
     for name in SIDE_FILES:

@@ -13,7 +13,6 @@ from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import read_config
-from glmq.model.glm4v import all_blocks
 from glmq.verification.arithmetic import (
     FP16_LIMIT,
     LinearArithmetic,
@@ -35,7 +34,7 @@ def measure(candidate: Path, reference: Path | None) -> dict[str, LinearArithmet
             records = list(measure_linears(one, None, {}))
         else:
             with Checkpoint.open(reference) as other:
-                groups = [group for block in all_blocks(read_config(candidate)) for group in block.groups]
+                groups = read_config(candidate).family.groups(read_config(candidate))
                 records = list(measure_linears(one, other, find_scalings(other, one, groups)))
     return {record.name: record for record in records if isinstance(record, LinearArithmetic)}
 

@@ -8,7 +8,6 @@ from typing import Final
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import VISION, all_blocks, expected_shapes, text_blocks
 from glmq.verification.engines.linears import (
     DTYPE_NAMES,
     STATIC,
@@ -130,7 +129,7 @@ def _check_route(folder: Folder) -> Generator[Complaint, None, bool]:
 
 def _check_description(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
     """The look-ups in the description, and the kinds of quantization that MindIE packs."""
-    for block in text_blocks(config):
+    for block in config.family.text_blocks(config):
         types: list[str] = []
         for part in ("q_proj", "k_proj", "v_proj"):
             found = folder.description.get(f"{block.name}.self_attn.{part}.weight")
@@ -150,7 +149,7 @@ def _check_description(folder: Folder, config: ModelConfig) -> Iterator[Complain
                 yield True, name, "is W4A8_DYNAMIC, for which MindIE has no dense kernel: AssertionError"
     for index in range(config.vision_depth):
         for part in ("gate_proj", "up_proj"):
-            key = f"{VISION}.blocks.{index}.mlp.{part}.weight"
+            key = f"{config.family.vision}.blocks.{index}.mlp.{part}.weight"
             found = folder.description.get(key)
             if found not in TYPES:
                 yield True, key, f"is {found!r} in the description; MindIE looks it up and knows {', '.join(TYPES)}"
@@ -159,13 +158,12 @@ def _check_description(folder: Folder, config: ModelConfig) -> Iterator[Complain
 def _check_tensors(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
     stored = {tensor.name: tensor for tensor in folder.tensors}
     dtype = DTYPE_NAMES.get(str(section(folder.config, "text_config").get("dtype")))
-    for name in expected_shapes(config):
+    for name in config.family.shapes(config):
         if name not in stored:
             yield True, name, "does not exist; MindIE stops when it loads it"
-    for block in all_blocks(config):
-        for group in block.groups:
-            for linear in group.linears:
-                yield from check_linear_tensors(stored, linear.name, folder, dtype)
+    for group in config.family.groups(config):
+        for linear in group.linears:
+            yield from check_linear_tensors(stored, linear.name, folder, dtype)
 
 
 def _check_parts(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:

@@ -8,7 +8,6 @@ from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.json_file import JsonValue
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import LM_HEAD, TEXT, VISION, all_blocks
 from glmq.verification.engines.linears import DTYPE_NAMES, TYPES, Complaint, check_linear_tensors, section
 
 
@@ -56,10 +55,9 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
         return
     stored = {tensor.name: tensor for tensor in folder.tensors}
     dtype = DTYPE_NAMES.get(str(section(folder.config, "text_config").get("dtype")))
-    for block in all_blocks(config):
-        for group in block.groups:
-            for linear in group.linears:
-                yield from check_linear_tensors(stored, linear.name, folder, dtype)
+    for group in config.family.groups(config):
+        for linear in group.linears:
+            yield from check_linear_tensors(stored, linear.name, folder, dtype)
 
 
 def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -68,20 +66,21 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     The class maps of vLLM apply: in the vision tower qkv_proj stands for q, k, v and gate_up_proj for itself; in the text
     layers gate_up_proj stands for gate_proj and up_proj.
     """
+    family = config.family
     for index in range(config.vision_depth):
-        base = f"{VISION}.blocks.{index}"
+        base = f"{family.vision}.blocks.{index}"
         yield f"{base}.attn.qkv_proj", tuple(f"{base}.attn.{part}_proj" for part in "qkv")
         for part in ("attn.qkv", "attn.proj", "mlp.gate_up_proj", "mlp.down_proj"):
             yield f"{base}.{part}", (f"{base}.{part}",)
     for part in ("proj", "gate_up_proj", "down_proj"):
-        yield f"{VISION}.merger.{part}", (f"{VISION}.merger.{part}",)
+        yield f"{family.vision}.merger.{part}", (f"{family.vision}.merger.{part}",)
     for index in range(config.layers):
-        base = f"{TEXT}.layers.{index}"
+        base = f"{family.text}.layers.{index}"
         yield f"{base}.self_attn.qkv_proj", tuple(f"{base}.self_attn.{part}_proj" for part in "qkv")
         yield f"{base}.self_attn.o_proj", (f"{base}.self_attn.o_proj",)
         yield f"{base}.mlp.gate_up_proj", tuple(f"{base}.mlp.{part}_proj" for part in ("gate", "up"))
         yield f"{base}.mlp.down_proj", (f"{base}.mlp.down_proj",)
-    yield LM_HEAD, (LM_HEAD,)
+    yield family.lm_head, (family.lm_head,)
 
 
 def _check_type(description: Mapping[str, JsonValue], module: str, members: tuple[str, ...]) -> Iterator[Complaint]:

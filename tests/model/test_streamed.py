@@ -10,10 +10,9 @@ from torch import nn
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
-from glmq.model.blocks import VISION_STEM, VISION_TAIL, StreamedModel
-from glmq.model.config import read_config
-from glmq.model.glm4v import all_blocks
+from glmq.model.config import FAMILY, read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.model.streamed import StreamedModel
 from glmq.model.tiny import TINY_CASES
 
 LAYER = "model.language_model.layers.0"
@@ -82,7 +81,7 @@ def test_building_the_model_changes_nothing_in_the_config(small: Path) -> None:
 
 
 def test_only_the_placed_blocks_parameters_are_in_memory(streamed: StreamedModel) -> None:
-    for block in all_blocks(streamed.config):
+    for block in streamed.config.family.blocks(streamed.config):
         with streamed.placed(block.name):
             wanted = {name for name in streamed.source if name.startswith(f"{block.name}.")}
             assert in_memory(streamed) == wanted
@@ -90,7 +89,7 @@ def test_only_the_placed_blocks_parameters_are_in_memory(streamed: StreamedModel
 
 
 def test_stem_and_tail_hold_the_vision_tower_but_its_blocks(streamed: StreamedModel) -> None:
-    with streamed.placed(*VISION_STEM, *VISION_TAIL):
+    with streamed.placed(*FAMILY.vision_stem, *FAMILY.vision_tail):
         visual = {name for name in streamed.source if name.startswith("model.visual.")}
         assert in_memory(streamed) == {name for name in visual if not name.startswith("model.visual.blocks.")}
 

@@ -22,18 +22,10 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
-from glmq.model.glm4v import LM_HEAD, TEXT, VISION
 from glmq.model.lean import no_compiler
 
 if TYPE_CHECKING:
     from glmq.model.inputs import ModelInputs
-
-VISION_STEM = tuple(
-    f"{VISION}.{part}" for part in ("patch_embed", "post_conv_layernorm", "embeddings")
-)  # what runs before the first vision block
-VISION_TAIL = tuple(
-    f"{VISION}.{part}" for part in ("post_layernorm", "downsample", "merger")
-)  # what runs after the last one
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
@@ -89,6 +81,7 @@ class StreamedModel:
 
     def __init__(self, source: Checkpoint, config: ModelConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
+        self._text, self._vision, self._lm_head = config.family.text, config.family.vision, config.family.lm_head
         self.model = _build_on_meta(config, dtype)
         for buffer_owner in self.model.modules():
             for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
@@ -96,7 +89,7 @@ class StreamedModel:
         self._inject = _Inject()
         parameters = inspect.signature(type(self.model.get_submodule("model")).forward).parameters
         self._wants_token_types = "mm_token_type_ids" in parameters
-        layer = inspect.signature(self.module(f"{TEXT}.layers.0").forward).parameters
+        layer = inspect.signature(self.module(f"{self._text}.layers.0").forward).parameters
         self._cache_name = next(name for name in CACHE_NAMES if name in layer)
 
     def module(self, name: str) -> nn.Module:
@@ -121,9 +114,9 @@ class StreamedModel:
     @contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:
         """Hold the embedding rows of these tokens, and no others, while the context lasts."""
-        text = self.module(TEXT)
+        text = self.module(self._text)
         table = text.embed_tokens
-        name = f"{TEXT}.embed_tokens.weight"
+        name = f"{self._text}.embed_tokens.weight"
         unique = ids.unique()
         if int(unique[-1]) >= self.source.info(name).shape[0]:
             raise ModelError(
@@ -139,22 +132,25 @@ class StreamedModel:
             text.embed_tokens = table
 
     def vision_call(self, inputs: ModelInputs) -> BlockCall:
-        """The call of the first vision block; needs VISION_STEM placed."""
-        return self._capture(self.module(f"{VISION}.blocks.0"), self.module(VISION), inputs.pixels(self), inputs.grid)
+        """The call of the first vision block; needs the vision stem placed."""
+        return self._capture(
+            self.module(f"{self._vision}.blocks.0"), self.module(self._vision), inputs.pixels(self), inputs.grid
+        )
 
     def text_call(self, inputs: ModelInputs, vision: BlockCall | None) -> BlockCall:
-        """The call of the first text layer; needs its embedding rows and, with an image, VISION_TAIL.
+        """The call of the first text layer; needs its embedding rows and, with an image, the vision tail.
 
         Args:
             vision: the call of the image's vision blocks, its hidden states being the last block's output.
         """
-        visual = self.module(VISION)
-        own = {name: getattr(visual, name) for name in (*(part.rpartition(".")[2] for part in VISION_STEM), "blocks")}
+        visual = self.module(self._vision)
+        stem = (name.rpartition(".")[2] for name in self.config.family.vision_stem)
+        own = {name: getattr(visual, name) for name in (*stem, "blocks")}
         try:
             for name in own:
                 setattr(visual, name, nn.ModuleList([self._inject]) if name == "blocks" else self._inject)
             self._inject.hidden = None if vision is None else vision.hidden
-            return self._capture(self.module(f"{TEXT}.layers.0"), self.model, **inputs.model_kwargs(self))
+            return self._capture(self.module(f"{self._text}.layers.0"), self.model, **inputs.model_kwargs(self))
         finally:
             for name, module in own.items():
                 setattr(visual, name, module)
@@ -169,7 +165,7 @@ class StreamedModel:
             assert positions is None or isinstance(positions, Tensor)
             seen.append(positions)
 
-        handle = self.module(TEXT).register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.module(self._text).register_forward_pre_hook(hook, with_kwargs=True)
         try:
             call = self.text_call(inputs, vision)
         finally:
@@ -188,8 +184,8 @@ class StreamedModel:
         """
         tokens, positions, visible = (x.to(self.device) for x in (tokens, positions, visible))
         with self.embedding_rows(tokens):
-            hidden = self.module(f"{TEXT}.embed_tokens")(tokens[:, None])  # [S, 1, width]
-        rotary = self.module(f"{TEXT}.rotary_emb")(hidden, position_ids=positions[None, :, None].expand(3, -1, 1))
+            hidden = self.module(f"{self._text}.embed_tokens")(tokens[:, None])  # [S, 1, width]
+        rotary = self.module(f"{self._text}.rotary_emb")(hidden, position_ids=positions[None, :, None].expand(3, -1, 1))
         return BlockCall(hidden, {"position_embeddings": rotary, "attention_mask": visible[:, None, None, :]})
 
     def cached(self, call: BlockCall, cache: PromptCache | TokenCache) -> BlockCall:
@@ -206,8 +202,8 @@ class StreamedModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [tokens, vocabulary] from the last layer's [1, tokens, width]; needs the norm and lm_head placed."""
-        normed = self.module(f"{TEXT}.norm")(hidden)
-        return self.module(LM_HEAD)(normed)[0].float()  # type: ignore[no-any-return]
+        normed = self.module(f"{self._text}.norm")(hidden)
+        return self.module(self._lm_head)(normed)[0].float()  # type: ignore[no-any-return]
 
     @property
     def wants_token_types(self) -> bool:
@@ -252,18 +248,22 @@ class StreamedModel:
 
 
 def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    family = config.family
     with no_compiler():
-        from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+        import transformers
         from transformers.utils import logging
+
+        config_class = getattr(transformers, family.config_class)  # imports its module
+        model_class = getattr(transformers, family.model_class)
 
     logging.set_verbosity_error()
     try:
-        hf_config = Glm4vConfig(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
+        hf_config = config_class(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
         with init_empty_weights(include_buffers=False), _NoInit():
-            model = Glm4vForConditionalGeneration._from_config(hf_config, attn_implementation="sdpa")
+            model = model_class._from_config(hf_config, attn_implementation="sdpa")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"config.json: transformers cannot build a GLM-4.1V from it ({type(error).__name__}: {error})"
+            f"config.json: transformers cannot build a {family.title} from it ({type(error).__name__}: {error})"
         ) from error
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # meta: no memory; image features are cast to this dtype

@@ -1,0 +1,204 @@
+"""What a family of vision-language models is: how its blocks, linears and norms follow from the sizes in config.json.
+
+Nothing here knows one family from another; `glm4v.py` describes the one that glmq handles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Area(Enum):
+    """The areas of a model that size tables speak of."""
+
+    TEXT_LINEARS = "text linears"
+    DOWN_PROJ = "down_proj"
+    VISION = "vision tower"
+    EMBEDDINGS = "embeddings and lm_head"
+    NORMS = "text norms"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """One linear of the model."""
+
+    name: str
+    rows: int
+    """Output features N."""
+    cols: int
+    """Input features K."""
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Rows of an earlier linear, each a factor of the channels of a later input: only products with other things and sums
+    over tokens lie between, so what divides the row divides its channels.
+
+    With grouped-query attention a run of rows, one KV head, makes several runs of channels, its query heads.
+    """
+
+    linear: str
+    first_row: int
+    run: int
+    """Consecutive rows that stay together."""
+    repeats: int
+    """Runs of channels that one run of rows makes."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputGroup:
+    """Linears that read the same input, and what makes it where scales can fold into that."""
+
+    linears: tuple[LinearShape, ...]
+    norm: str | None
+    """Module name of the RMSNorm right before the linears; None where something nonlinear lies between."""
+    source: RowSource | None = None
+    """The rows that make an input without a norm; None where a factor would not pass."""
+
+    @property
+    def site(self) -> str:
+        """The name of the shared input: the first linear that reads it."""
+        return self.linears[0].name
+
+    @property
+    def width(self) -> int:
+        """Channels of the shared input."""
+        return self.linears[0].cols
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A piece of the model that is in memory at one time."""
+
+    name: str
+    """Module name, e.g. `model.language_model.layers.3`."""
+    groups: tuple[InputGroup, ...]
+    attention_width: int = 0
+    """Channels of all heads' queries; 0 in a block without attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The numbers of a config.json that decide the shape of every tensor."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    vision_hidden: int
+    vision_depth: int
+    vision_out: int
+    vision_intermediate: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    image_size: int
+    in_channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """The image processor of transformers that a family uses, and the pictures that it takes."""
+
+    class_name: str
+    min_pixels: int
+    """Of all frames together; smaller pictures are enlarged."""
+    max_pixels: int
+    """Of all frames together; larger pictures are shrunk."""
+    smallest_side: int
+    """Pixels."""
+    largest_aspect: int
+    """Longer side divided by the shorter one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family of models with a vision tower and a text tower: names as data, blocks as functions of the sizes."""
+
+    title: str
+    """As messages call it."""
+    model_type: str
+    """As config.json calls it."""
+    members: str
+    """Released models, for messages."""
+    relatives: Mapping[str, str]
+    """Other values of `model_type` that users confuse with this one, and why each is not it."""
+    config_class: str
+    """In transformers, like the next."""
+    model_class: str
+    image_processor: ImageProcessor
+    text: str
+    """Module name of the text tower."""
+    vision: str
+    """Module name of the vision tower."""
+    lm_head: str
+    """Module name of the linear that gives the logits."""
+    vision_stem: tuple[str, ...]
+    """Modules that run before the first vision block."""
+    vision_tail: tuple[str, ...]
+    """Modules that run after the last vision block."""
+    row_parallel: tuple[str, ...]
+    """Endings of linears that engines split along their input columns."""
+    float_by_default: tuple[str, ...]
+    """Patterns of linears that stay float unless they are asked for."""
+    engine_prefixes: Mapping[str, str]
+    """How names begin in the parts that engines load -> how they begin in the float checkpoint; the first that fits holds."""
+    vision_block: Callable[[Sizes, int], Block]
+    """Vision block `index`."""
+    merger_block: Callable[[Sizes], Block]
+    """What joins the vision tower to the text tower."""
+    text_block: Callable[[Sizes, int], Block]
+    """Text layer `index`; its groups in the order in which the layer computes them."""
+    head_block: Callable[[Sizes], Block]
+    """`lm_head`."""
+    rms_norms: Callable[[Sizes], Iterator[str]]
+    """Module names of every RMSNorm of both towers, in the order in which the model runs them."""
+    other_shapes: Callable[[Sizes], Mapping[str, tuple[int, ...]]]
+    """The tensors that belong to no linear of a block and to no RMSNorm, with their shapes."""
+    area: Callable[[str], Area]
+    """The area that a tensor belongs to, by its name in a float or quantized checkpoint."""
+
+    def vision_blocks(self, sizes: Sizes) -> tuple[Block, ...]:
+        """The vision tower's blocks, then its merger."""
+        return (*(self.vision_block(sizes, i) for i in range(sizes.vision_depth)), self.merger_block(sizes))
+
+    def text_blocks(self, sizes: Sizes) -> tuple[Block, ...]:
+        """The text tower's layers."""
+        return tuple(self.text_block(sizes, i) for i in range(sizes.layers))
+
+    def blocks(self, sizes: Sizes) -> tuple[Block, ...]:
+        """Every block in the order of the forward pass: vision tower, text layers, lm_head."""
+        return (*self.vision_blocks(sizes), *self.text_blocks(sizes), self.head_block(sizes))
+
+    def groups(self, sizes: Sizes) -> list[InputGroup]:
+        """The input groups of all blocks, in the same order."""
+        return [group for block in self.blocks(sizes) for group in block.groups]
+
+    def shapes(self, sizes: Sizes) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the float checkpoint with its shape."""
+        shapes = dict(self.other_shapes(sizes))
+        for norm in self.rms_norms(sizes):
+            shapes[f"{norm}.weight"] = (sizes.vision_hidden if norm.startswith(self.vision) else sizes.hidden_size,)
+        for group in self.groups(sizes):
+            for linear in group.linears:
+                shapes[f"{linear.name}.weight"] = (linear.rows, linear.cols)
+                if linear.has_bias:
+                    shapes[f"{linear.name}.bias"] = (linear.rows,)
+        return shapes
+
+    def checkpoint_name(self, name: str) -> str:
+        """What the float checkpoint calls a tensor of an engine's part; other names stay as they are."""
+        for prefix, own in self.engine_prefixes.items():
+            if name.startswith(prefix):
+                return own + name.removeprefix(prefix)
+        return name
+
+    def short_name(self, name: str) -> str:
+        """A name for tables, without what all names share: `layers.3.mlp.down_proj`, `visual.merger.proj`, `lm_head`."""
+        return self.checkpoint_name(name).removeprefix(f"{self.text}.").removeprefix("model.")
