@@ -123,6 +123,18 @@ class PassTime:
 
 
 @dataclass(frozen=True, slots=True)
+class BytesDone:
+    """A tensor is read: a step of the progress bar."""
+
+    name: str
+    """Of the tensor."""
+    done: int
+    """Bytes read so far."""
+    total: int
+    """Bytes that are to be read."""
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDone:
     """One block of a streamed run is finished: a step of the progress bar."""
 

@@ -92,7 +92,8 @@ def _inspect_one(
     from glmq.inspection.folder import Kind, scan_folder
     from glmq.inspection.listing import choose_rows, tensor_rows
     from glmq.reporting.documents import Inspection, inspection_csv, inspection_document, write_csv
-    from glmq.reporting.pages import inspection_page, write_page
+    from glmq.reporting.inspection_page import inspection_page
+    from glmq.reporting.page import write_page
     from glmq.verification.engines.check import Target, check_target
 
     folder = scan_folder(a)
@@ -130,8 +131,9 @@ def _inspect_two(
 ) -> None:
     from glmq.cli.inspect_view import compare_folders, show_comparison
     from glmq.cli.render import print_json
+    from glmq.reporting.comparison_page import comparison_page
     from glmq.reporting.documents import comparison_csv, comparison_document, write_csv
-    from glmq.reporting.pages import comparison_page, write_page
+    from glmq.reporting.page import write_page
 
     found = compare_folders(a, b, layer=layer, name=name, with_histograms=html is not None, quiet=quiet or json_output)
     if csv is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from rich import box
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,13 +27,17 @@ from glmq.inspection.listing import (
 )
 from glmq.jobs.malloc import keep_freed_memory
 from glmq.model.config import FAMILY
+from glmq.records import BytesDone
 from glmq.verification.engines.check import describe_engines
 
 if TYPE_CHECKING:
-    from glmq.inspection.compare import Incomparable, KeyChange, NamePattern, WeightDiff
+    from glmq.inspection.compare import WeightDiff
+    from glmq.inspection.compare_keys import KeyChange, NamePattern
+    from glmq.inspection.comparison import Comparison
     from glmq.inspection.values import TensorValues
-    from glmq.reporting.documents import Comparison, Inspection
+    from glmq.reporting.documents import Inspection
 
+_Result = TypeVar("_Result")
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 PAGE_HISTOGRAMS: Final = 6
 """Weights whose distributions the page shows."""
@@ -43,15 +47,9 @@ SHOWN_PROBLEMS: Final = 5
 
 def read_values(rows: Sequence[TensorRow], *, quiet: bool) -> dict[str, TensorValues]:
     """The values of each row's tensor, read under a progress bar over bytes."""
-    from glmq.inspection.values import tensor_values
+    from glmq.inspection import values
 
-    found: dict[str, TensorValues] = {}
-    with _bar(quiet=quiet) as progress:
-        task = progress.add_task("read values", total=sum(row.nbytes for row in rows))
-        for row in rows:
-            found[row.name] = tensor_values(row.tensor)
-            progress.advance(task, row.nbytes)
-    return found
+    return _drive("read values", values.read_values(rows), quiet=quiet)
 
 
 def compare_folders(
@@ -60,47 +58,27 @@ def compare_folders(
     """Compare two folders under a progress bar; the patterns choose tensors by their names in A."""
     import torch
 
-    from glmq.inspection.compare import (
-        WeightDiff,
-        compare_weights,
-        config_changes,
-        description_changes,
-        only_in,
-        sum_layers,
-        weight_histograms,
-    )
-    from glmq.reporting.documents import Comparison
+    from glmq.inspection import comparison
 
     torch.set_num_threads(1)  # weights are compared piece by piece, each in a thread of its own
     keep_freed_memory()
     one, other = scan_folder(a), scan_folder(b)
     names = {row.name for row in choose_rows(tensor_rows(one), layer=layer, name=name, sort="name")}
-    diffs: list[WeightDiff] = []
-    incomparable: list[Incomparable] = []
-    nbytes = {tensor.name: tensor.info.nbytes for tensor in one.tensors if tensor.name in names}
+    histograms = PAGE_HISTOGRAMS if with_histograms else 0
+    return _drive("compare weights", comparison.compare_folders(one, other, names, histograms=histograms), quiet=quiet)
+
+
+def _drive(title: str, steps: Generator[BytesDone, None, _Result], *, quiet: bool) -> _Result:
+    """Run a generator to its end under a progress bar over bytes; returns what it returns."""
     with _bar(quiet=quiet) as progress:
-        task = progress.add_task("compare weights", total=sum(nbytes.values()))
-        for record in compare_weights(one, other, names):
-            if isinstance(record, WeightDiff):
-                diffs.append(record)
-            else:
-                incomparable.append(record)
-            progress.advance(task, nbytes[record.name])
-    layers = sum_layers(diffs)
-    diffs.sort(key=lambda diff: (-diff.relative_l2, diff.name))
-    worst = [diff.name for diff in diffs if diff.name.endswith(".weight") and len(diff.shape) == 2 and diff.noise]
-    return Comparison(
-        a=one,
-        b=other,
-        diffs=diffs,
-        incomparable=incomparable,
-        layers=layers,
-        only_a=only_in(one, other),
-        only_b=only_in(other, one),
-        config=config_changes(one, other),
-        description=description_changes(one, other),
-        histograms=list(weight_histograms(one, other, worst[:PAGE_HISTOGRAMS])) if with_histograms else [],
-    )
+        task = progress.add_task(title, total=None)
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                result: _Result = end.value
+                return result
+            progress.update(task, completed=step.done, total=step.total)
 
 
 def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> None:

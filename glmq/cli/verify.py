@@ -79,6 +79,7 @@ def verify(
         typer.Option(
             "--list-checks",
             help="Print the number and title of every check, and whether it finds errors or warnings; CANDIDATE is not needed.",
+            rich_help_panel=o.OUTPUT,
         ),
     ] = False,
     html: Html = None,
@@ -97,7 +98,8 @@ def verify(
     from glmq.cli.verify_view import show_checks, show_verification
     from glmq.jobs.verify import load_samples, verify_folder
     from glmq.reporting.documents import VERIFY_SCHEMA, checks_document, verification_document
-    from glmq.reporting.pages import verification_page, write_page
+    from glmq.reporting.page import write_page
+    from glmq.reporting.verification_page import verification_page
     from glmq.verification.checks import Limits
     from glmq.verification.engines.check import Target
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -17,10 +16,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
-from glmq.inspection.folder import Folder, Kind, layer_of, role_of
+from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, Kind, layer_of, role_of
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.sums import Sums, sum_rows
 from glmq.inspection.weights import StoredMatrix, column_scales, run_ahead
@@ -31,19 +29,6 @@ from glmq.numerics.metrics import entropy_bits, sqnr_db
 HISTOGRAM_BINS: Final = 64
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read and compare pieces of a weight: while some wait for the disk, others compute."""
-
-LINEAR_SUFFIXES: Final = (
-    "input_scale",
-    "input_offset",
-    "quant_bias",
-    "deq_scale",
-    "weight_scale",
-    "weight_offset",
-    "weight_scale_second",
-    "weight_offset_second",
-    "scale_bias",
-)
-"""Tensors that belong to an integer linear and are compared with its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,23 +96,6 @@ class LayerDiff:
     worst: str
     """The role of the tensor with the largest relative difference."""
     worst_relative_l2: float
-
-
-@dataclass(frozen=True, slots=True)
-class KeyChange:
-    """A key of config.json or of the description that differs; None where it is absent."""
-
-    key: str
-    a: str | None
-    b: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class NamePattern:
-    """Tensors that only one checkpoint has, numbers in their names replaced by N."""
-
-    pattern: str
-    count: int
 
 
 def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[WeightDiff | Incomparable]:
@@ -203,33 +171,6 @@ def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:
         layers.setdefault(diff.layer, []).append(diff)
     everything = [diff for members in layers.values() for diff in members]
     return [_sum(layer, members) for layer, members in (*layers.items(), ("total", everything)) if members]
-
-
-def only_in(a: Folder, b: Folder) -> list[NamePattern]:
-    """Tensors of `a` that `b` lacks, by pattern; those that make up an integer linear of `a` are left out."""
-    there = {tensor.name for tensor in b.tensors}
-    patterns: dict[str, int] = {}
-    for tensor in a.tensors:
-        if tensor.name not in there and tensor.name.rpartition(".")[2] not in LINEAR_SUFFIXES:
-            pattern = re.sub(r"\.[0-9]+\.", ".N.", tensor.name)
-            patterns[pattern] = patterns.get(pattern, 0) + 1
-    return [NamePattern(pattern, count) for pattern, count in patterns.items()]
-
-
-def config_changes(a: Folder, b: Folder) -> list[KeyChange]:
-    """Keys of config.json, dotted, that differ."""
-    return _changes(_flatten(a.config), _flatten(b.config))
-
-
-def description_changes(a: Folder, b: Folder) -> list[KeyChange]:
-    """Keys of the description that differ, numbers in tensor names replaced by N where all such keys change alike."""
-    if not a.description or not b.description:
-        return []
-    found: dict[tuple[str, str | None, str | None], int] = {}
-    for change in _changes(_flatten(a.description), _flatten(b.description)):
-        key = (re.sub(r"\.[0-9]+\.", ".N.", change.key), change.a, change.b)
-        found[key] = found.get(key, 0) + 1
-    return [KeyChange(key if n == 1 else f"{key} ({n} keys)", x, y) for (key, x, y), n in found.items()]
 
 
 def _groups(a: Folder, b: Folder) -> list[InputGroup]:
@@ -366,18 +307,3 @@ def _sum(layer: str, diffs: list[WeightDiff]) -> LayerDiff:
     error = math.sqrt(noise / signal) if signal else 0.0
     label = worst.role if layer != "total" else worst.name
     return LayerDiff(layer, len(diffs), error, label, worst.relative_l2)
-
-
-def _flatten(document: Mapping[str, JsonValue], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
-
-
-def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> list[KeyChange]:
-    keys = [*a, *(key for key in b if key not in a)]
-    return [KeyChange(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]

@@ -20,6 +20,18 @@ from glmq.spec import QuantType
 STATISTICS: Final = "statistics.json"
 PORTABLE_FILE: Final = ".gqsc.safetensors"
 FLOAT_CODES: Final = ("F16", "BF16", "F32", "F64")
+LINEAR_SUFFIXES: Final = (
+    "input_scale",
+    "input_offset",
+    "quant_bias",
+    "deq_scale",
+    "weight_scale",
+    "weight_offset",
+    "weight_scale_second",
+    "weight_offset_second",
+    "scale_bias",
+)
+"""Tensors that belong to an integer linear beside its weight."""
 _PART: Final = re.compile(r"part([0-9]{1,4})-of-([0-9]{1,4})")
 _RANK: Final = re.compile(r"model-rank-([0-9]{1,4})-part-[0-9]{1,4}\.safetensors")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from glmq.checkpoint.header import DTYPE_BYTES, Header
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.inspection.folder import StoredTensor
 from glmq.numerics.metrics import entropy_bits
+from glmq.records import BytesDone
+
+if TYPE_CHECKING:
+    from glmq.inspection.listing import TensorRow
 
 BINS: Final = 32
 OUTLIER_DEVIATIONS: Final = 4.0
@@ -38,6 +42,27 @@ class TensorValues:
     """NaN and infinite values; they are left out of everything else."""
     histogram: tuple[int, ...]
     """Counts in BINS equal bins from minimum to maximum."""
+
+
+def read_values(rows: Sequence[TensorRow]) -> Generator[BytesDone, None, dict[str, TensorValues]]:
+    """The values of some tensors, a few megabytes in memory.
+
+    Yields:
+        A record after each tensor.
+
+    Returns:
+        By tensor name.
+
+    Raises:
+        CheckpointError: a file that ends early or cannot be opened.
+    """
+    total, done = sum(row.nbytes for row in rows), 0
+    found: dict[str, TensorValues] = {}
+    for row in rows:
+        found[row.name] = tensor_values(row.tensor)
+        done += row.nbytes
+        yield BytesDone(row.name, done, total)
+    return found
 
 
 def tensor_values(stored: StoredTensor) -> TensorValues:
@@ -119,9 +144,5 @@ def _pieces(stored: StoredTensor) -> Iterator[Tensor]:
     info = stored.info
     header = Header({info.name: info}, {}, b"", 0)  # of this tensor alone: it was checked when the folder was scanned
     with Checkpoint(stored.file.parent, {stored.file: header}) as checkpoint:
-        if not info.shape or info.nbytes <= PIECE_BYTES:
-            yield checkpoint.read(info.name)
-            return
-        step = max(1, PIECE_BYTES * info.shape[0] // info.nbytes)
-        for start in range(0, info.shape[0], step):
-            yield checkpoint.read_rows(info.name, start, min(start + step, info.shape[0]))
+        for _, piece in checkpoint.pieces(info.name):
+            yield piece

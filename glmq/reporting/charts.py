@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
+from glmq.reporting.words import percent, size
+
 WIDTH: Final = 960
 LABEL_WIDTH: Final = 170
 HEAT_SPAN: Final = 20.0
@@ -198,27 +200,6 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
                 parts.append(_line("clip", place(bar.high), place(bar.seen_high), y_line))
         parts.append("</g>")
     return _svg(bottom + 22, parts, what)
-
-
-def percent(value: float) -> str:
-    """A share for people: `3.90 %`, `0.04 %`, `< 0.001 %`, `inf`."""
-    if not math.isfinite(value):
-        return "inf"
-    scaled = 100 * value
-    if scaled == 0:
-        return "0 %"
-    if scaled < 0.001:
-        return "< 0.001 %"
-    digits = 0 if scaled >= 99.95 else 1 if scaled >= 10 else 2 if scaled >= 0.1 else 3
-    return f"{scaled:.{digits}f} %"
-
-
-def size(nbytes: int) -> str:
-    """Bytes for people: `13.66 GiB`, `7.2 MiB`, `512 B`."""
-    for unit, digits in ((2**30, 2), (2**20, 1), (2**10, 1)):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.{digits}f} {'GMK'[(2**30, 2**20, 2**10).index(unit)]}iB"
-    return f"{nbytes} B"
 
 
 def _decades(largest: float) -> list[float]:

@@ -20,7 +20,8 @@ from glmq.verification.findings import Check, Finding
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from glmq.inspection.compare import HistogramPair, Incomparable, KeyChange, LayerDiff, NamePattern, WeightDiff
+    from glmq.inspection.compare import WeightDiff
+    from glmq.inspection.comparison import Comparison
     from glmq.inspection.values import TensorValues
     from glmq.verification.arithmetic import LinearArithmetic
     from glmq.verification.behaviour import BlockBehaviour, LinearBehaviour
@@ -42,24 +43,6 @@ class Inspection:
     values: Mapping[str, TensorValues]
     """By tensor name; empty unless asked for."""
     engines: Mapping[Target, Sequence[Finding]]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Everything `glmq inspect A B` found."""
-
-    a: Folder
-    b: Folder
-    diffs: Sequence[WeightDiff]
-    """Worst first."""
-    incomparable: Sequence[Incomparable]
-    layers: Sequence[LayerDiff]
-    only_a: Sequence[NamePattern]
-    only_b: Sequence[NamePattern]
-    config: Sequence[KeyChange]
-    description: Sequence[KeyChange]
-    histograms: Sequence[HistogramPair]
-    """Of the worst matrices, for the page; may be empty."""
 
 
 @dataclass(frozen=True, slots=True)

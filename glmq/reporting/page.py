@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Final, Literal
 
 from glmq import __version__
+from glmq.checkpoint.json_file import write_whole
 
 Tone = Literal["good", "warn", "bad", "plain"]
 
 _MARKS: Final[dict[str, str]] = {"good": "✓", "warn": "!", "bad": "✗", "plain": ""}
+
+LISTED: Final = 60
+"""Rows of a table that are shown at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | Cell]], *, text_c
     return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>\n{body}\n</tbody></table></div>'
 
 
+def split_table(header: Sequence[str], rows: Sequence[Sequence[str | Cell]], text_columns: int) -> str:
+    """A table whose first LISTED rows are shown; the rest is folded away."""
+    shown = table(header, rows[:LISTED], text_columns=text_columns)
+    if len(rows) <= LISTED:
+        return shown
+    rest = table(header, rows[LISTED:], text_columns=text_columns)
+    return shown + folded(f"{len(rows) - LISTED} more", rest)
+
+
 def section(title: str, *content: str, note: str = "") -> str:
     """A headed part of the page."""
     small = f'<p class="muted">{escape(note)}</p>' if note else ""
@@ -83,6 +97,11 @@ def grid(*content: str) -> str:
 def figure(title: str, chart: str) -> str:
     """A chart with its title."""
     return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write the page whole or not at all."""
+    write_whole(path, html.encode())
 
 
 def page(title: str, subtitle: Sequence[str], *sections: str) -> str:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import edit_json, edit_tensors, glmq, run
 
 from glmq.model.tiny import TINY_CASES
@@ -171,3 +172,33 @@ def test_options_that_do_not_fit_are_refused(tiny: Path, tiny_seed: Path, pictur
     result = run("verify", small_stats)
     assert result.exit_code == 4
     assert f"{small_stats}: holds calibration statistics, no weights; give a quantized checkpoint" in result.stderr
+
+
+def test_list_checks_needs_no_folder_and_prints_every_check() -> None:
+    shown = glmq("verify", "--list-checks").stdout
+    assert re.search(r"^12 +linears of one input agree +errors or warnings *$", shown, re.MULTILINE)
+    assert re.search(r"^33 +bytes as glmq_manifest\.json says +errors *$", shown, re.MULTILINE)
+    document = json.loads(glmq("verify", "--list-checks", "--json").stdout)
+    assert document["schema"] == "glmq.verify/1"
+    assert [check["check"] for check in document["checks"]] == [*range(1, 26), *range(27, 35)]
+    assert document["checks"][11] == {
+        "check": 12, "title": "linears of one input agree", "severities": ["error", "warning"],
+    }  # fmt: skip
+
+
+def test_without_a_folder_a_sentence_asks_for_one() -> None:
+    result = run("verify")
+    assert result.exit_code == 2
+    assert "give the folder of a quantized or compressed checkpoint" in re.sub(r"[\s│]+", " ", result.stderr)
+
+
+@pytest.mark.parametrize("name", ["layers.1\u00b2.x", "layers." + "7" * 4301 + ".weight", "layers.\u0663.weight"])
+def test_a_tensor_of_any_name_is_reported_and_stops_nothing(copy: Path, tiny: Path, name: str) -> None:
+    edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(2, dtype=torch.float16)}))
+    for command in (("verify", copy), ("verify", copy, "--reference", tiny)):
+        result = run(*command, "--json")
+        assert result.exit_code == 3
+        assert name in [finding["tensor"] for finding in json.loads(result.stdout)["findings"]]
+    for command in (("inspect", copy), ("inspect", copy, "--values"), ("inspect", copy, tiny)):
+        assert run(*command).exit_code == 0
+    assert name in [tensor["name"] for tensor in json.loads(glmq("inspect", copy, "--json").stdout)["tensors"]]

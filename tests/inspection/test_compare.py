@@ -13,16 +13,12 @@ from glmq.errors import CheckpointError, UsageError
 from glmq.inspection import compare
 from glmq.inspection.compare import (
     Incomparable,
-    KeyChange,
-    NamePattern,
     WeightDiff,
     compare_weights,
-    config_changes,
-    description_changes,
-    only_in,
     sum_layers,
     weight_histograms,
 )
+from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes, description_changes, only_in
 from glmq.inspection.folder import scan_folder
 from glmq.inspection.weights import StoredMatrix, run_ahead
 
