@@ -176,8 +176,8 @@ def test_options_that_do_not_fit_are_refused(tiny: Path, tiny_seed: Path, pictur
 
 def test_list_checks_needs_no_folder_and_prints_every_check() -> None:
     shown = glmq("verify", "--list-checks").stdout
-    assert re.search(r"^12 +linears of one input agree +errors or warnings *$", shown, re.MULTILINE)
-    assert re.search(r"^33 +bytes as glmq_manifest\.json says +errors *$", shown, re.MULTILINE)
+    assert re.search(r"^ *12 +linears of one input agree +errors or warnings *$", shown, re.MULTILINE)
+    assert re.search(r"^ *33 +bytes as glmq_manifest\.json says +errors *$", shown, re.MULTILINE)
     document = json.loads(glmq("verify", "--list-checks", "--json").stdout)
     assert document["schema"] == "glmq.verify/1"
     assert [check["check"] for check in document["checks"]] == [*range(1, 26), *range(27, 35)]
