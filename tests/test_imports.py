@@ -45,14 +45,13 @@ OWNERS = {
     "typer": ("glmq.cli",),
     "rich": ("glmq.cli",),
     "transformers": ("glmq.model",),
-    "accelerate": ("glmq.model",),
     "torch_npu": ("glmq.device",),
     "torch.distributed": ("glmq.ranks", "glmq.model.lean"),  # the second hides it from transformers
 }
 """The only rooms or modules that may know a library."""
 
-NOWHERE = ("click", "torchvision", "pickle")
-"""typer has its own click; the image processor needs no torchvision; nothing is ever unpickled."""
+NOWHERE = ("click", "torchvision", "pickle", "accelerate")
+"""typer has its own click; the image processor needs no torchvision; nothing is ever unpickled; torch itself puts on meta."""
 
 
 def imports_of(path: Path) -> Iterator[str]:

@@ -11,11 +11,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from glmq.checkpoint.reader import Checkpoint
@@ -259,7 +259,7 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     logging.set_verbosity_error()
     try:
         hf_config = config_class(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
-        with init_empty_weights(include_buffers=False), _NoInit():
+        with _parameters_on_meta(), _NoInit():
             model = model_class._from_config(hf_config, attn_implementation="sdpa")
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ModelError(
@@ -268,6 +268,21 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # meta: no memory; image features are cast to this dtype
     return model.eval()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter of a module made inside lies on meta; buffers are computed as ever, since no checkpoint holds them."""
+
+    def move(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    # torch's annotation leaves out that a hook may return another parameter, which its documentation says.
+    handle = register_module_parameter_registration_hook(cast("Callable[..., None]", move))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class _NoInit(TorchFunctionMode):
