@@ -1,4 +1,4 @@
-/* How often each byte occurs; for the codec here, and for the comparison of weights in audit. */
+/* How often each byte occurs; for the codec here, and for the comparison of weights in inspection. */
 #ifndef GLMQ_COUNT_H
 #define GLMQ_COUNT_H
 

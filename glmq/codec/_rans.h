@@ -11,25 +11,15 @@
 #ifndef GQSC_RANS_H
 #define GQSC_RANS_H
 
-#include <stdint.h>
-#include <string.h>
+#include "../_native.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define GQSC_X86 1
+#if GLMQ_X86
 #include <immintrin.h>
-#else
-#define GQSC_X86 0
 #endif
 
-#if defined(__GNUC__)
-#define GQSC_INLINE static inline __attribute__((always_inline))
-#define GQSC_UNROLL _Pragma("GCC unroll 16")
-#else
-#define GQSC_INLINE static inline
-#define GQSC_UNROLL
-#endif
+#define UNROLL _Pragma("GCC unroll 16")
 
-enum { LANES = 32, PROB_BITS = 11, SLOTS = 1 << PROB_BITS, STATE_BYTES = 4 * LANES, SLACK = 64 };
+enum { LANES = 32, PROB_BITS = 11, SLOTS = 1 << PROB_BITS, STATE_BYTES = 4 * LANES, SLACK = 64, MAX_COLS = 1 << 28 };
 #define STATE_LOW ((uint32_t)1 << 15)
 #define STATE_TOP ((uint32_t)1 << 31)
 
@@ -126,7 +116,7 @@ static int decode_scalar(DecodeTile *t, const TileShape *s) {
     return 1;
 }
 
-#if GQSC_X86
+#if GLMQ_X86
 /* ---- AVX2 --------------------------------------------------------------------------------------------------------------- */
 
 #define TARGET_AVX2 __attribute__((target("avx2,popcnt")))
@@ -153,7 +143,7 @@ static void fill_shuffles(void) {
 
 /* Eight loads: on AMD's processors a quarter to a half faster than the gather instruction, which others slow down by
  * microcode. */
-TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index) {
+TARGET_AVX2 INLINE __m256i look_up256(const uint32_t *table, __m256i index) {
     uint64_t i01 = (uint64_t)_mm256_extract_epi64(index, 0), i23 = (uint64_t)_mm256_extract_epi64(index, 1);
     uint64_t i45 = (uint64_t)_mm256_extract_epi64(index, 2), i67 = (uint64_t)_mm256_extract_epi64(index, 3);
     __m128i low = _mm_cvtsi32_si128((int)table[(uint32_t)i01]), high = _mm_cvtsi32_si128((int)table[(uint32_t)i45]);
@@ -166,16 +156,16 @@ TARGET_AVX2 GQSC_INLINE __m256i look_up256(const uint32_t *table, __m256i index)
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
-TARGET_AVX2 GQSC_INLINE void load_states256(__m256i x[4], const uint32_t *state) {
+TARGET_AVX2 INLINE void load_states256(__m256i x[4], const uint32_t *state) {
     for (int g = 0; g < 4; g++) x[g] = _mm256_loadu_si256((const __m256i *)(state + 8 * g));
 }
 
-TARGET_AVX2 GQSC_INLINE void store_states256(uint32_t *state, const __m256i x[4]) {
+TARGET_AVX2 INLINE void store_states256(uint32_t *state, const __m256i x[4]) {
     for (int g = 0; g < 4; g++) _mm256_storeu_si256((__m256i *)(state + 8 * g), x[g]);
 }
 
 /* One group of 8 lanes of one tile; 16 bytes below `words` may be written. */
-TARGET_AVX2 GQSC_INLINE __m256i encode_group256(EncodeTile *t, __m256i x, __m256i e, const uint8_t *at) {
+TARGET_AVX2 INLINE __m256i encode_group256(EncodeTile *t, __m256i x, __m256i e, const uint8_t *at) {
     __m256i f = _mm256_srli_epi32(e, 12);
     __m256i fits = _mm256_cmpgt_epi32(f, _mm256_srli_epi32(x, 20));
     unsigned full = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(fits)) ^ 0xff;
@@ -201,11 +191,11 @@ TARGET_AVX2 GQSC_INLINE __m256i encode_group256(EncodeTile *t, __m256i x, __m256
 }
 
 /* One round of `count` tiles; at[i] has 32 bytes. */
-TARGET_AVX2 GQSC_INLINE void encode_round256(const int count, EncodeTile *t, __m256i x[][4], const uint8_t *const at[],
+TARGET_AVX2 INLINE void encode_round256(const int count, EncodeTile *t, __m256i x[][4], const uint8_t *const at[],
                                              const uint8_t *ids, const uint32_t *table) {
     enum { AHEAD = 1 };
     __m256i e[8];
-    GQSC_UNROLL for (int k = 0; k < 4 * count + AHEAD; k++) {
+    UNROLL for (int k = 0; k < 4 * count + AHEAD; k++) {
         if (k < 4 * count) {
             const int g = 3 - k / count, i = k % count;
             __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), 8);
@@ -219,7 +209,7 @@ TARGET_AVX2 GQSC_INLINE void encode_round256(const int count, EncodeTile *t, __m
     }
 }
 
-TARGET_AVX2 GQSC_INLINE void encode_tiles256(const int count, EncodeTile *tiles, const TileShape *s) {
+TARGET_AVX2 INLINE void encode_tiles256(const int count, EncodeTile *tiles, const TileShape *s) {
     __m256i x[2][4];
     EncodeTile t[2];
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
@@ -247,7 +237,7 @@ TARGET_AVX2 GQSC_INLINE void encode_tiles256(const int count, EncodeTile *tiles,
 }
 
 /* One group of 8 lanes of one tile; `e` are its entries, afterwards its symbols. */
-TARGET_AVX2 GQSC_INLINE __m256i decode_group256(const uint8_t **words, __m256i x, __m256i *e) {
+TARGET_AVX2 INLINE __m256i decode_group256(const uint8_t **words, __m256i x, __m256i *e) {
     __m256i bias = _mm256_and_si256(_mm256_srli_epi32(*e, 8), _mm256_set1_epi32(SLOTS - 1));
     __m256i y = _mm256_mullo_epi32(_mm256_srli_epi32(*e, 19), _mm256_srli_epi32(x, PROB_BITS));
     *e = _mm256_and_si256(*e, _mm256_set1_epi32(255));
@@ -262,11 +252,11 @@ TARGET_AVX2 GQSC_INLINE __m256i decode_group256(const uint8_t **words, __m256i x
 }
 
 /* One round of `count` tiles; out[i] has room for 32 bytes. */
-TARGET_AVX2 GQSC_INLINE void decode_round256(const int count, DecodeTile *t, __m256i x[][4], uint8_t *const out[],
+TARGET_AVX2 INLINE void decode_round256(const int count, DecodeTile *t, __m256i x[][4], uint8_t *const out[],
                                              const uint8_t *ids, const uint32_t *table) {
     enum { AHEAD = 1 };
     __m256i e[8];
-    GQSC_UNROLL for (int k = 0; k < 4 * count + AHEAD; k++) {
+    UNROLL for (int k = 0; k < 4 * count + AHEAD; k++) {
         if (k < 4 * count) {
             const int g = k / count, i = k % count;
             __m256i id = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(ids + 8 * g))), PROB_BITS);
@@ -278,14 +268,14 @@ TARGET_AVX2 GQSC_INLINE void decode_round256(const int count, DecodeTile *t, __m
         }
     }
     const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7); /* undo the packs' crossing of 128-bit halves */
-    GQSC_UNROLL for (int i = 0; i < count; i++) {
+    UNROLL for (int i = 0; i < count; i++) {
         __m256i pairs = _mm256_packus_epi16(_mm256_packus_epi32(e[i], e[count + i]),
                                             _mm256_packus_epi32(e[2 * count + i], e[3 * count + i]));
         _mm256_storeu_si256((__m256i *)out[i], _mm256_permutevar8x32_epi32(pairs, lanes));
     }
 }
 
-TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, const TileShape *s) {
+TARGET_AVX2 INLINE int decode_tiles256(const int count, DecodeTile *tiles, const TileShape *s) {
     __m256i x[2][4];
     DecodeTile t[2];
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
@@ -297,7 +287,7 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
         const int64_t row = r * s->cols;
         for (int64_t c = 0; c < s->cols; c += LANES) {
             int out = 0;
-            GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
+            UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
             if (__builtin_expect(out, 0)) return 0;
             if (c < whole) {
                 uint8_t *const to[2] = {t[0].dst + row + c, t[count - 1].dst + row + c};
@@ -305,7 +295,7 @@ TARGET_AVX2 GQSC_INLINE int decode_tiles256(const int count, DecodeTile *tiles, 
             } else {
                 uint8_t last[2][LANES], *const to[2] = {last[0], last[1]};
                 decode_round256(count, t, x, to, s->ids + c, s->table);
-                GQSC_UNROLL for (int i = 0; i < count; i++) memcpy(t[i].dst + row + c, last[i], (size_t)tail);
+                UNROLL for (int i = 0; i < count; i++) memcpy(t[i].dst + row + c, last[i], (size_t)tail);
             }
         }
     }
@@ -325,24 +315,24 @@ TARGET_AVX2 static int decode_pair_avx2(DecodeTile *t, const TileShape *s) { ret
 
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,bmi2,popcnt")))
 
-TARGET_AVX512 GQSC_INLINE __m512i look_up512(const int gathers, const uint32_t *table, __m512i index) {
+TARGET_AVX512 INLINE __m512i look_up512(const int gathers, const uint32_t *table, __m512i index) {
     if (gathers) return _mm512_i32gather_epi32(index, table, 4);
     __m256i low = look_up256(table, _mm512_castsi512_si256(index));
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), look_up256(table, _mm512_extracti64x4_epi64(index, 1)), 1);
 }
 
-TARGET_AVX512 GQSC_INLINE void load_states512(__m512i x[2], const uint32_t *state) {
+TARGET_AVX512 INLINE void load_states512(__m512i x[2], const uint32_t *state) {
     x[0] = _mm512_loadu_si512(state);
     x[1] = _mm512_loadu_si512(state + 16);
 }
 
-TARGET_AVX512 GQSC_INLINE void store_states512(uint32_t *state, const __m512i x[2]) {
+TARGET_AVX512 INLINE void store_states512(uint32_t *state, const __m512i x[2]) {
     _mm512_storeu_si512(state, x[0]);
     _mm512_storeu_si512(state + 16, x[1]);
 }
 
 /* One group of 16 lanes of one tile. */
-TARGET_AVX512 GQSC_INLINE __m512i encode_group512(EncodeTile *t, __m512i x, __m512i e, const uint8_t *at) {
+TARGET_AVX512 INLINE __m512i encode_group512(EncodeTile *t, __m512i x, __m512i e, const uint8_t *at) {
     __m512i f = _mm512_srli_epi32(e, 12);
     __mmask16 full = _mm512_cmpge_epi32_mask(_mm512_srli_epi32(x, 20), f);
     int n = __builtin_popcount(full);
@@ -367,11 +357,11 @@ TARGET_AVX512 GQSC_INLINE __m512i encode_group512(EncodeTile *t, __m512i x, __m5
 }
 
 /* One round of `count` tiles, `at` bytes into each; `live` are its real columns. */
-TARGET_AVX512 GQSC_INLINE void encode_round512(const int gathers, const int count, EncodeTile *t, __m512i x[][2], int64_t at,
+TARGET_AVX512 INLINE void encode_round512(const int gathers, const int count, EncodeTile *t, __m512i x[][2], int64_t at,
                                                const uint8_t *ids, __mmask32 live, const uint32_t *table) {
     enum { AHEAD = 2 };
     __m512i e[4];
-    GQSC_UNROLL for (int k = 0; k < 2 * count + AHEAD; k++) {
+    UNROLL for (int k = 0; k < 2 * count + AHEAD; k++) {
         if (k < 2 * count) {
             const int half = 1 - k / count, i = k % count;
             __m512i id = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), 8);
@@ -385,7 +375,7 @@ TARGET_AVX512 GQSC_INLINE void encode_round512(const int gathers, const int coun
     }
 }
 
-TARGET_AVX512 GQSC_INLINE void encode_tiles512(const int gathers, const int count, EncodeTile *tiles, const TileShape *s) {
+TARGET_AVX512 INLINE void encode_tiles512(const int gathers, const int count, EncodeTile *tiles, const TileShape *s) {
     __m512i x[2][2];
     EncodeTile t[2];
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
@@ -407,7 +397,7 @@ TARGET_AVX512 GQSC_INLINE void encode_tiles512(const int gathers, const int coun
 }
 
 /* One group of 16 lanes of one tile; `live` are its real columns. */
-TARGET_AVX512 GQSC_INLINE __m512i decode_group512(const uint8_t **words, __m512i x, __m512i e, uint8_t *at, __mmask16 live) {
+TARGET_AVX512 INLINE __m512i decode_group512(const uint8_t **words, __m512i x, __m512i e, uint8_t *at, __mmask16 live) {
     if (live == 0xffff)
         _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(e));
     else
@@ -420,16 +410,16 @@ TARGET_AVX512 GQSC_INLINE __m512i decode_group512(const uint8_t **words, __m512i
     return _mm512_mask_or_epi32(x, low, _mm512_slli_epi32(x, 16), _mm512_maskz_expand_epi32(low, word));
 }
 
-TARGET_AVX512 GQSC_INLINE int decode_round512(const int gathers, const int count, DecodeTile *t, __m512i x[][2], int64_t at,
+TARGET_AVX512 INLINE int decode_round512(const int gathers, const int count, DecodeTile *t, __m512i x[][2], int64_t at,
                                               const uint8_t *ids, __mmask32 live, const uint32_t *table) {
     enum { AHEAD = 1 };
     __m512i e[4], id[2];
     int out = 0;
-    GQSC_UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
+    UNROLL for (int i = 0; i < count; i++) out |= t[i].words > t[i].end;
     if (__builtin_expect(out, 0)) return 0;
     for (int half = 0; half < 2; half++)
         id[half] = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(ids + 16 * half))), PROB_BITS);
-    GQSC_UNROLL for (int k = 0; k < 2 * count + AHEAD; k++) {
+    UNROLL for (int k = 0; k < 2 * count + AHEAD; k++) {
         if (k < 2 * count) {
             const int half = k / count, i = k % count;
             __m512i slot = _mm512_and_si512(x[i][half], _mm512_set1_epi32(SLOTS - 1));
@@ -445,7 +435,7 @@ TARGET_AVX512 GQSC_INLINE int decode_round512(const int gathers, const int count
 }
 
 /* 0 if the words of any of the tiles ran out. */
-TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int gathers, const int count, DecodeTile *tiles, const TileShape *s) {
+TARGET_AVX512 INLINE int decode_tiles512(const int gathers, const int count, DecodeTile *tiles, const TileShape *s) {
     __m512i x[2][2];
     DecodeTile t[2];
     const int64_t tail = s->cols % LANES, whole = s->cols - tail;
@@ -467,13 +457,13 @@ TARGET_AVX512 GQSC_INLINE int decode_tiles512(const int gathers, const int count
     return 1;
 }
 
-#define AVX512_KERNEL(name, gathers)                                                                                       \
-    TARGET_AVX512 static void encode_one_##name(EncodeTile *t, const TileShape *s) { encode_tiles512(gathers, 1, t, s); }    \
-    TARGET_AVX512 static void encode_pair_##name(EncodeTile *t, const TileShape *s) { encode_tiles512(gathers, 2, t, s); }   \
-    TARGET_AVX512 static int decode_one_##name(DecodeTile *t, const TileShape *s) { return decode_tiles512(gathers, 1, t, s); } \
-    TARGET_AVX512 static int decode_pair_##name(DecodeTile *t, const TileShape *s) { return decode_tiles512(gathers, 2, t, s); }
-
-AVX512_KERNEL(avx512, 0)
-AVX512_KERNEL(avx512_gather, 1)
+TARGET_AVX512 static void encode_one_avx512(EncodeTile *t, const TileShape *s) { encode_tiles512(0, 1, t, s); }
+TARGET_AVX512 static void encode_pair_avx512(EncodeTile *t, const TileShape *s) { encode_tiles512(0, 2, t, s); }
+TARGET_AVX512 static int decode_one_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(0, 1, t, s); }
+TARGET_AVX512 static int decode_pair_avx512(DecodeTile *t, const TileShape *s) { return decode_tiles512(0, 2, t, s); }
+TARGET_AVX512 static void encode_one_avx512_gather(EncodeTile *t, const TileShape *s) { encode_tiles512(1, 1, t, s); }
+TARGET_AVX512 static void encode_pair_avx512_gather(EncodeTile *t, const TileShape *s) { encode_tiles512(1, 2, t, s); }
+TARGET_AVX512 static int decode_one_avx512_gather(DecodeTile *t, const TileShape *s) { return decode_tiles512(1, 1, t, s); }
+TARGET_AVX512 static int decode_pair_avx512_gather(DecodeTile *t, const TileShape *s) { return decode_tiles512(1, 2, t, s); }
 #endif
 #endif

@@ -3,9 +3,7 @@
 #ifndef GQSC_TABLES_H
 #define GQSC_TABLES_H
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "../_native.h"
 
 enum {
     MAX_CLASSES = 8,
@@ -65,12 +63,7 @@ static void fill_tables(void) {
 /* log2(n) * 2^16, and 0 for n = 0. */
 static int64_t log2_fixed(uint32_t n) {
     if (n == 0) return 0;
-#if defined(__GNUC__)
     int e = 31 - __builtin_clz(n);
-#else
-    int e = 31;
-    while (!(n >> e)) e--;
-#endif
     uint32_t m = n << (31 - e);
     uint32_t i = (m >> 21) & (LOG_STEPS - 1);
     uint64_t rise = log_fraction[i + 1] - log_fraction[i];

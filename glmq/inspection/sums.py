@@ -20,9 +20,12 @@ from glmq.numerics.metrics import count_int8
 try:
     from glmq.inspection import _sums
 except ImportError:  # installed without a compiler
-    IS_COMPILED = False
+    _kernels: tuple[str, ...] = ()
 else:
-    IS_COMPILED = True
+    _kernels = _sums.list_kernels()
+
+KERNELS: Final = _kernels
+"""The compiled kernels that this processor runs, fastest first; empty without a compiler."""
 
 _KINDS: Final = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """What the kernel calls them."""
@@ -75,7 +78,7 @@ def sum_rows(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, rows: tuple[int
     May run in several threads at once.
     """
     x, y = a.stored(*rows), b.stored(*rows)
-    if IS_COMPILED and x.dtype in _KINDS and y.dtype in _KINDS and _match(a.second, b.second):
+    if KERNELS and x.dtype in _KINDS and y.dtype in _KINDS and _match(a.second, b.second):
         return _sum_compiled(a, b, scaling, rows[0], x, y)
     return sum_by_torch(a, b, scaling, rows[0], x, y)
 
@@ -97,13 +100,22 @@ def sum_by_torch(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, first: int,
 
 def _sum_compiled(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, first: int, x: Tensor, y: Tensor) -> Sums:
     sums, cut = Sums(), slice(first, first + x.shape[0])
-    sides: list[NDArray[np.uint8] | int | None] = []
-    for matrix, stored in ((a, x), (b, y)):
-        steps = None if matrix.step is None else matrix.steps(cut)
-        sides += [_bytes(stored), _KINDS[stored.dtype], _optional(steps), 1 if steps is None else steps.shape[1]]
+    steps_a, steps_b = (None if matrix.step is None else matrix.steps(cut) for matrix in (a, b))
     rows = None if scaling.rows is None else scaling.rows[cut]
     sums.a, sums.b, sums.noise, sums.max_abs, changed = _sums.sum_pair(
-        *sides, _optional(scaling.columns), _optional(rows), sums.counts.numpy(), *x.shape
+        KERNELS[0],
+        _bytes(x),
+        _KINDS[x.dtype],
+        _optional(steps_a),
+        1 if steps_a is None else steps_a.shape[1],
+        _bytes(y),
+        _KINDS[y.dtype],
+        _optional(steps_b),
+        1 if steps_b is None else steps_b.shape[1],
+        _optional(scaling.columns),
+        _optional(rows),
+        sums.counts.numpy(),
+        *x.shape,
     )
     sums.changed = changed if a.is_integer and b.is_integer else 0
     sums.identical = x.dtype == y.dtype and changed == 0

@@ -259,7 +259,7 @@ def _quantize(
         "recipe": str(recipe),
         "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
         "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
-        "rounding": "compiled" if gptq.IS_COMPILED else "torch",
+        "rounding": gptq.rounding_kernel(),
         **machine_settings(),
     }
     work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=ranks.place.is_first), ranks)

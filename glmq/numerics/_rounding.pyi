@@ -1,3 +1,21 @@
 import numpy as np
+from numpy.typing import NDArray
 
-def round_block(*arrays_and_numbers: np.ndarray | int) -> None: ...
+def list_kernels() -> tuple[str, ...]: ...
+def round_block(
+    kernel: str,
+    weight: NDArray[np.float32],
+    target: NDArray[np.float32],
+    feedback: NDArray[np.float32],
+    steps: NDArray[np.float32],
+    group: NDArray[np.int32],
+    error: NDArray[np.float32],
+    q: NDArray[np.int8],
+    columns: int,
+    rows: int,
+    qmin: float,
+    qmax: float,
+    first: int,
+    end: int,
+    /,
+) -> None: ...

@@ -13,9 +13,9 @@ column, or, where that could not be built, narrow blocks take the wide block's.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +25,12 @@ from glmq.spec import IntGrid
 try:
     from glmq.numerics import _rounding
 except ImportError:  # installed without a compiler
-    IS_COMPILED = False
+    _kernels: tuple[str, ...] = ()
 else:
-    IS_COMPILED = True
-"""What rounds inside a wide block. The two add in another order, so their integers may differ where ties are near."""
+    _kernels = _rounding.list_kernels()
+
+KERNELS: Final = _kernels
+"""The compiled kernels that this processor runs, fastest first; empty without a compiler."""
 
 STRIP: Final = 64
 """Rows that the compiled kernel takes at once."""
@@ -40,6 +42,15 @@ NARROW: Final = 8
 # (torch.round always uses the pool.)
 ROUNDER: Final = 1.5 * 2.0**23
 """Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, half to even, as torch.round does."""
+
+
+def rounding_kernel() -> str:
+    """What rounds inside a wide block: `avx2-fma`, `baseline` (every processor of the architecture), or `torch`.
+
+    They add in another order or with another number of roundings, so their integers may differ where ties are near: whoever
+    continues a run, or compares two, must have the same.
+    """
+    return KERNELS[0] if KERNELS else "torch"
 
 
 def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGrid) -> Tensor:
@@ -60,7 +71,7 @@ def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGri
     rows, columns = weight.shape
     group_of = (factor.order // (columns // step.shape[1])).int()
     place_of = factor.order.argsort()
-    round_rows = _round_rows if IS_COMPILED else _round_rows_in_torch
+    round_rows = _round_rows if KERNELS else _round_rows_in_torch
     out = torch.empty(rows, columns, dtype=torch.int8)
     for start in range(0, rows, ROWS_AT_ONCE):
         cut = slice(start, min(start + ROWS_AT_ONCE, rows))
@@ -81,20 +92,30 @@ def _round_rows(weight: Tensor, steps: Tensor, group_of: Tensor, feedback: Tenso
     q = torch.empty(weight.shape, dtype=torch.int8)
     threads = torch.get_num_threads()
     share = -(-rows // (threads * STRIP)) * STRIP
-    cuts = [(first, min(first + share, rows)) for first in range(0, rows, share)]
+    firsts = range(0, rows, share)
+    ends = [min(first + share, rows) for first in firsts]
     with ThreadPoolExecutor(threads) as pool:
         for wide in range(0, columns, WIDE):
             block = slice(wide, min(wide + WIDE, columns))
             target = weight[block]
             if wide:
                 target = torch.addmm(target, feedback[:wide, block].T, error[:wide])
-            parts = (weight[block], target, feedback[block, block].T.contiguous(), steps, group_of[block], error[block])
-            arrays = [part.numpy() for part in (*parts, q[block])]
-
-            def round_cut(cut: tuple[int, int], arrays: list[np.ndarray] = arrays) -> None:
-                _rounding.round_block(*arrays, len(arrays[0]), rows, grid.qmin, grid.qmax, *cut)
-
-            for _ in pool.map(round_cut, cuts):
+            round_cut = partial(
+                _rounding.round_block,
+                KERNELS[0],
+                weight[block].numpy(),
+                target.numpy(),
+                feedback[block, block].T.contiguous().numpy(),
+                steps.numpy(),
+                group_of[block].numpy(),
+                error[block].numpy(),
+                q[block].numpy(),
+                len(target),
+                rows,
+                grid.qmin,
+                grid.qmax,
+            )
+            for _ in pool.map(round_cut, firsts, ends):
                 pass
     return q
 

@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
             *("gcc", "-g", "-O1", "-std=c11", "-shared", "-fPIC", "-fno-omit-frame-pointer"),
             *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
             f"-I{sysconfig.get_path('include')}",
-            str(ROOT / "glmq" / "compress" / "_codec.c"),
+            str(ROOT / "glmq" / "codec" / "_codec.c"),
             *("-o", str(target)),
         ],
         check=True,

@@ -44,7 +44,7 @@ def main() -> None:
     found = factor(moment)
     seconds = best_seconds(lambda: factor(moment), 2)
     flops = k**3  # two thirds for the order, one third for the Cholesky factor
-    print(f"{torch.get_num_threads()} threads, kernel {'compiled' if gptq.IS_COMPILED else 'torch'}, {a.tokens} tokens")
+    print(f"{torch.get_num_threads()} threads, kernel {gptq.rounding_kernel()}, {a.tokens} tokens")
     print(f"factor of {k} columns: {seconds:.2f} s, {flops / 1e9:.0f} GFLOP, {flops / seconds / 1e9:.0f} GFLOP/s")
     for rows in a.rows:
         weight = torch.randn(rows, k, generator=generator)

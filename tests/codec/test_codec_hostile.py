@@ -1,5 +1,6 @@
 """Altered files: every one is refused, by every backend, with a sentence that names what is wrong."""
 
+import re
 import struct
 
 import numpy as np
@@ -12,6 +13,7 @@ from glmq.codec.container import class_bits
 from glmq.errors import CodecError, SpaceError
 
 BACKENDS = ("numpy", *codec.KERNELS)
+compiled = pytest.mark.skipif(not codec.KERNELS, reason="the compiled coder is not built")
 
 
 def make_matrix():
@@ -267,3 +269,56 @@ def test_no_memory_is_a_sentence(monkeypatch, blob):
     with pytest.raises(SpaceError) as caught:
         codec.decode(blob)
     assert str(caught.value) == "compressed weight: no memory for its 37 x 320 = 11840 bytes; free some"
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kernel": "avx1024"}, "no kernel avx1024 on this machine"),
+        ({"height": 0}, "tiles must be whole ones of height x cols"),
+        ({"height": 3}, "tiles must be whole ones of height x cols"),
+        ({"height": 2**62}, "tiles must be whole ones of height x cols"),  # times 40 is 0 in 64 bits
+        ({"cols": 0}, "cols must be from 1 to 268435456"),
+        ({"cols": 2**63 - 1}, "cols must be from 1 to 268435456"),
+        ({"cols": 65}, "ids has 64 bytes, 96 are needed"),
+        ({"ids": np.full(64, 2, np.uint8)}, "a column of a class without a table"),
+        ({"table": np.zeros((2, 256), np.uint32)}, "a table entry with an impossible frequency"),
+        ({"table": np.zeros(513, np.uint32)}, "table has 2052 bytes, 2048 are needed"),
+    ],
+)
+def test_the_compiled_encoder_refuses_buffers_that_do_not_fit(changes, sentence):
+    table = np.full((2, 256), 8 << 12, np.uint32)
+    arguments = {"kernel": "scalar", "tiles": np.zeros((2, 5, 40), np.int8), "height": 5, "cols": 40,
+                 "ids": np.zeros(64, np.uint8), "table": table}  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        codec._codec.encode_tiles(*(arguments | changes).values())
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"jobs": np.zeros(7, np.int64)}, "jobs has 56 bytes, 40 are needed"),
+        *[
+            ({"jobs": np.array([job], np.int64)}, "job 0 reaches beyond blob or out")
+            for job in ([0, 137, 0, 1, 0], [0, 128, 0, 5, 0], [0, 128, 0, 1, 121], [2**63 - 1, 128, 0, 1, 0],
+                        [0, 128, 0, 2**62, 0], [0, 128, 0, 1, 2**63 - 1], [-1, 128, 0, 1, 0], [0, -1, 0, 1, 0])
+        ],
+        ({"cols": 2**40}, "cols must be from 1 to 268435456"),
+        ({"blob": np.zeros(63, np.uint8)}, "job 0 reaches beyond blob or out"),
+    ],
+)  # fmt: skip
+def test_the_compiled_decoder_refuses_buffers_that_do_not_fit(changes, sentence):
+    arguments = {"kernel": "scalar", "blob": np.zeros(200, np.uint8), "jobs": np.array([[0, 136, 0, 1, 0]], np.int64),
+                 "cols": 40, "ids": np.zeros(64, np.uint8), "table": np.zeros((1, 2048), np.uint32),
+                 "out": np.zeros(160, np.int8)}  # fmt: skip
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        codec._codec.decode_tiles(*(arguments | changes).values())
+
+
+@compiled
+@pytest.mark.parametrize(("rows", "cols"), [(0, 4), (4, -1), (2**32, 2**32), (2**62, 4)])
+def test_the_compiled_choice_of_tables_refuses_sizes_that_do_not_fit(rows, cols):
+    with pytest.raises(ValueError, match=r"^(rows and cols must be positive|matrix has 16 bytes, -1 are needed)$"):
+        codec._codec.choose_tables(np.zeros(16, np.int8), rows, cols)

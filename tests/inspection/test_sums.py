@@ -11,14 +11,14 @@ from torch import Tensor
 from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection import sums as module
 from glmq.inspection.scaling import UNSCALED, Scaling
-from glmq.inspection.sums import IS_COMPILED, Sums, sum_by_torch, sum_rows
+from glmq.inspection.sums import KERNELS, Sums, sum_by_torch, sum_rows
 from glmq.inspection.weights import StoredMatrix
 
 ROWS, FIRST, LAST = 14, 2, 12
 HALVES = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
 """Every float16 number, infinities and NaN too."""
 
-compiled_only = pytest.mark.skipif(not IS_COMPILED, reason="installed without a compiler")
+compiled_only = pytest.mark.skipif(not KERNELS, reason="installed without a compiler")
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -53,15 +53,21 @@ def real_values(matrix: StoredMatrix) -> Tensor:
     return values * steps[FIRST:LAST].repeat_interleave(values.shape[1] // steps.shape[1], 1)
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("kernels", [*((name,) for name in KERNELS), ()])
 @pytest.mark.parametrize("columns", [32, 1056])  # one group; more than a run, and not a multiple of one
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("other", ["int8", "int4", "bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("one", ["int8", "int4", "bfloat16", "float16"])
 def test_sums_are_those_of_the_real_weights(
-    one: str, other: str, scaled: bool, columns: int, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: str,
+    other: str,
+    scaled: bool,
+    columns: int,
+    kernels: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "IS_COMPILED", compiled)
+    monkeypatch.setattr(module, "KERNELS", kernels)
     a, b = stored(tmp_path / "a", one, columns, 1), stored(tmp_path / "b", other, columns, 5)
     scaling = UNSCALED
     if scaled:
@@ -80,10 +86,12 @@ def test_sums_are_those_of_the_real_weights(
         assert np.array_equal(counts, np.zeros(256) + wanted)
 
 
-@pytest.mark.parametrize("compiled", [pytest.param(True, marks=compiled_only), False])
+@pytest.mark.parametrize("kernels", [*((name,) for name in KERNELS), ()])
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "float16", "float64"])
-def test_equal_rows_have_no_noise(kind: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IS_COMPILED", compiled)
+def test_equal_rows_have_no_noise(
+    kind: str, kernels: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KERNELS", kernels)
     a, b = stored(tmp_path / "a", kind, 96, 1), stored(tmp_path / "b", kind, 96, 1)
     found = sum_rows(a, b, UNSCALED, (FIRST, LAST))
     assert (found.identical, found.changed, found.noise, found.max_abs) == (True, 0, 0.0, 0.0)
@@ -122,6 +130,7 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Noise and a . a of one row of float16 and one of float32 numbers by the kernel."""
     counts = np.zeros((2, 256), dtype=np.int64)
     sums = module._sums.sum_pair(
+        KERNELS[0],
         a.view(torch.uint8).numpy(), 2, None, 1, b.view(torch.uint8).numpy(), 3, None, 1, None, None, counts, 1, a.numel()
     )  # fmt: skip
     return sums[2], sums[0]
@@ -131,6 +140,8 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"kernel": "avx1024"}, "no kernel avx1024 on this machine"),
+        ({"rows": 2**40, "columns": 2**40}, "fewer than 2\\^32 together"),
         ({"rows": 0}, "rows and columns must be positive"),
         ({"columns": 5}, "data has 32 bytes, 40 are needed"),
         ({"kind_a": 4}, "no such kind"),
@@ -150,6 +161,7 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
 def test_the_kernel_refuses_what_does_not_fit(changes: dict[str, object], message: str) -> None:
     data, steps = np.zeros(32, np.int8), np.ones(8, np.float32)
     arguments: dict[str, object] = {
+        "kernel": KERNELS[-1],
         "a": data, "kind_a": 0, "steps_a": steps, "groups_a": 1, "b": data, "kind_b": 0, "steps_b": steps, "groups_b": 1,
         "column_scales": None, "row_scales": None, "counts": np.zeros((2, 256), np.int64), "rows": 8, "columns": 4,
     }  # fmt: skip

@@ -11,13 +11,19 @@ from glmq.numerics.gptq import round_compensated
 from glmq.numerics.hessian import Factor, factor, shrunk_correlation
 from glmq.spec import INT4, INT8, IntGrid
 
-compiled = pytest.mark.skipif(not gptq.IS_COMPILED, reason="the compiled kernel is not built")
+compiled = pytest.mark.skipif(not gptq.KERNELS, reason="the compiled kernels are not built")
 
 
-@pytest.fixture(params=[pytest.param(True, marks=compiled), False], ids=["compiled", "torch"], autouse=True)
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs with both kernels, where a compiler made the one."""
-    monkeypatch.setattr(gptq, "IS_COMPILED", request.param)
+@pytest.fixture(params=[*gptq.KERNELS, "torch"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with each kernel that this processor runs, and with torch."""
+    name = str(request.param)
+    monkeypatch.setattr(gptq, "KERNELS", () if name == "torch" else (name,))
+    return name
+
+
+def test_the_kernel_that_rounds_has_a_name(kernel: str) -> None:
+    assert gptq.rounding_kernel() == kernel
 
 
 def problem(rows: int, columns: int) -> tuple[Tensor, Tensor, Factor]:
@@ -119,16 +125,27 @@ def test_strips_and_wide_blocks_of_exact_numbers_have_the_integers_of_one_column
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"kernel": "avx1024"}, "no kernel avx1024 on this machine"),
         ({"rows": 32}, "rows, first and end must be multiples of 64, within the block"),
         ({"end": 128}, "rows, first and end must be multiples of 64, within the block"),
+        ({"first": -64}, "rows, first and end must be multiples of 64, within the block"),
+        ({"columns": -2}, "rows, first and end must be multiples of 64, within the block"),
         ({"target": np.zeros(3, np.float32)}, "target has 12 bytes, 512 are needed"),
         ({"feedback": np.zeros(1, np.float32)}, "feedback has 4 bytes, 16 are needed"),
+        ({"steps": np.zeros(65, np.float32)}, "steps has 260 bytes, 256 are needed"),
         ({"group": np.array([0, 1], np.int32)}, "a group without a step"),
+        ({"group": np.array([0, -1], np.int32)}, "a group without a step"),
+        ({"weight": np.zeros(513, np.int8)[1:]}, "weight does not begin at a multiple of 4 bytes"),
+        # Sizes whose product is 0, or right again, in 64 bits.
+        ({"columns": 2**32, "rows": 2**32}, "weight has 512 bytes, -1 are needed"),
+        ({"columns": 2**57 + 2}, "weight has 512 bytes, -1 are needed"),
+        ({"columns": 2**62, "rows": 2**62, "end": 2**62}, "weight has 512 bytes, -1 are needed"),
     ],
 )
 def test_the_compiled_kernel_refuses_buffers_that_do_not_fit(changes: dict[str, object], sentence: str) -> None:
     block = np.ones((2, 64), np.float32)
     arguments: dict[str, object] = {
+        "kernel": "baseline",
         **{name: block.copy() for name in ("weight", "target")},
         "feedback": np.zeros((2, 2), np.float32),
         "steps": np.ones((1, 64), np.float32),

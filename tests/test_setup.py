@@ -1,0 +1,49 @@
+"""How the compiled modules are built: kernels are chosen at run time, whatever the compiler is told for everything."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from glmq.codec import codec
+from glmq.inspection import sums
+from glmq.numerics import gptq
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("numerics/_rounding.c", "inspection/_sums.c", "codec/_codec.c")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="needs GCC on an x86-64 processor"
+    ),
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("option", ["-mavx2", "-mfma", "-msse4.2"])
+def test_newer_instructions_everywhere_are_refused_by_the_compiler(source: str, option: str) -> None:
+    command = ["gcc", "-std=c11", "-fsyntax-only", option, f"-I{sysconfig.get_path('include')}", ROOT / "glmq" / source]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "the kernels are chosen at run time: compile without -march=native, -mavx2 and the like" in result.stderr
+
+
+def test_an_installation_with_march_native_has_the_same_kernels(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "-b", str(tmp_path), "-t", str(tmp_path / "objects")],
+        cwd=ROOT,
+        env=os.environ | {"CFLAGS": "-march=native -O2"},
+        check=True,
+    )
+    for name, kernels in (("numerics", gptq.KERNELS), ("inspection", sums.KERNELS), ("codec", codec.KERNELS)):
+        (built,) = (tmp_path / "glmq" / name).glob("*.so")
+        module = built.name.split(".")[0]
+        listing = f"import sys; sys.path[:0] = [{str(built.parent)!r}]; import {module}; print({module}.list_kernels())"
+        result = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == str(kernels)
