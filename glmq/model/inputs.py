@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from PIL import Image
@@ -21,9 +21,6 @@ from torch import Tensor
 from glmq.errors import ModelError, SampleError
 from glmq.model.config import ModelConfig
 from glmq.model.lean import no_compiler
-
-if TYPE_CHECKING:
-    from glmq.model.streamed import StreamedModel
 
 DEFAULT_PROMPT: Final = "Please describe this picture in detail."
 
@@ -44,31 +41,12 @@ class ModelInputs:
 
     @property
     def tokens(self) -> int:
+        """Image placeholders, prompt and answer together."""
         return int(self.ids.shape[1])
 
     def with_answer(self, ids: Sequence[int]) -> ModelInputs:
         """The same inputs followed by these answer tokens."""
         return replace(self, ids=torch.cat([self.ids, torch.tensor([ids])], dim=1))
-
-    def pixels(self, model: StreamedModel) -> Tensor:
-        """The pixel values on the model's device, in its dtype."""
-        assert self.pixel_values is not None
-        return self.pixel_values.to(device=model.device, dtype=model.dtype)
-
-    def model_kwargs(self, model: StreamedModel) -> dict[str, object]:
-        """The keyword arguments of the model's forward."""
-        ids = self.ids.to(model.device)
-        kwargs: dict[str, object] = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "use_cache": False,
-        }
-        if model.wants_token_types:
-            kwargs["mm_token_type_ids"] = (ids == self.image_token_id).to(torch.int32)
-        if self.grid is not None:
-            kwargs["pixel_values"] = self.pixels(model)
-            kwargs["image_grid_thw"] = self.grid.to(model.device)
-        return kwargs
 
 
 class Preprocessor:

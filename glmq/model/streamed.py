@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,8 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
+from glmq.model.inputs import ModelInputs
 from glmq.model.lean import no_compiler
-
-if TYPE_CHECKING:
-    from glmq.model.inputs import ModelInputs
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
@@ -134,7 +132,7 @@ class StreamedModel:
     def vision_call(self, inputs: ModelInputs) -> BlockCall:
         """The call of the first vision block; needs the vision stem placed."""
         return self._capture(
-            self.module(f"{self._vision}.blocks.0"), self.module(self._vision), inputs.pixels(self), inputs.grid
+            self.module(f"{self._vision}.blocks.0"), self.module(self._vision), self._pixels(inputs), inputs.grid
         )
 
     def text_call(self, inputs: ModelInputs, vision: BlockCall | None) -> BlockCall:
@@ -150,7 +148,7 @@ class StreamedModel:
             for name in own:
                 setattr(visual, name, nn.ModuleList([self._inject]) if name == "blocks" else self._inject)
             self._inject.hidden = None if vision is None else vision.hidden
-            return self._capture(self.module(f"{self._text}.layers.0"), self.model, **inputs.model_kwargs(self))
+            return self._capture(self.module(f"{self._text}.layers.0"), self.model, **self.arguments(inputs))
         finally:
             for name, module in own.items():
                 setattr(visual, name, module)
@@ -205,10 +203,20 @@ class StreamedModel:
         normed = self.module(f"{self._text}.norm")(hidden)
         return self.module(self._lm_head)(normed)[0].float()  # type: ignore[no-any-return]
 
-    @property
-    def wants_token_types(self) -> bool:
-        """Whether this transformers version needs `mm_token_type_ids` beside the token ids."""
-        return self._wants_token_types
+    def arguments(self, inputs: ModelInputs) -> dict[str, object]:
+        """The keyword arguments that the forward of transformers' model takes for these inputs."""
+        ids = inputs.ids.to(self.device)
+        arguments: dict[str, object] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        if self._wants_token_types:
+            arguments["mm_token_type_ids"] = (ids == inputs.image_token_id).to(torch.int32)
+        if inputs.grid is not None:
+            arguments["pixel_values"] = self._pixels(inputs)
+            arguments["image_grid_thw"] = inputs.grid.to(self.device)
+        return arguments
+
+    def _pixels(self, inputs: ModelInputs) -> Tensor:
+        assert inputs.pixel_values is not None
+        return inputs.pixel_values.to(device=self.device, dtype=self.dtype)
 
     def _place(self, name: str) -> None:
         module = self.module(name)

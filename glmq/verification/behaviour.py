@@ -143,7 +143,7 @@ def generate(model: StreamedModel, inputs: ModelInputs, max_tokens: int) -> list
     """The greedy continuation of `inputs` by a wholly placed model: at most `max_tokens` ids, without the end token."""
     ends = model.config.eos_token_ids
     output = model.model.generate(  # type: ignore[operator]
-        **(inputs.model_kwargs(model) | {"use_cache": True}),
+        **(model.arguments(inputs) | {"use_cache": True}),
         do_sample=False,
         max_new_tokens=max_tokens,
         eos_token_id=list(ends),

@@ -75,7 +75,7 @@ def compared(tiny: Path, tiny_seed: Path, inputs: list[ModelInputs]) -> Compared
 def logits_of(folder: Path, inputs: Sequence[ModelInputs]) -> Iterator[Tensor]:
     with whole_model(folder) as model, torch.no_grad():
         for one in inputs:
-            yield model.model(**one.model_kwargs(model)).logits[0].double()
+            yield model.model(**model.arguments(one)).logits[0].double()
 
 
 def test_every_block_reports_once_and_in_order(compared: Compared) -> None:
@@ -136,7 +136,7 @@ def test_a_linears_error_is_measured_on_the_float_models_own_input(
         ]
         for one in inputs:
             seen.clear()
-            model.model(**one.model_kwargs(model))
+            model.model(**model.arguments(one))
             x, y = seen[0][0], seen[1][0]
             normed = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm
             noise += float((run_linear(normed, linear) - y).double().square().sum())
