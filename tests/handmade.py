@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmq.checkpoint.ascend import encode_linear, encode_norm
-from glmq.checkpoint.description import Description, tensor_types, vllm_aliases, write_description
+from glmq.checkpoint.description import Description, tensor_types, write_description
 from glmq.checkpoint.json_file import write_json
 from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, dtype_code
@@ -107,7 +107,7 @@ def build(
             sink.write(name, tensor)
     described = tensor_types(tensors, types, model_quant_type=kind, mindie=mindie)
     group_size = GROUP if kind is QuantType.W4A8_DYNAMIC and not mindie else None
-    described = described if mindie else described | vllm_aliases(described)
+    described = described if mindie else described | CONFIG.family.vllm_aliases(described)
     write_description(out, Description(kind.value, None if mindie else "1.0.0", group_size, described))
     edited = edit_config(small_config(), dtype=dtype, quant_type=kind, mindie=SETTINGS if mindie else None)
     write_json(out / "config.json", edited, indent=4)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.description import Description, tensor_types, vllm_aliases, write_description
+from glmq.checkpoint.description import Description, tensor_types, write_description
 from glmq.checkpoint.json_file import write_json
 from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import dtype_code
@@ -64,7 +64,7 @@ def write_w8a8s(
     write_json(folder / "config.json", edited, indent=4)
     copy_side_files(TINY_CHECKPOINT, folder)
     types = tensor_types(tensors, linears, model_quant_type=QuantType.W8A8S, mindie=False)
-    write_description(folder, Description("W8A8S", "1.0.0", None, types | vllm_aliases(types)))
+    write_description(folder, Description("W8A8S", "1.0.0", None, types | parsed.family.vllm_aliases(types)))
     (folder / "glmq_report.csv").write_text("name,error\n")
     return folder
 

@@ -1,4 +1,4 @@
-"""quant_model_description.json: which quantization type each tensor has. Read, written, and completed with aliases.
+"""quant_model_description.json: which quantization type each tensor has. Read and written.
 
 Two forms: ascendV1 (`quant_model_description.json`, with `version`) and the older MindIE one
 (`quant_model_description_{type}.json`, without).
@@ -70,24 +70,6 @@ def tensor_types(
         else:
             types[name] = QuantType.FLOAT.value
     return types
-
-
-def vllm_aliases(tensors: Mapping[str, str]) -> dict[str, str]:
-    """Keys without a tensor that vLLM-Ascend looks up for GLM-4.1V, each with the type of the tensor it stands for.
-
-    vLLM packs and splits linears otherwise than the checkpoint does: it asks for a fused gate_up_proj and for separate
-    q, k, v in the vision tower, and for separate gate_proj and up_proj in the text layers. MindIE ignores these keys.
-    They do not belong into a description that lies beside W8A8SC parts.
-    """
-    aliases: dict[str, str] = {}
-    for name, kind in tensors.items():
-        if re.fullmatch(r"model\.visual\.(blocks\.\d+\.mlp|merger)\.gate_proj\.weight", name):
-            aliases[name.replace("gate_proj", "gate_up_proj")] = kind
-        elif re.fullmatch(r"model\.visual\.blocks\.\d+\.attn\.qkv\.weight", name):
-            aliases.update({name.replace("qkv", f"{part}_proj"): kind for part in "qkv"})
-        elif re.fullmatch(r"model\.language_model\.layers\.\d+\.mlp\.gate_up_proj\.weight", name):
-            aliases.update({name.replace("gate_up_proj", f"{part}_proj"): kind for part in ("gate", "up")})
-    return {name: kind for name, kind in aliases.items() if name not in tensors}
 
 
 def write_description(directory: Path, description: Description) -> Path:

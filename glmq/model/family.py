@@ -5,6 +5,7 @@ Nothing here knows one family from another; `glm4v.py` describes the one that gl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -118,6 +119,18 @@ class ImageProcessor:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """A linear that vLLM-Ascend fuses with others, or splits, and so looks up in the description under other names."""
+
+    module: str
+    """Regular expression for the name of the module that holds the linear."""
+    linear: str
+    """The linear's own last name, e.g. `gate_proj`."""
+    asked: tuple[str, ...]
+    """The last names that are looked up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One family of models with a vision tower and a text tower: names as data, blocks as functions of the sizes."""
 
@@ -149,6 +162,8 @@ class Family:
     """Patterns of linears that stay float unless they are asked for."""
     engine_prefixes: Mapping[str, str]
     """How names begin in the parts that engines load -> how they begin in the float checkpoint; the first that fits holds."""
+    aliases: tuple[Alias, ...]
+    """Keys that a description has beside those of its tensors."""
     vision_block: Callable[[Sizes, int], Block]
     """Vision block `index`."""
     merger_block: Callable[[Sizes], Block]
@@ -191,6 +206,21 @@ class Family:
                 if linear.has_bias:
                     shapes[f"{linear.name}.bias"] = (linear.rows,)
         return shapes
+
+    def vllm_aliases(self, types: Mapping[str, str]) -> dict[str, str]:
+        """Keys without a tensor that vLLM-Ascend looks up, each with the type of the tensor it stands for.
+
+        MindIE ignores these keys. They do not belong into a description that lies beside W8A8SC parts.
+
+        Args:
+            types: the description's entry of each tensor.
+        """
+        found: dict[str, str] = {}
+        for name, kind in types.items():
+            for alias in self.aliases:
+                if match := re.fullmatch(rf"({alias.module})\.{alias.linear}\.weight", name):
+                    found.update({f"{match[1]}.{asked}.weight": kind for asked in alias.asked})
+        return {name: kind for name, kind in found.items() if name not in types}
 
     def checkpoint_name(self, name: str) -> str:
         """What the float checkpoint calls a tensor of an engine's part; other names stay as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from glmq.model.family import Area, Block, Family, ImageProcessor, InputGroup, LinearShape, RowSource, Sizes
+from glmq.model.family import Alias, Area, Block, Family, ImageProcessor, InputGroup, LinearShape, RowSource, Sizes
 
 TEXT: Final = "model.language_model"
 VISION: Final = "model.visual"
@@ -183,6 +183,12 @@ GLM4V: Final = Family(
         "language_model.": "model.language_model.",
         "visual.": "model.visual.",
     },
+    # vLLM fuses gate and up and splits q, k, v in the vision tower; in the text layers it splits gate and up.
+    aliases=(
+        Alias(r"model\.visual\.(?:blocks\.[0-9]+\.mlp|merger)", "gate_proj", ("gate_up_proj",)),
+        Alias(r"model\.visual\.blocks\.[0-9]+\.attn", "qkv", ("q_proj", "k_proj", "v_proj")),
+        Alias(r"model\.language_model\.layers\.[0-9]+\.mlp", "gate_up_proj", ("gate_proj", "up_proj")),
+    ),
     vision_block=vision_block,
     merger_block=merger_block,
     text_block=text_block,

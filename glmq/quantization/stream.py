@@ -16,7 +16,7 @@ from torch import Tensor
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.ascend import CODES, TORCH_DTYPES, encode_linear, encode_norm, linear_specs, norm_specs
 from glmq.checkpoint.checksums import write_checksums
-from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, vllm_aliases, write_description
+from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject, write_json
 from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
@@ -437,7 +437,7 @@ def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, p
         model_quant_type=recipe.quant_type.value,
         version=None if recipe.mindie else ASCEND_V1_VERSION,
         group_size=None if recipe.mindie else scheme.weight.group_size or None,
-        tensors=types if recipe.mindie else types | vllm_aliases(types),
+        tensors=types if recipe.mindie else types | config.family.vllm_aliases(types),
     )
     write_description(folder, description)
 

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.description import Description, vllm_aliases
+from glmq.checkpoint.description import Description
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
@@ -125,7 +125,7 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
         if name not in tensors:
             yield Check.DESCRIBED_TENSORS.error(name, "is stored but not in the description")
     stored = {name: value for name, value in tensors.items() if name in case.checkpoint}
-    aliases = {} if case.is_mindie else vllm_aliases(stored)
+    aliases = {} if case.is_mindie else case.config.family.vllm_aliases(stored)
     for name, value in tensors.items():
         if name not in case.checkpoint and aliases.get(name) != value:
             yield Check.DESCRIBED_TENSORS.error(

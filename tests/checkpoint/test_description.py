@@ -9,7 +9,6 @@ from glmq.checkpoint.description import (
     find_descriptions,
     read_description,
     tensor_types,
-    vllm_aliases,
     write_description,
 )
 from glmq.errors import CheckpointError
@@ -103,34 +102,3 @@ def test_every_tensor_of_a_quantized_linear_has_its_type_but_the_float_bias() ->
     assert tensor_types(names, linears, model_quant_type=QuantType.W8A8S, mindie=False) == expected
     expected["l.norm.module.weight"] = "W8A8S"
     assert tensor_types(names, linears, model_quant_type=QuantType.W8A8S, mindie=True) == expected
-
-
-def test_aliases_stand_for_what_vllm_fuses_and_splits() -> None:
-    tensors = {
-        "model.visual.blocks.0.attn.qkv.weight": "FLOAT",
-        "model.visual.blocks.0.mlp.gate_proj.weight": "FLOAT",
-        "model.visual.blocks.0.mlp.up_proj.weight": "FLOAT",
-        "model.visual.blocks.0.mlp.down_proj.weight": "FLOAT",
-        "model.visual.merger.gate_proj.weight": "FLOAT",
-        "model.language_model.layers.11.mlp.gate_up_proj.weight": "W8A8S",
-        "model.language_model.layers.11.mlp.gate_up_proj.deq_scale": "W8A8S",
-        "model.language_model.layers.11.self_attn.q_proj.weight": "W8A8S",
-        "lm_head.weight": "FLOAT",
-    }
-    assert vllm_aliases(tensors) == {
-        "model.visual.blocks.0.attn.q_proj.weight": "FLOAT",
-        "model.visual.blocks.0.attn.k_proj.weight": "FLOAT",
-        "model.visual.blocks.0.attn.v_proj.weight": "FLOAT",
-        "model.visual.blocks.0.mlp.gate_up_proj.weight": "FLOAT",
-        "model.visual.merger.gate_up_proj.weight": "FLOAT",
-        "model.language_model.layers.11.mlp.gate_proj.weight": "W8A8S",
-        "model.language_model.layers.11.mlp.up_proj.weight": "W8A8S",
-    }
-
-
-def test_an_alias_never_replaces_a_tensor() -> None:
-    tensors = {
-        "model.visual.merger.gate_proj.weight": "FLOAT",
-        "model.visual.merger.gate_up_proj.weight": "W8A8",
-    }
-    assert vllm_aliases(tensors) == {}

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from glmq.cli.inspect_view import sparkline
 from glmq.inspection.folder import scan_folder
 from glmq.inspection.values import BINS, TensorValues, tensor_values
 
@@ -67,8 +66,3 @@ def test_deq_scale_is_read_as_the_numbers_whose_bits_it_holds(tmp_path: Path) ->
 def test_a_scalar_and_an_empty_tensor_are_described(tmp_path: Path) -> None:
     assert values_of(torch.tensor(3.0), tmp_path).histogram[0] == 1
     assert values_of(torch.zeros(0, 4), tmp_path).histogram == (0,) * BINS
-
-
-def test_a_sparkline_has_two_bins_a_character() -> None:
-    assert sparkline([0, 0, 1, 0, 50, 50, 0, 1]) == " ▁█▁"
-    assert sparkline([0] * 4) == "  "

@@ -161,3 +161,34 @@ def test_engines_names_are_brought_back_and_all_are_shortened(
 ) -> None:
     assert GLM4V.checkpoint_name(name) == (of_the_checkpoint or name)
     assert GLM4V.short_name(name) == short
+
+
+def test_aliases_stand_for_what_vllm_fuses_and_splits() -> None:
+    tensors = {
+        "model.visual.blocks.0.attn.qkv.weight": "FLOAT",
+        "model.visual.blocks.0.mlp.gate_proj.weight": "FLOAT",
+        "model.visual.blocks.0.mlp.up_proj.weight": "FLOAT",
+        "model.visual.blocks.0.mlp.down_proj.weight": "FLOAT",
+        "model.visual.merger.gate_proj.weight": "FLOAT",
+        "model.language_model.layers.11.mlp.gate_up_proj.weight": "W8A8S",
+        "model.language_model.layers.11.mlp.gate_up_proj.deq_scale": "W8A8S",
+        "model.language_model.layers.11.self_attn.q_proj.weight": "W8A8S",
+        "lm_head.weight": "FLOAT",
+    }
+    assert GLM4V.vllm_aliases(tensors) == {
+        "model.visual.blocks.0.attn.q_proj.weight": "FLOAT",
+        "model.visual.blocks.0.attn.k_proj.weight": "FLOAT",
+        "model.visual.blocks.0.attn.v_proj.weight": "FLOAT",
+        "model.visual.blocks.0.mlp.gate_up_proj.weight": "FLOAT",
+        "model.visual.merger.gate_up_proj.weight": "FLOAT",
+        "model.language_model.layers.11.mlp.gate_proj.weight": "W8A8S",
+        "model.language_model.layers.11.mlp.up_proj.weight": "W8A8S",
+    }
+
+
+def test_an_alias_never_replaces_a_tensor() -> None:
+    tensors = {
+        "model.visual.merger.gate_proj.weight": "FLOAT",
+        "model.visual.merger.gate_up_proj.weight": "W8A8",
+    }
+    assert GLM4V.vllm_aliases(tensors) == {}
