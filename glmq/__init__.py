@@ -1,3 +1,114 @@
-"""glmq: quantize and compress GLM-4.1V for Ascend NPUs. No torch at import."""
+"""glmq: quantize and compress GLM-4.1V for Ascend NPUs.
 
-__version__ = "0.1.0"
+    import glmq
+
+    stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    result = glmq.quantize("GLM-4.1V", stats, out="w8a8s", recipe=glmq.Recipe.w8a8s(sigma=3.0))
+    packed = glmq.compress("w8a8s", out="w8a8sc", tp=2, codec="portable")
+    report = glmq.verify("w8a8s", reference="GLM-4.1V")
+    assert report.passed, report.findings
+
+Each function does what the command of its name does, prints nothing and returns a record. `watch=` takes a callable that
+receives what happens meanwhile; errors are those of `glmq.errors`. Names are imported when they are first used, so
+`import glmq` loads neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from glmq.version import __version__
+
+if TYPE_CHECKING:
+    from glmq.compression.dry_run import CompressionPlan
+    from glmq.errors import GlmqError, InputError, ResourceError, UsageError
+    from glmq.inspection.comparison import Comparison
+    from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions, CalibrationResult, calibrate
+    from glmq.jobs.compare import compare
+    from glmq.jobs.compress import CompressionOptions, CompressionResult, compress
+    from glmq.jobs.inspect import Choice, inspect
+    from glmq.jobs.quantize import QuantizationResult, quantize
+    from glmq.jobs.restore import RestorationPlan, RestoreResult, restore
+    from glmq.jobs.verify import CaseOptions, verify
+    from glmq.progress import Event, Note, PassDone, PassStarted
+    from glmq.quantization.dry_run import RunPlan
+    from glmq.quantization.recipe import Recipe
+    from glmq.records import BlockDone, BytesDone, LinearReport, PassTime
+    from glmq.reporting.documents import Inspection, Verification
+    from glmq.verification.checks import Limits
+    from glmq.verification.findings import Finding
+
+_HOMES = {
+    "glmq.compression.dry_run": ("CompressionPlan",),
+    "glmq.errors": ("GlmqError", "InputError", "ResourceError", "UsageError"),
+    "glmq.jobs.calibrate": ("CalibrationForecast", "CalibrationOptions", "CalibrationResult", "calibrate"),
+    "glmq.jobs.compare": ("compare",),
+    "glmq.jobs.compress": ("CompressionOptions", "CompressionResult", "compress"),
+    "glmq.jobs.inspect": ("Choice", "inspect"),
+    "glmq.jobs.quantize": ("QuantizationResult", "quantize"),
+    "glmq.jobs.restore": ("RestorationPlan", "RestoreResult", "restore"),
+    "glmq.jobs.verify": ("CaseOptions", "verify"),
+    "glmq.progress": ("Event", "Note", "PassDone", "PassStarted"),
+    "glmq.quantization.dry_run": ("RunPlan",),
+    "glmq.quantization.recipe": ("Recipe",),
+    "glmq.records": ("BlockDone", "BytesDone", "LinearReport", "PassTime"),
+    "glmq.inspection.comparison": ("Comparison",),
+    "glmq.reporting.documents": ("Inspection", "Verification"),
+    "glmq.verification.checks": ("Limits",),
+    "glmq.verification.findings": ("Finding",),
+}
+"""Where the public names live, by module."""
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BlockDone",
+    "BytesDone",
+    "CalibrationForecast",
+    "CalibrationOptions",
+    "CalibrationResult",
+    "CaseOptions",
+    "Choice",
+    "Comparison",
+    "CompressionOptions",
+    "CompressionPlan",
+    "CompressionResult",
+    "Event",
+    "Finding",
+    "GlmqError",
+    "InputError",
+    "Inspection",
+    "Limits",
+    "LinearReport",
+    "Note",
+    "PassDone",
+    "PassStarted",
+    "PassTime",
+    "QuantizationResult",
+    "Recipe",
+    "ResourceError",
+    "RestorationPlan",
+    "RestoreResult",
+    "RunPlan",
+    "UsageError",
+    "Verification",
+    "__version__",
+    "calibrate",
+    "compare",
+    "compress",
+    "inspect",
+    "quantize",
+    "restore",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'glmq' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

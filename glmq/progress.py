@@ -1,12 +1,55 @@
-"""Where the time of a run goes: seconds, arithmetic and bytes, stage by stage."""
+"""What a run tells while it goes on: its events, and where its time goes (seconds, arithmetic, bytes; stage by stage)."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
-from glmq.records import StageTime
+import psutil
+
+from glmq.records import BlockDone, BytesDone, PassTime, StageTime
+
+
+@dataclass(frozen=True, slots=True)
+class PassStarted:
+    """A pass over a model or over files begins."""
+
+    title: str
+    """E.g. calibrate, rate, quantize, compress."""
+    unit: Literal["blocks", "tokens", "bytes"]
+    """What is counted."""
+    total: int
+    """How many of them the pass has."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassDone:
+    """The current pass is finished."""
+
+    time: PassTime
+    nbytes: int
+    """Bytes that it counted; 0 where it counts blocks or tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that the user should know; nothing stops because of it."""
+
+    text: str
+    """One sentence."""
+
+
+Event: TypeAlias = PassStarted | BlockDone | BytesDone | PassDone | Note
+Watch: TypeAlias = Callable[[Event], None]
+"""Receives the events of a run in the thread that runs it. What it raises ends the run as Ctrl-C does."""
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def sum_stages(times: Iterable[StageTime]) -> list[StageTime]:

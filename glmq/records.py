@@ -124,14 +124,14 @@ class PassTime:
 
 @dataclass(frozen=True, slots=True)
 class BytesDone:
-    """A tensor is read: a step of the progress bar."""
+    """Some bytes are finished: a step of the progress bar."""
 
     name: str
-    """Of the tensor."""
-    done: int
-    """Bytes read so far."""
-    total: int
-    """Bytes that are to be read."""
+    """The tensor that they belong to."""
+    nbytes: int
+    """Of this step."""
+    resident_bytes: int
+    """Resident memory of the process after it."""
 
 
 @dataclass(frozen=True, slots=True)

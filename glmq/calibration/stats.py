@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from glmq import __version__
 from glmq.calibration.convergence import Convergence
 from glmq.calibration.samples import Sample, digest
 from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_json_object, write_whole
@@ -27,6 +26,7 @@ from glmq.errors import StatisticsError
 from glmq.model.config import ModelConfig
 from glmq.model.family import InputGroup
 from glmq.numerics.moments import InputStats
+from glmq.version import __version__
 
 SCHEMA: Final = "glmq.statistics/1"
 MANIFEST: Final = "statistics.json"

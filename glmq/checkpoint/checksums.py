@@ -18,9 +18,9 @@ from typing import Final
 
 import xxhash
 
-from glmq import __version__
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
 from glmq.errors import CheckpointError
+from glmq.version import __version__
 
 CHECKSUMS: Final = "glmq_checksums.json"
 SCHEMA: Final = "glmq.checksums/1"

@@ -12,6 +12,9 @@ from glmq.checkpoint import journal
 from glmq.checkpoint.disk import DIRECTORY_MODE
 from glmq.errors import InputError, UsageError
 
+RUN_LOG = "glmq.log"
+"""The log of the run, in the hidden folder while it lasts; ranks above 0 add their number."""
+
 
 class OutputFolder:
     """Work in a hidden sibling folder; `finish` gives it its name.

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from glmq import __version__
 from glmq.cli.calibrate import calibrate
 from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand
 from glmq.cli.compress import compress
@@ -18,6 +17,7 @@ from glmq.cli.demo import demo
 from glmq.cli.inspect import inspect
 from glmq.cli.quantize import quantize
 from glmq.cli.verify import verify
+from glmq.version import __version__
 
 # Large tensors in huge pages: a fresh one costs a quarter of the time. torch reads this when it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

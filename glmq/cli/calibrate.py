@@ -46,8 +46,10 @@ def calibrate(
 
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
+    from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, samples_table, show_calibration_plan, stdout, times_json
-    from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder, plan_calibration_folder
+    from glmq.jobs.calibrate import CalibrationOptions, forecast_calibration, run_calibration
+    from glmq.ranks import read_place
 
     chosen = CalibrationOptions(
         images=calib_images,
@@ -64,11 +66,12 @@ def calibrate(
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        plan, seconds = plan_calibration_folder(model_path, stats, chosen, overwrite=overwrite)
-        show_calibration_plan(plan, seconds, stats, as_json=json_output)
+        forecast = forecast_calibration(model_path, stats, chosen, overwrite=overwrite)
+        show_calibration_plan(forecast, stats, as_json=json_output)
         return
-    result = calibrate_folder(model_path, stats, chosen, overwrite=overwrite, resume=resume, quiet=quiet or json_output)
-    if result is None:
+    with ProgressView(quiet=quiet or json_output) as view:
+        result = run_calibration(model_path, stats, chosen, overwrite=overwrite, resume=resume, watch=view)
+    if not read_place().is_first:
         return
     if json_output:
         print_json({**result.statistics.manifest, "folder": str(stats), "passes": times_json(result.times)})

@@ -116,48 +116,37 @@ def compress(
         show_restoration_plan,
         show_restored,
     )
+    from glmq.cli.malloc import return_large_buffers
+    from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, stdout
     from glmq.compression.layouts import Layout
-    from glmq.jobs.compress import (
-        CompressionJob,
-        compress_folder,
-        plan_compression,
-        plan_restoration,
-        restore_folder,
-    )
+    from glmq.jobs.compress import CompressionJob, CompressionOptions, forecast_compression, run_compression
+    from glmq.jobs.restore import restore
+    from glmq.ranks import read_place
 
-    be_quiet = quiet or json_output
+    return_large_buffers()
     source, target = settle_folders(folders or [], model_path, save_directory)
-    if decompress:
-        if tp is not None or codec == "ascend" or layout != "mindie":
-            raise UsageError(
-                "--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out"
-            )
-        if dry_run:
-            planned = plan_restoration(source, target, overwrite=overwrite)
+    if decompress and (tp is not None or codec == "ascend" or layout != "mindie"):
+        raise UsageError("--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out")
+    with ProgressView(quiet=quiet or json_output) as view:
+        if decompress and dry_run:
+            planned = restore(source, out=target, jobs=jobs, overwrite=overwrite, dry_run=True)
             show_restoration_plan(planned, target, as_json=json_output)
             return
-        restored = restore_folder(source, target, jobs=jobs, overwrite=overwrite, quiet=be_quiet)
-        if json_output:
-            print_json({
-                "schema": "glmq.decompress/1",
-                "folder": str(restored.folder),
-                "layout": restored.layout.value,
-                "world_size": restored.world,
-                "weight_bytes": restored.weight_bytes,
-            })  # fmt: skip
-        elif quiet:
-            stdout.print(str(restored.folder), soft_wrap=True)
-        else:
-            show_restored(restored)
-        return
-    job = CompressionJob(source, target, tp, codec, executor, Layout(layout), jobs)
-    if dry_run:
-        plan = plan_compression(job, overwrite=overwrite, quiet=be_quiet)
-        show_compression_plan(plan, target, as_json=json_output, verbose=verbose)
-        return
-    result = compress_folder(job, overwrite=overwrite, quiet=be_quiet)
-    if result is None:  # a rank above 0 of torchrun
+        if decompress:
+            show_restored(
+                restore(source, out=target, jobs=jobs, overwrite=overwrite, watch=view),
+                as_json=json_output,
+                quiet=quiet,
+            )
+            return
+        job = CompressionJob(source, target, tp, codec, CompressionOptions(executor, Layout(layout), jobs))
+        if dry_run:
+            plan = forecast_compression(job, overwrite=overwrite, watch=view)
+            show_compression_plan(plan, target, as_json=json_output, verbose=verbose)
+            return
+        result = run_compression(job, overwrite=overwrite, watch=view)
+    if not read_place().is_first:
         return
     if json_output:
         print_json({**result.document, "folder": str(result.folder)})

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from shlex import quote
-from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from rich import box
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from glmq.checkpoint.disk import free_bytes
-from glmq.cli.render import MIB, SHOWN_ROWS, print_json, size, stderr, stdout
+from glmq.cli.render import SHOWN_ROWS, print_json, size, stdout
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import REPORT, CodecKind
 from glmq.model.config import FAMILY
@@ -26,68 +22,8 @@ if TYPE_CHECKING:
     from glmq.compression.dry_run import CompressionPlan
     from glmq.compression.report import AreaSizes, RankTotals
     from glmq.compression.stream import CompressedLinear
-    from glmq.jobs.compress import CompressionResult, RestorationPlan, RestoreResult
-
-_LINES: Final = 20
-"""Progress lines where stderr is no terminal."""
-
-
-class ByteProgress:
-    """One bar over bytes with remaining time and resident memory; a few plain lines where stderr is no terminal.
-
-    Args:
-        title: what is being done.
-        total: bytes to do.
-        quiet: draw nothing.
-    """
-
-    def __init__(self, title: str, total: int, *, quiet: bool) -> None:
-        self._title, self._total, self._quiet = title, total, quiet
-        self._done = self._peak_bytes = 0
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._started = time.perf_counter()
-
-    def __enter__(self) -> ByteProgress:
-        # rich takes FORCE_COLOR for a terminal, so ask the stream itself before drawing a live bar.
-        if not self._quiet and sys.stderr.isatty():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[memory]}"),
-            )
-            self._bar = Progress(*columns, console=stderr, transient=True)
-            self._task = self._bar.add_task(self._title, total=self._total, memory="")
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if kind is None and not self._quiet:
-            seconds = time.perf_counter() - self._started
-            stderr.print(
-                f"{self._title}: {size(self._done)} in {seconds:.1f} s, peak {self._peak_bytes / MIB:.0f} MiB resident"
-            )
-
-    def advance(self, name: str, nbytes: int, resident_bytes: int) -> None:
-        """Count finished bytes."""
-        line_before, self._done = self._done * _LINES // max(self._total, 1), self._done + nbytes
-        self._peak_bytes = max(self._peak_bytes, resident_bytes)
-        memory = f"{resident_bytes / MIB:.0f} MiB"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, memory=memory)
-        elif not self._quiet and self._done * _LINES // max(self._total, 1) > line_before:
-            seconds = time.perf_counter() - self._started
-            left = seconds * (self._total - self._done) / self._done
-            stderr.print(
-                f"{self._title}: {size(self._done)} of {size(self._total)}, {name}, {left:.0f} s left, {memory}",
-                soft_wrap=True,
-            )
+    from glmq.jobs.compress import CompressionResult
+    from glmq.jobs.restore import RestorationPlan, RestoreResult
 
 
 def show_compression(result: CompressionResult, *, verbose: bool) -> None:
@@ -275,9 +211,21 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
     stdout.print(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}", soft_wrap=True)
 
 
-def show_restored(result: RestoreResult) -> None:
+def show_restored(result: RestoreResult, *, as_json: bool, quiet: bool) -> None:
     """What was restored, and what to do with it."""
-    if result.layout is Layout.SOURCE:
+    if as_json:
+        print_json(
+            {
+                "schema": "glmq.decompress/1",
+                "folder": str(result.folder),
+                "layout": result.layout.value,
+                "world_size": result.world,
+                "weight_bytes": result.weight_bytes,
+            }
+        )
+    elif quiet:
+        stdout.print(str(result.folder), soft_wrap=True)
+    elif result.layout is Layout.SOURCE:
         stdout.print(
             f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
         )

@@ -43,40 +43,31 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
     unseen = cases.parent / "images" / HELD_OUT_PICTURE
     import torch
 
+    import glmq
     from glmq.cli.compress_view import size_table
+    from glmq.cli.progress import ProgressView
     from glmq.cli.render import captions_table, show_quantization, stdout
     from glmq.cli.verify_view import show_verification
-    from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder
-    from glmq.jobs.compress import CompressionJob, compress_folder
-    from glmq.jobs.quantize import QuantizationJob, quantize_folder
-    from glmq.jobs.verify import load_samples, verify_folder
-    from glmq.model.inputs import DEFAULT_PROMPT
-    from glmq.quantization.recipe import Options
-    from glmq.verification.checks import Limits
 
     torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
     stats, quantized, packed = folder / "statistics", folder / "w8a8s", folder / "w8a8s-compressed"
-    _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --generate {MAX_TOKENS} --stats {stats}")
-    calibration = CalibrationOptions(images=pictures, generate=MAX_TOKENS)
-    calibrate_folder(model, stats, calibration, overwrite=overwrite, resume=False, quiet=False)
-    _say(
-        f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
-        "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
-    )
-    options = Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16")
-    job = QuantizationJob(model, quantized, options, calibration, stats_path=stats)
-    result = quantize_folder(job, overwrite=overwrite, resume=False, quiet=False)
-    assert result is not None  # one process is rank 0
-    show_quantization(result, verbose=False)
-    _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
-    packing = CompressionJob(quantized, packed, tp=1, codec_name="portable")
-    compression = compress_folder(packing, overwrite=overwrite, quiet=False)
-    assert compression is not None  # one process is rank 0
-    stdout.print(size_table(compression.sizes, compression.codec, compression.world))
-    _say(f"glmq verify {quantized} --reference {model} --cases {cases}")
-    samples = load_samples(None, cases, DEFAULT_PROMPT, VERIFIED_CASES)
-    found = verify_folder(quantized, model, [], Limits(), samples, max_pixels=None, quiet=False)
-    show_verification(found, quiet=True, verbose=False)
+    with ProgressView(quiet=False) as view:
+        _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --generate {MAX_TOKENS} --stats {stats}")
+        options = glmq.CalibrationOptions(images=pictures, generate=MAX_TOKENS)
+        glmq.calibrate(model, out=stats, options=options, overwrite=overwrite, watch=view)
+        _say(
+            f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
+            "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
+        )
+        recipe = glmq.Recipe.w8a8s(sigma=3.0, dtype="fp16")
+        result = glmq.quantize(model, stats, out=quantized, recipe=recipe, overwrite=overwrite, watch=view)
+        show_quantization(result, verbose=False)
+        _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
+        compression = glmq.compress(quantized, out=packed, tp=1, codec="portable", overwrite=overwrite, watch=view)
+        stdout.print(size_table(compression.sizes, compression.codec, compression.world))
+        _say(f"glmq verify {quantized} --reference {model} --cases {cases} --limit {VERIFIED_CASES}")
+        asked = glmq.CaseOptions(cases=cases, limit=VERIFIED_CASES)
+        show_verification(glmq.verify(quantized, reference=model, cases=asked, watch=view), quiet=True, verbose=False)
     stdout.print()
     stdout.print(captions_table(unseen.name, {"float": _caption(model, unseen), "W8A8S": _caption(quantized, unseen)}))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -63,87 +65,47 @@ def inspect(
 
     [bold]glmq inspect FLOAT W8A8S --html report.html[/]
     """
-    if b is None:
-        _inspect_one(
-            a, layer, name, sort, limit, csv, html, values=values, json_output=json_output, quiet=quiet, verbose=verbose
-        )
-    elif values or sort != "name":
-        raise UsageError("--values and --sort are for one checkpoint; two are compared by value, worst first")
-    else:
-        _inspect_two(a, b, layer, name, limit, csv, html, json_output=json_output, quiet=quiet, verbose=verbose)
-
-
-def _inspect_one(
-    a: Path,
-    layer: str | None,
-    name: str | None,
-    sort: str,
-    limit: int | None,
-    csv: Path | None,
-    html: Path | None,
-    *,
-    values: bool,
-    json_output: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
-    from glmq.cli.inspect_view import read_values, show_inspection
-    from glmq.cli.render import print_json
-    from glmq.inspection.folder import Kind, scan_folder
-    from glmq.inspection.listing import choose_rows, tensor_rows
-    from glmq.reporting.documents import Inspection, inspection_csv, inspection_document, write_csv
-    from glmq.reporting.inspection_page import inspection_page
-    from glmq.reporting.page import write_page
-    from glmq.verification.engines.check import Target, check_target
-
-    folder = scan_folder(a)
-    rows = choose_rows(tensor_rows(folder), layer=layer, name=name, sort=sort)[:limit]
-    is_model = folder.kind in (Kind.QUANTIZED, Kind.PARTS, Kind.SHARDED)
-    found = Inspection(
-        folder=folder,
-        rows=rows,
-        values=read_values(rows, quiet=quiet or json_output) if values else {},
-        engines={target: list(check_target(folder, target)) for target in Target} if is_model else {},
-    )
-    if csv is not None:
-        write_csv(csv, inspection_csv(found))
-    if html is not None:
-        write_page(html, inspection_page(found))
-    if json_output:
-        print_json(dict(inspection_document(found)))
-    elif not quiet:
-        show_inspection(found, one_by_one=layer is not None or name is not None or limit is not None, verbose=verbose)
-        _say_written(csv, html)
-
-
-def _inspect_two(
-    a: Path,
-    b: Path,
-    layer: str | None,
-    name: str | None,
-    limit: int | None,
-    csv: Path | None,
-    html: Path | None,
-    *,
-    json_output: bool,
-    quiet: bool,
-    verbose: bool,
-) -> None:
-    from glmq.cli.inspect_view import compare_folders, show_comparison
+    from glmq.cli.inspect_view import show_comparison, show_inspection
+    from glmq.cli.malloc import keep_freed_memory
+    from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json
     from glmq.reporting.comparison_page import comparison_page
-    from glmq.reporting.documents import comparison_csv, comparison_document, write_csv
+    from glmq.reporting.documents import (
+        comparison_csv,
+        comparison_document,
+        inspection_csv,
+        inspection_document,
+        write_csv,
+    )
+    from glmq.reporting.inspection_page import inspection_page
     from glmq.reporting.page import write_page
 
-    found = compare_folders(a, b, layer=layer, name=name, with_histograms=html is not None, quiet=quiet or json_output)
+    with ProgressView(quiet=quiet or json_output or not sys.stderr.isatty()) as view:
+        if b is None:
+            from glmq.jobs.inspect import Choice
+            from glmq.jobs.inspect import inspect as inspect_folder
+
+            found = inspect_folder(a, choice=Choice(layer, name, sort, limit), values=values, watch=view)
+            rows, document, page = inspection_csv(found), inspection_document(found), partial(inspection_page, found)
+            one_by_one = layer is not None or name is not None or limit is not None
+            show = partial(show_inspection, found, one_by_one=one_by_one, verbose=verbose)
+        elif values or sort != "name":
+            raise UsageError("--values and --sort are for one checkpoint; two are compared by value, worst first")
+        else:
+            from glmq.jobs.compare import compare
+
+            keep_freed_memory()
+            diff = compare(a, b, layer=layer, name=name, histograms=html is not None, watch=view)
+            rows, document, page = comparison_csv(diff), comparison_document(diff), partial(comparison_page, diff)
+            show = partial(show_comparison, diff, limit=limit, verbose=verbose)
     if csv is not None:
-        write_csv(csv, comparison_csv(found))
+        write_csv(csv, rows)
     if html is not None:
-        write_page(html, comparison_page(found))
+        write_page(html, page())
     if json_output:
-        print_json(dict(comparison_document(found)))
+        print_json(dict(document))
     elif not quiet:
-        show_comparison(found, limit=limit, verbose=verbose)
+        show()
         _say_written(csv, html)
 
 

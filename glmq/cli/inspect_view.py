@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Generator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
 
 from rich import box
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size, stderr, stdout
-from glmq.inspection.folder import scan_folder
+from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size, stdout
 from glmq.inspection.listing import (
     TensorRow,
-    choose_rows,
     describe_folder,
     describe_layers,
     group_rows,
@@ -25,60 +20,18 @@ from glmq.inspection.listing import (
     totals_by_area,
     totals_by_type,
 )
-from glmq.jobs.malloc import keep_freed_memory
 from glmq.model.config import FAMILY
-from glmq.records import BytesDone
 from glmq.verification.engines.check import describe_engines
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import WeightDiff
     from glmq.inspection.compare_keys import KeyChange, NamePattern
     from glmq.inspection.comparison import Comparison
-    from glmq.inspection.values import TensorValues
     from glmq.reporting.documents import Inspection
 
-_Result = TypeVar("_Result")
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
-PAGE_HISTOGRAMS: Final = 6
-"""Weights whose distributions the page shows."""
 SHOWN_PROBLEMS: Final = 5
 """Of each engine, before the rest is left to -v."""
-
-
-def read_values(rows: Sequence[TensorRow], *, quiet: bool) -> dict[str, TensorValues]:
-    """The values of each row's tensor, read under a progress bar over bytes."""
-    from glmq.inspection import values
-
-    return _drive("read values", values.read_values(rows), quiet=quiet)
-
-
-def compare_folders(
-    a: Path, b: Path, *, layer: str | None, name: str | None, with_histograms: bool, quiet: bool
-) -> Comparison:
-    """Compare two folders under a progress bar; the patterns choose tensors by their names in A."""
-    import torch
-
-    from glmq.inspection import comparison
-
-    torch.set_num_threads(1)  # weights are compared piece by piece, each in a thread of its own
-    keep_freed_memory()
-    one, other = scan_folder(a), scan_folder(b)
-    names = {row.name for row in choose_rows(tensor_rows(one), layer=layer, name=name, sort="name")}
-    histograms = PAGE_HISTOGRAMS if with_histograms else 0
-    return _drive("compare weights", comparison.compare_folders(one, other, names, histograms=histograms), quiet=quiet)
-
-
-def _drive(title: str, steps: Generator[BytesDone, None, _Result], *, quiet: bool) -> _Result:
-    """Run a generator to its end under a progress bar over bytes; returns what it returns."""
-    with _bar(quiet=quiet) as progress:
-        task = progress.add_task(title, total=None)
-        while True:
-            try:
-                step = next(steps)
-            except StopIteration as end:
-                result: _Result = end.value
-                return result
-            progress.update(task, completed=step.done, total=step.total)
 
 
 def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> None:
@@ -256,9 +209,3 @@ def marked(error: float) -> Text:
 def _print_mark(severity: str, message: str) -> None:
     mark, style = ("!!", "bold red") if severity == "error" else ("!", "yellow")
     stdout.print(Text(f"{mark} {severity}: {message}", style=style), soft_wrap=True)
-
-
-def _bar(*, quiet: bool) -> Progress:
-    """A progress bar over bytes; nothing where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    return Progress(*columns, console=stderr, transient=True, disable=quiet or not sys.stderr.isatty())

@@ -244,37 +244,41 @@ def quantize(
     W8A8 for the Atlas 800I A2:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
+    from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout, times_json
     from glmq.jobs.calibrate import CalibrationOptions
-    from glmq.jobs.quantize import QuantizationJob, plan_folder, quantize_folder
-    from glmq.quantization.recipe import Options
+    from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
+    from glmq.quantization.recipe import Options, make_recipe
+    from glmq.ranks import read_place
 
     job = QuantizationJob(
         model_path,
         save_directory,
-        Options(
-            w_bit=w_bit,
-            a_bit=a_bit,
-            anti_method=anti_method,
-            act_method=act_method,
-            open_outlier=open_outlier,
-            is_dynamic=is_dynamic,
-            is_lowbit=is_lowbit,
-            co_sparse=co_sparse,
-            fraction=fraction,
-            do_smooth=do_smooth,
-            use_sigma=use_sigma,
-            sigma_factor=sigma_factor,
-            torch_dtype=torch_dtype,
-            group_size=group_size,
-            mindie_format=mindie_format,
-            method=method,
-            target_bits=target_bits,
-            target_ratio=target_ratio,
-            bias_correction=bias_correction,
-            keep_float=tuple(keep_float or ()),
-            layer=tuple(layer or ()),
-            target=target,
+        make_recipe(
+            Options(
+                w_bit=w_bit,
+                a_bit=a_bit,
+                anti_method=anti_method,
+                act_method=act_method,
+                open_outlier=open_outlier,
+                is_dynamic=is_dynamic,
+                is_lowbit=is_lowbit,
+                co_sparse=co_sparse,
+                fraction=fraction,
+                do_smooth=do_smooth,
+                use_sigma=use_sigma,
+                sigma_factor=sigma_factor,
+                torch_dtype=torch_dtype,
+                group_size=group_size,
+                mindie_format=mindie_format,
+                method=method,
+                target_bits=target_bits,
+                target_ratio=target_ratio,
+                bias_correction=bias_correction,
+                keep_float=tuple(keep_float or ()),
+                layer=tuple(layer or ()),
+                target=target,
+            )
         ),
         CalibrationOptions(
             images=calib_images,
@@ -294,11 +298,13 @@ def quantize(
         fallback_topk=fallback_topk,
         max_error=max_error,
     )
-    if dry_run:
-        show_run_plan(plan_folder(job, overwrite=overwrite), save_directory, as_json=json_output, verbose=verbose)
-        return
-    result = quantize_folder(job, overwrite=overwrite, resume=resume, quiet=quiet or json_output)
-    if result is None:
+    with ProgressView(quiet=quiet or json_output) as view:
+        if dry_run:
+            plan = forecast_quantization(job, overwrite=overwrite, watch=view)
+            show_run_plan(plan, save_directory, as_json=json_output, verbose=verbose)
+            return
+        result = run_quantization(job, overwrite=overwrite, resume=resume, watch=view)
+    if not read_place().is_first:
         return
     if json_output:
         print_json({**result.document, "folder": str(result.folder), "passes": times_json(result.times)})

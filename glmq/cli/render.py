@@ -5,43 +5,34 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from shlex import quote
-from types import TracebackType
 from typing import TYPE_CHECKING, Final, TextIO
 
 import psutil
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from glmq.model.config import FAMILY
-from glmq.progress import sum_stages
 from glmq.records import PassTime
 from glmq.spec import Activation, QuantType, assert_never
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from glmq.calibration.convergence import Assessment, Convergence
-    from glmq.calibration.dry_run import CalibrationPlan
-    from glmq.calibration.generate import GenerationPlan
     from glmq.calibration.stats import SampleTokens
+    from glmq.jobs.calibrate import CalibrationForecast
     from glmq.jobs.quantize import QuantizationResult
     from glmq.quantization.dry_run import RunPlan
     from glmq.quantization.recipe import Recipe
     from glmq.quantization.stream import AreaBytes
-    from glmq.records import BlockDone, LinearReport, StageTime
+    from glmq.records import LinearReport
 
 GIB: Final = 2**30
 MIB: Final = 2**20
-RECENT_BLOCKS: Final = 8
-"""The remaining time is estimated from the last few blocks: early ones (vision) differ from later ones (text)."""
 BAD_ERROR: Final = 0.2
 POOR_ERROR: Final = 0.1
 SHOWN_ROWS: Final = 24
@@ -58,88 +49,6 @@ def _console(stream: TextIO, *, is_stderr: bool) -> Console:
 
 stdout = _console(sys.stdout, is_stderr=False)
 stderr = _console(sys.stderr, is_stderr=True)
-
-
-class BlockProgress:
-    """One bar over blocks with remaining time and resident memory; plain lines where stderr is no terminal.
-
-    Args:
-        title: what is being done.
-        unit: what is counted.
-        quiet: draw nothing.
-    """
-
-    def __init__(self, title: str, *, unit: str = "blocks", quiet: bool) -> None:
-        self._title, self._unit, self._quiet = title, unit, quiet
-        self._recent: deque[float] = deque(maxlen=RECENT_BLOCKS)
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._started = time.perf_counter()
-        self._stages: list[StageTime] = []
-        self.peak_bytes = 0
-
-    def __enter__(self) -> BlockProgress:
-        # rich takes FORCE_COLOR for a terminal, so ask the stream too before drawing a live bar; TERM=dumb can show none.
-        if not self._quiet and sys.stderr.isatty() and stderr.is_interactive:
-            columns: list[ProgressColumn] = [
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn(
-                    "{task.completed}/{task.total} {task.fields[unit]}  {task.fields[left]}  {task.fields[memory]}"
-                ),
-            ]
-            self._bar = Progress(*columns, console=stderr, transient=True)
-            self._task = self._bar.add_task(self._title, total=None, unit=self._unit, left="", memory="")
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if kind is None and not self._quiet:
-            for line in pass_lines(self.time()):
-                stderr.print(line, soft_wrap=True)
-
-    def time(self) -> PassTime:
-        """What the pass took so far."""
-        seconds = time.perf_counter() - self._started
-        return PassTime(self._title, seconds, self.peak_bytes, tuple(sum_stages(self._stages)))
-
-    def advance(self, done: BlockDone) -> None:
-        """Count one finished block."""
-        self._recent.append(done.seconds)
-        self.peak_bytes = max(self.peak_bytes, done.resident_bytes)
-        self._stages += done.stages
-        left = (done.total - done.index - 1) * sum(self._recent) / len(self._recent)
-        memory = f"{done.resident_bytes / MIB:.0f} MiB"
-        if self._bar is not None:
-            self._bar.update(
-                self._task, total=done.total, completed=done.index + 1, left=f"{left:.0f} s left", memory=memory
-            )
-        elif not self._quiet:
-            stderr.print(
-                f"{self._title}: {done.index + 1}/{done.total} {done.name} {done.seconds:.1f} s, {left:.0f} s left, {memory}",
-                soft_wrap=True,
-            )
-
-
-def pass_lines(done: PassTime) -> list[str]:
-    """How long a pass took and how much memory; then the stages that took more than a hundredth of it, with their rates."""
-    lines = [f"{done.title}: {done.seconds:.1f} s, peak {done.peak_bytes / MIB:.0f} MiB resident"]
-    shown = [stage for stage in done.stages if stage.seconds > done.seconds / 100]
-    if shown:
-        other = done.seconds - sum(stage.seconds for stage in shown)
-        parts = [f"{stage.stage} {stage.seconds:.1f} s{_rate(stage)}" for stage in shown]
-        lines.append(f"{done.title}, of these: {', '.join(parts)}, other {other:.1f} s")
-    return lines
-
-
-def _rate(stage: StageTime) -> str:
-    if stage.flops:
-        return f" ({stage.flops / stage.seconds / 1e9:.0f} GFLOP/s)"
-    return f" ({stage.nbytes / stage.seconds / 1e9:.2f} GB/s)" if stage.nbytes else ""
 
 
 def times_json(times: Sequence[PassTime]) -> list[dict[str, object]]:
@@ -219,54 +128,6 @@ def samples_table(samples: Sequence[SampleTokens]) -> Table:
     return table
 
 
-def describe_generation(plan: GenerationPlan) -> str:
-    """What writing the answers will take, before it starts."""
-    asked = sum(len(members) for members in plan.rounds)
-    if not asked:
-        return "generate: every sample has an answer"
-    read = plan.token_bytes - plan.kept_bytes
-    rounds = f", in {len(plan.rounds)} rounds" if len(plan.rounds) > 1 else ""
-    weights = (
-        f"{read / GIB:.1f} of {plan.token_bytes / GIB:.1f} GiB of weights for each token"
-        if read
-        else "the weights once"
-    )
-    minutes = plan.read_seconds / 60
-    time_needed = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
-    return (
-        f"generate: {asked} samples are answered in up to {plan.max_tokens} tokens{rounds}; "
-        f"reading {weights} takes up to about {time_needed}"
-    )
-
-
-def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
-    """Whether the statistics have settled, their worst inputs, and what would help."""
-    from glmq.calibration.samples import WANTED_IMAGES  # imports torch, which `glmq inspect` starts without
-
-    if assessment is None:
-        yield "warning: one sample alone does not show whether the statistics have settled; give more images"
-    else:
-        verdict = "settled" if assessment.is_settled else "warning: the statistics have not settled"
-        yield (
-            f"{verdict}: against half of the samples, {_changes(assessment.typical)} "
-            f"(medians over {assessment.inputs} text inputs)"
-        )
-        worst = "; ".join(f"{FAMILY.short_name(site)}: {_changes(change)}" for site, change in assessment.worst)
-        yield f"  most at {worst}"
-        if not assessment.is_settled:
-            yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
-    if unanswered:
-        yield (
-            f"note: {unanswered} samples have no answer, which is most of what a thinking model computes; "
-            "--generate 256 lets it write them"
-        )
-
-
-def _changes(change: Convergence) -> str:
-    correlation = "" if change.correlation is None else f", correlations {change.correlation:.0%}"
-    return f"ranges changed by {change.range_gap:.0%}, mean squares {change.diagonal:.0%}{correlation}"
-
-
 def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
     """What each model says about a picture that calibration did not see, side by side."""
     table = Table(title=f"Captions of {picture}, not used for calibration", box=box.SIMPLE_HEAD, title_justify="left")
@@ -323,10 +184,11 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
         )
 
 
-def show_calibration_plan(plan: CalibrationPlan, seconds: float, folder: Path, *, as_json: bool) -> None:
+def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_json: bool) -> None:
     """What a calibration would write, need and take."""
     from glmq.checkpoint.disk import free_bytes
 
+    plan, seconds = forecast.plan, forecast.seconds
     free, memory = free_bytes(folder), psutil.virtual_memory().available
     if as_json:
         print_json(

@@ -94,9 +94,11 @@ def verify(
 
     [bold]glmq verify W8A8 --target mindie[/]
     """
+    from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, stderr
     from glmq.cli.verify_view import show_checks, show_verification
-    from glmq.jobs.verify import load_samples, verify_folder
+    from glmq.jobs.verify import CaseOptions
+    from glmq.jobs.verify import verify as verify_folder
     from glmq.reporting.documents import VERIFY_SCHEMA, checks_document, verification_document
     from glmq.reporting.page import write_page
     from glmq.reporting.verification_page import verification_page
@@ -111,15 +113,15 @@ def verify(
         return
     if candidate is None:
         raise typer.BadParameter("give the folder of a quantized or compressed checkpoint", param_hint="CANDIDATE")
-    found = verify_folder(
-        candidate,
-        reference,
-        [] if target is None else [Target(target)],
-        Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
-        load_samples(calib_images, cases, prompt, limit),
-        max_pixels=max_pixels,
-        quiet=quiet or json_output,
-    )
+    with ProgressView(quiet=quiet or json_output) as view:
+        found = verify_folder(
+            candidate,
+            reference=reference,
+            engines=[] if target is None else [Target(target)],
+            limits=Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
+            cases=CaseOptions(calib_images, cases, prompt, limit, max_pixels),
+            watch=view,
+        )
     if html is not None:
         write_page(html, verification_page(found))
     if json_output:

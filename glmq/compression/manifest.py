@@ -26,10 +26,11 @@ from typing import Final
 
 import xxhash
 
-from glmq import __version__
+from glmq.checkpoint.folder import RUN_LOG
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
 from glmq.compression.layouts import Layout
 from glmq.errors import CheckpointError
+from glmq.version import __version__
 
 MANIFEST: Final = "glmq_manifest.json"
 SCHEMA: Final = "glmq.compress/1"
@@ -102,7 +103,7 @@ def record_files(folder: Path, exclude: Iterable[str]) -> dict[str, FileRecord]:
     """Size and digest of every file under `folder` but those in `exclude`, by sorted path."""
     excluded = set(exclude)
     files: dict[str, FileRecord] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(RUN_LOG)):
         name = path.relative_to(folder).as_posix()
         if name not in excluded:
             content = path.read_bytes()

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from glmq import __version__
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_whole
 from glmq.compression.layouts import Layout
 from glmq.compression.manifest import REPORT, CodecKind, PartRecord
 from glmq.compression.source import Source
 from glmq.compression.stream import CompressedLinear, PartWritten
 from glmq.model.family import Area
+from glmq.version import __version__
 
 SCHEMA: Final = "glmq.compress-report/1"
 _COLUMNS: Final = (

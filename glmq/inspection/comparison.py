@@ -16,6 +16,7 @@ from glmq.inspection.compare import (
 )
 from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes, description_changes, only_in
 from glmq.inspection.folder import Folder
+from glmq.progress import resident_bytes
 from glmq.records import BytesDone
 
 
@@ -36,6 +37,12 @@ class Comparison:
     description: Sequence[KeyChange]
     histograms: Sequence[HistogramPair]
     """Of the worst matrices; empty unless asked for."""
+
+    @property
+    def identical(self) -> bool:
+        """Both hold the same tensors with the same values."""
+        others = [*self.only_a, *self.only_b, *self.incomparable]
+        return not others and all(diff.identical for diff in self.diffs)
 
 
 def compare_folders(
@@ -60,7 +67,6 @@ def compare_folders(
         CheckpointError: a weight file cannot be read.
     """
     nbytes = {tensor.name: tensor.info.nbytes for tensor in a.tensors if tensor.name in names}
-    total, done = sum(nbytes.values()), 0
     diffs: list[WeightDiff] = []
     incomparable: list[Incomparable] = []
     for record in compare_weights(a, b, names):
@@ -68,8 +74,7 @@ def compare_folders(
             diffs.append(record)
         else:
             incomparable.append(record)
-        done += nbytes[record.name]
-        yield BytesDone(record.name, done, total)
+        yield BytesDone(record.name, nbytes[record.name], resident_bytes())
     layers = sum_layers(diffs)
     diffs.sort(key=lambda diff: (-diff.relative_l2, diff.name))
     worst = [diff.name for diff in diffs if diff.name.endswith(".weight") and len(diff.shape) == 2 and diff.noise]

@@ -14,6 +14,7 @@ from glmq.checkpoint.header import DTYPE_BYTES, Header
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.inspection.folder import StoredTensor
 from glmq.numerics.metrics import entropy_bits
+from glmq.progress import resident_bytes
 from glmq.records import BytesDone
 
 if TYPE_CHECKING:
@@ -56,12 +57,10 @@ def read_values(rows: Sequence[TensorRow]) -> Generator[BytesDone, None, dict[st
     Raises:
         CheckpointError: a file that ends early or cannot be opened.
     """
-    total, done = sum(row.nbytes for row in rows), 0
     found: dict[str, TensorValues] = {}
     for row in rows:
         found[row.name] = tensor_values(row.tensor)
-        done += row.nbytes
-        yield BytesDone(row.name, done, total)
+        yield BytesDone(row.name, row.nbytes, resident_bytes())
     return found
 
 

@@ -1,15 +1,14 @@
-"""What `glmq calibrate` runs, and the first step of `glmq quantize`: samples -> statistics folder."""
+"""Calibrate: samples and a float checkpoint -> a folder of statistics. Also the first step of `quantize`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal, overload
 
 import torch
 
-from glmq import __version__
 from glmq.calibration.convergence import assess
 from glmq.calibration.dry_run import CalibrationPlan, estimate_seconds, plan_calibration
 from glmq.calibration.generate import generate_answers, plan_generation, with_answers
@@ -28,74 +27,172 @@ from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, check_output
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.cli.render import BlockProgress, describe_convergence, describe_generation, stderr
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import UsageError
+from glmq.jobs.notes import describe_convergence, describe_generation
+from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
+from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.source import check_source
 from glmq.model.streamed import StreamedModel
+from glmq.progress import Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
+from glmq.version import __version__
 
 COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """Where samples come from and how they are run."""
+    """Where calibration samples come from and how the float model runs them."""
 
     images: Path | None = None
+    """Folder of pictures, one sample each; None: the photographs that come with glmq, unless there is a `samples_file`."""
     samples_file: Path | None = None
+    """JSON lines of samples with image, prompt and text (answer), each optional."""
     texts: bool = True
     """Add the texts that come with glmq."""
     prompt: str = DEFAULT_PROMPT
+    """What is asked about each picture."""
     limit: int | None = None
+    """Use only the first pictures and lines, this many of each."""
     generate: int | None = None
-    """Most tokens that the model answers itself to a sample without an answer."""
+    """Let the model itself answer samples that have no answer, in at most this many tokens."""
     max_pixels: int | None = None
+    """Shrink larger pictures to this many pixels."""
     skip_bad: bool = False
+    """Leave out files that do not decode as pictures, instead of stopping."""
     wide_moments: bool = False
+    """Collect second moments of the vision tower and of down_proj too."""
     device_type: str = "cpu"
+    """`cpu` or `npu`."""
     compute_dtype: str = "auto"
+    """Of the float model: `fp32`, `bf16`, `fp16`, or `auto`, the fastest that the device has."""
     trust_remote_code: bool = False
+    """Let the tokenizer run code that lies in the model folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """What `glmq calibrate` shows at its end."""
+    """What calibrating gave; the same on every rank."""
 
+    folder: Path
+    """Where the statistics lie."""
     statistics: Statistics
     times: tuple[PassTime, ...]
+    """Of each pass over the model, on rank 0."""
 
 
-def calibrate_folder(
-    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, resume: bool, quiet: bool
-) -> CalibrationResult | None:
-    """Run `glmq calibrate`: write the statistics folder and open it; None on the ranks above 0 of torchrun."""
-    times: list[PassTime] = []
+@dataclass(frozen=True, slots=True)
+class CalibrationForecast:
+    """What calibrating would do, need and take."""
+
+    plan: CalibrationPlan
+    seconds: float
+    """Estimated, from one sample through one block of each tower."""
+
+
+@overload
+def calibrate(
+    model: str | Path,
+    *,
+    out: str | Path,
+    images: str | Path | None = ...,
+    options: CalibrationOptions = ...,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    dry_run: Literal[False] = ...,
+    watch: Watch | None = ...,
+) -> CalibrationResult: ...
+@overload
+def calibrate(
+    model: str | Path,
+    *,
+    out: str | Path,
+    images: str | Path | None = ...,
+    options: CalibrationOptions = ...,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    dry_run: Literal[True],
+    watch: Watch | None = ...,
+) -> CalibrationForecast: ...
+def calibrate(
+    model: str | Path,
+    *,
+    out: str | Path,
+    images: str | Path | None = None,
+    options: CalibrationOptions = CalibrationOptions(),
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    watch: Watch | None = None,
+) -> CalibrationResult | CalibrationForecast:
+    """Run calibration samples through the float model, one block in memory at a time, and write their statistics.
+
+    >>> import glmq
+    >>> stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    >>> len(stats.statistics.samples())
+    10
+
+    Args:
+        model: folder of the float weights.
+        out: folder to write the statistics into.
+        images: folder of pictures; the same as `options.images`.
+        options: the samples, the device, the dtype.
+        overwrite: replace what lies in `out`, once the statistics are whole.
+        resume: go on after the last finished block of an interrupted run.
+        dry_run: only say what it would do; nothing is written.
+        watch: is called with the events of the run.
+
+    Returns:
+        The statistics, or with `dry_run` the forecast.
+
+    Raises:
+        UsageError: options that contradict each other, or an output folder that may not be written.
+        InputError: a model or a sample that cannot be used.
+        ResourceError: no disk, memory or device.
+    """
+    if images is not None:
+        options = replace(options, images=Path(images))
+    if dry_run:
+        return forecast_calibration(Path(model), Path(out), options, overwrite=overwrite)
+    return run_calibration(Path(model), Path(out), options, overwrite=overwrite, resume=resume, watch=watch)
+
+
+def run_calibration(
+    model_path: Path,
+    stats_path: Path,
+    options: CalibrationOptions,
+    *,
+    overwrite: bool,
+    resume: bool,
+    watch: Watch | None,
+) -> CalibrationResult:
+    """As `calibrate`, on one rank of all."""
     place = read_place()
-    quiet = quiet or not place.is_first
+    watcher = Watcher(watch if place.is_first else None)
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
     check_output(stats_path, overwrite=overwrite, resume=resume)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         check_source(source, config)
-        work = Calibration.prepare(source, config, options, place, quiet=quiet)
+        work = Calibration.prepare(source, config, options, place, watcher)
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
-        with Ranks(place) as ranks, SharedFolder(output, ranks) as folder:
-            run_calibration(work, folder.path, ranks, times, quiet=quiet)
-            folder.finish()
+        with Ranks(place) as ranks:
+            write_statistics(work, output, options, ranks, watcher)
+            times = watcher.times(ranks)
     statistics = Statistics.open(stats_path)
-    say_settled(statistics, quiet=quiet)
-    return CalibrationResult(statistics, tuple(times)) if place.is_first else None
+    note_convergence(statistics, watcher)
+    return CalibrationResult(stats_path, statistics, times)
 
 
-def plan_calibration_folder(
+def forecast_calibration(
     model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool
-) -> tuple[CalibrationPlan, float]:
-    """Run `glmq calibrate --dry-run`: the plan, and seconds that the run would take. Touches nothing."""
+) -> CalibrationForecast:
+    """As `calibrate` with `dry_run`."""
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
@@ -103,8 +200,8 @@ def plan_calibration_folder(
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         check_source(source, config)
-        work = Calibration.prepare(source, config, options, Place(0, 1), quiet=True)
-        return work.plan, work.seconds()
+        work = Calibration.prepare(source, config, options, Place(0, 1), Watcher(None))
+        return CalibrationForecast(work.plan, work.seconds())
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +216,9 @@ class Calibration:
 
     @classmethod
     def prepare(
-        cls, source: Checkpoint, config: ModelConfig, options: CalibrationOptions, place: Place, *, quiet: bool
+        cls, source: Checkpoint, config: ModelConfig, options: CalibrationOptions, place: Place, watcher: Watcher
     ) -> Calibration:
-        samples = load_samples(options, quiet=quiet)
+        samples = load_samples(options, watcher)
         device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
         settings = settings_of(options, device)
         dtype: torch.dtype = getattr(torch, settings.compute_dtype)
@@ -142,22 +239,30 @@ class Calibration:
         plan = plan_generation(self.model, self.samples, self.preprocessor, self.settings.generate)
         return seconds + plan.read_seconds
 
-    def answered(self, journal: Journal, ranks: Ranks, times: list[PassTime], *, quiet: bool) -> Calibration:
+    def answered(self, journal: Journal, ranks: Ranks, watcher: Watcher) -> Calibration:
         """The same with the model's own answers to samples that have none, where they are asked for."""
         if self.settings.generate is None:
             return self
         model, samples, preprocessor = self.model, self.samples, self.preprocessor
         plan = plan_generation(model, samples, preprocessor, self.settings.generate)
-        if not quiet:
-            stderr.print(describe_generation(plan), soft_wrap=True)
-        with BlockProgress("generate", unit="tokens", quiet=quiet) as progress:
+        watcher.note(describe_generation(plan))
+        with watcher.blocks("generate", len(plan.rounds) * plan.max_tokens, "tokens") as advance:
             for done in generate_answers(model, samples, preprocessor, plan, journal, ranks):
-                progress.advance(done)
-        times.append(progress.time())
+                advance(done)
         return replace(self, samples=with_answers(samples, journal))
 
 
-def run_calibration(work: Calibration, folder: Path, ranks: Ranks, times: list[PassTime], *, quiet: bool) -> None:
+def write_statistics(
+    work: Calibration, output: OutputFolder, options: CalibrationOptions, ranks: Ranks, watcher: Watcher
+) -> None:
+    """Calibrate into `output`, which is there when this returns, on every rank."""
+    with SharedFolder(output, ranks) as folder:
+        with run_log(folder.path, output.target, options, ranks.place, watcher):
+            _stream_blocks(work, folder.path, ranks, watcher)
+        folder.finish()
+
+
+def _stream_blocks(work: Calibration, folder: Path, ranks: Ranks, watcher: Watcher) -> None:
     settings, fingerprint = work.settings, work.model.source.fingerprint()
     journal = Journal(
         folder,
@@ -173,18 +278,17 @@ def run_calibration(work: Calibration, folder: Path, ranks: Ranks, times: list[P
     )
     if not journal.finished:
         check_room(folder, work.plan.output_bytes + work.plan.work_bytes)
-    work = work.answered(journal, ranks, times, quiet=quiet)
+    work = work.answered(journal, ranks, watcher)
     sink = StatsWriter(folder, fingerprint, work.samples, settings)
-    with BlockProgress("calibrate", quiet=quiet) as progress:
+    with watcher.blocks("calibrate", len(work.model.config.family.blocks(work.model.config))) as advance:
         for done in calibrate_checkpoint(
             work.model, work.samples, work.preprocessor, sink, settings, journal, folder, ranks
         ):
-            progress.advance(done)
-    times.append(progress.time())
+            advance(done)
     journal.remove()
 
 
-def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, ...]:
+def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample, ...]:
     """The calibration samples that the options name: images, the lines of the samples file, built-in texts."""
     samples: tuple[Sample, ...] = ()
     if options.images is not None or options.samples_file is None:
@@ -192,12 +296,12 @@ def load_samples(options: CalibrationOptions, *, quiet: bool) -> tuple[Sample, .
             options.images or default_images(), options.prompt, skip_bad=options.skip_bad, limit=options.limit
         )
         samples = found.samples
-        if found.rejected and not quiet:
-            for rejected in found.rejected:
-                stderr.print(f"left out {rejected.path.name}: {rejected.reason}", soft_wrap=True)
-            stderr.print(f"{len(found.rejected)} files left out, {len(samples)} images used")
-        if len(samples) < WANTED_IMAGES and not quiet:
-            stderr.print(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
+        for rejected in found.rejected:
+            watcher.note(f"left out {rejected.path.name}: {rejected.reason}")
+        if found.rejected:
+            watcher.note(f"{len(found.rejected)} files left out, {len(samples)} images used")
+        if len(samples) < WANTED_IMAGES:
+            watcher.note(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
     if options.samples_file is not None:
         samples += read_samples(options.samples_file, limit=options.limit).samples
     return samples + builtin_texts() if options.texts else samples
@@ -232,9 +336,8 @@ def machine_settings() -> dict[str, str]:
     }
 
 
-def say_settled(statistics: Statistics, *, quiet: bool) -> None:
-    """Whether the samples were enough."""
-    if not quiet:
-        unanswered = sum(not sample.has_answer for sample in statistics.samples())
-        for line in describe_convergence(assess(statistics.settled()), unanswered=unanswered):
-            stderr.print(line, soft_wrap=True)
+def note_convergence(statistics: Statistics, watcher: Watcher) -> None:
+    """Note whether the samples were enough."""
+    unanswered = sum(not sample.has_answer for sample in statistics.samples())
+    for line in describe_convergence(assess(statistics.settled()), unanswered=unanswered):
+        watcher.note(line)

@@ -1,18 +1,17 @@
-"""Compress and restore as the command runs them: check everything, then the engine under a progress bar."""
+"""Compress: a W8A8S checkpoint -> one part per tensor-parallel rank."""
 
 from __future__ import annotations
 
 import os
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias, overload
 
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_output
 from glmq.checkpoint.json_file import JsonObject
-from glmq.cli.compress_view import ByteProgress
-from glmq.cli.render import stderr
 from glmq.codec.codec import KERNELS
 from glmq.compression.dry_run import CompressionPlan, disk_bytes, make_compression_plan
 from glmq.compression.executor import PROGRAM, AscendCodec, find_executor, how_to_build
@@ -28,8 +27,8 @@ from glmq.compression.report import (
     unpack_results,
     write_report,
 )
-from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
-from glmq.compression.source import open_source
+from glmq.compression.shard import RankTensor
+from glmq.compression.source import Source, open_source
 from glmq.compression.stream import (
     CompressedLinear,
     PartWritten,
@@ -42,9 +41,26 @@ from glmq.compression.stream import (
 )
 from glmq.compression.weight_codec import Codec, PortableCodec
 from glmq.errors import DeviceError, UsageError
-from glmq.jobs.malloc import return_large_buffers
+from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
+from glmq.jobs.watcher import Watcher
+from glmq.progress import Watch
 from glmq.ranks import Place, Ranks, read_place
+from glmq.records import PassTime
+
+CodecName: TypeAlias = Literal["auto", "portable", "ascend"]
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionOptions:
+    """How weights are compressed, beside the codec and the number of ranks."""
+
+    executor: Path | None = None
+    """The vendor's program; None looks for it."""
+    layout: Layout = Layout.MINDIE
+    """The engine whose names and cuts are written."""
+    jobs: int | None = None
+    """Weights worked on at a time; None: as many as there are cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,153 +71,192 @@ class CompressionJob:
     out_path: Path
     tp: int | None = None
     """Tensor-parallel size; None: of torchrun, or 1."""
-    codec_name: Literal["auto", "portable", "ascend"] = "auto"
-    executor: Path | None = None
-    """The vendor's program; None looks for it."""
-    layout: Layout = Layout.MINDIE
-    jobs: int | None = None
-    """Threads; None: as many as there are cores for."""
+    codec_name: CodecName = "auto"
+    options: CompressionOptions = CompressionOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class CompressionResult:
-    """What `glmq compress` shows at its end."""
+    """What compressing gave; the same on every rank."""
 
     source: Path
     folder: Path
     codec: CodecKind
     layout: Layout
     world: int
+    """Number of parts."""
     linears: tuple[CompressedLinear, ...]
     sizes: tuple[AreaSizes, ...]
     ranks: tuple[RankTotals, ...]
     document: JsonObject
+    """As glmq_compress_report.json holds it."""
+    times: tuple[PassTime, ...]
+    """On rank 0."""
 
 
-def compress_folder(job: CompressionJob, *, overwrite: bool, quiet: bool) -> CompressionResult | None:
-    """Run `glmq compress`; None on the ranks above 0 of torchrun.
+@overload
+def compress(
+    source: str | Path,
+    *,
+    out: str | Path,
+    tp: int | None = ...,
+    codec: CodecName = ...,
+    options: CompressionOptions = ...,
+    overwrite: bool = ...,
+    dry_run: Literal[False] = ...,
+    watch: Watch | None = ...,
+) -> CompressionResult: ...
+@overload
+def compress(
+    source: str | Path,
+    *,
+    out: str | Path,
+    tp: int | None = ...,
+    codec: CodecName = ...,
+    options: CompressionOptions = ...,
+    overwrite: bool = ...,
+    dry_run: Literal[True],
+    watch: Watch | None = ...,
+) -> CompressionPlan: ...
+def compress(
+    source: str | Path,
+    *,
+    out: str | Path,
+    tp: int | None = None,
+    codec: CodecName = "auto",
+    options: CompressionOptions = CompressionOptions(),
+    overwrite: bool = False,
+    dry_run: bool = False,
+    watch: Watch | None = None,
+) -> CompressionResult | CompressionPlan:
+    """Compress a W8A8S checkpoint, one part per tensor-parallel rank.
 
-    Whatever can be refused from headers and options is refused before anything is written.
+    >>> import glmq
+    >>> packed = glmq.compress("w8a8s", out="w8a8sc", tp=2, codec="portable")
+    >>> packed.world
+    2
+
+    Args:
+        source: folder of the W8A8S weights.
+        out: folder to write into.
+        tp: tensor-parallel size to serve with; None: the processes of torchrun, or 1.
+        codec: `ascend` for the engine, by the vendor's compress program; `portable` for storage and transport, which no
+            engine reads; `auto`: `ascend` if the program is found.
+        options: the vendor's program, the layout, the number of threads.
+        overwrite: replace what lies in `out`, once the parts are whole.
+        dry_run: only say what it would do; nothing is written.
+        watch: is called with the events of the run.
+
+    Returns:
+        The sizes of every linear and part, or with `dry_run` the plan.
+
+    Raises:
+        UsageError: options that contradict each other, or an output folder that may not be written.
+        InputError: weights that are no W8A8S checkpoint of the family, or damaged.
+        ResourceError: no disk or memory, or the vendor's program is not there.
     """
-    return_large_buffers()
+    job = CompressionJob(Path(source), Path(out), tp, codec, options)
+    if dry_run:
+        return forecast_compression(job, overwrite=overwrite, watch=watch)
+    return run_compression(job, overwrite=overwrite, watch=watch)
+
+
+def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None) -> CompressionResult:
+    """As `compress`, on one rank of all: what can be refused from headers and options is refused first."""
     place = read_place()
+    watcher = Watcher(watch if place.is_first else None)
     world = settle_world(job.tp, place)
     check_folders(job.model_path, job.out_path)
     output = OutputFolder(job.out_path, overwrite=overwrite)
-    is_first = place.rank == 0
-    source = open_source(job.model_path)
-    with source.checkpoint:
-        codec = choose_codec(job.codec_name, job.executor, quiet=quiet or not is_first)
-        chosen = choose_layout(codec.kind, job.layout, world)
-        rank_numbers = range(world) if place.world == 1 else [place.rank]
-        plans = plan_ranks(source, chosen, world, rank_numbers)
-        total = planned_bytes(plans)
-        check_room(job.out_path, disk_bytes(plans, codec) * place.world)  # every rank writes about as much as this one
-        own_linears: list[CompressedLinear] = []
-        own_parts: list[PartWritten] = []
-        title = "compress" if place.world == 1 else f"compress rank 0 of {world}"
-        jobs = job.jobs or default_jobs(place.world)
-        with (
-            Ranks(place) as ranks,
-            SharedFolder(output, ranks) as folder,
-            ByteProgress(title, total, quiet=quiet or not is_first) as progress,
-            closing(compress_checkpoint(source, plans, codec, chosen, world, folder.path, jobs)) as records,
-        ):
-            for record in records:
-                match record:
-                    case Step():
-                        progress.advance(record.name, record.nbytes, record.resident_bytes)
-                    case CompressedLinear():
-                        own_linears.append(record)
-                        progress.advance(record.name, record.weights, record.resident_bytes)
-                    case PartWritten():
-                        own_parts.append(record)
-                folder.check_others()
-            linears: list[CompressedLinear] = []
-            parts: list[PartWritten] = []
-            for text in folder.all_gather(pack_results(own_linears, own_parts)):
-                rank_linears, rank_parts = unpack_results(text)
-                linears += rank_linears
-                parts += rank_parts
-            document = report_document(source, codec.kind, chosen, linears, parts)
-            if is_first:
-                write_report(folder.path, document, linears)
-                finish_folder(source, codec.kind, chosen, world, [part.record for part in parts], folder.path)
+    numbers = range(world) if place.world == 1 else range(place.rank, place.rank + 1)
+    with _prepared(job, world, numbers, watcher) as work:
+        # Every rank writes about as much as this one.
+        check_room(job.out_path, disk_bytes(work.plans, work.codec) * place.world)
+        with Ranks(place) as ranks, SharedFolder(output, ranks) as folder:
+            with run_log(folder.path, job.out_path, job, place, watcher):
+                result = _write_parts(job, work, folder, watcher, ranks)
             folder.finish()
-        sizes, totals = area_sizes(source, parts), rank_totals(linears, parts)
-    if not is_first:
-        return None
-    return CompressionResult(
-        job.model_path, job.out_path, codec.kind, chosen, world, tuple(linears), tuple(sizes), tuple(totals), document
-    )
+    return result
 
 
-def plan_compression(job: CompressionJob, *, overwrite: bool, quiet: bool) -> CompressionPlan:
-    """Run `glmq compress --dry-run`: refuse what the run would refuse, and touch nothing."""
+def forecast_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None) -> CompressionPlan:
+    """As `compress` with `dry_run`: refuse what the run would refuse, and touch nothing."""
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
     world = job.tp or 1
     check_folders(job.model_path, job.out_path)
     check_output(job.out_path, overwrite=overwrite)
+    with _prepared(job, world, range(world), Watcher(watch)) as work:
+        threads = job.options.jobs or default_jobs(1)
+        return make_compression_plan(work.source, work.plans, work.codec, work.layout, world, threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Everything that compressing needs, checked, before its first weight."""
+
+    source: Source
+    codec: Codec
+    layout: Layout
+    world: int
+    plans: Mapping[int, Sequence[RankTensor]]
+    """The tensors of each rank that this process writes."""
+
+
+@contextmanager
+def _prepared(job: CompressionJob, world: int, numbers: Sequence[int], watcher: Watcher) -> Iterator[_Work]:
     source = open_source(job.model_path)
     with source.checkpoint:
-        codec = choose_codec(job.codec_name, job.executor, quiet=quiet)
-        chosen = choose_layout(codec.kind, job.layout, world)
-        plans = plan_ranks(source, chosen, world, range(world))
-        return make_compression_plan(source, plans, codec, chosen, world, job.jobs or default_jobs(1))
+        codec = choose_codec(job.codec_name, job.options.executor, watcher)
+        layout = choose_layout(codec.kind, job.options.layout, world)
+        yield _Work(source, codec, layout, world, plan_ranks(source, layout, world, numbers))
 
 
-@dataclass(frozen=True, slots=True)
-class RestorationPlan:
-    """What `glmq compress --decompress` would write."""
-
-    layout: Layout
-    world: int
-    output_bytes: int
-    """Exactly, of the restored tensors."""
-
-
-def plan_restoration(model_path: Path, out_path: Path, *, overwrite: bool) -> RestorationPlan:
-    """Run `glmq compress --decompress --dry-run`: read the manifest and headers, touch nothing."""
-    check_folders(model_path, out_path)
-    check_output(out_path, overwrite=overwrite)
-    manifest = read_portable_manifest(model_path)
-    return RestorationPlan(manifest.layout, manifest.world, restored_bytes(model_path, manifest))
-
-
-@dataclass(frozen=True, slots=True)
-class RestoreResult:
-    """What `glmq compress --decompress` shows at its end."""
-
-    folder: Path
-    layout: Layout
-    world: int
-    weight_bytes: int
-    """Of the restored tensors."""
-
-
-def restore_folder(
-    model_path: Path, out_path: Path, *, jobs: int | None, overwrite: bool, quiet: bool
-) -> RestoreResult:
-    """Run `glmq compress --decompress`."""
-    if read_place().world > 1:
-        raise UsageError("--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself")
-    return_large_buffers()
-    check_folders(model_path, out_path)
-    output = OutputFolder(out_path, overwrite=overwrite)
-    manifest = read_portable_manifest(model_path)
-    total = restored_bytes(model_path, manifest)
-    check_room(out_path, total)
-    note_missing_kernels(quiet=quiet)
+def _write_parts(
+    job: CompressionJob, work: _Work, folder: SharedFolder, watcher: Watcher, ranks: Ranks
+) -> CompressionResult:
+    """Write this rank's part, or all parts where there is one process, and the documents that all share."""
+    source, codec, layout, world, place = work.source, work.codec, work.layout, work.world, ranks.place
+    own_linears: list[CompressedLinear] = []
+    own_parts: list[PartWritten] = []
+    title = "compress" if place.world == 1 else f"compress rank 0 of {world}"
+    threads = job.options.jobs or default_jobs(place.world)
     with (
-        output as folder,
-        ByteProgress("decompress", total, quiet=quiet) as progress,
-        closing(decompress_checkpoint(model_path, manifest, folder.path, jobs or default_jobs(1))) as steps,
+        watcher.bytes(title, planned_bytes(work.plans)) as advance,
+        closing(compress_checkpoint(source, work.plans, codec, layout, world, folder.path, threads)) as records,
     ):
-        for step in steps:
-            progress.advance(step.name, step.nbytes, step.resident_bytes)
-        folder.finish()
-    return RestoreResult(out_path, manifest.layout, manifest.world, total)
+        for record in records:
+            match record:
+                case Step():
+                    advance(record.name, record.nbytes, record.resident_bytes)
+                case CompressedLinear():
+                    own_linears.append(record)
+                    advance(record.name, record.weights, record.resident_bytes)
+                case PartWritten():
+                    own_parts.append(record)
+            folder.check_others()
+    linears: list[CompressedLinear] = []
+    parts: list[PartWritten] = []
+    for text in folder.all_gather(pack_results(own_linears, own_parts)):
+        rank_linears, rank_parts = unpack_results(text)
+        linears += rank_linears
+        parts += rank_parts
+    document = report_document(source, codec.kind, layout, linears, parts)
+    if place.is_first:
+        write_report(folder.path, document, linears)
+        finish_folder(source, codec.kind, layout, world, [part.record for part in parts], folder.path)
+    return CompressionResult(
+        source=job.model_path,
+        folder=job.out_path,
+        codec=codec.kind,
+        layout=layout,
+        world=world,
+        linears=tuple(linears),
+        sizes=tuple(area_sizes(source, parts)),
+        ranks=tuple(rank_totals(linears, parts)),
+        document=document,
+        times=watcher.times(ranks),
+    )
 
 
 def settle_world(tp: int | None, place: Place) -> int:
@@ -222,40 +277,36 @@ def check_folders(model_path: Path, out_path: Path) -> None:
         raise UsageError(f"{out_path}: is or holds the folder that is read; choose another --save_directory")
 
 
-def choose_codec(name: Literal["auto", "portable", "ascend"], executor: Path | None, *, quiet: bool) -> Codec:
-    """The codec; with `auto` the engine's if its program is there, else the portable one, which stderr is told.
+def choose_codec(name: CodecName, executor: Path | None, watcher: Watcher) -> Codec:
+    """The codec; with `auto` the engine's if its program is there, else the portable one, with a note.
 
     Raises:
         DeviceError: `ascend`, or --executor, and the program is not there.
     """
     if name == "portable":
-        note_missing_kernels(quiet=quiet)
+        note_missing_kernels(watcher)
         return PortableCodec()
     program = find_executor(executor)
     if program is not None:
-        if not quiet:
-            stderr.print(f"codec ascend: {program}", soft_wrap=True)
+        watcher.note(f"codec ascend: {program}")
         return AscendCodec(program)
     if name == "ascend":
         raise DeviceError(f"--codec ascend: {PROGRAM}, the vendor's compress program, was not found; {how_to_build()}")
-    if not quiet:
-        stderr.print(
-            f"note: {PROGRAM}, the vendor's compress program, was not found, so the weights are written in glmq's portable "
-            "form: lossless, for storage and transport, but no serving engine reads it. "
-            f"For the engine's W8A8SC, {how_to_build()}.",
-            soft_wrap=True,
-        )
-    note_missing_kernels(quiet=quiet)
+    watcher.note(
+        f"note: {PROGRAM}, the vendor's compress program, was not found, so the weights are written in glmq's portable "
+        "form: lossless, for storage and transport, but no serving engine reads it. "
+        f"For the engine's W8A8SC, {how_to_build()}."
+    )
+    note_missing_kernels(watcher)
     return PortableCodec()
 
 
-def note_missing_kernels(*, quiet: bool) -> None:
-    """Tell stderr if the portable codec runs in numpy: installed without a compiler, or run from inside the sources."""
-    if not KERNELS and not quiet:
-        stderr.print(
+def note_missing_kernels(watcher: Watcher) -> None:
+    """Note if the portable codec runs in numpy: installed without a compiler, or run from inside the sources."""
+    if not KERNELS:
+        watcher.note(
             f"note: the glmq in {Path(__file__).parents[1]} has no compiled codec, so compressing and restoring take "
-            "some 20 times as long; install it with a C compiler at hand, and do not run it from inside its source folder",
-            soft_wrap=True,
+            "some 20 times as long; install it with a C compiler at hand, and do not run it from inside its source folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""What `glmq quantize` runs: statistics of its own or given ones, the plan, the passes, the report."""
+"""Quantize: a float checkpoint, its statistics and a recipe -> a quantized checkpoint with its report."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 from glmq.calibration.samples import (
     Sample,
@@ -19,28 +20,31 @@ from glmq.checkpoint.folder import OutputFolder, check_apart, check_output, refu
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
-from glmq.cli.render import BlockProgress, stderr
 from glmq.device import resolve
 from glmq.errors import InputError, UsageError
 from glmq.jobs.calibrate import (
     COMPUTE_DTYPES,
     Calibration,
     CalibrationOptions,
+    CalibrationResult,
     dtype_name,
     load_samples,
     machine_settings,
-    run_calibration,
-    say_settled,
+    note_convergence,
     settings_of,
     sources_of,
+    write_statistics,
 )
+from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
+from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig, read_config
 from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.progress import Watch
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
 from glmq.quantization.fallback import with_fallback, worst_groups
-from glmq.quantization.recipe import Options, Recipe, count_matches, make_recipe, plan_groups
+from glmq.quantization.recipe import Recipe, count_matches, plan_groups
 from glmq.quantization.report import report_document, write_report
 from glmq.quantization.stream import (
     AreaBytes,
@@ -63,7 +67,7 @@ class QuantizationJob:
 
     model_path: Path
     out_path: Path
-    options: Options
+    recipe: Recipe
     calibration: CalibrationOptions
     stats_path: Path | None = None
     """Statistics to reuse, or to write if the folder does not exist; None makes temporary ones."""
@@ -76,58 +80,124 @@ class QuantizationJob:
 
 @dataclass(frozen=True, slots=True)
 class QuantizationResult:
-    """What `glmq quantize` shows at its end."""
+    """What quantizing gave; the same on every rank."""
 
     folder: Path
     recipe: Recipe
     reports: tuple[LinearReport, ...]
     parts: tuple[AreaBytes, ...]
     document: JsonObject
+    """As glmq_report.json holds it."""
     times: tuple[PassTime, ...]
+    """Of each pass over the model, on rank 0."""
 
 
-def quantize_folder(job: QuantizationJob, *, overwrite: bool, resume: bool, quiet: bool) -> QuantizationResult | None:
-    """Run `glmq quantize`; None on the ranks above 0 of torchrun.
+@overload
+def quantize(
+    model: str | Path,
+    stats: str | Path | CalibrationResult | None = ...,
+    *,
+    out: str | Path,
+    recipe: Recipe = ...,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    dry_run: Literal[False] = ...,
+    watch: Watch | None = ...,
+) -> QuantizationResult: ...
+@overload
+def quantize(
+    model: str | Path,
+    stats: str | Path | CalibrationResult | None = ...,
+    *,
+    out: str | Path,
+    recipe: Recipe = ...,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    dry_run: Literal[True],
+    watch: Watch | None = ...,
+) -> RunPlan: ...
+def quantize(
+    model: str | Path,
+    stats: str | Path | CalibrationResult | None = None,
+    *,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    watch: Watch | None = None,
+) -> QuantizationResult | RunPlan:
+    """Quantize a float checkpoint.
 
-    Everything that can be refused is refused before the first weight is read.
+    >>> import glmq
+    >>> result = glmq.quantize("GLM-4.1V", "stats", out="w8a8s", recipe=glmq.Recipe.w8a8s(sigma=3.0, dtype="fp16"))
+    >>> max(report.output_error for report in result.reports) < 0.05
+    True
+
+    Args:
+        model: folder of the float weights.
+        stats: what `calibrate` gave, or its folder, which is written first if it does not exist; None takes statistics
+            of the photographs that come with glmq and keeps none.
+        out: folder to write the quantized weights into.
+        recipe: the quantization type and how to get there; None is W8A8 in bfloat16, for the Atlas 800I A2.
+        overwrite: replace what lies in `out`, once the new weights are whole.
+        resume: go on after the last finished block of an interrupted run.
+        dry_run: only say what it would do; nothing is written.
+        watch: is called with the events of the run.
+
+    Returns:
+        The error of every linear and where the weights lie, or with `dry_run` the plan.
+
+    Raises:
+        UsageError: options that contradict each other, or an output folder that may not be written.
+        InputError: a model, a sample or statistics that cannot be used.
+        ResourceError: no disk, memory or device.
     """
+    stats_path = stats.folder if isinstance(stats, CalibrationResult) else None if stats is None else Path(stats)
+    job = QuantizationJob(Path(model), Path(out), recipe or Recipe.w8a8(), CalibrationOptions(), stats_path)
+    if dry_run:
+        return forecast_quantization(job, overwrite=overwrite, watch=watch)
+    return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch)
+
+
+def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, watch: Watch | None) -> QuantizationResult:
+    """As `quantize`, on one rank of all. Everything that can be refused is refused before the first weight is read."""
     place = read_place()
-    quiet = quiet or not place.is_first
-    times: list[PassTime] = []
-    with _planned(job, overwrite=overwrite, resume=resume) as (source, config, recipe, plan):
-        _say_patterns(recipe, config, quiet=quiet)
+    watcher = Watcher(watch if place.is_first else None)
+    with _planned(job, overwrite=overwrite, resume=resume) as (source, config, plan):
+        _note_patterns(job.recipe, config, watcher)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path))
         output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume)
         with (
             Ranks(place) as ranks,
-            _statistics(source, config, job, ranks, times, resume=resume, quiet=quiet) as statistics,
+            _statistics(source, config, job, ranks, watcher, resume=resume) as statistics,
             SharedFolder(output, ranks) as folder,
         ):
-            result = _quantize(source, config, recipe, plan, statistics, job, folder.path, ranks, times, quiet=quiet)
+            with run_log(folder.path, job.out_path, job, place, watcher):
+                result = _write_weights(source, config, plan, statistics, job, folder.path, ranks, watcher)
             folder.finish()
     return result
 
 
-def plan_folder(job: QuantizationJob, *, overwrite: bool) -> RunPlan:
-    """Run `glmq quantize --dry-run`: read config.json and headers, touch nothing."""
+def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch | None) -> RunPlan:
+    """As `quantize` with `dry_run`: read config.json and headers, touch nothing."""
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
-    with _planned(job, overwrite=overwrite, resume=True) as (source, config, recipe, plan):
+    with _planned(job, overwrite=overwrite, resume=True) as (source, config, plan):
         if job.stats_path is not None and job.stats_path.exists():
-            statistics = _open_statistics(source, job.calibration, job.stats_path, quiet=False)
-            return make_run_plan(source, config, recipe, plan, statistics)
-        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), quiet=True)
+            statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
+            return make_run_plan(source, config, job.recipe, plan, statistics)
+        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(None))
         disk = work.plan.output_bytes + work.plan.work_bytes
         needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
-        return make_run_plan(source, config, recipe, plan, needs)
+        return make_run_plan(source, config, job.recipe, plan, needs)
 
 
 @contextmanager
 def _planned(
     job: QuantizationJob, *, overwrite: bool, resume: bool
-) -> Iterator[tuple[Checkpoint, ModelConfig, Recipe, OutputPlan]]:
+) -> Iterator[tuple[Checkpoint, ModelConfig, OutputPlan]]:
     """The open source and the plan of the whole output, from options, config.json and headers."""
-    recipe = make_recipe(job.options)
     inputs = {"the float weights": job.model_path, **sources_of(job.calibration), "the statistics": job.stats_path}
     check_apart(job.out_path, "--save_directory", inputs)
     if job.stats_path is not None:
@@ -143,8 +213,8 @@ def _planned(
             )
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
-        groups = plan_groups(recipe, config)
-        yield source, config, recipe, plan_output(source, config, recipe, groups, job.shard_bytes)
+        groups = plan_groups(job.recipe, config)
+        yield source, config, plan_output(source, config, job.recipe, groups, job.shard_bytes)
 
 
 @contextmanager
@@ -153,10 +223,9 @@ def _statistics(
     config: ModelConfig,
     job: QuantizationJob,
     ranks: Ranks,
-    times: list[PassTime],
+    watcher: Watcher,
     *,
     resume: bool,
-    quiet: bool,
 ) -> Iterator[Statistics]:
     """The statistics to quantize with: the given folder's, or fresh ones, kept if a folder was named."""
     options, stats_path = job.calibration, job.stats_path
@@ -166,18 +235,16 @@ def _statistics(
             statistics = Statistics.open(folder)
             statistics.check_model(source.fingerprint())
             _check_calibration(
-                statistics, load_samples(options, quiet=True), settings_of(options, resolve(options.device_type))
+                statistics, load_samples(options, Watcher(None)), settings_of(options, resolve(options.device_type))
             )
         else:
-            statistics = _open_statistics(source, options, stats_path, quiet=quiet)
+            statistics = _open_statistics(source, options, stats_path, watcher)
     else:
-        work = Calibration.prepare(source, config, options, ranks.place, quiet=quiet)
+        work = Calibration.prepare(source, config, options, ranks.place, watcher)
         output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
-        with SharedFolder(output, ranks) as shared:
-            run_calibration(work, shared.path, ranks, times, quiet=quiet)
-            shared.finish()
+        write_statistics(work, output, options, ranks, watcher)
         statistics = Statistics.open(folder)
-        say_settled(statistics, quiet=quiet)
+        note_convergence(statistics, watcher)
     try:
         yield statistics
     except (InputError, UsageError):
@@ -205,7 +272,7 @@ def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settin
             )
 
 
-def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, *, quiet: bool) -> Statistics:
+def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, watcher: Watcher) -> Statistics:
     """The finished statistics that --stats names.
 
     What contradicts them is refused; what asks for nothing else, but cannot have an effect any more, is said.
@@ -214,7 +281,7 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
     statistics.check_model(source.fingerprint())
     named = options.images is not None or options.samples_file is not None
     if named:
-        statistics.check_samples(digest(load_samples(options, quiet=True), options.generate))
+        statistics.check_samples(digest(load_samples(options, Watcher(None)), options.generate))
     statistics.check_settings(
         compute_dtype=None if options.compute_dtype == "auto" else dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
         max_pixels=options.max_pixels,
@@ -230,29 +297,26 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
         (options.trust_remote_code, "--trust_remote_code True"),
     ]
     given = [name for is_given, name in idle if is_given]
-    if given and not quiet:
+    if given:
         verb = "has" if len(given) == 1 else "have"
-        stderr.print(
-            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run",
-            soft_wrap=True,
+        watcher.note(
+            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run"
         )
     return statistics
 
 
-def _quantize(
+def _write_weights(
     source: Checkpoint,
     config: ModelConfig,
-    recipe: Recipe,
     plan: OutputPlan,
     statistics: Statistics,
     job: QuantizationJob,
     folder: Path,
     ranks: Ranks,
-    times: list[PassTime],
-    *,
-    quiet: bool,
-) -> QuantizationResult | None:
-    """Quantize into `folder`. The result is rank 0's."""
+    watcher: Watcher,
+) -> QuantizationResult:
+    """Quantize into `folder`."""
+    recipe = job.recipe
     settings = {
         "model": source.fingerprint(),
         "samples": statistics.samples_digest,
@@ -263,30 +327,27 @@ def _quantize(
         **machine_settings(),
     }
     work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=ranks.place.is_first), ranks)
-    bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
+    bits = _spread_bits(work, recipe, plan, watcher)
     if job.fallback_topk or job.max_error is not None:
-        recipe = _fall_back(work, recipe, plan, bits, job, times, quiet=quiet)
+        recipe = _fall_back(work, plan, bits, job, watcher)
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
-        bits = _spread_bits(work, recipe, plan, times, quiet=quiet)
+        bits = _spread_bits(work, recipe, plan, watcher)
     reports: list[LinearReport] = []
-    with BlockProgress("quantize", quiet=quiet) as progress:
+    with watcher.blocks("quantize", len(config.family.blocks(config)) + 1) as advance:
         for block in quantize_checkpoint(work, recipe, plan, folder, bits=bits):
             reports += block.reports
-            progress.advance(block.done)
-    times.append(progress.time())
+            advance(block.done)
     parts = bytes_by_area(source, plan.shards)
-    result = None
+    ranks.barrier()  # rank 0 has written the checksums
+    document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder).digest)
     if ranks.place.is_first:
-        document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder).digest)
         write_report(folder, document, reports)
-        result = QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, tuple(times))
+    times = watcher.times(ranks)
     work.journal.remove()
-    return result
+    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, times)
 
 
-def _spread_bits(
-    work: QuantizationRun, recipe: Recipe, plan: OutputPlan, times: list[PassTime], *, quiet: bool
-) -> dict[str, float]:
+def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher) -> dict[str, float]:
     """Bits per weight of each linear: sparse ones share them over the whole model for the least error.
 
     Their mean is the recipe's target, or what the flags' rule would spend. Each linear of another type may have the
@@ -298,43 +359,33 @@ def _spread_bits(
     if recipe.quant_type is not QuantType.W8A8S or (recipe.target_bits is None and not compensated):
         return {}
     curves: list[RateCurve] = []
-    with BlockProgress("rate", quiet=quiet) as progress:
+    with watcher.blocks("rate", len(work.config.family.blocks(work.config))) as advance:
         for block in rate_checkpoint(work, recipe, plan.groups):
             curves += block.curves
-            progress.advance(block.done)
-    times.append(progress.time())
+            advance(block.done)
     target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
     bits = solve_bits(curves, target)
     return {curve.name: wanted for curve, wanted in zip(curves, bits)}
 
 
 def _fall_back(
-    work: QuantizationRun,
-    recipe: Recipe,
-    plan: OutputPlan,
-    bits: Mapping[str, float],
-    job: QuantizationJob,
-    times: list[PassTime],
-    *,
-    quiet: bool,
+    work: QuantizationRun, plan: OutputPlan, bits: Mapping[str, float], job: QuantizationJob, watcher: Watcher
 ) -> Recipe:
     """Measure every group first, then keep the worst float."""
     reports: list[LinearReport] = []
-    with BlockProgress("measure", quiet=quiet) as progress:
-        for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
+    with watcher.blocks("measure", len(work.config.family.blocks(work.config))) as advance:
+        for block in measure_checkpoint(work, job.recipe, plan.groups, bits=bits):
             reports += block.reports
-            progress.advance(block.done)
-    times.append(progress.time())
+            advance(block.done)
     kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
-    if not quiet:
-        names = [linear.name for group in kept for linear in group.group.linears]
-        stderr.print(f"{len(names)} linears stay float; the same by hand:", soft_wrap=True)
-        for name in names:
-            stderr.print(f"  --keep-float {name}", soft_wrap=True)
-    return with_fallback(recipe, kept)
+    names = [linear.name for group in kept for linear in group.group.linears]
+    watcher.note(f"{len(names)} linears stay float; the same by hand:")
+    for name in names:
+        watcher.note(f"  --keep-float {name}")
+    return with_fallback(job.recipe, kept)
 
 
-def _say_patterns(recipe: Recipe, config: ModelConfig, *, quiet: bool) -> None:
+def _note_patterns(recipe: Recipe, config: ModelConfig, watcher: Watcher) -> None:
     for rule in recipe.rules:
-        if rule.option and not quiet:
-            stderr.print(f"{rule.option} matches {count_matches(rule.pattern, config)} linears", soft_wrap=True)
+        if rule.option:
+            watcher.note(f"{rule.option} matches {count_matches(rule.pattern, config)} linears")

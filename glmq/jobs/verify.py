@@ -1,8 +1,9 @@
-"""Verify as the command runs it: files first, then both models side by side under a progress bar."""
+"""Verify: is a quantized or compressed checkpoint right? Files first, then both models side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -10,15 +11,16 @@ from typing import Final
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
-from glmq.cli.render import BlockProgress
 from glmq.compression.manifest import MANIFEST
 from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import describe_folder
-from glmq.model.inputs import ModelInputs, Preprocessor
+from glmq.jobs.watcher import Watcher
+from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
+from glmq.progress import Watch
 from glmq.reporting.documents import Caption, Verification
 from glmq.verification.arithmetic import LinearArithmetic
-from glmq.verification.behaviour import BlockBehaviour, Case, caption, compare_behaviour
+from glmq.verification.behaviour import BlockBehaviour, Case, caption, compare_behaviour, count_blocks
 from glmq.verification.checks import (
     Limits,
     judge_block,
@@ -36,22 +38,55 @@ CAPTIONS: Final = 3
 CAPTION_TOKENS: Final = 64
 
 
-def verify_folder(
-    candidate: Path,
-    reference: Path | None,
-    targets: Sequence[Target],
-    limits: Limits,
-    samples: Sequence[Sample],
+@dataclass(frozen=True, slots=True)
+class CaseOptions:
+    """Samples that both models are run on."""
+
+    images: Path | None = None
+    """Folder of pictures; at most one of this and `cases`."""
+    cases: Path | None = None
+    """JSON lines of cases with image, prompt and text (answer)."""
+    prompt: str = DEFAULT_PROMPT
+    """What is asked about each picture."""
+    limit: int | None = None
+    """Use only the first pictures or lines, this many."""
+    max_pixels: int | None = None
+    """Shrink larger pictures to this many pixels."""
+
+
+def verify(
+    candidate: str | Path,
     *,
-    max_pixels: int | None,
-    quiet: bool,
+    reference: str | Path | None = None,
+    engines: Sequence[Target] = (),
+    limits: Limits = Limits(),
+    cases: CaseOptions = CaseOptions(),
+    watch: Watch | None = None,
 ) -> Verification:
-    """Run `glmq verify`.
+    """Check a quantized or compressed checkpoint: its files and integers, and with samples its behaviour.
+
+    >>> import glmq
+    >>> report = glmq.verify("w8a8s", reference="GLM-4.1V")
+    >>> assert report.passed, report.findings
+
+    Args:
+        candidate: folder of the checkpoint, whoever wrote it.
+        reference: folder of the float weights that it was made from; of a compressed one, of its W8A8S weights.
+        engines: whose look-ups to emulate too.
+        limits: what behaviour is still right.
+        cases: the samples to run both models on; none by default.
+        watch: is called with the events of the run.
+
+    Returns:
+        What is wrong, what was measured and what was not checked. Problems are findings, not exceptions.
 
     Raises:
         UsageError: samples without a float reference to compare with.
-        CheckpointError: nothing to verify in `candidate`, or an unusable reference.
+        InputError: nothing to verify in `candidate`, or an unusable reference or sample.
     """
+    candidate = Path(candidate)
+    reference = None if reference is None else Path(reference)
+    samples = load_cases(cases)
     folder = scan_folder(candidate)
     if samples and (reference is None or folder.kind is not Kind.QUANTIZED):
         raise UsageError(
@@ -60,7 +95,7 @@ def verify_folder(
         )
     findings: list[Finding] = []
     linears: list[LinearArithmetic] = []
-    for record in verify_files(candidate, reference, targets):
+    for record in verify_files(candidate, reference, engines):
         if isinstance(record, Finding):
             findings.append(record)
         else:
@@ -70,8 +105,8 @@ def verify_folder(
     if samples and reference is not None:
         with Checkpoint.open(reference) as source:
             try:
-                blocks, predictions = _behave(source, candidate, samples, max_pixels=max_pixels, quiet=quiet)
-                captions = _captions(source, candidate, samples, max_pixels=max_pixels)
+                blocks, predictions = _behave(source, candidate, samples, cases.max_pixels, Watcher(watch))
+                captions = _captions(source, candidate, samples, cases.max_pixels)
             except CheckpointError as error:
                 message = f"cannot be measured: {error}"
                 findings.append(Check.BEHAVIOUR.error("", message))
@@ -92,17 +127,17 @@ def verify_folder(
     )
 
 
-def load_samples(images: Path | None, cases: Path | None, prompt: str, limit: int | None) -> tuple[Sample, ...]:
+def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
     """The samples that the options name; none if they name none."""
-    if images is not None and cases is not None:
+    if options.images is not None and options.cases is not None:
         raise UsageError("--calib-images and --cases: give one of them")
-    if images is not None:
-        return list_images(images, prompt, skip_bad=False, limit=limit).samples
-    return () if cases is None else read_samples(cases, limit=limit).samples
+    if options.images is not None:
+        return list_images(options.images, options.prompt, skip_bad=False, limit=options.limit).samples
+    return () if options.cases is None else read_samples(options.cases, limit=options.limit).samples
 
 
 def _behave(
-    source: Checkpoint, candidate: Path, samples: Sequence[Sample], *, max_pixels: int | None, quiet: bool
+    source: Checkpoint, candidate: Path, samples: Sequence[Sample], max_pixels: int | None, watcher: Watcher
 ) -> tuple[list[BlockBehaviour], Predictions | None]:
     config = usable_config(candidate, source)
     if config is None:
@@ -111,19 +146,18 @@ def _behave(
     cases = [Case(s.name, s.image is not None, partial(_encode, preprocessor, s)) for s in samples]
     blocks: list[BlockBehaviour] = []
     predictions = None
-    with Checkpoint.open(candidate) as other, BlockProgress("verify", quiet=quiet) as progress:
+    has_images = any(case.has_image for case in cases)
+    with Checkpoint.open(candidate) as other, watcher.blocks("verify", count_blocks(config, has_images)) as advance:
         for record in compare_behaviour(source, other, config, cases):
             if isinstance(record, Predictions):
                 predictions = record
             else:
                 blocks.append(record)
-                progress.advance(record.done)
+                advance(record.done)
     return blocks, predictions
 
 
-def _captions(
-    source: Checkpoint, candidate: Path, samples: Sequence[Sample], *, max_pixels: int | None
-) -> list[Caption]:
+def _captions(source: Checkpoint, candidate: Path, samples: Sequence[Sample], max_pixels: int | None) -> list[Caption]:
     """What both say about the first few pictures; nothing for a large model."""
     config = usable_config(candidate, source)
     pictures = [sample for sample in samples if sample.image is not None][:CAPTIONS]

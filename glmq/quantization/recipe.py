@@ -88,6 +88,50 @@ class Recipe:
     target_bits: float | None
     """Mean entropy of the sparse linears' integers, bits per weight; None: the flags' rule decides."""
 
+    @classmethod
+    def w8a8(cls, *, dtype: str = "bf16") -> Recipe:
+        """Int8 weights, static int8 activations: MindIE on the Atlas 800I A2. `dtype`: `bf16` or `fp16`."""
+        return make_recipe(Options(torch_dtype=dtype))
+
+    @classmethod
+    def w8a8_dynamic(cls, *, dtype: str = "bf16") -> Recipe:
+        """Int8 weights, int8 activations whose scale is found per token. `dtype`: `bf16` or `fp16`."""
+        return make_recipe(Options(is_dynamic=True, torch_dtype=dtype))
+
+    @classmethod
+    def w8a8s(
+        cls,
+        *,
+        sigma: float | None = None,
+        fraction: float | None = None,
+        target_bits: float | None = None,
+        dtype: str = "fp16",
+    ) -> Recipe:
+        """Sparse int8 weights of few bits each, which compress well: the Atlas 300I Duo.
+
+        Args:
+            sigma: weights within so many standard deviations of their row get 4 bits; the vendor's `use_sigma`.
+            fraction: instead of it, the share of a row's weights that is not held to 4 bits.
+            target_bits: entropy to spend per weight over the whole model, instead of what the rule spends.
+            dtype: of the float tensors: `fp16` or `bf16`.
+        """
+        return make_recipe(
+            Options(
+                w_bit=4,
+                is_lowbit=True,
+                use_sigma=sigma is not None,
+                sigma_factor=DEFAULT_SIGMA_FACTOR if sigma is None else sigma,
+                fraction=DEFAULT_FRACTION if fraction is None else fraction,
+                target_bits=target_bits,
+                torch_dtype=dtype,
+            )
+        )
+
+    @classmethod
+    def w4a8_dynamic(cls, *, group_size: int = DEFAULT_GROUP_SIZE, dtype: str = "bf16") -> Recipe:
+        """Int4 weights in groups of `group_size` columns, int8 activations whose scale is found per token."""
+        return make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True, group_size=group_size, torch_dtype=dtype))
+
     def rule_of(self, name: str) -> LayerRule | None:
         """The rule that decides about a linear: the last one that matches."""
         matching = [rule for rule in self.rules if fnmatchcase(name, rule.pattern)]

@@ -8,12 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from glmq import __version__
 from glmq.checkpoint.disk import FILE_MODE
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport, report_row
+from glmq.version import __version__
 
 SCHEMA: Final = "glmq.quantize/1"
 NAME: Final = "glmq_report"

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Final, Literal
 
-from glmq import __version__
 from glmq.checkpoint.json_file import write_whole
+from glmq.version import __version__
 
 Tone = Literal["good", "warn", "bad", "plain"]
 

@@ -73,6 +73,11 @@ class BlockBehaviour:
     linears: tuple[LinearBehaviour, ...]
 
 
+def count_blocks(config: ModelConfig, has_images: bool) -> int:
+    """Blocks that `compare_behaviour` runs: the text layers, and with images the vision tower and the merger."""
+    return config.layers + (config.vision_depth + 1 if has_images else 0)
+
+
 def compare_behaviour(
     reference: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case]
 ) -> Iterator[BlockBehaviour | Predictions]:
@@ -96,7 +101,7 @@ def compare_behaviour(
     scalings = find_scalings(reference, candidate, groups)
     run = _Run(pair, config, cases, {name: scalings[name] for name in int8_linears(candidate)})
     has_images = any(case.has_image for case in cases)
-    total = config.layers + (config.vision_depth + 1 if has_images else 0)
+    total = count_blocks(config, has_images)
     started = time.perf_counter()
     for index, (name, error, linears) in enumerate(run.steps(has_images=has_images)):
         now = time.perf_counter()

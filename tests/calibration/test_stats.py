@@ -8,7 +8,6 @@ from helpers import edit_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmq import __version__
 from glmq.calibration.convergence import Convergence
 from glmq.calibration.samples import Sample, digest
 from glmq.calibration.stats import (
@@ -25,6 +24,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, StatisticsError
 from glmq.model.config import read_config
 from glmq.numerics.moments import InputAccumulator, InputStats
+from glmq.version import __version__
 
 SAMPLES = (
     Sample("a.png", Path("a.png"), "What?", None, "11" * 32),

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from glmq import __version__
 from glmq.checkpoint.checksums import CHECKSUMS, read_checksums, write_checksums
 from glmq.errors import CheckpointError
+from glmq.version import __version__
 
 TENSORS = {"layers.9.weight": "1" * 32, "layers.10.weight": "0" * 32}
 

@@ -5,7 +5,7 @@ from importlib import metadata
 import pytest
 from helpers import PACKAGES, run
 
-from glmq import __version__
+from glmq.version import __version__
 
 VERBS = ("calibrate", "quantize", "compress", "demo")
 

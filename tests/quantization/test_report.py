@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from glmq import __version__
 from glmq.checkpoint.json_file import JsonObject
 from glmq.model.family import Area
 from glmq.quantization.recipe import Options, make_recipe
@@ -14,6 +13,7 @@ from glmq.quantization.report import report_document, write_report
 from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport, parse_row, report_row
 from glmq.spec import QuantType
+from glmq.version import __version__
 
 REPORT = LinearReport(
     name="model.language_model.layers.0.self_attn.q_proj",

@@ -1,0 +1,67 @@
+"""Compare: two folders of weights, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from glmq.inspection.comparison import Comparison, compare_folders
+from glmq.inspection.folder import scan_folder
+from glmq.inspection.listing import choose_rows, tensor_rows
+from glmq.jobs.watcher import Watcher
+from glmq.progress import Watch
+
+PAGE_HISTOGRAMS: Final = 6
+"""Weights whose distributions are compared, the worst ones."""
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    *,
+    layer: str | None = None,
+    name: str | None = None,
+    histograms: bool = False,
+    watch: Watch | None = None,
+) -> Comparison:
+    """Compare two folders weight by weight, integers by the weights that they stand for.
+
+    >>> import glmq
+    >>> diff = glmq.compare("GLM-4.1V", "w8a8s")
+    >>> diff.identical, diff.diffs[0].relative_l2 < 0.2
+    (False, True)
+
+    Args:
+        a, b: folders of weights, float or quantized, of any tool.
+        layer: only this text layer (`3`), or layers like `visual.*`.
+        name: only tensors whose name ends in this pattern (`*`, `?`) or contains this text. Both choose by names in `a`.
+        histograms: also compare the distributions of the worst matrices.
+        watch: is called with the events of the run.
+
+    Returns:
+        The tensors that differ, worst first; what only one of them has; changes of config.json and description.
+
+    Raises:
+        InputError: nothing that can be compared.
+    """
+    one, other = scan_folder(Path(a)), scan_folder(Path(b))
+    names = {row.name for row in choose_rows(tensor_rows(one), layer=layer, name=name, sort="name")}
+    total = sum(tensor.info.nbytes for tensor in one.tensors if tensor.name in names)
+    steps = compare_folders(one, other, names, histograms=PAGE_HISTOGRAMS if histograms else 0)
+    with _one_torch_thread():
+        return Watcher(watch).drain("compare weights", total, steps)
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Weights are compared piece by piece, each in a thread of its own: torch's own threads would fight with them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,70 @@
+"""Inspect: what is in a folder of weights or statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from glmq.inspection.folder import Kind, scan_folder
+from glmq.inspection.listing import TensorRow, choose_rows, tensor_rows
+from glmq.jobs.watcher import Watcher
+from glmq.progress import Watch
+from glmq.reporting.documents import Inspection
+from glmq.verification.engines.check import Target, check_target
+
+if TYPE_CHECKING:
+    from glmq.inspection.values import TensorValues
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which tensors of a folder are looked at, and in which order."""
+
+    layer: str | None = None
+    """A text layer (`3`), or layers like `visual.*`; None: all."""
+    name: str | None = None
+    """A pattern (`*`, `?`) that names end in, or text that they contain; None: all."""
+    sort: Literal["name", "bytes", "type", "role"] = "name"
+    limit: int | None = None
+    """At most this many."""
+
+
+def inspect(
+    folder: str | Path, *, choice: Choice = Choice(), values: bool = False, watch: Watch | None = None
+) -> Inspection:
+    """Look into a folder without loading it: float, quantized or compressed weights of any tool, or statistics.
+
+    >>> import glmq
+    >>> found = glmq.inspect("GLM-4.1V")
+    >>> found.folder.kind.value, len(found.rows)
+    ('float', 125)
+
+    Args:
+        folder: with weights or statistics.
+        choice: the tensors to look at.
+        values: also read them: range, spread, entropy, zeros, outliers, histogram.
+        watch: is called with the events of the run.
+
+    Returns:
+        The chosen tensors, and what would keep each engine from loading the folder.
+
+    Raises:
+        InputError: nothing that can be inspected.
+    """
+    scanned = scan_folder(Path(folder))
+    rows = choose_rows(tensor_rows(scanned), layer=choice.layer, name=choice.name, sort=choice.sort)[: choice.limit]
+    is_model = scanned.kind in (Kind.QUANTIZED, Kind.PARTS, Kind.SHARDED)
+    return Inspection(
+        folder=scanned,
+        rows=rows,
+        values=_read_values(rows, watch) if values else {},
+        engines={target: list(check_target(scanned, target)) for target in Target} if is_model else {},
+    )
+
+
+def _read_values(rows: Sequence[TensorRow], watch: Watch | None) -> Mapping[str, TensorValues]:
+    from glmq.inspection.values import read_values  # imports torch, which headers are read without
+
+    return Watcher(watch).drain("read values", sum(row.nbytes for row in rows), read_values(rows))

@@ -1,0 +1,59 @@
+"""The longer notes of the jobs: whether statistics have settled, what generating answers takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from glmq.calibration.convergence import Assessment, Convergence
+from glmq.calibration.generate import GenerationPlan
+from glmq.calibration.samples import WANTED_IMAGES
+from glmq.model.glm4v import TEXT
+
+GIB: Final = 2**30
+
+
+def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
+    """Whether the statistics have settled, their worst inputs, and what would help."""
+    if assessment is None:
+        yield "warning: one sample alone does not show whether the statistics have settled; give more images"
+    else:
+        verdict = "settled" if assessment.is_settled else "warning: the statistics have not settled"
+        yield (
+            f"{verdict}: against half of the samples, {_changes(assessment.typical)} "
+            f"(medians over {assessment.inputs} text inputs)"
+        )
+        worst = "; ".join(f"{site.removeprefix(f'{TEXT}.')}: {_changes(change)}" for site, change in assessment.worst)
+        yield f"  most at {worst}"
+        if not assessment.is_settled:
+            yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
+    if unanswered:
+        yield (
+            f"note: {unanswered} samples have no answer, which is most of what a thinking model computes; "
+            "--generate 256 lets it write them"
+        )
+
+
+def _changes(change: Convergence) -> str:
+    correlation = "" if change.correlation is None else f", correlations {change.correlation:.0%}"
+    return f"ranges changed by {change.range_gap:.0%}, mean squares {change.diagonal:.0%}{correlation}"
+
+
+def describe_generation(plan: GenerationPlan) -> str:
+    """What writing the answers will take, before it starts."""
+    asked = sum(len(members) for members in plan.rounds)
+    if not asked:
+        return "generate: every sample has an answer"
+    read = plan.token_bytes - plan.kept_bytes
+    rounds = f", in {len(plan.rounds)} rounds" if len(plan.rounds) > 1 else ""
+    weights = (
+        f"{read / GIB:.1f} of {plan.token_bytes / GIB:.1f} GiB of weights for each token"
+        if read
+        else "the weights once"
+    )
+    minutes = plan.read_seconds / 60
+    time_needed = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+    return (
+        f"generate: {asked} samples are answered in up to {plan.max_tokens} tokens{rounds}; "
+        f"reading {weights} takes up to about {time_needed}"
+    )

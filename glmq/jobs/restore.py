@@ -1,0 +1,123 @@
+"""Restore: what `compress` wrote in the portable form -> the tensors that it was made from, bit for bit."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, overload
+
+from glmq.checkpoint.disk import check_room
+from glmq.checkpoint.folder import OutputFolder, check_output
+from glmq.compression.layouts import Layout
+from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
+from glmq.errors import UsageError
+from glmq.jobs.compress import check_folders, default_jobs, note_missing_kernels
+from glmq.jobs.run_log import run_log
+from glmq.jobs.shared_folder import SharedFolder
+from glmq.jobs.watcher import Watcher
+from glmq.progress import Watch
+from glmq.ranks import Ranks, read_place
+from glmq.records import PassTime
+
+
+@dataclass(frozen=True, slots=True)
+class RestorationPlan:
+    """What restoring would write."""
+
+    layout: Layout
+    world: int
+    """Number of parts."""
+    output_bytes: int
+    """Exactly, of the restored tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreResult:
+    """What restoring gave."""
+
+    folder: Path
+    layout: Layout
+    world: int
+    """Number of parts."""
+    weight_bytes: int
+    """Of the restored tensors."""
+    times: tuple[PassTime, ...]
+
+
+@overload
+def restore(
+    source: str | Path,
+    *,
+    out: str | Path,
+    jobs: int | None = ...,
+    overwrite: bool = ...,
+    dry_run: Literal[False] = ...,
+    watch: Watch | None = ...,
+) -> RestoreResult: ...
+@overload
+def restore(
+    source: str | Path,
+    *,
+    out: str | Path,
+    jobs: int | None = ...,
+    overwrite: bool = ...,
+    dry_run: Literal[True],
+    watch: Watch | None = ...,
+) -> RestorationPlan: ...
+def restore(
+    source: str | Path,
+    *,
+    out: str | Path,
+    jobs: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    watch: Watch | None = None,
+) -> RestoreResult | RestorationPlan:
+    """Restore what a portable compressed folder was made from, bit for bit.
+
+    >>> import glmq
+    >>> packed = glmq.compress("w8a8s", out="packed", codec="portable")
+    >>> restored = glmq.restore("packed", out="restored")
+    >>> glmq.compare("w8a8s", "restored").identical
+    True
+
+    Args:
+        source: folder that `compress` wrote with the portable codec.
+        out: folder to write into.
+        jobs: weights worked on at a time; None: as many as there are cores.
+        overwrite: replace what lies in `out`, once the weights are whole.
+        dry_run: only say what it would do; nothing is written.
+        watch: is called with the events of the run.
+
+    Returns:
+        Where the weights lie, or with `dry_run` the plan.
+
+    Raises:
+        UsageError: an output folder that may not be written, or several processes.
+        InputError: no portable folder, or a damaged one.
+        ResourceError: no disk or memory.
+    """
+    source, out = Path(source), Path(out)
+    if read_place().world > 1:
+        raise UsageError("--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself")
+    check_folders(source, out)
+    check_output(out, overwrite=overwrite)
+    manifest = read_portable_manifest(source)
+    total = restored_bytes(source, manifest)
+    if dry_run:
+        return RestorationPlan(manifest.layout, manifest.world, total)
+    watcher = Watcher(watch)
+    check_room(out, total)
+    note_missing_kernels(watcher)
+    with Ranks(read_place()) as ranks, SharedFolder(OutputFolder(out, overwrite=overwrite), ranks) as folder:
+        with (
+            run_log(folder.path, out, {"source": source, "jobs": jobs}, ranks.place, watcher),
+            watcher.bytes("decompress", total) as advance,
+            closing(decompress_checkpoint(source, manifest, folder.path, jobs or default_jobs(1))) as steps,
+        ):
+            for step in steps:
+                advance(step.name, step.nbytes, step.resident_bytes)
+        times = watcher.times(ranks)
+        folder.finish()
+    return RestoreResult(out, manifest.layout, manifest.world, total, times)

@@ -1,0 +1,86 @@
+"""glmq.log: what a run did, kept in its hidden work folder until the output is whole.
+
+An interrupted run leaves it there, and a resumed one goes on writing it. After a failure that nobody foresaw a copy lies
+beside the output, so that there is something to send with a bug report.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from glmq.checkpoint.folder import RUN_LOG
+from glmq.errors import GlmqError
+from glmq.jobs.watcher import Watcher
+from glmq.ranks import Place
+from glmq.version import __version__
+
+FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def run_log(folder: Path, target: Path, options: object, place: Place, watcher: Watcher) -> Iterator[None]:
+    """Write what the loggers of glmq say into `folder`, and remove it again if nothing goes wrong.
+
+    Args:
+        folder: the hidden work folder.
+        target: the output folder, beside which the copy of an unforeseen failure lies.
+        options: of the run; its repr is written down.
+        place: of this process; ranks above 0 write files of their own.
+        watcher: is told where the copy lies.
+    """
+    path = folder / (RUN_LOG if place.is_first else f"{RUN_LOG}.{place.rank}")
+    logger = logging.getLogger("glmq")
+    level = logger.level
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(FORMAT))
+    logger.addHandler(handler)
+    if not logger.isEnabledFor(logging.INFO):
+        logger.setLevel(logging.INFO)
+    try:
+        for line in describe_machine():
+            log.info(line)
+        log.info("options: %r", options)
+        yield
+    except BaseException as error:
+        log.exception("stopped by %s", type(error).__name__)
+        if isinstance(error, Exception) and not isinstance(error, GlmqError):
+            copy = target.resolve().parent / f".{target.name}.{path.name}"
+            shutil.copyfile(path, copy)
+            watcher.note(f"the log of this run is kept in {copy}")
+        raise
+    else:
+        path.unlink()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+def describe_machine() -> list[str]:
+    """What a bug report needs: versions, platform, cores and memory; a line each."""
+    versions = [f"glmq {__version__}", f"python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"no {package}")
+    memory = psutil.virtual_memory()
+    return [
+        f"versions: {', '.join(versions)}",
+        f"machine: {platform.platform()}, {psutil.cpu_count()} cores, "
+        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory available",
+        f"command: {sys.argv}",
+    ]

@@ -1,0 +1,105 @@
+"""How a job tells what it does: events to the caller's `watch`, lines to the log, the times of its passes kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from glmq.progress import Event, Note, PassDone, PassStarted, Watch, sum_stages
+from glmq.records import BlockDone, BytesDone, PassTime, StageTime
+
+if TYPE_CHECKING:
+    from glmq.ranks import Ranks
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Passes on what a job reports.
+
+    Args:
+        watch: receives the events; None: nobody does. The log gets them in any case.
+    """
+
+    def __init__(self, watch: Watch | None) -> None:
+        self._watch = watch
+        self._times: list[PassTime] = []
+
+    def note(self, text: str) -> None:
+        """Something that the user should know, one sentence."""
+        log.info(text)
+        self._tell(Note(text))
+
+    @contextmanager
+    def blocks(
+        self, title: str, total: int, unit: Literal["blocks", "tokens"] = "blocks"
+    ) -> Iterator[Callable[[BlockDone], None]]:
+        """A pass over blocks; call what it gives after each. Its time counts if it ends without an error."""
+        started, peak, stages = self._start(title, unit, total), 0, list[StageTime]()
+
+        def done(block: BlockDone) -> None:
+            nonlocal peak
+            peak = max(peak, block.resident_bytes)
+            stages.extend(block.stages)
+            log.info(
+                "%s: %d/%d %s, %.1f s, %.0f MiB resident",
+                title, block.index + 1, block.total, block.name, block.seconds, block.resident_bytes / 2**20,
+            )  # fmt: skip
+            self._tell(block)
+
+        yield done
+        self._end(PassTime(title, time.perf_counter() - started, peak, tuple(sum_stages(stages))), 0)
+
+    @contextmanager
+    def bytes(self, title: str, total: int) -> Iterator[Callable[[str, int, int], None]]:
+        """A pass over bytes; call what it gives with a tensor's name, the bytes done and the resident memory."""
+        started, peak, count = self._start(title, "bytes", total), 0, 0
+
+        def done(name: str, nbytes: int, resident_bytes: int) -> None:
+            nonlocal peak, count
+            peak, count = max(peak, resident_bytes), count + nbytes
+            log.debug("%s: %s, %d bytes, %.0f MiB resident", title, name, nbytes, resident_bytes / 2**20)
+            self._tell(BytesDone(name, nbytes, resident_bytes))
+
+        yield done
+        self._end(PassTime(title, time.perf_counter() - started, peak, ()), count)
+
+    def drain(self, title: str, total: int, steps: Generator[BytesDone, None, T]) -> T:
+        """Run a generator to its end as a pass over `total` bytes; returns what it returns."""
+        with self.bytes(title, total) as done:
+            while True:
+                try:
+                    step = next(steps)
+                except StopIteration as end:
+                    result: T = end.value
+                    break
+                done(step.name, step.nbytes, step.resident_bytes)
+        return result
+
+    def times(self, ranks: Ranks) -> tuple[PassTime, ...]:
+        """The passes of rank 0 so far, which every rank gets: all must call it."""
+        own = json.dumps([asdict(done) for done in self._times])
+        return tuple(
+            PassTime(**done | {"stages": tuple(StageTime(**stage) for stage in done["stages"])})
+            for done in json.loads(ranks.all_gather(own)[0])
+        )
+
+    def _start(self, title: str, unit: Literal["blocks", "tokens", "bytes"], total: int) -> float:
+        log.info("%s: %d %s to do", title, total, unit)
+        self._tell(PassStarted(title, unit, total))
+        return time.perf_counter()
+
+    def _end(self, done: PassTime, nbytes: int) -> None:
+        log.info("%s: done in %.1f s, at most %.0f MiB resident", done.title, done.seconds, done.peak_bytes / 2**20)
+        self._times.append(done)
+        self._tell(PassDone(done, nbytes))
+
+    def _tell(self, event: Event) -> None:
+        if self._watch is not None:
+            self._watch(event)
