@@ -17,9 +17,10 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-WORDS = {"errors", "spec", "records", "progress"}
+WORDS = {"errors", "spec", "records", "progress", "version"}
 ALLOWED = {
     "errors": set(),
+    "version": set(),
     "spec": {"errors"},
     "records": {"errors", "spec"},
     "progress": {"records"},
@@ -39,6 +40,7 @@ ALLOWED["reporting"] = ALLOWED["verification"] | {"verification"}
 ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "device", "ranks", "reporting"}
 ALLOWED["cli"] = ALLOWED["jobs"] | {"jobs"}
 ALLOWED["__main__"] = {"cli"}
+ALLOWED[""] = ALLOWED["cli"]  # the package hands out what the rooms below the shell define
 """What each room may import of glmq, beside itself and the package's version."""
 
 OWNERS = {
@@ -86,7 +88,7 @@ def test_a_module_imports_only_from_the_rooms_above_its_own(module: str) -> None
     known = [f"glmq.{other}" for other in {room, *ALLOWED.get(room, set())}]
     for name in imports_of(MODULES[module]):
         assert not name.startswith("."), f"{module} imports {name} relatively"
-        if lies_in(name, "glmq") and name != "glmq.__version__":
+        if lies_in(name, "glmq") and not (name == "glmq" and room == "cli"):
             assert any(lies_in(name, allowed) for allowed in known), f"{module} must not import {name}"
 
 
@@ -97,10 +99,6 @@ def test_a_library_is_known_in_its_own_room_only(module: str) -> None:
             if lies_in(name, library):
                 assert any(lies_in(module, owner) for owner in owners), f"{module} must not import {name}"
         assert not any(lies_in(name, library) for library in NOWHERE), f"{module} must not import {name}"
-
-
-def test_the_package_itself_imports_nothing() -> None:
-    assert list(imports_of(MODULES["glmq"])) == []
 
 
 def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:

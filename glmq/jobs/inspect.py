@@ -38,8 +38,8 @@ def inspect(
 
     >>> import glmq
     >>> found = glmq.inspect("GLM-4.1V")
-    >>> found.folder.kind.value, len(found.rows)
-    ('float', 125)
+    >>> found.folder.kind.name, len(found.rows)
+    ('FLOAT', 115)
 
     Args:
         folder: with weights or statistics.

@@ -27,10 +27,9 @@ import torch
 from fidelity import Judge, Peer
 
 from glmq.jobs import quantize as quantize_job
-from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder
-from glmq.jobs.quantize import QuantizationJob, quantize_folder
+from glmq.jobs.calibrate import CalibrationOptions, calibrate
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
-from glmq.quantization.recipe import Options
+from glmq.quantization.recipe import Options, make_recipe
 from glmq.spec import Method
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -72,12 +71,12 @@ def measure_points(judge: Judge, peer: Peer | None, folder: Path) -> Iterator[Po
             yield judged("reference", label, peer.run(flags)[0])
     calibration = CalibrationOptions(images=TINY_PICTURES, texts=False)
     stats = folder / "stats"
-    calibrate_folder(TINY_CHECKPOINT, stats, calibration, overwrite=False, resume=False, quiet=True)
+    calibrate(TINY_CHECKPOINT, out=stats, options=calibration)
 
     def quantized(**changes: object) -> Path:
         options = Options(**{**asdict(SPARSE), **changes})  # type: ignore[arg-type]
-        job = QuantizationJob(TINY_CHECKPOINT, folder / "out", options, calibration, stats_path=stats)
-        return quantize_folder(job, overwrite=True, resume=False, quiet=True).folder
+        recipe = make_recipe(options)
+        return quantize_job.quantize(TINY_CHECKPOINT, stats, out=folder / "out", recipe=recipe, overwrite=True).folder
 
     flags_of = [{"use_sigma": True}, *({"fraction": f} for f in FRACTIONS)]
     for label, flags in zip(labels, flags_of, strict=True):

@@ -22,13 +22,13 @@ import torch
 from fidelity import Judge
 from torch import Tensor
 
-from glmq.jobs.calibrate import CalibrationOptions, calibrate_folder
-from glmq.jobs.quantize import QuantizationJob, quantize_folder
+from glmq.jobs.calibrate import CalibrationOptions, calibrate
+from glmq.jobs.quantize import quantize
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats
 from glmq.numerics.smooth import ScaleChoice
 from glmq.quantization import layer
-from glmq.quantization.recipe import Options
+from glmq.quantization.recipe import Options, make_recipe
 from glmq.spec import QuantType, Smoothing
 
 THRESHOLDS: Final = 100
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         calibration = CalibrationOptions(images=TINY_PICTURES)
-        calibrate_folder(TINY_CHECKPOINT, folder / "stats", calibration, overwrite=False, resume=False, quiet=True)
+        calibrate(TINY_CHECKPOINT, out=folder / "stats", options=calibration)
         for name in a.modes:
             for method in ("plain", "compensated"):
                 for label, anti, chooser in (
@@ -88,10 +88,10 @@ def main() -> None:
                 ):
                     options = replace(MODES[name], anti_method=anti, method=method)
                     out = folder / "out"
-                    job = QuantizationJob(TINY_CHECKPOINT, out, options, calibration, stats_path=folder / "stats")
+                    recipe = make_recipe(options)
                     layer.choose_scales = chooser  # type: ignore[assignment]
                     try:
-                        quantize_folder(job, overwrite=True, resume=False, quiet=True)
+                        quantize(TINY_CHECKPOINT, folder / "stats", out=out, recipe=recipe, overwrite=True)
                     finally:
                         layer.choose_scales = own  # type: ignore[assignment]
                     images, texts = (judge(out, kind) for kind in ("images", "texts"))

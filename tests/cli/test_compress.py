@@ -393,7 +393,7 @@ def test_a_dry_run_of_the_way_back_is_exact(w8a8s: Path, tmp_path: Path) -> None
 
 FREED = """
 import numpy as np, psutil
-from glmq.jobs.malloc import return_large_buffers
+from glmq.cli.malloc import return_large_buffers
 return_large_buffers()
 resident = lambda: psutil.Process().memory_info().rss
 del (first := [np.ones(8 << 20, np.uint8)])[:]  # teaches glibc to keep such buffers

@@ -145,7 +145,7 @@ def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
 def test_memory_that_a_comparison_frees_is_used_again() -> None:
     code = """
 import resource, torch
-from glmq.jobs.malloc import keep_freed_memory
+from glmq.cli.malloc import keep_freed_memory
 
 keep_freed_memory()
 faults = []

@@ -184,7 +184,7 @@ def test_statistics_are_kept_where_they_are_asked_for_and_used_again(
     stats, images = tmp_path / "stats", ("--calib_images", pictures, "--limit", 1)
     glmq(*command(small, stats, tmp_path / "one"), *images)
     before = tree(stats)
-    monkeypatch.setattr("glmq.jobs.quantize.run_calibration", None)
+    monkeypatch.setattr("glmq.jobs.quantize.write_statistics", None)
     glmq(*command(small, stats, tmp_path / "two"))
     assert tree(stats) == before
     assert tree(tmp_path / "one") == tree(tmp_path / "two")

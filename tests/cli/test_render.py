@@ -1,7 +1,5 @@
 import io
 import json
-import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +7,9 @@ import pytest
 
 from glmq.cli import render
 from glmq.cli.render import (
-    BlockProgress,
     areas_table,
     error_table,
     next_steps,
-    pass_lines,
     print_json,
     size,
     stdout,
@@ -21,7 +17,7 @@ from glmq.cli.render import (
 from glmq.model.family import Area
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.quantization.stream import AreaBytes
-from glmq.records import BlockDone, LinearReport, PassTime, StageTime
+from glmq.records import LinearReport
 from glmq.spec import QuantType
 
 REPORT = LinearReport(
@@ -43,98 +39,6 @@ def text_of(table: object, width: int, monkeypatch: pytest.MonkeyPatch) -> list[
     monkeypatch.setattr(stdout, "_file", buffer)
     stdout.print(table() if callable(table) else table)
     return [line.rstrip() for line in buffer.getvalue().splitlines() if line.strip()]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def done(index: int, seconds: float, *, total: int = 4, megabytes: int = 100) -> BlockDone:
-    return BlockDone(f"block {index}", index, total, seconds, megabytes * 2**20)
-
-
-def test_progress_on_a_pipe_is_a_line_per_block(capsys: pytest.CaptureFixture[str]) -> None:
-    with BlockProgress("quantize", quiet=False) as progress:
-        progress.advance(done(0, 2.0))
-        progress.advance(done(1, 4.0, megabytes=300))
-        progress.advance(done(2, 0.06, megabytes=200))
-    out, err = capsys.readouterr()
-    assert out == ""
-    lines = err.splitlines()
-    assert lines[:3] == [
-        "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB",
-        "quantize: 2/4 block 1 4.0 s, 6 s left, 300 MiB",
-        "quantize: 3/4 block 2 0.1 s, 2 s left, 200 MiB",
-    ]
-    assert re.fullmatch(r"quantize: 0\.\d s, peak 300 MiB resident", lines[3])
-    assert progress.peak_bytes == 300 * 2**20
-
-
-def test_stages_come_in_a_line_with_their_rates_and_small_ones_are_summed_up() -> None:
-    stages = (
-        StageTime("read", 2.0, 0, 3 * 10**9),
-        StageTime("forward", 90.0, 18 * 10**12, 0),
-        StageTime("images", 1.5, 0, 0),
-        StageTime("write", 0.25, 0, 10**9),
-    )
-    assert pass_lines(PassTime("calibrate", 100.0, 300 * 2**20, stages)) == [
-        "calibrate: 100.0 s, peak 300 MiB resident",
-        "calibrate, of these: read 2.0 s (1.50 GB/s), forward 90.0 s (200 GFLOP/s), images 1.5 s, other 6.5 s",
-    ]
-
-
-def test_the_rest_is_estimated_from_the_last_eight_blocks(capsys: pytest.CaptureFixture[str]) -> None:
-    with BlockProgress("quantize", quiet=False) as progress:
-        for index in range(10):
-            progress.advance(done(index, 100.0 if index < 2 else 1.0, total=20))
-    assert capsys.readouterr().err.splitlines()[9] == "quantize: 10/20 block 9 1.0 s, 10 s left, 100 MiB"
-
-
-def test_quiet_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with BlockProgress("quantize", quiet=True) as progress:
-        progress.advance(done(0, 1.0))
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_run_that_fails_shows_no_total(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ZeroDivisionError), BlockProgress("quantize", quiet=False):
-        print(1 / 0)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(render.stderr, "is_interactive", True)  # rich asks when the console is made
-    with BlockProgress("quantize", quiet=False) as progress:
-        progress.advance(done(0, 2.0))
-        progress.advance(done(1, 2.0))
-        assert progress._bar is not None
-        progress._bar.refresh()
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    assert "2/4 blocks  4 s left  100 MiB" in plain
-    assert "quantize: 1/4" not in plain
-    assert re.search(r"quantize: 0\.\d s, peak 100 MiB resident\n$", plain)
-
-
-def test_a_terminal_that_can_draw_nothing_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(render.stderr, "is_interactive", False)  # TERM=dumb
-    with BlockProgress("quantize", quiet=False) as progress:
-        progress.advance(done(0, 2.0))
-    assert "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB" in terminal.getvalue()
-
-
-def test_forced_colour_makes_no_bar_out_of_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with BlockProgress("quantize", quiet=False) as progress:
-        progress.advance(done(0, 2.0))
-        assert progress._bar is None
-    assert "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB" in capsys.readouterr().err
 
 
 def test_the_worst_linear_comes_first_and_bad_ones_have_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,8 @@ from make_checkpoint import Size, make_checkpoint
 from glmq.checkpoint.description import read_description
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import UsageError
-from glmq.jobs.calibrate import CalibrationOptions
-from glmq.jobs.quantize import QuantizationJob, quantize_folder
-from glmq.quantization.recipe import Options
+from glmq.jobs.quantize import quantize
+from glmq.quantization.recipe import Options, make_recipe
 from glmq.verification.structure import check_structure
 
 
@@ -136,15 +135,14 @@ def test_a_combination_passes_the_checklist_or_is_refused_with_its_reason(
     mode, variation, form = combination
     options = Options(**{**mode.options, **variation, **form})  # type: ignore[arg-type]
     out = tmp_path / "out"
-    job = QuantizationJob(one_layer, out, options, CalibrationOptions(), stats_path=one_layer_stats)
     wanted = refused(mode, variation, form)
     if wanted is not None:
         with pytest.raises(UsageError, match=re.escape(wanted)) as caught:
-            quantize_folder(job, overwrite=False, resume=False, quiet=True)
+            quantize(one_layer, one_layer_stats, out=out, recipe=make_recipe(options))
         assert len(str(caught.value).splitlines()) == 1
         assert list(tmp_path.iterdir()) == []
         return
-    quantize_folder(job, overwrite=False, resume=False, quiet=True)
+    quantize(one_layer, one_layer_stats, out=out, recipe=make_recipe(options))
     description = read_description(out)
     assert description is not None
     assert description.model_quant_type == mode.quant_type

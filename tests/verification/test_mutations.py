@@ -560,7 +560,7 @@ def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(
         recipe = make_recipe(options)
         return replace(recipe, scheme=replace(recipe.scheme, bias_correction=True))
 
-    monkeypatch.setattr("glmq.jobs.quantize.make_recipe", corrected)
+    monkeypatch.setattr("glmq.quantization.recipe.make_recipe", corrected)
     folder, stats = tmp_path / "corrected", good.source.parent / "stats"
     glmq("quantize", "--model_path", good.source, "--stats", stats, "--save_directory", folder, *OPTIONS["w8a8s"])
     assert findings(folder, good, "w8a8s") == []

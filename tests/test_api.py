@@ -1,0 +1,148 @@
+"""`import glmq` is the API: lazy, typed, complete, and its examples run."""
+
+import doctest
+import inspect
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import PACKAGES
+
+import glmq
+
+VERBS = ("calibrate", "quantize", "compress", "restore", "inspect", "compare", "verify")
+NAMES = [
+    "BlockDone", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult", "CaseOptions", "Choice",
+    "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding", "GlmqError", "InputError",
+    "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassStarted", "PassTime", "QuantizationResult", "Recipe",
+    "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "UsageError", "Verification", "__version__", "calibrate",
+    "compare", "compress", "inspect", "quantize", "restore", "verify",
+]  # fmt: skip
+
+
+def test_the_public_names_are_these_and_each_is_there() -> None:
+    assert glmq.__all__ == NAMES
+    assert [name for name in NAMES if name not in dir(glmq)] == []
+    for name in NAMES:
+        assert getattr(glmq, name) is not None
+    with pytest.raises(AttributeError, match="module 'glmq' has no attribute 'quantise'"):
+        glmq.quantise  # type: ignore[attr-defined]  # noqa: B018 - the attribute is the test
+
+
+def test_names_are_imported_where_they_are_declared_for_the_type_checker() -> None:
+    source = Path(glmq.__file__).read_text(encoding="utf-8")
+    for module, names in glmq._HOMES.items():
+        assert f"    from {module} import {', '.join(names)}\n" in source
+
+
+def test_importing_glmq_imports_no_library() -> None:
+    code = (
+        "import sys, glmq; glmq.__all__, dir(glmq);"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'rich', 'typer') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
+    assert done.stdout == "[]\n"
+
+
+def test_the_library_does_not_import_the_shell() -> None:
+    code = (
+        f"import sys, glmq; [getattr(glmq, name) for name in {VERBS!r}];"
+        "print([name for name in sys.modules if name.split('.')[0] in ('rich', 'typer') or name.startswith('glmq.cli')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
+    assert done.stdout == "[]\n"
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(glmq.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_documents_each_of_its_parameters(verb: str) -> None:
+    function = getattr(glmq, verb)
+    arguments = inspect.getdoc(function).partition("Args:")[2].partition("Returns:")[0]
+    documented = [
+        name.strip()
+        for line in arguments.splitlines()
+        if line[4:5].strip()
+        for name in line.partition(":")[0].split(",")
+    ]
+    assert documented == list(inspect.signature(function).parameters)
+
+
+@pytest.fixture
+def workplace(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with what the examples name: the model and two pictures."""
+    (tmp_path / "GLM-4.1V").symlink_to(tiny)
+    (tmp_path / "photos").mkdir()
+    for name in sorted(path.name for path in pictures.iterdir())[:2]:
+        shutil.copy(pictures / name, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path) -> None:
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
+    for verb in VERBS:
+        (example,) = finder.find(getattr(glmq, verb), verb, module=False, globs={})
+        assert example.examples, verb
+        runner.run(example)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_all_verbs_take_less_than_ten_lines_and_nothing_is_printed(
+    workplace: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    result = glmq.quantize("GLM-4.1V", stats, out="w8a8s", recipe=glmq.Recipe.w8a8s(sigma=3.0))
+    packed = glmq.compress("w8a8s", out="packed", tp=1, codec="portable")
+    restored = glmq.restore("packed", out="restored")
+    assert glmq.compare("w8a8s", "restored").identical
+    assert glmq.inspect("packed").folder.kind.name == "PORTABLE"
+    assert glmq.verify("w8a8s", reference="GLM-4.1V").passed
+    assert (stats.folder, result.folder, packed.folder, restored.folder) == tuple(
+        Path(name) for name in ("stats", "w8a8s", "packed", "restored")
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_dry_run_gives_the_plan_and_writes_nothing(workplace: Path) -> None:
+    before = sorted(workplace.iterdir())
+    forecast = glmq.calibrate("GLM-4.1V", images="photos", out="stats", dry_run=True)
+    plan = glmq.quantize("GLM-4.1V", out="w8a8", dry_run=True)
+    assert sorted(workplace.iterdir()) == before
+    assert len(forecast.plan.samples) == 10
+    assert plan.output_bytes > 0
+    glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    assert {path.name: path.stat().st_size for path in (workplace / "stats").iterdir()} == dict(forecast.plan.files)
+
+
+def test_a_run_that_the_watcher_interrupts_is_resumed_to_the_same_result(workplace: Path) -> None:
+    glmq.calibrate("GLM-4.1V", images="photos", out="whole")
+
+    def stop_early(event: object) -> None:
+        if isinstance(event, glmq.BlockDone) and event.index == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        glmq.calibrate("GLM-4.1V", images="photos", out="stats", watch=stop_early)
+    log = (workplace / ".stats.partial" / "glmq.log").read_text(encoding="utf-8")
+    assert "stopped by KeyboardInterrupt" in log
+    assert "calibrate: 5/11 " in log
+    with pytest.raises(glmq.UsageError, match="an interrupted run of 5 finished blocks"):
+        glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    events: list[object] = []
+    stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats", resume=True, watch=events.append)
+    done = [event.index for event in events if isinstance(event, glmq.BlockDone)]
+    assert done == list(range(5, 11))
+    assert sorted(path.name for path in stats.folder.iterdir()) == sorted(p.name for p in Path("whole").iterdir())
+    for path in stats.folder.iterdir():
+        assert path.read_bytes() == (workplace / "whole" / path.name).read_bytes()
+
+
+def test_errors_are_those_of_errors_py_and_leave_nothing(workplace: Path) -> None:
+    with pytest.raises(glmq.InputError, match=r"config\.json"):
+        glmq.quantize("photos", out="w8a8")
+    assert not (workplace / "w8a8").exists()
