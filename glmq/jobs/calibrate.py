@@ -257,7 +257,7 @@ def write_statistics(
 ) -> None:
     """Calibrate into `output`, which is there when this returns, on every rank."""
     with SharedFolder(output, ranks) as folder:
-        with run_log(folder.path, output.target, options, ranks.place, watcher):
+        with run_log(folder.path, output.target, options, ranks, watcher):
             _stream_blocks(work, folder.path, ranks, watcher)
         folder.finish()
 

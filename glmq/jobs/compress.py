@@ -173,7 +173,7 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
         # Every rank writes about as much as this one.
         check_room(job.out_path, disk_bytes(work.plans, work.codec) * place.world)
         with Ranks(place) as ranks, SharedFolder(output, ranks) as folder:
-            with run_log(folder.path, job.out_path, job, place, watcher):
+            with run_log(folder.path, job.out_path, job, ranks, watcher):
                 result = _write_parts(job, work, folder, watcher, ranks)
             folder.finish()
     return result

@@ -173,7 +173,7 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
             _statistics(source, config, job, ranks, watcher, resume=resume) as statistics,
             SharedFolder(output, ranks) as folder,
         ):
-            with run_log(folder.path, job.out_path, job, place, watcher):
+            with run_log(folder.path, job.out_path, job, ranks, watcher):
                 result = _write_weights(source, config, plan, statistics, job, folder.path, ranks, watcher)
             folder.finish()
     return result

@@ -112,7 +112,7 @@ def restore(
     note_missing_kernels(watcher)
     with Ranks(read_place()) as ranks, SharedFolder(OutputFolder(out, overwrite=overwrite), ranks) as folder:
         with (
-            run_log(folder.path, out, {"source": source, "jobs": jobs}, ranks.place, watcher),
+            run_log(folder.path, out, {"source": source, "jobs": jobs}, ranks, watcher),
             watcher.bytes("decompress", total) as advance,
             closing(decompress_checkpoint(source, manifest, folder.path, jobs or default_jobs(1))) as steps,
         ):

@@ -21,7 +21,7 @@ import psutil
 from glmq.checkpoint.folder import RUN_LOG
 from glmq.errors import GlmqError
 from glmq.jobs.watcher import Watcher
-from glmq.ranks import Place
+from glmq.ranks import Ranks
 from glmq.version import __version__
 
 FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -31,16 +31,17 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def run_log(folder: Path, target: Path, options: object, place: Place, watcher: Watcher) -> Iterator[None]:
+def run_log(folder: Path, target: Path, options: object, ranks: Ranks, watcher: Watcher) -> Iterator[None]:
     """Write what the loggers of glmq say into `folder`, and remove it again if nothing goes wrong.
 
     Args:
         folder: the hidden work folder.
         target: the output folder, beside which the copy of an unforeseen failure lies.
         options: of the run; its repr is written down.
-        place: of this process; ranks above 0 write files of their own.
+        ranks: those above 0 write files of their own.
         watcher: is told where the copy lies.
     """
+    place = ranks.place
     path = folder / (RUN_LOG if place.is_first else f"{RUN_LOG}.{place.rank}")
     logger = logging.getLogger("glmq")
     level = logger.level
@@ -62,7 +63,10 @@ def run_log(folder: Path, target: Path, options: object, place: Place, watcher: 
             watcher.note(f"the log of this run is kept in {copy}")
         raise
     else:
-        path.unlink()
+        ranks.barrier()  # nobody writes any more
+        if place.is_first:
+            for old in folder.glob(f"{RUN_LOG}*"):  # of an interrupted run there may be more
+                old.unlink()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
