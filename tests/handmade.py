@@ -17,7 +17,7 @@ from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import Activation, FloatDtype, QuantType
+from glmq.spec import Activation, FloatDtype, Form, QuantType
 from glmq.verification import files
 from glmq.verification.findings import Check
 from glmq.verification.structure import check_structure
@@ -57,26 +57,28 @@ def make_tensor(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return values.bfloat16()
 
 
-def quantize(weight: Tensor, bias: Tensor | None, kind: QuantType) -> QuantizedLinear:
+def quantize(weight: Tensor, bias: Tensor | None, quant_type: QuantType) -> QuantizedLinear:
     """Plain rounding, by the formulas of each type; every number exact in float16 where it must be."""
-    if kind is QuantType.W4A8_DYNAMIC:
+    if quant_type is QuantType.W4A8_DYNAMIC:
         step = weight.abs().amax(1, keepdim=True) / 119
         whole = (weight / step).round()
         second = (whole.unflatten(1, (-1, GROUP)).abs().amax(2) / 7).round().clamp_min(1)
         q = (whole / second.repeat_interleave(GROUP, 1)).round().clamp(-8, 7).to(torch.int8)
-        return QuantizedLinear(kind, q, step, bias, weight_scale_second=second)
+        return QuantizedLinear(quant_type, q, step, bias, weight_scale_second=second)
     step = weight.abs().amax(1, keepdim=True) / 127
     q = (weight / step).round().to(torch.int8)
-    if kind.spec.activation is not Activation.STATIC:
-        return QuantizedLinear(kind, q, step, bias)
+    if quant_type.spec.activation is not Activation.STATIC:
+        return QuantizedLinear(quant_type, q, step, bias)
     scale, offset = 0.0625, 5
     deq = (step * scale).flatten()
     folded = (0 if bias is None else bias.double() / deq.double()) - offset * q.sum(1).double()
-    return QuantizedLinear(kind, q, step, bias, ActivationQParams(scale, offset), deq, folded.round().to(torch.int32))
+    return QuantizedLinear(
+        quant_type, q, step, bias, ActivationQParams(scale, offset), deq, folded.round().to(torch.int32)
+    )
 
 
 def build(
-    source: Checkpoint, out: Path, kind: QuantType, dtype: FloatDtype, *, mindie: bool, shard_bytes: int | None
+    source: Checkpoint, out: Path, quant_type: QuantType, dtype: FloatDtype, *, form: Form, shard_bytes: int | None
 ) -> None:
     """Quantize the text layer's linears but down_proj, with channel scales 2^0, 2^1, 2^2, ... in the norms before them."""
     tensors: dict[str, Tensor] = {}
@@ -89,41 +91,45 @@ def build(
             bias = source.read(f"{linear.name}.bias").float() if linear.has_bias else None
             row_parallel = linear.name == O
             tensors |= encode_linear(
-                linear.name, quantize(weight, bias, kind), dtype=dtype, mindie=mindie, row_parallel=row_parallel
+                linear.name, quantize(weight, bias, quant_type), dtype=dtype, form=form, row_parallel=row_parallel
             )
-            types[linear.name] = kind
+            types[linear.name] = quant_type
         if group.norm is not None:
             smoothed = source.read(f"{group.norm}.weight").float() / scales
-            tensors |= encode_norm(group.norm, smoothed, dtype=dtype, mindie=mindie)
+            tensors |= encode_norm(group.norm, smoothed, dtype=dtype, form=form)
     for name in source:
         base = name.removesuffix(".weight")
         if base in norms and name not in tensors:
-            tensors |= encode_norm(base, source.read(name), dtype=dtype, mindie=mindie)
+            tensors |= encode_norm(base, source.read(name), dtype=dtype, form=form)
         elif name not in tensors:
             tensors[name] = source.read(name).to(torch.float16 if dtype is FloatDtype.FP16 else torch.bfloat16)
     specs = [TensorSpec(name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with ShardWriter(plan_shards(specs, f"quant_model_weight_{kind.tag}", shard_bytes), out) as sink:
+    with ShardWriter(plan_shards(specs, f"quant_model_weight_{quant_type.tag}", shard_bytes), out) as sink:
         for name, tensor in tensors.items():
             sink.write(name, tensor)
-    described = tensor_types(tensors, types, model_quant_type=kind, mindie=mindie)
-    group_size = GROUP if kind is QuantType.W4A8_DYNAMIC and not mindie else None
-    described = described if mindie else described | CONFIG.family.vllm_aliases(described)
-    write_description(out, Description(kind.value, None if mindie else "1.0.0", group_size, described))
-    edited = edit_config(small_config(), dtype=dtype, quant_type=kind, mindie=SETTINGS if mindie else None)
+    described = tensor_types(tensors, types, model_quant_type=quant_type, form=form)
+    group_size = GROUP if quant_type is QuantType.W4A8_DYNAMIC and form is Form.ASCEND_V1 else None
+    described = described if form is Form.MINDIE else described | CONFIG.family.vllm_aliases(described)
+    write_description(
+        out, Description(quant_type.value, None if form is Form.MINDIE else "1.0.0", group_size, described)
+    )
+    edited = edit_config(
+        small_config(), dtype=dtype, quant_type=quant_type, settings=SETTINGS if form is Form.MINDIE else None
+    )
     write_json(out / "config.json", edited, indent=4)
     copy_side_files(source.directory, out)
 
 
 KINDS = {
-    "w8a8": (QuantType.W8A8, FloatDtype.FP16, False, None),
-    "w8a8-bf16": (QuantType.W8A8, FloatDtype.BF16, False, None),
-    "w8a8s": (QuantType.W8A8S, FloatDtype.FP16, False, None),
-    "w8a8s-mindie": (QuantType.W8A8S, FloatDtype.FP16, True, None),
-    "w8a8s-parts": (QuantType.W8A8S, FloatDtype.FP16, False, 50_000),
-    "dynamic": (QuantType.W8A8_DYNAMIC, FloatDtype.BF16, False, None),
-    "dynamic-mindie": (QuantType.W8A8_DYNAMIC, FloatDtype.FP16, True, None),
-    "w4a8": (QuantType.W4A8_DYNAMIC, FloatDtype.FP16, False, None),
-    "w4a8-mindie": (QuantType.W4A8_DYNAMIC, FloatDtype.BF16, True, None),
+    "w8a8": (QuantType.W8A8, FloatDtype.FP16, Form.ASCEND_V1, None),
+    "w8a8-bf16": (QuantType.W8A8, FloatDtype.BF16, Form.ASCEND_V1, None),
+    "w8a8s": (QuantType.W8A8S, FloatDtype.FP16, Form.ASCEND_V1, None),
+    "w8a8s-mindie": (QuantType.W8A8S, FloatDtype.FP16, Form.MINDIE, None),
+    "w8a8s-parts": (QuantType.W8A8S, FloatDtype.FP16, Form.ASCEND_V1, 50_000),
+    "dynamic": (QuantType.W8A8_DYNAMIC, FloatDtype.BF16, Form.ASCEND_V1, None),
+    "dynamic-mindie": (QuantType.W8A8_DYNAMIC, FloatDtype.FP16, Form.MINDIE, None),
+    "w4a8": (QuantType.W4A8_DYNAMIC, FloatDtype.FP16, Form.ASCEND_V1, None),
+    "w4a8-mindie": (QuantType.W4A8_DYNAMIC, FloatDtype.BF16, Form.MINDIE, None),
 }
 
 

@@ -18,7 +18,7 @@ from glmq.checkpoint.sidecar import copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
 from glmq.model.tiny import TINY_CHECKPOINT
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import FloatDtype, Form, QuantType
 
 QUANTIZED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj")
 
@@ -60,10 +60,10 @@ def write_w8a8s(
     with ShardWriter(plan_shards(specs, "quant_model_weight_w8a8s", shard_bytes), folder) as sink:
         for name, tensor in tensors.items():
             sink.write(name, tensor)
-    edited = edit_config(config, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8S, mindie=None)
+    edited = edit_config(config, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8S, settings=None)
     write_json(folder / "config.json", edited, indent=4)
     copy_side_files(TINY_CHECKPOINT, folder)
-    types = tensor_types(tensors, linears, model_quant_type=QuantType.W8A8S, mindie=False)
+    types = tensor_types(tensors, linears, model_quant_type=QuantType.W8A8S, form=Form.ASCEND_V1)
     write_description(folder, Description("W8A8S", "1.0.0", None, types | parsed.family.vllm_aliases(types)))
     (folder / "glmq_report.csv").write_text("name,error\n")
     return folder

@@ -16,7 +16,7 @@ from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import INT4, INT8, Activation, FloatDtype, QuantType, assert_never
+from glmq.spec import INT4, INT8, Activation, FloatDtype, Form, QuantType, assert_never
 
 TORCH_DTYPES: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfloat16}
 CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
@@ -28,7 +28,7 @@ _ROWS_AT_ONCE: Final = 1024
 """Rows that are widened to float64 together; 13696 columns make 112 MB."""
 
 
-def linear_suffixes(quant_type: QuantType, *, mindie: bool, has_bias: bool) -> tuple[str, ...]:
+def linear_suffixes(quant_type: QuantType, *, form: Form, has_bias: bool) -> tuple[str, ...]:
     """The suffixes that a quantized linear has on disk, in a fixed order, without the dot.
 
     Raises:
@@ -37,20 +37,19 @@ def linear_suffixes(quant_type: QuantType, *, mindie: bool, has_bias: bool) -> t
     spec = quant_type.spec
     if not spec.suffixes:
         raise CheckpointError(f"{quant_type.value} linears are not written by the quantizer")
-    packed = ("scale_bias",) if spec.two_stage and not mindie else ()
+    packed = ("scale_bias",) if spec.two_stage and form is Form.ASCEND_V1 else ()
     return ("weight", *(("bias",) if has_bias else ()), *spec.suffixes, *packed)
 
 
 def linear_specs(
     name: str,
     quant_type: QuantType,
-    rows: int,
-    cols: int,
+    shape: tuple[int, int],
     *,
     has_bias: bool,
     dtype: FloatDtype,
     group_size: int,
-    mindie: bool,
+    form: Form,
     row_parallel: bool,
 ) -> list[TensorSpec]:
     """What `encode_linear` will return for this linear.
@@ -58,26 +57,26 @@ def linear_specs(
     Args:
         name: of the linear, without `.weight`.
         quant_type: of the linear.
-        rows: N, output features.
-        cols: K, input features.
+        shape: [N, K]: output and input features.
         has_bias: the float layer has a bias.
         dtype: of the written model.
         group_size: input columns per second-stage scale; W4A8_DYNAMIC only.
-        mindie: the MindIE form.
+        form: of the checkpoint.
         row_parallel: engines split the linear along K (o_proj, down_proj).
 
     Raises:
         UsageError: W4A8_DYNAMIC, and the sizes cannot be packed.
     """
+    rows, cols = shape
     if quant_type.spec.two_stage:
-        _check_w4a8(name, rows, cols, group_size, mindie=mindie, row_parallel=row_parallel)
+        _check_w4a8(name, rows, cols, group_size, form=form, row_parallel=row_parallel)
     float_code = CODES[dtype]
     is_w4a8 = quant_type.spec.two_stage
     activation_code = "F32" if dtype is FloatDtype.FP16 else "BF16"
     scale_code = float_code if quant_type.spec.step_in_model_dtype else "F32"
     groups = cols // group_size if is_w4a8 else 0
     table: dict[str, tuple[str, tuple[int, ...]]] = {
-        "weight": ("I8", (rows // 2 if is_w4a8 and not mindie else rows, cols)),
+        "weight": ("I8", (rows // 2 if is_w4a8 and form is Form.ASCEND_V1 else rows, cols)),
         "bias": (float_code, (rows,)),
         "input_scale": (activation_code, (1,)),
         "input_offset": (activation_code, (1,)),
@@ -89,18 +88,18 @@ def linear_specs(
         "weight_offset_second": ("I64", (rows, groups)),
         "scale_bias": ("F32", (rows, SCALE_BIAS_CHUNKS if row_parallel else 1)),
     }
-    suffixes = linear_suffixes(quant_type, mindie=mindie, has_bias=has_bias)
+    suffixes = linear_suffixes(quant_type, form=form, has_bias=has_bias)
     return [TensorSpec(f"{name}.{suffix}", *table[suffix]) for suffix in suffixes]
 
 
-def _check_w4a8(name: str, rows: int, cols: int, group_size: int, *, mindie: bool, row_parallel: bool) -> None:
+def _check_w4a8(name: str, rows: int, cols: int, group_size: int, *, form: Form, row_parallel: bool) -> None:
     if group_size < 1 or cols % group_size:
         raise UsageError(
             f"{name}: {cols} input columns do not divide into groups of {group_size}; choose another group size"
         )
-    if not mindie and rows % 2:
+    if form is Form.ASCEND_V1 and rows % 2:
         raise UsageError(f"{name}: {rows} output rows cannot be packed in pairs as W4A8_DYNAMIC wants; keep it float")
-    if not mindie and row_parallel and cols % SCALE_BIAS_CHUNKS:
+    if form is Form.ASCEND_V1 and row_parallel and cols % SCALE_BIAS_CHUNKS:
         raise UsageError(
             f"{name}: {cols} input columns do not divide by {SCALE_BIAS_CHUNKS} as W4A8_DYNAMIC wants; keep it float"
         )
@@ -127,7 +126,7 @@ def storable_weight_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
 
 
 def encode_linear(
-    name: str, linear: QuantizedLinear, *, dtype: FloatDtype, mindie: bool, row_parallel: bool
+    name: str, linear: QuantizedLinear, *, dtype: FloatDtype, form: Form, row_parallel: bool
 ) -> dict[str, Tensor]:
     """The tensors of `linear` as they are stored.
 
@@ -135,7 +134,7 @@ def encode_linear(
         name: of the linear, without `.weight`.
         linear: its integers and scales.
         dtype: of the written model.
-        mindie: the MindIE form.
+        form: of the checkpoint.
         row_parallel: engines split the linear along K (o_proj, down_proj); shapes scale_bias.
 
     Returns:
@@ -144,7 +143,7 @@ def encode_linear(
     Raises:
         CheckpointError: a field that the type needs is missing, is not finite or positive, or does not fit its dtype.
     """
-    suffixes = linear_suffixes(linear.quant_type, mindie=mindie, has_bias=linear.bias is not None)
+    suffixes = linear_suffixes(linear.quant_type, form=form, has_bias=linear.bias is not None)
     spec = linear.quant_type.spec
     found = {"weight": linear.weight}
     if linear.bias is not None:
@@ -163,7 +162,7 @@ def encode_linear(
         )
         found["weight_offset"] = torch.zeros_like(found["weight_scale"])
     if spec.two_stage:
-        found |= _encode_w4a8(name, linear, mindie=mindie, row_parallel=row_parallel)
+        found |= _encode_w4a8(name, linear, form=form, row_parallel=row_parallel)
     return {f"{name}.{suffix}": found[suffix].contiguous() for suffix in suffixes}
 
 
@@ -193,7 +192,7 @@ def _encode_row_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
     return storable_weight_scale(scale, dtype).to(TORCH_DTYPES[dtype])
 
 
-def _encode_w4a8(name: str, linear: QuantizedLinear, *, mindie: bool, row_parallel: bool) -> dict[str, Tensor]:
+def _encode_w4a8(name: str, linear: QuantizedLinear, *, form: Form, row_parallel: bool) -> dict[str, Tensor]:
     second = linear.weight_scale_second
     if second is None:
         raise CheckpointError(f"{name}: a W4A8_DYNAMIC linear needs weight_scale_second")
@@ -202,7 +201,7 @@ def _encode_w4a8(name: str, linear: QuantizedLinear, *, mindie: bool, row_parall
     if low < INT4.qmin or high > INT4.qmax:
         raise CheckpointError(f"{name}: int4 values lie in {low}..{high}, wanted {INT4.qmin}..{INT4.qmax}")
     found = {"weight_scale_second": second, "weight_offset_second": torch.zeros(second.shape, dtype=torch.int64)}
-    if not mindie:
+    if form is Form.ASCEND_V1:
         found["weight"] = pack_int4(linear.weight)
         found["scale_bias"] = _scale_bias(linear.weight, linear.weight_scale, second, row_parallel=row_parallel)
     return found
@@ -339,9 +338,9 @@ def _decode_activation(name: str, checkpoint: Checkpoint) -> ActivationQParams:
     return ActivationQParams(step, int(zero))
 
 
-def norm_specs(name: str, width: int, *, dtype: FloatDtype, mindie: bool) -> list[TensorSpec]:
+def norm_specs(name: str, width: int, *, dtype: FloatDtype, form: Form) -> list[TensorSpec]:
     """What `encode_norm` will return for the RMSNorm `name` of `width` channels."""
-    owners = (name, f"{name}.module") if mindie else (name,)
+    owners = (name, f"{name}.module") if form is Form.MINDIE else (name,)
     return [
         TensorSpec(f"{owner}.{suffix}", code, (width,))
         for owner in owners
@@ -349,20 +348,20 @@ def norm_specs(name: str, width: int, *, dtype: FloatDtype, mindie: bool) -> lis
     ]
 
 
-def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, mindie: bool) -> dict[str, Tensor]:
+def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, form: Form) -> dict[str, Tensor]:
     """The tensors of the RMSNorm `name`: weight, zero float32 bias, and both again as `.module.*` in the MindIE form.
 
     Args:
         name: of the norm, without `.weight`.
         weight: float [width], smoothing folded in.
         dtype: of the written model.
-        mindie: the MindIE form.
+        form: of the checkpoint.
 
     Raises:
         CheckpointError: the weight does not fit `dtype`.
     """
     stored = {"weight": _to_float(f"{name}.weight", weight, dtype), "bias": torch.zeros(weight.shape)}
-    owners = (name, f"{name}.module") if mindie else (name,)
+    owners = (name, f"{name}.module") if form is Form.MINDIE else (name,)
     return {f"{owner}.{suffix}": tensor for owner in owners for suffix, tensor in stored.items()}
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject, read_json_object, write_json
 from glmq.errors import CheckpointError
-from glmq.spec import QuantType
+from glmq.spec import Form, QuantType
 
 ASCEND_V1: Final = "quant_model_description.json"
 ASCEND_V1_VERSION: Final = "1.0.0"
@@ -38,10 +38,20 @@ class Description:
     tensors: dict[str, str]
     """Tensor name -> quantization type or FLOAT, aliases included."""
 
+    @property
+    def form(self) -> Form:
+        """Only ascendV1 has a version."""
+        return Form.MINDIE if self.version is None else Form.ASCEND_V1
 
-def description_name(model_quant_type: str, *, mindie: bool) -> str:
+
+def description_name(model_quant_type: str, form: Form) -> str:
     """The file's name, e.g. `quant_model_description_w8a8s.json` in the MindIE form."""
-    return f"quant_model_description_{model_quant_type.lower()}.json" if mindie else ASCEND_V1
+    return f"quant_model_description_{model_quant_type.lower()}.json" if form is Form.MINDIE else ASCEND_V1
+
+
+def form_of(path: Path) -> Form:
+    """The form that a description file's name says."""
+    return Form.ASCEND_V1 if path.name == ASCEND_V1 else Form.MINDIE
 
 
 def find_descriptions(directory: Path) -> list[Path]:
@@ -50,7 +60,7 @@ def find_descriptions(directory: Path) -> list[Path]:
 
 
 def tensor_types(
-    names: Iterable[str], linears: Mapping[str, QuantType], *, model_quant_type: QuantType, mindie: bool
+    names: Iterable[str], linears: Mapping[str, QuantType], *, model_quant_type: QuantType, form: Form
 ) -> dict[str, str]:
     """The description's entry of each tensor.
 
@@ -58,14 +68,14 @@ def tensor_types(
         names: every tensor of the checkpoint.
         linears: quantized linear -> its type. All its tensors have that type, but its float `.bias` is FLOAT.
         model_quant_type: given to the `.module.*` norm tensors of the MindIE form, although they are float.
-        mindie: the MindIE form.
+        form: of the checkpoint.
     """
     types: dict[str, str] = {}
     for name in names:
         base, _, suffix = name.rpartition(".")
         if base in linears and suffix != "bias":
             types[name] = linears[base].value
-        elif mindie and base.endswith(".module"):
+        elif form is Form.MINDIE and base.endswith(".module"):
             types[name] = model_quant_type.value
         else:
             types[name] = QuantType.FLOAT.value
@@ -73,7 +83,7 @@ def tensor_types(
 
 
 def write_description(directory: Path, description: Description) -> Path:
-    """Write the description in the form that its `version` says (None: MindIE); keys in the order of `tensors`."""
+    """Write the description under the name that its form asks for; keys in the order of `tensors`."""
     document: JsonObject = {}
     if description.version is not None:
         document["version"] = description.version
@@ -81,7 +91,7 @@ def write_description(directory: Path, description: Description) -> Path:
     if description.group_size is not None:
         document["group_size"] = description.group_size
     document.update(description.tensors)
-    path = directory / description_name(description.model_quant_type, mindie=description.version is None)
+    path = directory / description_name(description.model_quant_type, description.form)
     write_json(path, document, indent=2)
     return path
 
@@ -107,9 +117,11 @@ def parse_description(path: Path, document: JsonObject) -> Description:
     Raises:
         CheckpointError: no model_quant_type, or a version, group_size or tensor type of the wrong kind.
     """
-    kind, version, group_size = (document.get(key) for key in ("model_quant_type", "version", "group_size"))
-    if not isinstance(kind, str):
-        raise CheckpointError(f"{path}: model_quant_type is {kind!r}, wanted a name like 'W8A8S'; write the file again")
+    quant_type, version, group_size = (document.get(key) for key in ("model_quant_type", "version", "group_size"))
+    if not isinstance(quant_type, str):
+        raise CheckpointError(
+            f"{path}: model_quant_type is {quant_type!r}, wanted a name like 'W8A8S'; write the file again"
+        )
     if version is not None and not (isinstance(version, str) and re.fullmatch(r"[1-9]\d*\.\d+\.\d+", version)):
         raise CheckpointError(f"{path}: version is {version!r}, wanted one like '1.0.0'; write the file again")
     if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 0):
@@ -121,4 +133,4 @@ def parse_description(path: Path, document: JsonObject) -> Description:
         if not isinstance(value, str):
             raise CheckpointError(f"{path}: the type of {name!r} is {value!r}, wanted a name; write the file again")
         tensors[name] = value
-    return Description(kind, version, group_size, tensors)
+    return Description(quant_type, version, group_size, tensors)

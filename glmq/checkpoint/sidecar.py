@@ -38,7 +38,7 @@ class MindieSettings:
 
 
 def edit_config(
-    source: Mapping[str, JsonValue], *, dtype: FloatDtype, quant_type: QuantType, mindie: MindieSettings | None
+    source: Mapping[str, JsonValue], *, dtype: FloatDtype, quant_type: QuantType, settings: MindieSettings | None
 ) -> JsonObject:
     """The config.json of the quantized model: `source` with the dtypes set and the quantization keys put right.
 
@@ -50,7 +50,7 @@ def edit_config(
         source: contents of the float model's config.json, in a layout that has `text_config`.
         dtype: of the written model.
         quant_type: of the written model.
-        mindie: None for ascendV1.
+        settings: of the MindIE form; None for ascendV1, which has none.
 
     Raises:
         CheckpointError: `source` has no text_config.
@@ -64,12 +64,12 @@ def edit_config(
     edited["text_config"] = _set_dtypes(text, dtype) | {"dtype": dtype.value}
     if isinstance(vision, Mapping):
         edited["vision_config"] = _set_dtypes(vision, dtype)
-    if mindie is None:
+    if settings is None:
         edited.pop("quantize", None)
         edited.pop("quantization_config", None)
     else:
         edited["quantize"] = quant_type.tag
-        edited["quantization_config"] = asdict(mindie)
+        edited["quantization_config"] = asdict(settings)
     return edited
 
 

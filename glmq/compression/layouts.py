@@ -241,6 +241,6 @@ def part_types(names: Sequence[str], linears: Sequence[str], *, compressed: bool
 def vllm_types(types: Mapping[str, str]) -> dict[str, str]:
     """The description of a vLLM-Ascend folder: that of the W8A8S checkpoint with compressed weights, aliases included."""
     return {
-        name: QuantType.W8A8SC.value if kind == QuantType.W8A8S.value and name.endswith(".weight") else kind
-        for name, kind in types.items()
+        name: QuantType.W8A8SC.value if quant_type == QuantType.W8A8S.value and name.endswith(".weight") else quant_type
+        for name, quant_type in types.items()
     }

@@ -14,7 +14,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.manifest import MANIFEST, read_manifest
 from glmq.errors import CheckpointError
 from glmq.model.config import FAMILY, ModelConfig, read_config
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import FloatDtype, Form, QuantType
 
 _COMPRESSIBLE: Final = re.compile(
     rf"{re.escape(FAMILY.text)}\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate_up|down)_proj)"
@@ -74,14 +74,14 @@ def _read_description(directory: Path, config: JsonObject) -> Description:
             f"{directory}: holds float weights ({dtype}), it has no "
             f"quant_model_description.json; W8A8S weights are needed: {_HOW}"
         )
-    kind = description.model_quant_type
-    if kind == QuantType.W8A8SC.value:
+    quant_type = description.model_quant_type
+    if quant_type == QuantType.W8A8SC.value:
         raise CheckpointError(
             f"{directory}: is W8A8SC, which is compressed already; give the W8A8S folder it was made from"
         )
-    if kind != QuantType.W8A8S.value:
-        raise CheckpointError(f"{directory}: is {kind}, but only W8A8S can be compressed; {_HOW}")
-    if description.version is None:
+    if quant_type != QuantType.W8A8S.value:
+        raise CheckpointError(f"{directory}: is {quant_type}, but only W8A8S can be compressed; {_HOW}")
+    if description.form is Form.MINDIE:
         raise CheckpointError(
             f"{directory}: is W8A8S in the older MindIE form; only the ascendV1 form is compressed: "
             "quantize again without --mindie_format"
@@ -117,10 +117,10 @@ def _check_tensors(checkpoint: Checkpoint, config: ModelConfig, description: Des
         base, _, suffix = name.rpartition(".")
         if suffix != "weight":
             continue
-        is_int8, kind = checkpoint[name].dtype == "I8", description.tensors[name]
-        if is_int8 != (kind == QuantType.W8A8S.value):
+        is_int8, quant_type = checkpoint[name].dtype == "I8", description.tensors[name]
+        if is_int8 != (quant_type == QuantType.W8A8S.value):
             raise CheckpointError(
-                f"{directory}: tensor {name!r} is {checkpoint[name].dtype} but described as {kind}; "
+                f"{directory}: tensor {name!r} is {checkpoint[name].dtype} but described as {quant_type}; "
                 "take both from the same release"
             )
         if is_int8:
@@ -141,12 +141,11 @@ def _check_linear(checkpoint: Checkpoint, name: str) -> None:
     wanted = linear_specs(
         name,
         QuantType.W8A8S,
-        rows,
-        cols,
+        (rows, cols),
         has_bias=False,
         dtype=FloatDtype.FP16,
         group_size=0,
-        mindie=False,
+        form=Form.ASCEND_V1,
         row_parallel=False,
     )
     for spec in wanted:

@@ -203,10 +203,10 @@ def compress_checkpoint(
         yield _part_written(folder, directory, rank, plan, sink.checksums, matrices, tensors, compressed)
 
 
-def describe_part(directory: Path, names: Sequence[str], linears: Sequence[str], kind: QuantType) -> None:
+def describe_part(directory: Path, names: Sequence[str], linears: Sequence[str], quant_type: QuantType) -> None:
     """Write the description of a part in MindIE's layout: tensors `names`, quantized `linears`, W8A8SC or W8A8S."""
-    types = part_types(names, linears, compressed=kind is QuantType.W8A8SC)
-    write_description(directory, Description(kind.value, ASCEND_V1_VERSION, None, types))
+    types = part_types(names, linears, compressed=quant_type.spec.is_compressed)
+    write_description(directory, Description(quant_type.value, ASCEND_V1_VERSION, None, types))
 
 
 def finish_folder(
@@ -232,7 +232,7 @@ def finish_folder(
         write_whole(folder / "config.json", (directory / "config.json").read_bytes())
         _keep_source_files(source.checkpoint, folder / SOURCE_FOLDER)
     else:
-        edited = edit_config(source.config.nested, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8SC, mindie=None)
+        edited = edit_config(source.config.nested, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8SC, settings=None)
         write_json(folder / "config.json", edited, indent=4)
     if layout is Layout.VLLM_ASCEND:
         types = vllm_types(source.description.tensors)

@@ -9,13 +9,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.description import find_descriptions
+from glmq.checkpoint.description import find_descriptions, form_of
 from glmq.checkpoint.header import TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
 from glmq.model.config import FAMILY
-from glmq.spec import QuantType
+from glmq.spec import Form, QuantType
 
 STATISTICS: Final = "statistics.json"
 PORTABLE_FILE: Final = ".gqsc.safetensors"
@@ -67,8 +67,8 @@ class Folder:
     kind: Kind
     quant_type: str | None
     """model_quant_type of the description; None without one."""
-    form: str | None
-    """`ascendV1` or `MindIE form`; None without a description."""
+    form: Form | None
+    """Of the description; None without one."""
     config: JsonObject
     """Empty where config.json is missing or unreadable."""
     description: JsonObject
@@ -184,7 +184,7 @@ def _kind(directory: Path, groups: Mapping[str, list[Path]]) -> Kind:
 
 def _description(
     directory: Path, groups: Mapping[str, list[Path]], problems: list[str]
-) -> tuple[JsonObject, str | None]:
+) -> tuple[JsonObject, Form | None]:
     """The description of a folder, or of its first part that has one; and the form that its name says."""
     places = [directory, *(files[0].parent for prefix, files in groups.items() if prefix)]
     for place in places:
@@ -192,8 +192,7 @@ def _description(
         if len(paths) > 1:
             problems.append(f"{place}: has {len(paths)} descriptions; engines take the one without a type in its name")
         if paths:
-            form = "ascendV1" if paths[0].name == "quant_model_description.json" else "MindIE form"
-            return _read(paths[0], problems), form
+            return _read(paths[0], problems), form_of(paths[0])
     return {}, None
 
 

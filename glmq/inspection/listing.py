@@ -183,8 +183,8 @@ def describe_folder(folder: Folder) -> str:
     if folder.kind is Kind.STATISTICS:
         return str(folder.kind.value)
     parts = [folder.kind.value]
-    if folder.quant_type is not None:
-        parts.append(f"{folder.quant_type} ({folder.form})")
+    if folder.quant_type is not None and folder.form is not None:
+        parts.append(f"{folder.quant_type} ({folder.form.value})")
     if dtype:
         parts.append(f"{dtype} floats")
     return ", ".join(parts)

@@ -19,6 +19,7 @@ from glmq.spec import (
     Activation,
     ActRange,
     FloatDtype,
+    Form,
     Method,
     QuantType,
     Smoothing,
@@ -80,7 +81,7 @@ class Recipe:
     dtype: FloatDtype
     scheme: GroupScheme
     """Of linears with the model's type."""
-    mindie: bool
+    form: Form
     rules: tuple[LayerRule, ...]
     group_size: int
     """Of W4A8_DYNAMIC linears."""
@@ -172,7 +173,8 @@ def make_recipe(options: Options) -> Recipe:
     _refuse_without_effect(options, quant_type, rule)
     dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
     target = Target(options.target)
-    check_target(target, quant_type, dtype, mindie=options.mindie_format)
+    form = Form.MINDIE if options.mindie_format else Form.ASCEND_V1
+    check_target(target, quant_type, dtype, form)
     weight = WeightScheme(
         quant_type=quant_type,
         step_rule=rule,
@@ -193,7 +195,7 @@ def make_recipe(options: Options) -> Recipe:
         quant_type,
         dtype,
         scheme,
-        options.mindie_format,
+        form,
         rules,
         options.group_size,
         target,

@@ -35,7 +35,7 @@ from glmq.quantization.layer import FloatLinear, GroupResult, RowFold, quantize_
 from glmq.quantization.recipe import GroupPlan, Recipe
 from glmq.ranks import Ranks
 from glmq.records import BlockDone, LinearReport, parse_row, report_row
-from glmq.spec import Activation, FloatDtype, QuantType, Smoothing, StepRule
+from glmq.spec import Activation, FloatDtype, Form, QuantType, Smoothing, StepRule
 
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
@@ -99,7 +99,7 @@ def plan_output(
             if suffix == "weight":
                 specs += _specs_of(shapes[base], types[base], recipe)
         elif base in norms:
-            specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, mindie=recipe.mindie)
+            specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, form=recipe.form)
         else:
             specs.append(TensorSpec(name, _float_code(source[name].dtype, recipe.dtype), source[name].shape))
     stem = f"quant_model_weight_{recipe.quant_type.tag}"
@@ -339,11 +339,9 @@ class _Job:
         result = _quantize_plan(self._run, recipe, self._groups, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
             parallel = shape.name.endswith(FAMILY.row_parallel)
-            self._write(
-                encode_linear(shape.name, linear, dtype=recipe.dtype, mindie=recipe.mindie, row_parallel=parallel)
-            )
+            self._write(encode_linear(shape.name, linear, dtype=recipe.dtype, form=recipe.form, row_parallel=parallel))
         if group.norm is not None and result.norm_weight is not None:
-            self._write(encode_norm(group.norm, result.norm_weight, dtype=recipe.dtype, mindie=recipe.mindie))
+            self._write(encode_norm(group.norm, result.norm_weight, dtype=recipe.dtype, form=recipe.form))
         return result.reports
 
     def copy_rest(self, prefix: str) -> None:
@@ -353,7 +351,7 @@ class _Job:
                 base = name.rpartition(".")[0]
                 if base in self._norms:
                     weight = self._source.read_finite(name)
-                    self._write(encode_norm(base, weight, dtype=self._recipe.dtype, mindie=self._recipe.mindie))
+                    self._write(encode_norm(base, weight, dtype=self._recipe.dtype, form=self._recipe.form))
                 else:
                     self._copy(name)
 
@@ -397,12 +395,11 @@ def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequ
     return linear_specs(
         shape.name,
         quant_type,
-        shape.rows,
-        shape.cols,
+        (shape.rows, shape.cols),
         has_bias=shape.has_bias,
         dtype=recipe.dtype,
         group_size=recipe.scheme_of(quant_type).weight.group_size,
-        mindie=recipe.mindie,
+        form=recipe.form,
         row_parallel=shape.name.endswith(FAMILY.row_parallel),
     )
 
@@ -413,7 +410,7 @@ def _float_code(code: str, dtype: FloatDtype) -> str:
 
 def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, folder: Path) -> None:
     scheme = recipe.scheme
-    mindie = MindieSettings(
+    settings = MindieSettings(
         group_size=scheme.weight.group_size,
         act_method=scheme.act_range.value,
         anti_method=Smoothing.M2.value,
@@ -427,17 +424,20 @@ def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, p
         dev_type="npu",
     )
     edited = edit_config(
-        config.nested, dtype=recipe.dtype, quant_type=recipe.quant_type, mindie=mindie if recipe.mindie else None
+        config.nested,
+        dtype=recipe.dtype,
+        quant_type=recipe.quant_type,
+        settings=settings if recipe.form is Form.MINDIE else None,
     )
     write_json(folder / "config.json", edited, indent=4)
     copy_side_files(source.directory, folder)
     names = [info.name for file in plan.shards.files for info in file.tensors]
-    types = tensor_types(names, plan.linears, model_quant_type=recipe.quant_type, mindie=recipe.mindie)
+    types = tensor_types(names, plan.linears, model_quant_type=recipe.quant_type, form=recipe.form)
     description = Description(
         model_quant_type=recipe.quant_type.value,
-        version=None if recipe.mindie else ASCEND_V1_VERSION,
-        group_size=None if recipe.mindie else scheme.weight.group_size or None,
-        tensors=types if recipe.mindie else types | config.family.vllm_aliases(types),
+        version=None if recipe.form is Form.MINDIE else ASCEND_V1_VERSION,
+        group_size=None if recipe.form is Form.MINDIE else scheme.weight.group_size or None,
+        tensors=types if recipe.form is Form.MINDIE else types | config.family.vllm_aliases(types),
     )
     write_description(folder, description)
 

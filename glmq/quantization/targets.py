@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Final
 
 from glmq.errors import UsageError
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import FloatDtype, Form, QuantType
 
 FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
 
@@ -103,8 +103,8 @@ GROUP_SIZE_READERS: Final[Mapping[int, str]] = {
 }
 
 
-def check_target(target: Target, quant_type: QuantType, dtype: FloatDtype, *, mindie: bool) -> None:
-    """Raise UsageError, with the reason, unless the target loads that type in that dtype and layout."""
+def check_target(target: Target, quant_type: QuantType, dtype: FloatDtype, form: Form) -> None:
+    """Raise UsageError, with the reason, unless the target loads that type in that dtype and form."""
     engine = ENGINES[target]
     if quant_type not in engine.dtypes:
         known = ", ".join(t.value for t in engine.dtypes)
@@ -122,7 +122,7 @@ def check_target(target: Target, quant_type: QuantType, dtype: FloatDtype, *, mi
             f"--target {target.value} loads {quant_type.value} in {dtypes[0].value} only, not {dtype.value}; "
             f"pass --torch_dtype {'fp16' if dtypes[0] is FP16 else 'bf16'}"
         )
-    if mindie and not engine.has_mindie_format:
+    if form is Form.MINDIE and not engine.has_mindie_format:
         raise UsageError(
             f"--mindie_format True with --target {target.value}: it reads the ascendV1 layout alone; drop --mindie_format"
         )

@@ -123,7 +123,7 @@ def inspection_document(found: Inspection) -> JsonObject:
         "for": describe_engines(folder),
         "kind": folder.kind.name.lower(),
         "quant_type": folder.quant_type,
-        "form": folder.form,
+        "form": None if folder.form is None else folder.form.value,
         "tensors_total": len(folder.tensors),
         "bytes_total": folder.nbytes,
         "problems": list(folder.problems),

@@ -18,6 +18,7 @@ from glmq.checkpoint.description import (
     Description,
     description_name,
     find_descriptions,
+    form_of,
     parse_description,
 )
 from glmq.checkpoint.header import Header, read_header
@@ -26,10 +27,10 @@ from glmq.checkpoint.reader import INDEX_SUFFIX, Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import ModelConfig, parse_config
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.findings import Check, Finding
 
-KINDS: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
+TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
 GROUP_SIZES: Final = (64, 128, 256)
 NEEDED_FILES: Final = (
     "tokenizer.json",
@@ -47,9 +48,9 @@ _MAX_ENTRIES: Final = 1024
 _DTYPE_KEYS: Final = ("torch_dtype", "dtype")
 
 
-def is_mindie(directory: Path) -> bool:
-    """Whether the folder's description has the MindIE form, by its name."""
-    return not (directory / ASCEND_V1).exists()
+def form_by_name(directory: Path) -> Form:
+    """The form of the folder's description, by its name."""
+    return Form.ASCEND_V1 if (directory / ASCEND_V1).exists() else Form.MINDIE
 
 
 def check_description(directory: Path) -> Generator[Finding, None, Description | None]:
@@ -86,20 +87,20 @@ def check_description(directory: Path) -> Generator[Finding, None, Description |
 
 
 def _check_form(path: Path, description: Description) -> Iterator[Finding]:
-    kind, mindie = description.model_quant_type, path.name != ASCEND_V1
-    if mindie and path.name != description_name(kind, mindie=True):
+    quant_type, form = description.model_quant_type, form_of(path)
+    if path.name != description_name(quant_type, form):
         yield Check.DESCRIPTION_FILE.error(
             "",
-            f"{path.name} describes {kind}, wanted the name {description_name(kind, mindie=True)}",
+            f"{path.name} describes {quant_type}, wanted the name {description_name(quant_type, form)}",
         )
-    if kind not in KINDS:
-        yield Check.DESCRIPTION_KEYS.error("model_quant_type", f"is {kind}, wanted one of {', '.join(KINDS)}")
-    wanted = None if mindie else ASCEND_V1_VERSION
+    if quant_type not in TYPES:
+        yield Check.DESCRIPTION_KEYS.error("model_quant_type", f"is {quant_type}, wanted one of {', '.join(TYPES)}")
+    wanted = None if form is Form.MINDIE else ASCEND_V1_VERSION
     if description.version != wanted:
-        form = "the MindIE form" if mindie else "ascendV1"
-        yield Check.DESCRIPTION_KEYS.error("version", f"is {description.version!r}, {form} wants {wanted!r}")
+        wording = "the MindIE form" if form is Form.MINDIE else "ascendV1"
+        yield Check.DESCRIPTION_KEYS.error("version", f"is {description.version!r}, {wording} wants {wanted!r}")
     size = description.group_size
-    if kind != QuantType.W4A8_DYNAMIC.value or mindie:
+    if quant_type != QuantType.W4A8_DYNAMIC.value or form is Form.MINDIE:
         if size is not None:
             yield Check.GROUP_SIZE.error(
                 "group_size",
@@ -111,15 +112,15 @@ def _check_form(path: Path, description: Description) -> Iterator[Finding]:
         yield Check.GROUP_SIZE.error("group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
 
 
-def check_weight_files(directory: Path, kind: str) -> Generator[Finding, None, Checkpoint | None]:
-    """Checks 4 and 5: the one file or all parts of type `kind`, no other, and no tensor in two of them."""
+def check_weight_files(directory: Path, quant_type: str) -> Generator[Finding, None, Checkpoint | None]:
+    """Checks 4 and 5: the one file or all parts of type `quant_type`, no other, and no tensor in two of them."""
     present = {path.name for path in directory.glob("*.safetensors")}
     indexes = {path.name for path in directory.glob(f"*{INDEX_SUFFIX}")}
-    wanted, index = _wanted_files(f"quant_model_weight_{kind.lower()}", present)
+    wanted, index = _wanted_files(f"quant_model_weight_{quant_type.lower()}", present)
     for name in sorted((present - wanted) | (indexes - {index})):
         yield Check.WEIGHT_FILES.error(
             "",
-            f"{name} does not belong to a {kind} checkpoint; engines take every weight file",
+            f"{name} does not belong to a {quant_type} checkpoint; engines take every weight file",
         )
     for name in sorted(wanted - present):
         yield Check.WEIGHT_FILES.error("", f"{name} is missing")
@@ -191,7 +192,7 @@ def check_config(
         return None
     yield from _check_dtypes(raw)
     if description is not None:
-        yield from _check_quantization_keys(raw, description, mindie=is_mindie(directory))
+        yield from _check_quantization_keys(raw, description, form_by_name(directory))
     rope = _section(raw, "text_config").get("rope_scaling")
     if not isinstance(rope, Mapping) or "mrope_section" not in rope:
         yield Check.CONFIG.error("", f"text_config.rope_scaling is {rope!r}, the engine wants one with mrope_section")
@@ -224,8 +225,8 @@ def _check_dtypes(raw: JsonObject) -> Iterator[Finding]:
         yield Check.CONFIG.error("", f"the dtypes in config.json differ: {listed}")
 
 
-def _check_quantization_keys(raw: JsonObject, description: Description, *, mindie: bool) -> Iterator[Finding]:
-    if not mindie:
+def _check_quantization_keys(raw: JsonObject, description: Description, form: Form) -> Iterator[Finding]:
+    if form is Form.ASCEND_V1:
         for key in ("quantize", "quantization_config"):
             if key in raw:
                 yield Check.CONFIG.error("", f"config.json has {key}, which ascendV1 must not have")

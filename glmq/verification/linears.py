@@ -17,7 +17,7 @@ from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import Scaling
-from glmq.spec import Activation, FloatDtype, QuantType, assert_never
+from glmq.spec import Activation, FloatDtype, Form, QuantType, assert_never
 from glmq.verification.findings import Check, Finding
 
 _STATIC: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
@@ -58,7 +58,7 @@ class Subject:
     source: Checkpoint | None
     dtype: FloatDtype | None
     """The run dtype of config.json; None where it does not say."""
-    is_mindie: bool
+    form: Form
     group_size: int | None
     """Of the description; None in the MindIE form."""
     scaling: Scaling
@@ -69,7 +69,7 @@ class Subject:
     @property
     def is_packed(self) -> bool:
         """Two int4 rows in a byte row."""
-        return self.quant_type.spec.two_stage and not self.is_mindie
+        return self.quant_type.spec.two_stage and self.form is Form.ASCEND_V1
 
 
 def check_linear(subject: Subject) -> Iterator[Finding]:

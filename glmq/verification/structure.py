@@ -20,14 +20,14 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.files import (
     check_config,
     check_description,
     check_modes,
     check_side_files,
     check_weight_files,
-    is_mindie,
+    form_by_name,
     read_report,
     row_of,
     run_dtype,
@@ -49,7 +49,7 @@ class _Case:
     description: Description
     config: ModelConfig
     source: Checkpoint | None
-    is_mindie: bool
+    form: Form
     linears: Mapping[str, QuantType]
     """Quantized linears and their types, by the description."""
 
@@ -89,7 +89,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
             for base in [name.removesuffix(".weight")]
             if name in checkpoint and base != name and not base.endswith(".module") and quant_type in _known_types()
         }
-        case = _Case(checkpoint, description, config, source, is_mindie(candidate), linears)
+        case = _Case(checkpoint, description, config, source, form_by_name(candidate), linears)
         yield from _check_keys(case)
         yield from _check_names(case)
         yield from _check_agreement(case)
@@ -106,7 +106,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
                     checkpoint=checkpoint,
                     source=source,
                     dtype=case.dtype,
-                    is_mindie=case.is_mindie,
+                    form=case.form,
                     group_size=description.group_size,
                     scaling=scalings.get(name, UNSCALED),
                     bias_shift=shift if isinstance(shift, int) else 0,
@@ -120,23 +120,26 @@ def _known_types() -> set[str]:
 
 def _check_keys(case: _Case) -> Iterator[Finding]:
     """Checks 5, 7, 12 and 14 on the description's keys."""
-    tensors, kind = case.description.tensors, case.description.model_quant_type
+    tensors, quant_type = case.description.tensors, case.description.model_quant_type
     for name in case.checkpoint:
         if name not in tensors:
             yield Check.DESCRIBED_TENSORS.error(name, "is stored but not in the description")
     stored = {name: value for name, value in tensors.items() if name in case.checkpoint}
-    aliases = {} if case.is_mindie else case.config.family.vllm_aliases(stored)
+    aliases = {} if case.form is Form.MINDIE else case.config.family.vllm_aliases(stored)
     for name, value in tensors.items():
         if name not in case.checkpoint and aliases.get(name) != value:
             yield Check.DESCRIBED_TENSORS.error(
                 name,
                 f"is described as {value} but not stored, and is no alias of what is",
             )
-        elif value not in ("FLOAT", kind):
+        elif value not in ("FLOAT", quant_type):
             # vLLM-Ascend reads a type per layer, MindIE one for the model: a mixture is wrong for one engine only.
             severity: Severity = "warning" if value in _known_types() else "error"
             yield Finding(
-                Check.SHARED_INPUT, severity, name, f"is described as {value}, all of a {kind} model is FLOAT or {kind}"
+                Check.SHARED_INPUT,
+                severity,
+                name,
+                f"is described as {value}, all of a {quant_type} model is FLOAT or {quant_type}",
             )
     for name, value in stored.items():
         base, _, suffix = name.rpartition(".")
@@ -199,7 +202,7 @@ def _check_norms(case: _Case) -> Iterator[Finding]:
     for norm in case.config.family.rms_norms(case.config):
         doubled = [f"{norm}.module.{suffix}" for suffix in ("weight", "bias")]
         present = [name for name in doubled if name in case.checkpoint]
-        if present and not case.is_mindie:
+        if present and case.form is Form.ASCEND_V1:
             yield Check.NORMS.error(present[0], "belongs to the MindIE form, ascendV1 must not have it")
         elif present and len(present) < 2:
             missing = doubled[0] if doubled[1] in present else doubled[1]

@@ -33,7 +33,7 @@ from glmq.model.config import read_config
 from glmq.model.tiny import TINY_CHECKPOINT
 from glmq.numerics.affine import quantize_weight
 from glmq.records import QuantizedLinear
-from glmq.spec import INT8, FloatDtype, QuantType
+from glmq.spec import INT8, FloatDtype, Form, QuantType
 
 HIDDEN = 2048
 PAIRS = (("float", "other"), ("float", "fine"), ("fine", "coarse"))
@@ -62,13 +62,14 @@ def quantize_simply(source_dir: Path, folder: Path, levels: int) -> None:
             base, _, suffix = name.rpartition(".")
             if base in taken:
                 if suffix == "weight":
-                    rows, cols = source[name].shape
                     has_bias = taken[base].has_bias
+                    rows, cols = source[name].shape
                     specs += linear_specs(
-                        base, kind, rows, cols, has_bias=has_bias, dtype=dtype, group_size=0, mindie=False, row_parallel=False
+                        base, kind, (rows, cols), has_bias=has_bias, dtype=dtype, group_size=0, form=Form.ASCEND_V1,
+                        row_parallel=False,
                     )  # fmt: skip
             elif base in norms:
-                specs += norm_specs(base, source[name].shape[0], dtype=dtype, mindie=False)
+                specs += norm_specs(base, source[name].shape[0], dtype=dtype, form=Form.ASCEND_V1)
             else:
                 specs.append(TensorSpec(name, "BF16", source[name].shape))
         generator = torch.Generator().manual_seed(0)
@@ -76,13 +77,13 @@ def quantize_simply(source_dir: Path, folder: Path, levels: int) -> None:
             for norm, group in norms.items():
                 before = source.read(f"{norm}.weight").float()
                 after = (before / torch.randn(before.shape, generator=generator).mul_(0.3).exp_()).bfloat16()
-                tensors = dict(encode_norm(norm, after, dtype=dtype, mindie=False))
+                tensors = dict(encode_norm(norm, after, dtype=dtype, form=Form.ASCEND_V1))
                 for linear in group.linears:
                     weight = source.read(f"{linear.name}.weight").float() * (before / after.float())
                     step = weight.abs().amax(1, keepdim=True) / levels
                     bias = source.read(f"{linear.name}.bias").float() if linear.has_bias else None
                     made = QuantizedLinear(kind, quantize_weight(weight, step, INT8), step, bias)
-                    tensors |= encode_linear(linear.name, made, dtype=dtype, mindie=False, row_parallel=False)
+                    tensors |= encode_linear(linear.name, made, dtype=dtype, form=Form.ASCEND_V1, row_parallel=False)
                 for name, tensor in tensors.items():
                     sink.write(name, tensor)
             for name in source:
@@ -91,7 +92,9 @@ def quantize_simply(source_dir: Path, folder: Path, levels: int) -> None:
                     sink.write(name, source.read(name))
     (folder / "config.json").write_bytes((source_dir / "config.json").read_bytes())
     copy_side_files(source_dir, folder)
-    types = tensor_types([spec.name for spec in specs], dict.fromkeys(taken, kind), model_quant_type=kind, mindie=False)
+    types = tensor_types(
+        [spec.name for spec in specs], dict.fromkeys(taken, kind), model_quant_type=kind, form=Form.ASCEND_V1
+    )
     write_description(folder, Description(kind.value, ASCEND_V1_VERSION, None, types))
 
 

@@ -25,7 +25,7 @@ from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint, dtype_code
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import Activation, FloatDtype, QuantType
+from glmq.spec import Activation, FloatDtype, Form, QuantType
 
 FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
 ROWS, COLS, GROUP = 6, 32, 8
@@ -51,19 +51,19 @@ def make_linear(quant_type: QuantType, *, has_bias: bool = True, scale: float = 
 
 
 def encode(
-    linear: QuantizedLinear, dtype: FloatDtype = FP16, *, mindie: bool = False, row_parallel: bool = False
+    linear: QuantizedLinear, dtype: FloatDtype = FP16, *, form: Form = Form.ASCEND_V1, row_parallel: bool = False
 ) -> dict[str, Tensor]:
-    encoded = encode_linear(NAME, linear, dtype=dtype, mindie=mindie, row_parallel=row_parallel)
+    encoded = encode_linear(NAME, linear, dtype=dtype, form=form, row_parallel=row_parallel)
     assert all(name.startswith(f"{NAME}.") for name in encoded)
     return {name.removeprefix(f"{NAME}."): tensor for name, tensor in encoded.items()}
 
 
 def shapes(
-    quant_type: QuantType, dtype: FloatDtype, *, has_bias: bool, mindie: bool, row_parallel: bool
+    quant_type: QuantType, dtype: FloatDtype, *, has_bias: bool, form: Form, row_parallel: bool
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     specs = linear_specs(
-        NAME, quant_type, ROWS, COLS,
-        has_bias=has_bias, dtype=dtype, group_size=GROUP, mindie=mindie, row_parallel=row_parallel,
+        NAME, quant_type, (ROWS, COLS),
+        has_bias=has_bias, dtype=dtype, group_size=GROUP, form=form, row_parallel=row_parallel,
     )  # fmt: skip
     return {spec.name.removeprefix(f"{NAME}."): (spec.dtype, spec.shape) for spec in specs}
 
@@ -89,37 +89,37 @@ W4A8 = W4A8_MINDIE | {"weight": ("I8", (N // 2, K)), "scale_bias": ("F32", (N, 1
 
 
 @pytest.mark.parametrize(
-    ("quant_type", "dtype", "mindie", "row_parallel", "expected"),
+    ("quant_type", "dtype", "form", "row_parallel", "expected"),
     [
-        (QuantType.W8A8, FP16, False, False, W8A8_FP16),
-        (QuantType.W8A8, FP16, True, True, W8A8_FP16),
-        (QuantType.W8A8, BF16, False, False, W8A8_BF16),
-        (QuantType.W8A8S, FP16, False, False, W8A8S_FP16),
-        (QuantType.W8A8_DYNAMIC, BF16, False, True, DYNAMIC_BF16),
-        (QuantType.W4A8_DYNAMIC, FP16, False, False, W4A8),
-        (QuantType.W4A8_DYNAMIC, FP16, False, True, W4A8 | {"scale_bias": ("F32", (N, 16))}),
-        (QuantType.W4A8_DYNAMIC, FP16, True, True, W4A8_MINDIE),
+        (QuantType.W8A8, FP16, Form.ASCEND_V1, False, W8A8_FP16),
+        (QuantType.W8A8, FP16, Form.MINDIE, True, W8A8_FP16),
+        (QuantType.W8A8, BF16, Form.ASCEND_V1, False, W8A8_BF16),
+        (QuantType.W8A8S, FP16, Form.ASCEND_V1, False, W8A8S_FP16),
+        (QuantType.W8A8_DYNAMIC, BF16, Form.ASCEND_V1, True, DYNAMIC_BF16),
+        (QuantType.W4A8_DYNAMIC, FP16, Form.ASCEND_V1, False, W4A8),
+        (QuantType.W4A8_DYNAMIC, FP16, Form.ASCEND_V1, True, W4A8 | {"scale_bias": ("F32", (N, 16))}),
+        (QuantType.W4A8_DYNAMIC, FP16, Form.MINDIE, True, W4A8_MINDIE),
     ],
 )
 def test_names_dtypes_and_shapes_of_each_type(
-    quant_type: QuantType, dtype: FloatDtype, mindie: bool, row_parallel: bool, expected: dict[str, object]
+    quant_type: QuantType, dtype: FloatDtype, form: Form, row_parallel: bool, expected: dict[str, object]
 ) -> None:
-    assert shapes(quant_type, dtype, has_bias=True, mindie=mindie, row_parallel=row_parallel) == expected
+    assert shapes(quant_type, dtype, has_bias=True, form=form, row_parallel=row_parallel) == expected
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize("dtype", [FP16, BF16])
-@pytest.mark.parametrize("mindie", [False, True])
+@pytest.mark.parametrize("form", Form)
 @pytest.mark.parametrize("row_parallel", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_linear_is_encoded_as_planned_and_decoded_to_itself(
-    tmp_path: Path, quant_type: QuantType, dtype: FloatDtype, mindie: bool, row_parallel: bool, has_bias: bool
+    tmp_path: Path, quant_type: QuantType, dtype: FloatDtype, form: Form, row_parallel: bool, has_bias: bool
 ) -> None:
     linear = make_linear(quant_type, has_bias=has_bias)
-    encoded = encode_linear(NAME, linear, dtype=dtype, mindie=mindie, row_parallel=row_parallel)
+    encoded = encode_linear(NAME, linear, dtype=dtype, form=form, row_parallel=row_parallel)
     specs = linear_specs(
-        NAME, quant_type, ROWS, COLS,
-        has_bias=has_bias, dtype=dtype, group_size=GROUP, mindie=mindie, row_parallel=row_parallel,
+        NAME, quant_type, (ROWS, COLS),
+        has_bias=has_bias, dtype=dtype, group_size=GROUP, form=form, row_parallel=row_parallel,
     )  # fmt: skip
     assert [TensorSpec(name, dtype_code(t.dtype), tuple(t.shape)) for name, t in encoded.items()] == specs
     assert all(tensor.is_contiguous() for tensor in encoded.values())
@@ -227,9 +227,9 @@ def test_a_row_step_is_never_stored_as_zero() -> None:
     assert storable_weight_scale(torch.tensor([[1e-45]]), BF16).item() == 2.0**-133
 
 
-def refusal(linear: QuantizedLinear, dtype: FloatDtype = FP16, *, mindie: bool = False) -> str:
+def refusal(linear: QuantizedLinear, dtype: FloatDtype = FP16, *, form: Form = Form.ASCEND_V1) -> str:
     with pytest.raises(CheckpointError) as caught:
-        encode_linear(NAME, linear, dtype=dtype, mindie=mindie, row_parallel=False)
+        encode_linear(NAME, linear, dtype=dtype, form=form, row_parallel=False)
     return str(caught.value).removeprefix(NAME)
 
 
@@ -259,7 +259,7 @@ def test_broken_fields_are_refused() -> None:
     assert refusal(replace(w4a8, weight_scale_second=second)) == f".weight_scale_second: {wrong} inf"
     q = w4a8.weight.clone()
     q[0, 0] = 8
-    assert refusal(replace(w4a8, weight=q), mindie=True) == ": int4 values lie in -8..8, wanted -8..7"
+    assert refusal(replace(w4a8, weight=q), form=Form.MINDIE) == ": int4 values lie in -8..8, wanted -8..7"
     assert refusal(replace(dynamic, bias=torch.full((ROWS,), 1e5))) == (
         ".bias: its largest magnitude is 100000, which float16 cannot hold; use bfloat16"
     )
@@ -281,8 +281,8 @@ def test_broken_fields_are_refused() -> None:
 def test_sizes_that_w4a8_cannot_pack_are_refused_at_the_plan(rows: int, cols: int, group: int, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         linear_specs(
-            NAME, QuantType.W4A8_DYNAMIC, rows, cols,
-            has_bias=False, dtype=FP16, group_size=group, mindie=False, row_parallel=True,
+            NAME, QuantType.W4A8_DYNAMIC, (rows, cols),
+            has_bias=False, dtype=FP16, group_size=group, form=Form.ASCEND_V1, row_parallel=True,
         )  # fmt: skip
     assert str(caught.value) == f"{NAME}: {message}"
 
@@ -326,15 +326,15 @@ def test_tensors_that_contradict_each_other_are_not_decoded(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
-@pytest.mark.parametrize("mindie", [False, True])
-def test_norms_get_a_zero_float32_bias_and_the_mindie_form_a_second_copy(dtype: FloatDtype, mindie: bool) -> None:
+@pytest.mark.parametrize("form", Form)
+def test_norms_get_a_zero_float32_bias_and_the_mindie_form_a_second_copy(dtype: FloatDtype, form: Form) -> None:
     weight = torch.tensor([0.5, -1.25, 3.0])
-    encoded = encode_norm("n", weight, dtype=dtype, mindie=mindie)
+    encoded = encode_norm("n", weight, dtype=dtype, form=form)
     assert [TensorSpec(name, dtype_code(t.dtype), tuple(t.shape)) for name, t in encoded.items()] == norm_specs(
-        "n", 3, dtype=dtype, mindie=mindie
+        "n", 3, dtype=dtype, form=form
     )
     float_code = "F16" if dtype is FP16 else "BF16"
-    owners = ["n", "n.module"] if mindie else ["n"]
+    owners = ["n", "n.module"] if form is Form.MINDIE else ["n"]
     assert {name: (dtype_code(t.dtype), t.tolist()) for name, t in encoded.items()} == {
         f"{owner}.{suffix}": value
         for owner in owners
@@ -344,5 +344,5 @@ def test_norms_get_a_zero_float32_bias_and_the_mindie_form_a_second_copy(dtype: 
 
 def test_a_norm_weight_that_float16_cannot_hold_is_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
-        encode_norm("n", torch.tensor([7e4]), dtype=FP16, mindie=False)
+        encode_norm("n", torch.tensor([7e4]), dtype=FP16, form=Form.ASCEND_V1)
     assert str(caught.value) == "n.weight: its largest magnitude is 70000, which float16 cannot hold; use bfloat16"

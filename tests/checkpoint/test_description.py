@@ -12,7 +12,7 @@ from glmq.checkpoint.description import (
     write_description,
 )
 from glmq.errors import CheckpointError
-from glmq.spec import QuantType
+from glmq.spec import Form, QuantType
 
 TYPES = {"l.q_proj.weight": "W8A8S", "l.q_proj.bias": "FLOAT", "l.norm.weight": "FLOAT"}
 
@@ -53,8 +53,8 @@ def test_a_folder_without_a_description_has_none(tmp_path: Path) -> None:
 
 
 def test_names_of_both_forms() -> None:
-    assert description_name("W8A8S", mindie=False) == "quant_model_description.json"
-    assert description_name("W8A8S", mindie=True) == "quant_model_description_w8a8s.json"
+    assert description_name("W8A8S", Form.ASCEND_V1) == "quant_model_description.json"
+    assert description_name("W8A8S", Form.MINDIE) == "quant_model_description_w8a8s.json"
 
 
 def test_two_descriptions_are_refused(tmp_path: Path) -> None:
@@ -99,6 +99,6 @@ def test_every_tensor_of_a_quantized_linear_has_its_type_but_the_float_bias() ->
     names = ["l.q.weight", "l.q.bias", "l.q.deq_scale", "l.norm.weight", "l.norm.bias", "l.norm.module.weight", "x"]
     linears = {"l.q": QuantType.W8A8S}
     expected = dict.fromkeys(names, "FLOAT") | {"l.q.weight": "W8A8S", "l.q.deq_scale": "W8A8S"}
-    assert tensor_types(names, linears, model_quant_type=QuantType.W8A8S, mindie=False) == expected
+    assert tensor_types(names, linears, model_quant_type=QuantType.W8A8S, form=Form.ASCEND_V1) == expected
     expected["l.norm.module.weight"] = "W8A8S"
-    assert tensor_types(names, linears, model_quant_type=QuantType.W8A8S, mindie=True) == expected
+    assert tensor_types(names, linears, model_quant_type=QuantType.W8A8S, form=Form.MINDIE) == expected

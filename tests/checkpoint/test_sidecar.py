@@ -43,7 +43,7 @@ def v5_config() -> JsonObject:
 @pytest.mark.parametrize("make", [flat_config, tiny_config, v5_config])
 def test_every_layout_gets_its_dtypes_and_nothing_else_changes(make: object) -> None:
     nested = parse_config(make(), "config.json").nested
-    edited = edit_config(nested, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8S, mindie=None)
+    edited = edit_config(nested, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8S, settings=None)
     assert edited["torch_dtype"] == "float16"
     assert edited["text_config"]["dtype"] == "float16"
     assert "bfloat16" not in json.dumps(edited)
@@ -58,9 +58,9 @@ def test_every_layout_gets_its_dtypes_and_nothing_else_changes(make: object) -> 
 
 def test_a_nested_config_keeps_its_order_and_its_source_is_untouched() -> None:
     source = tiny_config()
-    edited = edit_config(source, dtype=FloatDtype.BF16, quant_type=QuantType.W8A8, mindie=None)
+    edited = edit_config(source, dtype=FloatDtype.BF16, quant_type=QuantType.W8A8, settings=None)
     assert json.dumps(edited) == json.dumps(source)
-    edit_config(source, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8, mindie=None)
+    edit_config(source, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8, settings=None)
     assert source == tiny_config()
 
 
@@ -70,7 +70,7 @@ def test_every_dtype_key_that_exists_is_set() -> None:
         "text_config": {"torch_dtype": "bfloat16"},
         "vision_config": {"dtype": "float32", "torch_dtype": "bfloat16", "depth": 2},
     }
-    assert edit_config(source, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8, mindie=None) == {
+    assert edit_config(source, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8, settings=None) == {
         "dtype": "float16",
         "torch_dtype": "float16",
         "text_config": {"torch_dtype": "float16", "dtype": "float16"},
@@ -80,9 +80,9 @@ def test_every_dtype_key_that_exists_is_set() -> None:
 
 def test_stale_quantization_keys_are_removed_in_ascend_v1_and_set_in_the_mindie_form() -> None:
     source = tiny_config() | {"quantize": "w8a8sc", "quantization_config": {"bits": 8}}
-    edited = edit_config(source, dtype=FloatDtype.BF16, quant_type=QuantType.W8A8S, mindie=None)
+    edited = edit_config(source, dtype=FloatDtype.BF16, quant_type=QuantType.W8A8S, settings=None)
     assert edited == tiny_config()
-    edited = edit_config(source, dtype=FloatDtype.BF16, quant_type=QuantType.W8A8S, mindie=SETTINGS)
+    edited = edit_config(source, dtype=FloatDtype.BF16, quant_type=QuantType.W8A8S, settings=SETTINGS)
     assert edited == tiny_config() | {
         "quantize": "w8a8s",
         "quantization_config": {
@@ -94,7 +94,7 @@ def test_stale_quantization_keys_are_removed_in_ascend_v1_and_set_in_the_mindie_
 
 def test_a_flat_config_must_be_brought_into_the_nested_layout_first() -> None:
     with pytest.raises(CheckpointError) as caught:
-        edit_config(flat_config(), dtype=FloatDtype.FP16, quant_type=QuantType.W8A8S, mindie=None)
+        edit_config(flat_config(), dtype=FloatDtype.FP16, quant_type=QuantType.W8A8S, settings=None)
     assert str(caught.value) == (
         "config.json: has no text_config, where the engine looks for the dtype; give the nested layout"
     )

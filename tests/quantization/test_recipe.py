@@ -7,7 +7,7 @@ from glmq.errors import UsageError
 from glmq.model.config import ModelConfig, read_config
 from glmq.quantization.recipe import LayerRule, Options, Recipe, count_matches, make_recipe, plan_groups
 from glmq.quantization.targets import ENGINES, Target
-from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule
+from glmq.spec import ActRange, FloatDtype, Form, Method, QuantType, Smoothing, StepRule
 
 FP16 = {"torch_dtype": "fp16"}
 LOWBIT = FP16 | {"w_bit": 4, "is_lowbit": True}
@@ -68,7 +68,7 @@ def test_the_modes_of_the_mission(options: dict[str, object], quant_type: QuantT
         given.open_outlier,
     )
     assert made.dtype is (FloatDtype.FP16 if given.torch_dtype == "fp16" else FloatDtype.BF16)
-    assert made.mindie is given.mindie_format
+    assert (made.form is Form.MINDIE) is given.mindie_format
     assert weight.group_size == (given.group_size if quant_type is QuantType.W4A8_DYNAMIC else 0)
 
 

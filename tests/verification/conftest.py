@@ -30,8 +30,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
 def good(source: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A good checkpoint of every kind."""
     root = tmp_path_factory.mktemp("good")
-    for label, (kind, dtype, mindie, shard_bytes) in KINDS.items():
-        build(source, root / label, kind, dtype, mindie=mindie, shard_bytes=shard_bytes)
+    for label, (quant_type, dtype, form, shard_bytes) in KINDS.items():
+        build(source, root / label, quant_type, dtype, form=form, shard_bytes=shard_bytes)
     return {label: root / label for label in KINDS}
 
 

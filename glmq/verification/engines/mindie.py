@@ -8,6 +8,7 @@ from typing import Final
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
+from glmq.spec import Form
 from glmq.verification.engines.linears import (
     DTYPE_NAMES,
     STATIC,
@@ -88,7 +89,7 @@ def _check_route(folder: Folder) -> Generator[Complaint, None, bool]:
         if quantize is not None:
             yield True, "", f"config.json says quantize {quantize!r}, but there is no description: FileNotFoundError"
         return False
-    if folder.form != "ascendV1":
+    if folder.form is not Form.ASCEND_V1:
         found = None if folder.quant_type is None else folder.quant_type.lower()
         if quantize is None:
             yield (

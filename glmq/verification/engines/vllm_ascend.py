@@ -8,6 +8,7 @@ from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.json_file import JsonValue
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
+from glmq.spec import Form
 from glmq.verification.engines.linears import DTYPE_NAMES, TYPES, Complaint, check_linear_tensors, section
 
 
@@ -31,7 +32,7 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
         if any(tensor.info.dtype == "I8" for tensor in folder.tensors):
             yield True, "", f"there is no {ASCEND_V1}, which alone tells vLLM-Ascend that the model is quantized"
         return
-    if folder.form != "ascendV1":
+    if folder.form is not Form.ASCEND_V1:
         yield True, "", f"the description has the MindIE form; vLLM-Ascend knows {ASCEND_V1} only"
         return
     for key in FOREIGN_KEYS:
