@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from glmq.cli import options as o
+from glmq.engines import Engine
 from glmq.errors import UsageError
 
 COMPRESSION: Final = "Compression"
@@ -62,13 +63,13 @@ def compress(
         ),
     ] = None,
     layout: Annotated[
-        Literal["mindie", "vllm-ascend"],
+        Engine,
         typer.Option(
             "--layout",
             help="Engine whose names and cuts are written. vllm-ascend is a best effort that was never run.",
             rich_help_panel=COMPRESSION,
         ),
-    ] = "mindie",
+    ] = Engine.MINDIE,
     decompress: Annotated[
         bool,
         typer.Option(
@@ -119,14 +120,13 @@ def compress(
     from glmq.cli.malloc import return_large_buffers
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, stdout
-    from glmq.compression.layouts import Layout
     from glmq.jobs.compress import CompressionJob, CompressionOptions, forecast_compression, run_compression
     from glmq.jobs.restore import restore
     from glmq.ranks import read_place
 
     return_large_buffers()
     source, target = settle_folders(folders or [], model_path, save_directory)
-    if decompress and (tp is not None or codec == "ascend" or layout != "mindie"):
+    if decompress and (tp is not None or codec == "ascend" or layout is not Engine.MINDIE):
         raise UsageError("--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out")
     with ProgressView(quiet=quiet or json_output) as view:
         if decompress and dry_run:
@@ -140,7 +140,7 @@ def compress(
                 quiet=quiet,
             )
             return
-        job = CompressionJob(source, target, tp, codec, CompressionOptions(executor, Layout(layout), jobs))
+        job = CompressionJob(source, target, tp, codec, CompressionOptions(executor, layout, jobs))
         if dry_run:
             plan = forecast_compression(job, overwrite=overwrite, watch=view)
             show_compression_plan(plan, target, as_json=json_output, verbose=verbose)

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from glmq.checkpoint.disk import free_bytes
 from glmq.cli.render import SHOWN_ROWS, print_json, size, stdout
-from glmq.compression.layouts import Layout
+from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import REPORT, CodecKind
+from glmq.engines import Engine
 from glmq.model.config import FAMILY
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def next_steps(result: CompressionResult) -> list[str]:
             "Next: store or copy the folder, and restore what it was made from with",
             f"  glmq compress --decompress {folder} {quote(f'{result.folder}-restored')}",
         ]
-    if result.layout is Layout.VLLM_ASCEND:
+    if result.layout is Engine.VLLM_ASCEND:
         return [
             "Note: this layout is a best effort, from reading vLLM-Ascend's source and never run; MindIE's is the tested one.",
             f"Next, on the Atlas 300I Duo: vllm serve {folder} --quantization ascend --load-format sharded_state "
@@ -206,7 +207,7 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
         )
         return
     verdict = "" if free >= plan.output_bytes else ", too little: the run would refuse"
-    what = "the W8A8S checkpoint" if plan.layout is Layout.SOURCE else f"{plan.world} W8A8S parts"
+    what = "the W8A8S checkpoint" if plan.layout is Unsharded.SOURCE else f"{plan.world} W8A8S parts"
     stdout.print(f"{what}: exactly {plan.output_bytes} bytes of weights")
     stdout.print(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}", soft_wrap=True)
 
@@ -225,7 +226,7 @@ def show_restored(result: RestoreResult, *, as_json: bool, quiet: bool) -> None:
         )
     elif quiet:
         stdout.print(str(result.folder), soft_wrap=True)
-    elif result.layout is Layout.SOURCE:
+    elif result.layout is Unsharded.SOURCE:
         stdout.print(
             f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
         )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from glmq.cli import options as o
+from glmq.quantization.targets import Target
 
 
 def quantize(
@@ -192,9 +193,9 @@ def quantize(
         ),
     ] = None,
     target: Annotated[
-        Literal["mindie-300i-duo", "mindie-800i-a2", "vllm-ascend", "generic"],
+        Target,
         typer.Option("--target", help="Refuse what this engine on this chip does not load.", rich_help_panel=o.OUTPUT),
-    ] = "generic",
+    ] = Target.GENERIC,
     torch_dtype: Annotated[
         Literal["bf16", "fp16"],
         typer.Option("--torch-dtype", help="Dtype of the stored float weights.", rich_help_panel=o.OUTPUT),
@@ -277,7 +278,7 @@ def quantize(
                 bias_correction=bias_correction,
                 keep_float=tuple(keep_float or ()),
                 layer=tuple(layer or ()),
-                target=target,
+                target=target.value,
             )
         ),
         CalibrationOptions(

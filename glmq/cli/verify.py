@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from glmq.cli import options as o
 from glmq.cli.inspect import Html
+from glmq.engines import Engine
 
 LIMITS = "Limits"
 FAILED = 3
@@ -33,7 +34,7 @@ def verify(
         ),
     ] = None,
     target: Annotated[
-        Literal["mindie", "vllm-ascend"] | None,
+        Engine | None,
         typer.Option(
             "--target",
             help="Also emulate this engine's look-ups in headers and JSON files.",
@@ -103,7 +104,6 @@ def verify(
     from glmq.reporting.page import write_page
     from glmq.reporting.verification_page import verification_page
     from glmq.verification.checks import Limits
-    from glmq.verification.engines.check import Target
 
     if list_checks:
         if json_output:
@@ -117,7 +117,7 @@ def verify(
         found = verify_folder(
             candidate,
             reference=reference,
-            engines=[] if target is None else [Target(target)],
+            engines=[] if target is None else [target],
             limits=Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
             cases=CaseOptions(calib_images, cases, prompt, limit, max_pixels),
             watch=view,

@@ -13,24 +13,31 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.shard import RankSplit, RankTensor, Slice, zeros
+from glmq.engines import Engine
 from glmq.model.config import ModelConfig
 from glmq.spec import QuantType
 
 VLLM_VOCAB_MULTIPLE: Final = 64
 
 
-class Layout(Enum):
-    """How the tensors of a rank are named and cut."""
+class Unsharded(Enum):
+    """The layout of a portable folder of one rank, which is no engine's: names and cuts of the checkpoint it was made from."""
 
     SOURCE = "source"
-    """As in the un-sharded checkpoint; one rank."""
-    MINDIE = "mindie"
-    VLLM_ASCEND = "vllm-ascend"
+
+
+Layout: TypeAlias = Engine | Unsharded
+"""How the tensors of a rank are named and cut."""
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout that is spelled so in a manifest. Raises ValueError if none is."""
+    return Unsharded.SOURCE if text == Unsharded.SOURCE.value else Engine(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +60,8 @@ class _Style:
     """The bias of q, k, v is there only if config.json has `attention_bias`; else always."""
 
 
-_STYLES: Final = {
-    Layout.MINDIE: _Style(
+_STYLES: Final[Mapping[Engine, _Style]] = {
+    Engine.MINDIE: _Style(
         text="language_model",
         qkv="query_key_value",
         all_norm_biases=False,
@@ -63,7 +70,7 @@ _STYLES: Final = {
         flat_convolutions=True,
         optional_qkv_bias=False,
     ),
-    Layout.VLLM_ASCEND: _Style(
+    Engine.VLLM_ASCEND: _Style(
         text="language_model.model",
         qkv="qkv_proj",
         all_norm_biases=True,
@@ -81,7 +88,7 @@ def rank_tensors(source: Checkpoint, config: ModelConfig, layout: Layout, rank: 
     Args:
         source: an un-sharded W8A8S checkpoint that `check_source` accepts.
         config: its config.json.
-        layout: of the engine; SOURCE only with one rank.
+        layout: an engine's; un-sharded only with one rank.
         rank: 0 to world - 1.
         world: a number of ranks that `check_world` accepts.
 
@@ -89,7 +96,7 @@ def rank_tensors(source: Checkpoint, config: ModelConfig, layout: Layout, rank: 
         CheckpointError: a tensor is missing, has a dtype that the engine does not take, or has no place in the layout.
     """
     split = RankSplit(source, rank, world)
-    if layout is Layout.SOURCE:
+    if isinstance(layout, Unsharded):
         for name in source:
             info = source[name]
             split.tensors.append(RankTensor(TensorSpec(name, info.dtype, info.shape), (split.whole(name),)))

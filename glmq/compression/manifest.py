@@ -28,7 +28,7 @@ import xxhash
 
 from glmq.checkpoint.folder import RUN_LOG
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
-from glmq.compression.layouts import Layout
+from glmq.compression.layouts import Layout, parse_layout
 from glmq.errors import CheckpointError
 from glmq.version import __version__
 
@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         return Manifest(
             codec=CodecKind(document["codec"]),
-            layout=Layout(document["layout"]),
+            layout=parse_layout(_text(document["layout"])),
             world=_integer(document["world_size"]),
             source=_text(document["source"]),
             parts=tuple(_parse_part(part) for part in _items(document["parts"])),

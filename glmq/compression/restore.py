@@ -18,7 +18,7 @@ from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import decode
-from glmq.compression.layouts import Layout
+from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import (
     MANIFEST,
     REPORT_FILES,
@@ -94,7 +94,7 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
             write_whole(folder / target, content)
     for part in manifest.parts:
         with _open_part(directory, part) as checkpoint:
-            if manifest.layout is Layout.SOURCE:
+            if manifest.layout is Unsharded.SOURCE:
                 yield from _restore_files(checkpoint, part, directory, headers, folder, jobs)
             else:
                 yield from _restore_part(checkpoint, part, (folder / part.file).parent, jobs)

@@ -18,11 +18,9 @@ from torch import Tensor
 from glmq.checkpoint.header import DTYPE_BYTES
 from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import PIECE_BYTES, Checkpoint, torch_dtype
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.model.config import ModelConfig
-
-WORLD_SIZES: Final = (1, 2, 4)
-"""Those whose parts have been compared with what the engine's own loader makes."""
 
 _CODES: Final = {"deq_scale": "I64", "quant_bias": "I32", "input_offset": "I8"}
 """Stored dtype by suffix; a quantized `.weight` is I8, everything else F16."""
@@ -67,16 +65,21 @@ class RankTensor:
         return next((part.name for part in self.slices if part.name is not None), "")
 
 
-def check_world(config: ModelConfig, world: int) -> None:
-    """Raise UsageError unless the model can be split over `world` ranks; the sentence has the numbers and what works."""
-    problem = _world_problem(config, world)
+def check_world(config: ModelConfig, world: int, engine: Engine) -> None:
+    """Raise UsageError unless the model can be split over `world` ranks of that engine.
+
+    The sentence has the numbers and what works.
+    """
+    problem = _world_problem(config, world, engine)
     if problem is not None:
-        allowed = ", ".join(str(size) for size in WORLD_SIZES if _world_problem(config, size) is None)
+        allowed = ", ".join(
+            str(size) for size in engine.spec.world_sizes if _world_problem(config, size, engine) is None
+        )
         raise UsageError(f"--tp {world}: {problem}; world sizes that work for this model: {allowed}")
 
 
-def _world_problem(config: ModelConfig, world: int) -> str | None:
-    if world not in WORLD_SIZES:
+def _world_problem(config: ModelConfig, world: int, engine: Engine) -> str | None:
+    if world not in engine.spec.world_sizes:
         return f"{world} is not a world size that the serving engine is known to load"
     counts = {
         "attention heads": config.heads,

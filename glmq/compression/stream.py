@@ -43,11 +43,12 @@ from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.checkpoint.sidecar import copy_side_files, edit_config, list_side_files
 from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import zero_order_entropy
-from glmq.compression.layouts import Layout, part_types, rank_tensors, vllm_types
+from glmq.compression.layouts import Layout, Unsharded, part_types, rank_tensors, vllm_types
 from glmq.compression.manifest import CodecKind, Manifest, PartRecord, digest_of, record_files, write_manifest
 from glmq.compression.shard import RankTensor, check_world, read_matrix, read_pieces
 from glmq.compression.source import Source
 from glmq.compression.weight_codec import BLOB_SUFFIX, Codec, Compressed
+from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY
 from glmq.model.family import Area
@@ -117,7 +118,7 @@ class PartWritten:
 Record: TypeAlias = Step | CompressedLinear | PartWritten
 
 
-def choose_layout(codec: CodecKind, layout: Layout, world: int) -> Layout:
+def choose_layout(codec: CodecKind, layout: Engine, world: int) -> Layout:
     """The layout that is written when `layout` was asked for.
 
     Raises:
@@ -125,9 +126,9 @@ def choose_layout(codec: CodecKind, layout: Layout, world: int) -> Layout:
     """
     if codec is CodecKind.ASCEND:
         return layout
-    if layout is Layout.VLLM_ASCEND:
+    if layout is Engine.VLLM_ASCEND:
         raise UsageError("--layout vllm-ascend: exists only with --codec ascend; no engine reads the portable form")
-    return Layout.SOURCE if world == 1 else layout
+    return Unsharded.SOURCE if world == 1 else layout
 
 
 def plan_ranks(source: Source, layout: Layout, world: int, ranks: Sequence[int]) -> dict[int, list[RankTensor]]:
@@ -137,8 +138,8 @@ def plan_ranks(source: Source, layout: Layout, world: int, ranks: Sequence[int])
         UsageError: a world size that does not divide the model.
         CheckpointError: a source tensor that the layout cannot take.
     """
-    if layout is not Layout.SOURCE:
-        check_world(source.config, world)
+    if not isinstance(layout, Unsharded):
+        check_world(source.config, world, layout)
     return {rank: rank_tensors(source.checkpoint, source.config, layout, rank, world) for rank in ranks}
 
 
@@ -196,7 +197,7 @@ def compress_checkpoint(
                     at += piece.shape[0]
                     yield Step(name, rank, piece.nbytes, resident_bytes())
         shutil.rmtree(work)
-        if codec.kind is CodecKind.ASCEND and layout is Layout.MINDIE:
+        if codec.kind is CodecKind.ASCEND and layout is Engine.MINDIE:
             linears = [name.removesuffix(".weight") for name in compressed]
             describe_part(directory, [spec.name for spec in specs], linears, QuantType.W8A8SC)
         matrices = _blob_shapes(tensors, compressed) if codec.kind is CodecKind.PORTABLE else {}
@@ -228,13 +229,13 @@ def finish_folder(
     """
     directory = source.checkpoint.directory
     copy_side_files(directory, folder)
-    if layout is Layout.SOURCE:
+    if layout is Unsharded.SOURCE:
         write_whole(folder / "config.json", (directory / "config.json").read_bytes())
         _keep_source_files(source.checkpoint, folder / SOURCE_FOLDER)
     else:
         edited = edit_config(source.config.nested, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8SC, settings=None)
         write_json(folder / "config.json", edited, indent=4)
-    if layout is Layout.VLLM_ASCEND:
+    if layout is Engine.VLLM_ASCEND:
         types = vllm_types(source.description.tensors)
         write_description(folder, Description(QuantType.W8A8SC.value, ASCEND_V1_VERSION, None, types))
     files = record_files(folder, exclude=[part.file for part in parts])
@@ -249,7 +250,7 @@ def resident_bytes() -> int:
 
 def _place(folder: Path, codec: CodecKind, layout: Layout, rank: int, world: int) -> tuple[Path, str]:
     """Folder and stem of a rank's weight file."""
-    if layout is Layout.VLLM_ASCEND:
+    if layout is Engine.VLLM_ASCEND:
         return folder, f"model-rank-{rank}-part-0"
     return folder / f"part{rank}-of-{world}", ASCEND_STEM if codec is CodecKind.ASCEND else PORTABLE_STEM
 

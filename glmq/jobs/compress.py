@@ -40,6 +40,7 @@ from glmq.compression.stream import (
     planned_bytes,
 )
 from glmq.compression.weight_codec import Codec, PortableCodec
+from glmq.engines import Engine
 from glmq.errors import DeviceError, UsageError
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
@@ -57,7 +58,7 @@ class CompressionOptions:
 
     executor: Path | None = None
     """The vendor's program; None looks for it."""
-    layout: Layout = Layout.MINDIE
+    layout: Engine = Engine.MINDIE
     """The engine whose names and cuts are written."""
     jobs: int | None = None
     """Weights worked on at a time; None: as many as there are cores."""

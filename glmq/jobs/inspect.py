@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from glmq.engines import Engine
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import TensorRow, choose_rows, tensor_rows
 from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
 from glmq.reporting.documents import Inspection
-from glmq.verification.engines.check import Target, check_target
+from glmq.verification.engines.check import check_lookups
 
 if TYPE_CHECKING:
     from glmq.inspection.values import TensorValues
@@ -60,7 +61,7 @@ def inspect(
         folder=scanned,
         rows=rows,
         values=_read_values(rows, watch) if values else {},
-        engines={target: list(check_target(scanned, target)) for target in Target} if is_model else {},
+        engines={engine: list(check_lookups(scanned, engine)) for engine in Engine} if is_model else {},
     )
 
 

@@ -12,6 +12,7 @@ from glmq.calibration.samples import Sample, list_images, open_image, read_sampl
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.manifest import MANIFEST
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import describe_folder
@@ -28,7 +29,6 @@ from glmq.verification.checks import (
     usable_config,
     verify_files,
 )
-from glmq.verification.engines.check import Target
 from glmq.verification.findings import Check, Finding
 from glmq.verification.predictions import Predictions
 
@@ -58,7 +58,7 @@ def verify(
     candidate: str | Path,
     *,
     reference: str | Path | None = None,
-    engines: Sequence[Target] = (),
+    engines: Sequence[Engine] = (),
     limits: Limits = Limits(),
     cases: CaseOptions = CaseOptions(),
     watch: Watch | None = None,

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
+from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import InputGroup
 from glmq.quantization.layer import GroupScheme
-from glmq.quantization.targets import ENGINES, Target, check_target
+from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
     Activation,
     ActRange,
@@ -28,7 +29,8 @@ from glmq.spec import (
     assert_never,
 )
 
-GROUP_SIZES: Final = (64, 128, 256, 512)
+GROUP_SIZES: Final = tuple(sorted({size for engine in Engine for size in engine.spec.group_sizes}))
+"""Those that some engine accepts."""
 DEFAULT_GROUP_SIZE: Final = 64
 DEFAULT_FRACTION: Final = 0.01
 DEFAULT_SIGMA_FACTOR: Final = 3.0
@@ -174,7 +176,7 @@ def make_recipe(options: Options) -> Recipe:
     dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
     target = Target(options.target)
     form = Form.MINDIE if options.mindie_format else Form.ASCEND_V1
-    check_target(target, quant_type, dtype, form)
+    refuse_unloadable(target, quant_type, dtype, form)
     weight = WeightScheme(
         quant_type=quant_type,
         step_rule=rule,
@@ -256,9 +258,10 @@ def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
             f"--layer {text!r} in a {model_type.value} model: sparse linears cannot be mixed with other types, "
             "their engine reads one type; use FLOAT or the model's own type"
         )
-    if not ENGINES[target].mixes_types:
+    place = target.place
+    if place is not None and not place.engine.spec.mixes_types:
         raise UsageError(
-            f"--layer {text!r} with --target {target.value}: MindIE reads one quantization type per model, "
+            f"--layer {text!r} with --target {target.value}: {place.engine.spec.title} reads one quantization type per model, "
             f"this one is {model_type.value}; use FLOAT, or another target"
         )
     return LayerRule(pattern, quant_type, f"--layer {text!r}")
@@ -315,7 +318,7 @@ def _check_ranges(options: Options) -> None:
     if not 1.0 <= options.sigma_factor <= 3.0:
         raise UsageError(f"--sigma_factor {options.sigma_factor}: a number from 1.0 to 3.0 is needed")
     if options.group_size not in GROUP_SIZES:
-        raise UsageError(f"--group_size {options.group_size}: one of 64, 128, 256, 512 is needed")
+        raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, GROUP_SIZES))} is needed")
 
 
 def _quant_type(options: Options) -> QuantType:

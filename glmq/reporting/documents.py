@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.json_file import JsonObject, JsonValue
+from glmq.engines import Engine
 from glmq.inspection.folder import Folder
 from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_area, totals_by_type
-from glmq.verification.engines.check import Target, describe_engines
+from glmq.verification.engines.check import describe_engines
 from glmq.verification.findings import Check, Finding
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Inspection:
     """Those that were asked for."""
     values: Mapping[str, TensorValues]
     """By tensor name; empty unless asked for."""
-    engines: Mapping[Target, Sequence[Finding]]
+    engines: Mapping[Engine, Sequence[Finding]]
 
 
 @dataclass(frozen=True, slots=True)

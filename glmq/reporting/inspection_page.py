@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
+from glmq.engines import Engine
 from glmq.inspection.listing import (
     TensorRow,
     describe_folder,
@@ -27,7 +28,7 @@ from glmq.reporting.words import (
     percent,
     size,
 )
-from glmq.verification.engines.check import Target, describe_engines
+from glmq.verification.engines.check import describe_engines
 from glmq.verification.findings import Finding
 
 if TYPE_CHECKING:
@@ -117,9 +118,9 @@ def _stored_ranges(found: Inspection) -> list[RangeBar]:
     return bars
 
 
-def _engine_cell(target: Target, finding: Finding) -> Cell:
+def _engine_cell(engine: Engine, finding: Finding) -> Cell:
     where = f"{finding.tensor}: " if finding.tensor else ""
-    return cell(f"{target.value}: {where}{finding.message}", "bad" if finding.severity == "error" else "warn")
+    return cell(f"{engine.value}: {where}{finding.message}", "bad" if finding.severity == "error" else "warn")
 
 
 def _list(cells: Sequence[Cell]) -> str:

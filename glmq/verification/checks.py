@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glmq.checkpoint.reader import Checkpoint
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, GlmqError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.scaling import find_scalings
@@ -20,7 +21,7 @@ from glmq.verification.arithmetic import (
 )
 from glmq.verification.behaviour import BlockBehaviour
 from glmq.verification.checksums import check_checksums
-from glmq.verification.engines.check import Target, check_target
+from glmq.verification.engines.check import check_lookups
 from glmq.verification.files import read_report
 from glmq.verification.findings import Check, Finding
 from glmq.verification.parts import check_manifest, check_parts, check_portable, is_compressed
@@ -43,14 +44,14 @@ class Limits:
 
 
 def verify_files(
-    candidate: Path, reference: Path | None, targets: Sequence[Target]
+    candidate: Path, reference: Path | None, engines: Sequence[Engine]
 ) -> Iterator[Finding | LinearArithmetic]:
     """Everything but behaviour.
 
     Args:
         candidate: an un-sharded quantized checkpoint, an engine's parts, or a portable folder.
         reference: the float checkpoint it was made from; for compressed weights, the W8A8S checkpoint.
-        targets: engines whose look-ups are emulated.
+        engines: those whose look-ups are emulated.
 
     Yields:
         Findings, and the numbers of each integer linear of an un-sharded checkpoint.
@@ -61,8 +62,8 @@ def verify_files(
     folder = scan_folder(candidate)
     if folder.kind is Kind.STATISTICS:
         raise CheckpointError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
-    for target in targets:
-        yield from check_target(folder, target)
+    for engine in engines:
+        yield from check_lookups(folder, engine)
     if is_compressed(candidate):
         yield from check_manifest(candidate)
         if folder.kind in (Kind.PARTS, Kind.SHARDED):

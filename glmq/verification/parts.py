@@ -19,11 +19,12 @@ from glmq.checkpoint.description import find_descriptions
 from glmq.checkpoint.header import read_header
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.codec.codec import decode
-from glmq.compression.layouts import Layout, rank_tensors
+from glmq.compression.layouts import rank_tensors
 from glmq.compression.manifest import MANIFEST, Manifest, PartRecord, checked_bytes, digest_of, read_manifest
 from glmq.compression.shard import RankTensor, read_matrix, read_pieces
 from glmq.compression.source import Source, open_source
 from glmq.compression.weight_codec import BLOB_SUFFIX
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, CodecError, GlmqError, ModelError
 from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig, parse_config
@@ -42,7 +43,7 @@ _DTYPES: Final = {
     "input_scale": "F16",
     "input_offset": "I8",
 }
-_LAYOUTS: Final = {Kind.PARTS: Layout.MINDIE, Kind.SHARDED: Layout.VLLM_ASCEND}
+_LAYOUTS: Final = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}
 _PREFIX: Final = re.compile(r"(?:part([0-9]+)-of-([0-9]+)|rank([0-9]+))/")
 
 
@@ -205,7 +206,7 @@ def _open_source(directory: Path | None, check: Check) -> Generator[Finding, Non
 
 def _check_description(part: _Part) -> Iterator[Finding]:
     """Checks 21 and 22: one weight file and one description for each of MindIE's ranks, every tensor described."""
-    if part.layout is not Layout.MINDIE:
+    if part.layout is not Engine.MINDIE:
         return
     place = next(iter(part.tensors.values())).file.parent
     weights, descriptions = list(place.glob("*.safetensors")), find_descriptions(place)
@@ -231,7 +232,7 @@ def _check_names(part: _Part, first: Mapping[str, StoredTensor]) -> Iterator[Fin
 
 def _check_linears(part: _Part) -> Iterator[Finding]:
     """Checks 23, 24 and 28 of each compressed linear."""
-    check = Check.PART_LINEARS if part.layout is Layout.MINDIE else Check.SHARD_LINEARS
+    check = Check.PART_LINEARS if part.layout is Engine.MINDIE else Check.SHARD_LINEARS
     for linear in part.linears():
         where = f"{part.label}: {linear}"
         missing = [suffix for suffix in _DTYPES if f"{linear}.{suffix}" not in part.tensors]
@@ -257,7 +258,7 @@ def _check_sizes(part: _Part, linear: str, where: str, check: Check) -> Iterator
     cols, rows = info[2], info[3]
     padded = math.ceil(cols / 32) * math.ceil(rows / 16) * 512
     length = math.prod(part.tensors[f"{linear}.weight"].info.shape)
-    limit = padded if part.layout is Layout.MINDIE else cols * rows
+    limit = padded if part.layout is Engine.MINDIE else cols * rows
     if not 0 < length <= limit:
         yield check.error(f"{where}.weight", f"has {length} bytes, wanted 1 to {limit} for {rows} x {cols}")
     shapes = {
@@ -278,7 +279,7 @@ def _check_sizes(part: _Part, linear: str, where: str, check: Check) -> Iterator
     scale = float(part.read(f"{linear}.input_scale").flatten()[0])
     if not 0 < scale < math.inf:
         yield check.error(f"{where}.input_scale", f"is {scale:g}, wanted a positive number")
-    if part.layout is Layout.MINDIE and part.rank > 0 and linear.endswith((".o_proj", ".down_proj")):
+    if part.layout is Engine.MINDIE and part.rank > 0 and linear.endswith((".o_proj", ".down_proj")):
         # The engine adds it on every rank before it sums the ranks.
         values = part.read(f"{linear}.quant_bias")
         if bool(values.any()):

@@ -9,9 +9,10 @@ from random_w8a8s import QUANTIZED, write_w8a8s
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glmq.compression.layouts import Layout, part_types, rank_tensors, vllm_types
+from glmq.compression.layouts import Layout, Unsharded, part_types, rank_tensors, vllm_types
 from glmq.compression.shard import read_matrix, read_pieces
 from glmq.compression.source import open_source
+from glmq.engines import Engine
 from glmq.errors import CheckpointError
 
 TEXT, VISION = "model.language_model", "model.visual"
@@ -135,7 +136,7 @@ def expected_vllm(t: dict[str, Tensor], config: dict, rank: int, world: int) -> 
     return out
 
 
-EXPECTED = {Layout.MINDIE: expected_mindie, Layout.VLLM_ASCEND: expected_vllm}
+EXPECTED = {Engine.MINDIE: expected_mindie, Engine.VLLM_ASCEND: expected_vllm}
 
 
 def compare(folder: Path, layout: Layout, world: int) -> None:
@@ -157,13 +158,13 @@ def compare(folder: Path, layout: Layout, world: int) -> None:
                     assert torch.equal(torch.from_numpy(read_matrix(checkpoint, tensor)), wanted)
 
 
-@pytest.mark.parametrize("layout", [Layout.MINDIE, Layout.VLLM_ASCEND])
+@pytest.mark.parametrize("layout", [Engine.MINDIE, Engine.VLLM_ASCEND])
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_split_of_the_tiny_model_is_the_obvious_one(tiny_seed: Path, layout: Layout, world: int) -> None:
     compare(tiny_seed, layout, world)
 
 
-@pytest.mark.parametrize("layout", [Layout.MINDIE, Layout.VLLM_ASCEND])
+@pytest.mark.parametrize("layout", [Engine.MINDIE, Engine.VLLM_ASCEND])
 @pytest.mark.parametrize(("world", "kv_heads"), [(2, 1), (4, 1), (4, 2), (4, 4), (4, 8)])
 def test_key_and_value_heads_are_dealt_out_or_repeated(
     tmp_path: Path, layout: Layout, world: int, kv_heads: int
@@ -172,14 +173,14 @@ def test_key_and_value_heads_are_dealt_out_or_repeated(
 
 
 def test_a_quantized_down_proj_is_split_like_o_proj(tmp_path: Path) -> None:
-    compare(write_w8a8s(tmp_path, quantized=(*QUANTIZED, "down_proj")), Layout.MINDIE, 2)
+    compare(write_w8a8s(tmp_path, quantized=(*QUANTIZED, "down_proj")), Engine.MINDIE, 2)
 
 
 def test_a_float_attention_beside_a_quantized_mlp_stays_float(tmp_path: Path) -> None:
     folder = write_w8a8s(tmp_path, quantized=("gate_up_proj",))
     source = open_source(folder)
     with source.checkpoint as checkpoint:
-        planned = {tensor.spec.name: tensor for tensor in rank_tensors(checkpoint, source.config, Layout.MINDIE, 0, 2)}
+        planned = {tensor.spec.name: tensor for tensor in rank_tensors(checkpoint, source.config, Engine.MINDIE, 0, 2)}
     attention = "language_model.layers.0.self_attn"
     assert planned[f"{attention}.query_key_value.weight"].spec.dtype == "F16"
     assert {name.rpartition(".")[2] for name in planned if name.startswith(attention)} == {"weight", "bias"}
@@ -190,7 +191,7 @@ def test_one_rank_of_the_source_layout_is_the_source_itself(tiny_seed: Path) -> 
     whole = load_file(tiny_seed / "quant_model_weight_w8a8s.safetensors")
     source = open_source(tiny_seed)
     with source.checkpoint as checkpoint:
-        for tensor in rank_tensors(checkpoint, source.config, Layout.SOURCE, 0, 1):
+        for tensor in rank_tensors(checkpoint, source.config, Unsharded.SOURCE, 0, 1):
             assert torch.equal(torch.cat(list(read_pieces(checkpoint, tensor))), whole.pop(tensor.spec.name))
     assert not whole
 
@@ -235,7 +236,7 @@ def edit_source(folder: Path, **changes: Tensor | None) -> None:
 def read_all(folder: Path) -> None:
     source = open_source(folder)
     with source.checkpoint as checkpoint:
-        for tensor in rank_tensors(checkpoint, source.config, Layout.MINDIE, 0, 1):
+        for tensor in rank_tensors(checkpoint, source.config, Engine.MINDIE, 0, 1):
             list(read_pieces(checkpoint, tensor))
 
 
@@ -259,7 +260,7 @@ def test_a_missing_norm_bias_becomes_zeros(tmp_path: Path) -> None:
     edit_source(folder, model__language_model__layers__1__input_layernorm__bias=None)
     source = open_source(folder)
     with source.checkpoint as checkpoint:
-        planned = {tensor.spec.name: tensor for tensor in rank_tensors(checkpoint, source.config, Layout.MINDIE, 0, 1)}
+        planned = {tensor.spec.name: tensor for tensor in rank_tensors(checkpoint, source.config, Engine.MINDIE, 0, 1)}
         (piece,) = read_pieces(checkpoint, planned["language_model.layers.1.input_layernorm.bias"])
     assert torch.equal(piece, torch.zeros(128).half())
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from glmq.compression.layouts import Layout
+from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import (
     MANIFEST,
     CodecKind,
@@ -21,7 +21,7 @@ from glmq.errors import CheckpointError
 AGAIN = "the folder is damaged or incomplete, copy it again"
 PART = PartRecord(0, "part0-of-1/w.safetensors", 12, "ab", {"a": "cd", "b.gqsc": "ef"}, {"b.gqsc": (3, 4)})
 FILES = {"config.json": FileRecord(2, "99aa06d3014798d86001c324468d497f"), "x/y.csv": FileRecord(0, "aa")}
-GOOD = Manifest(CodecKind.PORTABLE, Layout.SOURCE, 1, "f00", (PART,), FILES)
+GOOD = Manifest(CodecKind.PORTABLE, Unsharded.SOURCE, 1, "f00", (PART,), FILES)
 
 
 def test_a_manifest_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_an_altered_manifest_is_refused(tmp_path: Path) -> None:
     ("key", "value", "what"),
     [
         ("codec", "zip", "'zip' is not a valid CodecKind"),
-        ("layout", "flat", "'flat' is not a valid Layout"),
+        ("layout", "flat", "'flat' is not a valid Engine"),
         ("world_size", -1, "-1 where a count is needed"),
         ("world_size", True, "True where a count is needed"),
         ("source", 5, "5 where a text is needed"),

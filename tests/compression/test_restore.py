@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from glmq.checkpoint.header import read_header
 from glmq.compression.executor import AscendCodec
-from glmq.compression.layouts import Layout
+from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import MANIFEST, read_manifest, write_manifest
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
 from glmq.compression.shard import read_pieces
 from glmq.compression.source import open_source
 from glmq.compression.stream import PartWritten, Step, compress_checkpoint, finish_folder, plan_ranks
 from glmq.compression.weight_codec import Codec, PortableCodec
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, CodecError
 
 AGAIN = "the folder is damaged or incomplete, copy it again"
@@ -26,7 +27,7 @@ Q = "model.language_model.layers.0.self_attn.q_proj.weight.gqsc"
 
 def compress(source_folder: Path, folder: Path, world: int, codec: Codec | None = None) -> Path:
     codec = codec or PortableCodec()
-    layout = Layout.SOURCE if world == 1 else Layout.MINDIE
+    layout = Unsharded.SOURCE if world == 1 else Engine.MINDIE
     folder.mkdir()
     source = open_source(source_folder)
     with source.checkpoint:
@@ -87,7 +88,7 @@ def test_several_ranks_restore_their_w8a8s_parts_bit_for_bit(w8a8s: Path, tmp_pa
     steps = restore(folder, tmp_path / "restored")
     source = open_source(w8a8s)
     with source.checkpoint as checkpoint:
-        for rank, tensors in plan_ranks(source, Layout.MINDIE, world, range(world)).items():
+        for rank, tensors in plan_ranks(source, Engine.MINDIE, world, range(world)).items():
             part = tmp_path / "restored" / f"part{rank}-of-{world}"
             stored = load_file(part / "quant_model_weight_w8a8s.safetensors")
             description = json.loads((part / "quant_model_description.json").read_text())

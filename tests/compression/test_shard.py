@@ -10,6 +10,7 @@ from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
 from glmq.compression import shard
 from glmq.compression.shard import RankTensor, Slice, check_world, read_matrix, read_pieces, zeros
+from glmq.engines import Engine
 from glmq.errors import ModelError, UsageError
 from glmq.model.config import ModelConfig, read_config
 
@@ -26,7 +27,7 @@ def config(folder: Path) -> ModelConfig:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_world_sizes_that_divide_are_accepted(config: ModelConfig, world: int) -> None:
-    check_world(config, world)
+    check_world(config, world, Engine.MINDIE)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_a_world_size_that_does_not_divide_names_the_numbers_and_what_works(
     config: ModelConfig, changes: dict[str, int], world: int, problem: str, allowed: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        check_world(replace(config, **changes), world)
+        check_world(replace(config, **changes), world, Engine.MINDIE)
     assert str(caught.value) == f"--tp {world}: {problem}; world sizes that work for this model: {allowed}"
 
 
@@ -60,13 +61,13 @@ def test_vision_heads_must_divide_too(config: ModelConfig) -> None:
     with pytest.raises(
         UsageError, match=r"3 vision heads do not divide by 2; world sizes that work for this model: 1$"
     ):
-        check_world(replace(config, nested=config.nested | {"vision_config": vision}), 2)
+        check_world(replace(config, nested=config.nested | {"vision_config": vision}), 2, Engine.MINDIE)
 
 
 def test_a_config_without_vision_heads_is_refused(config: ModelConfig) -> None:
     vision = {key: value for key, value in config.nested["vision_config"].items() if key != "num_heads"}
     with pytest.raises(ModelError) as caught:
-        check_world(replace(config, nested=config.nested | {"vision_config": vision}), 1)
+        check_world(replace(config, nested=config.nested | {"vision_config": vision}), 1, Engine.MINDIE)
     assert str(caught.value) == (
         "config.json: vision_config.num_heads is None, a positive integer is needed; restore the file"
     )

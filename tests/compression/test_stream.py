@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from glmq.checkpoint.header import read_header
 from glmq.codec.codec import decode
 from glmq.compression.executor import AscendCodec
-from glmq.compression.layouts import Layout
+from glmq.compression.layouts import Layout, Unsharded
 from glmq.compression.manifest import CodecKind, digest_of, read_manifest
 from glmq.compression.shard import read_pieces
 from glmq.compression.source import Source, open_source
@@ -29,6 +29,7 @@ from glmq.compression.stream import (
     planned_bytes,
 )
 from glmq.compression.weight_codec import Codec, Compressed, PortableCodec
+from glmq.engines import Engine
 from glmq.errors import CodecError, UsageError
 
 
@@ -52,7 +53,7 @@ def run(source: Source, codec: Codec, layout: Layout, world: int, folder: Path, 
 def test_a_mindie_folder_has_exactly_the_files_and_tensors_of_the_format(
     source: Source, tmp_path: Path, world: int
 ) -> None:
-    run(source, AscendCodec(write_stand_in(tmp_path)), Layout.MINDIE, world, tmp_path / "out")
+    run(source, AscendCodec(write_stand_in(tmp_path)), Engine.MINDIE, world, tmp_path / "out")
     sides = {
         "chat_template.jinja", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json",
         "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json",
@@ -64,7 +65,7 @@ def test_a_mindie_folder_has_exactly_the_files_and_tensors_of_the_format(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["torch_dtype"] == config["text_config"]["dtype"] == "float16"
     assert not {"quantize", "quantization_config"} & set(config)
-    for rank, tensors in plan_ranks(source, Layout.MINDIE, world, range(world)).items():
+    for rank, tensors in plan_ranks(source, Engine.MINDIE, world, range(world)).items():
         part = tmp_path / "out" / f"part{rank}-of-{world}"
         stored = load_file(part / "quant_model_weight_w8a8sc.safetensors")
         description = json.loads((part / "quant_model_description.json").read_text())
@@ -88,7 +89,7 @@ def test_a_mindie_folder_has_exactly_the_files_and_tensors_of_the_format(
 
 
 def test_a_vllm_folder_has_one_file_per_rank_and_one_description(source: Source, tmp_path: Path) -> None:
-    run(source, AscendCodec(write_stand_in(tmp_path)), Layout.VLLM_ASCEND, 2, tmp_path / "out")
+    run(source, AscendCodec(write_stand_in(tmp_path)), Engine.VLLM_ASCEND, 2, tmp_path / "out")
     files = {name for name in tree(tmp_path / "out") if "safetensors" in name or "description" in name}
     assert files == {
         "model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors", "quant_model_description.json"
@@ -106,7 +107,7 @@ def test_a_vllm_folder_has_one_file_per_rank_and_one_description(source: Source,
     assert bool(biases[0].count_nonzero())
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, Layout.SOURCE), (2, Layout.MINDIE)])
+@pytest.mark.parametrize(("world", "layout"), [(1, Unsharded.SOURCE), (2, Engine.MINDIE)])
 def test_a_portable_folder_cannot_be_mistaken_for_an_engines(
     source: Source, tmp_path: Path, world: int, layout: Layout
 ) -> None:
@@ -128,7 +129,7 @@ def test_a_portable_folder_cannot_be_mistaken_for_an_engines(
 
 def test_the_manifest_has_a_checksum_of_every_byte(source: Source, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    run(source, AscendCodec(write_stand_in(tmp_path)), Layout.MINDIE, 2, folder)
+    run(source, AscendCodec(write_stand_in(tmp_path)), Engine.MINDIE, 2, folder)
     manifest = read_manifest(folder)
     covered = {part.file for part in manifest.parts} | set(manifest.files) | {"glmq_manifest.json"}
     assert covered == {name for name, digest in tree(folder).items() if digest}
@@ -144,8 +145,8 @@ def test_the_manifest_has_a_checksum_of_every_byte(source: Source, tmp_path: Pat
 
 
 def test_records_count_every_byte_once_and_measure_every_linear(source: Source, tmp_path: Path) -> None:
-    records = run(source, PortableCodec(), Layout.MINDIE, 2, tmp_path / "out")
-    plans = plan_ranks(source, Layout.MINDIE, 2, range(2))
+    records = run(source, PortableCodec(), Engine.MINDIE, 2, tmp_path / "out")
+    plans = plan_ranks(source, Engine.MINDIE, 2, range(2))
     linears = [record for record in records if isinstance(record, CompressedLinear)]
     steps = [record for record in records if isinstance(record, Step)]
     parts = [record for record in records if isinstance(record, PartWritten)]
@@ -167,8 +168,8 @@ def test_records_count_every_byte_once_and_measure_every_linear(source: Source, 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_the_number_of_jobs_changes_no_byte(source: Source, tmp_path: Path, jobs: int) -> None:
-    run(source, PortableCodec(), Layout.MINDIE, 2, tmp_path / "out", jobs=2)
-    run(source, PortableCodec(), Layout.MINDIE, 2, tmp_path / "other", jobs=jobs)
+    run(source, PortableCodec(), Engine.MINDIE, 2, tmp_path / "out", jobs=2)
+    run(source, PortableCodec(), Engine.MINDIE, 2, tmp_path / "other", jobs=jobs)
     assert tree(tmp_path / "out") == tree(tmp_path / "other")
 
 
@@ -186,7 +187,7 @@ def test_an_error_in_one_weight_stops_the_others(source: Source, tmp_path: Path)
 
     codec = Failing()
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.query_key_value"):
-        run(source, codec, Layout.MINDIE, 2, tmp_path / "out")
+        run(source, codec, Engine.MINDIE, 2, tmp_path / "out")
     assert codec.stopped
 
 
@@ -197,17 +198,17 @@ def test_a_weight_that_is_too_large_is_refused_before_anything_is_written(source
                 raise CodecError(name)
 
     with pytest.raises(CodecError, match=r"^language_model\.layers\.0\.mlp\.gate_up_proj$"):
-        run(source, Small(), Layout.MINDIE, 2, tmp_path / "out")
+        run(source, Small(), Engine.MINDIE, 2, tmp_path / "out")
     assert not tree(tmp_path / "out")
 
 
 def test_the_portable_codec_takes_one_rank_as_it_is_and_no_vllm_layout() -> None:
-    assert choose_layout(CodecKind.PORTABLE, Layout.MINDIE, 1) is Layout.SOURCE
-    assert choose_layout(CodecKind.PORTABLE, Layout.MINDIE, 2) is Layout.MINDIE
-    assert choose_layout(CodecKind.ASCEND, Layout.MINDIE, 1) is Layout.MINDIE
-    assert choose_layout(CodecKind.ASCEND, Layout.VLLM_ASCEND, 2) is Layout.VLLM_ASCEND
+    assert choose_layout(CodecKind.PORTABLE, Engine.MINDIE, 1) is Unsharded.SOURCE
+    assert choose_layout(CodecKind.PORTABLE, Engine.MINDIE, 2) is Engine.MINDIE
+    assert choose_layout(CodecKind.ASCEND, Engine.MINDIE, 1) is Engine.MINDIE
+    assert choose_layout(CodecKind.ASCEND, Engine.VLLM_ASCEND, 2) is Engine.VLLM_ASCEND
     with pytest.raises(UsageError) as caught:
-        choose_layout(CodecKind.PORTABLE, Layout.VLLM_ASCEND, 2)
+        choose_layout(CodecKind.PORTABLE, Engine.VLLM_ASCEND, 2)
     assert str(caught.value) == (
         "--layout vllm-ascend: exists only with --codec ascend; no engine reads the portable form"
     )

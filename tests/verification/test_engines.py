@@ -9,8 +9,9 @@ import torch
 from helpers import edit_json, edit_tensors, glmq
 from torch import Tensor
 
+from glmq.engines import Engine
 from glmq.inspection.folder import scan_folder
-from glmq.verification.engines.check import Target, check_target
+from glmq.verification.engines.check import check_lookups
 
 LAYER = "model.language_model.layers.0"
 DESCRIPTION = "quant_model_description.json"
@@ -33,16 +34,16 @@ def copy(w8a8: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def errors(folder: Path, target: Target) -> list[str]:
+def errors(folder: Path, engine: Engine) -> list[str]:
     return [
         f"{found.tensor}: {found.message}"
-        for found in check_target(scan_folder(folder), target)
+        for found in check_lookups(scan_folder(folder), engine)
         if found.severity == "error"
     ]
 
 
-def notes(folder: Path, target: Target) -> list[str]:
-    return [found.message for found in check_target(scan_folder(folder), target) if found.severity == "warning"]
+def notes(folder: Path, engine: Engine) -> list[str]:
+    return [found.message for found in check_lookups(scan_folder(folder), engine) if found.severity == "warning"]
 
 
 def describe(folder: Path, **changes: str | None) -> None:
@@ -50,13 +51,13 @@ def describe(folder: Path, **changes: str | None) -> None:
 
 
 def test_a_good_checkpoint_passes_both(w8a8: Path) -> None:
-    assert list(check_target(scan_folder(w8a8), Target.MINDIE)) == []
-    assert errors(w8a8, Target.VLLM_ASCEND) == []
-    assert notes(w8a8, Target.VLLM_ASCEND) == [UNSUPPORTED]
+    assert list(check_lookups(scan_folder(w8a8), Engine.MINDIE)) == []
+    assert errors(w8a8, Engine.VLLM_ASCEND) == []
+    assert notes(w8a8, Engine.VLLM_ASCEND) == [UNSUPPORTED]
 
 
 def test_the_float_model_passes_both(small: Path) -> None:
-    assert errors(small, Target.MINDIE) == errors(small, Target.VLLM_ASCEND) == []
+    assert errors(small, Engine.MINDIE) == errors(small, Engine.VLLM_ASCEND) == []
 
 
 def test_without_aliases_vllm_misses_its_packed_linears(copy: Path) -> None:
@@ -70,7 +71,7 @@ def test_without_aliases_vllm_misses_its_packed_linears(copy: Path) -> None:
                     del found[name]
 
     edit_json(copy / DESCRIPTION, drop_aliases)
-    found = errors(copy, Target.VLLM_ASCEND)
+    found = errors(copy, Engine.VLLM_ASCEND)
     key = "model.visual.merger.gate_up_proj.weight"
     assert f"{key}: is not in the description, vLLM looks it up for model.visual.merger.gate_up_proj: KeyError" in found
     key = "model.visual.blocks.0.attn.q_proj.weight"
@@ -82,47 +83,47 @@ def test_without_aliases_vllm_misses_its_packed_linears(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "target", "expected"),
     [
-        (lambda f: (f / DESCRIPTION).unlink(), Target.MINDIE,
+        (lambda f: (f / DESCRIPTION).unlink(), Engine.MINDIE,
          ": {folder}: has int8 tensors but no quant_model_description.json; engines take it for float"),
-        (lambda f: (f / "tokenizer.json").unlink(), Target.MINDIE,
+        (lambda f: (f / "tokenizer.json").unlink(), Engine.MINDIE,
          ": tokenizer.json is missing; MindIE builds its processor from it and does not start"),
-        (lambda f: edit_json(f / "config.json", lambda c: c["text_config"].pop("dtype")), Target.MINDIE,
+        (lambda f: edit_json(f / "config.json", lambda c: c["text_config"].pop("dtype")), Engine.MINDIE,
          ": text_config.dtype is None; MindIE takes its run dtype from it: float16 or bfloat16"),
-        (lambda f: edit_json(f / "config.json", lambda c: c["text_config"].pop("rope_theta")), Target.MINDIE,
+        (lambda f: edit_json(f / "config.json", lambda c: c["text_config"].pop("rope_theta")), Engine.MINDIE,
          ": text_config.rope_theta is None; MindIE needs it"),
-        (lambda f: edit_json(f / "config.json", lambda c: c.update(quantize="w8a8s")), Target.MINDIE,
+        (lambda f: edit_json(f / "config.json", lambda c: c.update(quantize="w8a8s")), Engine.MINDIE,
          ": config.json says quantize 'w8a8s', which MindIE takes over the description's W8A8"),
-        (lambda f: describe(f, group_size=512), Target.MINDIE,
+        (lambda f: describe(f, group_size=512), Engine.MINDIE,
          "group_size: is 512; MindIE takes 64, 128 or 256: NotImplementedError"),
-        (lambda f: describe(f, fa_quant_type=None), Target.VLLM_ASCEND,
+        (lambda f: describe(f, fa_quant_type=None), Engine.VLLM_ASCEND,
          "fa_quant_type: is in the description and switches another feature on, even if null"),
-        (lambda f: edit_json(f / DESCRIPTION, lambda d: d.pop(f"{LAYER}.self_attn.k_proj.weight")), Target.MINDIE,
+        (lambda f: edit_json(f / DESCRIPTION, lambda d: d.pop(f"{LAYER}.self_attn.k_proj.weight")), Engine.MINDIE,
          f"{LAYER}.self_attn.k_proj.weight: is not in the description: KeyError"),
-        (lambda f: edit_json(f / DESCRIPTION, lambda d: d.pop("model.visual.blocks.0.mlp.up_proj.weight")), Target.MINDIE,
+        (lambda f: edit_json(f / DESCRIPTION, lambda d: d.pop("model.visual.blocks.0.mlp.up_proj.weight")), Engine.MINDIE,
          "model.visual.blocks.0.mlp.up_proj.weight: is None in the description; MindIE looks it up and knows "
          "FLOAT, W8A8, W8A8S, W8A8SC, W8A8_DYNAMIC, W4A8_DYNAMIC"),
-        (lambda f: describe(f, **{f"{LAYER}.self_attn.q_proj.weight": "W8A8_DYNAMIC"}), Target.MINDIE,
+        (lambda f: describe(f, **{f"{LAYER}.self_attn.q_proj.weight": "W8A8_DYNAMIC"}), Engine.MINDIE,
          f"{LAYER}.self_attn: q, k, v are W8A8_DYNAMIC, W8A8, W8A8; MindIE refuses such a mixture"),
-        (lambda f: describe(f, **{f"{LAYER}.mlp.gate_up_proj.weight": "W4A8_DYNAMIC"}), Target.MINDIE,
+        (lambda f: describe(f, **{f"{LAYER}.mlp.gate_up_proj.weight": "W4A8_DYNAMIC"}), Engine.MINDIE,
          f"{LAYER}.mlp.gate_up_proj.weight: is W4A8_DYNAMIC, for which MindIE has no dense kernel: AssertionError"),
-        (lambda f: describe(f, **{f"{LAYER}.self_attn.o_proj.weight": "FLOAT"}), Target.MINDIE,
+        (lambda f: describe(f, **{f"{LAYER}.self_attn.o_proj.weight": "FLOAT"}), Engine.MINDIE,
          f"{LAYER}.self_attn.o_proj.weight: is stored as I8 but described as FLOAT: its integers run as float"),
-        (lambda f: describe(f, **{f"{LAYER}.self_attn.q_proj.weight": "FLOAT"}), Target.VLLM_ASCEND,
+        (lambda f: describe(f, **{f"{LAYER}.self_attn.q_proj.weight": "FLOAT"}), Engine.VLLM_ASCEND,
          f"{LAYER}.self_attn.qkv_proj: is packed from linears of different types (FLOAT, W8A8, W8A8): ValueError"),
-        (lambda f: edit_json(f / "config.json", lambda c: c.update(quantization_config={})), Target.VLLM_ASCEND,
+        (lambda f: edit_json(f / "config.json", lambda c: c.update(quantization_config={})), Engine.VLLM_ASCEND,
          ": config.json has quantization_config, which vLLM takes for the whole description: every look-up fails"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), Target.VLLM_ASCEND,
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), Engine.VLLM_ASCEND,
          ": model.safetensors.index.json is there; vLLM drops every weight file that it does not name"),
-        (lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="glm4v_moe")), Target.MINDIE,
+        (lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="glm4v_moe")), Engine.MINDIE,
          ": {folder}/config.json: model_type is 'glm4v_moe': GLM-4.5V and GLM-4.6V are mixtures of experts, but glmq needs "
          "'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); give the folder of a GLM-4.1V"),
     ],
 )  # fmt: skip
 def test_what_an_engine_would_refuse_is_said(
-    copy: Path, edit: Callable[[Path], object], target: Target, expected: str
+    copy: Path, edit: Callable[[Path], object], engine: Engine, expected: str
 ) -> None:
     edit(copy)
-    assert expected.format(folder=copy) in errors(copy, target)
+    assert expected.format(folder=copy) in errors(copy, engine)
 
 
 @pytest.mark.parametrize(
@@ -145,42 +146,42 @@ def test_tensors_that_an_engine_cannot_use_are_named(
             tensors[name] = change(old).contiguous()
 
     edit_tensors(copy, edit)
-    assert f"{name}: {expected}" in errors(copy, Target.MINDIE)
+    assert f"{name}: {expected}" in errors(copy, Engine.MINDIE)
 
 
 def test_a_flat_weight_scale_is_an_index_error(small: Path, small_stats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "dynamic"
     options = ("--is_dynamic", "True", "--torch_dtype", "fp16")
     glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", folder, *options)
-    assert errors(folder, Target.MINDIE) == []
+    assert errors(folder, Engine.MINDIE) == []
     name = f"{LAYER}.self_attn.o_proj.weight_scale"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].flatten()}))
-    assert errors(folder, Target.MINDIE) == [f"{name}: has shape [64], wanted [rows, 1]: IndexError"]
+    assert errors(folder, Engine.MINDIE) == [f"{name}: has shape [64], wanted [rows, 1]: IndexError"]
 
 
 def test_the_older_form_needs_quantize_in_the_config(small: Path, small_stats: Path, tmp_path: Path) -> None:
     folder = tmp_path / "mindie"
     options = ("--mindie_format", "True", "--torch_dtype", "fp16")
     glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", folder, *options)
-    assert errors(folder, Target.MINDIE) == []
-    assert notes(folder, Target.MINDIE) == ["MindIE calls this form deprecated; it wants quant_model_description.json"]
-    assert errors(folder, Target.VLLM_ASCEND)[-1] == (
+    assert errors(folder, Engine.MINDIE) == []
+    assert notes(folder, Engine.MINDIE) == ["MindIE calls this form deprecated; it wants quant_model_description.json"]
+    assert errors(folder, Engine.VLLM_ASCEND)[-1] == (
         ": the description has the MindIE form; vLLM-Ascend knows quant_model_description.json only"
     )
     edit_json(folder / "config.json", lambda found: found.update(quantize="w8a8s"))
     assert ": config.json says quantize 'w8a8s', the description is for 'w8a8': FileNotFoundError" in errors(
-        folder, Target.MINDIE
+        folder, Engine.MINDIE
     )
     edit_json(folder / "config.json", lambda found: found.pop("quantize"))
-    assert errors(folder, Target.MINDIE)[0] == (
+    assert errors(folder, Engine.MINDIE)[0] == (
         ": config.json has no quantize, so MindIE does not look for a description with a type in its name"
     )
 
 
 def test_statistics_and_portable_folders_are_no_models(small_stats: Path, tiny_seed: Path, tmp_path: Path) -> None:
-    assert errors(small_stats, Target.MINDIE) == [": the folder holds calibration statistics, no model"]
+    assert errors(small_stats, Engine.MINDIE) == [": the folder holds calibration statistics, no model"]
     glmq("compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "sc", "--codec", "portable")
-    assert errors(tmp_path / "sc", Target.MINDIE) == [
+    assert errors(tmp_path / "sc", Engine.MINDIE) == [
         ": the weights are in glmq's storage form; `glmq compress --decompress` restores them"
     ]
 
@@ -188,10 +189,10 @@ def test_statistics_and_portable_folders_are_no_models(small_stats: Path, tiny_s
 def test_sparse_types_in_bfloat16_are_refused(tiny_seed: Path, tmp_path: Path) -> None:
     for path in tiny_seed.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert errors(tmp_path, Target.MINDIE) == []
+    assert errors(tmp_path, Engine.MINDIE) == []
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["dtype"] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = errors(tmp_path, Target.MINDIE)
+    found = errors(tmp_path, Engine.MINDIE)
     assert found[0] == ": text_config.dtype is bfloat16; W8A8S runs on the Atlas 300I Duo, in float16 only"
-    assert notes(tmp_path, Target.VLLM_ASCEND)[1] == "W8A8S is known to vLLM-Ascend on the Atlas 300I Duo only"
+    assert notes(tmp_path, Engine.VLLM_ASCEND)[1] == "W8A8S is known to vLLM-Ascend on the Atlas 300I Duo only"

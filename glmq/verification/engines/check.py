@@ -7,29 +7,29 @@ both are emulated here, not run. Values are not read: `check_structure` does tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum
 
+from glmq.engines import Engine
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import parse_config
+from glmq.spec import QuantType, assert_never
 from glmq.verification.engines.mindie import check_mindie
 from glmq.verification.engines.vllm_ascend import check_vllm_ascend
 from glmq.verification.findings import Check, Finding
 
 
-class Target(Enum):
-    """A serving engine."""
-
-    MINDIE = "mindie"
-    VLLM_ASCEND = "vllm-ascend"
-
-
-def check_target(folder: Folder, target: Target) -> Iterator[Finding]:
-    """What would keep `target` from loading the folder, or make it compute something else; nothing if all is well.
+def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
+    """What would keep `engine` from loading the folder, or make it compute something else; nothing if all is well.
 
     A warning says that it loads, but not as one would think.
     """
-    check = Check.MINDIE if target is Target.MINDIE else Check.VLLM_ASCEND
+    match engine:
+        case Engine.MINDIE:
+            check, look_up = Check.MINDIE, check_mindie
+        case Engine.VLLM_ASCEND:
+            check, look_up = Check.VLLM_ASCEND, check_vllm_ascend
+        case other:
+            assert_never(other)
     if folder.kind is Kind.STATISTICS:
         yield check.error("", "the folder holds calibration statistics, no model")
         return
@@ -44,9 +44,7 @@ def check_target(folder: Folder, target: Target) -> Iterator[Finding]:
             config = parse_config(folder.config, str(folder.directory / "config.json"))
         except ModelError as error:
             yield check.error("", str(error))
-    for severity, tensor, message in (
-        check_mindie(folder, config) if target is Target.MINDIE else check_vllm_ascend(folder, config)
-    ):
+    for severity, tensor, message in look_up(folder, config):
         yield Finding(check, "error" if severity else "warning", tensor, message)
 
 
@@ -56,11 +54,12 @@ def describe_engines(folder: Folder) -> str:
         case "W8A8SC", Kind.SHARDED:
             return "vLLM-Ascend (load_format sharded_state) on the Atlas 300I Duo; GLM-4.1V is not in its support table"
         case "W8A8SC", _:
-            return "MindIE on the Atlas 300I Duo, with as many ranks as there are parts"
+            return f"{_mindie_on(QuantType.W8A8SC)}, with as many ranks as there are parts"
         case "W8A8S", _:
-            return "the input of `glmq compress`; as it is, MindIE on the Atlas 300I Duo"
+            return f"the input of `glmq compress`; as it is, {_mindie_on(QuantType.W8A8S)}"
         case "W8A8", _:
-            return "MindIE on the Atlas 800I A2 or 300I Duo, 1 or 2 ranks"
+            sizes = " or ".join(map(str, Engine.MINDIE.spec.documented_world_sizes))
+            return f"{_mindie_on(QuantType.W8A8)}, {sizes} ranks"
         case "W8A8_DYNAMIC", _:
             return "MindIE loads it, though it is not in its support table for GLM-4.1V"
         case "W4A8_DYNAMIC", _:
@@ -73,3 +72,8 @@ def describe_engines(folder: Folder) -> str:
             return "the input of `glmq quantize --stats`"
         case _:
             return "unknown"
+
+
+def _mindie_on(quant_type: QuantType) -> str:
+    spec = Engine.MINDIE.spec
+    return f"{spec.title} on the Atlas {' or '.join(chip.value for chip in spec.chips_for(quant_type))}"

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
+from glmq.engines import Engine
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
 from glmq.spec import Form
@@ -19,7 +20,7 @@ from glmq.verification.engines.linears import (
     section,
 )
 
-GROUP_SIZES: Final = (0, 64, 128, 256)
+GROUP_SIZES: Final = (0, *Engine.MINDIE.spec.group_sizes)
 PROCESSOR_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -1,0 +1,145 @@
+"""The serving engines and what each reads on which chip, as one table, with the reason for every no.
+
+From the engines' documentation and loaders; nothing here has run on hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from glmq.spec import FloatDtype, Form, QuantType
+
+FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
+
+
+class Chip(Enum):
+    """An Atlas card, without the family's name."""
+
+    A2_800I = "800I A2"
+    DUO_300I = "300I Duo"
+
+
+class Engine(Enum):
+    """A serving engine, spelled as in options, manifests and reports."""
+
+    MINDIE = "mindie"
+    VLLM_ASCEND = "vllm-ascend"
+
+    @property
+    def spec(self) -> EngineSpec:
+        """What it reads."""
+        return ENGINES[self]
+
+
+@dataclass(frozen=True, slots=True)
+class ChipSupport:
+    """What an engine reads on one chip."""
+
+    dtypes: Mapping[QuantType, tuple[FloatDtype, ...]]
+    """The quantization types that it loads, and in which float dtypes, the usual one first."""
+    refusals: Mapping[QuantType, str]
+    """Why it does not load others that `glmq quantize` writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What an engine reads: a row of ENGINES."""
+
+    title: str
+    """Its name for people."""
+    forms: tuple[Form, ...]
+    mixes_types: bool
+    """It reads a quantization type per layer, not one for the model."""
+    group_sizes: tuple[int, ...]
+    """Input columns per second-stage scale that it accepts."""
+    world_sizes: tuple[int, ...]
+    """Tensor-parallel sizes whose parts have been compared with what its own loader makes."""
+    documented_world_sizes: tuple[int, ...]
+    """Those that its support table names for GLM-4.1V."""
+    chips: Mapping[Chip, ChipSupport]
+
+    def chips_for(self, quant_type: QuantType) -> tuple[Chip, ...]:
+        """The chips on which it loads that type."""
+        return tuple(chip for chip, support in self.chips.items() if quant_type in support.dtypes)
+
+
+_MINDIE_W4A8: Final = "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
+_VLLM_W4A8: Final = "vLLM-Ascend has it for mixtures of experts only"
+_SPARSE_ELSEWHERE: Final = "sparse types run on the 300I Duo only"
+
+ENGINES: Final[Mapping[Engine, EngineSpec]] = {
+    Engine.MINDIE: EngineSpec(
+        title="MindIE",
+        forms=(Form.ASCEND_V1, Form.MINDIE),
+        mixes_types=False,
+        group_sizes=(64, 128, 256),
+        world_sizes=(1, 2, 4),
+        documented_world_sizes=(1, 2),
+        chips={
+            Chip.A2_800I: ChipSupport(
+                dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
+                refusals={QuantType.W8A8S: _SPARSE_ELSEWHERE, QuantType.W4A8_DYNAMIC: _MINDIE_W4A8},
+            ),
+            Chip.DUO_300I: ChipSupport(
+                dtypes={QuantType.W8A8S: (FP16,), QuantType.W8A8: (FP16,), QuantType.W8A8SC: (FP16,)},
+                refusals={
+                    QuantType.W8A8_DYNAMIC: "the 300I Duo recipe is W8A8S, then W8A8SC",
+                    QuantType.W4A8_DYNAMIC: _MINDIE_W4A8,
+                },
+            ),
+        },
+    ),
+    # GLM-4.1V is not in vLLM-Ascend's support table; these are what its quantization code knows on each chip.
+    Engine.VLLM_ASCEND: EngineSpec(
+        title="vLLM-Ascend",
+        forms=(Form.ASCEND_V1,),
+        mixes_types=True,
+        group_sizes=(64, 128, 256, 512),
+        world_sizes=(1, 2, 4),
+        documented_world_sizes=(),
+        chips={
+            Chip.A2_800I: ChipSupport(
+                dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
+                refusals={QuantType.W8A8S: _SPARSE_ELSEWHERE, QuantType.W4A8_DYNAMIC: _VLLM_W4A8},
+            ),
+            Chip.DUO_300I: ChipSupport(
+                dtypes={
+                    QuantType.W8A8: (FP16,),
+                    QuantType.W8A8_DYNAMIC: (FP16,),
+                    QuantType.W8A8S: (FP16,),
+                    QuantType.W8A8SC: (FP16,),
+                },
+                refusals={QuantType.W4A8_DYNAMIC: _VLLM_W4A8},
+            ),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """An engine on one chip, or on any that it knows."""
+
+    engine: Engine
+    chip: Chip | None
+
+    def dtypes(self, quant_type: QuantType) -> tuple[FloatDtype, ...]:
+        """The float dtypes in which a model of that type is loaded here, the usual one first; empty if it is not."""
+        found = [support.dtypes.get(quant_type, ()) for support in self._supports()]
+        return tuple(dict.fromkeys(dtype for dtypes in found for dtype in dtypes))
+
+    def why_not(self, quant_type: QuantType) -> str:
+        """Why that type is not loaded here."""
+        return next(support.refusals[quant_type] for support in self._supports() if quant_type in support.refusals)
+
+    def types(self) -> tuple[QuantType, ...]:
+        """The types that `glmq quantize` writes and that are loaded here."""
+        loaded = dict.fromkeys(quant_type for support in self._supports() for quant_type in support.dtypes)
+        return tuple(quant_type for quant_type in loaded if not quant_type.spec.is_compressed)
+
+    def _supports(self) -> tuple[ChipSupport, ...]:
+        chips = self.engine.spec.chips
+        return tuple(chips.values()) if self.chip is None else (chips[self.chip],)
