@@ -6,6 +6,7 @@ import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Final
 
@@ -52,7 +53,7 @@ def dump_config(params: Mapping[str, object]) -> str:
     for name, value in sorted(params.items()):
         if name in NOT_IN_FILES or value is None:
             continue
-        plain = str(value) if isinstance(value, Path) else value
+        plain = str(value) if isinstance(value, Path) else value.value if isinstance(value, Enum) else value
         lines.append(f"{name} = {_toml(plain)}\n")
     return "".join(lines)
 
