@@ -14,6 +14,7 @@ PACKAGE = Path(glmq.__file__).parent
 
 PLACES = {
     "checkpoint/ascend.py": 2,
+    "checkpoint/sidecar.py": 1,
     "cli/render.py": 1,
     "numerics/int8_linear.py": 1,
     "numerics/smooth.py": 1,

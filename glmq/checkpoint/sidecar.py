@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +12,7 @@ from glmq.checkpoint.disk import make_directory
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
 from glmq.checkpoint.reader import INDEX_SUFFIX
 from glmq.errors import CheckpointError
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import Activation, FloatDtype, QuantType, assert_never
 
 _PATTERNS: Final = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "LICENSE*")
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
@@ -21,20 +21,39 @@ _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class MindieSettings:
-    """`quantization_config` of the MindIE form: how the weights were made. The engine reads group_size only."""
+    """What `quantization_config` of the MindIE form says beside the type: how the weights were made."""
 
     group_size: int
-    """0 unless weights have second-stage scales."""
+    """Input columns per second-stage scale; 0 unless the type has two stages. All that the engine reads."""
     act_method: int
-    anti_method: str
+    """How activation ranges were chosen, in the numbers of the vendor's tool."""
     is_lowbit: bool
-    mm_tensor: bool
-    w_sym: bool
+    """The steps follow one of the low-bit rules, by row."""
     open_outlier: bool
-    is_dynamic: bool
-    w_bit: int
-    a_bit: int
-    dev_type: str
+    """Weight outliers keep their value."""
+
+    def document(self, quant_type: QuantType) -> JsonObject:
+        """`quantization_config`, in the key order of the vendor's tool."""
+        match quant_type.spec.activation:
+            case Activation.STATIC | Activation.NONE:
+                is_dynamic = False
+            case Activation.PER_TOKEN:
+                is_dynamic = True
+            case other:
+                assert_never(other)
+        return {
+            "group_size": self.group_size,
+            "act_method": self.act_method,
+            "anti_method": "m2",  # a constant, whatever smoothing ran: no engine reads it
+            "is_lowbit": self.is_lowbit,
+            "mm_tensor": False,
+            "w_sym": True,
+            "open_outlier": self.open_outlier,
+            "is_dynamic": is_dynamic,
+            "w_bit": quant_type.spec.weight_bits,
+            "a_bit": 8,
+            "dev_type": "npu",
+        }
 
 
 def edit_config(
@@ -69,7 +88,7 @@ def edit_config(
         edited.pop("quantization_config", None)
     else:
         edited["quantize"] = quant_type.tag
-        edited["quantization_config"] = asdict(settings)
+        edited["quantization_config"] = settings.document(quant_type)
     return edited
 
 

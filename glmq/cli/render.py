@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from glmq.jobs.calibrate import CalibrationForecast
     from glmq.jobs.quantize import QuantizationResult
     from glmq.quantization.dry_run import RunPlan
+    from glmq.quantization.output import AreaBytes
     from glmq.quantization.recipe import Recipe
-    from glmq.quantization.stream import AreaBytes
     from glmq.records import LinearReport
 
 GIB: Final = 2**30

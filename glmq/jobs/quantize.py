@@ -40,25 +40,19 @@ from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig, read_config
 from glmq.numerics import gptq
-from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.numerics.rate import RateCurve
 from glmq.progress import Watch
+from glmq.quantization.bits import needs_curves, spread_bits
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
 from glmq.quantization.fallback import with_fallback, worst_groups
+from glmq.quantization.measure import measure_checkpoint, rate_checkpoint
+from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
+from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.recipe import Recipe, count_matches, plan_groups
 from glmq.quantization.report import report_document, write_report
-from glmq.quantization.stream import (
-    AreaBytes,
-    OutputPlan,
-    QuantizationRun,
-    bytes_by_area,
-    measure_checkpoint,
-    plan_output,
-    quantize_checkpoint,
-    rate_checkpoint,
-)
+from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import LinearReport, PassTime
-from glmq.spec import Method, QuantType
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,24 +342,14 @@ def _write_weights(
 
 
 def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher) -> dict[str, float]:
-    """Bits per weight of each linear: sparse ones share them over the whole model for the least error.
-
-    Their mean is the recipe's target, or what the flags' rule would spend. Each linear of another type may have the
-    target. Empty where the rule itself chooses the steps: no target, or a method that does not compensate.
-    """
-    if recipe.quant_type is not QuantType.W8A8S and recipe.target_bits is not None:
-        return dict.fromkeys(plan.linears, recipe.target_bits)
-    compensated = recipe.scheme.weight.method is Method.COMPENSATED
-    if recipe.quant_type is not QuantType.W8A8S or (recipe.target_bits is None and not compensated):
-        return {}
+    """Bits per weight of each linear, after a pass that measures what the sparse ones lose where that is needed."""
     curves: list[RateCurve] = []
-    with watcher.blocks("rate", len(work.config.family.blocks(work.config))) as advance:
-        for block in rate_checkpoint(work, recipe, plan.groups):
-            curves += block.curves
-            advance(block.done)
-    target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
-    bits = solve_bits(curves, target)
-    return {curve.name: wanted for curve, wanted in zip(curves, bits)}
+    if needs_curves(recipe):
+        with watcher.blocks("rate", len(work.config.family.blocks(work.config))) as advance:
+            for block in rate_checkpoint(work, recipe, plan.groups):
+                curves += block.curves
+                advance(block.done)
+    return spread_bits(recipe, plan.linears, curves)
 
 
 def _fall_back(

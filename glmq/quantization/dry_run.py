@@ -11,8 +11,10 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.progress import Stopwatch
 from glmq.quantization.layer import quantize_group
+from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
+from glmq.quantization.passes import read_group
 from glmq.quantization.recipe import GroupPlan, Recipe
-from glmq.quantization.stream import COPY_BYTES, AreaBytes, OutputPlan, bytes_by_area, read_group
+from glmq.quantization.stream import COPY_BYTES
 from glmq.spec import QuantType
 
 PROCESS_BYTES = 450 * 2**20

@@ -10,8 +10,8 @@ from typing import Final
 
 from glmq.checkpoint.disk import FILE_MODE
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json
+from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Recipe
-from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport, report_row
 from glmq.version import __version__
 

@@ -1,134 +1,36 @@
-"""quantize_checkpoint(): plan every output tensor, check the headers, then loop over blocks, one in memory at a time."""
+"""quantize_checkpoint(): the pass that writes, one block in memory at a time."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import psutil
 import torch
 from torch import Tensor
 
-from glmq.calibration.stats import Statistics
-from glmq.checkpoint.ascend import CODES, TORCH_DTYPES, encode_linear, encode_norm, linear_specs, norm_specs
+from glmq.checkpoint.ascend import TORCH_DTYPES, encode_linear, encode_norm
 from glmq.checkpoint.checksums import write_checksums
-from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
-from glmq.checkpoint.journal import Journal
-from glmq.checkpoint.json_file import JsonObject, write_json
-from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
-from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
+from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.writer import ShardWriter
 from glmq.errors import CheckpointError
-from glmq.model.config import FAMILY, ModelConfig
-from glmq.model.family import Area, Block, InputGroup, LinearShape
-from glmq.model.source import FLOAT_CODES, check_source
-from glmq.numerics.moments import InputStats
-from glmq.numerics.rate import RateCurve
-from glmq.progress import Stopwatch
-from glmq.quantization.fold import fold_into_rows, row_divisors
-from glmq.quantization.layer import FloatLinear, GroupResult, RowFold, quantize_group, rate_curves
+from glmq.model.config import FAMILY
+from glmq.model.family import Block
+from glmq.quantization.output import OutputPlan, write_side_files
+from glmq.quantization.passes import (
+    QuantizationRun,
+    QuantizedBlock,
+    block_done,
+    each_block,
+    parse_reports,
+    quantize_plan,
+)
 from glmq.quantization.recipe import GroupPlan, Recipe
-from glmq.ranks import Ranks
-from glmq.records import BlockDone, LinearReport, parse_row, report_row
-from glmq.spec import Activation, FloatDtype, Form, QuantType, Smoothing, StepRule
+from glmq.records import LinearReport, report_row
 
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
-
-
-@dataclass(frozen=True, slots=True)
-class OutputPlan:
-    """Everything that is known before the first weight is read."""
-
-    groups: Mapping[str, GroupPlan]
-    """By site, in model order."""
-    linears: Mapping[str, QuantType]
-    """The linears that become integers."""
-    shards: ShardPlan
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedBlock:
-    """One block is written: a step of the progress bar and the rows of its error table."""
-
-    done: BlockDone
-    reports: tuple[LinearReport, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RatedBlock:
-    """One block's linears are measured: what each loses at how many bits."""
-
-    done: BlockDone
-    curves: tuple[RateCurve, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AreaBytes:
-    """Bytes of one area of the model, float checkpoint against quantized one."""
-
-    area: Area
-    before: int
-    after: int
-
-
-def plan_output(
-    source: Checkpoint, config: ModelConfig, recipe: Recipe, groups: Mapping[str, GroupPlan], shard_bytes: int | None
-) -> OutputPlan:
-    """Lay out the output from the headers alone.
-
-    Raises:
-        CheckpointError: the source lacks a tensor of the model, or one has another shape than config.json says.
-        UsageError: a width that the type cannot take.
-    """
-    check_source(source, config)
-    types = {
-        linear.name: plan.quant_type for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
-    }
-    shapes = {linear.name: linear for plan in groups.values() for linear in plan.group.linears}
-    norms = set(config.family.rms_norms(config))
-    specs: list[TensorSpec] = []
-    for name in source:
-        base, _, suffix = name.rpartition(".")
-        if base in types:
-            if suffix == "weight":
-                specs += _specs_of(shapes[base], types[base], recipe)
-        elif base in norms:
-            specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, form=recipe.form)
-        else:
-            specs.append(TensorSpec(name, _float_code(source[name].dtype, recipe.dtype), source[name].shape))
-    stem = f"quant_model_weight_{recipe.quant_type.tag}"
-    return OutputPlan(groups, types, plan_shards(specs, stem, shard_bytes))
-
-
-def bytes_by_area(source: Checkpoint, shards: ShardPlan) -> list[AreaBytes]:
-    """Tensor bytes before and after, by area of the model."""
-    before, after = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
-    for name in source:
-        before[FAMILY.area(name)] += source.nbytes(name)
-    for file in shards.files:
-        for info in file.tensors:
-            after[FAMILY.area(info.name)] += info.nbytes
-    return [AreaBytes(area, before[area], after[area]) for area in Area]
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationRun:
-    """What all passes over the weights share: what they read, and where they note what is done."""
-
-    source: Checkpoint
-    config: ModelConfig
-    statistics: Statistics
-    journal: Journal
-    ranks: Ranks
-    """They divide the blocks among themselves."""
-    clock: Stopwatch = field(default_factory=Stopwatch)
-    """Of this rank's work."""
 
 
 def quantize_checkpoint(
@@ -167,8 +69,8 @@ def quantize_checkpoint(
                 sink.sync()
             return job.take_payload(reports)
 
-        for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "", write)):
-            yield QuantizedBlock(_done(block.name, index, total, seconds, run), tuple(job.restore(payload)))
+        for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "", write)):
+            yield QuantizedBlock(block_done(block.name, index, total, seconds, run), tuple(job.restore(payload)))
         started = time.perf_counter()
         if is_first:
             job.copy_rest("")
@@ -178,130 +80,17 @@ def quantize_checkpoint(
             sink.leave()
     if is_first:
         write_checksums(folder, sink.checksums)
-        _write_side_files(run.source, run.config, recipe, plan, folder)
-    yield QuantizedBlock(_done("embeddings and side files", total - 1, total, time.perf_counter() - started, run), ())
-
-
-def measure_checkpoint(
-    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
-) -> Iterator[QuantizedBlock]:
-    """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
-    every = run.config.family.blocks(run.config)
-    blocks = [b for b in every if any(groups[g.site].is_quantized for g in b.groups)]
-
-    def measure(block: Block) -> JsonObject:
-        plans = [groups[g.site] for g in block.groups if groups[g.site].is_quantized]
-        results = [_quantize_plan(run, recipe, groups, plan, bits) for plan in plans]
-        return {"reports": [report_row(report) for result in results for report in result.reports]}
-
-    for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "measure ", measure)):
-        yield QuantizedBlock(_done(block.name, index, len(blocks), seconds, run), tuple(_parse_reports(payload)))
-
-
-def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
-    """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
-    every = run.config.family.blocks(run.config)
-    blocks = [b for b in every if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
-    plans = [plan for plan in groups.values() if plan.quant_type.spec.is_sparse]
-    sparse = {linear.name for plan in plans for linear in plan.group.linears}
-
-    def rate(block: Block) -> JsonObject:
-        curves: list[RateCurve] = []
-        for group in block.groups:
-            if groups[group.site].quant_type.spec.is_sparse:
-                linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, group, run.clock)
-                with run.clock.stage("rate"):
-                    curves += rate_curves(
-                        linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold
-                    )
-        return {"curves": [asdict(curve) for curve in curves]}
-
-    for index, (block, payload, seconds) in enumerate(_each_block(run, blocks, "rate ", rate)):
-        rows = payload["curves"]
-        assert isinstance(rows, list)
-        # The journal may have rated more than stays sparse after a fallback.
-        curves = tuple(curve for curve in map(_parse_curve, rows) if curve.name in sparse)
-        yield RatedBlock(_done(block.name, index, len(blocks), seconds, run), curves)
-
-
-def _each_block(
-    run: QuantizationRun, blocks: Sequence[Block], pass_name: str, work: Callable[[Block], JsonObject]
-) -> Iterator[tuple[Block, JsonObject, float]]:
-    """Do the work of each block on one of the ranks, unless the journal has it already, and journal what it returned.
-
-    The same float comes back from JSON, so that it does not matter who did the work, or when.
-
-    Yields:
-        On every rank each block, what was returned for it, and seconds.
-    """
-    rank, world = run.ranks.place.rank, run.ranks.place.world
-    for first in range(0, len(blocks), world):
-        row = blocks[first : first + world]
-        started = time.perf_counter()
-        own = ""
-        if rank < len(row) and pass_name + row[rank].name not in run.journal.finished:
-            after = blocks[first + world + rank : first + world + rank + 1]
-            run.source.prefetch(name for block in after for name in run.source if name.startswith(f"{block.name}."))
-            own = json.dumps(work(row[rank]))
-        texts = run.ranks.all_gather(own)
-        for block, text in zip(row, texts):
-            key = pass_name + block.name
-            if key not in run.journal.finished:
-                run.journal.record(key, json.loads(text))
-            yield block, run.journal.finished[key], (time.perf_counter() - started) / len(row)
-
-
-def _quantize_plan(
-    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], plan: GroupPlan, bits: Mapping[str, float]
-) -> GroupResult:
-    """Read one group's weights and quantize them."""
-    linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, plan.group, run.clock)
-    result = quantize_group(
-        linears,
-        stats,
-        recipe.scheme_of(plan.quant_type),
-        norm_weight=norm,
-        dtype=recipe.dtype,
-        fold=fold,
-        bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
+        write_side_files(run.source, run.config, recipe, plan, folder)
+    yield QuantizedBlock(
+        block_done("embeddings and side files", total - 1, total, time.perf_counter() - started, run), ()
     )
-    run.clock.include(result.stages)
-    return result
-
-
-def read_group(
-    source: Checkpoint,
-    statistics: Statistics,
-    recipe: Recipe,
-    groups: Mapping[str, GroupPlan],
-    group: InputGroup,
-    clock: Stopwatch,
-) -> tuple[list[FloatLinear], Tensor | None, InputStats, RowFold]:
-    """The float weights of a group with what their rows absorb for later inputs; its norm's; its input; its own fold."""
-    with clock.stage("read"):
-        # First, so that the weights of only one group are in memory at a time.
-        divisors = row_divisors(source, statistics, recipe, groups, group)
-        fold = fold_into_rows(source, statistics, recipe, groups, group)
-        norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
-        linears = [
-            FloatLinear(
-                shape.name,
-                source.read_finite(f"{shape.name}.weight").float(),
-                source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
-                divisors.get(shape.name),
-            )
-            for shape in group.linears
-        ]
-        stats = statistics.input(group.site)
-    weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
-    clock.count("read", nbytes=weights + stats.nbytes)
-    return linears, norm, stats, fold
 
 
 class _Job:
-    """The pass that writes: what has been written so far.
+    """The writing pass of one rank, with the names of the tensors that are written.
 
-    A source tensor that was taken is written under its own name, among others.
+    A quantized linear or a norm has among its stored tensors one of each source tensor's name, so the names tell as well
+    which source tensors are done.
     """
 
     def __init__(
@@ -329,14 +118,14 @@ class _Job:
         assert isinstance(written, dict)
         self._sink.mark_written({name: written[name] for name in written if name not in self._written})
         self._written |= set(written)
-        return _parse_reports(payload)
+        return parse_reports(payload)
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm; nothing for a group that stays float."""
         if not plan.is_quantized:
             return []
         recipe, group = self._recipe, plan.group
-        result = _quantize_plan(self._run, recipe, self._groups, plan, self._bits)
+        result = quantize_plan(self._run, recipe, self._groups, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):
             parallel = shape.name.endswith(FAMILY.row_parallel)
             self._write(encode_linear(shape.name, linear, dtype=recipe.dtype, form=recipe.form, row_parallel=parallel))
@@ -389,68 +178,3 @@ class _Job:
                 f"float16 ends at 65504; pass --torch_dtype bf16 (W8A8 only) or repair the checkpoint"
             )
         return stored
-
-
-def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequence[TensorSpec]:
-    return linear_specs(
-        shape.name,
-        quant_type,
-        (shape.rows, shape.cols),
-        has_bias=shape.has_bias,
-        dtype=recipe.dtype,
-        group_size=recipe.scheme_of(quant_type).weight.group_size,
-        form=recipe.form,
-        row_parallel=shape.name.endswith(FAMILY.row_parallel),
-    )
-
-
-def _float_code(code: str, dtype: FloatDtype) -> str:
-    return CODES[dtype] if code in FLOAT_CODES else code
-
-
-def _write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, folder: Path) -> None:
-    scheme = recipe.scheme
-    settings = MindieSettings(
-        group_size=scheme.weight.group_size,
-        act_method=scheme.act_range.value,
-        anti_method=Smoothing.M2.value,
-        is_lowbit=scheme.weight.step_rule in (StepRule.SIGMA, StepRule.FRACTION),
-        mm_tensor=False,
-        w_sym=True,
-        open_outlier=scheme.weight.keep_outliers,
-        is_dynamic=recipe.quant_type.spec.activation is Activation.PER_TOKEN,
-        w_bit=recipe.quant_type.spec.weight_bits,
-        a_bit=8,
-        dev_type="npu",
-    )
-    edited = edit_config(
-        config.nested,
-        dtype=recipe.dtype,
-        quant_type=recipe.quant_type,
-        settings=settings if recipe.form is Form.MINDIE else None,
-    )
-    write_json(folder / "config.json", edited, indent=4)
-    copy_side_files(source.directory, folder)
-    names = [info.name for file in plan.shards.files for info in file.tensors]
-    types = tensor_types(names, plan.linears, model_quant_type=recipe.quant_type, form=recipe.form)
-    description = Description(
-        model_quant_type=recipe.quant_type.value,
-        version=None if recipe.form is Form.MINDIE else ASCEND_V1_VERSION,
-        group_size=None if recipe.form is Form.MINDIE else scheme.weight.group_size or None,
-        tensors=types if recipe.form is Form.MINDIE else types | config.family.vllm_aliases(types),
-    )
-    write_description(folder, description)
-
-
-def _parse_reports(payload: JsonObject) -> list[LinearReport]:
-    rows = payload["reports"]
-    assert isinstance(rows, list)
-    return [parse_row(row) for row in rows]
-
-
-def _parse_curve(row: Mapping[str, Any]) -> RateCurve:
-    return RateCurve(**{**row, "bits": tuple(row["bits"]), "loss": tuple(row["loss"])})
-
-
-def _done(name: str, index: int, total: int, seconds: float, run: QuantizationRun) -> BlockDone:
-    return BlockDone(name, index, total, seconds, psutil.Process().memory_info().rss, run.clock.take())

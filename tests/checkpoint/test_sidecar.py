@@ -11,10 +11,7 @@ from glmq.model.config import parse_config
 from glmq.spec import FloatDtype, QuantType
 
 TINY = Path(__file__).parents[2] / "glmq" / "model" / "tiny_glm4v"
-SETTINGS = MindieSettings(
-    group_size=0, act_method=2, anti_method="m2", is_lowbit=True, mm_tensor=False, w_sym=True, open_outlier=True,
-    is_dynamic=False, w_bit=4, a_bit=8, dev_type="cpu",
-)  # fmt: skip
+SETTINGS = MindieSettings(group_size=0, act_method=2, is_lowbit=True, open_outlier=True)
 
 
 def tiny_config() -> JsonObject:
@@ -87,7 +84,7 @@ def test_stale_quantization_keys_are_removed_in_ascend_v1_and_set_in_the_mindie_
         "quantize": "w8a8s",
         "quantization_config": {
             "group_size": 0, "act_method": 2, "anti_method": "m2", "is_lowbit": True, "mm_tensor": False,
-            "w_sym": True, "open_outlier": True, "is_dynamic": False, "w_bit": 4, "a_bit": 8, "dev_type": "cpu",
+            "w_sym": True, "open_outlier": True, "is_dynamic": False, "w_bit": 4, "a_bit": 8, "dev_type": "npu",
         },
     }  # fmt: skip
 

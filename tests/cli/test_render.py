@@ -15,8 +15,8 @@ from glmq.cli.render import (
     stdout,
 )
 from glmq.model.family import Area
+from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Options, make_recipe
-from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport
 from glmq.spec import QuantType
 

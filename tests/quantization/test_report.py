@@ -8,9 +8,9 @@ import pytest
 
 from glmq.checkpoint.json_file import JsonObject
 from glmq.model.family import Area
+from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.quantization.report import report_document, write_report
-from glmq.quantization.stream import AreaBytes
 from glmq.records import LinearReport, parse_row, report_row
 from glmq.spec import QuantType
 from glmq.version import __version__

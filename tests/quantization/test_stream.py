@@ -17,8 +17,11 @@ from glmq.model.config import FAMILY, read_config
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.quantization.layer import FloatLinear, GroupResult, quantize_group
+from glmq.quantization.measure import rate_checkpoint
+from glmq.quantization.output import plan_output
+from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.recipe import Options, make_recipe, plan_groups
-from glmq.quantization.stream import QuantizationRun, plan_output, quantize_checkpoint, rate_checkpoint
+from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Ranks
 
 SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")

@@ -1,0 +1,40 @@
+"""How many bits each linear may spend: a policy over the whole model, from the recipe and measured curves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.quantization.recipe import Recipe
+from glmq.spec import Method
+
+
+def needs_curves(recipe: Recipe) -> bool:
+    """Whether bits are dealt out by what each linear loses at how many: sparse types, unless their rule alone decides."""
+    is_compensated = recipe.scheme.weight.method is Method.COMPENSATED
+    return recipe.quant_type.spec.is_sparse and (recipe.target_bits is not None or is_compensated)
+
+
+def spread_bits(recipe: Recipe, linears: Iterable[str], curves: Sequence[RateCurve]) -> dict[str, float]:
+    """The entropy that the integers of each linear may have, in bits per weight.
+
+    Sparse linears share their bits over the whole model so that the sum of their losses is least. The mean is the recipe's
+    target, or what the flags' step rule would spend. In other types each linear may have the target.
+
+    Args:
+        recipe: with its target, if it has one.
+        linears: names of the linears that become integers.
+        curves: of the sparse ones, from `rate_checkpoint`, where `needs_curves`.
+
+    Returns:
+        Bits by linear; empty where nothing limits them.
+
+    Raises:
+        UsageError: a target that the linears cannot reach.
+    """
+    if needs_curves(recipe):
+        target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
+        return {curve.name: bits for curve, bits in zip(curves, solve_bits(curves, target), strict=True)}
+    if recipe.target_bits is None or recipe.quant_type.spec.is_sparse:
+        return {}
+    return dict.fromkeys(linears, recipe.target_bits)

@@ -1,0 +1,77 @@
+"""The passes that write nothing: what each sparse linear loses at how many bits, and what quantizing each linear would cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from glmq.checkpoint.json_file import JsonObject
+from glmq.model.family import Block
+from glmq.numerics.rate import RateCurve
+from glmq.quantization.layer import rate_curves
+from glmq.quantization.passes import (
+    QuantizationRun,
+    QuantizedBlock,
+    block_done,
+    each_block,
+    parse_reports,
+    quantize_plan,
+    read_group,
+)
+from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.records import BlockDone, report_row
+
+
+@dataclass(frozen=True, slots=True)
+class RatedBlock:
+    """One block's linears are measured: what each loses at how many bits."""
+
+    done: BlockDone
+    curves: tuple[RateCurve, ...]
+
+
+def measure_checkpoint(
+    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
+) -> Iterator[QuantizedBlock]:
+    """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
+    every = run.config.family.blocks(run.config)
+    blocks = [b for b in every if any(groups[g.site].is_quantized for g in b.groups)]
+
+    def measure(block: Block) -> JsonObject:
+        plans = [groups[g.site] for g in block.groups if groups[g.site].is_quantized]
+        results = [quantize_plan(run, recipe, groups, plan, bits) for plan in plans]
+        return {"reports": [report_row(report) for result in results for report in result.reports]}
+
+    for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "measure ", measure)):
+        yield QuantizedBlock(block_done(block.name, index, len(blocks), seconds, run), tuple(parse_reports(payload)))
+
+
+def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
+    """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
+    every = run.config.family.blocks(run.config)
+    blocks = [b for b in every if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
+    plans = [plan for plan in groups.values() if plan.quant_type.spec.is_sparse]
+    sparse = {linear.name for plan in plans for linear in plan.group.linears}
+
+    def rate(block: Block) -> JsonObject:
+        curves: list[RateCurve] = []
+        for group in block.groups:
+            if groups[group.site].quant_type.spec.is_sparse:
+                linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, group, run.clock)
+                with run.clock.stage("rate"):
+                    curves += rate_curves(
+                        linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold
+                    )
+        return {"curves": [asdict(curve) for curve in curves]}
+
+    for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "rate ", rate)):
+        rows = payload["curves"]
+        assert isinstance(rows, list)
+        # The journal may have rated more than stays sparse after a fallback.
+        curves = tuple(curve for curve in map(_parse_curve, rows) if curve.name in sparse)
+        yield RatedBlock(block_done(block.name, index, len(blocks), seconds, run), curves)
+
+
+def _parse_curve(row: Mapping[str, Any]) -> RateCurve:
+    return RateCurve(**{**row, "bits": tuple(row["bits"]), "loss": tuple(row["loss"])})

@@ -1,0 +1,130 @@
+"""The output of a quantization, laid out from headers alone: its tensors, files, bytes, and the small files beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glmq.checkpoint.ascend import CODES, linear_specs, norm_specs
+from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
+from glmq.checkpoint.json_file import write_json
+from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
+from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
+from glmq.model.config import FAMILY, ModelConfig
+from glmq.model.family import Area, LinearShape
+from glmq.model.source import FLOAT_CODES, check_source
+from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.spec import FloatDtype, Form, QuantType, StepRule
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPlan:
+    """Everything that is known before the first weight is read."""
+
+    groups: Mapping[str, GroupPlan]
+    """By site, in model order."""
+    linears: Mapping[str, QuantType]
+    """The linears that become integers."""
+    shards: ShardPlan
+
+
+@dataclass(frozen=True, slots=True)
+class AreaBytes:
+    """Bytes of one area of the model, float checkpoint against quantized one."""
+
+    area: Area
+    before: int
+    after: int
+
+
+def plan_output(
+    source: Checkpoint, config: ModelConfig, recipe: Recipe, groups: Mapping[str, GroupPlan], shard_bytes: int | None
+) -> OutputPlan:
+    """Lay out the output from the headers alone.
+
+    Raises:
+        CheckpointError: the source lacks a tensor of the model, or one has another shape than config.json says.
+        UsageError: a width that the type cannot take.
+    """
+    check_source(source, config)
+    types = {
+        linear.name: plan.quant_type for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
+    }
+    shapes = {linear.name: linear for plan in groups.values() for linear in plan.group.linears}
+    norms = set(config.family.rms_norms(config))
+    specs: list[TensorSpec] = []
+    for name in source:
+        base, _, suffix = name.rpartition(".")
+        if base in types:
+            if suffix == "weight":
+                specs += _specs_of(shapes[base], types[base], recipe)
+        elif base in norms:
+            specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, form=recipe.form)
+        else:
+            specs.append(TensorSpec(name, _float_code(source[name].dtype, recipe.dtype), source[name].shape))
+    stem = f"quant_model_weight_{recipe.quant_type.tag}"
+    return OutputPlan(groups, types, plan_shards(specs, stem, shard_bytes))
+
+
+def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequence[TensorSpec]:
+    return linear_specs(
+        shape.name,
+        quant_type,
+        (shape.rows, shape.cols),
+        has_bias=shape.has_bias,
+        dtype=recipe.dtype,
+        group_size=recipe.scheme_of(quant_type).weight.group_size,
+        form=recipe.form,
+        row_parallel=shape.name.endswith(FAMILY.row_parallel),
+    )
+
+
+def _float_code(code: str, dtype: FloatDtype) -> str:
+    return CODES[dtype] if code in FLOAT_CODES else code
+
+
+def bytes_by_area(source: Checkpoint, shards: ShardPlan) -> list[AreaBytes]:
+    """Tensor bytes before and after, by area of the model."""
+    before, after = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
+    for name in source:
+        before[FAMILY.area(name)] += source.nbytes(name)
+    for file in shards.files:
+        for info in file.tensors:
+            after[FAMILY.area(info.name)] += info.nbytes
+    return [AreaBytes(area, before[area], after[area]) for area in Area]
+
+
+def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, folder: Path) -> None:
+    """Write what lies beside the weights into `folder`: config.json, the description, copies of the other small files.
+
+    Raises:
+        CheckpointError: a side file cannot be read.
+        SpaceError: the disk is full.
+    """
+    scheme = recipe.scheme
+    is_mindie = recipe.form is Form.MINDIE
+    settings = MindieSettings(
+        group_size=scheme.weight.group_size,
+        act_method=scheme.act_range.value,
+        is_lowbit=scheme.weight.step_rule in (StepRule.SIGMA, StepRule.FRACTION),
+        open_outlier=scheme.weight.keep_outliers,
+    )
+    edited = edit_config(
+        config.nested,
+        dtype=recipe.dtype,
+        quant_type=recipe.quant_type,
+        settings=settings if is_mindie else None,
+    )
+    write_json(folder / "config.json", edited, indent=4)
+    copy_side_files(source.directory, folder)
+    names = [info.name for file in plan.shards.files for info in file.tensors]
+    types = tensor_types(names, plan.linears, model_quant_type=recipe.quant_type, form=recipe.form)
+    description = Description(
+        model_quant_type=recipe.quant_type.value,
+        version=None if is_mindie else ASCEND_V1_VERSION,
+        group_size=None if is_mindie else scheme.weight.group_size or None,
+        tensors=types if is_mindie else types | config.family.vllm_aliases(types),
+    )
+    write_description(folder, description)

@@ -1,0 +1,133 @@
+"""What every pass over the weights shares: its inputs, its blocks dealt out to the ranks, one group read and quantized."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import psutil
+from torch import Tensor
+
+from glmq.calibration.stats import Statistics
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.reader import Checkpoint
+from glmq.model.config import ModelConfig
+from glmq.model.family import Block, InputGroup
+from glmq.numerics.moments import InputStats
+from glmq.progress import Stopwatch
+from glmq.quantization.fold import fold_into_rows, row_divisors
+from glmq.quantization.layer import FloatLinear, GroupResult, RowFold, quantize_group
+from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.ranks import Ranks
+from glmq.records import BlockDone, LinearReport, parse_row
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationRun:
+    """What all passes over the weights share: what they read, and where they note what is done."""
+
+    source: Checkpoint
+    config: ModelConfig
+    statistics: Statistics
+    journal: Journal
+    ranks: Ranks
+    """They divide the blocks among themselves."""
+    clock: Stopwatch = field(default_factory=Stopwatch)
+    """Of this rank's work."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedBlock:
+    """One block is written: a step of the progress bar and the rows of its error table."""
+
+    done: BlockDone
+    reports: tuple[LinearReport, ...]
+
+
+def each_block(
+    run: QuantizationRun, blocks: Sequence[Block], pass_name: str, work: Callable[[Block], JsonObject]
+) -> Iterator[tuple[Block, JsonObject, float]]:
+    """Do the work of each block on one of the ranks, unless the journal has it already, and journal what it returned.
+
+    A float survives JSON unchanged, so it does not matter which rank did the work, or whether an earlier run did.
+
+    Yields:
+        On every rank each block, what was returned for it, and seconds.
+    """
+    rank, world = run.ranks.place.rank, run.ranks.place.world
+    for first in range(0, len(blocks), world):
+        row = blocks[first : first + world]
+        started = time.perf_counter()
+        own = ""
+        if rank < len(row) and pass_name + row[rank].name not in run.journal.finished:
+            after = blocks[first + world + rank : first + world + rank + 1]
+            run.source.prefetch(name for block in after for name in run.source if name.startswith(f"{block.name}."))
+            own = json.dumps(work(row[rank]))
+        texts = run.ranks.all_gather(own)
+        for block, text in zip(row, texts):
+            key = pass_name + block.name
+            if key not in run.journal.finished:
+                run.journal.record(key, json.loads(text))
+            yield block, run.journal.finished[key], (time.perf_counter() - started) / len(row)
+
+
+def quantize_plan(
+    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], plan: GroupPlan, bits: Mapping[str, float]
+) -> GroupResult:
+    """Read one group's weights and quantize them."""
+    linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, plan.group, run.clock)
+    result = quantize_group(
+        linears,
+        stats,
+        recipe.scheme_of(plan.quant_type),
+        norm_weight=norm,
+        dtype=recipe.dtype,
+        fold=fold,
+        bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
+    )
+    run.clock.include(result.stages)
+    return result
+
+
+def read_group(
+    source: Checkpoint,
+    statistics: Statistics,
+    recipe: Recipe,
+    groups: Mapping[str, GroupPlan],
+    group: InputGroup,
+    clock: Stopwatch,
+) -> tuple[list[FloatLinear], Tensor | None, InputStats, RowFold]:
+    """The float weights of a group with what their rows absorb for later inputs; its norm's; its input; its own fold."""
+    with clock.stage("read"):
+        # First, so that the weights of only one group are in memory at a time.
+        divisors = row_divisors(source, statistics, recipe, groups, group)
+        fold = fold_into_rows(source, statistics, recipe, groups, group)
+        norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
+        linears = [
+            FloatLinear(
+                shape.name,
+                source.read_finite(f"{shape.name}.weight").float(),
+                source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
+                divisors.get(shape.name),
+            )
+            for shape in group.linears
+        ]
+        stats = statistics.input(group.site)
+    weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
+    clock.count("read", nbytes=weights + stats.nbytes)
+    return linears, norm, stats, fold
+
+
+def parse_reports(payload: JsonObject) -> list[LinearReport]:
+    """The reports of a block as the journal has them."""
+    rows = payload["reports"]
+    assert isinstance(rows, list)
+    return [parse_row(row) for row in rows]
+
+
+def block_done(name: str, index: int, total: int, seconds: float, run: QuantizationRun) -> BlockDone:
+    """The record of a finished block, with this rank's stage times since the last one."""
+    return BlockDone(name, index, total, seconds, psutil.Process().memory_info().rss, run.clock.take())
