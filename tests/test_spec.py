@@ -18,7 +18,7 @@ PLACES = {
     "cli/render.py": 1,
     "numerics/int8_linear.py": 1,
     "numerics/smooth.py": 1,
-    "quantization/layer.py": 1,
+    "quantization/group.py": 1,
     "quantization/recipe.py": 1,
     "verification/linears.py": 2,
 }

@@ -17,7 +17,7 @@ from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.family import InputGroup
 from glmq.numerics.smooth import choose_row_scales
-from glmq.quantization.layer import NO_FOLD, RowFold
+from glmq.quantization.group import NO_FOLD, RowFold
 from glmq.quantization.recipe import GroupPlan, Recipe
 from glmq.spec import Smoothing
 

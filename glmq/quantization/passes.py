@@ -19,7 +19,8 @@ from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
 from glmq.progress import Stopwatch
 from glmq.quantization.fold import fold_into_rows, row_divisors
-from glmq.quantization.layer import FloatLinear, GroupResult, RowFold, quantize_group
+from glmq.quantization.group import FloatLinear, RowFold
+from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.recipe import GroupPlan, Recipe
 from glmq.ranks import Ranks
 from glmq.records import BlockDone, LinearReport, parse_row

@@ -14,7 +14,7 @@ from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import InputGroup
-from glmq.quantization.layer import GroupScheme
+from glmq.quantization.group import GroupScheme
 from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
     Activation,

@@ -16,7 +16,8 @@ from glmq.numerics.int8_linear import run_linear
 from glmq.numerics.metrics import relative_l2
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import mean_rule_bits, solve_bits
-from glmq.quantization.layer import NO_FOLD, FloatLinear, GroupResult, GroupScheme, RowFold, quantize_group, rate_curves
+from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, RowFold
+from glmq.quantization.layer import GroupResult, quantize_group, rate_curves
 from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
 
 K = 128

@@ -6,7 +6,6 @@ import pytest
 from glmq.errors import UsageError
 from glmq.model.config import ModelConfig, read_config
 from glmq.quantization.recipe import LayerRule, Options, Recipe, count_matches, make_recipe, plan_groups
-from glmq.quantization.targets import ENGINES, Target
 from glmq.spec import ActRange, FloatDtype, Form, Method, QuantType, Smoothing, StepRule
 
 FP16 = {"torch_dtype": "fp16"}
@@ -245,14 +244,6 @@ def test_options_without_effect_are_refused(options: dict[str, object], sentence
 )
 def test_what_the_target_does_not_load_is_refused_with_its_reason(options: dict[str, object], sentence: str) -> None:
     assert refusal(**options) == sentence
-
-
-@pytest.mark.parametrize("target", list(Target))
-def test_every_engine_says_yes_or_why_not_to_every_type(target: Target) -> None:
-    written = set(QuantType) - {QuantType.FLOAT, QuantType.W8A8SC}
-    engine = ENGINES[target]
-    assert set(engine.dtypes) | set(engine.refusals) == written
-    assert not set(engine.dtypes) & set(engine.refusals)
 
 
 def test_by_default_only_attention_and_gate_up_of_the_text_layers_are_quantized(config: ModelConfig) -> None:

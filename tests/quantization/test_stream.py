@@ -16,7 +16,8 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import FAMILY, read_config
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
-from glmq.quantization.layer import FloatLinear, GroupResult, quantize_group
+from glmq.quantization.group import FloatLinear
+from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.measure import rate_checkpoint
 from glmq.quantization.output import plan_output
 from glmq.quantization.passes import QuantizationRun

@@ -81,7 +81,7 @@ def test_without_aliases_vllm_misses_its_packed_linears(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "target", "expected"),
+    ("edit", "engine", "expected"),
     [
         (lambda f: (f / DESCRIPTION).unlink(), Engine.MINDIE,
          ": {folder}: has int8 tensors but no quant_model_description.json; engines take it for float"),

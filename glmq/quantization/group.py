@@ -1,0 +1,162 @@
+"""What the linears of one input share: their scheme, channel scales, activation range, and factor for compensation.
+
+Pure on tensors: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from glmq.numerics import affine, lowbit, ranges
+from glmq.numerics.hessian import Factor, factor_inputs
+from glmq.numerics.int8_linear import quantize_input
+from glmq.numerics.moments import InputStats
+from glmq.numerics.smooth import choose_scales, fold_scales
+from glmq.records import ActivationQParams
+from glmq.spec import Activation, ActRange, FloatDtype, Method, Smoothing, WeightScheme, assert_never
+
+MIN_MAX: Final = "min-max"
+HISTOGRAM: Final = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class FloatLinear:
+    """One linear as the float checkpoint has it."""
+
+    name: str
+    weight: Tensor
+    """float32 [N, K]."""
+    bias: Tensor | None
+    """float32 [N], or None."""
+    divisor: Tensor | None = None
+    """float32 [N, 1], powers of two: what its rows absorb for a later input. Only the stored tensors are divided by it; all
+    choices and numbers are of the undivided rows, which say how much each of them counts."""
+
+    def divided(self, rows: Tensor) -> Tensor:
+        """[N, ...] by row."""
+        return rows if self.divisor is None else rows / self.divisor.reshape(-1, *[1] * (rows.dim() - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScheme:
+    """How the linears of one input are quantized."""
+
+    weight: WeightScheme
+    smoothing: Smoothing
+    act_range: ActRange
+    bias_correction: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RowFold:
+    """What rows of an earlier linear absorb for a group without a norm."""
+
+    scales: Tensor | None
+    """float32 [K]: what the input channels come out divided by; None: nothing is folded."""
+    label: str
+    """For the report: how the scales were found, or why there are none."""
+
+
+NO_FOLD: Final = RowFold(None, "none")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedGroup:
+    """What the linears of a group share."""
+
+    norm_weight: Tensor | None
+    scales: Tensor | None
+    label: str
+    activation: ActivationQParams | None
+    input_range: str
+    """How the activation's range was chosen; empty without one."""
+    factor: Factor | None
+    """None: no compensation asked for, or no second moment to do it with."""
+
+
+def prepare_group(
+    linears: Sequence[FloatLinear],
+    stats: InputStats,
+    scheme: GroupScheme,
+    norm_weight: Tensor | None,
+    dtype: FloatDtype,
+    fold: RowFold,
+) -> PreparedGroup:
+    found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
+    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found, fold)
+    scales = smoothed.scales
+    activation: ActivationQParams | None
+    match scheme.weight.quant_type.spec.activation:
+        case Activation.STATIC:
+            weights = [linear.weight for linear in linears]
+            activation, input_range = _activation(weights, stats, scheme, scales, dtype)
+        case Activation.PER_TOKEN | Activation.NONE:
+            activation, input_range = None, ""
+        case other:
+            assert_never(other)
+    if found is not None and scales is not None:
+        found = found.scaled(1 / scales)
+    return PreparedGroup(smoothed.norm_weight, scales, smoothed.label, activation, input_range, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Smoothed:
+    """A group's channel scales, folded into what is in front of it."""
+
+    norm_weight: Tensor | None
+    scales: Tensor | None
+    label: str
+
+
+def _smooth(
+    linears: Sequence[FloatLinear],
+    stats: InputStats,
+    scheme: GroupScheme,
+    norm_weight: Tensor | None,
+    dtype: FloatDtype,
+    factor: Factor | None,
+    fold: RowFold,
+) -> _Smoothed:
+    """Choose the channel scales and fold them into the norm, if there is one and smoothing is on."""
+    if norm_weight is None:
+        return _Smoothed(None, fold.scales, fold.label)
+    if scheme.smoothing is Smoothing.NONE:
+        return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none")
+    # With 8-bit weights the noise of the activations counts as much, and that cannot be compensated.
+    few_bits = scheme.weight.quant_type.spec.weight_bits < 8
+    variance = stats.square_mean if factor is None or not few_bits else factor.by_column()
+    weights = [linear.weight for linear in linears]
+    choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
+    new_norm, scales = fold_scales(norm_weight, choice.scales, dtype)
+    label = f"{choice.label}, {float(scales.min()):.2g} to {float(scales.max()):.2g}"
+    return _Smoothed(new_norm, scales, label)
+
+
+def _activation(
+    weights: Sequence[Tensor], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, dtype: FloatDtype
+) -> tuple[ActivationQParams, str]:
+    """The one activation scale and offset that all linears of the group share, and how its range was chosen."""
+    extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
+    if scheme.act_range is ActRange.MINMAX:
+        return extremes, MIN_MAX
+    energy = torch.stack([lowbit.column_energy(w) for w in weights]).sum(0)
+    scaled_energy = energy if scales is None else energy * scales.square()
+    low, high = ranges.histogram_range(stats, scales, scaled_energy)
+    if scheme.act_range is ActRange.MIXED:
+        sample = stats.sample if scales is None else stats.sample / scales
+        optimal = affine.activation_qparams(low, high, dtype=dtype)
+        if _input_loss(sample, extremes, weights, scales) < _input_loss(sample, optimal, weights, scales):
+            return extremes, MIN_MAX
+    return affine.activation_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype), HISTOGRAM
+
+
+def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:
+    """Squared output error on the token sample that quantizing only the input causes."""
+    error = (quantize_input(sample, params).float() - params.offset) * params.scale - sample
+    unscaled = error if scales is None else error * scales
+    return sum(float((unscaled @ w.T).square().sum()) for w in weights)

@@ -1,0 +1,93 @@
+"""One quantized linear measured against its float original: a row of the error table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glmq.numerics import affine, lowbit, metrics, ranges
+from glmq.numerics.int8_linear import fold_bias, run_linear
+from glmq.numerics.lowbit import row_chunks
+from glmq.numerics.moments import InputStats
+from glmq.numerics.w4a8 import expand_steps
+from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup
+from glmq.records import LinearReport, QuantizedLinear
+from glmq.spec import INT4, Method
+
+
+def report_linear(
+    linear: FloatLinear,
+    weight: Tensor,
+    result: QuantizedLinear,
+    stats: InputStats,
+    scheme: GroupScheme,
+    group: PreparedGroup,
+    method: Method,
+    seconds: float,
+) -> LinearReport:
+    """Measure one quantized linear against its float original."""
+    counts = metrics.count_int8(result.weight)
+    total = max(1, result.weight.numel())
+    values = torch.arange(-128, 128)
+    times = torch.ones(()).expand(weight.shape[0], 1) if linear.divisor is None else linear.divisor
+    noise = signal = 0.0
+    saturated = 0
+    grid = INT4 if result.weight_scale_second is not None else lowbit.grid_of(scheme.weight)
+    for rows in row_chunks(weight):
+        step = _steps_of(result, rows, scheme.weight.group_size) * times[rows]
+        error = result.weight[rows].float().mul_(step).sub_(weight[rows])
+        noise += error.square().sum().item()
+        signal += weight[rows].square().sum().item()
+        saturated += int(
+            (weight[rows] > (grid.qmax + 0.5) * step).sum() + (weight[rows] < (grid.qmin - 0.5) * step).sum()
+        )
+    sample = stats.sample if group.scales is None else stats.sample / group.scales
+    low = high = clipped = 0.0
+    shift = 0
+    if result.activation is not None:
+        shift = _bias_shift(result) if scheme.bias_correction else 0
+        low, high = affine.covered_range(result.activation)
+        reach = result.activation.scale / 2  # a value half a step outside still rounds to the last integer
+        clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach)
+    y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
+    output_error = metrics.relative_l2(run_linear(sample, result) * times[:, 0], y)
+    return LinearReport(
+        name=linear.name,
+        quant_type=result.quant_type,
+        rows=weight.shape[0],
+        cols=weight.shape[1],
+        method=method.value,
+        step_min=float(result.weight_scale.min()),
+        step_max=float(result.weight_scale.max()),
+        entropy_bits=metrics.entropy_bits(counts),
+        outlier_share=counts[values.abs() > lowbit.BULK].sum().item() / total,
+        zero_share=counts[128].item() / total,
+        saturated=saturated,
+        weight_error=(noise / signal) ** 0.5 if signal else 0.0,
+        output_error=output_error,
+        sqnr_db=metrics.sqnr_db(output_error),
+        input_low=low,
+        input_high=high,
+        input_range=group.input_range,
+        clipped_share=clipped,
+        bias_shift=shift,
+        smoothing=group.label,
+        seconds=seconds,
+    )
+
+
+def _bias_shift(result: QuantizedLinear) -> int:
+    """How far the farthest entry of quant_bias is from the one that the bias and the offset alone would give."""
+    assert result.activation is not None
+    assert result.quant_bias is not None
+    assert result.deq_scale is not None
+    plain = fold_bias(result.weight, result.bias, result.deq_scale, result.activation.offset)
+    return int((result.quant_bias.long() - plain.long()).abs().max())
+
+
+def _steps_of(result: QuantizedLinear, rows: slice, group_size: int) -> Tensor:
+    """The step of every weight of some rows: [n, 1], or [n, K] for two-stage types."""
+    step = result.weight_scale[rows]
+    if result.weight_scale_second is None:
+        return step
+    return expand_steps(step, result.weight_scale_second[rows], group_size)

@@ -1,0 +1,31 @@
+import pytest
+
+from glmq.engines import ENGINES, Chip, Engine, Place
+from glmq.spec import FloatDtype, QuantType
+
+WRITTEN = {quant_type for quant_type in QuantType if quant_type.spec.suffixes}
+
+
+@pytest.mark.parametrize("engine", Engine)
+def test_every_engine_says_yes_or_why_not_to_every_type_on_every_chip(engine: Engine) -> None:
+    assert set(ENGINES[engine].chips) == set(Chip)
+    for support in ENGINES[engine].chips.values():
+        loaded = {quant_type for quant_type in support.dtypes if quant_type in WRITTEN}
+        assert loaded | set(support.refusals) == WRITTEN
+        assert not loaded & set(support.refusals)
+
+
+def test_sparse_types_are_float16_on_the_300i_duo_only() -> None:
+    for engine in Engine:
+        for quant_type in (QuantType.W8A8S, QuantType.W8A8SC):
+            assert engine.spec.chips_for(quant_type) == (Chip.DUO_300I,)
+            assert Place(engine, None).dtypes(quant_type) == (FloatDtype.FP16,)
+
+
+def test_a_place_without_a_chip_is_any_of_them() -> None:
+    anywhere = Place(Engine.MINDIE, None)
+    assert anywhere.dtypes(QuantType.W8A8) == (FloatDtype.BF16, FloatDtype.FP16)
+    assert Place(Engine.MINDIE, Chip.DUO_300I).dtypes(QuantType.W8A8) == (FloatDtype.FP16,)
+    assert anywhere.types() == (QuantType.W8A8, QuantType.W8A8_DYNAMIC, QuantType.W8A8S)
+    assert anywhere.dtypes(QuantType.W4A8_DYNAMIC) == ()
+    assert anywhere.why_not(QuantType.W4A8_DYNAMIC) == "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
