@@ -1,3 +1,5 @@
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -57,6 +59,36 @@ def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(tmp_pat
     found = [match[1] for line in lines if (match := refused.match(line))]
     assert Counter(found) == PLACES
     assert [line for line in lines if ": error:" in line and not refused.match(line)] == []
+
+
+@pytest.mark.slow
+def test_a_type_with_float_activations_is_one_row(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    """A copy of the package gets W8A16, which then may be asked for by layer."""
+    shutil.copytree(PACKAGE, tmp_path / "glmq", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", tmp_path)
+    spec = tmp_path / "glmq/spec.py"
+    text = spec.read_text(encoding="utf-8")
+    member, row = '    W8A8SC = "W8A8SC"\n', "    QuantType.W8A8SC: TypeSpec("
+    assert text.count(member) == text.count(row) == 1
+    text = text.replace(member, f'{member}    W8A16 = "W8A16"\n')
+    added = "    QuantType.W8A16: TypeSpec(8, Activation.NONE, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True),\n"
+    spec.write_text(text.replace(row, added + row), encoding="utf-8")
+    assert run_mypy(tmp_path) == ""
+    done = subprocess.run(
+        [sys.executable, "-m", "glmq", "quantize", "--model_path", small, "--stats", small_stats,
+         "--save_directory", tmp_path / "out", "--layer", "*.gate_up_proj=W8A16", "--json"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rows = {row["name"]: row for row in json.loads(done.stdout)["linears"]}
+    gate_up = rows["model.language_model.layers.0.mlp.gate_up_proj"]
+    assert (gate_up["quant_type"], gate_up["input_range"]) == ("W8A16", "")
+    assert 0 < gate_up["output_error"] < gate_up["weight_error"] * 2 < 0.03
+    described = json.loads((tmp_path / "out/quant_model_description.json").read_text())
+    prefix = "model.language_model.layers.0.mlp.gate_up_proj."
+    own = sorted(
+        name.removeprefix(prefix) for name, value in described.items() if name.startswith(prefix) and value == "W8A16"
+    )
+    assert own == ["weight", "weight_offset", "weight_scale"]
 
 
 def test_every_type_has_its_row() -> None:

@@ -16,13 +16,16 @@ from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import INT4, INT8, Activation, FloatDtype, Form, QuantType, assert_never
+from glmq.spec import INT4, INT8, TYPES, Activation, FloatDtype, Form, QuantType, assert_never
 
 TORCH_DTYPES: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfloat16}
 CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
 
 SCALE_BIAS_CHUNKS: Final = 16
 """Columns of a row-parallel scale_bias: one a rank at the largest tensor-parallel size; smaller ones add neighbours."""
+
+_TELLING: Final = frozenset({"deq_scale", "weight_scale", "weight_scale_second"})
+"""The tensors by which a linear's type is told."""
 
 _ROWS_AT_ONCE: Final = 1024
 """Rows that are widened to float64 together; 13696 columns make 112 MB."""
@@ -293,18 +296,15 @@ def _decode_steps(
 
 
 def _type_of(name: str, checkpoint: Checkpoint) -> QuantType:
-    def has(suffix: str) -> bool:
-        return f"{name}.{suffix}" in checkpoint
-
-    if has("index"):
+    """The one type whose linears have these scales."""
+    if f"{name}.index" in checkpoint:
         raise CheckpointError(f"{name}: is compressed (W8A8SC); decompress the checkpoint first")
-    if has("weight_scale_second"):
-        return QuantType.W4A8_DYNAMIC
-    if has("deq_scale"):
-        return QuantType.W8A8 if has("weight_scale") else QuantType.W8A8S
-    if has("weight_scale"):
-        return QuantType.W8A8_DYNAMIC
-    raise CheckpointError(f"{name}: is not a quantized linear, it has neither deq_scale nor weight_scale")
+    found = {suffix for suffix in _TELLING if f"{name}.{suffix}" in checkpoint}
+    fitting = [t for t, spec in TYPES.items() if spec.suffixes and found == _TELLING & set(spec.suffixes)]
+    if len(fitting) != 1:
+        listed = ", ".join(sorted(found)) or "neither deq_scale nor weight_scale"
+        raise CheckpointError(f"{name}: is not a quantized linear of a known type, it has {listed}")
+    return fitting[0]
 
 
 def decode_deq_scale(name: str, stored: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from glmq.engines import Engine, Place
 from glmq.model.config import FAMILY
 from glmq.records import PassTime
 from glmq.spec import Activation, QuantType, assert_never
@@ -258,20 +259,18 @@ def show_quantization(result: QuantizationResult, *, verbose: bool) -> None:
 
 def next_steps(folder: Path, recipe: Recipe) -> list[str]:
     """The exact next command for a fresh checkpoint, and which engine takes it."""
-    match recipe.quant_type:
-        case QuantType.W8A8S:
-            return [
-                "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
-                f"  glmq compress --model_path {quote(str(folder))} --save_directory {quote(f'{folder}-sc')} --tp 1",
-            ]
-        case QuantType.W4A8_DYNAMIC:
-            return [
-                "Note: no current dense engine loads W4A8_DYNAMIC for GLM-4.1V (MindIE refuses it, vLLM-Ascend has it for "
-                "mixtures of experts only)."
-            ]
-        case _:
-            return [
-                f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder} "
-                "in conf/config.json of mindie-service, then start mindieservice_daemon. "
-                "The speed-up needs the NPU engine."
-            ]
+    quant_type = recipe.quant_type
+    if quant_type.spec.is_sparse:
+        return [
+            "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
+            f"  glmq compress --model_path {quote(str(folder))} --save_directory {quote(f'{folder}-sc')} --tp 1",
+        ]
+    places = [Place(engine, None) for engine in Engine]
+    if not any(place.dtypes(quant_type) for place in places):
+        why = "; ".join(place.why_not(quant_type) for place in places)
+        return [f"Note: no current engine loads {quant_type.value} for GLM-4.1V ({why})."]
+    return [
+        f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder} "
+        "in conf/config.json of mindie-service, then start mindieservice_daemon. "
+        "The speed-up needs the NPU engine."
+    ]

@@ -300,7 +300,10 @@ def test_tensors_that_contradict_each_other_are_not_decoded(tmp_path: Path) -> N
     good = encode(make_linear(QuantType.W8A8S))
     weight = good["weight"]
     assert decode_refusal(tmp_path, {"weight": weight.float()}) == (
-        ": is not a quantized linear, it has neither deq_scale nor weight_scale"
+        ": is not a quantized linear of a known type, it has neither deq_scale nor weight_scale"
+    )
+    assert decode_refusal(tmp_path, good | {"weight_scale_second": torch.ones(1, 1)}) == (
+        ": is not a quantized linear of a known type, it has deq_scale, weight_scale_second"
     )
     assert decode_refusal(tmp_path, good | {"index": weight.clone()}) == (
         ": is compressed (W8A8SC); decompress the checkpoint first"
