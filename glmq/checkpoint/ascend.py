@@ -1,4 +1,4 @@
-"""The tensors that stand for one quantized linear or one norm on disk: names, shapes, dtypes, and the way to and fro.
+"""The tensors in which one quantized linear or one norm is stored: names, shapes, dtypes, encoding and decoding.
 
 The engines' kernels compute y = (xq . q + quant_bias) * deq_scale for the static types; a float16 model stores
 deq_scale as the bits of the float32 number in an int64, a bfloat16 model as float32.
@@ -22,7 +22,8 @@ TORCH_DTYPES: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bf
 CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
 
 SCALE_BIAS_CHUNKS: Final = 16
-"""Columns of a row-parallel scale_bias: one a rank at the largest tensor-parallel size; smaller ones add neighbours."""
+"""Columns of a row-parallel scale_bias: one per rank at the largest tensor-parallel size. At smaller sizes a rank adds the
+columns that belong to its share of the input."""
 
 _TELLING: Final = frozenset({"deq_scale", "weight_scale", "weight_scale_second"})
 """The tensors by which a linear's type is told."""
@@ -55,7 +56,7 @@ def linear_specs(
     form: Form,
     row_parallel: bool,
 ) -> list[TensorSpec]:
-    """What `encode_linear` will return for this linear.
+    """Names, dtypes and shapes of the tensors that `encode_linear` returns for such a linear.
 
     Args:
         name: of the linear, without `.weight`.
@@ -222,7 +223,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def _scale_bias(q: Tensor, scale: Tensor, second: Tensor, *, row_parallel: bool) -> Tensor:
-    """8 * sum over input columns of q * bf16(second) * bf16(scale): what the kernel's shift of int4 to unsigned adds.
+    """8 * sum over input columns of q * bf16(second) * bf16(scale): kernels shift int4 values by 8 to make them unsigned.
 
     The sum runs over all columns, or over each of 16 equal pieces of them for a row-parallel linear. It is computed in
     float64, where it is exact, and rounded once.
@@ -339,7 +340,7 @@ def _decode_activation(name: str, checkpoint: Checkpoint) -> ActivationQParams:
 
 
 def norm_specs(name: str, width: int, *, dtype: FloatDtype, form: Form) -> list[TensorSpec]:
-    """What `encode_norm` will return for the RMSNorm `name` of `width` channels."""
+    """Names, dtypes and shapes of the tensors that `encode_norm` returns for the RMSNorm `name` of `width` channels."""
     owners = (name, f"{name}.module") if form is Form.MINDIE else (name,)
     return [
         TensorSpec(f"{owner}.{suffix}", code, (width,))
@@ -366,7 +367,7 @@ def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, form: Form) -> 
 
 
 def _to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
-    """`tensor` in `dtype`, rounded half to even; refuses what becomes infinite or was not a number before."""
+    """`tensor` in `dtype`, rounded half to even. Raises CheckpointError if the result holds infinity or NaN."""
     stored = tensor.to(TORCH_DTYPES[dtype])
     if not bool(stored.isfinite().all()):
         worst = float(tensor.abs().max())

@@ -1,9 +1,9 @@
-"""Smoothing of inputs without a norm: which rows of an earlier linear absorb their scales, and which scales.
+"""Smoothing of inputs without a norm: rows of an earlier linear are divided by the scales of the channels that they make.
 
     o_proj(p v_proj(x)) and down_proj(silu(gate) * up(x)):   what divides a row of v or up divides its channels.
 
-The rows are written before the linears that read them, so both sides ask here; the answer depends on the float weights,
-the statistics and the recipe alone, so both get the same one.
+The rows are written before the linears that read them, so the scales are computed twice, once for each side. They depend
+on the float weights, the statistics and the recipe alone, so both times they are the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from glmq.spec import Smoothing
 def fold_into_rows(
     source: Checkpoint, statistics: Statistics, recipe: Recipe, groups: Mapping[str, GroupPlan], group: InputGroup
 ) -> RowFold:
-    """What the rows of an earlier linear absorb for `group`, which is quantized.
+    """The scales of the input of `group`, which is quantized, if rows of an earlier linear can be divided by them.
 
     Raises:
         CheckpointError: a weight with NaN or infinity.
@@ -49,7 +49,7 @@ def fold_into_rows(
 def row_divisors(
     source: Checkpoint, statistics: Statistics, recipe: Recipe, groups: Mapping[str, GroupPlan], group: InputGroup
 ) -> dict[str, Tensor]:
-    """What the rows of the linears of `group` absorb for later inputs: float32 [N, 1] each, by linear."""
+    """What the rows of the linears of `group` are divided by for later inputs: float32 [N, 1], by linear; absent: nothing."""
     divisors: dict[str, Tensor] = {}
     shapes = {linear.name: linear for linear in group.linears}
     for plan in groups.values():

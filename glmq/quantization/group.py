@@ -34,11 +34,14 @@ class FloatLinear:
     bias: Tensor | None
     """float32 [N], or None."""
     divisor: Tensor | None = None
-    """float32 [N, 1], powers of two: what its rows absorb for a later input. Only the stored tensors are divided by it; all
-    choices and numbers are of the undivided rows, which say how much each of them counts."""
+    """float32 [N, 1], powers of two: the smoothing scales of a later input whose channels these rows make (fold.py).
+
+    Only the stored tensors are divided by it. Choices and measurements use the undivided rows: their magnitudes say how much
+    each row counts.
+    """
 
     def divided(self, rows: Tensor) -> Tensor:
-        """[N, ...] by row."""
+        """`rows`, [N, ...], each divided by its divisor."""
         return rows if self.divisor is None else rows / self.divisor.reshape(-1, *[1] * (rows.dim() - 1))
 
 
@@ -54,10 +57,10 @@ class GroupScheme:
 
 @dataclass(frozen=True, slots=True)
 class RowFold:
-    """What rows of an earlier linear absorb for a group without a norm."""
+    """Smoothing of an input without a norm: rows of an earlier linear are divided by the scales of the channels they make."""
 
     scales: Tensor | None
-    """float32 [K]: what the input channels come out divided by; None: nothing is folded."""
+    """float32 [K], by input channel; None: the input is not smoothed."""
     label: str
     """For the report: how the scales were found, or why there are none."""
 
@@ -67,12 +70,16 @@ NO_FOLD: Final = RowFold(None, "none")
 
 @dataclass(frozen=True, slots=True)
 class PreparedGroup:
-    """What the linears of a group share."""
+    """What the linears of a group share: all that is chosen before any weight is rounded."""
 
     norm_weight: Tensor | None
+    """[K] in the storage dtype, divided by the scales; None where the group has no norm."""
     scales: Tensor | None
+    """float32 [K]: the input channels are divided by these, the weights' columns multiplied; None without smoothing."""
     label: str
+    """How the scales were found, for the report."""
     activation: ActivationQParams | None
+    """Of types with a stored activation range."""
     input_range: str
     """How the activation's range was chosen; empty without one."""
     factor: Factor | None
@@ -87,6 +94,19 @@ def prepare_group(
     dtype: FloatDtype,
     fold: RowFold,
 ) -> PreparedGroup:
+    """Choose the channel scales, the activation's range, and decompose the input's second moment if errors are compensated.
+
+    Args:
+        linears: one or more, all [N_i, K].
+        stats: calibration statistics of their input, [K].
+        scheme: how they are quantized.
+        norm_weight: [K], of the RMSNorm in front, or None.
+        dtype: of the checkpoint to be written.
+        fold: of a group without a norm.
+
+    Raises:
+        StatisticsError: a second moment that is not positive definite.
+    """
     found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
     smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found, fold)
     scales = smoothed.scales
@@ -106,7 +126,7 @@ def prepare_group(
 
 @dataclass(frozen=True, slots=True)
 class _Smoothed:
-    """A group's channel scales, folded into what is in front of it."""
+    """Channel scales and the norm that was divided by them; fields as in PreparedGroup."""
 
     norm_weight: Tensor | None
     scales: Tensor | None
@@ -140,7 +160,7 @@ def _smooth(
 def _activation(
     weights: Sequence[Tensor], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, dtype: FloatDtype
 ) -> tuple[ActivationQParams, str]:
-    """The one activation scale and offset that all linears of the group share, and how its range was chosen."""
+    """The activation scale and offset that all linears of the group share, and how the range was chosen (for the report)."""
     extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
     if scheme.act_range is ActRange.MINMAX:
         return extremes, MIN_MAX

@@ -27,7 +27,7 @@ from glmq.records import ActivationQParams, LinearReport, QuantizedLinear, Stage
 from glmq.spec import INT8, FloatDtype, Method, WeightScheme
 
 LARGEST_BIAS = float(2**30)
-"""A bias folds into at most 2^30 output steps; the integer sums need the rest of int32."""
+"""Largest bias, in output steps (deq_scale), that goes into quant_bias: the integer sums need the rest of int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,12 @@ def quantize_group(
         linears: one or more, all [N_i, K].
         stats: calibration statistics of their input, [K].
         scheme: how.
-        norm_weight: [K], the RMSNorm in front, which absorbs channel scales; None: `fold` says what else does.
+        norm_weight: [K], of the RMSNorm in front, which is divided by the channel scales; None: `fold` has the scales.
         dtype: of the checkpoint to be written.
         fold: of a group without a norm (o_proj, down_proj).
-        bits: entropy that each linear may have, bits per weight; for sparse types from `solve_bits` over the whole
-            model. None: plain and reference methods and other types follow the scheme's step rule, the compensated
-            method divides what the rule spends on this group.
+        bits: entropy that the integers of each linear may have, bits per weight, from `spread_bits` over the whole model.
+            None: no limit for types that are not sparse. Sparse linears then get the steps of the scheme's rule with the
+            plain and reference methods, and with the compensated method share what the rule would spend on this group.
 
     Raises:
         StatisticsError: a second moment that is not positive definite.
@@ -107,7 +107,7 @@ def _round(
     method: Method,
     bits: Sequence[float] | None,
 ) -> list[Integers]:
-    """Integers and steps of the smoothed weights, with the divisors of their rows in the steps."""
+    """Integers and steps of the smoothed weights; the steps are divided by the rows' divisors, the integers stay."""
     if bits is None or not scheme.quant_type.spec.is_sparse:
         jobs = [
             WeightJob(linear.divided(weight), scheme, dtype, factor, limit)
@@ -137,7 +137,7 @@ def rate_curves(
 def _curves(
     linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, group: PreparedGroup
 ) -> list[RateCurve]:
-    """Curves of a group's linears."""
+    """The rate curve of each linear of a prepared group."""
     scales = group.scales
     mean_square = stats.square_mean if scales is None else stats.square_mean / scales.square()
     cost = mean_square if group.factor is None else group.factor.by_column()
@@ -162,7 +162,10 @@ def _assemble(
     scheme: GroupScheme,
     group: PreparedGroup,
 ) -> QuantizedLinear:
-    """Put integers, steps and biases together; deq_scale in float32, quant_bias within int32."""
+    """Compute deq_scale and quant_bias, where the type has them, and put all parts of the linear together.
+
+    `weight` is what the integers stand for: smoothed, and divided by the rows' divisors.
+    """
     deq_scale = quant_bias = None
     own_bias = None if linear.bias is None else linear.divided(linear.bias)
     if group.activation is not None:
@@ -186,7 +189,7 @@ def _assemble(
 
 
 def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor | None, activation: ActivationQParams) -> Integers:
-    """Widen the steps of rows so quiet that their bias would leave int32, and round these rows anew."""
+    """Widen the steps of rows with such small weights that their bias, in output steps, would exceed int32; round them anew."""
     if bias is None:
         return integers
     least = (bias.abs() / (LARGEST_BIAS * activation.scale))[:, None]
@@ -199,7 +202,7 @@ def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor | None, activat
 
 
 def _mean_error(weight: Tensor, integers: Integers, mean: Tensor) -> Tensor:
-    """(weight - q * step) mean: what the mean output lacks, float32 [N]."""
+    """The mean output that is lost: (weight - q * step) times the mean input. float32 [N]."""
     parts = [
         weight[rows] @ mean - (integers.q[rows].float() @ mean) * integers.step[rows, 0] for rows in row_chunks(weight)
     ]

@@ -47,7 +47,7 @@ class Integers:
 
 @dataclass(frozen=True, slots=True)
 class WeightJob:
-    """One weight to be rounded, and what the rounding may look at."""
+    """One weight to round, with everything that its rounding depends on."""
 
     weight: Tensor
     """float32 [N, K], after smoothing."""
@@ -61,7 +61,7 @@ class WeightJob:
 
 
 def plain(job: WeightJob) -> Integers:
-    """Nearest integers with the rule's step, repaired so that nothing is lost."""
+    """Nearest integers with the rule's step, widened where it would cut a weight (`safe_steps`)."""
     if job.scheme.quant_type.spec.two_stage:
         return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
     step = _storable(lowbit.safe_steps(job.weight, job.scheme), job)
@@ -86,9 +86,9 @@ def compensated(job: WeightJob) -> Integers:
 
 
 def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
-    """What steps are multiplied by so that the integers have no more than the job's bits: 1 where they have not.
+    """The factor by which steps must grow for the integers to have at most the job's bits; 1 if they have so already.
 
-    A doubled step costs about one bit. Measured on some rows.
+    A doubled step saves about one bit. Measured on some of the rows.
 
     Args:
         job: the weight and its bits.
@@ -110,7 +110,7 @@ def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
 
 
 def reference(job: WeightJob) -> Integers:
-    """The integers that the vendor's tool writes, saturation and all."""
+    """The integers that the vendor's tool writes, which cuts what lies beyond the grid."""
     spec = job.scheme.quant_type.spec
     if spec.two_stage:
         return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
@@ -135,7 +135,7 @@ def _nearest_on(weight: Tensor, step: Tensor, grid: IntGrid) -> Tensor:
 
 
 def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor | None) -> list[Integers]:
-    """Sparse integers of the linears of one group: balanced steps, as fine as the wanted entropies allow.
+    """Integers of the sparse linears of one group, with balanced steps (rate.py) as fine as the given entropies allow.
 
     The steps are found on some of the rows, then all rows are rounded; a linear that needs more bits than its sample did
     gets a wider step. The linears are rounded together: their rows do not see each other, and one pass costs less than three.

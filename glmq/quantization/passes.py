@@ -28,7 +28,7 @@ from glmq.records import BlockDone, LinearReport, parse_row
 
 @dataclass(frozen=True, slots=True)
 class QuantizationRun:
-    """What all passes over the weights share: what they read, and where they note what is done."""
+    """What all passes over the weights share: what they read, and the journal of the blocks that are done."""
 
     source: Checkpoint
     config: ModelConfig
@@ -101,7 +101,16 @@ def read_group(
     group: InputGroup,
     clock: Stopwatch,
 ) -> tuple[list[FloatLinear], Tensor | None, InputStats, RowFold]:
-    """The float weights of a group with what their rows absorb for later inputs; its norm's; its input; its own fold."""
+    """Read what quantizing a group needs.
+
+    Returns:
+        The float linears with the divisors of their rows; the norm's weight, or None without a norm; the statistics of the
+        input; and the scales of an input without a norm.
+
+    Raises:
+        CheckpointError: a weight with NaN or infinity.
+        StatisticsError: the statistics lack the input.
+    """
     with clock.stage("read"):
         # First, so that the weights of only one group are in memory at a time.
         divisors = row_divisors(source, statistics, recipe, groups, group)

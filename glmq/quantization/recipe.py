@@ -38,7 +38,10 @@ DEFAULT_SIGMA_FACTOR: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The mission's parameters of quantization, as given."""
+    """How to quantize, in the options of `glmq quantize`, not yet checked.
+
+    Names are those of the vendor's `quant_glm41v.py` where that has the option.
+    """
 
     w_bit: int = 8
     a_bit: int = 8
@@ -76,7 +79,7 @@ class LayerRule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What quantize does to a checkpoint."""
+    """The checked settings of a quantization: the type, how weights and activations are treated, and which linears differ."""
 
     quant_type: QuantType
     """Of the model; linears may have another by rule."""
@@ -86,10 +89,11 @@ class Recipe:
     form: Form
     rules: tuple[LayerRule, ...]
     group_size: int
-    """Of W4A8_DYNAMIC linears."""
+    """Of two-stage linears: input columns per second-stage scale."""
     target: Target
     target_bits: float | None
-    """Mean entropy of the sparse linears' integers, bits per weight; None: the flags' rule decides."""
+    """Mean entropy of the sparse linears' integers, in other types the most of each linear's, in bits per weight; None: the
+    step rule of the flags decides."""
 
     @classmethod
     def w8a8(cls, *, dtype: str = "bf16") -> Recipe:
@@ -151,7 +155,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class GroupPlan:
-    """One norm group and what becomes of it."""
+    """One input group and the type that its linears get."""
 
     group: InputGroup
     quant_type: QuantType

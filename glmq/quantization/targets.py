@@ -17,7 +17,7 @@ class Target(Enum):
     MINDIE_800I_A2 = "mindie-800i-a2"
     VLLM_ASCEND = "vllm-ascend"
     GENERIC = "generic"
-    """Not known yet: only what no engine could load in any dtype's place is refused."""
+    """Not known yet: a type is refused only in a dtype in which no engine loads it, though some load the type."""
 
     @property
     def place(self) -> Place | None:
