@@ -1,4 +1,4 @@
-"""Watching linear inputs while a block is replayed, here and on the other ranks."""
+"""Statistics of the linears' inputs, collected by hooks while a block is replayed, over all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from glmq.ranks import Ranks
 class Watch:
     """Collects the inputs of one block's linears, sample by sample.
 
-    All ranks take turns together: while one sees a sample, the others see theirs or stand by.
+    Every rank makes the same number of calls for a site: `observe` for each sample of its own, and `skip_turn` where it has
+    no sample and another rank has one, because each call exchanges tensors between all ranks.
 
     Args:
         block: its groups are run in this order.
@@ -46,7 +47,7 @@ class Watch:
 
     @contextmanager
     def hooked(self, model: StreamedModel) -> Iterator[None]:
-        """See the inputs that the model computes while the context lasts."""
+        """Observe the inputs of the block's linears in every forward pass inside the context."""
         handles = [
             model.module(group.site).register_forward_pre_hook(_Hook(self, group.site)) for group in self._block.groups
         ]
@@ -57,22 +58,23 @@ class Watch:
                 handle.remove()
 
     def observe(self, site: str, x: Tensor) -> None:
-        """Take the input of one sample. x [..., K]."""
+        """Add the input that the linears of `site` get for this rank's next sample: `x`, [..., K]."""
         with self._clock.stage("statistics"):
             x = x.reshape(-1, x.shape[-1])
-            look = self._accumulators[site].observe(x, keep_rows=self._keep_rows)
+            observed = self._accumulators[site].observe(x, keep_rows=self._keep_rows)
             self._halfway[site].observe(self._index(site, self._ranks.place.rank), x)
-            self._add(site, look)
+            self._accumulate(site, observed)
 
     def skip_turn(self) -> None:
-        """This rank has no sample in this turn; another may have one."""
+        """Take part in a turn in which this rank has no sample."""
         for group in self._block.groups:
-            self._add(group.site, [])
+            self._accumulate(group.site, [])
 
     def finish(self) -> list[tuple[InputStats, Convergence | None]]:
-        """The statistics of the inputs that were seen, in the order of the groups, and how far they have settled.
+        """The statistics of the inputs that were observed, and how far they have settled, in the order of the groups.
 
-        On rank 0; others return nothing.
+        Returns:
+            On rank 0 one pair for each input that got a token; an empty list on the others.
 
         Raises:
             OtherRankError, LostRanksError: another rank stopped.
@@ -89,15 +91,16 @@ class Watch:
                     finished.append((accumulator.finish(), settled))
         return finished
 
-    def _add(self, site: str, look: list[Tensor]) -> None:
-        for rank, theirs in enumerate(self._ranks.all_gather_tensors(look)):
+    def _accumulate(self, site: str, observed: list[Tensor]) -> None:
+        """Add what every rank observed in this turn, in the order of the ranks; an empty list is no sample."""
+        for rank, theirs in enumerate(self._ranks.all_gather_tensors(observed)):
             self._halfway[site].accumulate(self._index(site, rank), theirs[0] if theirs else None)
             if theirs:
                 self._clock.count("statistics", flops=self._accumulators[site].accumulate(theirs))
         self._turn[site] += 1
 
     def _index(self, site: str, rank: int) -> int:
-        """Of the sample that a rank has in this turn."""
+        """Index of the sample that a rank has in this turn, in the order of `convergence_order`."""
         return self._turn[site] * self._ranks.place.world + rank
 
 

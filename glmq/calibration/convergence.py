@@ -58,8 +58,8 @@ def convergence_order(samples: Sequence[Sample]) -> tuple[Sample, ...]:
 class Halfway:
     """One input after the first half of the user's samples against the same after all of these.
 
-    The texts that come with glmq come last and do not count: no more of them can be had. Several ranks each keep what their
-    own samples and their own bands of the second moment show; `merge` puts it together on one, with the same result.
+    The texts that come with glmq come last and do not count: no more of them can be had. With several ranks each keeps the
+    extremes of its own samples and its own bands of the second moment; `merge` combines them, with the result of one rank.
 
     Args:
         accumulator: of the input; asked before it is given the next sample.
@@ -78,7 +78,7 @@ class Halfway:
         self._products: dict[int, Tensor] | None = None
 
     def observe(self, index: int, x: Tensor) -> None:
-        """See this rank's own sample `index`, x [T, K]."""
+        """Add the input `x`, [T, K], of this rank's sample `index` to the extremes and counts of its half."""
         if index < self._ends[1]:
             low, high = x.amin(0).float().cpu(), x.amax(0).float().cpu()
             for part in range(int(index >= self._ends[0]), 2):
@@ -87,7 +87,12 @@ class Halfway:
                 self._tokens[part] += x.shape[0]
 
     def accumulate(self, index: int, sums: Tensor | None) -> None:
-        """Sample `index` of any rank is about to be added; float64 [2, K] sums of x and x^2, None where it has none here."""
+        """Add the sums of a sample of any rank, just before the accumulator adds them.
+
+        Args:
+            index: of the sample.
+            sums: float64 [2, K]: sums of x and of x^2 over its tokens; None for a sample that does not reach this input.
+        """
         half, end = self._ends
         if index == half < end:
             self._bands = {start: band.clone() for start, band in _bands_of(self._accumulator).items()}
@@ -98,7 +103,8 @@ class Halfway:
                 self._sums[part] += sums[1]
 
     def state(self) -> list[Tensor]:
-        """What `merge` takes: tokens, extremes, sums, first rows of the bands, their products."""
+        """This rank's share for `merge`: tokens [2], minima and maxima [2, K], sums of squares [2, K], the first rows of its
+        bands [B], and their products [B, 3]."""
         products = self._multiply()
         rows = torch.tensor(list(products), dtype=torch.int64)
         stacked = torch.stack(list(products.values())) if products else torch.zeros(0, 3, dtype=torch.float64)
@@ -106,7 +112,7 @@ class Halfway:
 
     @staticmethod
     def merge(parts: Sequence[Sequence[Tensor]]) -> Convergence | None:
-        """The change at the input, from what all ranks handed over; None if either half had no token there."""
+        """The change at the input, from the `state` of every rank; None if either half had no token there."""
         half_tokens, tokens = sum((part[0] for part in parts), torch.zeros(2, dtype=torch.int64)).tolist()
         if not 0 < half_tokens < tokens:
             return None

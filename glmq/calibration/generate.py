@@ -1,6 +1,7 @@
 """generate_answers(): the float model answers calibration samples that have no answer, streamed block by block.
 
-Most of what a thinking model computes is its own answer, which a picture and a prompt alone do not show to calibration.
+Most of what a model that reasons computes is its own answer, which a picture and a prompt alone do not bring into the
+statistics.
 Answers are greedy and deterministic. Samples of one round advance together: for each new token every block is placed once
 and run on one token of each sample, so weights are read once per token, not once per sample and token. Rounds depend on
 the samples alone (`CACHE_BYTES`), never on the machine's memory: the last bits of a product may depend on its rows' number.
@@ -80,7 +81,7 @@ def plan_generation(
             current = ()
         current += (index,)
     rounds += [current] if current else []
-    sizes = _part_bytes(model)
+    sizes = _weight_bytes(model)
     first = next(iter(sizes))
     started = time.perf_counter()
     with model.placed(first):
@@ -175,7 +176,7 @@ class _Round:
             room = self._plan.max_tokens - 1
             cache = TokenCache(model.config, lengths, room, device=model.device, dtype=model.dtype)
             for name in self._blocks:
-                with self._part(name, stack):
+                with self._placed(name, stack):
                     for sequence, call in enumerate(calls):
                         call.hidden = model.replay(name, model.cached(call, cache.prompt(sequence)))
             stack.enter_context(model.placed(f"{self._family.text}.norm"))
@@ -194,8 +195,8 @@ class _Round:
                 # Samples that have ended stay in the call: with fewer rows the others' last bits could change.
                 call = model.token_call(tokens, positions, cache.visible())
                 for name, after in zip(self._blocks, (*self._blocks[1:], self._family.lm_head)):
-                    with self._part(name, stack):
-                        self._expect(after)
+                    with self._placed(name, stack):
+                        self._prefetch(after)
                         call.hidden = model.replay(name, model.cached(call, cache))
                 cache.advance()
                 positions += 1
@@ -227,7 +228,7 @@ class _Round:
         return calls, torch.tensor(positions)
 
     @contextmanager
-    def _part(self, name: str, stack: ExitStack) -> Iterator[None]:
+    def _placed(self, name: str, stack: ExitStack) -> Iterator[None]:
         """Hold a text layer in memory; one that is kept stays until `stack` unwinds."""
         if name in self._plan.kept:
             if next(self._model.module(name).parameters()).device.type == "meta":
@@ -237,8 +238,8 @@ class _Round:
             with self._model.placed(name):
                 yield
 
-    def _expect(self, name: str) -> None:
-        """Have the weights of a part read ahead, unless they stay."""
+    def _prefetch(self, name: str) -> None:
+        """Have the weights of a text layer or of lm_head read ahead, unless they stay in memory."""
         if name not in self._plan.kept:
             source = self._model.source
             source.prefetch(tensor for tensor in source if tensor.startswith(f"{name}."))
@@ -273,7 +274,7 @@ def _name(number: int) -> str:
     return f"answers {number}"
 
 
-def _part_bytes(model: StreamedModel) -> dict[str, int]:
+def _weight_bytes(model: StreamedModel) -> dict[str, int]:
     """Text layers and lm_head with their bytes when placed."""
     family = model.config.family
     names = [block.name for block in family.text_blocks(model.config)] + [family.lm_head]

@@ -15,22 +15,22 @@ from glmq.errors import SampleError
 
 IMAGE_SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 WANTED_IMAGES: Final = 30
-"""The mission's number of calibration images for good accuracy."""
+"""Calibration images that good accuracy takes: with fewer the command still runs, and says so where it matters."""
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratedAnswer:
-    """What the float model itself says to a sample."""
+    """The float model's own answer to a sample."""
 
     ids: tuple[int, ...]
     """Tokens, without the end token."""
     text: str
-    """Of these tokens, special tokens left out."""
+    """The tokens decoded, without special tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One calibration sample, before the model sees it."""
+    """One calibration sample as the user gave it, before it is tokenized."""
 
     name: str
     """What messages and reports call it: the image's file name, or file:line for a JSON line."""
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def has_answer(self) -> bool:
-        """Whether calibration sees one, its own or a generated one."""
+        """Whether calibration runs over an answer, the sample's own or a generated one."""
         return self.answer is not None or self.generated is not None
 
 
@@ -76,8 +76,8 @@ def default_images() -> Path:
 def builtin_texts() -> tuple[Sample, ...]:
     """The short conversations that come with glmq, without images.
 
-    Most tokens of a thinking model are text that no picture contains, and ranges and second moments that have never
-    seen any are poor guides to it: lists, tables, code, mathematics and reasoning, in English and Chinese.
+    Most tokens of a model that reasons before it answers are text, which pictures alone do not bring into the statistics.
+    These are lists, tables, code, mathematics and reasoning, in English and Chinese.
     """
     found = read_samples(Path(__file__).with_name("texts.jsonl"), limit=None).samples
     return tuple(replace(sample, is_builtin=True) for sample in found)

@@ -38,7 +38,7 @@ class TokenCache:
         return PromptCache([layer[:, sequence] for layer in self._layers], int(self._starts[sequence]), self._end)
 
     def visible(self) -> Tensor:
-        """Which places the next token of each sequence sees, its own included: bool [S, places]."""
+        """The mask of the next token of each sequence, its own place included: bool [S, places], True where it attends."""
         return torch.arange(self._end + 1)[None, :] >= self._starts[:, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,7 @@ class TokenCache:
         return kept[0, :, :, : self._end + 1], kept[1, :, :, : self._end + 1]
 
     def advance(self) -> None:
-        """All layers have the token: the next one comes after it."""
+        """Move on to the place of the next token; call it once all layers have kept this one."""
         self._end += 1
 
 
@@ -60,7 +60,7 @@ class PromptCache:
         self._layers, self._places = layers, slice(start, end)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Keep the [1, heads, tokens, head_dim] of the prompt; they are all that its attention sees."""
+        """Keep the [1, heads, tokens, head_dim] of the prompt and return them: a prompt attends to nothing else."""
         self._layers[layer][0, :, self._places] = keys[0]
         self._layers[layer][1, :, self._places] = values[0]
         return keys, values

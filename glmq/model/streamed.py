@@ -1,4 +1,4 @@
-"""GLM-4.1V one block at a time: build on meta, place one block, replay it, drop it.
+"""The model one block at a time: built on meta, then a block is placed, run over all samples, and dropped.
 
 The model class of transformers is used as it is. Everything before the first block of a tower is opaque: a hook on that
 block captures its call, and the same call is replayed on the block after it. So one path serves transformers 4.53 to 5.x.
@@ -38,11 +38,11 @@ class BlockCall:
 
 
 class _CapturedError(Exception):
-    """Ends a forward pass at the block whose call was wanted."""
+    """Ends a forward pass at the block whose call was to be captured."""
 
 
 class _Inject(nn.Module):
-    """Stands in for the vision tower's stem and for all its blocks: returns the finished output of the last block."""
+    """Replaces the vision tower's stem and all its blocks: returns the output that the last block had, computed before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,12 @@ class _Inject(nn.Module):
 
 
 class _EmbeddingRows(nn.Module):
-    """An embedding that knows only some rows of its table."""
+    """An embedding with only some rows of its table.
+
+    Args:
+        ids: int64 [rows], ascending: the tokens.
+        rows: [rows, width]: their embeddings.
+    """
 
     def __init__(self, ids: Tensor, rows: Tensor) -> None:
         super().__init__()
@@ -65,12 +70,12 @@ class _EmbeddingRows(nn.Module):
 
 
 class StreamedModel:
-    """A GLM-4.1V whose parameters lie on meta until a part is placed.
+    """A model of transformers whose parameters lie on meta, without memory, until `placed` reads those of some modules.
 
     Args:
         source: the float checkpoint; tensors are read by range and cast to `dtype`.
         config: its configuration.
-        device: where placed parts live.
+        device: of placed parameters.
         dtype: of placed parameters and of the hidden states.
 
     Raises:
@@ -178,7 +183,7 @@ class StreamedModel:
         Args:
             tokens: int64 [S].
             positions: int64 [S]: rotary positions.
-            visible: bool [S, T]: which of the T cached places each sequence sees, its new token's included.
+            visible: bool [S, T]: which of the T cached places each sequence attends to, its new token's included.
         """
         tokens, positions, visible = (x.to(self.device) for x in (tokens, positions, visible))
         with self.embedding_rows(tokens):
