@@ -1,6 +1,8 @@
 """The exceptions that glmq raises for its user, and the exit code of each.
 
     GlmqError                  1   something failed that is not listed below
+    ├── LostRanksError             another rank of torchrun is gone or does not answer
+    ├── OtherRankError             another rank stopped; the sentence is its
     ├── UsageError             2   options contradict each other, or a value is out of range
     ├── InputError             4   what was given to work on is wrong
     │   ├── CheckpointError        a weight file, its header, index or description
@@ -10,7 +12,11 @@
     │   └── CodecError             a compressed weight that is truncated or altered
     └── ResourceError          5   the machine lacks something
         ├── SpaceError             disk or memory
-        └── DeviceError            an accelerator or a program that is not there
+        ├── DeviceError            an accelerator or a program that is not there
+        ├── BusyError              another run writes the same folder
+        ├── NoLocksError           the file system of the output has no locks
+        ├── KeptError              the output is whole, but could not be put in its place; it is kept
+        └── MeetingError           the other ranks of torchrun did not come
 
 Exit code 3 is `glmq verify` saying that it found problems; 130 and 143 are Ctrl-C and SIGTERM.
 Each message is one sentence that names the thing, what was wanted, what was found and what to do.
@@ -66,3 +72,27 @@ class SpaceError(ResourceError):
 
 class DeviceError(ResourceError):
     code = "no-device"
+
+
+class BusyError(ResourceError):
+    code = "busy"
+
+
+class NoLocksError(ResourceError):
+    code = "no-locks"
+
+
+class KeptError(ResourceError):
+    code = "kept"
+
+
+class MeetingError(ResourceError):
+    code = "no-ranks"
+
+
+class LostRanksError(GlmqError):
+    """Another rank is gone or does not answer."""
+
+
+class OtherRankError(GlmqError):
+    """Another rank stopped; the sentence is its."""

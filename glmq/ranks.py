@@ -5,9 +5,13 @@ They talk over gloo, which every machine has: statistics are summed in main memo
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -17,18 +21,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glmq.errors import GlmqError, UsageError
+from glmq.errors import LostRanksError, MeetingError, OtherRankError, UsageError
+
+log = logging.getLogger(__name__)
 
 TIME_LIMIT: Final = timedelta(hours=2)
-"""How long a rank waits for the others. A rank that dies is noticed at once; this is for one that hangs."""
+"""How long a rank waits for the others during the work. A rank that dies is noticed at once; this is for one that hangs."""
+MEETING_LIMIT: Final = timedelta(minutes=5)
+"""How long a rank waits for the others to start."""
+_PATIENCE: Final = 2.0
+"""Seconds of waiting after which the user is told of it."""
+_TURN: Final = 0.1
+"""Seconds between two looks at who is there."""
 
-
-class LostRanksError(GlmqError):
-    """Another rank is gone or does not answer."""
-
-
-class OtherRankError(GlmqError):
-    """Another rank stopped; the sentence is its."""
+_meetings = itertools.count()
+"""How often this process has met the others: each meeting has names of its own in the store that torchrun keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +74,37 @@ class Ranks:
 
     Args:
         place: of this process.
-        time_limit: how long to wait for the others.
+        time_limit: how long to wait for the others once all have met.
+        meeting_limit: how long to wait until all have met.
+        note: is told whom this rank waits for, if that takes longer than a moment.
 
     Raises:
-        LostRanksError: the others cannot be reached.
+        UsageError: the environment does not say where the ranks meet.
+        MeetingError: the others did not come, or the place to meet cannot be reached.
+        LostRanksError: the others met, but cannot be reached now.
     """
 
-    def __init__(self, place: Place, time_limit: timedelta = TIME_LIMIT) -> None:
+    def __init__(
+        self,
+        place: Place,
+        time_limit: timedelta = TIME_LIMIT,
+        *,
+        meeting_limit: timedelta = MEETING_LIMIT,
+        note: Callable[[str], None] = log.warning,
+    ) -> None:
         self.place: Final = place
-        self._time_limit = time_limit
+        self._time_limit, self._meeting_limit, self._note = time_limit, meeting_limit, note
 
     def __enter__(self) -> Ranks:
         if self.place.world > 1:
+            store = _Meeting(self.place, self._meeting_limit, self._note).hold()
             try:
                 dist.init_process_group(
-                    "gloo", rank=self.place.rank, world_size=self.place.world, timeout=self._time_limit
+                    "gloo",
+                    store=store,
+                    rank=self.place.rank,
+                    world_size=self.place.world,
+                    timeout=self._time_limit,
                 )
             except (RuntimeError, ValueError, OSError) as error:
                 raise self._lost(error) from error
@@ -129,6 +152,21 @@ class Ranks:
                 raise OtherRankError(f"stopped because rank {rank} failed: {words['failure']}")
             texts.append(words["text"])
         return texts
+
+    def check_same(self, settings: Mapping[str, str]) -> None:
+        """Check that every rank has the settings of rank 0: what the output's bytes, or how often the ranks meet, depend on.
+
+        Raises:
+            UsageError: on every rank; names the first setting that differs, and both values.
+            OtherRankError, LostRanksError: as `all_gather`.
+        """
+        first, *others = [json.loads(text) for text in self.all_gather(json.dumps(dict(settings)))]
+        for rank, other in enumerate(others, 1):
+            for name in sorted({*first, *other}):
+                if first.get(name) != other.get(name):
+                    raise UsageError(
+                        f"rank {rank} has {name} {other.get(name)!r}, rank 0 has {first.get(name)!r}; start all ranks alike"
+                    )
 
     def barrier(self) -> None:
         """Wait until every rank is here.
@@ -191,7 +229,103 @@ class Ranks:
         return every
 
     def _lost(self, error: Exception) -> LostRanksError:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         return LostRanksError(
-            f"rank {self.place.rank} of {self.place.world}: lost the other ranks ({reason}); see what they printed"
+            f"rank {self.place.rank} of {self.place.world}: lost the other ranks ({_first_line(error)}); "
+            "see what they printed"
         )
+
+
+class _Meeting:
+    """Where the ranks wait for each other before they talk: the store that torchrun, or rank 0, keeps at MASTER_ADDR.
+
+    It waits in short turns, so that Ctrl-C and SIGTERM are heard.
+    """
+
+    def __init__(self, place: Place, limit: timedelta, note: Callable[[str], None]) -> None:
+        self._place, self._limit, self._note = place, limit, note
+        address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+        if not address or not port.isdecimal():
+            raise UsageError(
+                f"WORLD_SIZE={place.world} and RANK={place.rank} are set, but MASTER_ADDR={address} and MASTER_PORT={port} are "
+                f"not what torchrun sets; {self._advice()}"
+            )
+        self._address, self._port = address, int(port)
+        self._started = time.monotonic()
+        self._is_told = False
+
+    def hold(self) -> dist.Store:
+        """Wait until every rank is here. Returns the store through which they can reach each other."""
+        store = dist.PrefixStore(f"glmq/{next(_meetings)}", self._reach())
+        store.set(f"here {self._place.rank}", "")
+        while True:
+            try:
+                missing = [rank for rank in range(self._place.world) if not store.check([f"here {rank}"])]
+            except RuntimeError as error:
+                raise self._failed(f"was lost ({_first_line(error)})") from error
+            if not missing:
+                return store
+            named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+            self._wait(f"rank{'s' if len(missing) > 1 else ''} {named}")
+
+    def _reach(self) -> dist.Store:
+        """The store, as torch's own `env://` makes it."""
+        try:
+            socket.getaddrinfo(self._address, self._port)
+        except OSError as error:
+            raise self._failed(f"cannot be resolved ({error.strerror})") from None
+        keeps_it = self._place.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        while not keeps_it and not self._answers():
+            self._wait("rank 0")
+        try:
+            return dist.TCPStore(
+                self._address, self._port, None, keeps_it, self._limit, wait_for_workers=False, multi_tenant=True
+            )
+        except RuntimeError as error:
+            is_taken = "EADDRINUSE" in str(error)
+            what = "is taken by another program" if is_taken else f"cannot be used ({_first_line(error)})"
+            raise self._failed(what) from error
+
+    def _answers(self) -> bool:
+        """Whether somebody listens there. Asked here first: torch waits for it without hearing signals, and prints stacks."""
+        try:
+            socket.create_connection((self._address, self._port), timeout=1).close()
+        except OSError:
+            return False
+        return True
+
+    def _wait(self, whom: str) -> None:
+        """Wait a turn. Tell once whom this rank waits for; raise MeetingError if it has waited long enough."""
+        waited = time.monotonic() - self._started
+        if waited > self._limit.total_seconds():
+            raise self._failed(f"was not reached by {whom} within {_minutes(self._limit)}")
+        # Of several that wait for the others, rank 0 speaks for all; where it is missing itself, each one does.
+        speaks = self._place.is_first or whom.startswith(("rank 0", "ranks 0"))
+        if waited > _PATIENCE and speaks and not self._is_told:
+            self._is_told = True
+            self._note(
+                f"rank {self._place.rank} of {self._place.world} waits for {whom} at {self._address}:{self._port}, "
+                f"for at most {_minutes(self._limit)}; {self._advice()}"
+            )
+        time.sleep(_TURN)
+
+    def _failed(self, what: str) -> MeetingError:
+        return MeetingError(
+            f"MASTER_ADDR={self._address} MASTER_PORT={self._port}, where the {self._place.world} ranks of WORLD_SIZE meet, "
+            f"{what}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        return f"start all {self._place.world} with torchrun, or for one process alone: unset {' '.join(_VARIABLES)}"
+
+
+_VARIABLES: Final = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells its processes."""
+
+
+def _minutes(limit: timedelta) -> str:
+    seconds = round(limit.total_seconds())
+    return f"{seconds // 60} minutes" if seconds >= 120 and seconds % 60 == 0 else f"{seconds} seconds"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

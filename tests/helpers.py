@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmq as package
-from glmq.ranks import LostRanksError, Place, Ranks
+from glmq.errors import LostRanksError
+from glmq.ranks import Place, Ranks
 
 if TYPE_CHECKING:
     from typer import Typer

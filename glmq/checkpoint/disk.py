@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ FILE_MODE: Final = 0o640
 DIRECTORY_MODE: Final = 0o750
 DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 """What the system says when a disk, or the user's share of it, is full."""
+NO_ROOM: Final = (*DISK_FULL, errno.EFBIG)
+"""The same, and when a file may not grow any more."""
+NOT_OFFERED: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system says to a request that it has no notion of."""
 
 
 def open_input(path: Path) -> int:
@@ -73,27 +78,62 @@ def write_at(handle: int, path: Path, data: bytes | memoryview, offset: int) -> 
         offset: from the start of the file, bytes.
 
     Raises:
-        SpaceError: the disk is full.
+        SpaceError: the disk is full, or another limit of `no_room` is met.
     """
     view, done = memoryview(data), 0
     try:
         while done < len(view):
             done += os.pwrite(handle, view[done:], offset + done)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in NO_ROOM:
             raise
-        raise _no_space(path, len(view) - done, shutil.disk_usage(path.parent).free) from None
+        raise no_room(path, len(view) - done, error) from None
 
 
 @contextmanager
 def naming_full_disk(path: Path, nbytes: int) -> Iterator[None]:
-    """Within it, a disk without room for the `nbytes` of `path` raises SpaceError; other failures pass."""
+    """Within it, no room for the `nbytes` of `path` raises the SpaceError of `no_room`; other failures pass."""
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in NO_ROOM:
             raise
-        raise SpaceError(f"{path}: {nbytes} bytes are to be written, but its disk is full; make room") from None
+        raise no_room(path, nbytes, error) from None
+
+
+def no_room(path: Path, wanted: int, error: OSError) -> SpaceError:
+    """The sentence for `wanted` bytes of `path` that one of `NO_ROOM` left unwritten: it names the limit that was met."""
+    to_write = f"{path}: {wanted} bytes are to be written, but"
+    if error.errno == errno.EDQUOT:
+        return SpaceError(f"{to_write} your quota on its disk is used up; make room within it or choose another disk")
+    if error.errno == errno.EFBIG:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit == resource.RLIM_INFINITY:
+            return SpaceError(
+                f"{to_write} its file system takes no file that large; choose another disk, "
+                "or write smaller files with --part_file_size"
+            )
+        return SpaceError(
+            f"{to_write} files are limited to {limit} bytes here (ulimit -f); raise the limit, "
+            "or write smaller files with --part_file_size"
+        )
+    return _no_space(path, wanted, shutil.disk_usage(path.parent).free)
+
+
+def check_file_size(directory: Path, largest: int) -> None:
+    """Raise SpaceError if this process may not write a file of `largest` bytes (`ulimit -f`)."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and largest > limit:
+        raise no_room(directory, largest, OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+
+
+def set_mode(file: Path | int, mode: int) -> None:
+    """Give a file, by path or descriptor, its Unix mode, whatever the umask says; FAT and SMB have none, there it stays."""
+    try:
+        os.chmod(file, mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, *NOT_OFFERED):
+            raise
 
 
 def free_bytes(directory: Path) -> int:
@@ -121,13 +161,16 @@ def make_directory(directory: Path) -> None:
     """Create `directory` (and its parents) with mode 0750; an existing one is left as it is."""
     if not directory.is_dir():
         directory.mkdir(parents=True)
-        directory.chmod(DIRECTORY_MODE)
+        set_mode(directory, DIRECTORY_MODE)
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the names in `directory` are on the disk."""
+    """Wait until the names in `directory` are on the disk; some network file systems cannot be asked to, and are not."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EBADF, *NOT_OFFERED):
+            raise
     finally:
         os.close(handle)

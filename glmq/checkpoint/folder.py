@@ -1,94 +1,319 @@
-"""An output folder that appears whole or not at all, and whose unfinished state can be resumed."""
+"""An output folder that appears whole or not at all, can be resumed while it is not, and replaces nothing of others."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
+from typing import Final
 
-from glmq.checkpoint import journal
-from glmq.checkpoint.disk import DIRECTORY_MODE
-from glmq.errors import InputError, UsageError
-
-RUN_LOG = "glmq.log"
-"""The log of the run, in the hidden folder while it lasts; ranks above 0 add their number."""
+from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode, sync_directory
+from glmq.checkpoint.filesystem import exchange, rename_new
+from glmq.checkpoint.json_file import json_bytes, read_json_object, write_whole
+from glmq.checkpoint.lock import FolderLock
+from glmq.checkpoint.workplace import (
+    REPLACED,
+    RESULT,
+    WHOLE,
+    Owner,
+    Workplace,
+    check_empty,
+    check_output,
+    has_progress,
+    is_folder,
+    is_whole,
+    make_work,
+    owner_of,
+    remove_work,
+)
+from glmq.errors import GlmqError, InputError, KeptError, NoLocksError, UsageError
 
 
 class OutputFolder:
-    """Work in a hidden sibling folder; `finish` gives it its name.
+    """Write into `path`; `finish` gives that folder the target's name.
 
-    Leaving with an error that a repetition would meet again (bad input, wrong usage) removes the hidden folder. After an
-    interruption (Ctrl-C, a kill, a full disk) it stays if a block is finished, so that the run can be resumed.
+    The target is looked at when the folder is entered and again at the last moment. What came or changed meanwhile is left as
+    it is, and the result stays in the work folder. From entering to leaving, a lock keeps every other run out.
+
+    Leaving with an error that a repetition would meet again (bad input, wrong usage) removes the work folder. After an
+    interruption (Ctrl-C, a kill, a full disk) it stays if a block is finished, so that the run can be resumed; a finished
+    result always stays.
 
     Args:
         target: the folder to make.
         overwrite: a non-empty `target` is replaced at `finish`, and stays untouched until then.
-        resume: continue in the hidden folder of an interrupted run.
+        resume: continue in the work folder of an interrupted run.
+        work_dir: where the work folder lies, if not beside the target; from another file system the result is copied.
 
     Raises:
         UsageError: see `check_output`.
+        BusyError: on entering, another run is writing the target.
+        NoLocksError: on entering, nothing can keep another run out.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool, resume: bool = False) -> None:
-        check_output(target, overwrite=overwrite, resume=resume)
-        self.target = target
-        self.path = partial_path(target)
-        """Where to write until `finish`."""
-        self._resume = resume
+    def __init__(self, target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:
+        check_output(target, overwrite=overwrite, resume=resume, work_dir=work_dir)
+        self.target: Final = target
+        self._places = Workplace.of(target, work_dir)
+        self.work: Final = self._places.work
+        """The work folder, for what is needed on the way: it goes when the output is in its place."""
+        self.path: Final = self.work / RESULT
+        """Where to write the output until `finish`."""
+        self._overwrite, self._resume = overwrite, resume
+        self._lock = FolderLock(self._places.lock, target)
+        self._before = Contents(None, ())
+        self._is_in_place = False
 
     def __enter__(self) -> OutputFolder:
-        if not self._resume:
-            shutil.rmtree(self.path, ignore_errors=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.path.chmod(DIRECTORY_MODE)  # mkdir's mode is cut by the umask
+        self._places.home.mkdir(parents=True, exist_ok=True)
+        self.work.parent.mkdir(parents=True, exist_ok=True)
+        self._acquire()
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            return
-        hopeless = isinstance(error, InputError | UsageError) and not self._resume
-        if hopeless or not _finished_blocks(self.target):
-            shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            hopeless = isinstance(error, InputError | UsageError) and not self._resume
+            is_kept = is_whole(self.work) or (has_progress(self.work) and not hopeless)
+            if self._is_in_place or (error is not None and not is_kept):
+                for work in self._places.works():
+                    remove_work(work)
+        finally:
+            self._lock.release()
 
     def finish(self) -> None:
-        """Put the finished folder in the target's place."""
-        place = self.target.resolve()  # a link stays one
-        if place.exists():
-            old = place.parent / f".{place.name}.old"
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(place, old)
-            os.rename(self.path, place)
-            shutil.rmtree(old)
+        """Put the finished folder in the target's place.
+
+        Raises:
+            KeptError: it could not be put there, or the target is no longer as it was; the sentence says where it lies.
+        """
+        for unfinished in self.path.rglob(".*.partial"):  # of a write that was killed before a resume wrote it again
+            unfinished.unlink()
+        sync_directory(self.path)
+        try:
+            self._put(self.work)
+        except OSError as error:
+            if error.errno != errno.EXDEV or self._places.staging == self.work:
+                raise self._kept(f"cannot be put in its place ({error.strerror})") from error
+            self._put_copy()
+        self._is_in_place = True
+        sync_directory(self._places.home)
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire()
+        except NoLocksError:
+            if self._places.lock_elsewhere is None:
+                raise
+            self._lock = FolderLock(self._places.lock_elsewhere, self.target)
+            self._lock.acquire()
+
+    def _begin(self) -> None:
+        """Under the lock: take back what a killed run left half moved, look at the target, make the work folder."""
+        if self.target.resolve() != self._places.place:
+            raise UsageError(f"{self.target}: is a link that was just changed; run the command again")
+        works = self._places.works()
+        were_in_place = [recover(work, self._places) for work in works]
+        if any(were_in_place):
+            for work in works:
+                remove_work(work)
+            if self._resume and self._places.contents():
+                raise UsageError(
+                    f"{self.target}: is whole, the interrupted run had put it in its place; what else it left is removed now"
+                )
+        if not self._overwrite and self._places.contents():
+            if not is_folder(self.path):  # there is nothing to resume
+                remove_work(self.work)
+            check_empty(self._places)
+        check_output(self.target, overwrite=self._overwrite, resume=self._resume, work_dir=self._places.work_dir)
+        for work in works:
+            if work != self.work or not self._resume or not is_folder(self.path):
+                remove_work(work)
+        make_work(self.work)
+        self._before = self._look()
+
+    def _look(self) -> Contents:
+        return look(self._places.place, self._places.contents())
+
+    def _put(self, work: Path) -> None:
+        """Move the result in `work` into the target's place, in one step where that can be."""
+        result, place = work / RESULT, self._places.place
+        names = sorted(os.listdir(result))
+        state = result.lstat()
+        write_whole(work / WHOLE, json_bytes({"device": state.st_dev, "inode": state.st_ino, "names": names}, indent=1))
+        if self.target.resolve() != place:
+            raise self._kept("is a link that was changed while the run was at work")
+        if self._look() != self._before:
+            raise self._kept("was changed by somebody else while the run was at work")
+        if self._places.is_inside:
+            self._fill(work, names)
+        elif self._before.identity is None:
+            rename_new(result, place)
+        elif not self._before.entries:
+            os.rename(result, place)  # the system refuses it unless the place is still empty
         else:
-            os.rename(self.path, place)
+            self._replace(result, work / REPLACED)
+
+    def _replace(self, result: Path, replaced: Path) -> None:
+        """Exchange the target, which is not empty, for the result; what it was stays in the work folder."""
+        place = self._places.place
+        if exchange(result, place):
+            if look(result, os.listdir(result)) != self._before:
+                exchange(result, place)
+                raise self._kept("was changed by somebody else while the run was at work")
+            return
+        os.rename(place, replaced)
+        try:
+            is_unchanged = look(replaced, os.listdir(replaced)) == self._before
+            if is_unchanged:
+                rename_new(result, place)
+        except BaseException:
+            rename_new(replaced, place)
+            raise
+        if not is_unchanged:
+            rename_new(replaced, place)
+            raise self._kept("was changed by somebody else while the run was at work")
+
+    def _fill(self, work: Path, names: list[str]) -> None:
+        """Move what lies in the result into the target, which itself cannot be moved. The result's folder goes last."""
+        result, replaced, place = work / RESULT, work / REPLACED, self._places.place
+        try:
+            if self._before.entries:
+                replaced.mkdir()
+                for name in self._places.contents():
+                    os.rename(place / name, replaced / name)
+            for name in names:
+                rename_new(result / name, place / name)
+            result.rmdir()
+        except BaseException:
+            take_back(work, names, place)
+            raise
+
+    def _put_copy(self) -> None:
+        """As `_put`, through a copy on the target's own file system."""
+        staging = self._places.staging
+        try:
+            make_work(staging)
+            _copy_tree(self.path, staging / RESULT)
+            self._put(staging)
+        except OSError as error:
+            if not is_folder(staging / REPLACED):
+                remove_work(staging)
+            raise self._kept(f"cannot be put in its place ({error.strerror})") from error
+        except GlmqError:
+            remove_work(staging)
+            raise
+
+    def _kept(self, reason: str) -> KeptError:
+        """The result stays in the work folder."""
+        text = (
+            f"{self.target}: {reason}; the output is finished and whole in {self.path}, "
+            f"move it where you want it: mv {quote(str(self.path))} NEW_FOLDER"
+        )
+        for work in self._places.works():
+            if is_folder(work / REPLACED):
+                text += f"; the former contents of {self.target} are in {work / REPLACED}"
+        return KeptError(text)
 
 
-def partial_path(target: Path) -> Path:
-    """The hidden folder where `target` grows, on the same disk."""
-    place = target.resolve()
-    return place.parent / f".{place.name}.partial"
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a folder is and holds: equal if nothing in it was changed."""
+
+    identity: tuple[int, int] | None
+    """Device and inode; None: it does not exist."""
+    entries: tuple[tuple[str, int, int, int], ...]
+    """Path, inode, time of change in ns and bytes of every file below it; of folders path and inode."""
 
 
-def check_output(target: Path, *, overwrite: bool, resume: bool = False) -> None:
-    """Check that `target` can become an output folder.
+def look(folder: Path, names: Sequence[str]) -> Contents:
+    """What lies in `folder` under these names, without following links."""
+    try:
+        state = folder.lstat()
+    except FileNotFoundError:
+        return Contents(None, ())
+    entries = [entry for name in sorted(names) for entry in _entries(folder / name, name)]
+    return Contents((state.st_dev, state.st_ino), tuple(entries))
+
+
+def _entries(path: Path, name: str) -> Iterator[tuple[str, int, int, int]]:
+    state = path.lstat()
+    if not is_folder(path):
+        yield name, state.st_ino, state.st_mtime_ns, state.st_size
+        return
+    yield name, state.st_ino, 0, 0
+    for inner in sorted(os.listdir(path)):
+        yield from _entries(path / inner, f"{name}/{inner}")
+
+
+def recover(work: Path, places: Workplace) -> bool:
+    """Take back what a killed run left half moved; true if it had put its result in its place and had only to tidy up.
 
     Raises:
-        UsageError: it is a file, it is not empty and `overwrite` is false, or an interrupted run lies beside it that neither
-            `resume` continues nor `overwrite` drops.
+        UsageError: former contents of the target cannot be put back, because something else is there.
     """
-    if target.is_dir():
-        if any(target.iterdir()) and not overwrite:
+    if owner_of(work) is not Owner.GLMQ or not (work / WHOLE).is_file():
+        return False
+    whole = read_json_object(work / WHOLE)
+    result, replaced, place = work / RESULT, work / REPLACED, places.place
+    if not is_folder(result):
+        is_in_place = True
+    else:
+        state = result.lstat()
+        is_in_place = [state.st_dev, state.st_ino] != [whole.get("device"), whole.get("inode")]
+    if is_in_place and not (is_folder(replaced) and not os.path.lexists(place)):
+        return True
+    names = whole.get("names")
+    if places.is_inside and isinstance(names, list):
+        take_back(work, [str(name) for name in names], place)
+    elif is_folder(replaced):
+        if os.path.lexists(place):
             raise UsageError(
-                f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents"
+                f"{replaced}: holds the former contents of {places.target}, which an interrupted run could not put back; "
+                "move them where they belong first"
             )
-    elif target.exists():
-        raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
-    if not resume and not overwrite:
-        refuse_interrupted(target, target)
+        rename_new(replaced, place)
+    (work / WHOLE).unlink()
+    return False
+
+
+def take_back(work: Path, names: Sequence[str], place: Path) -> None:
+    """Undo a move of the entries `names` of the result into `place`, and of its former contents out of it."""
+    result, replaced = work / RESULT, work / REPLACED
+    for name in names:
+        if os.path.lexists(place / name) and not os.path.lexists(result / name):
+            rename_new(place / name, result / name)
+    if is_folder(replaced):
+        for name in sorted(os.listdir(replaced)):
+            rename_new(replaced / name, place / name)
+        replaced.rmdir()
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy files and folders with glmq's own modes into the existing folder `target`, down to the disk."""
+    for entry in sorted(source.iterdir()):
+        if is_folder(entry):
+            (target / entry.name).mkdir()
+            set_mode(target / entry.name, DIRECTORY_MODE)
+            _copy_tree(entry, target / entry.name)
+            continue
+        with entry.open("rb") as read, (target / entry.name).open("xb") as written:
+            set_mode(written.fileno(), FILE_MODE)
+            shutil.copyfileobj(read, written, 2**22)
+            written.flush()
+            os.fsync(written.fileno())
+    sync_directory(target)
 
 
 def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) -> None:
@@ -108,26 +333,3 @@ def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) ->
             raise UsageError(f"{target}: is the folder of {what}; choose another {option}")
         if path is not None and place in path.resolve().parents:
             raise UsageError(f"{target}: holds {what} ({path}); choose another {option}")
-
-
-def refuse_interrupted(folder: Path, target: Path) -> None:
-    """Raise UsageError if an interrupted run for `target` has begun to fill `folder`, which may be the target itself."""
-    blocks = _finished_blocks(folder)
-    if blocks:
-        counted = "1 finished block" if blocks == 1 else f"{blocks} finished blocks"
-        raise UsageError(
-            f"{target}: an interrupted run of {counted} lies beside it, in {partial_path(folder).name}; "
-            "run the same command with --resume to continue it, or with --overwrite to start again"
-        )
-
-
-def stored_bytes(target: Path) -> int:
-    """What the unfinished folder of an interrupted run for `target` takes on the disk; holes in files take nothing."""
-    found = partial_path(target)
-    return sum(path.stat().st_blocks * 512 for path in found.iterdir()) if found.is_dir() else 0
-
-
-def _finished_blocks(target: Path) -> int:
-    """How much an interrupted run for `target` has done: without a finished block there is nothing to resume."""
-    lines = journal.read_lines(partial_path(target) / journal.NAME)
-    return max(0, len(lines) - 1)  # the first line holds the settings

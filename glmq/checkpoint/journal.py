@@ -1,6 +1,6 @@
 """The journal of a long run: its settings, and each block that is finished. What a resumed run trusts.
 
-`journal.jsonl` lies in the hidden folder where the output grows. The first line holds the settings, each further line one
+`journal.jsonl` lies in the work folder of an output. The first line holds the settings, each further line one
 finished block. A line is written and synced only after everything that it speaks of; a torn last line counts as absent.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.disk import DISK_FULL, FILE_MODE
+from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, set_mode
 from glmq.checkpoint.json_file import JsonObject, JsonValue
-from glmq.errors import SpaceError, UsageError
+from glmq.errors import UsageError
 
 NAME: Final = "journal.jsonl"
 
@@ -48,25 +48,16 @@ class Journal:
         """Say that a block is finished; what a later run needs of it is in `payload`.
 
         Raises:
-            SpaceError: the disk is full.
+            SpaceError: the disk is full, or another limit of `no_room` is met.
         """
         line: JsonObject = {"block": block, **payload}
         if self._writes:
-            try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno in DISK_FULL:
-                    raise SpaceError(f"{self._path}: its disk is full; make room") from None
-                raise
+            content = json.dumps(line).encode() + b"\n"
+            with naming_full_disk(self._path, len(content)), self._path.open("ab") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         self.finished[block] = line
-
-    def remove(self) -> None:
-        """The run is whole: the output no longer needs its journal."""
-        if self._writes:
-            self._path.unlink()
 
     def _check(self, found: JsonObject, settings: Mapping[str, str]) -> None:
         for key in sorted({*found, *settings}):
@@ -82,7 +73,7 @@ class Journal:
             return
         partial = self._path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.chmod(FILE_MODE)
+        set_mode(partial, FILE_MODE)
         os.replace(partial, self._path)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
-from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, read_input
+from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, read_input, set_mode
 from glmq.errors import CheckpointError
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -219,7 +219,7 @@ def write_whole(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # a journal may speak of it next
-            partial.chmod(FILE_MODE)
+            set_mode(partial, FILE_MODE)
             os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -12,7 +12,15 @@ from typing import Final
 import xxhash
 from torch import Tensor
 
-from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, sync_directory, write_at
+from glmq.checkpoint.disk import (
+    FILE_MODE,
+    check_room,
+    make_directory,
+    naming_full_disk,
+    set_mode,
+    sync_directory,
+    write_at,
+)
 from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo
 from glmq.checkpoint.json_file import JsonObject, write_json
 from glmq.checkpoint.layout import PlannedFile, ShardPlan
@@ -172,8 +180,9 @@ class ShardWriter:
     def _create(self, file: PlannedFile) -> int:
         handle = os.open(self._partial(file), os.O_RDWR | os.O_CREAT | os.O_TRUNC, FILE_MODE)
         self._handles[file.name] = handle
-        os.fchmod(handle, FILE_MODE)  # whatever the umask says
-        os.ftruncate(handle, file.nbytes)
+        set_mode(handle, FILE_MODE)
+        with naming_full_disk(self.directory / file.name, file.nbytes):
+            os.ftruncate(handle, file.nbytes)
         write_at(self._handles[file.name], self.directory / file.name, file.header, 0)
         return handle
 

@@ -30,7 +30,7 @@ def demo(
     debug: o.Debug = False,
 ) -> None:
     """Run everything on the embedded tiny GLM-4.1V: calibrate, quantize, compress, verify, two captions."""
-    from glmq.checkpoint.folder import check_output
+    from glmq.checkpoint.workplace import check_output
     from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
 
     if out is not None:

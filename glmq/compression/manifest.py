@@ -26,7 +26,6 @@ from typing import Final
 
 import xxhash
 
-from glmq.checkpoint.folder import RUN_LOG
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
 from glmq.compression.layouts import Layout, parse_layout
 from glmq.errors import CheckpointError
@@ -103,7 +102,7 @@ def record_files(folder: Path, exclude: Iterable[str]) -> dict[str, FileRecord]:
     """Size and digest of every file under `folder` but those in `exclude`, by sorted path."""
     excluded = set(exclude)
     files: dict[str, FileRecord] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(RUN_LOG)):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name not in excluded:
             content = path.read_bytes()

@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, write_at
+from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, naming_full_disk, set_mode, write_at
 from glmq.checkpoint.header import TensorInfo, parse_header, read_header
 from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.layout import TensorSpec, plan_shards
@@ -149,8 +149,9 @@ def _restore_files(
         check_room(folder, header.file_bytes)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         try:
-            os.fchmod(handle, FILE_MODE)  # whatever the umask says
-            os.ftruncate(handle, header.file_bytes)
+            set_mode(handle, FILE_MODE)
+            with naming_full_disk(path, header.file_bytes):
+                os.ftruncate(handle, header.file_bytes)
             write_at(handle, path, raw, 0)
             for name, info in header.tensors.items():
                 stored = f"{name}{BLOB_SUFFIX}" if f"{name}{BLOB_SUFFIX}" in part.matrices else name

@@ -24,11 +24,13 @@ from glmq.calibration.samples import (
 from glmq.calibration.stats import Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.disk import check_room
-from glmq.checkpoint.folder import OutputFolder, check_apart, check_output
+from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.workplace import check_output
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import UsageError
+from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.notes import describe_convergence, describe_generation
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
@@ -181,9 +183,13 @@ def run_calibration(
         check_source(source, config)
         work = Calibration.prepare(source, config, options, place, watcher)
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
-        with Ranks(place) as ranks:
-            write_statistics(work, output, options, ranks, watcher)
+        arguments = {"model": model_path, "out": stats_path, "options": options}
+        arguments |= {"overwrite": overwrite, "resume": resume}
+        with join_ranks(place, arguments) as ranks, SharedFolder(output, ranks) as folder:
+            with run_log(folder.work, stats_path, options, ranks, watcher):
+                write_statistics(work, folder, ranks, watcher)
             times = watcher.times(ranks)
+            folder.finish()
     statistics = Statistics.open(stats_path)
     note_convergence(statistics, watcher)
     return CalibrationResult(stats_path, statistics, times)
@@ -252,20 +258,11 @@ class Calibration:
         return replace(self, samples=with_answers(samples, journal))
 
 
-def write_statistics(
-    work: Calibration, output: OutputFolder, options: CalibrationOptions, ranks: Ranks, watcher: Watcher
-) -> None:
-    """Calibrate into `output`, which is there when this returns, on every rank."""
-    with SharedFolder(output, ranks) as folder:
-        with run_log(folder.path, output.target, options, ranks, watcher):
-            _stream_blocks(work, folder.path, ranks, watcher)
-        folder.finish()
-
-
-def _stream_blocks(work: Calibration, folder: Path, ranks: Ranks, watcher: Watcher) -> None:
+def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watcher: Watcher) -> None:
+    """Calibrate into `folder`, block by block."""
     settings, fingerprint = work.settings, work.model.source.fingerprint()
     journal = Journal(
-        folder,
+        folder.work,
         {
             "model": fingerprint,
             "samples": digest(work.samples, settings.generate),
@@ -277,15 +274,14 @@ def _stream_blocks(work: Calibration, folder: Path, ranks: Ranks, watcher: Watch
         writes=ranks.place.is_first,
     )
     if not journal.finished:
-        check_room(folder, work.plan.output_bytes + work.plan.work_bytes)
+        check_room(folder.work, work.plan.output_bytes + work.plan.work_bytes)
     work = work.answered(journal, ranks, watcher)
-    sink = StatsWriter(folder, fingerprint, work.samples, settings)
+    sink = StatsWriter(folder.path, fingerprint, work.samples, settings)
     with watcher.blocks("calibrate", len(work.model.config.family.blocks(work.model.config))) as advance:
         for done in calibrate_checkpoint(
-            work.model, work.samples, work.preprocessor, sink, settings, journal, folder, ranks
+            work.model, work.samples, work.preprocessor, sink, settings, journal, folder.work, ranks
         ):
             advance(done)
-    journal.remove()
 
 
 def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample, ...]:

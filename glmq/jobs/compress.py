@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias, overload
 
 from glmq.checkpoint.disk import check_room
-from glmq.checkpoint.folder import OutputFolder, check_output
+from glmq.checkpoint.folder import OutputFolder
 from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.workplace import check_output
 from glmq.codec.codec import KERNELS
 from glmq.compression.dry_run import CompressionPlan, disk_bytes, make_compression_plan
 from glmq.compression.executor import PROGRAM, AscendCodec, find_executor, how_to_build
@@ -42,6 +43,7 @@ from glmq.compression.stream import (
 from glmq.compression.weight_codec import Codec, PortableCodec
 from glmq.engines import Engine
 from glmq.errors import DeviceError, UsageError
+from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
@@ -173,8 +175,8 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
     with _prepared(job, world, numbers, watcher) as work:
         # Every rank writes about as much as this one.
         check_room(job.out_path, disk_bytes(work.plans, work.codec) * place.world)
-        with Ranks(place) as ranks, SharedFolder(output, ranks) as folder:
-            with run_log(folder.path, job.out_path, job, ranks, watcher):
+        with join_ranks(place, {"job": job, "overwrite": overwrite}) as ranks, SharedFolder(output, ranks) as folder:
+            with run_log(folder.work, job.out_path, job, ranks, watcher):
                 result = _write_parts(job, work, folder, watcher, ranks)
             folder.finish()
     return result

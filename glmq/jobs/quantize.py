@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,12 +15,13 @@ from glmq.calibration.samples import (
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.disk import check_room
-from glmq.checkpoint.folder import OutputFolder, check_apart, check_output, refuse_interrupted, stored_bytes
+from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, stored_bytes
 from glmq.device import resolve
-from glmq.errors import InputError, UsageError
+from glmq.errors import UsageError
 from glmq.jobs.calibrate import (
     COMPUTE_DTYPES,
     Calibration,
@@ -35,6 +35,7 @@ from glmq.jobs.calibrate import (
     sources_of,
     write_statistics,
 )
+from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
@@ -163,12 +164,12 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path))
         output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume)
         with (
-            Ranks(place) as ranks,
-            _statistics(source, config, job, ranks, watcher, resume=resume) as statistics,
+            join_ranks(place, {"job": job, "overwrite": overwrite, "resume": resume}) as ranks,
             SharedFolder(output, ranks) as folder,
         ):
-            with run_log(folder.path, job.out_path, job, ranks, watcher):
-                result = _write_weights(source, config, plan, statistics, job, folder.path, ranks, watcher)
+            with run_log(folder.work, job.out_path, job, ranks, watcher):
+                statistics = _statistics(source, config, job, folder, ranks, watcher, resume=resume)
+                result = _write_weights(source, config, plan, statistics, job, folder, ranks, watcher)
             folder.finish()
     return result
 
@@ -178,7 +179,7 @@ def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
     with _planned(job, overwrite=overwrite, resume=True) as (source, config, plan):
-        if job.stats_path is not None and job.stats_path.exists():
+        if job.stats_path is not None and Workplace.of(job.stats_path).contents():
             statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
             return make_run_plan(source, config, job.recipe, plan, statistics)
         work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(None))
@@ -197,36 +198,31 @@ def _planned(
     if job.stats_path is not None:
         check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **sources_of(job.calibration)})
     check_output(job.out_path, overwrite=overwrite, resume=resume)
-    if not resume and not overwrite and job.stats_path is None:
-        own = _own_statistics(job.out_path)
-        refuse_interrupted(own, job.out_path)
-        if own.exists():
-            raise UsageError(
-                f"{job.out_path}: an interrupted run that has finished its calibration lies beside it, in {own.name}; "
-                "run the same command with --resume to continue it, or with --overwrite to start again"
-            )
+    if job.stats_path is not None and not Workplace.of(job.stats_path).contents():
+        check_output(job.stats_path, overwrite=False, resume=resume)
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(job.recipe, config)
         yield source, config, plan_output(source, config, job.recipe, groups, job.shard_bytes)
 
 
-@contextmanager
 def _statistics(
     source: Checkpoint,
     config: ModelConfig,
     job: QuantizationJob,
+    folder: SharedFolder,
     ranks: Ranks,
     watcher: Watcher,
     *,
     resume: bool,
-) -> Iterator[Statistics]:
+) -> Statistics:
     """The statistics to quantize with: the given folder's, or fresh ones, kept if a folder was named."""
     options, stats_path = job.calibration, job.stats_path
-    folder = stats_path or _own_statistics(job.out_path)
-    if folder.exists() and any(folder.iterdir()) and (stats_path is not None or resume):
+    # Those that nobody named lie where there is room for gigabytes; /tmp is often small.
+    place = stats_path or folder.work / STATISTICS
+    if Workplace.of(place).contents():
         if stats_path is None:
-            statistics = Statistics.open(folder)
+            statistics = Statistics.open(place)
             statistics.check_model(source.fingerprint())
             _check_calibration(
                 statistics, load_samples(options, Watcher(None)), settings_of(options, resolve(options.device_type))
@@ -235,23 +231,12 @@ def _statistics(
             statistics = _open_statistics(source, options, stats_path, watcher)
     else:
         work = Calibration.prepare(source, config, options, ranks.place, watcher)
-        output = OutputFolder(folder, overwrite=stats_path is None, resume=resume)
-        write_statistics(work, output, options, ranks, watcher)
-        statistics = Statistics.open(folder)
+        with SharedFolder(OutputFolder(place, overwrite=False, resume=resume), ranks) as own:
+            write_statistics(work, own, ranks, watcher)
+            own.finish()
+        statistics = Statistics.open(place)
         note_convergence(statistics, watcher)
-    try:
-        yield statistics
-    except (InputError, UsageError):
-        if stats_path is None:
-            shutil.rmtree(folder, ignore_errors=True)  # another rank may have met the same
-        raise
-    if stats_path is None and ranks.place.is_first:
-        shutil.rmtree(folder)
-
-
-def _own_statistics(out_path: Path) -> Path:
-    """Where statistics lie that nobody named: beside the output, where there is room for gigabytes; /tmp is often small."""
-    return out_path.absolute().parent / f".{out_path.name}.statistics"
+    return statistics
 
 
 def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
@@ -305,7 +290,7 @@ def _write_weights(
     plan: OutputPlan,
     statistics: Statistics,
     job: QuantizationJob,
-    folder: Path,
+    folder: SharedFolder,
     ranks: Ranks,
     watcher: Watcher,
 ) -> QuantizationResult:
@@ -320,7 +305,9 @@ def _write_weights(
         "rounding": gptq.rounding_kernel(),
         **machine_settings(),
     }
-    work = QuantizationRun(source, config, statistics, Journal(folder, settings, writes=ranks.place.is_first), ranks)
+    work = QuantizationRun(
+        source, config, statistics, Journal(folder.work, settings, writes=ranks.place.is_first), ranks
+    )
     bits = _spread_bits(work, recipe, plan, watcher)
     if job.fallback_topk or job.max_error is not None:
         recipe = _fall_back(work, plan, bits, job, watcher)
@@ -328,16 +315,15 @@ def _write_weights(
         bits = _spread_bits(work, recipe, plan, watcher)
     reports: list[LinearReport] = []
     with watcher.blocks("quantize", len(config.family.blocks(config)) + 1) as advance:
-        for block in quantize_checkpoint(work, recipe, plan, folder, bits=bits):
+        for block in quantize_checkpoint(work, recipe, plan, folder.path, bits=bits):
             reports += block.reports
             advance(block.done)
     parts = bytes_by_area(source, plan.shards)
     ranks.barrier()  # rank 0 has written the checksums
-    document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder).digest)
+    document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder.path).digest)
     if ranks.place.is_first:
-        write_report(folder, document, reports)
+        write_report(folder.path, document, reports)
     times = watcher.times(ranks)
-    work.journal.remove()
     return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, times)
 
 

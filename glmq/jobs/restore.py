@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal, overload
 
 from glmq.checkpoint.disk import check_room
-from glmq.checkpoint.folder import OutputFolder, check_output
+from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.workplace import check_output
 from glmq.compression.layouts import Layout
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
 from glmq.errors import UsageError
@@ -112,7 +113,7 @@ def restore(
     note_missing_kernels(watcher)
     with Ranks(read_place()) as ranks, SharedFolder(OutputFolder(out, overwrite=overwrite), ranks) as folder:
         with (
-            run_log(folder.path, out, {"source": source, "jobs": jobs}, ranks, watcher),
+            run_log(folder.work, out, {"source": source, "jobs": jobs}, ranks, watcher),
             watcher.bytes("decompress", total) as advance,
             closing(decompress_checkpoint(source, manifest, folder.path, jobs or default_jobs(1))) as steps,
         ):

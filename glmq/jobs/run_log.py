@@ -18,12 +18,14 @@ from typing import Final
 
 import psutil
 
-from glmq.checkpoint.folder import RUN_LOG
+from glmq.checkpoint.workplace import Workplace
 from glmq.errors import GlmqError
 from glmq.jobs.watcher import Watcher
 from glmq.ranks import Ranks
 from glmq.version import __version__
 
+RUN_LOG: Final = "glmq.log"
+"""In the work folder while the run lasts; ranks above 0 add their number."""
 FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
 
@@ -58,7 +60,7 @@ def run_log(folder: Path, target: Path, options: object, ranks: Ranks, watcher: 
     except BaseException as error:
         log.exception("stopped by %s", type(error).__name__)
         if isinstance(error, Exception) and not isinstance(error, GlmqError):
-            copy = target.resolve().parent / f".{target.name}.{path.name}"
+            copy = Workplace.of(target).home / f".{target.name}.{path.name}"
             shutil.copyfile(path, copy)
             watcher.note(f"the log of this run is kept in {copy}")
         raise

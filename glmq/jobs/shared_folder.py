@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 from contextlib import suppress
 from types import TracebackType
 from typing import Final
 
 from glmq.checkpoint.folder import OutputFolder
-from glmq.errors import GlmqError
-from glmq.ranks import LostRanksError, OtherRankError, Ranks
+from glmq.errors import GlmqError, LostRanksError, OtherRankError
+from glmq.ranks import Ranks
 
-_STOP: Final = ".stop"
-"""Lies in the hidden folder as soon as one rank has failed."""
+_STOP: Final = ".stop-"
+"""Begins the name of what lies in the work folder as soon as one rank has failed; a number of the run's own follows."""
 
 
 class SharedFolder:
-    """The hidden folder of an OutputFolder: made and named by rank 0, filled by all ranks, left by all if one fails.
+    """The folder of an OutputFolder: made, locked and named by rank 0, filled by all ranks, left by all if one fails.
 
     A rank that fails tells the others: at their next `all_gather`, or sooner where they call `check_others`.
 
@@ -28,18 +29,29 @@ class SharedFolder:
         self._output = output
         self._ranks = ranks
         self._is_told = False
+        self._is_entered = False
+        self._stop = output.work / _STOP
         self.path: Final = output.path
-        """Where to write until `finish`."""
+        """Where to write the output until `finish`."""
+        self.work: Final = output.work
+        """For what is needed on the way."""
 
     def __enter__(self) -> SharedFolder:
         failure: Exception | None = None
         if self._ranks.place.is_first:
             try:
                 self._output.__enter__()
-                (self.path / _STOP).unlink(missing_ok=True)  # of the interrupted run
+                self._is_entered = True
+                for stop in self.work.glob(f"{_STOP}*"):  # of the interrupted run
+                    stop.unlink()
             except Exception as error:
                 failure = error
-        self._exchange("", failure)
+        try:
+            # With a name that no other run knows, nothing that a late rank leaves can stop the next run.
+            self._stop = self.work / (_STOP + self._exchange(secrets.token_hex(4), failure)[0])
+        except BaseException as error:
+            self._leave(type(error), error, error.__traceback__)
+            raise
         if not self.path.is_dir():
             raise GlmqError(
                 f"{self.path}: rank {self._ranks.place.rank} does not see the folder that rank 0 made; "
@@ -51,20 +63,29 @@ class SharedFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
+            self._leave(None, None, None)
             return
         if not isinstance(error, OtherRankError):
             with suppress(OSError):
-                (self.path / _STOP).touch()
+                self._stop.touch()
         # A signal leaves no time to tell, and of a failure that came from the others they have heard.
         is_news = not self._is_told and not isinstance(error, (OtherRankError, LostRanksError))
         if is_news and isinstance(error, Exception):
             with suppress(Exception):
                 self._exchange("", error)
-        self._output.__exit__(kind, error, trace)
+        self._leave(kind, error, trace)
+
+    def _leave(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Tidy up, which is for rank 0: it has the lock."""
+        if self._is_entered:
+            self._is_entered = False
+            self._output.__exit__(kind, error, trace)
 
     def check_others(self) -> None:
         """Raise OtherRankError if another rank has failed."""
-        if (self.path / _STOP).exists():
+        if self._stop.exists():
             self._exchange("", None)
 
     def all_gather(self, text: str) -> list[str]:
@@ -82,7 +103,7 @@ class SharedFolder:
         if self._ranks.place.is_first:
             try:
                 self._output.finish()
-            except OSError as error:
+            except Exception as error:
                 failure = error
         self._exchange("", failure)
 

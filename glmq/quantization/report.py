@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.disk import FILE_MODE
+from glmq.checkpoint.disk import FILE_MODE, set_mode
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Recipe
@@ -58,7 +58,7 @@ def write_report(folder: Path, document: JsonObject, reports: Sequence[LinearRep
         )
         writer.writeheader()
         writer.writerows(_row(report) for report in reports)
-    path.chmod(FILE_MODE)
+    set_mode(path, FILE_MODE)
 
 
 def _row(report: LinearReport) -> dict[str, JsonValue]:

@@ -98,13 +98,13 @@ class Bench:
 
     def place(self) -> str:
         """Which pass an interrupted run is in; `nothing` if no block is finished."""
-        folder = self.out.parent
-        lines = lines_of(folder / ".out.partial")
+        work = self.out.parent / ".out.partial"
+        lines = lines_of(work)
         if any(line.startswith('{"block": "model.') for line in lines):
             return "quantize"
-        if (folder / ".out.statistics").exists():
+        if (work / "statistics").exists():
             return "rate"
-        return "calibrate" if len(lines_of(folder / "..out.statistics.partial")) > 1 else "nothing"
+        return "calibrate" if len(lines_of(work / ".statistics.partial")) > 1 else "nothing"
 
     def look_around(self) -> None:
         """What must hold between an interruption and the resume."""

@@ -9,9 +9,9 @@ import pytest
 from helpers import ThreadRanks, run_ranks
 
 from glmq.checkpoint.folder import OutputFolder
-from glmq.errors import GlmqError
+from glmq.errors import GlmqError, LostRanksError, OtherRankError
 from glmq.jobs.shared_folder import SharedFolder
-from glmq.ranks import LostRanksError, OtherRankError, Place, Ranks
+from glmq.ranks import Place, Ranks
 
 
 def run(target: Path, world: int, work: Callable[[int, SharedFolder], None]) -> list[str]:

@@ -1,0 +1,262 @@
+"""Where an output folder grows before it has its name: hidden work folders, how they are known, what is refused beforehand.
+
+.{name}.partial             the work folder, normally beside the output
+    .glmq-work              marks it as glmq's; without it nothing here is touched
+    journal.jsonl           what is finished, for a resume
+    result/                 what gets the output's name at the end
+    result.json             `result` is whole, and is being put in its place: what that takes back if it is interrupted
+    replaced/               the former contents of the output, while they are being replaced
+    statistics/             of `glmq quantize` without --stats
+.{name}.glmq-lock           who is writing
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint import journal
+from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode
+from glmq.checkpoint.filesystem import is_mount, is_writable
+from glmq.errors import UsageError
+
+MARKER: Final = ".glmq-work"
+RESULT: Final = "result"
+REPLACED: Final = "replaced"
+WHOLE: Final = "result.json"
+STATISTICS: Final = "statistics"
+
+_NOT_CONTENTS: Final = frozenset({"lost+found"})
+"""What lies in an empty file system."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workplace:
+    """The places that belong to one output folder. Looked at once, when the run starts; a link is not followed anew later."""
+
+    target: Path
+    """The output folder as it was named."""
+    place: Path
+    """The same without links."""
+    is_inside: bool
+    """It cannot be renamed, being a mount point or in a folder that is not ours: it is filled, with the work folder in it."""
+    work_dir: Path | None
+    """Where the work folder shall lie instead."""
+
+    @classmethod
+    def of(cls, target: Path, work_dir: Path | None = None) -> Workplace:
+        """The places of an output folder, which need not exist."""
+        place = target.resolve()
+        is_inside = place.is_dir() and (is_mount(place) or not is_writable(place.parent))
+        return cls(target, place, is_inside, None if work_dir is None else work_dir.resolve())
+
+    @property
+    def home(self) -> Path:
+        """The folder on the output's own file system that takes hidden files."""
+        return self.place if self.is_inside else self.place.parent
+
+    @property
+    def staging(self) -> Path:
+        """The work folder in `home`."""
+        return self.home / f".{self.place.name}.partial"
+
+    @property
+    def work(self) -> Path:
+        """The work folder."""
+        return self.staging if self.work_dir is None else self.work_dir / f".{self._unique_name}.partial"
+
+    @property
+    def lock(self) -> Path:
+        """The lock file."""
+        return self.home / f".{self.place.name}.glmq-lock"
+
+    @property
+    def lock_elsewhere(self) -> Path | None:
+        """The lock file if `home` has no locks."""
+        return None if self.work_dir is None else self.work_dir / f".{self._unique_name}.glmq-lock"
+
+    @property
+    def _unique_name(self) -> str:
+        """Several outputs of one name may have one work_dir."""
+        return f"{self.place.name}-{hashlib.sha256(os.fsencode(self.place)).hexdigest()[:8]}"
+
+    def contents(self) -> list[str]:
+        """What lies in the output folder, glmq's own hidden files and an empty file system's own left out; sorted."""
+        own = {self.staging.name, self.lock.name} if self.is_inside else set()
+        found = os.listdir(self.place) if self.place.is_dir() else []
+        return sorted(name for name in found if name not in own | _NOT_CONTENTS)
+
+    def works(self) -> tuple[Path, ...]:
+        """The work folder, and the one in `home` through which the result goes if they are two."""
+        return tuple(dict.fromkeys((self.work, self.staging)))
+
+
+class Owner(Enum):
+    """Whose a work folder is."""
+
+    NOBODY = "does not exist, or is an empty folder"
+    GLMQ = "was made by a run of glmq"
+    FOREIGN = "is something else"
+
+
+def owner_of(work: Path) -> Owner:
+    """Whose that is; links are not followed."""
+    try:
+        folder = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return Owner.NOBODY
+    except OSError:  # a link, a file, not readable: whatever it is, it is not ours
+        return Owner.FOREIGN
+    try:
+        if not os.listdir(folder):
+            return Owner.NOBODY
+        mode = os.stat(MARKER, dir_fd=folder, follow_symlinks=False).st_mode
+        return Owner.GLMQ if stat.S_ISREG(mode) else Owner.FOREIGN
+    except FileNotFoundError:
+        return Owner.FOREIGN
+    finally:
+        os.close(folder)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether that is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def make_work(work: Path) -> None:
+    """Make a work folder, or complete the one that glmq has there. The marker comes first: a kill leaves nothing unmarked."""
+    if owner_of(work) is Owner.FOREIGN:
+        raise foreign(work)
+    if not is_folder(work):
+        work.mkdir()
+        set_mode(work, DIRECTORY_MODE)  # mkdir's mode is cut by the umask
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    os.close(os.open(work / MARKER, flags, FILE_MODE))
+    result = work / RESULT
+    if not is_folder(result):
+        result.mkdir()
+        set_mode(result, DIRECTORY_MODE)
+
+
+def remove_work(work: Path) -> None:
+    """Remove a work folder that is glmq's, the marker last; anything else stays."""
+    if owner_of(work) is not Owner.GLMQ:
+        return
+    for entry in sorted(work.iterdir()):
+        if entry.name == MARKER:
+            continue
+        if is_folder(entry):
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    (work / MARKER).unlink()
+    work.rmdir()
+
+
+def foreign(work: Path) -> UsageError:
+    """Something that glmq did not write has the name of the work folder."""
+    return UsageError(
+        f"{work}: has the name of the run's work folder, but glmq did not write it; move it away, or choose another folder"
+    )
+
+
+def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:
+    """Check that `target` can become an output folder. Changes nothing.
+
+    Raises:
+        UsageError: it is a file; it is not empty and `overwrite` is false; nothing can be written there; something foreign
+            has the name of a hidden file; or a run lies there, interrupted or kept, that neither `resume` continues nor
+            `overwrite` drops.
+    """
+    places = Workplace.of(target, work_dir)
+    if places.place.exists() and not places.place.is_dir():
+        raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
+    is_left = resume and (owner_of(places.work) is Owner.GLMQ or os.path.lexists(places.lock))
+    if (
+        not overwrite and not is_left
+    ):  # else OutputFolder looks when it has the lock: the run may have ended while it moved
+        check_empty(places)
+    for folder in dict.fromkeys((places.home, places.work.parent)):
+        _check_folder(folder, target)
+    if places.work_dir is not None and places.place in places.work_dir.parents:
+        raise UsageError(f"--work-dir {work_dir}: lies in the output folder {target}; choose another one")
+    for work in places.works():
+        if owner_of(work) is Owner.FOREIGN:
+            raise foreign(work)
+    if not resume and not overwrite:
+        _refuse_interrupted(places)
+
+
+def check_empty(places: Workplace) -> None:
+    """Raise UsageError if the output folder has contents."""
+    if places.contents():
+        raise UsageError(
+            f"{places.target}: is not empty; choose another folder, or pass --overwrite to replace its contents"
+        )
+
+
+def _check_folder(folder: Path, target: Path) -> None:
+    """Raise UsageError unless entries can be made in `folder`, which need not exist."""
+    if not is_writable(folder):
+        raise UsageError(
+            f"{target}: {folder} is not writable, where its work folder would lie; make {target} as an empty folder of your "
+            "own, or choose another one"
+        )
+
+
+def _refuse_interrupted(places: Workplace) -> None:
+    """Raise UsageError if there is something to resume, or a finished result that has no place."""
+    work = places.work
+    side = "inside" if places.is_inside else "beside"
+    where = f"in {work}" if places.work_dir is not None else f"{side} it, in {work.name}"
+    if is_whole(work):
+        raise UsageError(
+            f"{places.target}: the finished result of an earlier run lies in {work / RESULT}; "
+            "move it where you want it, or pass --overwrite to start again"
+        )
+    advice = "run the same command with --resume to continue it, or with --overwrite to start again"
+    if is_folder(work / STATISTICS):
+        raise UsageError(
+            f"{places.target}: an interrupted run that has finished its calibration lies {where}; {advice}"
+        )
+    blocks = sum(finished_blocks(folder) for folder in _journals(work))
+    if blocks:
+        counted = "1 finished block" if blocks == 1 else f"{blocks} finished blocks"
+        raise UsageError(f"{places.target}: an interrupted run of {counted} lies {where}; {advice}")
+
+
+def is_whole(work: Path) -> bool:
+    """Whether the result in a work folder is finished, but not in its place."""
+    return owner_of(work) is Owner.GLMQ and (work / WHOLE).is_file() and is_folder(work / RESULT)
+
+
+def has_progress(work: Path) -> bool:
+    """Whether there is something in a work folder that a resumed run would not have to do again."""
+    return is_folder(work / STATISTICS) or any(finished_blocks(folder) for folder in _journals(work))
+
+
+def _journals(work: Path) -> Iterator[Path]:
+    """The work folder, and that of the statistics in it: each may have a journal."""
+    yield work
+    yield Workplace.of(work / STATISTICS).work
+
+
+def finished_blocks(work: Path) -> int:
+    """How many blocks a work folder's journal holds: without a finished block there is nothing to resume."""
+    lines = journal.read_lines(work / journal.NAME)
+    return max(0, len(lines) - 1)  # the first line holds the settings
+
+
+def stored_bytes(target: Path, work_dir: Path | None = None) -> int:
+    """What the work folder of an interrupted run for `target` takes on the disk; holes in files take nothing."""
+    work = Workplace.of(target, work_dir).work
+    if owner_of(work) is not Owner.GLMQ:
+        return 0
+    return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
