@@ -7,6 +7,8 @@ import hashlib
 import inspect
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,13 @@ if TYPE_CHECKING:
 PACKAGES = Path(package.__file__).parents[1]
 """The folder that glmq is imported from: as the working directory of a new Python process, it has that one import the same
 glmq. In a checkout it would find the sources, which may lack the compiled rounding; its ties differ, a resume refuses it."""
+
+
+def loaded_after(module: str, names: Sequence[str]) -> list[str]:
+    """Which of these modules a new process has loaded that imports `module`."""
+    code = f"import sys, {module}; print(*(name for name in {names!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
+    return done.stdout.split()
 
 
 def run(*args: object) -> Result:

@@ -1,24 +1,36 @@
 """The import rule of the architecture, read from the syntax trees: a room imports only from the rooms above it."""
 
 import ast
+import graphlib
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from helpers import PACKAGES
+from helpers import loaded_after
 
 import glmq
 
+TESTS = Path(__file__).parent
 PACKAGE = Path(glmq.__file__).parent
 MODULES = {
     ".".join(("glmq", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
+ROWS = (
+    "_native errors version", "spec", "engines records", "progress", "device ranks", "codec", "numerics", "checkpoint", "model",
+    "calibration", "quantization", "compression", "inspection", "verification", "reporting", "jobs", "glmq", "cli", "__main__",
+)  # fmt: skip
+"""The house from its top: a module imports from the rows above its own, and not from others of its row. `glmq` is the package's
+own module, `_native` what every C file includes."""
+
 WORDS = {"errors", "spec", "engines", "records", "progress", "version"}
 ALLOWED = {
+    "_native": set(),
     "errors": set(),
     "version": set(),
     "spec": {"errors"},
@@ -27,22 +39,22 @@ ALLOWED = {
     "progress": {"records"},
     "device": {"errors"},
     "ranks": {"errors"},
-    "codec": {"errors"},
-    "numerics": WORDS,
+    "codec": {"errors", "_native"},
+    "numerics": WORDS | {"_native"},
     "checkpoint": WORDS,
     "model": WORDS | {"checkpoint", "device"},
     "calibration": WORDS | {"model", "numerics", "checkpoint", "device", "ranks"},
     "quantization": WORDS | {"model", "numerics", "checkpoint", "device", "ranks", "calibration.stats"},
     "compression": WORDS | {"checkpoint", "model", "ranks", "codec"},
-    "inspection": WORDS | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats"},
+    "inspection": WORDS | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats", "_native"},
 }
 ALLOWED["verification"] = ALLOWED["inspection"] | {"inspection"}
 ALLOWED["reporting"] = ALLOWED["verification"] | {"verification"}
 ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "device", "ranks", "reporting"}
 ALLOWED["cli"] = ALLOWED["jobs"] | {"jobs"}
 ALLOWED["__main__"] = {"cli"}
-ALLOWED[""] = ALLOWED["cli"]  # the package hands out what the rooms below the shell define
-"""What each room may import of glmq, beside itself and the package's version."""
+ALLOWED["glmq"] = ALLOWED["jobs"] | {"jobs"}  # the package hands out what the rooms above it define
+"""What each room may import of glmq, beside itself: some of what stands above it in the house."""
 
 OWNERS = {
     "typer": ("glmq.cli",),
@@ -71,16 +83,108 @@ def imports_of(path: Path) -> Iterator[str]:
                 yield "torch.distributed"
 
 
+def includes_of(path: Path) -> list[str]:
+    """What a C file includes between quotation marks."""
+    return re.findall(r'^[ \t]*#[ \t]*include[ \t]+"([^"\n]+)"', path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
 def lies_in(name: str, room: str) -> bool:
     return name == room or name.startswith(f"{room}.")
 
 
 def room_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    return module.split(".")[1] if "." in module else "glmq"
+
+
+def arrows() -> dict[str, set[str]]:
+    """By module of glmq, the modules of glmq that it imports, those for the type checker alone included."""
+
+    def target(name: str) -> str | None:
+        return next((known for known in (name, name.rpartition(".")[0]) if known in MODULES), None)
+
+    return {
+        module: {found for name in imports_of(path) if (found := target(name)) is not None}
+        for module, path in MODULES.items()
+    }
+
+
+def find_circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules of one circle, the first again at the end; empty if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def test_every_module_belongs_to_a_room() -> None:
-    assert {room_of(module) for module in MODULES} <= {"", *ALLOWED}
+    rooms = [room for row in ROWS for room in row.split()]
+    assert {room_of(module) for module in MODULES} <= set(rooms)
+    assert rooms == sorted(ALLOWED, key=rooms.index)
+
+
+def test_what_a_room_may_import_stands_above_it_in_the_house() -> None:
+    row_of = {room: row for row, rooms in enumerate(ROWS) for room in rooms.split()}
+    for room, allowed in ALLOWED.items():
+        for other in allowed:
+            assert row_of[other.partition(".")[0]] < row_of[room], f"{room} may import {other}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert find_circle(arrows()) == []
+
+
+def test_a_circle_through_an_import_for_the_type_checker_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_text("from glmq.b import thing\n")
+    (tmp_path / "b.py").write_text("import glmq.c\n")
+    (tmp_path / "c.py").write_text("if TYPE_CHECKING:\n    from glmq.a import Thing\n")
+    monkeypatch.setattr(sys.modules[__name__], "MODULES", {f"glmq.{name}": tmp_path / f"{name}.py" for name in "abc"})
+    assert set(find_circle(arrows())) == {"glmq.a", "glmq.b", "glmq.c"}
+    (tmp_path / "c.py").write_text("")
+    assert find_circle(arrows()) == []
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.[ch]")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_a_c_file_includes_only_from_the_rooms_above_its_own(path: Path) -> None:
+    def room_of_file(file: Path) -> str:
+        return (file if file.parent == PACKAGE else file.parent).stem
+
+    room = room_of_file(path)
+    for name in includes_of(path):
+        included = (path.parent / name).resolve()
+        assert included.is_file(), f"{path.name} includes {name}, which is not there"
+        assert room_of_file(included) in {room, *ALLOWED[room]}, f"{path.name} must not include {name}"
+
+
+def test_the_reader_of_includes_sees_every_form(tmp_path: Path) -> None:
+    path = tmp_path / "module.c"
+    path.write_text('#include <stdint.h>\n#include "a.h"\n  #  include\t"../b/c.h" // why\n')
+    assert includes_of(path) == ["a.h", "../b/c.h"]
+    assert includes_of(PACKAGE / "inspection" / "_sums.c") == ["../_native.h", "../codec/_count.h"]
+
+
+def test_every_room_has_its_room_of_tests() -> None:
+    def rooms(folder: Path, pattern: str) -> set[str]:
+        return {path.name for path in folder.iterdir() if any(path.glob(pattern))}
+
+    assert rooms(TESTS, "test_*.py") == rooms(PACKAGE, "*.py")
+
+
+@pytest.mark.slow
+def test_without_the_shell_all_tests_but_its_own_can_be_collected(tmp_path: Path) -> None:
+    for folder in (PACKAGE, TESTS):
+        ignore = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(folder, tmp_path / folder.name, ignore=ignore)
+        shutil.rmtree(tmp_path / folder.name / "cli")
+    shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
+    code = (
+        "import importlib.util, sys, pytest; assert importlib.util.find_spec('glmq.cli') is None;"
+        "sys.exit(pytest.main(['--collect-only', '-qq', '-n', '0', '-p', 'no:cacheprovider', 'tests']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -89,7 +193,7 @@ def test_a_module_imports_only_from_the_rooms_above_its_own(module: str) -> None
     known = [f"glmq.{other}" for other in {room, *ALLOWED.get(room, set())}]
     for name in imports_of(MODULES[module]):
         assert not name.startswith("."), f"{module} imports {name} relatively"
-        if lies_in(name, "glmq") and not (name == "glmq" and room == "cli"):
+        if lies_in(name, "glmq") and not (name == "glmq" and room == "cli"):  # the shell uses the API
             assert any(lies_in(name, allowed) for allowed in known), f"{module} must not import {name}"
 
 
@@ -122,15 +226,9 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
         ("glmq", ("torch", "numpy", "typer")),
         ("glmq.spec", ("torch", "numpy", "typer")),
         ("glmq.records", ("torch", "numpy", "typer")),
-        ("glmq.cli.app", ("torch", "transformers", "numpy", "safetensors", "PIL")),
         ("glmq.quantization.stream", ("transformers", "typer", "rich")),
-        (
-            "glmq.reporting.verification_page, glmq.reporting.comparison_page, glmq.cli.inspect_view",
-            ("torch", "transformers", "numpy"),
-        ),
+        ("glmq.reporting.verification_page, glmq.reporting.comparison_page", ("torch", "transformers", "numpy")),
     ],
 )
 def test_importing_a_module_stays_light(module: str, absent: tuple[str, ...]) -> None:
-    code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
-    assert done.stdout == "[]\n"
+    assert loaded_after(module, absent) == []

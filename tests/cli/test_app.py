@@ -3,7 +3,7 @@ import sys
 from importlib import metadata
 
 import pytest
-from helpers import PACKAGES, run
+from helpers import PACKAGES, loaded_after, run
 
 from glmq.version import __version__
 
@@ -24,6 +24,17 @@ def test_help_needs_neither_torch_nor_transformers(verb: tuple[str, ...]) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=PACKAGES)
     assert (done.returncode, done.stderr) == (0, "heavy: []\n")
     assert "Usage:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("glmq.cli.app", ("torch", "transformers", "numpy", "safetensors", "PIL")),
+        ("glmq.cli.inspect_view", ("torch", "transformers", "numpy")),
+    ],
+)
+def test_importing_the_shell_stays_light(module: str, absent: tuple[str, ...]) -> None:
+    assert loaded_after(module, absent) == []
 
 
 def test_the_overview_names_every_verb_and_the_exit_codes() -> None:
