@@ -61,9 +61,10 @@ OWNERS = {
     "rich": ("glmq.cli",),
     "transformers": ("glmq.model",),
     "torch_npu": ("glmq.device",),
+    "glmq.model.glm4v": ("glmq.model",),  # others ask `config.family`
     "torch.distributed": ("glmq.ranks", "glmq.model.lean"),  # the second hides it from transformers
 }
-"""The only rooms or modules that may know a library."""
+"""The only rooms or modules that may know a library, or the model family by name."""
 
 NOWHERE = ("click", "torchvision", "pickle", "accelerate")
 """typer has its own click; the image processor needs no torchvision; nothing is ever unpickled; torch itself puts on meta."""

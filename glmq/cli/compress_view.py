@@ -87,7 +87,7 @@ def rank_table(ranks: Sequence[RankTotals]) -> Table:
 
 
 def size_table(sizes: Sequence[AreaSizes], codec: CodecKind, world: int) -> Table:
-    """Bytes by part of the model: float, quantized, compressed."""
+    """Bytes by area of the model: float, quantized, compressed."""
     last = "W8A8SC" if codec is CodecKind.ASCEND else "portable"
     table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     table.add_column("part")

@@ -228,7 +228,7 @@ def _marked(error: float) -> Text:
 
 
 def areas_table(areas: Sequence[AreaBytes]) -> Table:
-    """Bytes before and after by part of the model."""
+    """Bytes before and after by area of the model."""
     table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for header in ("part", "float", "quantized", "ratio"):
         table.add_column(header, justify="left" if header == "part" else "right")
@@ -250,7 +250,7 @@ def size(count: int) -> str:
 def show_quantization(result: QuantizationResult, *, verbose: bool) -> None:
     """The error table, the bytes, where the output lies, and what to do next."""
     stdout.print(error_table(result.reports, verbose=verbose))
-    stdout.print(areas_table(result.parts))
+    stdout.print(areas_table(result.areas))
     recipe = result.recipe
     stdout.print(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {result.folder}", soft_wrap=True)
     for line in next_steps(result.folder, recipe):

@@ -71,7 +71,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class AreaEstimate:
-    """Bytes by part of the model, all planned ranks together."""
+    """Bytes by area of the model, all planned ranks together."""
 
     area: Area
     before: int

@@ -1,4 +1,4 @@
-"""glmq_compress_report.json and .csv: what compressing did, per linear, per rank, and by part of the model."""
+"""glmq_compress_report.json and .csv: what compressing did, per linear, per rank, and by area of the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLUMNS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class AreaSizes:
-    """Bytes of one part of the model in its three forms."""
+    """Bytes of one area of the model in its three forms."""
 
     area: Area
     float16: int

@@ -110,7 +110,7 @@ class PartWritten:
 
     record: PartRecord
     before: Mapping[Area, int]
-    """Bytes of the rank's tensors before compression, by part of the model."""
+    """Bytes of the rank's tensors before compression, by area of the model."""
     after: Mapping[Area, int]
     """The same as stored."""
 

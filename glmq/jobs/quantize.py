@@ -80,7 +80,7 @@ class QuantizationResult:
     folder: Path
     recipe: Recipe
     reports: tuple[LinearReport, ...]
-    parts: tuple[AreaBytes, ...]
+    areas: tuple[AreaBytes, ...]
     document: JsonObject
     """As glmq_report.json holds it."""
     times: tuple[PassTime, ...]
@@ -318,13 +318,13 @@ def _write_weights(
         for block in quantize_checkpoint(work, recipe, plan, folder.path, bits=bits):
             reports += block.reports
             advance(block.done)
-    parts = bytes_by_area(source, plan.shards)
+    areas = bytes_by_area(source, plan.shards)
     ranks.barrier()  # rank 0 has written the checksums
-    document = report_document(reports, parts, recipe, statistics.samples_digest, read_checksums(folder.path).digest)
+    document = report_document(reports, areas, recipe, statistics.samples_digest, read_checksums(folder.path).digest)
     if ranks.place.is_first:
         write_report(folder.path, document, reports)
     times = watcher.times(ranks)
-    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(parts), document, times)
+    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times)
 
 
 def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher) -> dict[str, float]:

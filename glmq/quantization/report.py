@@ -1,4 +1,4 @@
-"""glmq_report.json and glmq_report.csv beside the weights: what was done, per linear and by part."""
+"""glmq_report.json and glmq_report.csv beside the weights: what was done, per linear and by area of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME: Final = "glmq_report"
 
 def report_document(
     reports: Sequence[LinearReport],
-    parts: Sequence[AreaBytes],
+    areas: Sequence[AreaBytes],
     recipe: Recipe,
     samples_digest: str,
     checksums_digest: str,
@@ -43,7 +43,7 @@ def report_document(
         "act_range": recipe.scheme.act_range.name.lower(),
         "samples_sha256": samples_digest,
         "checksums": checksums_digest,
-        "bytes": [{"part": p.area.value, "before": p.before, "after": p.after} for p in parts],
+        "bytes": [{"part": p.area.value, "before": p.before, "after": p.after} for p in areas],
         "linears": [_row(report) for report in reports],
     }
 

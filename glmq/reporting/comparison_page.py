@@ -114,7 +114,7 @@ def _charts(found: Comparison) -> list[str]:
             columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative error"),
             note=f"{rest} others differ by less than a millionth, or not at all.",
         ),
-        section("Bytes by part", stacked_bars({"A": _part_bytes(found.a), "B": _part_bytes(found.b)}, "bytes by part")),
+        section("Bytes by part", stacked_bars({"A": _area_bytes(found.a), "B": _area_bytes(found.b)}, "bytes by part")),
     ]
     if not columns:
         return sections
@@ -147,5 +147,5 @@ def _changes_table(changes: Sequence[KeyChange]) -> str:
     return split_table(("key", "A", "B"), rows, 3)
 
 
-def _part_bytes(folder: Folder) -> dict[str, int]:
+def _area_bytes(folder: Folder) -> dict[str, int]:
     return {total.label: total.nbytes for total in totals_by_area(tensor_rows(folder))}
