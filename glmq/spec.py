@@ -12,6 +12,11 @@ class FloatDtype(Enum):
     FP16 = "float16"
     BF16 = "bfloat16"
 
+    @property
+    def code(self) -> str:
+        """What safetensors calls it."""
+        return "F16" if self is FloatDtype.FP16 else "BF16"
+
 
 class Form(Enum):
     """One of the two ways in which a quantized checkpoint is written and described."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +20,8 @@ from glmq.calibration.stats import (
     convergence_json,
     has_moment,
 )
-from glmq.checkpoint.header import DTYPE_BYTES
 from glmq.checkpoint.json_file import JsonObject
-from glmq.checkpoint.layout import TensorSpec
+from glmq.checkpoint.layout import TensorSpec, bare_file_bytes
 from glmq.errors import SampleError
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
@@ -94,7 +92,7 @@ def plan_calibration(
     for block in config.family.blocks(config):
         entries, specs = _plan_block(block, config, settings, sizes)
         if entries:
-            files.append((f"{block.name}.safetensors", _stored_bytes(specs)))
+            files.append((f"{block.name}.safetensors", bare_file_bytes(specs)))
         sink.restore(entries)
     tokens = {size.sample.name: size.tokens for size in sizes}
     for size in sizes:
@@ -223,18 +221,6 @@ def _specs(group: InputGroup, kept: int, *, moment: bool) -> Iterator[TensorSpec
     yield TensorSpec(f"{group.site}.sample", "F32", (kept, width))
     if moment:
         yield TensorSpec(f"{group.site}.second_moment", "F32", (width * (width + 1) // 2,))
-
-
-def _stored_bytes(specs: Sequence[TensorSpec]) -> int:
-    """Size of a safetensors file without metadata: length, header padded to a multiple of 8, data in the format's order."""
-    order = list(DTYPE_BYTES)
-    at = 0
-    entries: dict[str, object] = {}
-    for spec in sorted(specs, key=lambda spec: (-order.index(spec.dtype), spec.name)):
-        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + spec.nbytes]}
-        at += spec.nbytes
-    header = len(json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode())
-    return 8 + header + -header % 8 + at
 
 
 def _state_bytes(config: ModelConfig, sizes: Sequence[SampleSize], element_bytes: int) -> int:

@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from glmq.errors import SampleError
 from glmq.model.cache import TokenCache, cache_bytes
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
+from glmq.progress import resident_bytes
 from glmq.ranks import Ranks
 from glmq.records import BlockDone
 
@@ -306,4 +306,4 @@ class _Clock:
         """The record of the first `done` tokens."""
         seconds = self.elapsed() / (done - self._done)
         self._done, self._started = done, time.perf_counter()
-        return BlockDone(name, done - 1, self._total, seconds, psutil.Process().memory_info().rss)
+        return BlockDone(name, done - 1, self._total, seconds, resident_bytes())

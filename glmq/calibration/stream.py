@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeAlias
 
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -27,7 +26,7 @@ from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.moments import InputAccumulator
-from glmq.progress import Stopwatch
+from glmq.progress import Stopwatch, resident_bytes
 from glmq.ranks import Ranks
 from glmq.records import BlockDone
 
@@ -89,7 +88,7 @@ def calibrate_checkpoint(
         clock.count("write", nbytes=sum(call.hidden.nbytes for call in calls.values()))
         release(model.device)
         now = time.perf_counter()
-        yield BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss, clock.take())
+        yield BlockDone(name, index, total, now - started, resident_bytes(), clock.take())
         started = time.perf_counter()
     states.forget(total - 1)
     if ranks.place.is_first:

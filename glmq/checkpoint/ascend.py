@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from glmq.checkpoint.layout import TensorSpec
-from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT4, INT8, TYPES, Activation, FloatDtype, Form, QuantType, assert_never
-
-TORCH_DTYPES: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfloat16}
-CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
 
 SCALE_BIAS_CHUNKS: Final = 16
 """Columns of a row-parallel scale_bias: one per rank at the largest tensor-parallel size. At smaller sizes a rank adds the
@@ -74,7 +71,7 @@ def linear_specs(
     rows, cols = shape
     if quant_type.spec.two_stage:
         _check_w4a8(name, rows, cols, group_size, form=form, row_parallel=row_parallel)
-    float_code = CODES[dtype]
+    float_code = dtype.code
     is_w4a8 = quant_type.spec.two_stage
     activation_code = "F32" if dtype is FloatDtype.FP16 else "BF16"
     scale_code = float_code if quant_type.spec.step_in_model_dtype else "F32"
@@ -124,7 +121,7 @@ def storable_weight_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
     Returns:
         float32 [N, 1]: exactly representable in `dtype`; at least its smallest positive number.
     """
-    target = TORCH_DTYPES[dtype]
+    target = torch_dtype(dtype.code)
     smallest = torch.finfo(target).smallest_normal * torch.finfo(target).eps  # the smallest subnormal number
     return scale.float().clamp_min(smallest).to(target).float()
 
@@ -193,7 +190,7 @@ def _encode_static(name: str, linear: QuantizedLinear, dtype: FloatDtype) -> dic
 
 
 def _encode_row_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
-    return storable_weight_scale(scale, dtype).to(TORCH_DTYPES[dtype])
+    return storable_weight_scale(scale, dtype).to(torch_dtype(dtype.code))
 
 
 def _encode_w4a8(name: str, linear: QuantizedLinear, *, form: Form, row_parallel: bool) -> dict[str, Tensor]:
@@ -345,7 +342,7 @@ def norm_specs(name: str, width: int, *, dtype: FloatDtype, form: Form) -> list[
     return [
         TensorSpec(f"{owner}.{suffix}", code, (width,))
         for owner in owners
-        for suffix, code in (("weight", CODES[dtype]), ("bias", "F32"))
+        for suffix, code in (("weight", dtype.code), ("bias", "F32"))
     ]
 
 
@@ -368,7 +365,7 @@ def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, form: Form) -> 
 
 def _to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
     """`tensor` in `dtype`, rounded half to even. Raises CheckpointError if the result holds infinity or NaN."""
-    stored = tensor.to(TORCH_DTYPES[dtype])
+    stored = tensor.to(torch_dtype(dtype.code))
     if not bool(stored.isfinite().all()):
         worst = float(tensor.abs().max())
         raise CheckpointError(

@@ -39,7 +39,7 @@ def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
     """Write the file; the same checksums give the same bytes."""
     ordered = {name: tensors[name] for name in sorted(tensors)}
     document: JsonObject = {"schema": SCHEMA, "glmq": __version__, "tensors": ordered}
-    write_json(folder / CHECKSUMS, {**document, "digest": _digest(document)}, indent=1)
+    write_json(folder / CHECKSUMS, {**document, "digest": document_digest(document)}, indent=1)
 
 
 def read_checksums(folder: Path) -> Checksums:
@@ -54,10 +54,16 @@ def read_checksums(folder: Path) -> Checksums:
     if document.get("schema") != SCHEMA:
         found = document.get("schema")
         raise CheckpointError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
-    if digest != _digest(document) or not isinstance(tensors, Mapping):
+    if digest != document_digest(document) or not isinstance(tensors, Mapping):
         raise CheckpointError(f"{path}: its digest does not fit its contents; it was altered, copy it again")
     return Checksums({name: str(value) for name, value in tensors.items()}, str(digest))
 
 
-def _digest(document: Mapping[str, JsonValue]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+def digest_of(content: bytes) -> str:
+    """xxh3-128 of bytes, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def document_digest(document: Mapping[str, JsonValue]) -> str:
+    """xxh3-128 of a JSON document, in hexadecimal: of its text with sorted keys and without spaces."""
+    return digest_of(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())

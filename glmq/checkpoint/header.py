@@ -34,6 +34,9 @@ DTYPE_BYTES: Final[dict[str, int]] = {
 }
 """Bytes per element of every dtype code we read, in the order of the format's own list (its writer sorts by it)."""
 
+FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
+"""The dtypes of float tensors; FP8 is no weight that is read here."""
+
 MAX_HEADER_BYTES: Final = 16_000_000
 """Thirty times what the largest GLM-4.1V needs in one file; the format's own reader stops at 100 MB. A parsed header takes up
 to thirty times its size."""

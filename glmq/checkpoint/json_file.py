@@ -152,11 +152,12 @@ class Fields:
             self._wrong(key, value, "a count")
         return value
 
-    def counts(self, key: str) -> tuple[int, ...]:
-        """A list of integers from 0 to 2^63 - 1."""
+    def counts(self, key: str, length: int) -> tuple[int, ...]:
+        """A list of that many integers from 0 to 2^63 - 1."""
         value = self._document.get(key)
-        if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
-            self._wrong(key, value, "a list of counts")
+        right = isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+        if not isinstance(value, list) or not right or len(value) != length:
+            self._wrong(key, value, f"a list of {length} counts")
         return tuple(value)
 
     def choice(self, key: str, kind: Callable[[str], T]) -> T:

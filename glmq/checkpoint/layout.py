@@ -108,22 +108,37 @@ def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None)
     return ShardPlan(stem, files, is_numbered=shard_bytes is not None)
 
 
+def bare_file_bytes(specs: Iterable[TensorSpec]) -> int:
+    """Size of a safetensors file of these tensors without metadata."""
+    ordered = _in_order(specs)
+    return len(_make_header(ordered, {})) + sum(spec.nbytes for spec in ordered)
+
+
 def _lay_out(file_name: str, specs: Iterable[TensorSpec]) -> PlannedFile:
-    ordered = sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
-    entries: dict[str, object] = {_METADATA_KEY: _METADATA}
+    ordered = _in_order(specs)
+    header = _make_header(ordered, {_METADATA_KEY: _METADATA})
+    if len(header) - 8 > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{file_name}: its header needs {len(header) - 8} bytes, readers stop at {MAX_HEADER_BYTES}; use shards"
+        )
+    tensors, at = [], len(header)
+    for spec in ordered:
+        tensors.append(TensorInfo(spec.name, spec.dtype, spec.shape, at, at + spec.nbytes))
+        at += spec.nbytes
+    return PlannedFile(file_name, header, tuple(tensors))
+
+
+def _in_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The order in which the format's own writer puts tensors."""
+    return sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
+
+
+def _make_header(ordered: Sequence[TensorSpec], entries: dict[str, object]) -> bytes:
+    """Length, JSON of `entries` and those of the tensors, and padding."""
     at = 0
     for spec in ordered:
         entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + spec.nbytes]}
         at += spec.nbytes
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{file_name}: its header needs {len(text)} bytes, readers stop at {MAX_HEADER_BYTES}; use shards"
-        )
-    header = len(text).to_bytes(8, "little") + text
-    tensors, at = [], len(header)
-    for spec in ordered:
-        tensors.append(TensorInfo(spec.name, spec.dtype, spec.shape, at, at + spec.nbytes))
-        at += spec.nbytes
-    return PlannedFile(file_name, header, tuple(tensors))
+    return len(text).to_bytes(8, "little") + text

@@ -225,7 +225,7 @@ def _vision_mlp(split: RankSplit, name: str, target: str) -> None:
     split.put(f"{target}.down_proj.weight", split.cols(f"{name}.down_proj.weight"))
 
 
-def part_types(names: Sequence[str], linears: Sequence[str], *, compressed: bool) -> dict[str, str]:
+def rank_file_types(names: Sequence[str], linears: Sequence[str], *, compressed: bool) -> dict[str, str]:
     """The description of a part in MindIE's layout, in natural order of the given names.
 
     Args:

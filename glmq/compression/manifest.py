@@ -17,16 +17,15 @@ Digests are xxh3-128 in hexadecimal: they find damage, not forgery.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
 
-import xxhash
-
-from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
+from glmq.checkpoint.checksums import digest_of, document_digest
+from glmq.checkpoint.disk import read_input
+from glmq.checkpoint.json_file import Fields, JsonObject, read_json_object, write_json
 from glmq.compression.layouts import Layout, parse_layout
 from glmq.errors import CheckpointError
 from glmq.version import __version__
@@ -36,6 +35,8 @@ SCHEMA: Final = "glmq.compress/1"
 REPORT: Final = "glmq_compress_report"
 """Stem of the report; the only files of the folder, with the manifest, that are not made from the source's."""
 REPORT_FILES: Final = (f"{REPORT}.json", f"{REPORT}.csv")
+MAX_WEIGHTS: Final = 2**40
+"""Of one linear: a thousand times the largest."""
 _AGAIN: Final = "the folder is damaged or incomplete, copy it again"
 
 
@@ -56,8 +57,8 @@ NOTES: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class PartRecord:
-    """One weight file."""
+class RankFile:
+    """The weight file of one rank."""
 
     rank: int
     file: str
@@ -88,14 +89,9 @@ class Manifest:
     world: int
     source: str
     """sha256 fingerprint of the compressed checkpoint."""
-    parts: tuple[PartRecord, ...]
+    rank_files: tuple[RankFile, ...]
     files: Mapping[str, FileRecord]
     """By path from the folder."""
-
-
-def digest_of(content: bytes) -> str:
-    """xxh3-128 in hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(content)
 
 
 def record_files(folder: Path, exclude: Iterable[str]) -> dict[str, FileRecord]:
@@ -120,10 +116,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         "world_size": manifest.world,
         "note": NOTES[manifest.codec],
         "source": manifest.source,
-        "parts": [_part_document(part) for part in manifest.parts],
+        "parts": [_rank_file_document(file) for file in manifest.rank_files],
         "files": {name: {"bytes": file.nbytes, "digest": file.digest} for name, file in manifest.files.items()},
     }
-    write_json(folder / MANIFEST, {**document, "digest": _document_digest(document)}, indent=1)
+    write_json(folder / MANIFEST, {**document, "digest": document_digest(document)}, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -142,98 +138,67 @@ def read_manifest(folder: Path) -> Manifest:
     if document.get("schema") != SCHEMA:
         found = document.get("schema")
         raise CheckpointError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
-    if digest != _document_digest(document):
+    if digest != document_digest(document):
         raise CheckpointError(f"{path}: its checksum does not fit its contents; {_AGAIN}")
-    try:
-        return Manifest(
-            codec=CodecKind(document["codec"]),
-            layout=parse_layout(_text(document["layout"])),
-            world=_integer(document["world_size"]),
-            source=_text(document["source"]),
-            parts=tuple(_parse_part(part) for part in _items(document["parts"])),
-            files={_local(name): _parse_file(entry) for name, entry in _object(document["files"]).items()},
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: is not a manifest ({error}); {_AGAIN}") from None
+    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; {_AGAIN}"))
+    files = fields.fields("files")
+    return Manifest(
+        codec=fields.choice("codec", CodecKind),
+        layout=fields.choice("layout", parse_layout),
+        world=fields.count("world_size"),
+        source=fields.text("source"),
+        rank_files=tuple(_parse_rank_file(part, path) for part in fields.list_of_fields("parts")),
+        files={_local(name, path): _parse_file(files.fields(name)) for name in files},
+    )
 
 
 def checked_bytes(folder: Path, name: str, record: FileRecord) -> bytes:
     """The contents of a small file. Raises CheckpointError if they are not what the manifest says."""
     path = folder / name
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}), but the manifest lists it; {_AGAIN}"
-        ) from None
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is no file, but the manifest lists it; {_AGAIN}")
+    content = read_input(path, record.nbytes)
     if len(content) != record.nbytes or digest_of(content) != record.digest:
         raise CheckpointError(f"{path}: its checksum is not the one in {MANIFEST}; {_AGAIN}")
     return content
 
 
-def _part_document(part: PartRecord) -> JsonObject:
+def _rank_file_document(file: RankFile) -> JsonObject:
     return {
-        "rank": part.rank,
-        "file": part.file,
-        "bytes": part.nbytes,
-        "header": part.header,
-        "tensors": dict(part.tensors),
-        "matrices": {name: list(shape) for name, shape in part.matrices.items()},
+        "rank": file.rank,
+        "file": file.file,
+        "bytes": file.nbytes,
+        "header": file.header,
+        "tensors": dict(file.tensors),
+        "matrices": {name: list(shape) for name, shape in file.matrices.items()},
     }
 
 
-def _parse_part(value: JsonValue) -> PartRecord:
-    part = _object(value)
+def _parse_rank_file(part: Fields, path: Path) -> RankFile:
+    tensors, shapes = part.fields("tensors"), part.fields("matrices")
     matrices: dict[str, tuple[int, int]] = {}
-    for name, shape in _object(part["matrices"]).items():
-        rows, cols = _items(shape)
-        matrices[name] = (_integer(rows), _integer(cols))
-    return PartRecord(
-        rank=_integer(part["rank"]),
-        file=_local(_text(part["file"])),
-        nbytes=_integer(part["bytes"]),
-        header=_text(part["header"]),
-        tensors={name: _text(digest) for name, digest in _object(part["tensors"]).items()},
+    for name in shapes:
+        rows, cols = shapes.counts(name, 2)
+        if not 0 < rows * cols <= MAX_WEIGHTS:
+            raise CheckpointError(f"{path}: {name!a:.200} holds {rows} x {cols} weights, which no linear has; {_AGAIN}")
+        matrices[name] = (rows, cols)
+    return RankFile(
+        rank=part.count("rank"),
+        file=_local(part.text("file"), path),
+        nbytes=part.count("bytes"),
+        header=part.text("header"),
+        tensors={name: tensors.text(name) for name in tensors},
         matrices=matrices,
     )
 
 
-def _parse_file(value: JsonValue) -> FileRecord:
-    entry = _object(value)
-    return FileRecord(_integer(entry["bytes"]), _text(entry["digest"]))
+def _parse_file(entry: Fields) -> FileRecord:
+    return FileRecord(entry.count("bytes"), entry.text("digest"))
 
 
-def _document_digest(document: Mapping[str, JsonValue]) -> str:
-    return digest_of(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
-
-
-def _object(value: JsonValue) -> Mapping[str, JsonValue]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{value!r:.40} where an object is needed")
-    return value
-
-
-def _items(value: JsonValue) -> Sequence[JsonValue]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.40} where a list is needed")
-    return value
-
-
-def _integer(value: JsonValue) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TypeError(f"{value!r:.40} where a count is needed")
-    return value
-
-
-def _text(value: JsonValue) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} where a text is needed")
-    return value
-
-
-def _local(name: str) -> str:
+def _local(name: str, path: Path) -> str:
     """A path inside the folder; refuses one that leads out of it."""
     parts = name.split("/")
-    if "" in parts or "." in parts or ".." in parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r:.40} where a path inside the folder is needed")
+    if "" in parts or "." in parts or ".." in parts or "\\" in name or not name.isprintable():
+        raise CheckpointError(f"{path}: lists {name!a:.60}, which is no path inside the folder; {_AGAIN}")
     return name

@@ -12,9 +12,9 @@ from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_whole
 from glmq.compression.layouts import Layout
-from glmq.compression.manifest import REPORT, CodecKind, PartRecord
+from glmq.compression.manifest import REPORT, CodecKind, RankFile
 from glmq.compression.source import Source
-from glmq.compression.stream import CompressedLinear, PartWritten
+from glmq.compression.stream import CompressedLinear, RankFileWritten
 from glmq.model.family import Area
 from glmq.version import __version__
 
@@ -51,7 +51,7 @@ class RankTotals:
     """Of the compressed linears."""
 
 
-def rank_totals(linears: Sequence[CompressedLinear], parts: Sequence[PartWritten]) -> list[RankTotals]:
+def rank_totals(linears: Sequence[CompressedLinear], parts: Sequence[RankFileWritten]) -> list[RankTotals]:
     """What each rank's file holds."""
     totals = []
     for part in parts:
@@ -61,7 +61,7 @@ def rank_totals(linears: Sequence[CompressedLinear], parts: Sequence[PartWritten
     return totals
 
 
-def area_sizes(source: Source, parts: Sequence[PartWritten]) -> list[AreaSizes]:
+def area_sizes(source: Source, parts: Sequence[RankFileWritten]) -> list[AreaSizes]:
     """Bytes by area of the model: float16, W8A8S, and compressed."""
     family = source.config.family
     float16, w8a8s = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
@@ -80,7 +80,7 @@ def report_document(
     codec: CodecKind,
     layout: Layout,
     linears: Sequence[CompressedLinear],
-    parts: Sequence[PartWritten],
+    parts: Sequence[RankFileWritten],
 ) -> JsonObject:
     """The report as one JSON object; without times, so that equal runs write equal bytes."""
     return {
@@ -133,7 +133,7 @@ def write_report(folder: Path, document: Mapping[str, JsonValue], linears: Seque
     write_whole(folder / f"{REPORT}.csv", text.getvalue().encode())
 
 
-def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[PartWritten]) -> str:
+def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[RankFileWritten]) -> str:
     """What a rank did, as text for the other ranks."""
     written = [
         {
@@ -146,7 +146,7 @@ def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[PartWritte
     return json.dumps({"linears": [asdict(linear) for linear in linears], "parts": written})
 
 
-def unpack_results(text: str) -> tuple[list[CompressedLinear], list[PartWritten]]:
+def unpack_results(text: str) -> tuple[list[CompressedLinear], list[RankFileWritten]]:
     """The inverse of pack_results."""
     document = json.loads(text)
     parts = []
@@ -154,5 +154,7 @@ def unpack_results(text: str) -> tuple[list[CompressedLinear], list[PartWritten]
         record = part["record"] | {
             "matrices": {name: tuple(shape) for name, shape in part["record"]["matrices"].items()}
         }
-        parts.append(PartWritten(PartRecord(**record), dict(zip(Area, part["before"])), dict(zip(Area, part["after"]))))
+        parts.append(
+            RankFileWritten(RankFile(**record), dict(zip(Area, part["before"])), dict(zip(Area, part["after"])))
+        )
     return [CompressedLinear(**linear) for linear in document["linears"]], parts

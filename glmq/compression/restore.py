@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from glmq.checkpoint.checksums import digest_of
 from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, naming_full_disk, set_mode, write_at
 from glmq.checkpoint.header import TensorInfo, parse_header, read_header
 from glmq.checkpoint.json_file import write_whole
@@ -24,14 +25,14 @@ from glmq.compression.manifest import (
     REPORT_FILES,
     CodecKind,
     Manifest,
-    PartRecord,
+    RankFile,
     checked_bytes,
-    digest_of,
     read_manifest,
 )
-from glmq.compression.stream import HEADER_SUFFIX, SOURCE_FOLDER, Step, describe_part, resident_bytes
+from glmq.compression.stream import HEADER_SUFFIX, SOURCE_FOLDER, Step, describe_rank_file
 from glmq.compression.weight_codec import BLOB_SUFFIX
 from glmq.errors import CheckpointError, CodecError
+from glmq.progress import resident_bytes
 from glmq.spec import QuantType
 
 RESTORED_STEM: Final = "quant_model_weight_w8a8s"
@@ -52,7 +53,7 @@ def read_portable_manifest(directory: Path) -> Manifest:
             f"{directory}: was compressed by the vendor's program, and only the serving engine reads that; "
             "keep the W8A8S folder, or compress with --codec portable, to have a way back"
         )
-    if [part.rank for part in manifest.parts] != list(range(manifest.world)):
+    if [part.rank for part in manifest.rank_files] != list(range(manifest.world)):
         raise CheckpointError(f"{directory}: {MANIFEST} does not list the parts 0 to {manifest.world - 1}; {_AGAIN}")
     return manifest
 
@@ -60,7 +61,7 @@ def read_portable_manifest(directory: Path) -> Manifest:
 def restored_bytes(directory: Path, manifest: Manifest) -> int:
     """Bytes of the weights that decompress_checkpoint will write, from the parts' headers alone."""
     total = 0
-    for part in manifest.parts:
+    for part in manifest.rank_files:
         with _open_part(directory, part) as checkpoint:
             total += sum(spec.nbytes for spec in _restored_specs(checkpoint, part))
     return total
@@ -92,7 +93,7 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
             headers[target.removesuffix(HEADER_SUFFIX)] = content
         else:
             write_whole(folder / target, content)
-    for part in manifest.parts:
+    for part in manifest.rank_files:
         with _open_part(directory, part) as checkpoint:
             if manifest.layout is Unsharded.SOURCE:
                 yield from _restore_files(checkpoint, part, directory, headers, folder, jobs)
@@ -100,7 +101,7 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
                 yield from _restore_part(checkpoint, part, (folder / part.file).parent, jobs)
 
 
-def _open_part(directory: Path, part: PartRecord) -> Checkpoint:
+def _open_part(directory: Path, part: RankFile) -> Checkpoint:
     """One rank's weight file; its size and header are what the manifest says."""
     path = directory / part.file
     header = read_header(path)
@@ -113,7 +114,7 @@ def _open_part(directory: Path, part: PartRecord) -> Checkpoint:
     return Checkpoint(path.parent, {path: header})
 
 
-def _restored_specs(checkpoint: Checkpoint, part: PartRecord) -> list[TensorSpec]:
+def _restored_specs(checkpoint: Checkpoint, part: RankFile) -> list[TensorSpec]:
     specs = []
     for name in checkpoint:
         if name in part.matrices:
@@ -123,7 +124,7 @@ def _restored_specs(checkpoint: Checkpoint, part: PartRecord) -> list[TensorSpec
     return specs
 
 
-def _restore_part(checkpoint: Checkpoint, part: PartRecord, directory: Path, jobs: int) -> Iterator[Step]:
+def _restore_part(checkpoint: Checkpoint, part: RankFile, directory: Path, jobs: int) -> Iterator[Step]:
     """Several ranks: one W8A8S weight file with its description."""
     make_directory(directory)
     specs = _restored_specs(checkpoint, part)
@@ -135,11 +136,11 @@ def _restore_part(checkpoint: Checkpoint, part: PartRecord, directory: Path, job
                 row += piece.shape[0]
                 yield Step(spec.name, part.rank, piece.nbytes, resident_bytes())
     linears = [name.removesuffix(f".weight{BLOB_SUFFIX}") for name in part.matrices]
-    describe_part(directory, [spec.name for spec in specs], linears, QuantType.W8A8S)
+    describe_rank_file(directory, [spec.name for spec in specs], linears, QuantType.W8A8S)
 
 
 def _restore_files(
-    checkpoint: Checkpoint, part: PartRecord, directory: Path, headers: dict[str, bytes], folder: Path, jobs: int
+    checkpoint: Checkpoint, part: RankFile, directory: Path, headers: dict[str, bytes], folder: Path, jobs: int
 ) -> Iterator[Step]:
     """One rank: the weight files of the un-sharded checkpoint, from their own headers."""
     waiting = set(checkpoint)
@@ -171,7 +172,7 @@ def _restore_files(
 
 
 def _restore_tensor(
-    handle: int, path: Path, info: TensorInfo, part: PartRecord, pieces: Iterator[Tensor]
+    handle: int, path: Path, info: TensorInfo, part: RankFile, pieces: Iterator[Tensor]
 ) -> Iterator[Step]:
     at = info.start
     for piece in pieces:
@@ -185,7 +186,7 @@ def _restore_tensor(
         raise CheckpointError(f"{path.name}: {info.name!r} has not the size that the file's own header says; {_AGAIN}")
 
 
-def _restored_pieces(checkpoint: Checkpoint, part: PartRecord, stored: str, jobs: int) -> Iterator[Tensor]:
+def _restored_pieces(checkpoint: Checkpoint, part: RankFile, stored: str, jobs: int) -> Iterator[Tensor]:
     """The values of a stored tensor, decoded where it is a blob, in blocks of dimension 0; checked at the end."""
     if stored in part.matrices:
         yield _decode(checkpoint, part, stored, jobs)
@@ -197,7 +198,7 @@ def _restored_pieces(checkpoint: Checkpoint, part: PartRecord, stored: str, jobs
     _check_digest(checkpoint, part, stored, digest.hexdigest())
 
 
-def _decode(checkpoint: Checkpoint, part: PartRecord, stored: str, jobs: int) -> Tensor:
+def _decode(checkpoint: Checkpoint, part: RankFile, stored: str, jobs: int) -> Tensor:
     blob = checkpoint.read(stored).numpy()
     try:
         matrix = decode(blob, threads=jobs)
@@ -210,7 +211,7 @@ def _decode(checkpoint: Checkpoint, part: PartRecord, stored: str, jobs: int) ->
     return torch.from_numpy(matrix)
 
 
-def _check_digest(checkpoint: Checkpoint, part: PartRecord, stored: str, found: str) -> None:
+def _check_digest(checkpoint: Checkpoint, part: RankFile, stored: str, found: str) -> None:
     if found != part.tensors[stored]:
         raise CheckpointError(
             f"{checkpoint.file_of(stored)}: tensor {stored!r} is altered, its checksum is not the one in {MANIFEST}; {_AGAIN}"

@@ -24,17 +24,16 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
-import psutil
 import torch
 
+from glmq.checkpoint.checksums import digest_of
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, write_description
 from glmq.checkpoint.disk import make_directory
 from glmq.checkpoint.json_file import write_json, write_whole
@@ -43,8 +42,8 @@ from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.checkpoint.sidecar import copy_side_files, edit_config, list_side_files
 from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import zero_order_entropy
-from glmq.compression.layouts import Layout, Unsharded, part_types, rank_tensors, vllm_types
-from glmq.compression.manifest import CodecKind, Manifest, PartRecord, digest_of, record_files, write_manifest
+from glmq.compression.layouts import Layout, Unsharded, rank_file_types, rank_tensors, vllm_types
+from glmq.compression.manifest import CodecKind, Manifest, RankFile, record_files, write_manifest
 from glmq.compression.shard import RankTensor, check_world, read_matrix, read_pieces
 from glmq.compression.source import Source
 from glmq.compression.weight_codec import BLOB_SUFFIX, Codec, Compressed
@@ -52,7 +51,9 @@ from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY
 from glmq.model.family import Area
+from glmq.progress import resident_bytes
 from glmq.spec import FloatDtype, QuantType
+from glmq.threads import run_ahead
 
 PORTABLE_STEM: Final = f"glmq_weight_w8a8s{BLOB_SUFFIX}"
 ASCEND_STEM: Final = "quant_model_weight_w8a8sc"
@@ -105,17 +106,17 @@ class CompressedLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class PartWritten:
+class RankFileWritten:
     """The weight file of one rank is whole."""
 
-    record: PartRecord
+    record: RankFile
     before: Mapping[Area, int]
     """Bytes of the rank's tensors before compression, by area of the model."""
     after: Mapping[Area, int]
     """The same as stored."""
 
 
-Record: TypeAlias = Step | CompressedLinear | PartWritten
+Record: TypeAlias = Step | CompressedLinear | RankFileWritten
 
 
 def choose_layout(codec: CodecKind, layout: Engine, world: int) -> Layout:
@@ -199,19 +200,19 @@ def compress_checkpoint(
         shutil.rmtree(work)
         if codec.kind is CodecKind.ASCEND and layout is Engine.MINDIE:
             linears = [name.removesuffix(".weight") for name in compressed]
-            describe_part(directory, [spec.name for spec in specs], linears, QuantType.W8A8SC)
+            describe_rank_file(directory, [spec.name for spec in specs], linears, QuantType.W8A8SC)
         matrices = _blob_shapes(tensors, compressed) if codec.kind is CodecKind.PORTABLE else {}
         yield _part_written(folder, directory, rank, plan, sink.checksums, matrices, tensors, compressed)
 
 
-def describe_part(directory: Path, names: Sequence[str], linears: Sequence[str], quant_type: QuantType) -> None:
+def describe_rank_file(directory: Path, names: Sequence[str], linears: Sequence[str], quant_type: QuantType) -> None:
     """Write the description of a part in MindIE's layout: tensors `names`, quantized `linears`, W8A8SC or W8A8S."""
-    types = part_types(names, linears, compressed=quant_type.spec.is_compressed)
+    types = rank_file_types(names, linears, compressed=quant_type.spec.is_compressed)
     write_description(directory, Description(quant_type.value, ASCEND_V1_VERSION, None, types))
 
 
 def finish_folder(
-    source: Source, codec: CodecKind, layout: Layout, world: int, parts: Sequence[PartRecord], folder: Path
+    source: Source, codec: CodecKind, layout: Layout, world: int, parts: Sequence[RankFile], folder: Path
 ) -> None:
     """Write everything but the weights into `folder`: config.json, side files, the description, and last the manifest.
 
@@ -241,11 +242,6 @@ def finish_folder(
     files = record_files(folder, exclude=[part.file for part in parts])
     fingerprint = source.checkpoint.fingerprint()
     write_manifest(folder, Manifest(codec, layout, world, fingerprint, tuple(parts), files))
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def _place(folder: Path, codec: CodecKind, layout: Layout, rank: int, world: int) -> tuple[Path, str]:
@@ -282,20 +278,8 @@ def _compress_matrices(
         gain = result.class_gain_bits
         return CompressedLinear(rank, name, rows, cols, stored, entropy, gain, seconds, resident_bytes()), result
 
-    waiting: deque[Future[tuple[CompressedLinear, Compressed]]] = deque()
-    pool = ThreadPoolExecutor(jobs, thread_name_prefix="compress")
-    try:
-        for number, tensor in enumerate(tensor for tensor in tensors if tensor.is_matrix):
-            if len(waiting) == jobs:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(compress, number, tensor))
-        while waiting:
-            yield waiting.popleft().result()
-    except BaseException:
-        codec.stop()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    matrices = enumerate(tensor for tensor in tensors if tensor.is_matrix)
+    yield from run_ahead((partial(compress, number, tensor) for number, tensor in matrices), jobs, stop=codec.stop)
 
 
 def _stored_specs(tensor: RankTensor, compressed: Mapping[str, Compressed]) -> list[TensorSpec]:
@@ -333,7 +317,7 @@ def _part_written(
     matrices: Mapping[str, tuple[int, int]],
     tensors: Sequence[RankTensor],
     compressed: Mapping[str, Compressed],
-) -> PartWritten:
+) -> RankFileWritten:
     (file,) = plan.files
     before, after = dict.fromkeys(Area, 0), dict.fromkeys(Area, 0)
     for tensor in tensors:
@@ -341,8 +325,8 @@ def _part_written(
         before[area] += tensor.spec.nbytes
         after[area] += sum(spec.nbytes for spec in _stored_specs(tensor, compressed))
     path = (directory / file.name).relative_to(folder).as_posix()
-    record = PartRecord(rank, path, file.nbytes, digest_of(file.header), digests, matrices)
-    return PartWritten(record, before, after)
+    record = RankFile(rank, path, file.nbytes, digest_of(file.header), digests, matrices)
+    return RankFileWritten(record, before, after)
 
 
 def _keep_source_files(source: Checkpoint, folder: Path) -> None:

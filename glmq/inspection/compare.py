@@ -21,10 +21,11 @@ from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, Kind, layer_of, role_of
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.sums import Sums, sum_rows
-from glmq.inspection.weights import StoredMatrix, column_scales, run_ahead
+from glmq.inspection.weights import StoredMatrix, column_scales
 from glmq.model.config import parse_config
 from glmq.model.family import InputGroup
 from glmq.numerics.metrics import entropy_bits, sqnr_db
+from glmq.threads import run_ahead
 
 HISTOGRAM_BINS: Final = 64
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.description import find_descriptions, form_of
-from glmq.checkpoint.header import TensorInfo, read_header
+from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
@@ -19,7 +19,6 @@ from glmq.spec import Form, QuantType
 
 STATISTICS: Final = "statistics.json"
 PORTABLE_FILE: Final = ".gqsc.safetensors"
-FLOAT_CODES: Final = ("F16", "BF16", "F32", "F64")
 LINEAR_SUFFIXES: Final = (
     "input_scale",
     "input_offset",

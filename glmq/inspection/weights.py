@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final, TypeVar
+from collections.abc import Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ PIECE_ELEMENTS: Final = 2**20
 """Elements that are read at a time."""
 CACHE_ELEMENTS: Final = 2**17
 """Elements that are computed with at a time: a few float32 arrays of them fit into the processor's cache."""
-_T = TypeVar("_T")
 
 
 class StoredMatrix:
@@ -110,19 +107,3 @@ def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Te
     if old.shape != new.shape or torch.equal(old, new):
         return None
     return torch.where((old != 0) & (new != 0), old / new, 1.0)
-
-
-def run_ahead(calls: Iterable[Callable[[], _T]], workers: int) -> Iterator[_T]:
-    """The results of `calls` in their order; `workers` threads do the next few meanwhile."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[_T]] = deque()
-        try:
-            for call in calls:
-                waiting.append(pool.submit(call))
-                if len(waiting) > workers + 1:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -32,7 +32,7 @@ from glmq.compression.shard import RankTensor
 from glmq.compression.source import Source, open_source
 from glmq.compression.stream import (
     CompressedLinear,
-    PartWritten,
+    RankFileWritten,
     Step,
     choose_layout,
     compress_checkpoint,
@@ -221,7 +221,7 @@ def _write_parts(
     """Write this rank's part, or all parts where there is one process, and the documents that all share."""
     source, codec, layout, world, place = work.source, work.codec, work.layout, work.world, ranks.place
     own_linears: list[CompressedLinear] = []
-    own_parts: list[PartWritten] = []
+    own_parts: list[RankFileWritten] = []
     title = "compress" if place.world == 1 else f"compress rank 0 of {world}"
     threads = job.options.jobs or default_jobs(place.world)
     with (
@@ -235,11 +235,11 @@ def _write_parts(
                 case CompressedLinear():
                     own_linears.append(record)
                     advance(record.name, record.weights, record.resident_bytes)
-                case PartWritten():
+                case RankFileWritten():
                     own_parts.append(record)
             folder.check_others()
     linears: list[CompressedLinear] = []
-    parts: list[PartWritten] = []
+    parts: list[RankFileWritten] = []
     for text in folder.all_gather(pack_results(own_linears, own_parts)):
         rank_linears, rank_parts = unpack_results(text)
         linears += rank_linears

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
+from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
-
-FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
-"""Dtypes of float weights that glmq takes."""
 
 
 def check_source(source: Checkpoint, config: ModelConfig) -> None:

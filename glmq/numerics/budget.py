@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.affine import quantize_weight
-from glmq.numerics.lowbit import column_max, grid_of, safe_steps
+from glmq.numerics.lowbit import grid_of, safe_steps
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.moments import InputStats
-from glmq.numerics.rate import even_rows
+from glmq.numerics.rows import column_max, even_rows
 from glmq.spec import WeightScheme
 
 THRESHOLDS: Final = 12

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.affine import quantize
-from glmq.numerics.lowbit import row_chunks
+from glmq.numerics.rows import row_chunks
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT8, Activation, assert_never
 

@@ -13,26 +13,18 @@ The exact rules give a zero step to rows without a bulk and cut outliers beyond 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from glmq.errors import UsageError
 from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
+from glmq.numerics.rows import fill_dead_rows, row_chunks, row_max
 from glmq.spec import INT8, INT8_SYMMETRIC, FloatDtype, IntGrid, StepRule, WeightScheme
 
-BULK = 7
+BULK: Final = 7
 """Largest magnitude of the integers of a row's bulk."""
-CHUNK_WEIGHTS = 1 << 20
-"""Weights handled at once, so that temporaries stay in the processor's cache however large the matrix: 4 MiB in float32."""
-
-
-def row_chunks(weight: Tensor) -> Iterator[slice]:
-    """Cut the rows of a [N, K] tensor into slices of at most CHUNK_WEIGHTS elements (at least one row)."""
-    rows = max(1, CHUNK_WEIGHTS // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        yield slice(start, min(start + rows, weight.shape[0]))
 
 
 def kth_largest(x: Tensor, k: int) -> float:
@@ -117,32 +109,6 @@ def safe_steps(weight: Tensor, scheme: WeightScheme) -> Tensor:
         steps = rule_steps(weight, scheme)
     steps = torch.where(steps > 0, steps, top / BULK)
     return fill_dead_rows(torch.maximum(steps, top / INT8.qmax))
-
-
-def fill_dead_rows(steps: Tensor) -> Tensor:
-    """Give rows with a zero step (all-zero rows) the largest of the others, or 1 if there is none. [N, 1], both."""
-    largest = steps.max()
-    return torch.where(steps > 0, steps, largest if largest > 0 else torch.ones(()))
-
-
-def row_max(weight: Tensor) -> Tensor:
-    """Largest magnitude of each row: [N, K] -> float32 [N, 1]."""
-    return torch.maximum(weight.amin(1, keepdim=True).neg(), weight.amax(1, keepdim=True))  # twice as fast as abs()
-
-
-def column_max(weight: Tensor) -> Tensor:
-    """Largest magnitude of each column: [N, K] -> float32 [K]."""
-    return torch.maximum(weight.amin(0).neg(), weight.amax(0))
-
-
-def row_energy(weight: Tensor) -> Tensor:
-    """Squared norm of each row, rows in chunks: [N, K] -> float32 [N, 1]."""
-    return torch.cat([weight[rows].square().sum(1, keepdim=True) for rows in row_chunks(weight)])
-
-
-def column_energy(weight: Tensor) -> Tensor:
-    """Squared norm of each column, rows in chunks: [N, K] -> float32 [K]."""
-    return torch.stack([weight[rows].square().sum(0) for rows in row_chunks(weight)]).sum(0)
 
 
 def grid_of(scheme: WeightScheme) -> IntGrid:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from glmq.errors import UsageError
-from glmq.numerics.lowbit import fill_dead_rows, row_energy, row_max
 from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.numerics.rows import fill_dead_rows, row_energy, row_max
 from glmq.spec import INT8
 
 CURVE_ROWS: Final = 512
@@ -54,12 +54,6 @@ class RateCurve:
     """Expected squared output error over squared output, rising."""
     rule_bits: float
     """Bits per weight that the step rule of the flags would spend."""
-
-
-def even_rows(weight: Tensor, count: int) -> Tensor:
-    """At most `count` evenly spaced rows. [N, K] -> [<= count, K]."""
-    rows = weight.shape[0]
-    return weight if rows <= count else weight[torch.linspace(0, rows - 1, count).round().long()]
 
 
 def balanced_steps(weight: Tensor) -> Tensor:

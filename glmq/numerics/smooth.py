@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.affine import TORCH_DTYPE
-from glmq.numerics.lowbit import column_energy, column_max, row_max
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.moments import InputStats
-from glmq.numerics.rate import balanced_steps, coarse_steps, even_rows
+from glmq.numerics.rate import balanced_steps, coarse_steps
+from glmq.numerics.rows import column_energy, column_max, even_rows, row_max
 from glmq.spec import Activation, FloatDtype, QuantType, Smoothing, assert_never
 
 SEARCH_ROWS: Final = 512

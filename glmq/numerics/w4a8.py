@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmq.numerics.lowbit import fill_dead_rows, row_chunks, row_max
+from glmq.numerics.rows import fill_dead_rows, row_chunks, row_max
 from glmq.spec import INT4
 
 FIRST_STAGE = 119

@@ -12,10 +12,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.numerics import affine, lowbit, ranges
+from glmq.numerics import affine, ranges
 from glmq.numerics.hessian import Factor, factor_inputs
 from glmq.numerics.int8_linear import quantize_input
 from glmq.numerics.moments import InputStats
+from glmq.numerics.rows import column_energy
 from glmq.numerics.smooth import choose_scales, fold_scales
 from glmq.records import ActivationQParams
 from glmq.spec import Activation, ActRange, FloatDtype, Method, Smoothing, WeightScheme, assert_never
@@ -164,7 +165,7 @@ def _activation(
     extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
     if scheme.act_range is ActRange.MINMAX:
         return extremes, MIN_MAX
-    energy = torch.stack([lowbit.column_energy(w) for w in weights]).sum(0)
+    energy = torch.stack([column_energy(w) for w in weights]).sum(0)
     scaled_energy = energy if scales is None else energy * scales.square()
     low, high = ranges.histogram_range(stats, scales, scaled_energy)
     if scheme.act_range is ActRange.MIXED:

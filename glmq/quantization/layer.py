@@ -16,9 +16,9 @@ from glmq.numerics import affine
 from glmq.numerics.budget import rule_bits
 from glmq.numerics.hessian import Factor
 from glmq.numerics.int8_linear import fold_bias
-from glmq.numerics.lowbit import row_chunks
 from glmq.numerics.moments import InputStats
-from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, RateCurve, even_rows, mean_rule_bits, rate_curve, solve_bits
+from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, RateCurve, mean_rule_bits, rate_curve, solve_bits
+from glmq.numerics.rows import even_rows, row_chunks
 from glmq.progress import Stopwatch
 from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
 from glmq.quantization.linear_report import report_linear

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from glmq.numerics import affine, lowbit, metrics, ranges
 from glmq.numerics.int8_linear import fold_bias, run_linear
-from glmq.numerics.lowbit import row_chunks
 from glmq.numerics.moments import InputStats
+from glmq.numerics.rows import row_chunks
 from glmq.numerics.w4a8 import expand_steps
 from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup
 from glmq.records import LinearReport, QuantizedLinear

@@ -21,6 +21,7 @@ from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.gptq import round_compensated
 from glmq.numerics.hessian import Factor
 from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.numerics.rows import even_rows, row_chunks
 from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, WeightScheme
 
 RATE_ROWS: Final = 512
@@ -98,7 +99,7 @@ def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
     if job.bits >= rate.INT8_BITS:
         return 1.0
     assert job.factor is not None
-    rows, steps = rate.even_rows(job.weight, RATE_ROWS), rate.even_rows(step, RATE_ROWS)
+    rows, steps = even_rows(job.weight, RATE_ROWS), even_rows(step, RATE_ROWS)
     log_step = 0.0
     for _ in range(WIDENING_TRIES):
         q = round_compensated(rows, steps * 2.0**log_step, job.factor, grid)
@@ -129,7 +130,7 @@ def nearest(weight: Tensor, step: Tensor, scheme: WeightScheme) -> Tensor:
 def _nearest_on(weight: Tensor, step: Tensor, grid: IntGrid) -> Tensor:
     """Nearest integers of a grid, rows in chunks."""
     q = torch.empty(weight.shape, dtype=torch.int8)
-    for rows in lowbit.row_chunks(weight):
+    for rows in row_chunks(weight):
         q[rows] = quantize_weight(weight[rows], step[rows], grid)
     return q
 
@@ -146,8 +147,8 @@ def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor 
         factor: of the input's second moment, after smoothing; None rounds to nearest.
     """
     profiles = [rate.balanced_steps(weight) for weight in weights]
-    samples = [rate.even_rows(weight, RATE_ROWS) for weight in weights]
-    sample_profiles = [rate.even_rows(profile, RATE_ROWS) for profile in profiles]
+    samples = [even_rows(weight, RATE_ROWS) for weight in weights]
+    sample_profiles = [even_rows(profile, RATE_ROWS) for profile in profiles]
 
     def sample_entropies(log_steps: Sequence[float], factor: Factor | None) -> list[float]:
         steps = [rate.coarse_steps(w, p, s) for w, p, s in zip(samples, sample_profiles, log_steps, strict=True)]

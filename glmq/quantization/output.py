@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmq.checkpoint.ascend import CODES, linear_specs, norm_specs
+from glmq.checkpoint.ascend import linear_specs, norm_specs
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
+from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import write_json
 from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import Area, LinearShape
-from glmq.model.source import FLOAT_CODES, check_source
+from glmq.model.source import check_source
 from glmq.quantization.recipe import GroupPlan, Recipe
 from glmq.spec import FloatDtype, Form, QuantType, StepRule
 
@@ -82,7 +83,7 @@ def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequ
 
 
 def _float_code(code: str, dtype: FloatDtype) -> str:
-    return CODES[dtype] if code in FLOAT_CODES else code
+    return dtype.code if code in FLOAT_CODES else code
 
 
 def bytes_by_area(source: Checkpoint, shards: ShardPlan) -> list[AreaBytes]:

@@ -10,9 +10,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.ascend import TORCH_DTYPES, encode_linear, encode_norm
+from glmq.checkpoint.ascend import encode_linear, encode_norm
 from glmq.checkpoint.checksums import write_checksums
 from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.reader import torch_dtype
 from glmq.checkpoint.writer import ShardWriter
 from glmq.errors import CheckpointError
 from glmq.model.config import FAMILY
@@ -171,7 +172,7 @@ class _Job:
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        stored = tensor.to(TORCH_DTYPES[self._recipe.dtype])
+        stored = tensor.to(torch_dtype(self._recipe.dtype.code))
         if stored is not tensor and stored.numel() and not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
             raise CheckpointError(
                 f"{self._source.file_of(name).name}: tensor {name!r} reaches {float(tensor.abs().max()):g}, "

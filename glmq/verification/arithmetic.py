@@ -20,10 +20,11 @@ from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling
-from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges, run_ahead
+from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
 from glmq.model.family import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.threads import run_ahead
 from glmq.verification.files import row_of
 from glmq.verification.findings import Check, Finding, Severity
 

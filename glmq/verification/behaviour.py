@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +23,7 @@ from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.affine import covered_range
+from glmq.progress import resident_bytes
 from glmq.records import BlockDone, QuantizedLinear
 from glmq.verification.int8_model import Int8Linear, int8_linears, open_model, placed
 from glmq.verification.predictions import HEAD_ROWS, Head, HeadSums, Predictions, scored_places, summarize, target_ids
@@ -105,7 +105,7 @@ def compare_behaviour(
     started = time.perf_counter()
     for index, (name, error, linears) in enumerate(run.steps(has_images=has_images)):
         now = time.perf_counter()
-        done = BlockDone(name, index, total, now - started, psutil.Process().memory_info().rss)
+        done = BlockDone(name, index, total, now - started, resident_bytes())
         yield BlockBehaviour(done, error, linears)
         started = time.perf_counter()
     yield run.predictions()

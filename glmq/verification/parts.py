@@ -15,12 +15,13 @@ from typing import Final
 import numpy as np
 import torch
 
+from glmq.checkpoint.checksums import digest_of
 from glmq.checkpoint.description import find_descriptions
 from glmq.checkpoint.header import read_header
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.codec.codec import decode
 from glmq.compression.layouts import rank_tensors
-from glmq.compression.manifest import MANIFEST, Manifest, PartRecord, checked_bytes, digest_of, read_manifest
+from glmq.compression.manifest import MANIFEST, Manifest, RankFile, checked_bytes, read_manifest
 from glmq.compression.shard import RankTensor, read_matrix, read_pieces
 from glmq.compression.source import Source, open_source
 from glmq.compression.weight_codec import BLOB_SUFFIX
@@ -68,7 +69,7 @@ def check_manifest(directory: Path) -> Iterator[Finding]:
     except CheckpointError as error:
         yield Check.MANIFEST.error("", str(error))
         return
-    listed = {MANIFEST, *manifest.files, *(part.file for part in manifest.parts)}
+    listed = {MANIFEST, *manifest.files, *(part.file for part in manifest.rank_files)}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in listed and path.suffix in (".safetensors", ".json"):
@@ -78,11 +79,11 @@ def check_manifest(directory: Path) -> Iterator[Finding]:
             checked_bytes(directory, name, record)
         except CheckpointError as error:
             yield Check.MANIFEST.error("", str(error))
-    for part in manifest.parts:
+    for part in manifest.rank_files:
         yield from _check_part_bytes(directory, part)
 
 
-def _check_part_bytes(directory: Path, part: PartRecord) -> Iterator[Finding]:
+def _check_part_bytes(directory: Path, part: RankFile) -> Iterator[Finding]:
     path = directory / part.file
     try:
         header = read_header(path)
@@ -344,11 +345,11 @@ def check_portable(directory: Path, source_dir: Path) -> Iterator[Finding]:
         yield Check.PART_SOURCE.error("", f"cannot be compared with its source: {error}")
         return
     with source.checkpoint:
-        for part in manifest.parts:
+        for part in manifest.rank_files:
             yield from _check_portable_part(directory, manifest, part, source)
 
 
-def _check_portable_part(directory: Path, manifest: Manifest, part: PartRecord, source: Source) -> Iterator[Finding]:
+def _check_portable_part(directory: Path, manifest: Manifest, part: RankFile, source: Source) -> Iterator[Finding]:
     path = directory / part.file
     try:
         wanted = rank_tensors(source.checkpoint, source.config, manifest.layout, part.rank, manifest.world)

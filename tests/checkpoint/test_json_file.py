@@ -96,7 +96,12 @@ def test_fields_give_typed_values_or_one_sentence(tmp_path: Path) -> None:
 
     document: JsonObject = {"n": 3, "t": "x", "l": [1, 2], "c": "red", "o": {"p": "q"}, "m": [{"z": 0}], "b": True}
     fields = Fields(document, "file", CheckpointError)
-    assert (fields.count("n"), fields.text("t"), fields.counts("l"), list(fields)) == (3, "x", (1, 2), list(document))
+    assert (fields.count("n"), fields.text("t"), fields.counts("l", 2), list(fields)) == (
+        3,
+        "x",
+        (1, 2),
+        list(document),
+    )
     assert (fields.choice("c", Colour), fields.fields("o").text("p")) == (Colour.RED, "q")
     assert [item.count("z") for item in fields.list_of_fields("m")] == [0]
     for call, message in [
@@ -105,8 +110,9 @@ def test_fields_give_typed_values_or_one_sentence(tmp_path: Path) -> None:
         (lambda: Fields({"n": 2**63}, "file", CheckpointError).count("n"), f"file: 'n' is {2**63}, wanted a count"),
         (lambda: Fields({"n": -1}, "file", CheckpointError).count("n"), "file: 'n' is -1, wanted a count"),
         (lambda: fields.text("n"), "file: 'n' is 3, wanted a text"),
-        (lambda: fields.counts("t"), "file: 't' is 'x', wanted a list of counts"),
-        (lambda: fields.counts("m"), "file: 'm' is [{'z': 0}], wanted a list of counts"),
+        (lambda: fields.counts("t", 2), "file: 't' is 'x', wanted a list of 2 counts"),
+        (lambda: fields.counts("m", 1), "file: 'm' is [{'z': 0}], wanted a list of 1 counts"),
+        (lambda: fields.counts("l", 3), "file: 'l' is [1, 2], wanted a list of 3 counts"),
         (lambda: fields.choice("t", Colour), "file: 't' is 'x', wanted one of the names that this glmq knows"),
         (lambda: fields.fields("l"), "file: 'l' is [1, 2], wanted an object"),
         (lambda: fields.fields("o").count("p"), "file: o: 'p' is 'q', wanted a count"),

@@ -9,7 +9,7 @@ from random_w8a8s import QUANTIZED, write_w8a8s
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glmq.compression.layouts import Layout, Unsharded, part_types, rank_tensors, vllm_types
+from glmq.compression.layouts import Layout, Unsharded, rank_file_types, rank_tensors, vllm_types
 from glmq.compression.shard import read_matrix, read_pieces
 from glmq.compression.source import open_source
 from glmq.engines import Engine
@@ -198,11 +198,14 @@ def test_one_rank_of_the_source_layout_is_the_source_itself(tiny_seed: Path) -> 
 
 def test_types_of_a_part_name_the_codec_for_weights_only() -> None:
     names = ["a.weight", "a.index", "a.info", "a.deq_scale", "a.input_scale", "a.bias", "b.weight"]
-    assert part_types(names, ["a"], compressed=True) == {
+    assert rank_file_types(names, ["a"], compressed=True) == {
         "a.weight": "W8A8SC", "a.index": "W8A8SC", "a.info": "W8A8SC", "a.deq_scale": "W8A8S", "a.input_scale": "W8A8S",
         "a.bias": "FLOAT", "b.weight": "FLOAT",
     }  # fmt: skip
-    assert part_types(["a.weight", "b.weight"], ["a"], compressed=False) == {"a.weight": "W8A8S", "b.weight": "FLOAT"}
+    assert rank_file_types(["a.weight", "b.weight"], ["a"], compressed=False) == {
+        "a.weight": "W8A8S",
+        "b.weight": "FLOAT",
+    }
 
 
 def test_vllm_types_change_quantized_weights_and_their_aliases_only() -> None:

@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
+from glmq.checkpoint.checksums import document_digest
 from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import (
     MANIFEST,
     CodecKind,
     FileRecord,
     Manifest,
-    PartRecord,
-    _document_digest,
+    RankFile,
     checked_bytes,
     read_manifest,
     record_files,
@@ -19,7 +19,7 @@ from glmq.compression.manifest import (
 from glmq.errors import CheckpointError
 
 AGAIN = "the folder is damaged or incomplete, copy it again"
-PART = PartRecord(0, "part0-of-1/w.safetensors", 12, "ab", {"a": "cd", "b.gqsc": "ef"}, {"b.gqsc": (3, 4)})
+PART = RankFile(0, "part0-of-1/w.safetensors", 12, "ab", {"a": "cd", "b.gqsc": "ef"}, {"b.gqsc": (3, 4)})
 FILES = {"config.json": FileRecord(2, "99aa06d3014798d86001c324468d497f"), "x/y.csv": FileRecord(0, "aa")}
 GOOD = Manifest(CodecKind.PORTABLE, Unsharded.SOURCE, 1, "f00", (PART,), FILES)
 
@@ -48,6 +48,9 @@ def test_files_are_recorded_by_sorted_path(tmp_path: Path) -> None:
     assert checked_bytes(tmp_path, "config.json", files["config.json"]) == b"{}"
 
 
+RANK = {"rank": 0, "file": "w", "bytes": 8, "header": "", "tensors": {}, "matrices": {}}
+
+
 def test_a_small_file_that_is_altered_or_missing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"{}")
     record = record_files(tmp_path, exclude=[])["config.json"]
@@ -58,9 +61,7 @@ def test_a_small_file_that_is_altered_or_missing_is_refused(tmp_path: Path) -> N
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError) as caught:
         checked_bytes(tmp_path, "config.json", record)
-    assert str(caught.value) == (
-        f"{tmp_path / 'config.json'}: cannot be read (No such file or directory), but the manifest lists it; {AGAIN}"
-    )
+    assert str(caught.value) == (f"{tmp_path / 'config.json'}: is no file, but the manifest lists it; {AGAIN}")
 
 
 def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
@@ -83,17 +84,24 @@ def test_an_altered_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "what"),
     [
-        ("codec", "zip", "'zip' is not a valid CodecKind"),
-        ("layout", "flat", "'flat' is not a valid Engine"),
-        ("world_size", -1, "-1 where a count is needed"),
-        ("world_size", True, "True where a count is needed"),
-        ("source", 5, "5 where a text is needed"),
-        ("parts", {}, "{} where a list is needed"),
-        ("parts", [5], "5 where an object is needed"),
-        ("parts", [{}], "'matrices'"),
-        ("files", {"../x": {}}, "'../x' where a path inside the folder is needed"),
-        ("files", {"/x": {}}, "'/x' where a path inside the folder is needed"),
-        ("files", {"x": {"bytes": 1}}, "'digest'"),
+        ("codec", "zip", "'codec' is 'zip', wanted one of the names that this glmq knows"),
+        ("layout", "flat", "'layout' is 'flat', wanted one of the names that this glmq knows"),
+        ("world_size", -1, "'world_size' is -1, wanted a count"),
+        ("world_size", True, "'world_size' is True, wanted a count"),
+        ("world_size", 10**30, f"'world_size' is {10**30}, wanted a count"),
+        ("source", 5, "'source' is 5, wanted a text"),
+        ("parts", {}, "'parts' is {}, wanted a list of objects"),
+        ("parts", [5], "'parts' is [5], wanted a list of objects"),
+        ("parts", [{}], "parts 0: 'tensors' is missing, wanted an object"),
+        ("parts", [RANK | {"matrices": {"w": [3]}}], "parts 0: matrices: 'w' is [3], wanted a list of 2 counts"),
+        ("parts", [RANK | {"matrices": {"w": [0, 3]}}], "'w' holds 0 x 3 weights, which no linear has"),
+        ("parts", [RANK | {"matrices": {"w": [2**62, 8]}}], f"'w' holds {2**62} x 8 weights, which no linear has"),
+        ("parts", [RANK | {"tensors": {"w": 1}}], "parts 0: tensors: 'w' is 1, wanted a text"),
+        ("parts", [RANK | {"file": "../w"}], "lists '../w', which is no path inside the folder"),
+        ("files", {"../x": {}}, "lists '../x', which is no path inside the folder"),
+        ("files", {"/x": {}}, "lists '/x', which is no path inside the folder"),
+        ("files", {"x\x1b[2J": {}}, r"lists 'x\x1b[2J', which is no path inside the folder"),
+        ("files", {"x": {"bytes": 1}}, "files: x: 'digest' is missing, wanted a text"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(tmp_path: Path, key: str, value: object, what: str) -> None:
@@ -102,10 +110,10 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path, key: str, value: object
     document = json.loads(path.read_text())
     del document["digest"]
     document[key] = value
-    path.write_text(json.dumps(document | {"digest": _document_digest(document)}))
+    path.write_text(json.dumps(document | {"digest": document_digest(document)}))
     with pytest.raises(CheckpointError) as caught:
         read_manifest(tmp_path)
-    assert str(caught.value) == f"{path}: is not a manifest ({what}); {AGAIN}"
+    assert str(caught.value) == f"{path}: {what}; {AGAIN}"
 
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from glmq.compression.manifest import MANIFEST, read_manifest, write_manifest
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
 from glmq.compression.shard import read_pieces
 from glmq.compression.source import open_source
-from glmq.compression.stream import PartWritten, Step, compress_checkpoint, finish_folder, plan_ranks
+from glmq.compression.stream import RankFileWritten, Step, compress_checkpoint, finish_folder, plan_ranks
 from glmq.compression.weight_codec import Codec, PortableCodec
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, CodecError
@@ -33,7 +33,7 @@ def compress(source_folder: Path, folder: Path, world: int, codec: Codec | None 
     with source.checkpoint:
         plans = plan_ranks(source, layout, world, range(world))
         records = list(compress_checkpoint(source, plans, codec, layout, world, folder, 2))
-        parts = [record.record for record in records if isinstance(record, PartWritten)]
+        parts = [record.record for record in records if isinstance(record, RankFileWritten)]
         finish_folder(source, codec.kind, layout, world, parts, folder)
     return folder
 
@@ -176,7 +176,9 @@ def forget_part(folder: Path) -> None:
 def forget_header(folder: Path) -> None:
     manifest = read_manifest(folder)
     files = {name: record for name, record in manifest.files.items() if not name.endswith(".header")}
-    write_manifest(folder, type(manifest)(manifest.codec, manifest.layout, 1, manifest.source, manifest.parts, files))
+    write_manifest(
+        folder, type(manifest)(manifest.codec, manifest.layout, 1, manifest.source, manifest.rank_files, files)
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,8 +192,7 @@ def forget_header(folder: Path) -> None:
         (alter_config, f"DIR/config.json: its checksum is not the one in {MANIFEST}; {AGAIN}"),
         (
             lose_description,
-            "DIR/glmq_source/quant_model_description.json: cannot be read (No such file or directory), but the manifest lists "
-            f"it; {AGAIN}",
+            f"DIR/glmq_source/quant_model_description.json: is no file, but the manifest lists it; {AGAIN}",
         ),
         (lose_part, "DIR/part0-of-1/glmq_weight_w8a8s.gqsc.safetensors: cannot be read (No such file or directory)"),
         (forget_part, f"DIR: {MANIFEST} does not list the parts 0 to 0; {AGAIN}"),

@@ -10,16 +10,17 @@ from numpy.typing import NDArray
 from random_w8a8s import write_stand_in, write_w8a8s
 from safetensors.torch import load_file
 
+from glmq.checkpoint.checksums import digest_of
 from glmq.checkpoint.header import read_header
 from glmq.codec.codec import decode
 from glmq.compression.executor import AscendCodec
 from glmq.compression.layouts import Layout, Unsharded
-from glmq.compression.manifest import CodecKind, digest_of, read_manifest
+from glmq.compression.manifest import CodecKind, read_manifest
 from glmq.compression.shard import read_pieces
 from glmq.compression.source import Source, open_source
 from glmq.compression.stream import (
     CompressedLinear,
-    PartWritten,
+    RankFileWritten,
     Record,
     Step,
     choose_layout,
@@ -44,7 +45,7 @@ def run(source: Source, codec: Codec, layout: Layout, world: int, folder: Path, 
     folder.mkdir()
     plans = plan_ranks(source, layout, world, range(world))
     records = list(compress_checkpoint(source, plans, codec, layout, world, folder, jobs))
-    parts = [record.record for record in records if isinstance(record, PartWritten)]
+    parts = [record.record for record in records if isinstance(record, RankFileWritten)]
     finish_folder(source, codec.kind, layout, world, parts, folder)
     return records
 
@@ -131,12 +132,12 @@ def test_the_manifest_has_a_checksum_of_every_byte(source: Source, tmp_path: Pat
     folder = tmp_path / "out"
     run(source, AscendCodec(write_stand_in(tmp_path)), Engine.MINDIE, 2, folder)
     manifest = read_manifest(folder)
-    covered = {part.file for part in manifest.parts} | set(manifest.files) | {"glmq_manifest.json"}
+    covered = {part.file for part in manifest.rank_files} | set(manifest.files) | {"glmq_manifest.json"}
     assert covered == {name for name, digest in tree(folder).items() if digest}
     for name, record in manifest.files.items():
         content = (folder / name).read_bytes()
         assert (record.nbytes, record.digest) == (len(content), digest_of(content))
-    for part in manifest.parts:
+    for part in manifest.rank_files:
         content = (folder / part.file).read_bytes()
         header = read_header(folder / part.file)
         assert (part.nbytes, part.header) == (len(content), digest_of(content[: header.data_start]))
@@ -149,7 +150,7 @@ def test_records_count_every_byte_once_and_measure_every_linear(source: Source, 
     plans = plan_ranks(source, Engine.MINDIE, 2, range(2))
     linears = [record for record in records if isinstance(record, CompressedLinear)]
     steps = [record for record in records if isinstance(record, Step)]
-    parts = [record for record in records if isinstance(record, PartWritten)]
+    parts = [record for record in records if isinstance(record, RankFileWritten)]
     assert sum(step.nbytes for step in steps) + sum(linear.weights for linear in linears) == planned_bytes(plans)
     assert [(linear.rank, linear.name) for linear in linears] == [
         (rank, tensor.spec.name.removesuffix(".weight")) for rank in plans for tensor in plans[rank] if tensor.is_matrix

@@ -20,7 +20,8 @@ from glmq.inspection.compare import (
 )
 from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes, description_changes, only_in
 from glmq.inspection.folder import scan_folder
-from glmq.inspection.weights import StoredMatrix, run_ahead
+from glmq.inspection.weights import StoredMatrix
+from glmq.threads import run_ahead
 
 LAYER = "model.language_model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"

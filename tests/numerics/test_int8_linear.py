@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glmq.numerics import lowbit
+from glmq.numerics import rows
 from glmq.numerics.int8_linear import (
     fold_bias,
     matmul_int8,
@@ -24,7 +24,7 @@ def integers(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("columns", [1, 1023, 1024, 1025, 3000])
 def test_integer_products_are_exact(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowbit, "CHUNK_WEIGHTS", 3 * columns)
+    monkeypatch.setattr(rows, "CHUNK_WEIGHTS", 3 * columns)
     xq, q = integers(5, columns), integers(7, columns, seed=1)
     xq[0], q[0] = -128, -128  # the largest sums
     q[1] = 127

@@ -16,7 +16,6 @@ from glmq.numerics.rate import (
     RateCurve,
     balanced_steps,
     coarse_steps,
-    even_rows,
     mean_rule_bits,
     rate_curve,
     solve_bits,
@@ -129,12 +128,6 @@ def test_a_curve_measures_nearest_rounding_under_the_curvature() -> None:
     assert curve.bits[index] == entropy_bits(count_int8(q.to(torch.int8)))
     noise = float(((q * step - weight).double().square().mean(0) * curvature).sum())
     assert curve.loss[index] == pytest.approx(noise / 2.0, rel=1e-5)  # float32 sums of 400 terms
-
-
-def test_a_curve_looks_at_evenly_spaced_rows() -> None:
-    weight = torch.arange(10.0)[:, None]
-    assert even_rows(weight, 4)[:, 0].tolist() == [0.0, 3.0, 6.0, 9.0]
-    assert even_rows(weight, 10) is weight
 
 
 @given(st.lists(st.tuples(st.floats(1.0, 6.0), st.floats(-2.0, 2.0)), min_size=1, max_size=4))

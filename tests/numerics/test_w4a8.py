@@ -3,7 +3,7 @@ import reference
 import torch
 from torch import Tensor
 
-from glmq.numerics import lowbit
+from glmq.numerics import rows
 from glmq.numerics.w4a8 import expand_steps, fit_second_stage, quantize_two_stage
 
 
@@ -23,7 +23,7 @@ def test_two_stage_integers_equal_the_rule_row_by_row(group_size: int) -> None:
 def test_chunks_of_rows_give_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = weights(9, 128)
     whole = (*quantize_two_stage(weight, 64), *fit_second_stage(weight, torch.ones(128), 64))
-    monkeypatch.setattr(lowbit, "CHUNK_WEIGHTS", 256)
+    monkeypatch.setattr(rows, "CHUNK_WEIGHTS", 256)
     parts = (*quantize_two_stage(weight, 64), *fit_second_stage(weight, torch.ones(128), 64))
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 

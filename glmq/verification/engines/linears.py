@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final, TypeAlias
 
+from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import JsonValue
-from glmq.inspection.folder import FLOAT_CODES, Folder, StoredTensor
+from glmq.inspection.folder import Folder, StoredTensor
 
 STATIC: Final = ("W8A8", "W8A8S")
 TYPES: Final = ("FLOAT", *STATIC, "W8A8SC", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
