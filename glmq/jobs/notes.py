@@ -8,7 +8,7 @@ from typing import Final
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import WANTED_IMAGES
-from glmq.model.glm4v import TEXT
+from glmq.model.config import FAMILY
 
 GIB: Final = 2**30
 
@@ -23,7 +23,7 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
             f"{verdict}: against half of the samples, {_changes(assessment.typical)} "
             f"(medians over {assessment.inputs} text inputs)"
         )
-        worst = "; ".join(f"{site.removeprefix(f'{TEXT}.')}: {_changes(change)}" for site, change in assessment.worst)
+        worst = "; ".join(f"{FAMILY.short_name(site)}: {_changes(change)}" for site, change in assessment.worst)
         yield f"  most at {worst}"
         if not assessment.is_settled:
             yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
