@@ -40,6 +40,7 @@ def calibrate(
     ] = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
+    log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Run calibration samples through the float model, one block in memory at a time, and keep the statistics.

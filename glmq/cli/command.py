@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
@@ -17,6 +20,9 @@ from typer.core import TyperCommand, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.errors import GlmqError, SpaceError
+from glmq.machine import LOG_FORMAT, describe_machine
+
+log = logging.getLogger(__name__)
 
 TRUE_WORDS: Final = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS: Final = frozenset({"false", "0", "no", "off"})
@@ -66,7 +72,8 @@ class GlmqCommand(TyperCommand):
         )
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
-            return super().invoke(ctx)
+            with _logged(ctx.params.get("log_file")):
+                return super().invoke(ctx)
         except GlmqError as error:
             _complain(error.code, str(error), json_wanted, debug)
             raise typer.Exit(error.exit_code) from error
@@ -108,6 +115,31 @@ class GlmqCommand(TyperCommand):
             )
             _complain("failed", text, json_wanted, debug)
             raise typer.Exit(1) from error
+
+
+@contextmanager
+def _logged(path: Path | None) -> Iterator[None]:
+    """Write what glmq logs into a file too, and the traceback of what stops the command."""
+    if path is None:
+        yield
+        return
+    logger = logging.getLogger("glmq")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        for line in describe_machine():
+            log.info(line)
+        yield
+    except BaseException as error:
+        if not isinstance(error, typer.Exit):
+            log.exception("stopped by %s", type(error).__name__)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+        handler.close()
 
 
 def _is_usage_error(error: Exception) -> bool:

@@ -100,6 +100,7 @@ def compress(
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
+    log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Compress W8A8S weights to W8A8SC for the Atlas 300I Duo, one part per tensor-parallel rank.

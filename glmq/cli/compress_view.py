@@ -150,27 +150,8 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
             }
         )
         return
-    largest_first = sorted(plan.weights, key=lambda weight: (-weight.entropy_bits, weight.name, weight.rank))
-    shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
-    table = Table(title="Weights, most bits first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for header in ("linear", "rank", "rows x cols", "entropy of a sample", "estimated"):
-        table.add_column(header, justify="left" if header == "linear" else "right", no_wrap=True)
-    for weight in shown:
-        name = FAMILY.short_name(weight.name)
-        shape = f"{weight.rows} x {weight.cols}"
-        rank = f"{weight.rank}/{plan.world}"
-        table.add_row(name, rank, shape, f"{weight.entropy_bits:.3f}", size(weight.estimated_bytes))
-    if len(shown) < len(largest_first):
-        table.caption = f"{len(largest_first) - len(shown)} smaller ones are left out; -v shows all"
-        table.caption_justify = "left"
-    stdout.print(table)
-    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for header in ("part", "W8A8S, exact", "compressed, estimated"):
-        table.add_column(header, justify="left" if header == "part" else "right")
-    for area in plan.areas:
-        table.add_row(area.area.value, size(area.before), size(area.after))
-    table.add_row("total", size(sum(area.before for area in plan.areas)), size(sum(area.after for area in plan.areas)))
-    stdout.print(table)
+    stdout.print(_planned_weights(plan, verbose=verbose))
+    stdout.print(_planned_areas(plan))
     for file in plan.files:
         stdout.print(
             f"{file.path}: about {size(file.estimated_bytes)}, at most {file.at_most_bytes} bytes; exactly "
@@ -190,6 +171,35 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
         f"{trial.bits_per_weight:.3f} bits; the disk's time to write comes on top",
         soft_wrap=True,
     )
+
+
+def _planned_weights(plan: CompressionPlan, *, verbose: bool) -> Table:
+    """One row per weight and rank, most bits first; the tail is left out unless `verbose`."""
+    largest_first = sorted(plan.weights, key=lambda weight: (-weight.entropy_bits, weight.name, weight.rank))
+    shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
+    table = Table(title="Weights, most bits first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for header in ("linear", "rank", "rows x cols", "entropy of a sample", "estimated"):
+        table.add_column(header, justify="left" if header == "linear" else "right", no_wrap=True)
+    for weight in shown:
+        name = FAMILY.short_name(weight.name)
+        shape = f"{weight.rows} x {weight.cols}"
+        rank = f"{weight.rank}/{plan.world}"
+        table.add_row(name, rank, shape, f"{weight.entropy_bits:.3f}", size(weight.estimated_bytes))
+    if len(shown) < len(largest_first):
+        table.caption = f"{len(largest_first) - len(shown)} smaller ones are left out; -v shows all"
+        table.caption_justify = "left"
+    return table
+
+
+def _planned_areas(plan: CompressionPlan) -> Table:
+    """Bytes of each area of the model, before and after."""
+    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for header in ("part", "W8A8S, exact", "compressed, estimated"):
+        table.add_column(header, justify="left" if header == "part" else "right")
+    for area in plan.areas:
+        table.add_row(area.area.value, size(area.before), size(area.after))
+    table.add_row("total", size(sum(area.before for area in plan.areas)), size(sum(area.after for area in plan.areas)))
+    return table
 
 
 def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool) -> None:

@@ -18,7 +18,7 @@ else:
     import tomli as tomllib
 
 NOT_IN_FILES: Final = frozenset(
-    {"config", "dump_config", "help", "debug", "json_output", "quiet", "verbose", "dry_run"}
+    {"config", "dump_config", "help", "debug", "log_file", "json_output", "quiet", "verbose", "dry_run"}
 )
 """Options of one run, not of a recipe."""
 

@@ -27,6 +27,7 @@ def demo(
         ),
     ] = None,
     overwrite: o.Overwrite = False,
+    log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Run everything on the embedded tiny GLM-4.1V: calibrate, quantize, compress, verify, two captions."""

@@ -57,6 +57,7 @@ def inspect(
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
+    log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Look into a checkpoint without loading it, or compare two weight by weight, worst first.

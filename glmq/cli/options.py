@@ -142,6 +142,14 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors and the final path only.", rich_help_panel=RUN)
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row of every table.", rich_help_panel=RUN)]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        help="Also write a log to this file: versions, machine, every block, tracebacks. Something to send with a bug report.",
+        rich_help_panel=RUN,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks.", rich_help_panel=RUN)]
 
 _SIZE = re.compile(r"([0-9]{1,15})\s*(GB|MB|GiB|MiB)?", re.IGNORECASE)

@@ -234,6 +234,7 @@ def quantize(
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
+    log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Quantize a float GLM-4.1V for MindIE and vLLM-Ascend; calibrates first unless --stats has it.

@@ -87,6 +87,7 @@ def verify(
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
+    log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
     """Check files, arithmetic and behaviour of a checkpoint; exit code 3 if something is wrong.

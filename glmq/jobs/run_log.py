@@ -7,27 +7,20 @@ beside the output, so that there is something to send with a bug report.
 from __future__ import annotations
 
 import logging
-import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Final
-
-import psutil
 
 from glmq.checkpoint.workplace import Workplace
 from glmq.errors import GlmqError
 from glmq.jobs.watcher import Watcher
+from glmq.machine import LOG_FORMAT, describe_machine
 from glmq.ranks import Ranks
-from glmq.version import __version__
 
 RUN_LOG: Final = "glmq.log"
 """In the work folder while the run lasts; ranks above 0 add their number."""
-FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +41,7 @@ def run_log(folder: Path, target: Path, options: object, ranks: Ranks, watcher: 
     logger = logging.getLogger("glmq")
     level = logger.level
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(FORMAT))
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.addHandler(handler)
     if not logger.isEnabledFor(logging.INFO):
         logger.setLevel(logging.INFO)
@@ -60,9 +53,7 @@ def run_log(folder: Path, target: Path, options: object, ranks: Ranks, watcher: 
     except BaseException as error:
         log.exception("stopped by %s", type(error).__name__)
         if isinstance(error, Exception) and not isinstance(error, GlmqError):
-            copy = Workplace.of(target).home / f".{target.name}.{path.name}"
-            shutil.copyfile(path, copy)
-            watcher.note(f"the log of this run is kept in {copy}")
+            watcher.note(_keep_copy(path, Workplace.of(target).home / f".{target.name}.{path.name}"))
         raise
     else:
         ranks.barrier()  # nobody writes any more
@@ -75,18 +66,10 @@ def run_log(folder: Path, target: Path, options: object, ranks: Ranks, watcher: 
         handler.close()
 
 
-def describe_machine() -> list[str]:
-    """What a bug report needs: versions, platform, cores and memory; a line each."""
-    versions = [f"glmq {__version__}", f"python {platform.python_version()}"]
-    for package in PACKAGES:
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
-    memory = psutil.virtual_memory()
-    return [
-        f"versions: {', '.join(versions)}",
-        f"machine: {platform.platform()}, {psutil.cpu_count()} cores, "
-        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory available",
-        f"command: {sys.argv}",
-    ]
+def _keep_copy(path: Path, copy: Path) -> str:
+    """Copy the log to where it outlives its folder; returns what to tell the user."""
+    try:
+        shutil.copyfile(path, copy)
+    except OSError as error:  # of the disk or folder that may have stopped the run itself, which counts more
+        return f"the log of this run cannot be kept in {copy} ({error.strerror})"
+    return f"the log of this run is kept in {copy}"

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import pytest
 import typer
-from helpers import PACKAGES
+from helpers import PACKAGES, glmq, run
 from typer.testing import CliRunner, Result
 
 from glmq import errors
@@ -257,4 +257,25 @@ def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == (
         f"error: {tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it\n"
+    )
+
+
+def test_a_log_file_has_the_machine_each_block_and_the_traceback_of_a_failure(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.log"
+    command = ("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", tmp_path / "out", "-q")
+    glmq(*command, "--log-file", path)
+    text = path.read_text(encoding="utf-8")
+    assert "versions: glmq " in text
+    assert "quantize: 5/6 lm_head, " in text
+    assert run(*command, "--log-file", path).exit_code == 2
+    assert f"UsageError: {tmp_path / 'out'}: is not empty" in path.read_text(encoding="utf-8")
+
+
+def test_a_log_file_that_cannot_be_written_is_one_sentence(small: Path, tmp_path: Path) -> None:
+    result = run("inspect", small, "--log-file", tmp_path / "none" / "run.log")
+    assert result.exit_code == 4
+    assert result.stderr == (
+        f"error: {tmp_path / 'none' / 'run.log'}: No such file or directory; check the path, its permissions and the disk\n"
     )
