@@ -1,0 +1,1 @@
+"""Tensor -> tensor: ranges, smoothing, rounding, measures. No files, no names of models."""

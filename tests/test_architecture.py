@@ -1,0 +1,73 @@
+"""README's map of the house is the tree: every module has a line, which is the first sentence of its own docstring.
+
+`python tests/test_architecture.py` writes the map into README.md.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+SOURCES = ROOT / "glmq"
+ROOMS = (
+    "codec", "numerics", "checkpoint", "model", "calibration", "quantization", "compression", "inspection", "verification",
+    "reporting", "jobs", "cli",
+)  # fmt: skip
+"""From the top of the house to the shell."""
+BEGIN, END = "<!-- map -->\n```\n", "```\n<!-- end of map -->"
+COLUMN = 24
+"""Where the sentences begin."""
+
+
+def first_sentence(path: Path) -> str:
+    """What a module says that it is."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    else:
+        text = re.sub(r"^ ?\* ?", "", text.partition("/*")[2].partition("*/")[0], flags=re.MULTILINE)
+    paragraph = " ".join(text.strip().partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0].removesuffix(".")
+
+
+def line(indent: int, name: str, sentence: str) -> str:
+    return f"{' ' * indent}{name:<{COLUMN - indent}} {sentence}\n"
+
+
+def draw(folder: Path, indent: int) -> str:
+    """The lines of the modules in a folder, then those of its folders."""
+    files = sorted(
+        p for p in folder.iterdir() if p.suffix in (".py", ".c", ".h") and p.name not in ("__init__.py", "__main__.py")
+    )
+    text = "".join(line(indent, path.name, first_sentence(path)) for path in files)
+    inner = [path for path in folder.iterdir() if (path / "__init__.py").is_file()]
+    order = [SOURCES / room for room in ROOMS] if folder == SOURCES else sorted(inner)
+    assert sorted(order) == sorted(inner)
+    for room in order:
+        text += line(indent, f"{room.name}/", first_sentence(room / "__init__.py")) + draw(room, indent + 2)
+    return text
+
+
+def draw_map() -> str:
+    return line(0, "glmq/", first_sentence(SOURCES / "__init__.py")) + draw(SOURCES, 2)
+
+
+def test_the_map_in_the_readme_is_the_tree() -> None:
+    written = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert written == draw_map()
+
+
+def test_every_module_says_what_it_is_in_one_sentence() -> None:
+    for row in draw_map().splitlines():
+        name, _, sentence = row.strip().partition(" ")
+        assert sentence.strip(), name
+        assert len(row) <= 170, row
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    if not rest:
+        sys.exit(f"{README}: has no {BEGIN!r}")
+    README.write_text(before + BEGIN + draw_map() + END + rest.partition(END)[2], encoding="utf-8")
