@@ -1,11 +1,14 @@
-"""glmq_checksums.json beside the weights: a checksum of the stored bytes of every tensor.
+"""glmq_checksums.json beside the weights: a checksum of every byte of the folder.
 
-    schema        "glmq.checksums/1"
+    schema        "glmq.checksums/2"
     glmq          version that wrote it
     tensors       by sorted name: xxh3-128 of the tensor's bytes, in hexadecimal
+    headers       by weight file: xxh3-128 of everything before its tensors
+    files         by sorted name: xxh3-128 of every other file: config.json, description, index, side files, reports
     digest        xxh3-128 of this document without this entry, keys sorted, no spaces
 
 They find damage, not forgery. The weights alone cannot tell a scale or a norm from one whose lowest bits were flipped.
+Files of schema 1, which older versions of glmq wrote, have tensors only.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ from typing import Final
 
 import xxhash
 
+from glmq.checkpoint import journal
+from glmq.checkpoint.header import read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
 from glmq.errors import CheckpointError
 from glmq.version import __version__
 
 CHECKSUMS: Final = "glmq_checksums.json"
-SCHEMA: Final = "glmq.checksums/1"
+SCHEMA: Final = "glmq.checksums/2"
+OLD_SCHEMA: Final = "glmq.checksums/1"
+_CHUNK_BYTES: Final = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +38,78 @@ class Checksums:
     """The contents of the file."""
 
     tensors: Mapping[str, str]
+    headers: Mapping[str, str]
+    files: Mapping[str, str]
+    covers_files: bool
+    """Whether headers and files are listed; not in schema 1."""
     digest: str
-    """Of the whole document; whoever kept it knows whether the file is still the one that was written."""
+    """Of the whole document."""
+
+    @property
+    def tensors_digest(self) -> str:
+        """Of the tensors' entries alone; glmq_report.json, which is among the files, has it."""
+        return document_digest(dict(self.tensors))
 
 
 def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
-    """Write the file; the same checksums give the same bytes."""
-    ordered = {name: tensors[name] for name in sorted(tensors)}
-    document: JsonObject = {"schema": SCHEMA, "glmq": __version__, "tensors": ordered}
+    """Write the file for a folder as it is now; the same folder gives the same bytes.
+
+    Args:
+        folder: holds the weight files and the rest.
+        tensors: xxh3-128 of each tensor's bytes, in hexadecimal.
+    """
+    document: JsonObject = {
+        "schema": SCHEMA,
+        "glmq": __version__,
+        "tensors": {name: tensors[name] for name in sorted(tensors)},
+        "headers": {path.name: header_checksum(path) for path in sorted(folder.glob("*.safetensors"))},
+        "files": {path.name: file_checksum(path) for path in covered_files(folder)},
+    }
     write_json(folder / CHECKSUMS, {**document, "digest": document_digest(document)}, indent=1)
+
+
+def cover_new_files(folder: Path) -> None:
+    """Write the file again, after others were added beside the same weights."""
+    write_checksums(folder, read_checksums(folder).tensors)
+
+
+def covered_files(folder: Path) -> list[Path]:
+    """Every file that is checked as a whole, sorted: not weights, checksums or journal, nothing hidden."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.suffix != ".safetensors"
+        and path.name not in (CHECKSUMS, journal.NAME)
+        and not path.name.startswith(".")
+    )
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-128 of a file's bytes, in hexadecimal.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    digest = xxhash.xxh3_128()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    return digest.hexdigest()
+
+
+def header_checksum(path: Path) -> str:
+    """xxh3-128 of everything in a weight file before its tensors, in hexadecimal.
+
+    Raises:
+        CheckpointError: no safetensors file.
+    """
+    header = read_header(path)
+    with path.open("rb") as file:
+        return xxhash.xxh3_128_hexdigest(file.read(header.data_start))
 
 
 def read_checksums(folder: Path) -> Checksums:
@@ -50,13 +120,16 @@ def read_checksums(folder: Path) -> Checksums:
     """
     path = folder / CHECKSUMS
     document = read_json_object(path)
-    digest, tensors = document.pop("digest", None), document.get("tensors")
-    if document.get("schema") != SCHEMA:
-        found = document.get("schema")
-        raise CheckpointError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
-    if digest != document_digest(document) or not isinstance(tensors, Mapping):
+    digest, schema = document.pop("digest", None), document.get("schema")
+    if schema not in (SCHEMA, OLD_SCHEMA):
+        raise CheckpointError(f"{path}: schema is {schema!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
+    covers_files = schema == SCHEMA
+    sections = [document.get(key) for key in ("tensors", "headers", "files")[: 3 if covers_files else 1]]
+    maps = [{name: str(value) for name, value in part.items()} for part in sections if isinstance(part, Mapping)]
+    if digest != document_digest(document) or len(maps) != len(sections):
         raise CheckpointError(f"{path}: its digest does not fit its contents; it was altered, copy it again")
-    return Checksums({name: str(value) for name, value in tensors.items()}, str(digest))
+    tensors, headers, files = (*maps, {}, {})[:3]
+    return Checksums(tensors, headers, files, covers_files, digest)
 
 
 def digest_of(content: bytes) -> str:

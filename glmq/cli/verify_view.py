@@ -138,6 +138,7 @@ def _show_verdict(found: Verification, *, quiet: bool) -> None:
         stdout.print(Text(f"!! failed: {errors} errors, {warnings} warnings in {checked}", style="bold red"))
     if quiet:
         return
+    stdout.print(f"checked: {'; '.join(found.checked) or 'nothing'}", soft_wrap=True)
     if found.not_checked:
         stdout.print(f"not checked: {'; '.join(found.not_checked)}", soft_wrap=True)
 

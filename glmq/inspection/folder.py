@@ -19,6 +19,7 @@ from glmq.spec import Form, QuantType
 
 STATISTICS: Final = "statistics.json"
 PORTABLE_FILE: Final = ".gqsc.safetensors"
+MANIFEST_FILE: Final = "glmq_manifest.json"
 LINEAR_SUFFIXES: Final = (
     "input_scale",
     "input_offset",
@@ -145,6 +146,23 @@ def scan_folder(directory: Path) -> Folder:
         tuple(tensors),
         tuple(problems),
     )
+
+
+def foreign_entries(folder: Folder) -> list[str]:
+    """Names of what belongs to a checkpoint of another kind than the folder is: engines and people take one for the other."""
+    patterns = {
+        Kind.FLOAT: ("part*-of-*", "model-rank-*-part-*", MANIFEST_FILE, f"*{PORTABLE_FILE}"),
+        Kind.QUANTIZED: ("part*-of-*", "model-rank-*-part-*", MANIFEST_FILE, f"*{PORTABLE_FILE}"),
+        Kind.PARTS: ("model-rank-*-part-*", f"part*-of-*/*{PORTABLE_FILE}"),
+        Kind.SHARDED: ("part*-of-*", f"*{PORTABLE_FILE}"),
+        Kind.PORTABLE: ("model-rank-*-part-*",),
+        Kind.STATISTICS: (),
+    }[folder.kind]
+    found = {path for pattern in patterns for path in folder.directory.glob(pattern)}
+    if folder.kind in (Kind.PARTS, Kind.PORTABLE):
+        used = {tensor.file.parent for tensor in folder.tensors}
+        found |= {path for path in folder.directory.glob("part*-of-*") if path not in used}
+    return sorted(path.relative_to(folder.directory).as_posix() for path in found)
 
 
 def _weight_files(directory: Path) -> dict[str, list[Path]]:

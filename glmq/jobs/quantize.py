@@ -13,7 +13,7 @@ from glmq.calibration.samples import (
     digest,
 )
 from glmq.calibration.stats import Settings, Statistics
-from glmq.checkpoint.checksums import read_checksums
+from glmq.checkpoint.checksums import cover_new_files, read_checksums
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.journal import Journal
@@ -320,9 +320,11 @@ def _write_weights(
             advance(block.done)
     areas = bytes_by_area(source, plan.shards)
     ranks.barrier()  # rank 0 has written the checksums
-    document = report_document(reports, areas, recipe, statistics.samples_digest, read_checksums(folder.path).digest)
+    checksums = read_checksums(folder.path).tensors_digest
+    document = report_document(reports, areas, recipe, statistics.samples_digest, checksums)
     if ranks.place.is_first:
         write_report(folder.path, document, reports)
+        cover_new_files(folder.path)
     times = watcher.times(ranks)
     return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times)
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
-from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
-from glmq.compression.manifest import MANIFEST
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.inspection.folder import Kind, scan_folder
@@ -29,7 +27,7 @@ from glmq.verification.checks import (
     usable_config,
     verify_files,
 )
-from glmq.verification.findings import Check, Finding
+from glmq.verification.findings import Check, Checked, Finding, Skipped
 from glmq.verification.predictions import Predictions
 
 SMALL_BYTES: Final = 256 * 2**20
@@ -95,15 +93,23 @@ def verify(
         )
     findings: list[Finding] = []
     linears: list[LinearArithmetic] = []
+    checked: list[str] = []
+    skipped: list[str] = []
     for record in verify_files(candidate, reference, engines):
-        if isinstance(record, Finding):
-            findings.append(record)
-        else:
-            linears.append(record)
+        match record:
+            case Finding():
+                findings.append(record)
+            case LinearArithmetic():
+                linears.append(record)
+            case Checked():
+                checked.append(record.what)
+            case Skipped():
+                skipped.append(record.what)
     blocks: list[BlockBehaviour] = []
     predictions, captions = None, []
     if samples and reference is not None:
         with Checkpoint.open(reference) as source:
+            checked.append(f"behaviour on {len(samples)} samples")
             try:
                 blocks, predictions = _behave(source, candidate, samples, cases.max_pixels, Watcher(watch))
                 captions = _captions(source, candidate, samples, cases.max_pixels)
@@ -117,7 +123,8 @@ def verify(
         candidate=candidate,
         reference=reference,
         what=describe_folder(folder),
-        has_checksums=any((candidate / name).is_file() for name in (CHECKSUMS, MANIFEST)),
+        checked=checked,
+        skipped=skipped,
         findings=findings,
         linears=linears,
         blocks=blocks,

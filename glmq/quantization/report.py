@@ -29,7 +29,7 @@ def report_document(
     """The report as one JSON object.
 
     Args:
-        checksums_digest: of glmq_checksums.json, so that a lost or replaced one is noticed.
+        checksums_digest: of the tensors' entries in glmq_checksums.json, so that a lost or replaced one is noticed.
     """
     weight = recipe.scheme.weight
     return {

@@ -80,8 +80,8 @@ def quantize_checkpoint(
         else:
             sink.leave()
     if is_first:
-        write_checksums(folder, sink.checksums)
         write_side_files(run.source, run.config, recipe, plan, folder)
+        write_checksums(folder, sink.checksums)
     yield QuantizedBlock(
         block_done("embeddings and side files", total - 1, total, time.perf_counter() - started, run), ()
     )

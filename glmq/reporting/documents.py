@@ -10,7 +10,6 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.engines import Engine
 from glmq.inspection.folder import Folder
@@ -63,8 +62,10 @@ class Verification:
     reference: Path | None
     what: str
     """The candidate in one line."""
-    has_checksums: bool
-    """A file beside the weights knows every stored bit: glmq_checksums.json, or the manifest of a compressed folder."""
+    checked: Sequence[str]
+    """What was looked at, with counts."""
+    skipped: Sequence[str]
+    """What could not be looked at, and in brackets what was missing for it."""
     findings: Sequence[Finding]
     linears: Sequence[LinearArithmetic]
     blocks: Sequence[BlockBehaviour]
@@ -74,13 +75,13 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """No error; warnings may be there."""
-        return not any(finding.severity == "error" for finding in self.findings)
+        """Something was looked at, and there is no error; warnings may be there."""
+        return bool(self.checked) and not any(finding.severity == "error" for finding in self.findings)
 
     @property
     def not_checked(self) -> list[str]:
         """What was left out, and in brackets what it needs."""
-        left = [] if self.has_checksums else [f"single bits (no {CHECKSUMS} was written)"]
+        left = list(self.skipped)
         left += ["the float weights (--reference)"] if self.reference is None else []
         if self.predictions is None and self.linears:
             left.append("behaviour (--calib-images or --cases, with --reference)")
@@ -235,6 +236,7 @@ def verification_document(found: Verification) -> JsonObject:
         "passed": found.passed,
         "errors": sum(f.severity == "error" for f in found.findings),
         "warnings": sum(f.severity == "warning" for f in found.findings),
+        "checked": list(found.checked),
         "not_checked": found.not_checked,
         "counts": counts,
         "findings": [finding_document(finding) for finding in found.findings],

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 def verification_page(found: Verification) -> str:
     """`glmq verify --html`."""
-    note = f"Not checked: {'; '.join(found.not_checked)}." if found.not_checked else ""
+    note = f"Checked: {'; '.join(found.checked) or 'nothing'}."
+    note += f" Not checked: {'; '.join(found.not_checked)}." if found.not_checked else ""
     sections = [
         cards(*_cards(found)),
         section("Findings", _findings_table(found), note=note),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, GlmqError
-from glmq.inspection.folder import Kind, scan_folder
+from glmq.inspection.folder import Folder, Kind, foreign_entries, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
+from glmq.spec import assert_never
 from glmq.verification.arithmetic import (
     LinearArithmetic,
     check_shifts,
@@ -22,9 +24,9 @@ from glmq.verification.arithmetic import (
 from glmq.verification.behaviour import BlockBehaviour
 from glmq.verification.checksums import check_checksums
 from glmq.verification.engines.check import check_lookups
-from glmq.verification.files import read_report
-from glmq.verification.findings import Check, Finding
-from glmq.verification.parts import check_manifest, check_parts, check_portable, is_compressed
+from glmq.verification.files import check_config_kept, check_side_files, read_report
+from glmq.verification.findings import Check, Checked, Finding, Skipped
+from glmq.verification.parts import check_manifest, check_parts, check_portable
 from glmq.verification.predictions import Predictions
 from glmq.verification.structure import check_structure
 
@@ -43,9 +45,10 @@ class Limits:
     """Share of a linear's inputs outside what its int8 activation covers; more is a warning."""
 
 
-def verify_files(
-    candidate: Path, reference: Path | None, engines: Sequence[Engine]
-) -> Iterator[Finding | LinearArithmetic]:
+VerifyRecord: TypeAlias = Finding | LinearArithmetic | Checked | Skipped
+
+
+def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engine]) -> Iterator[VerifyRecord]:
     """Everything but behaviour.
 
     Args:
@@ -54,7 +57,7 @@ def verify_files(
         engines: those whose look-ups are emulated.
 
     Yields:
-        Findings, and the numbers of each integer linear of an un-sharded checkpoint.
+        Findings, the numbers of each integer linear of an un-sharded checkpoint, and what was looked at and what was not.
 
     Raises:
         CheckpointError: `candidate` is no folder with weights, or `reference` is unusable.
@@ -62,25 +65,45 @@ def verify_files(
     folder = scan_folder(candidate)
     if folder.kind is Kind.STATISTICS:
         raise CheckpointError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
+    for name in foreign_entries(folder):
+        message = f"{name} does not belong to a {folder.kind.value}; move one of the two into a folder of its own"
+        yield Check.FOLDER_KIND.error("", message)
     for engine in engines:
         yield from check_lookups(folder, engine)
-    if is_compressed(candidate):
-        yield from check_manifest(candidate)
-        if folder.kind in (Kind.PARTS, Kind.SHARDED):
-            yield from check_parts(folder, reference)
-        elif reference is not None:
-            yield from check_portable(candidate, reference)
-        return
-    source = None if reference is None else Checkpoint.open(reference)
-    try:
-        yield from check_structure(candidate, source)
-        yield from _verify_linears(candidate, source)
-    finally:
-        if source is not None:
-            source.close()
+    match folder.kind:
+        case Kind.PARTS | Kind.SHARDED | Kind.PORTABLE:
+            yield from _verify_compressed(folder, reference)
+        case Kind.FLOAT | Kind.QUANTIZED:
+            source = None if reference is None else Checkpoint.open(reference)
+            try:
+                yield from check_structure(candidate, source)
+                yield from _verify_linears(candidate, source)
+            finally:
+                if source is not None:
+                    source.close()
+        case unknown:
+            assert_never(unknown)
 
 
-def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Finding | LinearArithmetic]:
+def _verify_compressed(folder: Folder, reference: Path | None) -> Iterator[VerifyRecord]:
+    yield from check_manifest(folder)
+    if folder.kind is not Kind.PORTABLE:
+        yield from check_parts(folder, reference)
+        yield Checked(f"names, dtypes and shapes of {_count_tensors(folder)}")
+    elif reference is not None:
+        yield from check_portable(folder.directory, reference)
+    if reference is not None:
+        yield from check_side_files(folder.directory, reference)
+        yield from check_config_kept(folder.config, reference)
+        yield Checked("config.json, side files and weights against the W8A8S checkpoint")
+
+
+def _count_tensors(folder: Folder) -> str:
+    files = len({tensor.file for tensor in folder.tensors})
+    return f"{len(folder.tensors)} tensors in {files} file{'s' if files > 1 else ''}"
+
+
+def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[VerifyRecord]:
     config = usable_config(candidate, source)
     groups = [] if config is None else config.family.groups(config)
     report = read_report(candidate)
@@ -89,15 +112,20 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Find
     except CheckpointError:  # the structure's findings say why
         return
     with checkpoint:
+        yield Checked(f"names, dtypes, shapes and values of {len(checkpoint)} tensors")
         yield from check_checksums(checkpoint, report)
         if source is not None:
             yield from check_shifts(checkpoint, groups)
         scalings = {} if source is None else find_scalings(source, checkpoint, groups)
+        linears = 0
         for record in measure_linears(checkpoint, source, scalings):
             yield record
             if isinstance(record, LinearArithmetic):
+                linears += 1
                 yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))
                 yield from judge_against_report(record, report)
+        against = "" if source is None else " and their distance from the float weights"
+        yield Checked(f"the integers of {linears} linears{against}")
 
 
 def _is_fp16(checkpoint: Checkpoint, linear: str) -> bool:

@@ -1,4 +1,4 @@
-"""Are the stored bytes those that `glmq quantize` wrote? Tensor by tensor, against glmq_checksums.json beside the weights.
+"""Are the stored bytes those that `glmq quantize` wrote? Tensor by tensor and file by file, against glmq_checksums.json.
 
 The other checks see what a damage does to the numbers; one of a low mantissa bit does too little to be seen.
 """
@@ -6,39 +6,59 @@ The other checks see what a damage does to the numbers; one of a low mantissa bi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
 
 import xxhash
 
-from glmq.checkpoint.checksums import CHECKSUMS, read_checksums
+from glmq.checkpoint.checksums import (
+    CHECKSUMS,
+    Checksums,
+    file_checksum,
+    header_checksum,
+    read_checksums,
+)
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.errors import CheckpointError
-from glmq.verification.findings import Check, Finding
+from glmq.verification.findings import Check, Checked, Finding, Skipped, list_names
+
+_AGAIN: Final = "copy the folder again, or quantize again"
 
 
-def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> Iterator[Finding]:
-    """Check 34: every tensor has the checksum it was written with. One piece of a tensor is in memory at a time.
-
-    A file that cannot be trusted is a warning, and nothing is held to it; nothing is said where none was ever written.
+def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> Iterator[Finding | Checked | Skipped]:
+    """Check 34: every tensor and every file has the checksum it was written with. A piece of a tensor is in memory at a time.
 
     Args:
         checkpoint: un-sharded.
-        report: contents of glmq_report.json, which names the digest of the checksums.
+        report: contents of glmq_report.json, which names the digest of the tensors' checksums.
     """
     directory, wanted_digest = checkpoint.directory, report.get("checksums")
     if not (directory / CHECKSUMS).exists():
-        if wanted_digest is not None:
-            message = f"{CHECKSUMS} is missing, glmq_report.json says it was written; single bits cannot be proven"
-            yield Check.CHECKSUMS.warning("", message)
+        if wanted_digest is None:
+            yield Skipped(f"single bits (no {CHECKSUMS} was written)")
+        else:
+            message = f"{CHECKSUMS} is missing, glmq_report.json says it was written; {_AGAIN}"
+            yield Check.CHECKSUMS.error("", message)
         return
     try:
         checksums = read_checksums(directory)
     except CheckpointError as error:
-        yield Check.CHECKSUMS.warning("", f"{error}; single bits cannot be proven")
+        yield Check.CHECKSUMS.error("", f"{error}; single bits cannot be proven")
         return
-    if wanted_digest not in (None, checksums.digest):
-        message = f"{CHECKSUMS} has digest {checksums.digest}, glmq_report.json says {wanted_digest}: it was replaced"
-        yield Check.CHECKSUMS.warning("", message)
+    digest = checksums.tensors_digest if checksums.covers_files else checksums.digest
+    if wanted_digest not in (None, digest):
+        message = f"{CHECKSUMS} has digest {digest}, glmq_report.json says {wanted_digest}: it was replaced"
+        yield Check.CHECKSUMS.error("", message)
+    yield from _check_tensors(checkpoint, checksums)
+    if checksums.covers_files:
+        yield from _check_files(checkpoint, checksums)
+    else:
+        yield Checked(f"the bytes of {len(checksums.tensors)} tensors by {CHECKSUMS}")
+        yield Skipped(f"the bytes of config.json and side files ({CHECKSUMS} is of a glmq that listed tensors only)")
+
+
+def _check_tensors(checkpoint: Checkpoint, checksums: Checksums) -> Iterator[Finding]:
     for name in checkpoint:
         wanted, found = checksums.tensors.get(name), checksum_of(checkpoint, name)
         if wanted is None:
@@ -49,6 +69,32 @@ def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> 
     for name in checksums.tensors:
         if name not in checkpoint:
             yield Check.CHECKSUMS.error(name, f"is not stored, but {CHECKSUMS} lists it")
+
+
+def _check_files(checkpoint: Checkpoint, checksums: Checksums) -> Iterator[Finding | Checked | Skipped]:
+    directory = checkpoint.directory
+    for what, listed, checksum in (
+        ("its header was", checksums.headers, header_checksum),
+        ("it was", checksums.files, file_checksum),
+    ):
+        for name, wanted in listed.items():
+            path = directory / Path(name).name
+            if not path.is_file():
+                yield Check.CHECKSUMS.error("", f"{name} is missing, {CHECKSUMS} lists it; {_AGAIN}")
+                continue
+            try:
+                found = checksum(path)
+            except CheckpointError as error:
+                yield Check.CHECKSUMS.error("", str(error))
+                continue
+            if found != wanted:
+                message = f"{name} has checksum {found}, {CHECKSUMS} says {wanted}: {what} changed since it was written"
+                yield Check.CHECKSUMS.error("", message)
+    yield Checked(f"the bytes of {len(checksums.tensors)} tensors and {len(checksums.files)} files by {CHECKSUMS}")
+    known = {*checksums.headers, *checksums.files, CHECKSUMS}
+    others = sorted(path.name for path in directory.iterdir() if path.name not in known)
+    if others:
+        yield Skipped(f"{list_names(others)} (not written by glmq)")
 
 
 def checksum_of(checkpoint: Checkpoint, name: str) -> str:

@@ -197,7 +197,7 @@ def check_config(
     if not isinstance(rope, Mapping) or "mrope_section" not in rope:
         yield Check.CONFIG.error("", f"text_config.rope_scaling is {rope!r}, the engine wants one with mrope_section")
     if source is not None:
-        yield from _check_rest(raw, source.directory)
+        yield from check_config_kept(raw, source.directory)
     return config
 
 
@@ -239,8 +239,8 @@ def _check_quantization_keys(raw: JsonObject, description: Description, form: Fo
         yield Check.CONFIG.error("", f"quantization_config.group_size is {size!r}, wanted 0, 64, 128 or 256")
 
 
-def _check_rest(raw: JsonObject, source_dir: Path) -> Iterator[Finding]:
-    """What quantization does not set must be as in the source, or as in its nested layout."""
+def check_config_kept(raw: JsonObject, source_dir: Path) -> Iterator[Finding]:
+    """Check 17: what quantization does not set is as in the source's config.json, or as in its nested layout."""
     try:
         source = read_json_object(source_dir / "config.json")
         nested = parse_config(source, str(source_dir / "config.json")).nested
@@ -269,13 +269,13 @@ def _flatten(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return flat
 
 
-def check_side_files(directory: Path, source: Checkpoint | None) -> Iterator[Finding]:
+def check_side_files(directory: Path, source_dir: Path | None) -> Iterator[Finding]:
     """Check 18: the tokenizer, processor and template files are there, as in the source."""
-    expected = [] if source is None else list_side_files(source.directory)
+    expected = [] if source_dir is None else list_side_files(source_dir)
     for name in expected:
         if not (directory / name).is_file():
             yield Check.SIDE_FILES.error("", f"{name} is missing, the source has it")
-        elif source is not None and (directory / name).read_bytes() != (source.directory / name).read_bytes():
+        elif source_dir is not None and (directory / name).read_bytes() != (source_dir / name).read_bytes():
             yield Check.SIDE_FILES.error("", f"{name} differs from the source's")
     for name in NEEDED_FILES:
         if name not in expected and not (directory / name).is_file():

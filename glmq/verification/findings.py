@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, TypeAlias
@@ -48,7 +49,8 @@ class Check(Enum):
     BEHAVIOUR = (31, "behaviour", "error", "warning")
     REPORT = (32, "integers as glmq_report.json says", "error")
     MANIFEST = (33, "bytes as glmq_manifest.json says", "error")
-    CHECKSUMS = (34, "bytes as glmq_checksums.json says", "error", "warning")
+    CHECKSUMS = (34, "bytes as glmq_checksums.json says", "error")
+    FOLDER_KIND = (35, "one checkpoint in the folder", "error")
 
     def __init__(self, number: int, title: str, *severities: Severity) -> None:
         self.number: Final = number
@@ -78,3 +80,25 @@ class Finding:
 
     def __post_init__(self) -> None:
         assert self.severity in self.check.severities, f"check {self.check.number} has no {self.severity}s"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Something that was looked at."""
+
+    what: str
+    """With counts, e.g. `310 tensors in 1 file`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something that could not be looked at."""
+
+    what: str
+    """And in brackets what was missing for it."""
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first five names and how many more there are."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest

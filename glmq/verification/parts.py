@@ -21,7 +21,7 @@ from glmq.checkpoint.header import read_header
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.codec.codec import decode
 from glmq.compression.layouts import rank_tensors
-from glmq.compression.manifest import MANIFEST, Manifest, RankFile, checked_bytes, read_manifest
+from glmq.compression.manifest import MANIFEST, REPORT_FILES, Manifest, RankFile, checked_bytes, read_manifest
 from glmq.compression.shard import RankTensor, read_matrix, read_pieces
 from glmq.compression.source import Source, open_source
 from glmq.compression.weight_codec import BLOB_SUFFIX
@@ -30,7 +30,7 @@ from glmq.errors import CheckpointError, CodecError, GlmqError, ModelError
 from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig, parse_config
 from glmq.verification.checksums import checksum_of
-from glmq.verification.findings import Check, Finding
+from glmq.verification.findings import Check, Checked, Finding, Skipped, list_names
 
 TILING: Final = 8
 """The engine's kernel has it built in."""
@@ -48,39 +48,49 @@ _LAYOUTS: Final = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}
 _PREFIX: Final = re.compile(r"(?:part([0-9]+)-of-([0-9]+)|rank([0-9]+))/")
 
 
-def is_compressed(directory: Path) -> bool:
-    """Whether a folder holds compressed weights: part folders, files by rank, or a manifest of `glmq compress`."""
-    return (
-        (directory / MANIFEST).exists()
-        or any(directory.glob("part*-of-*"))
-        or any(directory.glob("model-rank-*-part-*.safetensors"))
-    )
+def check_manifest(folder: Folder) -> Iterator[Finding | Checked | Skipped]:
+    """Check 33: every byte of a folder that `glmq compress` wrote is still there.
 
-
-def check_manifest(directory: Path) -> Iterator[Finding]:
-    """Whether every byte of a folder that `glmq compress` wrote is still there; nothing to check without a manifest.
-
-    Blobs of the portable codec are decoded, which checks each of their tiles.
+    Blobs of the portable codec are decoded, which checks each of their tiles. A folder that glmq wrote must have a manifest;
+    parts of another tool have none.
     """
+    directory = folder.directory
     if not (directory / MANIFEST).exists():
+        if folder.kind is Kind.PORTABLE or any((directory / name).exists() for name in REPORT_FILES):
+            message = f"{MANIFEST} is missing, `glmq compress` writes one; without it nothing proves the weights"
+            yield Check.MANIFEST.error("", message)
+        else:
+            yield Skipped(f"single bits (no {MANIFEST} was written)")
         return
     try:
         manifest = read_manifest(directory)
     except CheckpointError as error:
         yield Check.MANIFEST.error("", str(error))
         return
+    yield from _check_rest(directory, manifest)
+    for part in manifest.rank_files:
+        yield from _check_part_bytes(directory, part)
+    tensors = sum(len(part.tensors) for part in manifest.rank_files)
+    yield Checked(f"the bytes of {tensors} tensors and {len(manifest.files)} files by {MANIFEST}")
+
+
+def _check_rest(directory: Path, manifest: Manifest) -> Iterator[Finding | Skipped]:
+    """Everything beside the weight files."""
     listed = {MANIFEST, *manifest.files, *(part.file for part in manifest.rank_files)}
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+    others: list[str] = []
+    for path in sorted(path for path in directory.rglob("*") if not path.is_dir()):
         name = path.relative_to(directory).as_posix()
         if name not in listed and path.suffix in (".safetensors", ".json"):
             yield Check.MANIFEST.error("", f"{name} is not in {MANIFEST}; it does not belong here")
+        elif name not in listed:
+            others.append(name)
+    if others:
+        yield Skipped(f"{list_names(others)} (not written by glmq)")
     for name, record in manifest.files.items():
         try:
             checked_bytes(directory, name, record)
         except CheckpointError as error:
             yield Check.MANIFEST.error("", str(error))
-    for part in manifest.rank_files:
-        yield from _check_part_bytes(directory, part)
 
 
 def _check_part_bytes(directory: Path, part: RankFile) -> Iterator[Finding]:

@@ -75,7 +75,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         raise CheckpointError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
     description = yield from check_description(candidate)
     config = yield from check_config(candidate, description, source)
-    yield from check_side_files(candidate, source)
+    yield from check_side_files(candidate, None if source is None else source.directory)
     yield from check_modes(candidate)
     if description is None or config is None:
         return

@@ -2,9 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
+from safetensors.torch import save_file
 
-from glmq.checkpoint.checksums import CHECKSUMS, read_checksums, write_checksums
+from glmq.checkpoint.checksums import CHECKSUMS, cover_new_files, read_checksums, write_checksums
 from glmq.errors import CheckpointError
 from glmq.version import __version__
 
@@ -12,15 +14,28 @@ TENSORS = {"layers.9.weight": "1" * 32, "layers.10.weight": "0" * 32}
 
 
 def test_checksums_are_written_by_sorted_name_with_their_own_digest(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for name in ("b.json", "a.txt", ".hidden", CHECKSUMS):
+        (tmp_path / name).write_text(name)
     write_checksums(tmp_path, TENSORS)
     text = (tmp_path / CHECKSUMS).read_text()
-    document = {"schema": "glmq.checksums/1", "glmq": __version__, "tensors": TENSORS}
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    headers = {"model.safetensors": xxhash.xxh3_128_hexdigest(raw[:-8])}
+    files = {name: xxhash.xxh3_128_hexdigest(name.encode()) for name in ("a.txt", "b.json")}
+    document = {
+        "schema": "glmq.checksums/2", "glmq": __version__, "tensors": TENSORS, "headers": headers, "files": files,
+    }  # fmt: skip
     digest = xxhash.xxh3_128_hexdigest(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
     ordered = {name: TENSORS[name] for name in ("layers.10.weight", "layers.9.weight")}
     assert text == json.dumps({**document, "tensors": ordered, "digest": digest}, indent=1) + "\n"
     assert (tmp_path / CHECKSUMS).stat().st_mode & 0o777 == 0o640
     found = read_checksums(tmp_path)
-    assert (found.tensors, found.digest) == (TENSORS, digest)
+    assert (found.tensors, found.digest, found.files) == (TENSORS, digest, files)
+    (tmp_path / "c.csv").write_text("new")
+    cover_new_files(tmp_path)
+    again = read_checksums(tmp_path)
+    assert (again.tensors, list(again.files)) == (TENSORS, ["a.txt", "b.json", "c.csv"])
+    assert again.tensors_digest == found.tensors_digest != again.digest
 
 
 @pytest.mark.parametrize(
@@ -28,7 +43,7 @@ def test_checksums_are_written_by_sorted_name_with_their_own_digest(tmp_path: Pa
     [
         ("1111", "1112", "its digest does not fit its contents; it was altered, copy it again"),
         ("layers.9", "layers.8", "its digest does not fit its contents; it was altered, copy it again"),
-        ("sums/1", "sums/2", "schema is 'glmq.checksums/2', this glmq reads 'glmq.checksums/1'; use the glmq that wrote it"),
+        ("sums/2", "sums/3", "schema is 'glmq.checksums/3', this glmq reads 'glmq.checksums/2'; use the glmq that wrote it"),
     ],
 )  # fmt: skip
 def test_an_altered_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -71,13 +71,14 @@ def test_a_checkpoint_without_checksums_is_said_to_be_unproven(copy: Path) -> No
     assert found["not_checked"][0] == "single bits (no glmq_checksums.json was written)"
 
 
-def test_lost_checksums_are_a_warning(copy: Path) -> None:
+def test_lost_checksums_are_an_error(copy: Path) -> None:
     (copy / "glmq_checksums.json").unlink()
-    shown = glmq("verify", copy).stdout
-    assert "passed: nothing wrong with files and integers, 1 warnings" in shown
+    result = run("verify", copy)
+    assert result.exit_code == 3
+    assert "!! failed: 1 errors, 0 warnings in files and integers" in result.stdout
     assert (
-        "warning: glmq_checksums.json is missing, glmq_report.json says it was written; single bits cannot be proven"
-        in shown
+        "error: glmq_checksums.json is missing, glmq_report.json says it was written; "
+        "copy the folder again, or quantize again" in result.stdout
     )
 
 
@@ -89,17 +90,17 @@ def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> 
     assert result.exit_code == 3
     assert "!! 18 tokenizer and processor files: 2 errors" in result.stdout
     assert "!! 11 quant_bias and scales recomputed: 1 errors" in result.stdout
-    assert "!! 34 bytes as glmq_checksums.json says: 1 errors" in result.stdout
-    assert "!! failed: 4 errors, 0 warnings in files and integers" in result.stdout
+    assert "!! 34 bytes as glmq_checksums.json says: 3 errors" in result.stdout
+    assert "!! failed: 6 errors, 0 warnings in files and integers" in result.stdout
     found = json.loads(run("verify", copy, "--reference", tiny, "--json").stdout)
     assert found["counts"] == {
         "quant_bias and scales recomputed": 1,
         "tokenizer and processor files": 2,
-        "bytes as glmq_checksums.json says": 1,
+        "bytes as glmq_checksums.json says": 3,
     }
     assert (
         run("verify", copy, "--reference", tiny, "-q").stdout
-        == "!! failed: 4 errors, 0 warnings in files and integers\n"
+        == "!! failed: 6 errors, 0 warnings in files and integers\n"
     )
 
 
@@ -151,6 +152,8 @@ def test_a_checkpoint_of_another_tool_without_its_config_is_still_run(tiny: Path
 def test_engine_look_ups_are_emulated_on_request(copy: Path) -> None:
     key = "model.visual.merger.gate_up_proj.weight"
     edit_json(copy / "quant_model_description.json", lambda found: found.pop(key))
+    for name in ("glmq_checksums.json", "glmq_report.json"):  # as a checkpoint of another tool
+        (copy / name).unlink()
     assert run("verify", copy, "--target", "mindie").exit_code == 0
     result = run("verify", copy, "--target", "vllm-ascend")
     assert result.exit_code == 3
@@ -180,7 +183,7 @@ def test_list_checks_needs_no_folder_and_prints_every_check() -> None:
     assert re.search(r"^ *33 +bytes as glmq_manifest\.json says +errors *$", shown, re.MULTILINE)
     document = json.loads(glmq("verify", "--list-checks", "--json").stdout)
     assert document["schema"] == "glmq.verify/1"
-    assert [check["check"] for check in document["checks"]] == [*range(1, 26), *range(27, 35)]
+    assert [check["check"] for check in document["checks"]] == [*range(1, 26), *range(27, 36)]
     assert document["checks"][11] == {
         "check": 12, "title": "linears of one input agree", "severities": ["error", "warning"],
     }  # fmt: skip
