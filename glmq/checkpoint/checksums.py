@@ -107,9 +107,7 @@ def header_checksum(path: Path) -> str:
     Raises:
         CheckpointError: no safetensors file.
     """
-    header = read_header(path)
-    with path.open("rb") as file:
-        return xxhash.xxh3_128_hexdigest(file.read(header.data_start))
+    return digest_of(read_header(path).raw)
 
 
 def read_checksums(folder: Path) -> Checksums:

@@ -64,7 +64,7 @@ def test_a_pass_says_what_was_checked(w8a8s: Path, small: Path, portable: Path) 
     against = verdict(w8a8s, "--reference", small)[2]["checked"]
     assert against[-1] == "the integers of 10 linears and their distance from the float weights"
     manifest = read_manifest(portable)
-    stored = sum(len(part.tensors) for part in manifest.parts)
+    stored = sum(len(part.tensors) for part in manifest.rank_files)
     assert verdict(portable)[2]["checked"] == [
         f"the bytes of {stored} tensors and {len(manifest.files)} files by glmq_manifest.json"
     ]
@@ -211,7 +211,7 @@ def test_compressed_folders_are_held_to_their_reference_with_config_and_side_fil
     else:
         (packed / name).write_text("{}")
     manifest = read_manifest(packed)  # signed again by somebody who knows glmq
-    files = record_files(packed, exclude=[MANIFEST, *(part.file for part in manifest.parts)])
+    files = record_files(packed, exclude=[MANIFEST, *(part.file for part in manifest.rank_files)])
     (packed / MANIFEST).unlink()
     write_manifest(packed, type(manifest)(**{f: getattr(manifest, f) for f in manifest.__slots__} | {"files": files}))
     assert verdict(packed)[0]
