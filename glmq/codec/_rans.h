@@ -1,4 +1,4 @@
-/* The rANS tile kernels of GQSC: the same words from each of them. container.py describes the stream.
+/* The rANS tile kernels of GQSC: the same words from each of them. FORMAT.md describes the stream.
  *
  * One tile is `rows` x `cols` bytes. A round is 32 neighbouring columns of a row, one per lane; the last round of a row may have
  * fewer real columns, and its other lanes belong to the padding class, whose one symbol of frequency 2^11 costs no bits.

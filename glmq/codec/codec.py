@@ -1,7 +1,7 @@
 """Our own lossless codec for int8 weights, GQSC: bytes <-> bytes, with random access by tile.
 
 Static rANS (Duda 2013, arXiv 1311.2540) with 32 interleaved lanes (Giesen 2014, arXiv 1402.3392), one table per class of
-columns of like scale, and an escape for rare values. `container.py` states the file byte by byte, `tables.py` how classes
+columns of like scale, and an escape for rare values. FORMAT.md states the file byte by byte, `tables.py` how classes
 and tables are chosen, `rans.py` and `_rans.h` are the coder in numpy and in C. The same matrix gives the same file on every
 machine, from every backend and number of threads.
 

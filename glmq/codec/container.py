@@ -1,41 +1,4 @@
-"""The bytes of a GQSC file, version 1: one int8 matrix, compressed losslessly.
-
-All integers are little-endian. The parts follow each other without gaps:
-
-    header      64 bytes, below
-    class map   b = ceil(log2(classes)) bits per column, column 0 first, least significant bit first, packed into bytes with
-                the lowest bit first; rest of the last byte 0. Absent for 0 or 1 classes.
-    tables      per class: 32 bytes, bit s % 8 of byte s // 8 says whether the byte value s has a frequency; then, for each
-                such s in rising order, frequency - 1 as a varint (7 bits a byte, low ones first, top bit: more follow; at
-                most 2 bytes). Frequencies of a class sum to 2^11. Value 0x80 always has one: it is the escape.
-    index       16 bytes per tile: u64 xxh3-64 of the tile's decoded bytes; u32 kind << 30 | size of its payload in bytes;
-                u32 number of escaped bytes
-    payload     the tiles' payloads
-    tail        64 zero bytes, so that a decoder may load whole vectors
-
-    header  0  4 bytes  magic `GQSC`            header 16  u64  rows
-            4  u8       version, 1                     24  u64  columns, at most 2^28
-            5  u8       layout, 0: row-major           32  u32  tiles, ceil(rows / tile rows)
-            6  u8       classes, 0 to 8                36  u32  bytes of the tables
-            7  u8       log2 of a table's sum, 11      40  u64  bytes of the payload
-            8  u8       lanes, 32                      48  u64  matrix digest: xxh3-64 of the tiles' digests, 8 bytes each
-            9  u8       escape, 0x80                   56  u64  head digest: xxh3-64 of header bytes 0-55, class map,
-           10  u16      0                                       tables and index
-           12  u32      rows of a tile (the last may have fewer); more than one row only up to 2^28 bytes
-
-A tile is some whole rows, and its payload depends on the kind:
-
-    0  raw       the tile's bytes
-    1  constant  one byte, the value of all of them
-    2  rANS      32 x u32 lane states; u16 words; the escaped bytes. 0 classes: no tile is of this kind.
-
-Decoding a rANS tile: columns c are taken row by row, in rounds of 32, column c by lane c % 32 with the table of its class;
-a round at the end of a row that has fewer columns leaves the other lanes alone. Each lane's state x is in [2^15, 2^31).
-For one byte: slot = x % 2^11 lies in the range [first, first + f) of a value s, where the ranges of the values follow each
-other in rising order; s is the byte; x becomes f * (x >> 11) + slot - first; if that is below 2^15, x becomes x << 16 | the
-next word. At the end every word has been read and every state is 2^15. Then each 0x80 of the tile, in row order, is
-replaced by the next escaped byte; their number must fit.
-"""
+"""Write and read a GQSC file but for the tiles' contents: header, class map, tables, index. FORMAT.md is the format."""
 
 from __future__ import annotations
 

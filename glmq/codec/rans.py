@@ -1,6 +1,6 @@
 """The rANS coder of GQSC in numpy: oracle of the compiled one, and its stand-in where that could not be built.
 
-The stream (see container.py) is a long chain of dependent steps, so one tile alone is slow here; the speed comes from stepping
+The stream (see FORMAT.md) is a long chain of dependent steps, so one tile alone is slow here; the speed comes from stepping
 the lanes of many tiles together, one round of 32 columns at a time.
 """
 
