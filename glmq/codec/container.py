@@ -137,23 +137,10 @@ def read_container(file: memoryview) -> Container:
         raise CodecError(
             f"compressed weight: {len(file)} bytes are shorter than a header of {_HEADER_BYTES}; it is truncated"
         )
-    (
-        magic,
-        version,
-        layout,
-        classes,
-        prob_bits,
-        lanes,
-        escape,
-        reserved,
-        tile_rows,
-        rows,
-        cols,
-        tiles,
-        table_bytes,
-        payload_bytes,
-        matrix_digest,
-    ) = _FIELDS.unpack_from(file)
+    # fmt: off
+    (magic, version, layout, classes, prob_bits, lanes, escape, reserved, tile_rows, rows, cols, tiles, table_bytes,
+     payload_bytes, matrix_digest) = _FIELDS.unpack_from(file)
+    # fmt: on
     if magic != _MAGIC:
         raise CodecError(
             f"compressed weight: begins with {magic!r}, not {_MAGIC!r}; glmq's portable codec did not write it"
@@ -164,16 +151,7 @@ def read_container(file: memoryview) -> Container:
     _expect("lanes", lanes, LANES)
     _expect("escape", escape, ESCAPE)
     _expect("reserved field", reserved, 0)
-    if classes > MAX_CLASSES:
-        raise CodecError(
-            f"compressed weight: {classes} column classes, at most {MAX_CLASSES} are possible; it is altered"
-        )
-    if not (1 <= rows < 1 << 48 and 1 <= cols <= MAX_TILE_BYTES):
-        raise CodecError(f"compressed weight: a matrix of {rows} x {cols} is not possible; it is altered")
-    if not (1 <= tile_rows <= rows and (tile_rows == 1 or tile_rows * cols <= MAX_TILE_BYTES)):
-        raise CodecError(
-            f"compressed weight: tiles of {tile_rows} rows for {rows} x {cols} are not possible; it is altered"
-        )
+    _check_sizes(classes, rows, cols, tile_rows)
     _expect("number of tiles", tiles, -(-rows // tile_rows))
     bits = class_bits(classes)
     map_at = _HEADER_BYTES
@@ -204,6 +182,20 @@ def read_container(file: memoryview) -> Container:
         matrix_digest=matrix_digest,
         file_bytes=len(file),
     )
+
+
+def _check_sizes(classes: int, rows: int, cols: int, tile_rows: int) -> None:
+    """Raise CodecError unless the format can hold such a matrix in such tiles."""
+    if classes > MAX_CLASSES:
+        raise CodecError(
+            f"compressed weight: {classes} column classes, at most {MAX_CLASSES} are possible; it is altered"
+        )
+    if not (1 <= rows < 1 << 48 and 1 <= cols <= MAX_TILE_BYTES):
+        raise CodecError(f"compressed weight: a matrix of {rows} x {cols} is not possible; it is altered")
+    if not (1 <= tile_rows <= rows and (tile_rows == 1 or tile_rows * cols <= MAX_TILE_BYTES)):
+        raise CodecError(
+            f"compressed weight: tiles of {tile_rows} rows for {rows} x {cols} are not possible; it is altered"
+        )
 
 
 def largest_file_bytes(rows: int, cols: int, tile_rows: int) -> int:

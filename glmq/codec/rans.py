@@ -75,15 +75,25 @@ def encode_tiles(tiles: NDArray[np.int8], ids: NDArray[np.uint8], table: NDArray
             np.greater_equal(states[1 : size + 1], limits, emitted[row, begin:stop])
             words[row, begin:stop] = states[1 : size + 1].astype("<u2")
             is_escape.take(symbol, out=escaped[row, begin:stop], mode="clip")
-    results = []
-    for i in range(count):
-        of_tile = np.s_[:, :, i * LANES : (i + 1) * LANES]
-        values = np.zeros((rows, len(ids)), dtype=np.uint8)
-        values[:, :cols] = tiles[i].view(np.uint8)
-        escapes = values.reshape(rows, rounds, LANES)[escaped[of_tile]].tobytes()
-        state_bytes = states[0, i * LANES : (i + 1) * LANES].astype("<u4").tobytes()
-        results.append((state_bytes + words[of_tile][emitted[of_tile]].tobytes() + escapes, len(escapes)))
-    return results
+    return [
+        _payload(tiles[i], states[0, cut], words[:, :, cut], emitted[:, :, cut], escaped[:, :, cut])
+        for i, cut in enumerate(slice(at, at + LANES) for at in range(0, lanes, LANES))
+    ]
+
+
+def _payload(
+    tile: NDArray[np.int8],
+    states: IntArray,
+    words: NDArray[np.uint16],
+    emitted: NDArray[np.bool_],
+    escaped: NDArray[np.bool_],
+) -> tuple[bytes, int]:
+    """Payload and number of escapes of one tile, from what its lanes held at last and emitted: [rows, rounds, lanes]."""
+    rows, cols = tile.shape
+    values = np.zeros((rows, words.shape[1] * LANES), dtype=np.uint8)
+    values[:, :cols] = tile.view(np.uint8)
+    escapes = values.reshape(words.shape)[escaped].tobytes()
+    return states.astype("<u4").tobytes() + words[emitted].tobytes() + escapes, len(escapes)
 
 
 def decode_tiles(
@@ -164,12 +174,7 @@ def _step(
         uint32 [tiles], where each tile stopped reading; a tile that ran out of words stops beyond its end.
     """
     tiles, lanes = len(state), LANES + 1
-    # Tables have 2^16 entries a class, so that a slot fits beside its class without an addition; the rest is never touched.
-    value_of = np.zeros((len(table), 1 << 16), dtype=np.uint8)
-    value_of[:, :FREQUENCY_SUM] = table
-    factor_of, term_of = np.zeros((2, len(table), 1 << 16), dtype=np.int32)
-    factor_of[:, :FREQUENCY_SUM] = table >> 19
-    term_of[:, :FREQUENCY_SUM] = (table >> 8 & _SLOT) + (STATE_LOW >> PROB_BITS) * (table >> 19) - STATE_LOW
+    value_of, factor_of, term_of = _spread_tables(table)
     # Word i is number 2i + 1, and 0 between them: a lane's places before and after, added, are the number of what it takes.
     words_or_none = np.zeros((len(words), 2), dtype=np.uint32)
     words_or_none[:, 1] = words + np.uint32((STATE_LOW << 16) - STATE_LOW)
@@ -218,6 +223,19 @@ def _step(
         out[row::height] = values.swapaxes(0, 1).reshape(live, -1)[:, : out.shape[1]]
     state[:] = whole.reshape(tiles, lanes)[:, 1:] + STATE_LOW
     return place[lanes::lanes]
+
+
+def _spread_tables(table: NDArray[np.uint32]) -> tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.int32]]:
+    """Value, factor and term of each class and slot.
+
+    A class has 2^16 entries, so that a slot fits beside its class without an addition; those above 2^11 are never touched.
+    """
+    value_of = np.zeros((len(table), 1 << 16), dtype=np.uint8)
+    value_of[:, :FREQUENCY_SUM] = table
+    factor_of, term_of = np.zeros((2, len(table), 1 << 16), dtype=np.int32)
+    factor_of[:, :FREQUENCY_SUM] = table >> 19
+    term_of[:, :FREQUENCY_SUM] = (table >> 8 & _SLOT) + (STATE_LOW >> PROB_BITS) * (table >> 19) - STATE_LOW
+    return value_of, factor_of, term_of
 
 
 def _low_part(numbers: NDArray[np.generic], dtype: type[PartT]) -> NDArray[PartT]:
