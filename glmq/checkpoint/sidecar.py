@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.checksums import CHECKSUMS
-from glmq.checkpoint.disk import make_directory
+from glmq.checkpoint.disk import make_directory, read_input
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
-from glmq.checkpoint.reader import INDEX_SUFFIX
 from glmq.errors import CheckpointError
 from glmq.spec import Activation, FloatDtype, QuantType, assert_never
 
-_PATTERNS: Final = ("*.json", "*.py", "*.jinja", "*.txt", "*.model", "LICENSE*")
+SIDE_FILES: Final = (
+    "generation_config.json", "configuration.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.json", "chat_template.jinja",
+    "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.txt",
+    "configuration_*.py", "modeling_*.py", "processing_*.py", "tokenization_*.py",
+    "image_processing_*.py", "video_processing_*.py",
+)  # fmt: skip
+"""What engines, transformers and ModelScope read beside the weights of this class, and licences. Nothing else is copied:
+training leaves optimizer states, scripts and logs in the same folder."""
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 """The serving engine refuses larger JSON files, and no tokenizer comes near it."""
 
@@ -99,21 +108,34 @@ def _set_dtypes(section: Mapping[str, JsonValue], dtype: FloatDtype) -> JsonObje
 def list_side_files(source_dir: Path) -> list[str]:
     """Names of the small files that belong into any checkpoint made from `source_dir`, sorted.
 
-    JSON, Python, chat template, text and tokenizer-model files and licences; not config.json (which is edited), not an
-    index, a description or checksums (which belong to other weights), nothing hidden, nothing above 100 MB.
+    Those of SIDE_FILES: settings of generation, processor and tokenizer, chat templates, the model's own code, licences. Not
+    config.json (which is edited), not what belongs to other weights (index, description, checksums), nothing above 100 MB.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
     """
-    names = {path.name for pattern in _PATTERNS for path in source_dir.glob(pattern)}
+    names = {path.name for pattern in SIDE_FILES for path in source_dir.glob(pattern)}
     return sorted(name for name in names if _is_side_file(source_dir / name))
 
 
 def _is_side_file(path: Path) -> bool:
-    excluded = (
-        path.name.startswith(".")
-        or path.name in ("config.json", CHECKSUMS)
-        or path.name.endswith((INDEX_SUFFIX, ".bin.index.json"))
-        or path.name.startswith("quant_model_description")
+    if path.is_symlink() and path.exists():
+        check_link(path)
+    return path.is_file() and path.stat().st_size <= _MAX_SIDE_FILE_BYTES
+
+
+def check_link(path: Path) -> None:
+    """Raise CheckpointError if a link leads out of its folder, unless that is a snapshot of a hub cache and the link leads
+    into the cache's own blobs: the contents of any other file of the machine would come into the output.
+    """
+    folder, place = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    if folder in place.parents or (folder.parent.name == "snapshots" and place.parent == blobs):
+        return
+    raise CheckpointError(
+        f"{path}: is a link to {place}, outside of its folder, so its contents are not copied into the output; "
+        "put a copy of the file in its place"
     )
-    return not excluded and path.is_file() and path.stat().st_size <= _MAX_SIDE_FILE_BYTES
 
 
 def copy_side_files(source_dir: Path, out_dir: Path) -> list[str]:
@@ -123,17 +145,11 @@ def copy_side_files(source_dir: Path, out_dir: Path) -> list[str]:
         Their names, sorted.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or is a link that leads out of the folder.
         SpaceError: the disk is full.
     """
     make_directory(out_dir)
     names = list_side_files(source_dir)
     for name in names:
-        try:
-            content = (source_dir / name).read_bytes()
-        except OSError as error:
-            raise CheckpointError(
-                f"{source_dir / name}: cannot be read ({error.strerror}); check its permissions"
-            ) from None
-        write_whole(out_dir / name, content)
+        write_whole(out_dir / name, read_input(source_dir / name, _MAX_SIDE_FILE_BYTES))
     return names

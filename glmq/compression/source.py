@@ -11,6 +11,7 @@ from glmq.checkpoint.ascend import decode_deq_scale, linear_specs
 from glmq.checkpoint.description import Description, read_description
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.sidecar import check_link
 from glmq.compression.manifest import MANIFEST, read_manifest
 from glmq.errors import CheckpointError
 from glmq.model.config import FAMILY, ModelConfig, read_config
@@ -55,6 +56,9 @@ def open_source(directory: Path) -> Source:
         raise CheckpointError(
             f"{directory}: holds the parts of single ranks; give the un-sharded W8A8S folder they were made from"
         )
+    for path in directory.iterdir():  # all of them are kept in the compressed folder
+        if path.is_symlink() and path.suffix != ".safetensors":
+            check_link(path)
     config = read_config(directory)
     description = _read_description(directory, config.nested)
     checkpoint = Checkpoint.open(directory)

@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, overload
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder
 from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import check_output
 from glmq.codec.codec import KERNELS
 from glmq.compression.dry_run import CompressionPlan, disk_bytes, make_compression_plan
@@ -210,6 +211,7 @@ class _Work:
 def _prepared(job: CompressionJob, world: int, numbers: Sequence[int], watcher: Watcher) -> Iterator[_Work]:
     source = open_source(job.model_path)
     with source.checkpoint:
+        list_side_files(job.model_path)  # refuses what could not be copied at the end
         codec = choose_codec(job.codec_name, job.options.executor, watcher)
         layout = choose_layout(codec.kind, job.options.layout, world)
         yield _Work(source, codec, layout, world, plan_ranks(source, layout, world, numbers))

@@ -19,6 +19,7 @@ from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, stored_bytes
 from glmq.device import resolve
 from glmq.errors import UsageError
@@ -203,6 +204,7 @@ def _planned(
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(job.recipe, config)
+        list_side_files(job.model_path)  # refuses what could not be copied at the end
         yield source, config, plan_output(source, config, job.recipe, groups, job.shard_bytes)
 
 

@@ -99,10 +99,11 @@ def test_a_flat_config_must_be_brought_into_the_nested_layout_first() -> None:
 
 KEPT = [
     "LICENSE", "LICENSE.txt", "chat_template.jinja", "generation_config.json", "merges.txt", "preprocessor_config.json",
-    "processing.py", "tokenizer.json", "tokenizer.model", "video_preprocessor_config.json",
+    "processing_glm4v.py", "tokenizer.json", "tokenizer.model", "video_preprocessor_config.json",
 ]  # fmt: skip
 LEFT = [
-    ".hidden.json", "README.md", "config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
+    ".hidden.json", "LICENSE_x", "README.md", "adapter_config.json", "trainer_state.json", "zero_to_fp32.py",
+    "config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "quant_model_description.json",
     "quant_model_description_w8a8.json", "quant_model_weight_w8a8.safetensors.index.json",
 ]  # fmt: skip
@@ -122,33 +123,55 @@ def test_small_files_are_copied_and_weights_index_description_and_config_are_not
 
 
 def test_links_of_a_hub_cache_become_files(tmp_path: Path) -> None:
-    (tmp_path / "blob").write_text("{}")
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "tokenizer.json").symlink_to(tmp_path / "blob")
-    (tmp_path / "source" / "dangling.json").symlink_to(tmp_path / "none")
-    assert copy_side_files(tmp_path / "source", tmp_path / "out") == ["tokenizer.json"]
-    copied = tmp_path / "out" / "tokenizer.json"
-    assert not copied.is_symlink()
-    assert copied.read_text() == "{}"
+    source = tmp_path / "models--zai-org--GLM-4.1V" / "snapshots" / "a1b2"
+    source.mkdir(parents=True)
+    blobs = source.parent.parent / "blobs"
+    blobs.mkdir()
+    (blobs / "c3d4").write_text("{}")
+    (source / "tokenizer.json").symlink_to("../../blobs/c3d4")
+    (source / "merges.txt").symlink_to("../../blobs/none")
+    (source / "vocab.json").symlink_to("tokenizer.json")
+    assert copy_side_files(source, tmp_path / "out") == ["tokenizer.json", "vocab.json"]
+    for copied in (tmp_path / "out").iterdir():
+        assert not copied.is_symlink()
+        assert copied.read_text() == "{}"
+
+
+@pytest.mark.parametrize("layout", ["plain", "snapshots"])
+def test_a_link_out_of_the_folder_is_refused(layout: str, tmp_path: Path) -> None:
+    source = tmp_path / layout / "source"
+    source.mkdir(parents=True)
+    secret = tmp_path / "shadow"
+    secret.write_text("root:x")
+    (source / "LICENSE").symlink_to(secret)
+    with pytest.raises(CheckpointError) as caught:
+        copy_side_files(source, tmp_path / "out")
+    assert str(caught.value) == (
+        f"{source / 'LICENSE'}: is a link to {secret}, outside of its folder, so its contents are not copied into the output; "
+        "put a copy of the file in its place"
+    )
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_huge_file_is_no_side_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.txt").write_text("12345678")
-    (tmp_path / "b.txt").write_text("123456789")
+    (tmp_path / "merges.txt").write_text("12345678")
+    (tmp_path / "vocab.txt").write_text("123456789")
     monkeypatch.setattr(sidecar, "_MAX_SIDE_FILE_BYTES", 8)
-    assert list_side_files(tmp_path) == ["a.txt"]
+    assert list_side_files(tmp_path) == ["merges.txt"]
 
 
 def test_a_side_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "vocab.json").write_text("{}")
 
-    def denied(path: Path) -> bytes:
+    def denied(path: Path, flags: int) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr("glmq.checkpoint.disk.os.open", denied)
     with pytest.raises(CheckpointError) as caught:
         copy_side_files(tmp_path, tmp_path / "out")
-    assert str(caught.value) == f"{tmp_path / 'a.json'}: cannot be read (Permission denied); check its permissions"
+    assert str(caught.value) == (
+        f"{tmp_path / 'vocab.json'}: cannot be read (Permission denied); check the path and its permissions"
+    )
 
 
 def test_the_embedded_model_has_what_an_engine_needs() -> None:
