@@ -50,7 +50,8 @@ from glmq.quantization.fallback import with_fallback, worst_groups
 from glmq.quantization.measure import measure_checkpoint, rate_checkpoint
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
-from glmq.quantization.recipe import Recipe, count_matches, plan_groups
+from glmq.quantization.plan import count_matches, plan_groups
+from glmq.quantization.recipe import Recipe
 from glmq.quantization.report import report_document, write_report
 from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Place, Ranks, read_place

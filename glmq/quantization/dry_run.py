@@ -13,7 +13,8 @@ from glmq.progress import Stopwatch
 from glmq.quantization.layer import quantize_group
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
 from glmq.quantization.passes import read_group
-from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import Recipe
 from glmq.quantization.stream import COPY_BYTES
 from glmq.spec import QuantType
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from glmq.quantization.recipe import GroupPlan, LayerRule, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import LayerRule, Recipe
 from glmq.records import LinearReport
 from glmq.spec import QuantType
 

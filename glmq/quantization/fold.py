@@ -18,7 +18,8 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.family import InputGroup
 from glmq.numerics.smooth import choose_row_scales
 from glmq.quantization.group import NO_FOLD, RowFold
-from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import Recipe
 from glmq.spec import Smoothing
 
 

@@ -19,7 +19,8 @@ from glmq.quantization.passes import (
     quantize_plan,
     read_group,
 )
-from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import Recipe
 from glmq.records import BlockDone, report_row
 
 

@@ -16,7 +16,8 @@ from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import Area, LinearShape
 from glmq.model.source import check_source
-from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import Recipe
 from glmq.spec import FloatDtype, Form, QuantType, StepRule
 
 

@@ -21,7 +21,8 @@ from glmq.progress import Stopwatch
 from glmq.quantization.fold import fold_into_rows, row_divisors
 from glmq.quantization.group import FloatLinear, RowFold
 from glmq.quantization.layer import GroupResult, quantize_group
-from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import Recipe
 from glmq.ranks import Ranks
 from glmq.records import BlockDone, LinearReport, parse_row
 

@@ -1,19 +1,17 @@
-"""Options -> a frozen Recipe, and a Recipe -> the quantization type of every linear. What contradicts is refused here.
+"""Options -> a frozen Recipe. Options that contradict each other are refused here.
 
 Nothing is ignored in silence: an option without effect in the chosen mode is refused when set away from its default.
 """
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
 from glmq.engines import Engine
 from glmq.errors import UsageError
-from glmq.model.config import FAMILY, ModelConfig
-from glmq.model.family import InputGroup
+from glmq.model.config import FAMILY
 from glmq.quantization.group import GroupScheme
 from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
@@ -153,20 +151,6 @@ class Recipe:
         return replace(self.scheme, weight=weight)
 
 
-@dataclass(frozen=True, slots=True)
-class GroupPlan:
-    """One input group and the type that its linears get."""
-
-    group: InputGroup
-    quant_type: QuantType
-    """FLOAT: the linears stay as they are."""
-
-    @property
-    def is_quantized(self) -> bool:
-        """Its linears become integers."""
-        return self.quant_type is not QuantType.FLOAT
-
-
 def make_recipe(options: Options) -> Recipe:
     """Check the options against each other.
 
@@ -209,44 +193,6 @@ def make_recipe(options: Options) -> Recipe:
     )
 
 
-def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
-    """The plan of every group, keyed by site, in model order.
-
-    Raises:
-        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize.
-    """
-    groups = config.family.groups(config)
-    for rule in recipe.rules:
-        if rule.option and not count_matches(rule.pattern, config):
-            names = [linear.name for group in groups for linear in group.linears]
-            near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
-            raise UsageError(
-                f"{rule.option} matches none of the model's {len(names)} linears; their names look like {near[0]!r}"
-            )
-    plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
-    for plan in plans.values():
-        _check_width(plan, recipe)
-    if not any(plan.is_quantized for plan in plans.values()):
-        raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
-    return plans
-
-
-def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
-    """The vendor's fraction rule needs at least one outlier per row; glmq's own methods do without."""
-    weight = recipe.scheme_of(plan.quant_type).weight
-    by_fraction = plan.quant_type.spec.is_sparse and weight.step_rule is StepRule.FRACTION
-    if by_fraction and weight.method is Method.REFERENCE and int(weight.fraction * plan.group.width) < 1:
-        raise UsageError(
-            f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
-            "less than one; pass a larger --fraction or another --method"
-        )
-
-
-def count_matches(pattern: str, config: ModelConfig) -> int:
-    """How many linears of the model a pattern names (`*`, `?`, `[...]` as in a shell, case-sensitive)."""
-    return sum(fnmatchcase(linear.name, pattern) for group in config.family.groups(config) for linear in group.linears)
-
-
 def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
@@ -269,22 +215,6 @@ def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
             f"this one is {model_type.value}; use FLOAT, or another target"
         )
     return LayerRule(pattern, quant_type, f"--layer {text!r}")
-
-
-def _group_type(group: InputGroup, recipe: Recipe) -> QuantType:
-    found: dict[QuantType, tuple[str, str]] = {}
-    for linear in group.linears:
-        rule = recipe.rule_of(linear.name)
-        quant_type = recipe.quant_type if rule is None else rule.quant_type
-        found.setdefault(quant_type, (linear.name, rule.option if rule else ""))
-    if len(found) > 1:
-        # The type that an option asked for comes before the one that was left as it was.
-        (first, (name, option)), (second, (other, _)) = sorted(found.items(), key=lambda item: not item[1][1])[:2]
-        raise UsageError(
-            f"{option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
-            "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
-        )
-    return next(iter(found))
 
 
 def _target_bits(options: Options, quant_type: QuantType) -> float | None:

@@ -27,7 +27,8 @@ from glmq.quantization.passes import (
     parse_reports,
     quantize_plan,
 )
-from glmq.quantization.recipe import GroupPlan, Recipe
+from glmq.quantization.plan import GroupPlan
+from glmq.quantization.recipe import Recipe
 from glmq.records import LinearReport, report_row
 
 COPY_BYTES: Final = 64 * 2**20

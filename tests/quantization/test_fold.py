@@ -21,7 +21,8 @@ from glmq.inspection.folder import scan_folder
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.quantization.fold import fold_into_rows, row_divisors
-from glmq.quantization.recipe import Options, make_recipe, plan_groups
+from glmq.quantization.plan import plan_groups
+from glmq.quantization.recipe import Options, make_recipe
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.behaviour import BlockBehaviour, Case, compare_behaviour
 from glmq.verification.checks import verify_files

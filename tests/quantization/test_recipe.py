@@ -5,7 +5,8 @@ import pytest
 
 from glmq.errors import UsageError
 from glmq.model.config import ModelConfig, read_config
-from glmq.quantization.recipe import LayerRule, Options, Recipe, count_matches, make_recipe, plan_groups
+from glmq.quantization.plan import count_matches, plan_groups
+from glmq.quantization.recipe import LayerRule, Options, Recipe, make_recipe
 from glmq.spec import ActRange, FloatDtype, Form, Method, QuantType, Smoothing, StepRule
 
 FP16 = {"torch_dtype": "fp16"}

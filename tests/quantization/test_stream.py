@@ -22,7 +22,8 @@ from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.measure import rate_checkpoint
 from glmq.quantization.output import plan_output
 from glmq.quantization.passes import QuantizationRun
-from glmq.quantization.recipe import Options, make_recipe, plan_groups
+from glmq.quantization.plan import plan_groups
+from glmq.quantization.recipe import Options, make_recipe
 from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Ranks
 

@@ -1,0 +1,81 @@
+"""Recipe and model -> the quantization type of every input group, before any weight is read."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from glmq.errors import UsageError
+from glmq.model.config import ModelConfig
+from glmq.model.family import InputGroup
+from glmq.quantization.recipe import Recipe
+from glmq.spec import Method, QuantType, StepRule
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """One input group and the type that its linears get."""
+
+    group: InputGroup
+    quant_type: QuantType
+    """FLOAT: the linears stay as they are."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Its linears become integers."""
+        return self.quant_type is not QuantType.FLOAT
+
+
+def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
+    """The plan of every group, keyed by site, in model order.
+
+    Raises:
+        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize.
+    """
+    groups = config.family.groups(config)
+    for rule in recipe.rules:
+        if rule.option and not count_matches(rule.pattern, config):
+            names = [linear.name for group in groups for linear in group.linears]
+            near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
+            raise UsageError(
+                f"{rule.option} matches none of the model's {len(names)} linears; their names look like {near[0]!r}"
+            )
+    plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
+    for plan in plans.values():
+        _check_width(plan, recipe)
+    if not any(plan.is_quantized for plan in plans.values()):
+        raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
+    return plans
+
+
+def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
+    """The vendor's fraction rule needs at least one outlier per row; glmq's own methods do without."""
+    weight = recipe.scheme_of(plan.quant_type).weight
+    by_fraction = plan.quant_type.spec.is_sparse and weight.step_rule is StepRule.FRACTION
+    if by_fraction and weight.method is Method.REFERENCE and int(weight.fraction * plan.group.width) < 1:
+        raise UsageError(
+            f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
+            "less than one; pass a larger --fraction or another --method"
+        )
+
+
+def count_matches(pattern: str, config: ModelConfig) -> int:
+    """How many linears of the model a pattern names (`*`, `?`, `[...]` as in a shell, case-sensitive)."""
+    return sum(fnmatchcase(linear.name, pattern) for group in config.family.groups(config) for linear in group.linears)
+
+
+def _group_type(group: InputGroup, recipe: Recipe) -> QuantType:
+    found: dict[QuantType, tuple[str, str]] = {}
+    for linear in group.linears:
+        rule = recipe.rule_of(linear.name)
+        quant_type = recipe.quant_type if rule is None else rule.quant_type
+        found.setdefault(quant_type, (linear.name, rule.option if rule else ""))
+    if len(found) > 1:
+        # The type that an option asked for comes before the one that was left as it was.
+        (first, (name, option)), (second, (other, _)) = sorted(found.items(), key=lambda item: not item[1][1])[:2]
+        raise UsageError(
+            f"{option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
+            "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
+        )
+    return next(iter(found))
