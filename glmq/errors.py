@@ -22,9 +22,14 @@ Exit code 3 is `glmq verify` saying that it found problems; 130 and 143 are Ctrl
 Each message is one sentence that names the thing, what was wanted, what was found and what to do.
 """
 
+from glmq.quoting import visible
+
 
 class GlmqError(Exception):
-    """Base of every error with a message meant for the user."""
+    """Base of every error with a message meant for the user. Whatever it quotes from outside is made visible text."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
     exit_code = 1
     code = "failed"

@@ -47,8 +47,9 @@ def calibrate(
 
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
+    from glmq.cli.console import stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import print_json, samples_table, show_calibration_plan, stdout, times_json
+    from glmq.cli.render import print_json, samples_table, show_calibration_plan, times_json
     from glmq.jobs.calibrate import CalibrationOptions, forecast_calibration, run_calibration
     from glmq.ranks import read_place
 

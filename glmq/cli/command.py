@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperOption
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.errors import GlmqError, SpaceError
 from glmq.machine import LOG_FORMAT, describe_machine
+from glmq.quoting import visible
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ def _complain(code: str, message: str, json_wanted: bool, debug: bool) -> None:
     """One sentence on stderr, or an object on stdout with --json; the traceback first with --debug."""
     if debug:
         traceback.print_exc()
+    message = visible(message)
     if json_wanted:
         typer.echo(json.dumps({"error": {"code": code, "message": message}}, sort_keys=True))
     else:

@@ -118,9 +118,10 @@ def compress(
         show_restoration_plan,
         show_restored,
     )
+    from glmq.cli.console import stdout
     from glmq.cli.malloc import return_large_buffers
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import print_json, stdout
+    from glmq.cli.render import print_json
     from glmq.jobs.compress import CompressionJob, CompressionOptions, forecast_compression, run_compression
     from glmq.jobs.restore import restore
     from glmq.ranks import read_place

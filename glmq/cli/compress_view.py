@@ -7,11 +7,11 @@ from dataclasses import asdict
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.table import Table
 
 from glmq.checkpoint.disk import free_bytes
-from glmq.cli.render import SHOWN_ROWS, print_json, size, stdout
+from glmq.cli.console import VisibleTable, stdout
+from glmq.cli.render import SHOWN_ROWS, print_json, size
 from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import REPORT, CodecKind
 from glmq.engines import Engine
@@ -42,9 +42,7 @@ def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bo
     """One row per linear and rank, most bits per weight first; the tail is left out unless `verbose`."""
     largest_first = sorted(linears, key=lambda linear: (-linear.bits_per_weight, linear.name, linear.rank))
     shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
-    table = Table(
-        title="Compressed linears, most bits first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
-    )
+    table = VisibleTable("Compressed linears, most bits first")
     table.add_column("linear", no_wrap=True)
     for header in ("rank", "rows x cols", "bits", "ratio", "entropy", "class gain", "seconds"):
         table.add_column(header, justify="right", no_wrap=True)
@@ -69,7 +67,7 @@ def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bo
 
 def rank_table(ranks: Sequence[RankTotals]) -> Table:
     """Each rank's file and its compressed linears together."""
-    table = Table(title="Ranks", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Ranks")
     table.add_column("rank")
     for header in ("linears", "int8", "compressed", "bits", "ratio", "whole file"):
         table.add_column(header, justify="right")
@@ -89,7 +87,7 @@ def rank_table(ranks: Sequence[RankTotals]) -> Table:
 def size_table(sizes: Sequence[AreaSizes], codec: CodecKind, world: int) -> Table:
     """Bytes by area of the model: float, quantized, compressed."""
     last = "W8A8SC" if codec is CodecKind.ASCEND else "portable"
-    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Bytes")
     table.add_column("part")
     for header in ("float16", "W8A8S", last if world == 1 else f"{last}, {world} ranks", "ratio to float16"):
         table.add_column(header, justify="right")
@@ -177,7 +175,7 @@ def _planned_weights(plan: CompressionPlan, *, verbose: bool) -> Table:
     """One row per weight and rank, most bits first; the tail is left out unless `verbose`."""
     largest_first = sorted(plan.weights, key=lambda weight: (-weight.entropy_bits, weight.name, weight.rank))
     shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
-    table = Table(title="Weights, most bits first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Weights, most bits first")
     for header in ("linear", "rank", "rows x cols", "entropy of a sample", "estimated"):
         table.add_column(header, justify="left" if header == "linear" else "right", no_wrap=True)
     for weight in shown:
@@ -193,7 +191,7 @@ def _planned_weights(plan: CompressionPlan, *, verbose: bool) -> Table:
 
 def _planned_areas(plan: CompressionPlan) -> Table:
     """Bytes of each area of the model, before and after."""
-    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Bytes")
     for header in ("part", "W8A8S, exact", "compressed, estimated"):
         table.add_column(header, justify="left" if header == "part" else "right")
     for area in plan.areas:

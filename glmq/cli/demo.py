@@ -46,8 +46,9 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
 
     import glmq
     from glmq.cli.compress_view import size_table
+    from glmq.cli.console import stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import captions_table, show_quantization, stdout
+    from glmq.cli.render import captions_table, show_quantization
     from glmq.cli.verify_view import show_verification
 
     torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
@@ -86,6 +87,7 @@ def _caption(folder: Path, picture: Path) -> str:
 
 
 def _say(command: str) -> None:
-    from glmq.cli.render import stderr
+    from glmq.cli.console import stderr
 
-    stderr.print(f"\n$ {command}", style="bold", soft_wrap=True)
+    stderr.print()
+    stderr.print(f"$ {command}", style="bold", soft_wrap=True)

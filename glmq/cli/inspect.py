@@ -111,7 +111,7 @@ def inspect(
 
 
 def _say_written(*paths: Path | None) -> None:
-    from glmq.cli.render import stderr
+    from glmq.cli.console import stderr
 
     for path in paths:
         if path is not None:

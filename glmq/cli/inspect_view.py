@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size, stdout
+from glmq.cli.console import VisibleTable, stdout
+from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size
 from glmq.inspection.listing import (
     TensorRow,
     describe_folder,
@@ -192,7 +192,7 @@ def _or_absent(value: str | None) -> str | Text:
 
 def plain_table(title: str, header: Sequence[str], *, left: int) -> Table:
     """A plain table whose first `left` columns are flush left."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable(title)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index < left else "right", overflow="fold")
     return table

@@ -10,7 +10,8 @@ from typing import Final, Literal
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 
-from glmq.cli.render import MIB, size, stderr
+from glmq.cli.console import stderr
+from glmq.cli.render import MIB, size
 from glmq.progress import Event, Note, PassDone, PassStarted
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 

@@ -246,8 +246,9 @@ def quantize(
     W8A8 for the Atlas 800I A2:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
+    from glmq.cli.console import stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import print_json, show_quantization, show_run_plan, stdout, times_json
+    from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
     from glmq.quantization.recipe import Options, make_recipe

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from shlex import quote
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, Final
 
 import psutil
-from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from glmq.cli.console import VisibleTable, stdout
 from glmq.engines import Engine, Place
 from glmq.model.config import FAMILY
+from glmq.quoting import visible_json
 from glmq.records import PassTime
 from glmq.spec import Activation, QuantType, assert_never
 
@@ -38,19 +37,6 @@ BAD_ERROR: Final = 0.2
 POOR_ERROR: Final = 0.1
 SHOWN_ROWS: Final = 24
 
-PIPE_WIDTH: Final = 140
-"""Columns of output that goes to a file or another program, unless COLUMNS says otherwise."""
-
-
-def _console(stream: TextIO, *, is_stderr: bool) -> Console:
-    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
-    # Paths and patterns hold brackets and colons, which are neither markup nor emoji.
-    return Console(stderr=is_stderr, highlight=False, markup=False, emoji=False, width=width)
-
-
-stdout = _console(sys.stdout, is_stderr=False)
-stderr = _console(sys.stderr, is_stderr=True)
-
 
 def times_json(times: Sequence[PassTime]) -> list[dict[str, object]]:
     """Passes and their stages as JSON values."""
@@ -59,7 +45,8 @@ def times_json(times: Sequence[PassTime]) -> list[dict[str, object]]:
 
 def print_json(document: dict[str, object]) -> None:
     """One JSON object on stdout: sorted keys, no NaN, a newline at the end."""
-    sys.stdout.write(json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1) + "\n")
+    text = json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1)
+    sys.stdout.write(visible_json(text) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +89,7 @@ def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> Table:
     """One row per linear, worst output error first; the tail is left out unless `verbose`."""
     worst_first = sorted(reports, key=lambda r: (-r.output_error, r.name))
     shown = worst_first if verbose else worst_first[:SHOWN_ROWS]
-    table = Table(title="Error per linear, worst first", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Error per linear, worst first")
     table.add_column("linear", no_wrap=True, overflow="fold")
     columns = [column for column in ERROR_COLUMNS if stdout.width >= column.from_width]
     for column in columns:
@@ -119,7 +106,7 @@ def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> Table:
 
 def samples_table(samples: Sequence[SampleTokens]) -> Table:
     """Tokens of each calibration sample."""
-    table = Table(title="Calibration samples", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Calibration samples")
     table.add_column("sample")
     table.add_column("tokens", justify="right")
     table.add_column("answer")
@@ -131,7 +118,7 @@ def samples_table(samples: Sequence[SampleTokens]) -> Table:
 
 def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
     """What each model says about a picture that calibration did not see, side by side."""
-    table = Table(title=f"Captions of {picture}, not used for calibration", box=box.SIMPLE_HEAD, title_justify="left")
+    table = VisibleTable(f"Captions of {picture}, not used for calibration")
     for label in captions:
         table.add_column(label, ratio=1)
     table.add_row(*captions.values())
@@ -160,7 +147,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
             }
         )
         return
-    table = Table(title="Linears", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Linears")
     for header in ("linear", "type", "shape", "by"):
         table.add_column(header, no_wrap=True)
     shown = [linear for linear in plan.linears if verbose or linear.quant_type is not QuantType.FLOAT]
@@ -229,7 +216,7 @@ def _marked(error: float) -> Text:
 
 def areas_table(areas: Sequence[AreaBytes]) -> Table:
     """Bytes before and after by area of the model."""
-    table = Table(title="Bytes", box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table = VisibleTable("Bytes")
     for header in ("part", "float", "quantized", "ratio"):
         table.add_column(header, justify="left" if header == "part" else "right")
     before, after = sum(p.before for p in areas), sum(p.after for p in areas)

@@ -96,8 +96,9 @@ def verify(
 
     [bold]glmq verify W8A8 --target mindie[/]
     """
+    from glmq.cli.console import stderr
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import print_json, stderr
+    from glmq.cli.render import print_json
     from glmq.cli.verify_view import show_checks, show_verification
     from glmq.jobs.verify import CaseOptions
     from glmq.jobs.verify import verify as verify_folder

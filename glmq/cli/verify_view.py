@@ -6,8 +6,9 @@ from typing import Final
 
 from rich.text import Text
 
+from glmq.cli.console import stdout
 from glmq.cli.inspect_view import marked, plain_table
-from glmq.cli.render import SHOWN_ROWS, stdout
+from glmq.cli.render import SHOWN_ROWS
 from glmq.model.config import FAMILY
 from glmq.reporting.documents import Verification
 from glmq.verification.findings import Check, Finding

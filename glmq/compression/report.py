@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from glmq.compression.manifest import REPORT, CodecKind, RankFile
 from glmq.compression.source import Source
 from glmq.compression.stream import CompressedLinear, RankFileWritten
 from glmq.model.family import Area
+from glmq.quoting import csv_text
 from glmq.version import __version__
 
 SCHEMA: Final = "glmq.compress-report/1"
@@ -126,11 +125,7 @@ def linear_row(linear: CompressedLinear) -> dict[str, JsonValue]:
 def write_report(folder: Path, document: Mapping[str, JsonValue], linears: Sequence[CompressedLinear]) -> None:
     """Write both files into `folder`. Raises SpaceError if the disk is full."""
     write_json(folder / f"{REPORT}.json", document, indent=1)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(linear_row(linear) for linear in linears)
-    write_whole(folder / f"{REPORT}.csv", text.getvalue().encode())
+    write_whole(folder / f"{REPORT}.csv", csv_text(_COLUMNS, map(linear_row, linears)).encode())
 
 
 def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[RankFileWritten]) -> str:

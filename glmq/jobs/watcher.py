@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from glmq.progress import Event, Note, PassDone, PassStarted, Watch, sum_stages
+from glmq.quoting import visible
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Watcher:
 
     def note(self, text: str) -> None:
         """Something that the user should know, one sentence."""
-        log.info(text)
+        text = visible(text)
+        log.info("%s", text)
         self._tell(Note(text))
 
     @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.disk import FILE_MODE, set_mode
-from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json
+from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_whole
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Recipe
+from glmq.quoting import csv_text
 from glmq.records import LinearReport, report_row
 from glmq.version import __version__
 
@@ -51,14 +50,8 @@ def report_document(
 def write_report(folder: Path, document: JsonObject, reports: Sequence[LinearReport]) -> None:
     """Write both files into `folder`, mode 0640."""
     write_json(folder / f"{NAME}.json", document, indent=1)
-    path = folder / f"{NAME}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(
-            file, [field.name for field in fields(LinearReport) if field.name != "seconds"], lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(_row(report) for report in reports)
-    set_mode(path, FILE_MODE)
+    columns = [field.name for field in fields(LinearReport) if field.name != "seconds"]
+    write_whole(folder / f"{NAME}.csv", csv_text(columns, map(_row, reports)).encode())
 
 
 def _row(report: LinearReport) -> dict[str, JsonValue]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.engines import Engine
 from glmq.inspection.folder import Folder
 from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_area, totals_by_type
+from glmq.quoting import csv_text
 from glmq.verification.engines.check import describe_engines
 from glmq.verification.findings import Check, Finding
 
@@ -250,8 +250,4 @@ def verification_document(found: Verification) -> JsonObject:
 
 def write_csv(path: Path, rows: Sequence[JsonObject]) -> None:
     """Write rows with the same keys."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        if rows:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    path.write_bytes(csv_text(list(rows[0]), rows).encode() if rows else b"")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from glmq.cli import render
+from glmq.cli import console
 from glmq.cli.progress import ProgressView, pass_lines
 from glmq.progress import Note, PassDone, PassStarted
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
@@ -80,7 +80,7 @@ def test_a_run_that_fails_shows_no_total(capsys: pytest.CaptureFixture[str]) -> 
 def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(render.stderr, "is_interactive", True)  # rich asks when the console is made
+    monkeypatch.setattr(console.stderr, "is_interactive", True)  # rich asks when the console is made
     with ProgressView(quiet=False) as view:
         view(STARTED)
         view(done(0, 2.0))
@@ -99,7 +99,7 @@ def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_terminal_that_can_draw_nothing_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(render.stderr, "is_interactive", False)  # TERM=dumb
+    monkeypatch.setattr(console.stderr, "is_interactive", False)  # TERM=dumb
     with ProgressView(quiet=False) as view:
         view(STARTED)
         view(done(0, 2.0))

@@ -4,16 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
-from glmq.cli import render
-from glmq.cli.render import (
-    areas_table,
-    error_table,
-    next_steps,
-    print_json,
-    size,
-    stdout,
-)
+from glmq.cli import console
+from glmq.cli.console import stdout
+from glmq.cli.render import areas_table, error_table, next_steps, print_json, size
 from glmq.model.family import Area
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Options, make_recipe
@@ -133,6 +128,20 @@ def test_the_next_step_depends_on_the_type() -> None:
 
 
 def test_paths_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    for console in (render.stdout, render.stderr):
-        console.print("/data/[red]/:smile:/[/bold]", soft_wrap=True)
+    for stream in (console.stdout, console.stderr):
+        stream.print("/data/[red]/:smile:/[/bold]", soft_wrap=True)
     assert capsys.readouterr() == ("/data/[red]/:smile:/[/bold]\n",) * 2
+
+
+def test_no_text_from_outside_acts_on_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2J\nerror: b\u202e"
+    console.stderr.print(evil)
+    console.stderr.print(Text(evil, style="red"))
+    table = console.VisibleTable(evil)
+    table.add_column("name")
+    table.add_row(evil)
+    console.stderr.print(table)
+    shown = capsys.readouterr().err
+    assert shown.count(r"a\x1b[2J\nerror: b\u202e") == 4
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown

@@ -1,0 +1,55 @@
+"""The two streams of the shell, on which no text from outside is more than text."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Final, TextIO
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from glmq.quoting import visible
+
+LONGEST_LINE: Final = 10_000
+"""Characters of one text that are shown."""
+PIPE_WIDTH: Final = 140
+"""Columns of output that goes to a file or another program, unless COLUMNS says otherwise."""
+
+
+def _visible(shown: Any) -> Any:
+    """A string, or the string of a Text, without characters that a terminal would act on; anything else as it is."""
+    if isinstance(shown, str):
+        return visible(shown, LONGEST_LINE)
+    if isinstance(shown, Text) and not shown.plain.isprintable():
+        return Text(visible(shown.plain, LONGEST_LINE), style=shown.style)
+    return shown
+
+
+class VisibleConsole(Console):
+    """A console on which every text is one line of visible characters, whoever wrote it."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(_visible, objects), **options)
+
+
+class VisibleTable(Table):
+    """A plain table whose title and cells are visible characters."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(title=visible(title), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        super().add_row(*map(_visible, cells), **options)
+
+
+def _console(stream: TextIO, *, is_stderr: bool) -> Console:
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    # Paths and patterns hold brackets and colons, which are neither markup nor emoji.
+    return VisibleConsole(stderr=is_stderr, highlight=False, markup=False, emoji=False, width=width)
+
+
+stdout = _console(sys.stdout, is_stderr=False)
+stderr = _console(sys.stderr, is_stderr=True)
