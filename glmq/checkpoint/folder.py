@@ -86,7 +86,7 @@ class OutputFolder:
         try:
             hopeless = isinstance(error, InputError | UsageError) and not self._resume
             is_kept = is_whole(self.work) or (has_progress(self.work) and not hopeless)
-            if self._is_in_place or (error is not None and not is_kept):
+            if self._is_in_place or not is_kept:
                 for work in self._places.works():
                     remove_work(work)
         finally:

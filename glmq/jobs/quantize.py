@@ -14,7 +14,7 @@ from glmq.calibration.samples import (
 )
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.checksums import cover_new_files, read_checksums
-from glmq.checkpoint.disk import check_room
+from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
@@ -206,7 +206,9 @@ def _planned(
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(job.recipe, config)
         list_side_files(job.model_path)  # refuses what could not be copied at the end
-        yield source, config, plan_output(source, config, job.recipe, groups, job.shard_bytes)
+        plan = plan_output(source, config, job.recipe, groups, job.shard_bytes)
+        check_file_size(job.out_path, max(file.nbytes for file in plan.shards.files))
+        yield source, config, plan
 
 
 def _statistics(

@@ -1,0 +1,163 @@
+"""Where all four writing verbs put their output, and what they do to what others put there."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import glmq, run, tree
+
+from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.workplace import Workplace
+
+VERBS = ("calibrate", "quantize", "compress", "decompress")
+
+
+@pytest.fixture(scope="module")
+def commands(
+    small: Path, small_stats: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list]:
+    """Each verb on small inputs, with the output's option at the end."""
+    folder = tmp_path_factory.mktemp("inputs")
+    quantized, packed = folder / "w8a8s", folder / "packed"
+    sparse = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16"]
+    quantize = ["quantize", "--model_path", small, "--stats", small_stats, *sparse, "--save_directory"]
+    glmq(*quantize, quantized)
+    compress = ["compress", "--model_path", quantized, "--codec", "portable", "--save_directory"]
+    glmq(*compress, packed)
+    return {
+        "calibrate": [
+            "calibrate",
+            "--model_path",
+            small,
+            "--calib-images",
+            pictures,
+            "--limit",
+            1,
+            "--no-texts",
+            "--stats",
+        ],
+        "quantize": quantize,
+        "compress": compress,
+        "decompress": ["compress", "--decompress", "--model_path", packed, "--save_directory"],
+    }
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_folder_that_somebody_fills_during_the_run_is_left_alone(
+    verb: str, commands: dict[str, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "out", OutputFolder.finish
+
+    def late(folder: OutputFolder) -> None:
+        if folder.target == out:
+            out.mkdir()
+            (out / "thesis.txt").write_text("years of work")
+        real(folder)
+
+    monkeypatch.setattr(OutputFolder, "finish", late)
+    result = run(*commands[verb], out, "--json")
+    assert result.exit_code == 5
+    error = json.loads(result.stdout)["error"]
+    kept = tmp_path / ".out.partial" / "result"
+    assert error["code"] == "kept"
+    assert error["message"].startswith(
+        f"{out}: was changed by somebody else while the run was at work; the output is finished"
+    )
+    assert tree(out).keys() == {"thesis.txt"}
+    monkeypatch.undo()
+    glmq(*commands[verb], tmp_path / "again")
+    assert tree(kept) == tree(tmp_path / "again")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("extra", [[], ["--overwrite"]])
+def test_a_second_run_ends_at_once_with_the_name_of_the_first(
+    verb: str, extra: list[str], commands: dict[str, list], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with OutputFolder(out, overwrite=False):
+        before = tree(tmp_path)
+        result = run(*commands[verb], out, "--json", *extra)
+        assert tree(tmp_path) == before
+    assert result.exit_code == 5
+    error = json.loads(result.stdout)["error"]
+    assert error["code"] == "busy"
+    assert f"{out}: is being written by process {os.getpid()} on {os.uname().nodename} since " in error["message"]
+    assert tree(tmp_path) == {}
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Path]:
+    target = tmp_path / "volume"
+    target.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", target], capture_output=True).returncode:
+        pytest.skip("a mount needs root")
+    yield target
+    subprocess.run(["umount", target], check=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_mount_point_is_as_good_as_a_folder(
+    verb: str, commands: dict[str, list], mount: Path, tmp_path: Path
+) -> None:
+    glmq(*commands[verb], mount)
+    glmq(*commands[verb], tmp_path / "plain")
+    assert tree(mount) == tree(tmp_path / "plain")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "volume"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_dry_run_says_that_nothing_can_be_written_there(
+    verb: str, commands: dict[str, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.access
+
+    def access(path: Path, mode: int, **how: bool) -> bool:
+        return path != tmp_path and real(path, mode, **how)
+
+    monkeypatch.setattr(os, "access", access)
+    monkeypatch.setattr(os, "supports_effective_ids", {access})
+    for extra in ([], ["--dry-run"]):
+        result = run(*commands[verb], tmp_path / "out", *extra)
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"error: {tmp_path / 'out'}: {tmp_path} is not writable, where its work folder would lie; "
+            f"make {tmp_path / 'out'} as an empty folder of your own, or choose another one\n"
+        )
+    (tmp_path / "out").mkdir()
+    glmq(*commands[verb], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_limit_of_file_size_is_named_before_the_work(commands: dict[str, list], tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        result = run(*commands["quantize"], tmp_path / "out", "--dry-run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 5
+    assert result.stderr.endswith(
+        "bytes are to be written, but files are limited to 100000 bytes here (ulimit -f); raise the limit, "
+        "or write smaller files with --part_file_size\n"
+    )
+
+
+def test_statistics_that_nobody_named_lie_in_the_work_folder(
+    small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's folder with such a name is none of our business."""
+    (tmp_path / ".out.statistics").mkdir()
+    (tmp_path / ".out.statistics" / "mine.txt").touch()
+    command = ["quantize", "--model_path", small, "--calib-images", pictures, "--limit", 1, "--no-texts", "-q"]
+    for extra in ([], ["--overwrite"]):
+        glmq(*command, "--save_directory", tmp_path / "out", *extra)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.statistics", "out"]
+    assert tree(tmp_path / ".out.statistics").keys() == {"mine.txt"}
+    assert Workplace.of(tmp_path / "out").contents() == sorted(path.name for path in (tmp_path / "out").iterdir())
