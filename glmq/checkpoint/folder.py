@@ -22,12 +22,12 @@ from glmq.checkpoint.workplace import (
     WHOLE,
     Owner,
     Workplace,
-    check_empty,
     check_output,
     has_progress,
     is_folder,
     is_whole,
     make_work,
+    not_empty,
     owner_of,
     remove_work,
 )
@@ -132,16 +132,16 @@ class OutputFolder:
                 raise UsageError(
                     f"{self.target}: is whole, the interrupted run had put it in its place; what else it left is removed now"
                 )
-        if not self._overwrite and self._places.contents():
+        self._before = self._look()  # this one look decides: between two, somebody could put a file there
+        if self._before.entries and not self._overwrite:
             if not is_folder(self.path):  # there is nothing to resume
                 remove_work(self.work)
-            check_empty(self._places)
+            raise not_empty(self.target)
         check_output(self.target, overwrite=self._overwrite, resume=self._resume, work_dir=self._places.work_dir)
         for work in works:
             if work != self.work or not self._resume or not is_folder(self.path):
                 remove_work(work)
         make_work(self.work)
-        self._before = self._look()
 
     def _look(self) -> Contents:
         return look(self._places.place, self._places.contents())

@@ -179,10 +179,9 @@ def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_di
     if places.place.exists() and not places.place.is_dir():
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
     is_left = resume and (owner_of(places.work) is Owner.GLMQ or os.path.lexists(places.lock))
-    if (
-        not overwrite and not is_left
-    ):  # else OutputFolder looks when it has the lock: the run may have ended while it moved
-        check_empty(places)
+    # Where a run was killed, perhaps while it moved its result, OutputFolder looks when it has the lock.
+    if places.contents() and not overwrite and not is_left:
+        raise not_empty(target)
     for folder in dict.fromkeys((places.home, places.work.parent)):
         _check_folder(folder, target)
     if places.work_dir is not None and places.place in places.work_dir.parents:
@@ -194,12 +193,9 @@ def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_di
         _refuse_interrupted(places)
 
 
-def check_empty(places: Workplace) -> None:
-    """Raise UsageError if the output folder has contents."""
-    if places.contents():
-        raise UsageError(
-            f"{places.target}: is not empty; choose another folder, or pass --overwrite to replace its contents"
-        )
+def not_empty(target: Path) -> UsageError:
+    """The output folder has contents, and nobody said that they may go."""
+    return UsageError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
 
 
 def _check_folder(folder: Path, target: Path) -> None:

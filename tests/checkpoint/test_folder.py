@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,31 @@ def test_contents_that_change_after_the_run_has_begun_are_not_overwritten(
     assert str(caught.value) == f"{target}: {CHANGED}; {kept(target)}"
     assert folder.look(target, os.listdir(target)) == seen[0]
     assert (target.parent / ".out.partial" / "result" / "new.txt").read_text() == "new"
+
+
+def test_a_file_that_comes_while_the_run_begins_stays(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment of beginning: either the run is refused, or the file is found at its end."""
+    real, count = os.listdir, 0
+    for moment in range(1, 100):
+        target.mkdir(parents=True)
+        count = 0
+
+        def list_late(folder: Path, moment: int = moment) -> list[str]:
+            nonlocal count
+            found = real(folder)
+            count += 1
+            if count == moment:
+                (target / "thesis.txt").touch()
+            return found
+
+        with monkeypatch.context() as patch, suppress(UsageError, KeptError):
+            patch.setattr(os, "listdir", list_late)
+            write(target)
+        if count < moment:
+            break
+        assert (target / "thesis.txt").exists(), moment
+        shutil.rmtree(target.parent)
+    assert 3 < moment < 99
 
 
 def test_a_file_that_comes_into_an_empty_folder_at_the_last_moment_stays(
