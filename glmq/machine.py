@@ -1,7 +1,8 @@
-"""The machine and the versions that a log or a bug report names."""
+"""The machine: what a log or a bug report names of it, and how its libraries say that memory is used up."""
 
 from __future__ import annotations
 
+import errno
 import platform
 import sys
 from importlib import metadata
@@ -12,6 +13,7 @@ import psutil
 from glmq.version import __version__
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_NO_MEMORY: Final = ("can't allocate memory", "cannot allocate memory", "out of memory", "memory allocation of")
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
 
 
@@ -30,3 +32,16 @@ def describe_machine() -> list[str]:
         f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory available",
         f"command: {sys.argv}",
     ]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is used up, in the words of whoever could not get any.
+
+    Python and numpy raise MemoryError, the system ENOMEM. torch raises RuntimeError, on an accelerator a class of it, and
+    libraries written in Rust (safetensors, tokenizers) an error or a panic of their own: these say it in their text only.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    text = str(error).lower()
+    own = isinstance(error, RuntimeError) or type(error).__name__ in ("SafetensorError", "PanicException")
+    return own and any(words in text for words in _NO_MEMORY)

@@ -47,7 +47,7 @@ def calibrate(
 
     [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
     """
-    from glmq.cli.console import stdout
+    from glmq.cli.console import showing, stdout
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, samples_table, show_calibration_plan, times_json
     from glmq.jobs.calibrate import CalibrationOptions, forecast_calibration, run_calibration
@@ -75,14 +75,15 @@ def calibrate(
         result = run_calibration(model_path, stats, chosen, overwrite=overwrite, resume=resume, watch=view)
     if not read_place().is_first:
         return
-    if json_output:
-        print_json({**result.statistics.manifest, "folder": str(stats), "passes": times_json(result.times)})
-    elif quiet:
-        stdout.print(str(stats), soft_wrap=True)
-    else:
-        stdout.print(samples_table(result.statistics.samples()))
-        stdout.print(f"Statistics: {stats}", soft_wrap=True)
-        stdout.print(
-            f"Next: glmq quantize --model_path {quote(str(model_path))} --stats {quote(str(stats))} --save_directory ...",
-            soft_wrap=True,
-        )
+    with showing(stats):
+        if json_output:
+            print_json({**result.statistics.manifest, "folder": str(stats), "passes": times_json(result.times)})
+        elif quiet:
+            stdout.print(str(stats), soft_wrap=True)
+        else:
+            stdout.print(samples_table(result.statistics.samples()))
+            stdout.print(f"Statistics: {stats}", soft_wrap=True)
+            stdout.print(
+                f"Next: glmq quantize --model_path {quote(str(model_path))} --stats {quote(str(stats))} --save_directory ...",
+                soft_wrap=True,
+            )

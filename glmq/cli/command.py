@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.errors import GlmqError, SpaceError
-from glmq.machine import LOG_FORMAT, describe_machine
+from glmq.machine import LOG_FORMAT, describe_machine, is_out_of_memory
 from glmq.quoting import visible
 
 log = logging.getLogger(__name__)
@@ -84,38 +84,31 @@ class GlmqCommand(TyperCommand):
         except Terminated as error:
             _complain("terminated", f"stopped by SIGTERM; {left}", json_wanted, debug)
             raise typer.Exit(143) from error
-        except MemoryError as error:
-            _complain(
-                "no-space",
-                "the machine's memory is used up; close other programs, or use a machine with more",
-                json_wanted,
-                debug,
-            )
-            raise typer.Exit(SpaceError.exit_code) from error
         except BrokenPipeError:
             # The reader of our output went away, as `| head` does.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except OSError as error:
-            code = SpaceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else 4
-            what = f"{error.filename}: " if error.filename else ""
-            _complain(
-                "os-error",
-                f"{what}{error.strerror or error}; check the path, its permissions and the disk",
-                json_wanted,
-                debug,
-            )
-            raise typer.Exit(code) from error
-        except (typer.Exit, typer.Abort):
+        except (typer.Exit, typer.Abort, SystemExit):
             raise
-        except Exception as error:
+        except BaseException as error:  # a panic of a library written in Rust is no Exception
             if _is_usage_error(error):  # typer prints it
                 raise
-            text = (
-                f"unexpected failure, {type(error).__name__}: {error}; run again with --debug and report the traceback"
-            )
-            _complain("failed", text, json_wanted, debug)
-            raise typer.Exit(1) from error
+            code, message, exit_code = _describe_failure(error)
+            _complain(code, message, json_wanted, debug)
+            raise typer.Exit(exit_code) from error
+
+
+def _describe_failure(error: BaseException) -> tuple[str, str, int]:
+    """The code word, the sentence and the exit code of what is no error of glmq's own."""
+    if is_out_of_memory(error):
+        sentence = "the machine's memory is used up; close other programs, or use a machine with more"
+        return SpaceError.code, sentence, SpaceError.exit_code
+    if isinstance(error, OSError):
+        exit_code = SpaceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else 4
+        what = f"{error.filename}: " if error.filename else ""
+        return "os-error", f"{what}{error.strerror or error}; check the path, its permissions and the disk", exit_code
+    name = type(error).__name__
+    return "failed", f"unexpected failure, {name}: {error}; run again with --debug and report the traceback", 1
 
 
 @contextmanager
@@ -143,7 +136,7 @@ def _logged(path: Path | None) -> Iterator[None]:
         handler.close()
 
 
-def _is_usage_error(error: Exception) -> bool:
+def _is_usage_error(error: BaseException) -> bool:
     """Whether it is one of typer's own usage errors, whose base class has no public name."""
     return type(error).__module__.startswith("typer.") and not isinstance(error, typer.Exit | typer.Abort)
 

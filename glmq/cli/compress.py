@@ -118,7 +118,7 @@ def compress(
         show_restoration_plan,
         show_restored,
     )
-    from glmq.cli.console import stdout
+    from glmq.cli.console import showing, stdout
     from glmq.cli.malloc import return_large_buffers
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json
@@ -150,12 +150,13 @@ def compress(
         result = run_compression(job, overwrite=overwrite, watch=view)
     if not read_place().is_first:
         return
-    if json_output:
-        print_json({**result.document, "folder": str(result.folder)})
-    elif quiet:
-        stdout.print(str(result.folder), soft_wrap=True)
-    else:
-        show_compression(result, verbose=verbose)
+    with showing(result.folder):
+        if json_output:
+            print_json({**result.document, "folder": str(result.folder)})
+        elif quiet:
+            stdout.print(str(result.folder), soft_wrap=True)
+        else:
+            show_compression(result, verbose=verbose)
 
 
 def settle_folders(folders: Sequence[Path], model_path: Path | None, save_directory: Path | None) -> tuple[Path, Path]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Final, TextIO
 
 from rich import box
@@ -11,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glmq.machine import is_out_of_memory
 from glmq.quoting import visible
 
 LONGEST_LINE: Final = 10_000
@@ -43,6 +47,17 @@ class VisibleTable(Table):
 
     def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
         super().add_row(*map(_visible, cells), **options)
+
+
+@contextmanager
+def showing(folder: Path) -> Iterator[None]:
+    """Show what a run gave. Its output is whole by now, so a lack of memory for showing it is no failure of the run."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        stderr.print(f"note: the output in {folder} is whole, but memory ran out while it was shown", soft_wrap=True)
 
 
 def _console(stream: TextIO, *, is_stderr: bool) -> Console:

@@ -246,7 +246,7 @@ def quantize(
     W8A8 for the Atlas 800I A2:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
     """
-    from glmq.cli.console import stdout
+    from glmq.cli.console import showing, stdout
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.jobs.calibrate import CalibrationOptions
@@ -309,9 +309,10 @@ def quantize(
         result = run_quantization(job, overwrite=overwrite, resume=resume, watch=view)
     if not read_place().is_first:
         return
-    if json_output:
-        print_json({**result.document, "folder": str(result.folder), "passes": times_json(result.times)})
-    elif quiet:
-        stdout.print(str(result.folder), soft_wrap=True)
-    else:
-        show_quantization(result, verbose=verbose)
+    with showing(result.folder):
+        if json_output:
+            print_json({**result.document, "folder": str(result.folder), "passes": times_json(result.times)})
+        elif quiet:
+            stdout.print(str(result.folder), soft_wrap=True)
+        else:
+            show_quantization(result, verbose=verbose)

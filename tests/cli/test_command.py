@@ -279,3 +279,60 @@ def test_a_log_file_that_cannot_be_written_is_one_sentence(small: Path, tmp_path
     assert result.stderr == (
         f"error: {tmp_path / 'none' / 'run.log'}: No such file or directory; check the path, its permissions and the disk\n"
     )
+
+
+class PanicException(BaseException):
+    """As pyo3 names its own."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(12, "Cannot allocate memory"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
+        ),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        PanicException("memory allocation of 1024 bytes failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_is_used_up_is_one_sentence_whoever_says_it(
+    error: BaseException, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("glmq.jobs.inspect.inspect", fail)
+    result = run("inspect", small)
+    assert (result.exit_code, result.stdout) == (5, "")
+    assert result.stderr == "error: the machine's memory is used up; close other programs, or use a machine with more\n"
+
+
+def test_a_panic_of_a_library_is_one_sentence(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise PanicException("index out of\nbounds")
+
+    monkeypatch.setattr("glmq.jobs.inspect.inspect", fail)
+    result = run("inspect", small)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: unexpected failure, PanicException: index out of\\nbounds; run again with --debug and report the traceback\n"
+    )
+
+
+def test_memory_that_ends_when_the_output_is_whole_is_no_failure(
+    small: Path, small_stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("glmq.cli.render.show_quantization", fail)
+    out = tmp_path / "out"
+    result = run("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", out)
+    assert result.exit_code == 0
+    assert (
+        result.stderr.splitlines()[-1] == f"note: the output in {out} is whole, but memory ran out while it was shown"
+    )
+    assert (out / "quant_model_description.json").is_file()
