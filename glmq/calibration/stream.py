@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -29,6 +30,8 @@ from glmq.numerics.moments import InputAccumulator
 from glmq.progress import Stopwatch, resident_bytes
 from glmq.ranks import Ranks
 from glmq.records import BlockDone
+
+log = logging.getLogger(__name__)
 
 
 def calibrate_checkpoint(
@@ -77,6 +80,8 @@ def calibrate_checkpoint(
         if isinstance(inputs, Mapping):  # answers are journalled too
             sink.restore(inputs)
             first += 1
+    if first:
+        log.info("resumed: %d blocks are in the journal", first)
     total = len(model.config.family.blocks(model.config))
     started = time.perf_counter()
     for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):

@@ -1,4 +1,4 @@
-"""The command class of every verb: the seed's spellings of booleans, and the one place where errors are caught."""
+"""The command class of every verb: the vendor's spellings of booleans, and the one place where errors are caught."""
 
 from __future__ import annotations
 

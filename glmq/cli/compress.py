@@ -1,4 +1,4 @@
-"""`glmq compress`: the mission's step 2, and the way back."""
+"""`glmq compress`: weights compressed for the engine, and the way back."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ _SIZE = re.compile(r"([0-9]{1,15})\s*(GB|MB|GiB|MiB)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `4`, `4GB` or `500MB`; a bare number is GB, as in the seed, and GB are 2^30 bytes.
+    """Bytes of `4`, `4GB` or `500MB`; a bare number is GB, as in the vendor's tool, and GB are 2^30 bytes.
 
     Raises:
         UsageError: not such a size, or zero.

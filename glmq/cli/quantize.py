@@ -1,4 +1,4 @@
-"""`glmq quantize`: the mission's step 1, flag by flag."""
+"""`glmq quantize`: the options of the vendor's `quant_glm41v.py`, flag by flag, and glmq's own."""
 
 from __future__ import annotations
 

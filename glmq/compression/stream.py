@@ -22,6 +22,7 @@ report (report.py).
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ from glmq.model.family import Area
 from glmq.progress import resident_bytes
 from glmq.spec import FloatDtype, QuantType
 from glmq.threads import run_ahead
+
+log = logging.getLogger(__name__)
 
 PORTABLE_STEM: Final = f"glmq_weight_w8a8s{BLOB_SUFFIX}"
 ASCEND_STEM: Final = "quant_model_weight_w8a8sc"
@@ -184,6 +187,7 @@ def compress_checkpoint(
         compressed: dict[str, Compressed] = {}
         for linear, result in _compress_matrices(source.checkpoint, tensors, codec, work, rank, jobs):
             compressed[f"{linear.name}.weight"] = result
+            log.info("%s rank %d: %.3f bits per weight", linear.name, linear.rank, linear.bits_per_weight)
             yield linear
         specs = [spec for tensor in tensors for spec in _stored_specs(tensor, compressed)]
         plan = plan_shards(specs, stem, None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Method
+
+log = logging.getLogger(__name__)
 
 
 def needs_curves(recipe: Recipe) -> bool:
@@ -34,6 +37,7 @@ def spread_bits(recipe: Recipe, linears: Iterable[str], curves: Sequence[RateCur
     """
     if needs_curves(recipe):
         target = mean_rule_bits(curves) if recipe.target_bits is None else recipe.target_bits
+        log.info("%d linears share %.3f bits per weight", len(curves), target)
         return {curve.name: bits for curve, bits in zip(curves, solve_bits(curves, target), strict=True)}
     if recipe.target_bits is None or recipe.quant_type.spec.is_sparse:
         return {}

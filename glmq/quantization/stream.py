@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from glmq.quantization.passes import (
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.records import LinearReport, report_row
+
+log = logging.getLogger(__name__)
 
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
@@ -63,6 +66,8 @@ def quantize_checkpoint(
         if is_first:
             run.ranks.barrier()
         job = _Job(run, recipe, plan.groups, sink, bits)
+        if is_begun:
+            log.info("resumed: %d blocks are in the journal", len(run.journal.finished))
 
         def write(block: Block) -> JsonObject:
             reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
@@ -72,7 +77,14 @@ def quantize_checkpoint(
             return job.take_payload(reports)
 
         for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "", write)):
-            yield QuantizedBlock(block_done(block.name, index, total, seconds, run), tuple(job.restore(payload)))
+            reports = tuple(job.restore(payload))
+            for report in reports:
+                log.info(
+                    "%s: %s %s, %.3f bits, output error %.4g, smoothing %s",
+                    report.name, report.quant_type.value, report.method, report.entropy_bits, report.output_error,
+                    report.smoothing,
+                )  # fmt: skip
+            yield QuantizedBlock(block_done(block.name, index, total, seconds, run), reports)
         started = time.perf_counter()
         if is_first:
             job.copy_rest("")
