@@ -1,4 +1,4 @@
-"""ND <-> NZ: the order in which the NPU's matrix unit reads an int8 weight, as the vendor's compress program wants it.
+"""ND -> NZ: the order in which the NPU's matrix unit reads an int8 weight, as the vendor's compress program wants it.
 
 The matrix is cut into fractals of 16 rows x 32 columns, each 512 bytes in row order. Fractals follow each other down a column
 of fractals, then on to the next column: [n1, 16, k1, 32] transposed to [k1, n1, 16, 32]. Rows and columns that the matrix
@@ -30,10 +30,3 @@ def to_nz(matrix: NDArray[np.int8]) -> NDArray[np.int8]:
         padded[:rows, :cols] = matrix
         matrix = padded
     return np.ascontiguousarray(matrix.reshape(n1, ROWS, k1, COLS).transpose(2, 0, 1, 3))
-
-
-def from_nz(fractals: NDArray[np.int8], rows: int, cols: int) -> NDArray[np.int8]:
-    """int8 [k1, n1, 16, 32] -> int8 [rows, cols], contiguous, without the padding. May share its memory."""
-    k1, n1 = count_fractals(rows, cols)
-    matrix = fractals.reshape(k1, n1, ROWS, COLS).transpose(1, 2, 0, 3).reshape(n1 * ROWS, k1 * COLS)
-    return np.ascontiguousarray(matrix[:rows, :cols])

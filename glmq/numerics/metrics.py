@@ -48,13 +48,6 @@ def entropy_bits(counts: Tensor) -> float:
     return abs(-(p * p.log2()).sum().item())
 
 
-def kl_nats(reference_logits: Tensor, candidate_logits: Tensor) -> float:
-    """Mean Kullback-Leibler divergence KL(reference || candidate) over positions, in nats. Logits float [T, V]."""
-    p = reference_logits.double().log_softmax(-1)
-    q = candidate_logits.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
-
-
 def top1(reference_logits: Tensor, candidate_logits: Tensor) -> float:
     """Share of positions whose largest logit has the same index. Logits float [T, V]."""
     return (reference_logits.argmax(-1) == candidate_logits.argmax(-1)).double().mean().item()

@@ -16,6 +16,8 @@ from glmq.compression.executor import AscendCodec, find_executor, how_to_build, 
 from glmq.compression.fractal import to_nz
 from glmq.errors import CodecError, DeviceError, SpaceError, UsageError
 
+pytestmark = pytest.mark.slow
+
 MATRIX = np.random.default_rng(3).integers(-8, 8, (150, 300), dtype=np.int8)
 NAME = "layers.0.mlp.gate_up_proj"
 USELESS = "its result cannot be used, check that the program fits this CANN and this NPU"

@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from glmq.compression.fractal import count_fractals, from_nz, to_nz
+from glmq.compression.fractal import COLS, ROWS, count_fractals, to_nz
+
+
+def from_nz(fractals, rows, cols):
+    """The inverse of to_nz."""
+    k1, n1 = count_fractals(rows, cols)
+    return fractals.reshape(k1, n1, ROWS, COLS).transpose(1, 2, 0, 3).reshape(n1 * ROWS, k1 * COLS)[:rows, :cols]
 
 
 def reference(matrix):
