@@ -66,6 +66,13 @@ def test_every_module_says_what_it_is_in_one_sentence() -> None:
         assert len(row) <= 170, row
 
 
+def test_every_package_is_installed() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'^  "(glmq[.\w]*)",$', text.partition("packages = [")[2].partition("]")[0], re.MULTILINE)
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES.rglob("__init__.py")}
+    assert set(listed) == found | {"glmq.calibImages"}
+
+
 if __name__ == "__main__":
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     if not rest:
