@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,6 +82,20 @@ def edit_json(path: Path, edit: Callable[[dict], object]) -> None:
     document = json.loads(path.read_text(encoding="utf-8"))
     edit(document)
     path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def without_checksums(stats: Path, out: Path) -> Path:
+    """A copy of a statistics folder as glmq wrote it before there were checksums: it says nothing of the weights' values."""
+
+    def drop(manifest: dict) -> None:
+        manifest["schema"] = "glmq.statistics/1"
+        del manifest["digest"], manifest["weights"]
+        for entry in manifest["inputs"].values():
+            del entry["xxh3"]
+
+    shutil.copytree(stats, out)
+    edit_json(out / "statistics.json", drop)
+    return out
 
 
 def tree(folder: Path) -> dict[str, str]:

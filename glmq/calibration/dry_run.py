@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import Convergence, convergence_order
+from glmq.calibration.manifest import MANIFEST, SampleTokens, field_specs, site_entry
 from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
-from glmq.calibration.stats import (
-    MANIFEST,
-    SAMPLE_ROWS,
-    SampleTokens,
-    Settings,
-    StatsWriter,
-    convergence_json,
-    has_moment,
-)
+from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.layout import TensorSpec, bare_file_bytes
+from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import SampleError
 from glmq.model.config import ModelConfig
-from glmq.model.family import Block, InputGroup
+from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.moments import BINS, InputAccumulator
 from glmq.progress import Stopwatch
 from glmq.ranks import Place, Ranks
 
+NO_DIGEST: Final = "0" * 32
+"""As long as a checksum."""
 PROCESS_BYTES: Final = 430 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
 TOKEN_TEXT: Final = 16
@@ -67,7 +63,7 @@ class CalibrationPlan:
 
 def plan_calibration(
     config: ModelConfig,
-    fingerprint: str,
+    source: Checkpoint,
     samples: Sequence[Sample],
     preprocessor: Preprocessor,
     settings: Settings,
@@ -77,7 +73,7 @@ def plan_calibration(
     """Lay out the statistics folder from the samples' tokens and the model's shapes.
 
     Args:
-        fingerprint: of the checkpoint.
+        source: the float checkpoint.
         element_bytes: size of a value of the compute dtype.
 
     Raises:
@@ -87,7 +83,7 @@ def plan_calibration(
         longest = GeneratedAnswer((config.vocab_size,) * settings.generate, " " * TOKEN_TEXT * settings.generate)
         samples = [sample if sample.answer else replace(sample, generated=longest) for sample in samples]
     sizes = [_size(sample, preprocessor) for sample in convergence_order(samples)]
-    sink = StatsWriter(Path(), fingerprint, samples, settings)
+    sink = StatsWriter(Path(), source.fingerprint(), samples, settings)
     files = []
     for block in config.family.blocks(config):
         entries, specs = _plan_block(block, config, settings, sizes)
@@ -97,7 +93,7 @@ def plan_calibration(
     tokens = {size.sample.name: size.tokens for size in sizes}
     for size in sizes:
         sink.set_tokens(size.sample, size.tokens)
-    files.append((MANIFEST, len(sink.manifest_bytes())))
+    files.append((MANIFEST, len(sink.manifest_bytes(dict.fromkeys(source, NO_DIGEST)))))
     return CalibrationPlan(
         samples=tuple(SampleTokens(s.name, tokens[s.name], s.has_answer) for s in samples),
         files=tuple(files),
@@ -198,29 +194,14 @@ def _plan_block(
     specs: list[TensorSpec] = []
     for group in block.groups if any(rows) else ():
         moment = has_moment(group, config, wide_moments=settings.wide_moments)
-        entries[group.site] = {
-            "file": f"{block.name}.safetensors",
-            "width": group.width,
-            "tokens": sum(rows),
-            "second_moment": moment,
-            "settled": convergence_json(
-                Convergence(0.0, 0.0, 0.0 if moment else None) if 0 < half < sum(own) else None
-            ),
-        }
-        specs += _specs(group, sum(min(keep, count) for count in rows), moment=moment)
+        stored = field_specs(group.site, group.width, sum(min(keep, count) for count in rows), moment=moment)
+        settled = Convergence(0.0, 0.0, 0.0 if moment else None) if 0 < half < sum(own) else None
+        checksums = {spec.name.rpartition(".")[2]: NO_DIGEST for spec in stored}
+        entries[group.site] = site_entry(block.name, group.width, sum(rows), settled, checksums)
+        specs += stored
     return entries, specs
 
 
-def _specs(group: InputGroup, kept: int, *, moment: bool) -> Iterator[TensorSpec]:
-    """The tensors that `glmq.calibration.stats` stores for one input."""
-    width = group.width
-    for field in ("minimum", "maximum", "mean", "square_mean"):
-        yield TensorSpec(f"{group.site}.{field}", "F32", (width,))
-    yield TensorSpec(f"{group.site}.exponent", "I16", (width,))
-    yield TensorSpec(f"{group.site}.histogram", "I32", (width, BINS))
-    yield TensorSpec(f"{group.site}.sample", "F32", (kept, width))
-    if moment:
-        yield TensorSpec(f"{group.site}.second_moment", "F32", (width * (width + 1) // 2,))
 
 
 def _state_bytes(config: ModelConfig, sizes: Sequence[SampleSize], element_bytes: int) -> int:

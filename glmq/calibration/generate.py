@@ -19,8 +19,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
-from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonValue
 from glmq.device import free_bytes
 from glmq.errors import SampleError
@@ -102,7 +102,7 @@ def generate_answers(
     samples: Sequence[Sample],
     preprocessor: Preprocessor,
     plan: GenerationPlan,
-    journal: Journal,
+    journal: CalibrationJournal,
     ranks: Ranks,
 ) -> Iterator[BlockDone]:
     """Answer the samples of the plan; `with_answers` then takes the answers out of the journal.
@@ -115,11 +115,12 @@ def generate_answers(
 
     Raises:
         CheckpointError: a tensor that is missing or not finite.
+        StatisticsError: a tensor that has changed since it was read first.
         SampleError: an image that the model cannot take.
         OtherRankError, LostRanksError: another rank stopped.
     """
     place = ranks.place
-    left = [number for number in range(len(plan.rounds)) if _name(number) not in journal.finished]
+    left = [number for number in range(len(plan.rounds)) if journal.answers(number) is None]
     turns = -(-len(left) // place.world)
     clock = _Clock(turns * plan.max_tokens)
     for turn in range(turns):
@@ -135,23 +136,20 @@ def generate_answers(
                 answers[str(index)] = {"ids": list(ids), "text": preprocessor.decode(ids)}
         told = ranks.all_gather(json.dumps(answers))
         for number, text in zip(left[turn * place.world :], told):
-            journal.record(_name(number), {"answers": json.loads(text)})
+            journal.record_answers(number, json.loads(text))
         yield clock.record(f"round {turn + 1}", (turn + 1) * plan.max_tokens)
 
 
-def with_answers(samples: Sequence[Sample], journal: Journal) -> tuple[Sample, ...]:
+def with_answers(samples: Sequence[Sample], plan: GenerationPlan, journal: CalibrationJournal) -> tuple[Sample, ...]:
     """The samples, those that the model has answered with what it said; an empty answer is none."""
     made: dict[int, GeneratedAnswer] = {}
-    for entry in journal.finished.values():
-        answers = entry.get("answers")
-        if isinstance(answers, dict):
-            for index, answer in answers.items():
-                assert isinstance(answer, dict)
-                ids = answer["ids"]
-                assert isinstance(ids, list)
-                if ids:
-                    made[int(index)] = GeneratedAnswer(tuple(int(str(i)) for i in ids), str(answer["text"]))
-    return tuple(replace(sample, generated=made.get(index)) for index, sample in enumerate(samples))
+    for number in range(len(plan.rounds)):
+        made |= journal.answers(number) or {}
+    return tuple(replace(sample, generated=_not_empty(made.get(index))) for index, sample in enumerate(samples))
+
+
+def _not_empty(answer: GeneratedAnswer | None) -> GeneratedAnswer | None:
+    return answer if answer is not None and answer.ids else None
 
 
 class _Round:
@@ -267,11 +265,6 @@ class _Round:
         if self._family.lm_head in self._plan.kept:
             self._head[start] = rows
         return rows
-
-
-def _name(number: int) -> str:
-    """Of a round in the journal."""
-    return f"answers {number}"
 
 
 def _weight_bytes(model: StreamedModel) -> dict[str, int]:

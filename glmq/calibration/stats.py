@@ -1,6 +1,6 @@
 """The statistics folder: what `calibrate` hands to `quantize`.
 
-    statistics.json                 schema, fingerprint of the model, samples, settings, one entry per input site
+    statistics.json                 what they come from, and one entry per input site, see `glmq.calibration.manifest`
     {block}.safetensors             the tensors of the sites of one block, named `{site}.{field}`
 
 Fields are those of InputStats. A second moment is stored as its upper triangle by rows, float32 [K * (K + 1) / 2].
@@ -15,12 +15,27 @@ from pathlib import Path
 from typing import Final
 
 import torch
+import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
 from glmq.calibration.convergence import Convergence
+from glmq.calibration.manifest import (
+    MANIFEST,
+    SCHEMA,
+    Manifest,
+    SampleTokens,
+    Site,
+    digest_of,
+    field_specs,
+    read_manifest,
+    site_entry,
+)
 from glmq.calibration.samples import Sample, digest
-from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_json_object, write_whole
+from glmq.calibration.soundness import find_defect
+from glmq.checkpoint.contents import ContentDigests
+from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, write_whole
+from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import StatisticsError
 from glmq.model.config import ModelConfig
@@ -28,13 +43,10 @@ from glmq.model.family import InputGroup
 from glmq.numerics.moments import InputStats
 from glmq.version import __version__
 
-SCHEMA: Final = "glmq.statistics/1"
-MANIFEST: Final = "statistics.json"
 SAMPLE_ROWS: Final = 256
 """Tokens of each input that are kept as they are for error tables, evenly over all samples."""
-
-
 MIRROR_ROWS: Final = 512
+"""Rows of a second moment that are mirrored together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +63,13 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleTokens:
-    """One sample of a finished calibration."""
+class StoredBlock:
+    """The statistics of one block, as they were stored."""
 
-    name: str
-    tokens: int
-    """Image placeholders, prompt and answer together."""
-    has_answer: bool
+    inputs: JsonObject
+    """The manifest's entries of its sites."""
+    files: Mapping[str, str]
+    """xxh3-128 of its file by name; nothing where no sample reaches the block."""
 
 
 class StatsWriter:
@@ -77,38 +89,46 @@ class StatsWriter:
         """Remember how many tokens a sample had."""
         self._tokens[sample.name] = tokens
 
-    def write(self, block: str, inputs: Sequence[tuple[InputStats, Convergence | None]]) -> JsonObject:
-        """Store the finished sites of one block and how far they have settled. Returns their manifest entries."""
+    def write(self, block: str, inputs: Sequence[tuple[InputStats, Convergence | None]]) -> StoredBlock:
+        """Store the finished sites of one block and how far they have settled."""
         tensors: dict[str, Tensor] = {}
         entries: JsonObject = {}
         for stats, settled in inputs:
-            tensors |= {f"{stats.name}.{field}": tensor for field, tensor in _fields(stats).items()}
-            entries[stats.name] = {
-                "file": f"{block}.safetensors",
-                "width": stats.width,
-                "tokens": stats.tokens,
-                "second_moment": stats.second_moment is not None,
-                "settled": convergence_json(settled),
-            }
-        write_whole(self._directory / f"{block}.safetensors", save(tensors))
+            fields = _fields(stats)
+            tensors |= {f"{stats.name}.{field}": tensor for field, tensor in fields.items()}
+            checksums = {field: _tensor_digest(tensor) for field, tensor in fields.items()}
+            entries[stats.name] = site_entry(block, stats.width, stats.tokens, settled, checksums)
+        content = save(tensors)
+        path = self._directory / f"{block}.safetensors"
+        write_whole(path, content)
         self.restore(entries)
-        return entries
+        return StoredBlock(entries, {path.name: xxhash.xxh3_128_hexdigest(content)})
 
     def restore(self, entries: Mapping[str, JsonValue]) -> None:
         """Take over the manifest entries of a block that an interrupted run has stored."""
         self._inputs.update(entries)
 
-    def finish(self) -> None:
-        """Write the manifest, which makes the folder a statistics folder."""
-        write_whole(self._directory / MANIFEST, self.manifest_bytes())
+    def finish(self, weights: Mapping[str, str]) -> list[str]:
+        """Write the manifest, which makes the folder a statistics folder.
 
-    def manifest_bytes(self) -> bytes:
+        Args:
+            weights: xxh3-128 of every tensor of the checkpoint.
+
+        Returns:
+            The names of the folder's files.
+        """
+        write_whole(self._directory / MANIFEST, self.manifest_bytes(weights))
+        files = {str(entry["file"]) for entry in self._inputs.values() if isinstance(entry, Mapping)}
+        return [MANIFEST, *sorted(files)]
+
+    def manifest_bytes(self, weights: Mapping[str, str]) -> bytes:
         """What `finish` writes."""
         samples: list[JsonValue] = [self._describe(sample) for sample in self._samples]
         manifest: JsonObject = {
             "schema": SCHEMA,
             "glmq": __version__,
             "model": self._fingerprint,
+            "weights": {name: weights[name] for name in sorted(weights, key=natural_key)},
             "samples_sha256": digest(self._samples, self._settings.generate),
             "compute_dtype": self._settings.compute_dtype,
             "max_pixels": self._settings.max_pixels,
@@ -117,7 +137,7 @@ class StatsWriter:
             "samples": samples,
             "inputs": self._inputs,
         }
-        return json_bytes(manifest, indent=1)
+        return json_bytes({**manifest, "digest": digest_of(manifest)}, indent=1)
 
     def _describe(self, sample: Sample) -> JsonObject:
         made = sample.generated
@@ -131,24 +151,32 @@ class StatsWriter:
 
 
 class Statistics:
-    """A finished statistics folder, read site by site."""
+    """A finished statistics folder, read site by site; every field is held to its checksum as it is read."""
 
-    def __init__(self, directory: Path, manifest: JsonObject, tensors: Checkpoint) -> None:
-        self.directory = directory
-        self.model_fingerprint = str(manifest["model"])
-        self.samples_digest = str(manifest["samples_sha256"])
-        self.manifest = manifest
-        self._tensors = tensors
-        inputs = manifest["inputs"]
-        assert isinstance(inputs, Mapping)
-        self._inputs: Mapping[str, object] = inputs
+    def __init__(self, directory: Path, manifest: Manifest, tensors: Checkpoint) -> None:
+        self.directory: Final = directory
+        self.manifest: Final = manifest.document
+        """As it was read."""
+        self.model_fingerprint: Final = manifest.model_fingerprint
+        self.samples_digest: Final = manifest.samples_digest
+        self.has_checksums: Final = manifest.has_checksums
+        """Whether damage that leaves plausible numbers would be found."""
+        self.digest: Final = manifest.digest
+        """Of everything in the folder that has a checksum."""
+        self._tensors, self._sites = tensors, manifest.sites
+        self._weights, self._samples = manifest.weights, manifest.samples
+        known = {
+            f"{name}.{field}": value for name, site in self._sites.items() for field, value in site.checksums.items()
+        }
+        wanted = "the one that `glmq calibrate` wrote; copy the folder again or run `glmq calibrate` again"
+        tensors.contents = ContentDigests(known, wanted)
 
     @classmethod
     def open(cls, directory: Path) -> Statistics:
         """Open a folder that `glmq calibrate` has finished.
 
         Raises:
-            StatisticsError: not such a folder, an unfinished one, or one of another version of glmq.
+            StatisticsError: not such a folder, an unfinished one, one of another version of glmq, or a damaged manifest.
             CheckpointError: a damaged file in it.
         """
         path = directory / MANIFEST
@@ -156,32 +184,25 @@ class Statistics:
             raise StatisticsError(
                 f"{directory}: has no {MANIFEST}, so it is not a finished statistics folder; run `glmq calibrate` first"
             )
-        manifest = read_json_object(path)
-        if manifest.get("schema") != SCHEMA:
-            raise StatisticsError(
-                f"{path}: schema is {manifest.get('schema')!r}, this glmq reads {SCHEMA!r}; run `glmq calibrate` again"
-            )
-        inputs, samples = manifest.get("inputs"), manifest.get("samples")
-        sound = {
-            "model": isinstance(manifest.get("model"), str),
-            "samples_sha256": isinstance(manifest.get("samples_sha256"), str),
-            "inputs": isinstance(inputs, Mapping)
-            and all(_has(entry, width=int, tokens=int, second_moment=bool) for entry in inputs.values()),
-            "samples": isinstance(samples, list)
-            and all(_has(entry, name=str, tokens=int, answer=bool) for entry in samples),
-        }
-        for key, is_sound in sound.items():
-            if not is_sound:
-                raise StatisticsError(f"{path}: {key!r} is missing or damaged; run `glmq calibrate` again")
-        return cls(directory, manifest, Checkpoint.open(directory))
+        return cls(directory, read_manifest(path), Checkpoint.open(directory))
 
     def check_model(self, fingerprint: str) -> None:
-        """Raise StatisticsError unless the statistics come from the checkpoint with that fingerprint."""
+        """Raise StatisticsError unless the statistics come from a checkpoint with that fingerprint.
+
+        It says nothing of the weights' values: `weights_wanted` does.
+        """
         if self.model_fingerprint != fingerprint:
             raise StatisticsError(
                 f"{self.directory}: these statistics come from another checkpoint "
                 f"(theirs {self.model_fingerprint[:12]}, this model's {fingerprint[:12]}); run `glmq calibrate` on this model"
             )
+
+    def weights_wanted(self) -> ContentDigests | None:
+        """What to hold the float weights to while they are read; None in a folder of an older glmq."""
+        if not self.has_checksums:
+            return None
+        wanted = f"the one that the statistics in {self.directory} come from; run `glmq calibrate` on this model"
+        return ContentDigests(self._weights, wanted)
 
     def check_samples(self, wanted: str) -> None:
         """Raise StatisticsError unless they were taken from the samples with that digest."""
@@ -204,67 +225,64 @@ class Statistics:
 
     def samples(self) -> list[SampleTokens]:
         """The samples that the statistics were taken from."""
-        entries = self.manifest["samples"]
-        assert isinstance(entries, list)
-        return [SampleTokens(str(e["name"]), int(e["tokens"]), bool(e["answer"])) for e in entries]
+        return list(self._samples)
 
     def settled(self) -> dict[str, Convergence]:
         """By site, how much the second half of the samples changed; no site that one half alone reached."""
-        found: dict[str, Convergence] = {}
-        for site, entry in self._inputs.items():
-            change = entry.get("settled") if isinstance(entry, Mapping) else None
-            if isinstance(change, Mapping):
-                correlation = change["correlation"]
-                found[site] = Convergence(
-                    float(change["range"]),
-                    float(change["diagonal"]),
-                    None if correlation is None else float(correlation),
-                )
-        return found
+        return {name: site.settled for name, site in self._sites.items() if site.settled is not None}
 
     def __contains__(self, site: str) -> bool:
-        return site in self._inputs
+        return site in self._sites
 
     def input(self, site: str) -> InputStats:
         """The statistics of one input.
 
         Raises:
-            StatisticsError: no such site.
+            StatisticsError: no such site; a field that is not as it was written, of another shape, or impossible.
+            CheckpointError: a field is missing.
         """
-        entry = self._inputs.get(site)
-        if not isinstance(entry, Mapping):
+        entry = self._sites.get(site)
+        if entry is None:
             raise StatisticsError(
                 f"{self.directory}: has no statistics of {site!r}; run `glmq calibrate` on this model"
             )
-        read = self._tensors.read
-        moment = None
-        if entry["second_moment"]:
-            moment = unpack_triangle(read(f"{site}.second_moment"), int(entry["width"]))
-        return InputStats(
+        read = {field: self._tensors.read(f"{site}.{field}") for field in self._checked_fields(site, entry)}
+        moment = read.get("second_moment")
+        stats = InputStats(
             name=site,
-            tokens=int(entry["tokens"]),
-            minimum=read(f"{site}.minimum"),
-            maximum=read(f"{site}.maximum"),
-            mean=read(f"{site}.mean"),
-            histogram=read(f"{site}.histogram"),
-            exponent=read(f"{site}.exponent"),
-            square_mean=read(f"{site}.square_mean"),
-            second_moment=moment,
-            sample=read(f"{site}.sample"),
+            tokens=entry.tokens,
+            minimum=read["minimum"],
+            maximum=read["maximum"],
+            mean=read["mean"],
+            histogram=read["histogram"],
+            exponent=read["exponent"],
+            square_mean=read["square_mean"],
+            second_moment=None if moment is None else unpack_triangle(moment, entry.width),
+            sample=read["sample"],
         )
+        defect = find_defect(stats)
+        if defect is not None:
+            raise self._damaged(site, defect)
+        return stats
 
+    def _checked_fields(self, site: str, entry: Site) -> list[str]:
+        """The fields of an input, every one with the dtype and shape that it must have."""
+        kept = self._tensors.info(f"{site}.sample").shape
+        specs = field_specs(site, entry.width, kept[0] if kept else 0, moment=entry.has_moment)
+        for spec in specs:
+            info = self._tensors.info(spec.name)
+            if (info.dtype, info.shape) != (spec.dtype, spec.shape):
+                raise self._damaged(
+                    site,
+                    f"{spec.name.rpartition('.')[2]} is {info.dtype} {list(info.shape)}, "
+                    f"{spec.dtype} {list(spec.shape)} is needed",
+                )
+        return [spec.name.rpartition(".")[2] for spec in specs]
 
-def convergence_json(settled: Convergence | None) -> JsonObject | None:
-    """For the manifest: texts like `5.10e-02`, whose length a plan knows before the values."""
-    if settled is None:
-        return None
-    values = {"range": settled.range_gap, "diagonal": settled.diagonal, "correlation": settled.correlation}
-    return {key: None if value is None else f"{value:.2e}" for key, value in values.items()}
-
-
-def _has(entry: object, **kinds: type) -> bool:
-    """Whether a JSON value is an object with values of these types."""
-    return isinstance(entry, Mapping) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    def _damaged(self, site: str, what: str) -> StatisticsError:
+        return StatisticsError(
+            f"{self.directory}: the statistics of {site!r} are damaged: {what}; run `glmq calibrate` again"
+        )
 
 
 def has_moment(group: InputGroup, config: ModelConfig, *, wide_moments: bool) -> bool:
@@ -298,6 +316,10 @@ def unpack_triangle(packed: Tensor, size: int) -> Tensor:
         corner = matrix[begin:end, begin:end]
         corner += corner.triu(1).T
     return matrix
+
+
+def _tensor_digest(tensor: Tensor) -> str:
+    return xxhash.xxh3_128_hexdigest(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _fields(stats: InputStats) -> dict[str, Tensor]:

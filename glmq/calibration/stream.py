@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
-from typing import TypeAlias
+from typing import Final
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import convergence_order
+from glmq.calibration.resume import CalibrationJournal, Calls
 from glmq.calibration.samples import Sample, open_image
-from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
-from glmq.checkpoint.journal import Journal
-from glmq.checkpoint.json_file import JsonObject, write_whole
+from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
 from glmq.device import release
 from glmq.errors import SampleError
 from glmq.model.family import Block
@@ -33,6 +29,8 @@ from glmq.records import BlockDone
 
 log = logging.getLogger(__name__)
 
+NOTHING: Final = StoredBlock({}, {})
+
 
 def calibrate_checkpoint(
     model: StreamedModel,
@@ -40,8 +38,7 @@ def calibrate_checkpoint(
     preprocessor: Preprocessor,
     sink: StatsWriter,
     settings: Settings,
-    journal: Journal,
-    folder: Path,
+    journal: CalibrationJournal,
     ranks: Ranks,
 ) -> Iterator[BlockDone]:
     """Run the samples through the model, one block in memory at a time, and write the statistics of every linear input.
@@ -59,8 +56,7 @@ def calibrate_checkpoint(
         preprocessor: of the same model folder.
         sink: where the statistics go.
         settings: of this run.
-        journal: finished blocks of an interrupted run are in it.
-        folder: where hidden states are kept between blocks.
+        journal: of the same checkpoint; finished blocks of an interrupted run are in it.
         ranks: the processes that share the samples.
 
     Yields:
@@ -68,100 +64,59 @@ def calibrate_checkpoint(
 
     Raises:
         CheckpointError: a tensor that is missing or not finite.
+        StatisticsError: a tensor that has changed since it was read first.
         SampleError: an image that the model cannot take, or a sample whose hidden states overflow.
         OtherRankError, LostRanksError: another rank stopped.
     """
     clock = Stopwatch()
     run = _Run(model, convergence_order(samples), preprocessor, sink, settings, ranks, clock)
-    states = _States(folder, ranks)
-    first = 0
-    for entry in journal.finished.values():
-        inputs = entry.get("inputs")
-        if isinstance(inputs, Mapping):  # answers are journalled too
-            sink.restore(inputs)
-            first += 1
+    for block in journal.finished:
+        sink.restore(block.stored.inputs)
+    first = len(journal.finished)
     if first:
         log.info("resumed: %d blocks are in the journal", first)
     total = len(model.config.family.blocks(model.config))
     started = time.perf_counter()
-    for index, (name, entries, calls) in enumerate(_steps(run, states, first), first):
+    for index, (name, stored, calls) in enumerate(_steps(run, journal), first):
         with clock.stage("write"):
-            states.save(index, calls)
-            ranks.barrier()  # the states of all ranks are there
-            journal.record(name, {"inputs": entries})
-            states.forget(index - 1)
+            journal.record_block(name, stored, calls)
         clock.count("write", nbytes=sum(call.hidden.nbytes for call in calls.values()))
         release(model.device)
         now = time.perf_counter()
         yield BlockDone(name, index, total, now - started, resident_bytes(), clock.take())
         started = time.perf_counter()
-    states.forget(total - 1)
+    weights = journal.all_weights()
     if ranks.place.is_first:
-        sink.finish()
+        journal.finish(sink.finish(weights))
 
 
-Calls: TypeAlias = dict[int, BlockCall]
-"""The calls in flight, by index of the sample."""
-
-
-def _steps(run: _Run, states: _States, first: int) -> Iterator[tuple[str, JsonObject, Calls]]:
-    """Do the work from block `first` on; yields each block's name, manifest entries and calls when it is done."""
-    config = run.model.config
+def _steps(run: _Run, journal: CalibrationJournal) -> Iterator[tuple[str, StoredBlock, Calls]]:
+    """Do the work after the finished blocks; yields each block's name, stored statistics and calls when it is done."""
+    config, first = run.model.config, len(journal.finished)
     family = config.family
     calls = run.start_vision()
     depth = config.vision_depth
     if 0 < first <= depth:
-        states.load(first - 1, calls)
+        journal.load_states(calls)
     for index in range(first, depth):
         block = family.vision_block(config, index)
         run.prefetch(family.vision_block(config, index + 1) if index + 1 < depth else family.merger_block(config))
-        entries = run.replay_block(block, calls)
-        yield block.name, entries, calls
+        stored = run.replay_block(block, calls)
+        yield block.name, stored, calls
     # On a resume past this point the text calls are made anew, but for their hidden states, which come from the folder.
-    entries, calls = run.start_text(calls, watch=first <= depth)
+    stored, calls = run.start_text(calls, watch=first <= depth)
     if first <= depth:
-        yield family.merger_block(config).name, entries, calls
+        yield family.merger_block(config).name, stored, calls
     elif first <= depth + 1 + config.layers:
-        states.load(first - 1, calls)
+        journal.load_states(calls)
     blocks = family.text_blocks(config)[max(0, first - depth - 1) :]
     for block, after in zip(blocks, (*blocks[1:], None)):
         if after is not None:
             run.prefetch(after)
-        entries = run.replay_block(block, calls)
-        yield block.name, entries, calls
+        stored = run.replay_block(block, calls)
+        yield block.name, stored, calls
     if first <= depth + 1 + config.layers:
         yield family.lm_head, run.finish_text(calls), {}
-
-
-class _States:
-    """The hidden states after the last finished block, on disk: one file per rank, which any number of ranks can read."""
-
-    def __init__(self, folder: Path, ranks: Ranks) -> None:
-        self._folder, self._place = folder, ranks.place
-
-    def save(self, index: int, calls: Calls) -> None:
-        """Keep the states that block `index` left, whole or not at all."""
-        states = {str(sample): call.hidden.contiguous() for sample, call in calls.items()}
-        write_whole(self._folder / f"{self._stem(index)}-{self._place.rank}", save(states))
-
-    def load(self, index: int, calls: Calls) -> None:
-        """Put the states that block `index` left into the calls."""
-        for path in self._paths(index):
-            with safe_open(path, "pt") as stored:
-                for sample in {int(name) for name in stored.keys()} & calls.keys():  # noqa: SIM118 - it is no mapping
-                    calls[sample].hidden = stored.get_tensor(str(sample)).to(calls[sample].hidden.device)
-
-    def forget(self, index: int) -> None:
-        """Remove what no rank needs any more."""
-        if self._place.is_first:
-            for path in self._paths(index):
-                path.unlink()
-
-    def _paths(self, index: int) -> list[Path]:
-        return sorted(self._folder.glob(f"{self._stem(index)}-*"))
-
-    def _stem(self, index: int) -> str:
-        return f".states-{index:03d}"
 
 
 class _Run:
@@ -199,7 +154,7 @@ class _Run:
                         calls[index] = self.model.vision_call(inputs)
         return calls
 
-    def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[JsonObject, Calls]:
+    def start_text(self, vision_calls: Calls, *, watch: bool) -> tuple[StoredBlock, Calls]:
         """The first text layer's call of every sample; with `watch` the merger's inputs are collected on the way."""
         model, block = self.model, self._family.merger_block(self.model.config)
         watched = self._watch(block)
@@ -223,9 +178,9 @@ class _Run:
         for text in self._ranks.all_gather(json.dumps(tokens)):
             for key, count in json.loads(text).items():
                 self.sink.set_tokens(self._samples[int(key)], count)
-        return self._write(block, watched) if watch else {}, calls
+        return self._write(block, watched) if watch else NOTHING, calls
 
-    def replay_block(self, block: Block, calls: Calls) -> JsonObject:
+    def replay_block(self, block: Block, calls: Calls) -> StoredBlock:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""
         model, watched = self.model, self._watch(block)
         stage = "forward" if block.name.startswith(self._family.text) else "vision"
@@ -240,7 +195,7 @@ class _Run:
                     watched.skip_turn()
         return self._write(block, watched)
 
-    def finish_text(self, calls: Calls) -> JsonObject:
+    def finish_text(self, calls: Calls) -> StoredBlock:
         """The statistics of lm_head's input; the head itself is not run."""
         model, block = self.model, self._family.head_block(self.model.config)
         watched = self._watch(block)
@@ -301,13 +256,13 @@ class _Run:
         own = sum(not sample.is_builtin for sample in self._samples)
         return Watch(block, accumulators, self._ranks, self._clock, keep_rows=self._keep_rows, own=own)
 
-    def _write(self, block: Block, watched: Watch) -> JsonObject:
+    def _write(self, block: Block, watched: Watch) -> StoredBlock:
         with self._clock.stage("statistics"):
             finished = watched.finish()
         with self._clock.stage("write"):
-            entries = self.sink.write(block.name, finished) if finished else {}
+            stored = self.sink.write(block.name, finished) if finished else NOTHING
         self._clock.count("write", nbytes=sum(stats.nbytes for stats, _ in finished))
-        return entries
+        return stored
 
 
 def _tokens(call: BlockCall) -> int:

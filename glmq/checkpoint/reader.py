@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.checkpoint.contents import HASH_BYTES, ContentDigests
 from glmq.checkpoint.disk import open_input, read_input
 from glmq.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, Header, TensorInfo, read_header
 from glmq.checkpoint.json_file import MAX_JSON_BYTES, read_json_object
@@ -95,6 +96,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._handles: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._ahead: threading.Thread | None = None
+        self.contents: ContentDigests | None = None
+        """Where set, every tensor that is read whole is hashed and compared."""
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -212,6 +215,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
             )
         return values
 
+    def scan(self, name: str) -> None:
+        """Read a tensor for `contents` alone, in pieces, without keeping it."""
+        info = self.info(name)
+        buffer = memoryview(bytearray(min(HASH_BYTES, info.nbytes)))
+        for start in range(0, max(1, info.nbytes), HASH_BYTES):
+            self._fill(info, buffer[: info.nbytes - start], start)
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Have the system read these tensors into its file cache, in the background, for a `read` soon after.
 
@@ -264,11 +274,16 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int) -> Tensor:
         """`shape` elements of the tensor's dtype, `skip` bytes after its first."""
-        path = self._files[info.name]
         tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))
         if tensor.numel() == 0:
-            return tensor
-        view = raw_bytes(tensor)
+            self._fill(info, memoryview(b""), skip)
+        else:
+            self._fill(info, raw_bytes(tensor), skip)
+        return tensor
+
+    def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
+        """Fill `view` with what lies `skip` bytes after the tensor's first."""
+        path = self._files[info.name]
         handle, done = self._handle(path), 0
         while done < len(view):
             count = os.preadv(handle, [view[done:]], info.start + skip + done)
@@ -277,7 +292,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
                     f"{path}: ended while tensor {info.name!r} was read; do not change a file that is in use"
                 )
             done += count
-        return tensor
+        if self.contents is not None:
+            self.contents.observe(path, info.name, info.nbytes, skip, view)
 
 
 def _read_ahead(ranges: Sequence[tuple[int, TensorInfo]]) -> None:

@@ -23,7 +23,7 @@ from glmq.spec import Activation, QuantType, assert_never
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from glmq.calibration.stats import SampleTokens
+    from glmq.calibration.manifest import SampleTokens
     from glmq.jobs.calibrate import CalibrationForecast
     from glmq.jobs.quantize import QuantizationResult
     from glmq.quantization.dry_run import RunPlan

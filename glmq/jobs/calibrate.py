@@ -12,6 +12,7 @@ import torch
 from glmq.calibration.convergence import assess
 from glmq.calibration.dry_run import CalibrationPlan, estimate_seconds, plan_calibration
 from glmq.calibration.generate import generate_answers, plan_generation, with_answers
+from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import (
     WANTED_IMAGES,
     Sample,
@@ -25,7 +26,6 @@ from glmq.calibration.stats import Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
-from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.workplace import check_output
 from glmq.device import default_compute_dtype, resolve
@@ -231,9 +231,7 @@ class Calibration:
         preprocessor = Preprocessor(
             source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
         )
-        plan = plan_calibration(
-            config, source.fingerprint(), samples, preprocessor, settings, element_bytes=dtype.itemsize
-        )
+        plan = plan_calibration(config, source, samples, preprocessor, settings, element_bytes=dtype.itemsize)
         model = StreamedModel(source, config, device=device, dtype=dtype)
         return cls(model, samples, preprocessor, settings, plan)
 
@@ -245,7 +243,7 @@ class Calibration:
         plan = plan_generation(self.model, self.samples, self.preprocessor, self.settings.generate)
         return seconds + plan.read_seconds
 
-    def answered(self, journal: Journal, ranks: Ranks, watcher: Watcher) -> Calibration:
+    def answered(self, journal: CalibrationJournal, ranks: Ranks, watcher: Watcher) -> Calibration:
         """The same with the model's own answers to samples that have none, where they are asked for."""
         if self.settings.generate is None:
             return self
@@ -255,14 +253,15 @@ class Calibration:
         with watcher.blocks("generate", len(plan.rounds) * plan.max_tokens, "tokens") as advance:
             for done in generate_answers(model, samples, preprocessor, plan, journal, ranks):
                 advance(done)
-        return replace(self, samples=with_answers(samples, journal))
+        return replace(self, samples=with_answers(samples, plan, journal))
 
 
 def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watcher: Watcher) -> None:
     """Calibrate into `folder`, block by block."""
     settings, fingerprint = work.settings, work.model.source.fingerprint()
-    journal = Journal(
+    journal = CalibrationJournal(
         folder.work,
+        folder.path,
         {
             "model": fingerprint,
             "samples": digest(work.samples, settings.generate),
@@ -271,16 +270,18 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
             "wide moments": str(settings.wide_moments),
             **machine_settings(),
         },
-        writes=ranks.place.is_first,
+        work.model.source,
+        work.model.config.family,
+        ranks,
     )
-    if not journal.finished:
+    if journal.note:
+        watcher.note(f"note: {journal.note}")
+    if not journal.is_resumed:
         check_room(folder.work, work.plan.output_bytes + work.plan.work_bytes)
     work = work.answered(journal, ranks, watcher)
     sink = StatsWriter(folder.path, fingerprint, work.samples, settings)
     with watcher.blocks("calibrate", len(work.model.config.family.blocks(work.model.config))) as advance:
-        for done in calibrate_checkpoint(
-            work.model, work.samples, work.preprocessor, sink, settings, journal, folder.work, ranks
-        ):
+        for done in calibrate_checkpoint(work.model, work.samples, work.preprocessor, sink, settings, journal, ranks):
             advance(done)
 
 

@@ -241,6 +241,7 @@ def _statistics(
             own.finish()
         statistics = Statistics.open(place)
         note_convergence(statistics, watcher)
+    source.contents = statistics.weights_wanted()
     return statistics
 
 
@@ -280,6 +281,11 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
         (options.device_type != default.device_type, f"--device_type {options.device_type}"),
         (options.trust_remote_code, "--trust_remote_code True"),
     ]
+    if not statistics.has_checksums:
+        watcher.note(
+            f"note: the statistics in {folder} have no checksums, an older glmq wrote them: only damage that makes them "
+            "impossible is found, and not whether the weights are those that they come from"
+        )
     given = [name for is_given, name in idle if is_given]
     if given:
         verb = "has" if len(given) == 1 else "have"
@@ -303,7 +309,7 @@ def _write_weights(
     recipe = job.recipe
     settings = {
         "model": source.fingerprint(),
-        "samples": statistics.samples_digest,
+        "statistics": statistics.digest,
         "recipe": str(recipe),
         "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
         "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),

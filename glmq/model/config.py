@@ -28,6 +28,23 @@ TEXT_FIELDS: Final = (
     "use_cache", "vocab_size",
 )  # fmt: skip
 
+LARGEST: Final[Mapping[str, int]] = {
+    "hidden_size": 2**15, "intermediate_size": 2**17, "num_hidden_layers": 512, "num_attention_heads": 512,
+    "num_key_value_heads": 512, "head_dim": 1024, "vocab_size": 2**21, "max_position_embeddings": 2**24,
+    "depth": 512, "out_hidden_size": 2**15, "num_heads": 512, "patch_size": 112, "temporal_patch_size": 16,
+    "spatial_merge_size": 16, "image_size": 2**13, "in_channels": 16,
+}  # fmt: skip
+"""Sizes that no model of the family comes near (GLM-4.1V has about a tenth of each): a larger one is damage."""
+RANGES: Final[Mapping[str, tuple[float, float]]] = {
+    "rms_norm_eps": (1e-12, 1e-2), "rope_theta": (1.0, 1e12), "partial_rotary_factor": (1e-2, 1.0),
+    "attention_dropout": (0.0, 1.0), "initializer_range": (0.0, 10.0),
+}  # fmt: skip
+"""Numbers that may be left out, and what they lie between."""
+TEXTS: Final = ("hidden_act", "dtype", "torch_dtype")
+FLAGS: Final = ("attention_bias", "use_cache", "tie_word_embeddings")
+MROPE_SECTIONS: Final = 3
+"""Of the rotary positions: time, height, width."""
+
 FAMILY: Final = GLM4V
 """The family that glmq knows. Code that has a ModelConfig asks `config.family`; this is for names of tensors without one."""
 
@@ -65,7 +82,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     if kind != family.model_type:
         why = f": {family.relatives[kind]}" if isinstance(kind, str) and kind in family.relatives else ""
         raise ModelError(
-            f"{where}: model_type is {kind!r}{why}, but glmq needs {family.model_type!r} ({family.members}); "
+            f"{where}: model_type is {kind!r:.60}{why}, but glmq needs {family.model_type!r} ({family.members}); "
             f"give the folder of a {family.title}"
         )
     nested = _nest(raw, where)
@@ -78,9 +95,17 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
         value = sections[section].get(key, default)
         place = f"{section}.{key}" if section else key
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{where}: {place} is {value!r}, a positive integer is needed; restore the file")
+            raise ModelError(f"{where}: {place} is {value!r:.60}, a positive integer is needed; restore the file")
+        if value > LARGEST.get(key, vocab_size):
+            raise ModelError(
+                f"{where}: {place} is {value!r:.60}, at most {LARGEST.get(key, vocab_size)} is possible; restore the file"
+            )
         return value
 
+    vocab_size = LARGEST["vocab_size"]
+    vocab_size = number("text_config", "vocab_size")
+    for section, fields in sections.items():
+        _check_options(fields, f"{where}: {section}." if section else f"{where}: ")
     heads, hidden = number("text_config", "num_attention_heads"), number("text_config", "hidden_size")
     config = ModelConfig(
         nested=nested,
@@ -91,7 +116,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
         heads=heads,
         kv_heads=number("text_config", "num_key_value_heads"),
         head_dim=number("text_config", "head_dim", hidden // heads),
-        vocab_size=number("text_config", "vocab_size"),
+        vocab_size=vocab_size,
         vision_hidden=number("vision_config", "hidden_size"),
         vision_depth=number("vision_config", "depth"),
         vision_out=number("vision_config", "out_hidden_size"),
@@ -102,8 +127,19 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
         image_size=number("vision_config", "image_size", 336),
         in_channels=number("vision_config", "in_channels", 3),
         image_token_id=number("", "image_token_id"),
-        eos_token_ids=_token_ids(text.get("eos_token_id", nested.get("eos_token_id"))),
+        eos_token_ids=_token_ids(text.get("eos_token_id", nested.get("eos_token_id")), where),
     )
+    _check_rope_sections(text, config.head_dim, where)
+    vision_heads = number("vision_config", "num_heads", 1)
+    if config.vision_hidden % vision_heads:
+        raise ModelError(
+            f"{where}: a vision tower of width {config.vision_hidden} does not divide by {vision_heads} heads; restore the file"
+        )
+    if config.vision_out != config.hidden_size:
+        raise ModelError(
+            f"{where}: vision_config.out_hidden_size is {config.vision_out}, text_config.hidden_size {config.hidden_size}, "
+            "but they are the same width; restore the file"
+        )
     if config.heads % config.kv_heads:
         raise ModelError(f"{where}: {config.heads} attention heads do not divide by {config.kv_heads} key-value heads")
     return config
@@ -147,15 +183,53 @@ def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
     rope_scaling = text.get("rope_scaling")
     if not isinstance(rope_scaling, Mapping) or not isinstance(rope_scaling.get("mrope_section"), list):
         raise ModelError(
-            f"{where}: text_config has no rope_scaling.mrope_section (found {rope_scaling!r}); "
+            f"{where}: text_config has no rope_scaling.mrope_section (found {rope_scaling!r:.200}); "
             "without it the positions of image tokens are wrong: take the config.json that belongs to the weights"
         )
     kind = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise ModelError(f"{where}: rope_type {kind!r} is unknown, GLM-4.1V uses 'default'")
+        raise ModelError(f"{where}: rope_type {kind!r:.60} is unknown, GLM-4.1V uses 'default'")
     return text
 
 
-def _token_ids(value: JsonValue) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int))
+def _check_options(fields: JsonObject, where: str) -> None:
+    """Check what may be left out of a section, and otherwise has a type and a range."""
+    for key, value in fields.items():
+        if value is None:
+            continue
+        if key in RANGES:
+            low, high = RANGES[key]
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ModelError(
+                    f"{where}{key} is {value!r:.60}, a number from {low:g} to {high:g} is needed; restore the file"
+                )
+        elif key in TEXTS and not isinstance(value, str):
+            raise ModelError(f"{where}{key} is {value!r:.60}, a text is needed; restore the file")
+        elif key in FLAGS and not isinstance(value, bool):
+            raise ModelError(f"{where}{key} is {value!r:.60}, true or false is needed; restore the file")
+
+
+def _check_rope_sections(text: JsonObject, head_dim: int, where: str) -> None:
+    """Check that the sections of the rotary positions divide what is rotated of a head, in pairs."""
+    rope = text["rope_scaling"]
+    assert isinstance(rope, Mapping)
+    sections, factor = rope["mrope_section"], text.get("partial_rotary_factor")
+    assert isinstance(sections, list)
+    pairs = int(head_dim * factor) // 2 if isinstance(factor, int | float) else None
+    are_counts = len(sections) == MROPE_SECTIONS and all(type(size) is int and size > 0 for size in sections)
+    if not are_counts or (pairs is not None and sum(sections) != pairs):
+        total = "" if pairs is None else f" with the sum {pairs}"
+        raise ModelError(
+            f"{where}: rope_scaling.mrope_section is {sections!r:.60}, three positive integers{total} are needed; "
+            "take the config.json that belongs to the weights"
+        )
+
+
+def _token_ids(value: JsonValue, where: str) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    ids = tuple(v for v in values if type(v) is int and v >= 0)
+    if len(ids) < len(values):
+        raise ModelError(
+            f"{where}: eos_token_id is {value!r:.60}, a token's number or a list of them is needed; restore the file"
+        )
+    return ids

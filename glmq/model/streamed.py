@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.cache import PromptCache, TokenCache
@@ -260,6 +261,15 @@ class StreamedModel:
         raise AssertionError("the model ran without reaching its first block")
 
 
+def _without_labels(section: JsonObject) -> JsonObject:
+    """A deep copy without the classes of a classifier, of which transformers makes as many as it is told to."""
+    return {
+        key: _without_labels(value) if isinstance(value, dict) else copy.deepcopy(value)
+        for key, value in section.items()
+        if key not in ("num_labels", "id2label", "label2id")
+    }
+
+
 def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     family = config.family
     with no_compiler():
@@ -271,13 +281,12 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
     logging.set_verbosity_error()
     try:
-        hf_config = config_class(**copy.deepcopy(config.nested))  # transformers 5 writes into what it is given
+        hf_config = config_class(**_without_labels(config.nested))
         with _parameters_on_meta(), _NoInit():
             model = model_class._from_config(hf_config, attn_implementation="sdpa")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"config.json: transformers cannot build a {family.title} from it ({type(error).__name__}: {error})"
-        ) from error
+    except Exception as error:  # whatever a field that glmq does not know trips transformers over
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"config.json: transformers cannot build a {family.title} from it ({reason:.200})") from error
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # meta: no memory; image features are cast to this dtype
     return model.eval()  # type: ignore[no-any-return]

@@ -66,7 +66,7 @@ def bin_centers(exponent: Tensor) -> Tensor:
     return torch.ldexp(steps.expand(exponent.numel(), BINS), (exponent.to(torch.int32) - 7)[:, None])
 
 
-def _exponents(absmax: Tensor) -> Tensor:
+def exponents_of(absmax: Tensor) -> Tensor:
     """Smallest e with absmax < 2^e, at least MIN_EXPONENT: int32 [K]."""
     exponent = torch.frexp(absmax).exponent
     return torch.where(absmax > 0, exponent, MIN_EXPONENT).clamp_min(MIN_EXPONENT)
@@ -129,7 +129,7 @@ class InputAccumulator:
         low, high = x.amin(0), x.amax(0)  # hand NaN on; torch.aminmax is several times slower along a dimension
         if not torch.isfinite(torch.stack((low, high))).all():
             raise FloatingPointError(f"the input of {self.name} holds NaN or infinity")
-        self._count_in(tokens, low, high, _exponents(torch.maximum(low.abs(), high.abs())))
+        self._count_in(tokens, low, high, exponents_of(torch.maximum(low.abs(), high.abs())))
         sums = torch.empty(2, x.shape[1], dtype=torch.float64)
         for columns in _column_chunks(x):
             part = x[:, columns]

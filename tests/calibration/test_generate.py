@@ -10,9 +10,9 @@ import torch
 from helpers import full_model_kwargs, glmq, load_full, run, tree
 
 from glmq.calibration.generate import GenerationPlan, generate_answers, plan_generation, with_answers
+from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.calibration.stats import Statistics
-from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
@@ -47,11 +47,11 @@ def generate(
         preprocessor = Preprocessor(model, config, max_pixels=None, trust_remote_code=False)
         plan = plan_generation(streamed, samples, preprocessor, tokens)
         assert bool(plan.kept) == kept
-        journal = Journal(folder, {})
+        journal = CalibrationJournal(folder, folder, {}, source, streamed.config.family, ALONE)
         for done in generate_answers(streamed, samples, preprocessor, plan, journal, ALONE):
             assert 0 <= done.index < done.total == tokens * len(plan.rounds)
         assert all(parameter.device.type == "meta" for parameter in streamed.model.parameters())
-        return plan, with_answers(samples, journal)
+        return plan, with_answers(samples, plan, journal)
 
 
 def ids(samples: tuple[Sample, ...]) -> list[tuple[int, ...] | None]:

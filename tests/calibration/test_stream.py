@@ -10,10 +10,10 @@ from helpers import edit_tensors, full_model_kwargs, load_full, run_ranks, slow_
 from PIL import Image
 from torch import Tensor, nn
 
+from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
-from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, SampleError
 from glmq.model.config import read_config
@@ -50,8 +50,8 @@ def calibrate(
             inputs = preprocessor(model)
         ranks.barrier()  # nobody is building any more
         sink = StatsWriter(out, source.fingerprint(), samples, WIDE)
-        journal = Journal(out, {}, writes=ranks.place.is_first)
-        for done in calibrate_checkpoint(streamed, samples, inputs, sink, WIDE, journal, out, ranks):
+        journal = CalibrationJournal(out, out, {}, source, streamed.config.family, ranks)
+        for done in calibrate_checkpoint(streamed, samples, inputs, sink, WIDE, journal, ranks):
             yield done, streamed
         if ranks.place.is_first:
             (out / "journal.jsonl").unlink()

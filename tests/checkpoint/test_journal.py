@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from glmq.checkpoint.journal import NAME, Journal
 from glmq.errors import SpaceError, UsageError
@@ -21,9 +22,10 @@ def finished(folder: Path, *blocks: str) -> Path:
 
 def test_the_first_line_is_the_settings_and_each_block_adds_one(tmp_path: Path) -> None:
     path = finished(tmp_path, "a", "b")
+    lines = [SETTINGS, {"block": "a", "number": 0}, {"block": "b", "number": 1}]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        SETTINGS, {"block": "a", "number": 0}, {"block": "b", "number": 1},
-    ]  # fmt: skip
+        line | {"xxh3": xxhash.xxh3_128_hexdigest(json.dumps(line).encode())} for line in lines
+    ]
     assert path.stat().st_mode & 0o777 == 0o640
     assert list(tmp_path.iterdir()) == [path]
 
@@ -38,11 +40,11 @@ def test_a_later_run_finds_the_finished_blocks_in_order(tmp_path: Path) -> None:
     assert list(Journal(tmp_path, SETTINGS).finished) == ["b", "a", "c"]
 
 
-@pytest.mark.parametrize("cut", range(1, 29))
+@pytest.mark.parametrize("cut", range(1, 73))
 def test_a_torn_last_line_counts_as_absent_and_does_not_spoil_the_next(cut: int, tmp_path: Path) -> None:
     path = finished(tmp_path, "a", "b")
     whole = path.read_bytes()
-    assert len(whole.splitlines(keepends=True)[-1]) == 28
+    assert len(whole.splitlines(keepends=True)[-1]) == 72
     path.write_bytes(whole[:-cut])
     journal = Journal(tmp_path, SETTINGS)
     # Only the line feed is missing after a cut of one byte: the line itself is whole.
@@ -51,10 +53,32 @@ def test_a_torn_last_line_counts_as_absent_and_does_not_spoil_the_next(cut: int,
     assert list(Journal(tmp_path, SETTINGS).finished) == [*journal.finished]
 
 
-@pytest.mark.parametrize("garbage", [b"\x00\x00\x00\n", b"[1]\n", b"\xff\xfe\n", b"nonsense"])
-def test_nothing_is_trusted_after_a_line_that_is_no_object(garbage: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "garbage", [b"\x00\x00\x00\n", b"[1]\n", b"\xff\xfe\n", b"nonsense", b"{}\n", b"[" * 9999, b"9" * 9999]
+)
+def test_nothing_is_trusted_after_a_line_that_is_no_block(garbage: bytes, tmp_path: Path) -> None:
     path = finished(tmp_path, "a")
     path.write_bytes(path.read_bytes() + garbage + b'{"block": "b"}\n')
+    assert list(Journal(tmp_path, SETTINGS).finished) == ["a"]
+
+
+@pytest.mark.parametrize(("place", "left"), [(10, []), (100, []), (160, ["a"]), (190, ["a"])])
+def test_an_altered_line_and_all_after_it_count_as_absent(place: int, left: list[str], tmp_path: Path) -> None:
+    path = finished(tmp_path, "a", "b", "c")
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert list(Journal(tmp_path, SETTINGS).finished) == left
+
+
+def test_a_journal_of_an_older_glmq_has_no_checksums_and_is_read(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(json.dumps(SETTINGS) + '\n{"block": "a", "number": 0}\n')
+    assert list(Journal(tmp_path, SETTINGS).finished) == ["a"]
+
+
+def test_blocks_that_are_dropped_are_to_be_done_again(tmp_path: Path) -> None:
+    finished(tmp_path, "a", "b", "c")
+    Journal(tmp_path, SETTINGS).drop(["b", "c"])
     assert list(Journal(tmp_path, SETTINGS).finished) == ["a"]
 
 

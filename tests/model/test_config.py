@@ -212,6 +212,119 @@ def test_a_size_that_is_no_positive_integer_is_refused(section: str, key: str, v
     assert str(caught.value) == f"config.json: {place} is {value!r}, a positive integer is needed; restore the file"
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "largest"),
+    [
+        ("text_config", "num_hidden_layers", 512), ("vision_config", "depth", 512), ("text_config", "hidden_size", 2**15),
+        ("text_config", "vocab_size", 2**21), ("vision_config", "image_size", 2**13), ("", "image_token_id", 1536),
+    ],
+)  # fmt: skip
+def test_a_size_that_no_model_of_the_family_has_is_refused_at_once(section: str, key: str, largest: int) -> None:
+    for value in (10**8, 10**39):
+        with pytest.raises(ModelError) as caught:
+            parse_config(with_value(section, key, value), "config.json")
+        place = f"{section}.{key}" if section else key
+        assert str(caught.value) == (
+            f"config.json: {place} is {value}, at most {largest} is possible; restore the file"
+        )
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "wanted"),
+    [
+        ("text_config", "rms_norm_eps", "x", "is 'x', a number from 1e-12 to 0.01 is needed"),
+        ("vision_config", "rms_norm_eps", [1e-5], "is [1e-05], a number from 1e-12 to 0.01 is needed"),
+        ("text_config", "rms_norm_eps", 0, "is 0, a number from 1e-12 to 0.01 is needed"),
+        ("text_config", "rms_norm_eps", True, "is True, a number from 1e-12 to 0.01 is needed"),
+        ("text_config", "rope_theta", -1.0, "is -1.0, a number from 1 to 1e+12 is needed"),
+        ("text_config", "rope_theta", float("nan"), "is nan, a number from 1 to 1e+12 is needed"),
+        ("text_config", "partial_rotary_factor", 2, "is 2, a number from 0.01 to 1 is needed"),
+        ("vision_config", "attention_dropout", {}, "is {}, a number from 0 to 1 is needed"),
+        ("text_config", "hidden_act", 5, "is 5, a text is needed"),
+        ("text_config", "hidden_act", [["a" * 99]], f"is [['{'a' * 57}, a text is needed"),
+        ("text_config", "dtype", {"a": 1}, "is {'a': 1}, a text is needed"),
+        ("", "torch_dtype", 16, "is 16, a text is needed"),
+        ("", "tie_word_embeddings", "no", "is 'no', true or false is needed"),
+        ("vision_config", "attention_bias", 0, "is 0, true or false is needed"),
+        ("vision_config", "num_heads", 0, "is 0, a positive integer is needed"),
+        ("vision_config", "num_heads", "4", "is '4', a positive integer is needed"),
+    ],
+)  # fmt: skip
+def test_a_field_of_the_wrong_type_or_range_is_refused(section: str, key: str, value: object, wanted: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value(section, key, value), "config.json")
+    place = f"{section}.{key}" if section else key
+    assert str(caught.value) == f"config.json: {place} {wanted}; restore the file"
+
+
+def test_fields_that_may_be_left_out_may_be_null() -> None:
+    for key in ("rms_norm_eps", "rope_theta", "hidden_act", "use_cache", "eos_token_id"):
+        parse_config(with_value("text_config", key, None), "config.json")
+
+
+@pytest.mark.parametrize(
+    "sections", [[], [8], [2, 3, 3, 0], [2, 3, 4], [8, 0, 0], [-1, 3, 6], ["2", "3", "3"], [[2], 3, 3]]
+)
+def test_rotary_sections_of_the_wrong_shape_are_refused(sections: object) -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("text_config", "rope_scaling", {"mrope_section": sections}), "config.json")
+    assert str(caught.value) == (
+        f"config.json: rope_scaling.mrope_section is {sections!r}, three positive integers with the sum 8 are needed; "
+        "take the config.json that belongs to the weights"
+    )
+
+
+@pytest.mark.parametrize("value", ["7", [0, None], [True], -1, 1.0, {"a": 1}])
+def test_an_end_token_that_is_no_number_is_refused(value: object) -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("text_config", "eos_token_id", value), "config.json")
+    assert str(caught.value) == (
+        f"config.json: eos_token_id is {value!r}, a token's number or a list of them is needed; restore the file"
+    )
+
+
+def test_a_vision_tower_whose_heads_do_not_divide_its_width_is_refused() -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("vision_config", "num_heads", 7), "config.json")
+    assert str(caught.value) == ("config.json: a vision tower of width 96 does not divide by 7 heads; restore the file")
+
+
+def test_a_vision_tower_of_another_output_width_is_refused() -> None:
+    with pytest.raises(ModelError) as caught:
+        parse_config(with_value("vision_config", "out_hidden_size", 96), "config.json")
+    assert str(caught.value) == (
+        "config.json: vision_config.out_hidden_size is 96, text_config.hidden_size 192, but they are the same width; "
+        "restore the file"
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("", "num_labels", 10**12), ("text_config", "num_labels", 10**12), ("vision_config", "id2label", {"0": 1}),
+        ("text_config", "label2id", [1]),
+    ],
+)  # fmt: skip
+def test_classes_of_a_classifier_are_not_built(section: str, key: str, value: object, small: Path) -> None:
+    config = read_config(small)
+    nested = json.loads(json.dumps(config.nested))
+    (nested[section] if section else nested)[key] = value
+    with Checkpoint.open(small) as source:
+        StreamedModel(source, replace(config, nested=nested), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_whatever_transformers_trips_over_is_one_sentence(small: Path) -> None:
+    config = read_config(small)
+    nested = json.loads(json.dumps(config.nested))
+    nested["text_config"]["pad_token_id"] = 10**9
+    with Checkpoint.open(small) as source, pytest.raises(ModelError) as caught:
+        StreamedModel(source, replace(config, nested=nested), device=torch.device("cpu"), dtype=torch.float32)
+    assert str(caught.value) == (
+        "config.json: transformers cannot build a GLM-4.1V from it "
+        "(AssertionError: Padding_idx must be within num_embeddings)"
+    )
+
+
 def test_heads_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ModelError) as caught:
         parse_config(with_value("text_config", "num_key_value_heads", 4), "config.json")
@@ -219,7 +332,9 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 
 def test_a_head_size_that_is_given_wins_over_the_quotient() -> None:
-    assert parse_config(with_value("text_config", "head_dim", 64), "config.json").head_dim == 64
+    config = with_value("text_config", "head_dim", 64)
+    config["text_config"]["rope_scaling"] = {"mrope_section": [4, 6, 6]}
+    assert parse_config(config, "config.json").head_dim == 64
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, edit_tensors, glmq, run, run_ranks, tree
+from helpers import edit_json, edit_tensors, glmq, run, run_ranks, tree, without_checksums
 from make_checkpoint import Size, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -422,7 +423,61 @@ def test_a_weight_that_cannot_be_stored_is_named_and_nothing_is_left(
     edit_tensors(small_copy, lambda tensors: damage(tensors[name]))
     out = tmp_path / "outputs" / "out"
     out.parent.mkdir()
-    assert refused(small_copy, small_stats, out, *options) == (4, f"error: {sentence}\n")
+    older = without_checksums(small_stats, tmp_path / "stats")  # they take any weights of that layout
+    assert refused(small_copy, older, out, *options) == (4, f"error: {sentence}\n")
+
+
+def changed(tensors: dict[str, Tensor], name: str) -> None:
+    """One value of a tensor, as a fine-tune would."""
+    tensors[name].view(-1)[0] += 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight", "model.language_model.embed_tokens.weight", "model.language_model.norm.weight",
+        "model.visual.patch_embed.proj.bias", "model.visual.merger.up_proj.weight", f"{LAYER}.mlp.gate_up_proj.weight",
+        f"{LAYER}.mlp.down_proj.weight", f"{LAYER}.self_attn.k_proj.bias", f"{LAYER}.input_layernorm.weight",
+    ],
+)  # fmt: skip
+def test_statistics_of_other_weights_of_the_same_layout_are_refused_by_the_tensor(
+    name: str, small_copy: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    edit_tensors(small_copy, lambda tensors: changed(tensors, name))
+    out = tmp_path / "outputs" / "out"
+    out.parent.mkdir()
+    assert refused(small_copy, small_stats, out, *SEED) == (
+        4,
+        f"error: {small_copy / FILE}: tensor {name!r} is not the one that the statistics in {small_stats} come from; "
+        "run `glmq calibrate` on this model\n",
+    )
+
+
+def test_damaged_statistics_are_refused_and_nothing_is_left(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    stats = tmp_path / "stats"
+    shutil.copytree(small_stats, stats)
+    path = stats / f"{LAYER}.safetensors"
+    content = bytearray(path.read_bytes())
+    content[Checkpoint.open(stats).info(f"{LAYER}.self_attn.q_proj.maximum").start] ^= 1
+    path.write_bytes(content)
+    out = tmp_path / "outputs" / "out"
+    out.parent.mkdir()
+    assert refused(small, stats, out, *SEED) == (
+        4,
+        f"error: {path}: tensor '{LAYER}.self_attn.q_proj.maximum' is not the one that `glmq calibrate` wrote; "
+        "copy the folder again or run `glmq calibrate` again\n",
+    )
+
+
+def test_statistics_without_checksums_are_used_and_named(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    older = without_checksums(small_stats, tmp_path / "stats")
+    result = run("quantize", "--model_path", small, "--stats", older, "--save_directory", tmp_path / "out", *SEED)
+    assert result.exit_code == 0
+    assert (
+        f"note: the statistics in {older} have no checksums, an older glmq wrote them: only damage that makes them "
+        "impossible is found, and not whether the weights are those that they come from\n"
+    ) in result.stderr
+    assert tree(tmp_path / "out") == tree(quantize(small, small_stats, tmp_path / "again", *SEED))
 
 
 def test_a_failed_run_leaves_an_existing_output_as_it_was(small_copy: Path, small_stats: Path, tmp_path: Path) -> None:
@@ -437,7 +492,8 @@ def test_a_large_norm_that_smoothing_moves_into_the_weights_is_no_overflow(
 ) -> None:
     name = f"{LAYER}.input_layernorm.weight"
     edit_tensors(small_copy, lambda tensors: tensors[name][3].fill_(1e6))
-    found = weights(quantize(small_copy, small_stats, tmp_path / "out", *SEED))
+    older = without_checksums(small_stats, tmp_path / "stats")
+    found = weights(quantize(small_copy, older, tmp_path / "out", *SEED))
     assert torch.isfinite(found[name]).all()
 
 
