@@ -7,21 +7,32 @@ EXIF orientation is not applied, as the serving engine does not apply it either.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from glmq.checkpoint.disk import read_input
+from glmq.checkpoint.json_file import read_json_object
 from glmq.errors import ModelError, SampleError
+from glmq.model.bounded import BoundedError, run_bounded
 from glmq.model.config import ModelConfig
 from glmq.model.lean import no_compiler
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHANNELS: Final = 3
+SMALLEST_DEVIATION: Final = 1e-3
+MAX_TOKENIZER_BYTES: Final = 100_000_000
+"""Of tokenizer.json; GLM-4.1V's has 20 MB."""
 DEFAULT_PROMPT: Final = "Please describe this picture in detail."
 
 
@@ -71,37 +82,29 @@ class Preprocessor:
 
             logging.set_verbosity_error()  # transformers 5 warns that torchvision is missing, which we do not want
             import transformers
-            from transformers import AutoTokenizer
 
             processor_class = getattr(transformers, processor.class_name)  # imports its module
         self._config = config
-        settings = _processor_settings(directory)
-        size = settings.get("size")
-        longest = size.get("longest_edge") if isinstance(size, dict) else None
+        settings = _read_processor_settings(directory)
         frames = config.temporal_patch_size
-        limit = min(longest, processor.max_pixels) if isinstance(longest, int) else processor.max_pixels
-        own_limit = limit // frames
+        longest = processor.max_pixels if settings.longest_edge is None else settings.longest_edge
+        own_limit = min(longest, processor.max_pixels) // frames
         bound = own_limit if max_pixels is None else min(max_pixels, own_limit)
         # At the processor's own limit it resizes by itself, once; below it the picture is resized here first.
         self._max_pixels = None if bound == processor.max_pixels // frames else bound
-        chosen = {key: settings[key] for key in ("image_mean", "image_std") if key in settings}
         self._images = processor_class(
             patch_size=config.patch_size,
             temporal_patch_size=frames,
             merge_size=config.merge_size,
             size={"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels},
-            **chosen,
+            **settings.normalization,
         )
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ModelError(
-                f"{directory}: its tokenizer cannot be loaded ({error}); copy the tokenizer files of the release there"
-            ) from error
+        self._directory = directory
+        self._tokenizer = _load_tokenizer(directory, trust_remote_code=trust_remote_code)
         if not self._tokenizer.chat_template:
             raise ModelError(f"{directory}: has no chat template; copy chat_template.jinja of the release there")
+        self._render = functools.cache(self._render_once)  # pictures of a folder share their prompt
+        self._render(True, "")
         image_token: str | None = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
         if image_token is None:
             raise ModelError(
@@ -123,11 +126,7 @@ class Preprocessor:
         count = 0
         pixel_values = grid = None
         if image is not None or prompt is not None:
-            content = [{"type": "image"}] if image is not None else []
-            content.append({"type": "text", "text": prompt or ""})
-            text: str = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
+            text = self._render(image is not None, prompt or "")
             if image is not None:
                 made = self._images(images=self._bounded(image), return_tensors="pt")
                 pixel_values, grid = made["pixel_values"].float(), made["image_grid_thw"]
@@ -151,6 +150,24 @@ class Preprocessor:
             image_token_id=self._config.image_token_id,
         )
 
+    def _render_once(self, has_image: bool, prompt: str) -> str:
+        """The text of a prompt with or without an image, by the model's chat template."""
+        content = [{"type": "image"}] if has_image else []
+        content.append({"type": "text", "text": prompt})
+
+        def render() -> str:
+            text: str = self._tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            return text
+
+        try:
+            return run_bounded(render)
+        except BoundedError as error:
+            raise ModelError(
+                f"{self._directory}: its chat template cannot be used ({error}); copy chat_template.jinja of the release there"
+            ) from error
+
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, special tokens left out."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -172,14 +189,71 @@ class Preprocessor:
         return rgb.resize(size, Image.Resampling.BICUBIC)
 
 
-def _processor_settings(directory: Path) -> dict[str, object]:
+@dataclass(frozen=True, slots=True)
+class _ProcessorSettings:
+    """What glmq takes from preprocessor_config.json; None or nothing where it says nothing."""
+
+    longest_edge: int | None
+    """Most pixels of a still image's two frames together."""
+    normalization: Mapping[str, list[float]]
+    """`image_mean` and `image_std`, one number per channel."""
+
+
+def _read_processor_settings(directory: Path) -> _ProcessorSettings:
     path = directory / "preprocessor_config.json"
     if not path.is_file():
         raise ModelError(f"{directory}: has no preprocessor_config.json; copy it from the model's release")
+    found = read_json_object(path)
+    size = found.get("size")
+    longest = size.get("longest_edge") if isinstance(size, dict) else None
+    if not isinstance(size, dict | None) or (longest is not None and (type(longest) is not int or longest < 1)):
+        raise ModelError(
+            f"{path}: size is {size!r:.60}, an object with a positive longest_edge is needed; copy it again"
+        )
+    normalization: dict[str, list[float]] = {}
+    for key, lowest in (("image_mean", 0.0), ("image_std", SMALLEST_DEVIATION)):
+        values = found.get(key)
+        if values is None:
+            continue
+        items = values if isinstance(values, list) else []
+        numbers = [float(item) for item in items if type(item) in (int, float)]
+        if len(numbers) != CHANNELS or len(items) != CHANNELS or not all(lowest <= v <= 1 for v in numbers):
+            raise ModelError(
+                f"{path}: {key} is {values!r:.60}, {CHANNELS} numbers from {lowest:g} to 1 are needed; copy it again"
+            )
+        normalization[key] = numbers
+    return _ProcessorSettings(longest, normalization)
+
+
+def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises ModelError that names the file that is to blame, where one is."""
+    from transformers import AutoTokenizer
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (directory / name).exists():
+            read_json_object(directory / name)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path}: is not valid JSON ({error}); copy it from the model's release") from error
-    if not isinstance(settings, dict):
-        raise ModelError(f"{path}: holds a JSON {type(settings).__name__}, not an object; copy it again")
-    return settings
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+        return tokenizer
+    except BaseException as error:  # whatever a damaged file trips transformers or its compiled tokenizer over
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        _check_tokenizer_file(directory / "tokenizer.json")
+        reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{directory}: its tokenizer cannot be loaded ({reason:.200}); copy the tokenizer files of the release there"
+        ) from error
+
+
+def _check_tokenizer_file(path: Path) -> None:
+    """Raise ModelError if this is what keeps the tokenizer from being loaded."""
+    if not path.exists():
+        return
+    try:
+        document = json.loads(read_input(path, MAX_TOKENIZER_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: is not JSON ({f'{error}':.100}); copy it from the model's release") from error
+    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
+        raise ModelError(f"{path}: describes no tokenizer; copy it from the model's release")

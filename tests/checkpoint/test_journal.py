@@ -133,5 +133,5 @@ def test_a_block_counts_only_if_its_line_is_on_the_disk(
         journal.record("b", {})
     if error is SpaceError:
         met = "your quota on its disk is used up" if number == errno.EDQUOT else "its disk has "
-        assert str(caught.value).startswith(f"{path}: 15 bytes are to be written, but {met}")
+        assert str(caught.value).startswith(f"{path}: 59 bytes are to be written, but {met}")
     assert list(journal.finished) == ["a"]

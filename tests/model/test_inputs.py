@@ -8,7 +8,7 @@ import torch
 from helpers import edit_json
 from PIL import Image
 
-from glmq.errors import ModelError, SampleError
+from glmq.errors import InputError, ModelError, SampleError
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT
@@ -216,19 +216,87 @@ def test_a_missing_processor_file_is_named(side_files: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"{", "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
-               "copy it from the model's release"),
-        (b"\xff\xfe", "is not valid JSON ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte); "
-                      "copy it from the model's release"),
-        (b"[]", "holds a JSON list, not an object; copy it again"),
+        (b"{", "is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
+               "download or write it again"),
+        (b"[]", "wanted a JSON object, found list; download or write it again"),
+        (b'{"size": 5}', "size is 5, an object with a positive longest_edge is needed; copy it again"),
+        (b'{"size": {"longest_edge": "x"}}',
+         "size is {'longest_edge': 'x'}, an object with a positive longest_edge is needed; copy it again"),
+        (b'{"image_mean": 0.5}', "image_mean is 0.5, 3 numbers from 0 to 1 are needed; copy it again"),
+        (b'{"image_mean": [1, null, 1]}', "image_mean is [1, None, 1], 3 numbers from 0 to 1 are needed; copy it again"),
+        (b'{"image_std": [0, 1, 1]}', "image_std is [0, 1, 1], 3 numbers from 0.001 to 1 are needed; copy it again"),
     ],
 )  # fmt: skip
 def test_a_damaged_processor_file_is_named(content: bytes, what: str, side_files: Path) -> None:
     path = side_files / "preprocessor_config.json"
     path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == f"{path}: {what}"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is not JSON (Expecting value: line 1 column 1 (char 0)); copy it from the model's release"),
+        (b'{"version": "1.0", "model": {"type": "BPE", "voc',
+         "is not JSON (Unterminated string starting at: line 1 column 45 (char 44)); copy it from the model's release"),
+        (b"[1]", "describes no tokenizer; copy it from the model's release"),
+        (b'{"model": null}', "describes no tokenizer; copy it from the model's release"),
+    ],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_one_sentence_about_its_file(content: bytes, what: str, side_files: Path) -> None:
+    path = side_files / "tokenizer.json"
+    path.write_bytes(content)
     with pytest.raises(ModelError) as caught:
         preprocessor(side_files)
     assert str(caught.value) == f"{path}: {what}"
+
+
+def test_a_tokenizer_that_is_json_but_no_tokenizer_is_one_line(side_files: Path) -> None:
+    edit_json(side_files / "tokenizer.json", lambda t: t["model"].update(vocab=7, merges="x"))
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value).startswith(f"{side_files}: its tokenizer cannot be loaded (")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b'{"tokenizer_class": 5}', b'{"added_tokens_decoder": [1]}', b"[" * 9999, b'{"a": 9' + b"9" * 5000],
+)
+def test_a_damaged_tokenizer_config_is_one_line(content: bytes, side_files: Path) -> None:
+    (side_files / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        preprocessor(side_files)
+    assert str(side_files) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    "{% for %}": "TemplateSyntaxError: Expected an expression, got 'end of statement block'",
+    "{{ raise_exception('no pictures') }}": "TemplateError: no pictures",
+    "{{ messages.nothing.at_all }}": "UndefinedError: 'list object' has no attribute 'nothing'",
+    "{{ 'x' * 10**11 }}": "it takes more than 512 MiB of memory",
+    "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}": "it makes a text of more than 16 MiB",
+    LOOP: "it takes more than 1 seconds",
+    "{{ 9 ** (9 ** 9) }}": "it takes more than 1 seconds",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_fails_or_never_ends_is_one_sentence(
+    template: str, side_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmq.model.bounded.CPU_SECONDS", 1)
+    (side_files / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == (
+        f"{side_files}: its chat template cannot be used ({TEMPLATES[template]}); copy chat_template.jinja of the release there"
+    )
 
 
 def judged(case: dict[str, str | None]) -> dict[str, object]:
