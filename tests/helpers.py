@@ -7,9 +7,9 @@ import hashlib
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path

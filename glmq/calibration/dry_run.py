@@ -202,8 +202,6 @@ def _plan_block(
     return entries, specs
 
 
-
-
 def _state_bytes(config: ModelConfig, sizes: Sequence[SampleSize], element_bytes: int) -> int:
     """Hidden states of all samples, in the larger of the two towers."""
     vision = config.vision_hidden * sum(size.patches for size in sizes)
