@@ -129,8 +129,15 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
         image_token_id=number("", "image_token_id"),
         eos_token_ids=_token_ids(text.get("eos_token_id", nested.get("eos_token_id")), where),
     )
+    _check_consistency(config, number("vision_config", "num_heads", 1), where)
     _check_rope_sections(text, config.head_dim, where)
-    vision_heads = number("vision_config", "num_heads", 1)
+    return config
+
+
+def _check_consistency(config: ModelConfig, vision_heads: int, where: str) -> None:
+    """Check what sizes have to do with each other."""
+    if config.heads % config.kv_heads:
+        raise ModelError(f"{where}: {config.heads} attention heads do not divide by {config.kv_heads} key-value heads")
     if config.vision_hidden % vision_heads:
         raise ModelError(
             f"{where}: a vision tower of width {config.vision_hidden} does not divide by {vision_heads} heads; restore the file"
@@ -140,9 +147,6 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
             f"{where}: vision_config.out_hidden_size is {config.vision_out}, text_config.hidden_size {config.hidden_size}, "
             "but they are the same width; restore the file"
         )
-    if config.heads % config.kv_heads:
-        raise ModelError(f"{where}: {config.heads} attention heads do not divide by {config.kv_heads} key-value heads")
-    return config
 
 
 def _nest(raw: JsonObject, where: str) -> JsonObject:
