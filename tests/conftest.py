@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import glmq, load_full
+from helpers import W8A8S, calibrate, load_full, quantize
 from make_checkpoint import Size, make_checkpoint
 
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
@@ -35,20 +35,13 @@ def pictures() -> Path:
 @pytest.fixture(scope="session")
 def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's statistics folder over all 16 pictures."""
-    folder = tmp_path_factory.mktemp("tiny") / "stats"
-    glmq("calibrate", "--model-path", tiny, "--calib-images", pictures, "--stats", folder)
-    return folder
+    return calibrate(tiny, tmp_path_factory.mktemp("tiny") / "stats", pictures)
 
 
 @pytest.fixture(scope="session")
 def tiny_seed(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model quantized with the mission's command: W8A8S by sigma, fp16."""
-    folder = tmp_path_factory.mktemp("tiny") / "w8a8s"
-    glmq(
-        "quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", folder,
-        "--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16",
-    )  # fmt: skip
-    return folder
+    """The tiny model quantized: W8A8S by sigma, fp16."""
+    return quantize(tiny, tiny_stats, tmp_path_factory.mktemp("tiny") / "w8a8s", **W8A8S)
 
 
 @pytest.fixture(scope="session")
@@ -62,9 +55,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_stats(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's statistics over two pictures."""
-    folder = tmp_path_factory.mktemp("small") / "stats"
-    glmq("calibrate", "--model-path", small, "--calib-images", pictures, "--limit", 2, "--stats", folder)
-    return folder
+    return calibrate(small, tmp_path_factory.mktemp("small") / "stats", pictures, limit=2)
 
 
 @pytest.fixture

@@ -12,24 +12,29 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest import mock
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmq as package
-from glmq.errors import LostRanksError
+from glmq.errors import GlmqError, LostRanksError
 from glmq.ranks import Place, Ranks
 
 if TYPE_CHECKING:
     from typer import Typer
     from typer.testing import Result
 
+    from glmq.jobs.calibrate import CalibrationOptions
     from glmq.model.config import ModelConfig
     from glmq.model.inputs import ModelInputs
+    from glmq.progress import Watch
 
 
 PACKAGES = Path(package.__file__).parents[1]
@@ -67,6 +72,52 @@ def glmq(*args: object) -> Result:
     result = run(*args)
     assert result.exit_code == 0, result.output
     return result
+
+
+W8A8S = {"w_bit": 4, "is_lowbit": True, "use_sigma": True, "torch_dtype": "fp16"}
+"""Options of the sparse type with outliers by sigma, in float16."""
+
+
+def calibrate(
+    model: Path,
+    out: Path,
+    pictures: Path | None,
+    *,
+    resume: bool = False,
+    watch: Watch | None = None,
+    **options: object,
+) -> Path:
+    """Calibrate into `out`, which is returned; the options are fields of CalibrationOptions."""
+    chosen = package.CalibrationOptions(images=pictures, **options)
+    return package.calibrate(model, out=out, options=chosen, resume=resume, watch=watch).folder
+
+
+def quantize(
+    model: Path,
+    stats: Path | None,
+    out: Path,
+    *,
+    calibration: CalibrationOptions | None = None,
+    shard_bytes: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    **options: object,
+) -> Path:
+    """Quantize into `out`, which is returned; the options are fields of `glmq.quantization.recipe.Options`."""
+    from glmq.jobs.quantize import QuantizationJob, run_quantization
+    from glmq.quantization.recipe import Options, make_recipe
+
+    chosen = calibration or package.CalibrationOptions()
+    job = QuantizationJob(model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes)
+    return run_quantization(job, overwrite=overwrite, resume=resume, watch=None).folder
+
+
+def refused(work: Callable[[], object]) -> tuple[int, str]:
+    """Exit code and sentence of the error that ends `work`, which prints nothing."""
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err, pytest.raises(GlmqError) as caught:
+        work()
+    assert (out.getvalue(), err.getvalue()) == ("", "")
+    return caught.value.exit_code, str(caught.value)
 
 
 def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:

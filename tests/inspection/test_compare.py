@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_tensors, glmq
+from helpers import edit_tensors, quantize
 from safetensors.torch import load_file, save_file
 
 from glmq.checkpoint.reader import Checkpoint
@@ -44,11 +44,11 @@ def diff_of(a: Path, b: Path, name: str) -> WeightDiff:
 def kinds(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("kinds")
     for label, options in {
-        "w8a8s": ("--w_bit", 4, "--is_lowbit", "True", "--torch_dtype", "fp16"),
-        "w8a8": (),
-        "w4a8": ("--w_bit", 4, "--is_lowbit", "True", "--is_dynamic", "True", "--group_size", 64),
+        "w8a8s": {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"},
+        "w8a8": {},
+        "w4a8": {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "group_size": 64},
     }.items():
-        glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", root / label, *options)
+        quantize(small, small_stats, root / label, **options)
     return {path.name: path for path in root.iterdir() if not path.name.startswith(".")}
 
 

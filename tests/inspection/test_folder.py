@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import glmq
 from safetensors.torch import load_file, save_file
 
+import glmq
 from glmq.errors import CheckpointError, UsageError
 from glmq.inspection.folder import Kind, layer_of, role_of, scan_folder
 from glmq.inspection.listing import (
@@ -45,7 +45,7 @@ def test_statistics_are_known(small_stats: Path) -> None:
 
 
 def test_portable_parts_are_known(tiny_seed: Path, tmp_path: Path) -> None:
-    glmq("compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "sc", "--codec", "portable")
+    glmq.compress(tiny_seed, out=tmp_path / "sc", codec="portable")
     folder = scan_folder(tmp_path / "sc")
     assert folder.kind is Kind.PORTABLE
     assert describe_engines(folder) == "no engine; `glmq compress --decompress` restores the W8A8S weights"

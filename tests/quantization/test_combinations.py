@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import glmq
+from helpers import calibrate
 from make_checkpoint import Size, make_checkpoint
 
 from glmq.checkpoint.description import read_description
@@ -111,9 +111,7 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_layer_stats(one_layer: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("one") / "stats"
-    glmq("calibrate", "--model-path", one_layer, "--calib-images", pictures, "--limit", 1, "--stats", folder)
-    return folder
+    return calibrate(one_layer, tmp_path_factory.mktemp("one") / "stats", pictures, limit=1)
 
 
 def label(combination: tuple[Mode, dict[str, object], dict[str, object]]) -> str:

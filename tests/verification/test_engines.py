@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, edit_tensors, glmq
+from helpers import edit_json, edit_tensors, quantize
 from torch import Tensor
 
+import glmq
 from glmq.engines import Engine
 from glmq.inspection.folder import scan_folder
 from glmq.verification.engines.check import check_lookups
@@ -20,9 +21,7 @@ UNSUPPORTED = "vLLM-Ascend does not list GLM-4.1V as supported; that look-ups su
 
 @pytest.fixture(scope="module")
 def w8a8(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("w8a8") / "out"
-    glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", folder, "--torch_dtype", "fp16")
-    return folder
+    return quantize(small, small_stats, tmp_path_factory.mktemp("w8a8") / "out", torch_dtype="fp16")
 
 
 @pytest.fixture
@@ -150,9 +149,7 @@ def test_tensors_that_an_engine_cannot_use_are_named(
 
 
 def test_a_flat_weight_scale_is_an_index_error(small: Path, small_stats: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "dynamic"
-    options = ("--is_dynamic", "True", "--torch_dtype", "fp16")
-    glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", folder, *options)
+    folder = quantize(small, small_stats, tmp_path / "dynamic", is_dynamic=True, torch_dtype="fp16")
     assert errors(folder, Engine.MINDIE) == []
     name = f"{LAYER}.self_attn.o_proj.weight_scale"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].flatten()}))
@@ -160,9 +157,7 @@ def test_a_flat_weight_scale_is_an_index_error(small: Path, small_stats: Path, t
 
 
 def test_the_older_form_needs_quantize_in_the_config(small: Path, small_stats: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "mindie"
-    options = ("--mindie_format", "True", "--torch_dtype", "fp16")
-    glmq("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", folder, *options)
+    folder = quantize(small, small_stats, tmp_path / "mindie", mindie_format=True, torch_dtype="fp16")
     assert errors(folder, Engine.MINDIE) == []
     assert notes(folder, Engine.MINDIE) == ["MindIE calls this form deprecated; it wants quant_model_description.json"]
     assert errors(folder, Engine.VLLM_ASCEND)[-1] == (
@@ -180,7 +175,7 @@ def test_the_older_form_needs_quantize_in_the_config(small: Path, small_stats: P
 
 def test_statistics_and_portable_folders_are_no_models(small_stats: Path, tiny_seed: Path, tmp_path: Path) -> None:
     assert errors(small_stats, Engine.MINDIE) == [": the folder holds calibration statistics, no model"]
-    glmq("compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "sc", "--codec", "portable")
+    glmq.compress(tiny_seed, out=tmp_path / "sc", codec="portable")
     assert errors(tmp_path / "sc", Engine.MINDIE) == [
         ": the weights are in glmq's storage form; `glmq compress --decompress` restores them"
     ]
