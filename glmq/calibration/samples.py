@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Final
 
 from PIL import Image
 
+from glmq.checkpoint.json_file import parse_json
 from glmq.errors import SampleError
 
 IMAGE_SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -156,17 +156,17 @@ def digest(samples: Sequence[Sample], generate: int | None) -> str:
 def _parse_line(path: Path, number: int, line: str) -> Sample:
     where = f"{path.name}:{number}"
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
+        fields = parse_json(line)
+    except ValueError as error:
         raise SampleError(f"{path}, line {number}: is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise SampleError(f"{path}, line {number}: is a JSON {type(fields).__name__}, an object is needed")
     unknown = sorted(set(fields) - {"image", "prompt", "text"})
     if unknown:
-        raise SampleError(f"{path}, line {number}: unknown key {unknown[0]!r}; known are image, prompt, text")
+        raise SampleError(f"{path}, line {number}: unknown key {unknown[0]!r:.60}; known are image, prompt, text")
     for key, value in fields.items():
         if value is not None and not isinstance(value, str):
-            raise SampleError(f"{path}, line {number}: {key} is {value!r}, a string or null is needed")
+            raise SampleError(f"{path}, line {number}: {key} is {value!r:.60}, a string or null is needed")
     image, prompt, text = fields.get("image"), fields.get("prompt"), fields.get("text")
     if not (image or prompt or text):
         raise SampleError(f"{path}, line {number}: has neither image nor prompt nor text; give at least one")
@@ -195,6 +195,8 @@ def _parts(image: Path | None, prompt: str | None, answer: str | None) -> Iterat
 def _image_defect(path: Path) -> str | None:
     """Why the file cannot be used as an image, or None."""
     try:
+        if path.exists() and not path.is_file():
+            return "no regular file"  # opening a pipe would wait for somebody to write into it
         with Image.open(path) as image:
             image.load()
     except FileNotFoundError:

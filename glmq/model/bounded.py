@@ -31,6 +31,8 @@ def run_bounded(make: Callable[[], str]) -> str:
     Raises:
         BoundedError: it failed, took too long or too much, or returned what is no text.
     """
+    # Without it, tokenizers prints a paragraph at every fork after its first use; "true" is what it does anyway.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter(
