@@ -29,6 +29,7 @@ def calibrate(
     compute_dtype: o.ComputeDtype = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     overwrite: o.Overwrite = False,
+    work_dir: o.WorkDir = None,
     resume: o.Resume = False,
     dry_run: Annotated[
         bool,
@@ -66,6 +67,7 @@ def calibrate(
         device_type=device_type,
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,
+        work_dir=work_dir,
     )
     if dry_run:
         forecast = forecast_calibration(model_path, stats, chosen, overwrite=overwrite)

@@ -89,6 +89,7 @@ def compress(
         ),
     ] = None,
     overwrite: o.Overwrite = False,
+    work_dir: o.WorkDir = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -132,17 +133,17 @@ def compress(
         raise UsageError("--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out")
     with ProgressView(quiet=quiet or json_output) as view:
         if decompress and dry_run:
-            planned = restore(source, out=target, jobs=jobs, overwrite=overwrite, dry_run=True)
+            planned = restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, dry_run=True)
             show_restoration_plan(planned, target, as_json=json_output)
             return
         if decompress:
             show_restored(
-                restore(source, out=target, jobs=jobs, overwrite=overwrite, watch=view),
+                restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, watch=view),
                 as_json=json_output,
                 quiet=quiet,
             )
             return
-        job = CompressionJob(source, target, tp, codec, CompressionOptions(executor, layout, jobs))
+        job = CompressionJob(source, target, tp, codec, CompressionOptions(executor, layout, jobs, work_dir))
         if dry_run:
             plan = forecast_compression(job, overwrite=overwrite, watch=view)
             show_compression_plan(plan, target, as_json=json_output, verbose=verbose)

@@ -142,6 +142,15 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors and the final path only.", rich_help_panel=RUN)
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row of every table.", rich_help_panel=RUN)]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir",
+        help="Folder in which the output grows until it is whole.  \\[default: beside the output folder]",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 LogFile = Annotated[
     Path | None,
     typer.Option(

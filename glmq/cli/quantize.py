@@ -218,6 +218,7 @@ def quantize(
         ),
     ] = None,
     overwrite: o.Overwrite = False,
+    work_dir: o.WorkDir = None,
     resume: o.Resume = False,
     dry_run: Annotated[
         bool,
@@ -300,6 +301,7 @@ def quantize(
         shard_bytes=None if part_file_size is None else o.parse_size(part_file_size),
         fallback_topk=fallback_topk,
         max_error=max_error,
+        work_dir=work_dir,
     )
     with ProgressView(quiet=quiet or json_output) as view:
         if dry_run:

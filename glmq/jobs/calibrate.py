@@ -75,6 +75,8 @@ class CalibrationOptions:
     """Of the float model: `fp32`, `bf16`, `fp16`, or `auto`, the fastest that the device has."""
     trust_remote_code: bool = False
     """Let the tokenizer run code that lies in the model folder."""
+    work_dir: Path | None = None
+    """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +179,12 @@ def run_calibration(
     place = read_place()
     watcher = Watcher(watch if place.is_first else None)
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
-    check_output(stats_path, overwrite=overwrite, resume=resume)
+    check_output(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         check_source(source, config)
         work = Calibration.prepare(source, config, options, place, watcher)
-        output = OutputFolder(stats_path, overwrite=overwrite, resume=resume)
+        output = OutputFolder(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
         arguments = {"model": model_path, "out": stats_path, "options": options}
         arguments |= {"overwrite": overwrite, "resume": resume}
         with join_ranks(place, arguments) as ranks, SharedFolder(output, ranks) as folder:
@@ -202,7 +204,7 @@ def forecast_calibration(
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
-    check_output(stats_path, overwrite=overwrite, resume=True)
+    check_output(stats_path, overwrite=overwrite, resume=True, work_dir=options.work_dir)
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         check_source(source, config)

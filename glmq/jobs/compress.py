@@ -65,6 +65,8 @@ class CompressionOptions:
     """The engine whose names and cuts are written."""
     jobs: int | None = None
     """Weights worked on at a time; None: as many as there are cores."""
+    work_dir: Path | None = None
+    """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +173,7 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
     watcher = Watcher(watch if place.is_first else None)
     world = settle_world(job.tp, place)
     check_folders(job.model_path, job.out_path)
-    output = OutputFolder(job.out_path, overwrite=overwrite)
+    output = OutputFolder(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
     numbers = range(world) if place.world == 1 else range(place.rank, place.rank + 1)
     with _prepared(job, world, numbers, watcher) as work:
         # Every rank writes about as much as this one.
@@ -189,7 +191,7 @@ def forecast_compression(job: CompressionJob, *, overwrite: bool, watch: Watch |
         raise UsageError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
     world = job.tp or 1
     check_folders(job.model_path, job.out_path)
-    check_output(job.out_path, overwrite=overwrite)
+    check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
     with _prepared(job, world, range(world), Watcher(watch)) as work:
         threads = job.options.jobs or default_jobs(1)
         return make_compression_plan(work.source, work.plans, work.codec, work.layout, world, threads)

@@ -73,6 +73,8 @@ class QuantizationJob:
     """Keep this many of the worst groups float."""
     max_error: float | None = None
     """Keep groups with a larger relative output error float."""
+    work_dir: Path | None = None
+    """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,8 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
     watcher = Watcher(watch if place.is_first else None)
     with _planned(job, overwrite=overwrite, resume=resume) as (source, config, plan):
         _note_patterns(job.recipe, config, watcher)
-        check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path))
-        output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume)
+        check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
+        output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)
         with (
             join_ranks(place, {"job": job, "overwrite": overwrite, "resume": resume}) as ranks,
             SharedFolder(output, ranks) as folder,
@@ -199,9 +201,9 @@ def _planned(
     check_apart(job.out_path, "--save_directory", inputs)
     if job.stats_path is not None:
         check_apart(job.stats_path, "--stats", {"the float weights": job.model_path, **sources_of(job.calibration)})
-    check_output(job.out_path, overwrite=overwrite, resume=resume)
+    check_output(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)
     if job.stats_path is not None and not Workplace.of(job.stats_path).contents():
-        check_output(job.stats_path, overwrite=False, resume=resume)
+        check_output(job.stats_path, overwrite=False, resume=resume, work_dir=job.work_dir)
     config = read_config(job.model_path)
     with Checkpoint.open(job.model_path) as source:
         groups = plan_groups(job.recipe, config)
@@ -236,7 +238,9 @@ def _statistics(
             statistics = _open_statistics(source, options, stats_path, watcher)
     else:
         work = Calibration.prepare(source, config, options, ranks.place, watcher)
-        with SharedFolder(OutputFolder(place, overwrite=False, resume=resume), ranks) as own:
+        work_dir = job.work_dir if stats_path else None  # others grow in the work folder already
+        output = OutputFolder(place, overwrite=False, resume=resume, work_dir=work_dir)
+        with SharedFolder(output, ranks) as own:
             write_statistics(work, own, ranks, watcher)
             own.finish()
         statistics = Statistics.open(place)

@@ -53,6 +53,7 @@ def restore(
     out: str | Path,
     jobs: int | None = ...,
     overwrite: bool = ...,
+    work_dir: Path | None = ...,
     dry_run: Literal[False] = ...,
     watch: Watch | None = ...,
 ) -> RestoreResult: ...
@@ -63,6 +64,7 @@ def restore(
     out: str | Path,
     jobs: int | None = ...,
     overwrite: bool = ...,
+    work_dir: Path | None = ...,
     dry_run: Literal[True],
     watch: Watch | None = ...,
 ) -> RestorationPlan: ...
@@ -72,6 +74,7 @@ def restore(
     out: str | Path,
     jobs: int | None = None,
     overwrite: bool = False,
+    work_dir: Path | None = None,
     dry_run: bool = False,
     watch: Watch | None = None,
 ) -> RestoreResult | RestorationPlan:
@@ -88,6 +91,7 @@ def restore(
         out: folder to write into.
         jobs: weights worked on at a time; None: as many as there are cores.
         overwrite: replace what lies in `out`, once the weights are whole.
+        work_dir: where the output grows until it is whole; None: beside `out`, on the same disk.
         dry_run: only say what it would do; nothing is written.
         watch: is called with the events of the run.
 
@@ -103,7 +107,7 @@ def restore(
     if read_place().world > 1:
         raise UsageError("--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself")
     check_folders(source, out)
-    check_output(out, overwrite=overwrite)
+    check_output(out, overwrite=overwrite, work_dir=work_dir)
     manifest = read_portable_manifest(source)
     total = restored_bytes(source, manifest)
     if dry_run:
@@ -111,7 +115,10 @@ def restore(
     watcher = Watcher(watch)
     check_room(out, total)
     note_missing_kernels(watcher)
-    with Ranks(read_place()) as ranks, SharedFolder(OutputFolder(out, overwrite=overwrite), ranks) as folder:
+    with (
+        Ranks(read_place()) as ranks,
+        SharedFolder(OutputFolder(out, overwrite=overwrite, work_dir=work_dir), ranks) as folder,
+    ):
         with (
             run_log(folder.work, out, {"source": source, "jobs": jobs}, ranks, watcher),
             watcher.bytes("decompress", total) as advance,

@@ -161,3 +161,16 @@ def test_statistics_that_nobody_named_lie_in_the_work_folder(
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.statistics", "out"]
     assert tree(tmp_path / ".out.statistics").keys() == {"mine.txt"}
     assert Workplace.of(tmp_path / "out").contents() == sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_work_folder_may_lie_elsewhere(verb: str, commands: dict[str, list], tmp_path: Path) -> None:
+    glmq(*commands[verb], tmp_path / "usual", "-q")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    glmq(*commands[verb], tmp_path / "out", "--work-dir", elsewhere, "-q")
+    assert tree(tmp_path / "out") == tree(tmp_path / "usual")
+    assert list(elsewhere.iterdir()) == []
+    inside = run(*commands[verb], tmp_path / "new", "--work-dir", tmp_path / "new" / "work")
+    assert (inside.exit_code, (tmp_path / "new").exists()) == (2, False)
+    assert "lies in the output folder" in inside.stderr
