@@ -101,6 +101,7 @@ def quantize(
     shard_bytes: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
+    watch: Watch | None = None,
     **options: object,
 ) -> Path:
     """Quantize into `out`, which is returned; the options are fields of `glmq.quantization.recipe.Options`."""
@@ -109,7 +110,7 @@ def quantize(
 
     chosen = calibration or package.CalibrationOptions()
     job = QuantizationJob(model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes)
-    return run_quantization(job, overwrite=overwrite, resume=resume, watch=None).folder
+    return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch).folder
 
 
 def refused(work: Callable[[], object]) -> tuple[int, str]:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import glmq
+from helpers import calibrate
 from torch import Tensor
 
 from glmq.calibration.convergence import Convergence, Halfway, assess, convergence_order
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import Statistics
 from glmq.numerics.moments import InputAccumulator
+from glmq.progress import Event, Note
 
 
 def halve(
@@ -123,10 +124,10 @@ def test_the_median_text_input_decides(median: Convergence, is_settled: bool) ->
     assert (found.inputs, found.is_settled, [site for site, _ in found.worst]) == (3, is_settled, ["c", "b", "a"])
 
 
-def test_the_screen_says_what_changed_and_what_would_help(tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    base = ("calibrate", "--model-path", tiny, "--calib-images", pictures, "--stats")
-    result = glmq(*base, tmp_path / "two", "--limit", 2)
-    lines = result.stderr.splitlines()[-4:]
+def test_the_last_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    calibrate(tiny, tmp_path / "two", pictures, limit=2, watch=events.append)
+    lines = [event.text if isinstance(event, Note) else "" for event in events[-4:]]
     assert lines[0].startswith(
         "warning: the statistics have not settled: against half of the samples, ranges changed by 12%, mean squares 1"
     )

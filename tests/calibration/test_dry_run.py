@@ -1,12 +1,22 @@
-"""What `glmq calibrate --dry-run` foretells, against what a run does."""
+"""What a dry run of a calibration foretells, against what a run does."""
 
 import json
-import re
 from pathlib import Path
 
+import psutil
 import pytest
-from helpers import glmq, run
+from helpers import calibrate, refused
 from PIL import Image
+
+from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions
+from glmq.jobs.calibrate import calibrate as calibrate_or_forecast
+
+
+def forecast(model: Path, out: Path, pictures: Path | None, **options: object) -> CalibrationForecast:
+    before = sorted(out.parent.iterdir())
+    found = calibrate_or_forecast(model, out=out, options=CalibrationOptions(images=pictures, **options), dry_run=True)
+    assert sorted(out.parent.iterdir()) == before
+    return found
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
@@ -24,83 +34,50 @@ def lines(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "s.jsonl"
 
 
-@pytest.mark.parametrize("options", [[], ["--wide-moments"], ["--limit", 2, "--compute-dtype", "bf16"]])
+@pytest.mark.parametrize("options", [{}, {"wide_moments": True}, {"limit": 2, "compute_dtype": "bf16"}])
 def test_the_files_and_their_sizes_are_foretold_to_the_byte(
-    options: list[object], small: Path, lines: Path, tmp_path: Path
+    options: dict[str, object], small: Path, lines: Path, tmp_path: Path
 ) -> None:
-    command = ["calibrate", "--model-path", small, "--stats", tmp_path / "stats", "--calib-samples", lines, *options]
-    found = json.loads(glmq(*command, "--dry-run", "--json").stdout)
+    found = forecast(small, tmp_path / "stats", None, samples_file=lines, **options)
     assert list(tmp_path.iterdir()) == []
-    glmq(*command)
-    sizes = sizes_in(tmp_path / "stats")
-    assert {file["name"]: file["bytes"] for file in found["files"]} == sizes
-    assert found["output_bytes"] == sum(sizes.values())
-    manifest = json.loads((tmp_path / "stats" / "statistics.json").read_text())
-    assert [s["tokens"] for s in found["samples"]] == [s["tokens"] for s in manifest["samples"]]
-    assert found["seconds"] > 0
-    assert 0 < found["peak_bytes"] < found["available_bytes"]
+    folder = calibrate(small, tmp_path / "stats", None, samples_file=lines, **options)
+    sizes = sizes_in(folder)
+    assert dict(found.plan.files) == sizes
+    assert found.plan.output_bytes == sum(sizes.values())
+    manifest = json.loads((folder / "statistics.json").read_text())
+    assert [sample.tokens for sample in found.plan.samples] == [sample["tokens"] for sample in manifest["samples"]]
+    assert found.seconds > 0
+    assert 0 < found.plan.peak_bytes < psutil.virtual_memory().available
 
 
 def test_texts_alone_leave_the_vision_towers_files_out(small: Path, tmp_path: Path) -> None:
     (tmp_path / "s.jsonl").write_text(json.dumps({"text": "Permission is hereby granted."}))
-    command = [
-        "calibrate",
-        "--model-path",
-        small,
-        "--stats",
-        tmp_path / "stats",
-        "--calib-samples",
-        tmp_path / "s.jsonl",
-    ]
-    found = json.loads(glmq(*command, "--dry-run", "--json").stdout)
-    glmq(*command)
-    assert {file["name"]: file["bytes"] for file in found["files"]} == sizes_in(tmp_path / "stats")
-
-
-def test_the_screen_shows_tokens_disk_memory_and_time(small: Path, pictures: Path, tmp_path: Path) -> None:
-    options = ["--model-path", small, "--stats", tmp_path / "stats", "--calib-images", pictures, "--limit", 2]
-    shown = glmq("calibrate", *options, "--dry-run").stdout.splitlines()
-    assert shown[0].strip() == "Calibration samples"
-    size, minutes = r"\d+(\.\d+)? \w+", r"\d+\.\d minutes"
-    for line, wanted in zip(
-        shown[-4:],
-        [
-            r"statistics: \d+ bytes in 6 files",
-            rf"disk: {size} statistics, {size} beside them while it runs, {size} free",
-            rf"memory: about {size} resident at most, {size} available",
-            rf"time: about {minutes} on this machine as it is now; one sample went through one block",
-        ],
-        strict=True,
-    ):
-        assert re.fullmatch(wanted, line)
+    found = forecast(small, tmp_path / "stats", None, samples_file=tmp_path / "s.jsonl")
+    folder = calibrate(small, tmp_path / "stats", None, samples_file=tmp_path / "s.jsonl")
+    assert dict(found.plan.files) == sizes_in(folder)
 
 
 def test_a_disk_without_room_is_refused_before_the_first_block(
     small: Path, lines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["calibrate", "--model-path", small, "--stats", tmp_path / "stats", "--calib-samples", lines]
-    plan = json.loads(glmq(*command, "--dry-run", "--json").stdout)
-    needed = plan["output_bytes"] + plan["work_bytes"]
+    stats = tmp_path / "stats"
+    plan = forecast(small, stats, None, samples_file=lines).plan
+    needed = plan.output_bytes + plan.work_bytes
     monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: needed - 1)
-    result = run(*command)
-    assert result.exit_code == 5
-    assert f"{needed} bytes are to be written, but its disk has {needed - 1} free" in result.stderr
+    code, sentence = refused(lambda: calibrate(small, stats, None, samples_file=lines))
+    assert code == 5
+    assert f"{needed} bytes are to be written, but its disk has {needed - 1} free" in sentence
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: needed)
-    glmq(*command)
+    calibrate(small, stats, None, samples_file=lines)
 
 
 def test_answers_that_the_model_will_write_are_foretold_at_their_longest(
     small: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    options = ["--model-path", small, "--calib-images", pictures, "--limit", 2, "--generate", 4, "--stats"]
-    command = ["calibrate", *options, tmp_path / "stats"]
-    found = json.loads(glmq(*command, "--dry-run", "--json").stdout)
-    assert re.search(r"^statistics: at most \d+ bytes in 6 files$", glmq(*command, "--dry-run").stdout, re.MULTILINE)
-    glmq(*command)
-    sizes = sizes_in(tmp_path / "stats")
+    plan = forecast(small, tmp_path / "stats", pictures, limit=2, generate=4).plan
+    assert not plan.is_exact
+    sizes = sizes_in(calibrate(small, tmp_path / "stats", pictures, limit=2, generate=4))
     # The random model never stops, so tokens are the most; the texts of its answers are shorter than allowed for.
-    assert {file["name"]: file["bytes"] for file in found["files"]} == sizes | {
-        "statistics.json": pytest.approx(sizes["statistics.json"], rel=0.2)
-    }
-    assert found["output_bytes"] >= sum(sizes.values())
+    assert dict(plan.files) == sizes | {"statistics.json": pytest.approx(sizes["statistics.json"], rel=0.2)}
+    assert plan.output_bytes >= sum(sizes.values())

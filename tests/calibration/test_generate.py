@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import full_model_kwargs, glmq, load_full, run, tree
+from helpers import calibrate, full_model_kwargs, load_full, quantize, refused, tree
 
 from glmq.calibration.generate import GenerationPlan, generate_answers, plan_generation, with_answers
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
+from glmq.jobs.calibrate import CalibrationOptions
 from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.streamed import StreamedModel
+from glmq.progress import Event, Note
 from glmq.ranks import Place, Ranks
 
 TOKENS = 40
@@ -138,12 +140,14 @@ def test_a_model_that_keeps_talking_stops_at_the_limit_and_never_says_the_image_
 
 
 def test_statistics_with_generated_answers_say_so_and_cover_them(small: Path, pictures: Path, tmp_path: Path) -> None:
-    images = ("--calib-images", pictures, "--limit", 2, "--no-texts")
-    result = glmq("calibrate", "--model-path", small, *images, "--generate", 3, "--stats", tmp_path / "stats")
-    assert "generate: 2 samples are answered in up to 3 tokens; reading the weights once takes up to about 0.0 min" in (
-        result.stderr.splitlines()
+    events: list[Event] = []
+    calibrate(small, tmp_path / "stats", pictures, limit=2, texts=False, generate=3, watch=events.append)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert (
+        "generate: 2 samples are answered in up to 3 tokens; reading the weights once takes up to about 0.0 min"
+        in notes
     )
-    assert "have no answer" not in result.stderr
+    assert not any("have no answer" in note for note in notes)
     statistics = Statistics.open(tmp_path / "stats")
     for sample, entry in zip(statistics.samples(), statistics.manifest["samples"], strict=True):
         assert (sample.tokens, sample.has_answer) == (38 + 3, True)
@@ -154,35 +158,22 @@ def test_statistics_with_generated_answers_say_so_and_cover_them(small: Path, pi
 
 
 def test_quantize_takes_such_statistics_for_the_same_answers_only(small: Path, pictures: Path, tmp_path: Path) -> None:
-    images = ("--calib-images", pictures, "--limit", 1, "--no-texts")
-    for name, options in (("one", ("--generate", 3)), ("two", ("--generate", 3)), ("three", ())):
-        result = run(
-            "quantize", "--model_path", small, *images, *options,
-            "--stats", tmp_path / "stats", "--save_directory", tmp_path / name, "-q",
-        )  # fmt: skip
-        assert result.exit_code == (4 if name == "three" else 0)
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    assert "other samples, prompt, limit or --generate than the command names" in result.stderr
+    def quantized(name: str, generate: int | None) -> Path:
+        calibration = CalibrationOptions(images=pictures, limit=1, texts=False, generate=generate)
+        return quantize(small, tmp_path / "stats", tmp_path / name, calibration=calibration)
+
+    assert tree(quantized("one", 3)) == tree(quantized("two", 3))
+    code, sentence = refused(lambda: quantized("three", None))
+    assert code == 4
+    assert "other samples, prompt, limit or --generate than the command names" in sentence
 
 
 def test_a_run_that_was_stopped_between_answers_continues_to_the_same_bytes(
     small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glmq.calibration.generate.CACHE_BYTES", 1)  # a round for each sample
-    command = (
-        "calibrate",
-        "--model-path",
-        small,
-        "--calib-images",
-        pictures,
-        "--limit",
-        3,
-        "--no-texts",
-        "--generate",
-        2,
-        "--stats",
-    )
-    glmq(*command, tmp_path / "whole")
+    options = {"limit": 3, "texts": False, "generate": 2}
+    whole = calibrate(small, tmp_path / "whole", pictures, **options)
     rounds: list[int] = []
 
     real = StreamedModel.vision_call
@@ -195,6 +186,6 @@ def test_a_run_that_was_stopped_between_answers_continues_to_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr(StreamedModel, "vision_call", stop)
-        assert run(*command, tmp_path / "stats", "-q").exit_code == 130
-    glmq(*command, tmp_path / "stats", "--resume")
-    assert tree(tmp_path / "stats") == tree(tmp_path / "whole")
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(small, tmp_path / "stats", pictures, **options)
+    assert tree(calibrate(small, tmp_path / "stats", pictures, resume=True, **options)) == tree(whole)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from helpers import glmq, run, tree
 
 from glmq.calibration.samples import default_images
 from glmq.calibration.stats import Statistics
+from glmq.jobs.calibrate import CalibrationOptions, calibrate
 
 
 def command(model: Path, stats: Path, *options: object) -> list[object]:
@@ -45,6 +47,45 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
     assert re.fullmatch(r"calibrate: \d+\.\d s, peak \d+ MiB resident", progress[6])
     assert re.fullmatch(r"calibrate, of these: .*forward \d+\.\d s \(\d+ GFLOP/s\), .*other \d+\.\d s", progress[7])
     assert progress[8].startswith("warning: the statistics have not settled: ")
+
+
+def test_a_dry_run_shows_tokens_disk_memory_and_time(small: Path, pictures: Path, tmp_path: Path) -> None:
+    options = ["--model-path", small, "--stats", tmp_path / "stats", "--calib-images", pictures, "--limit", 2]
+    shown = glmq("calibrate", *options, "--dry-run").stdout.splitlines()
+    assert shown[0].strip() == "Calibration samples"
+    size, minutes = r"\d+(\.\d+)? \w+", r"\d+\.\d minutes"
+    for line, wanted in zip(
+        shown[-4:],
+        [
+            r"statistics: \d+ bytes in 6 files",
+            rf"disk: {size} statistics, {size} beside them while it runs, {size} free",
+            rf"memory: about {size} resident at most, {size} available",
+            rf"time: about {minutes} on this machine as it is now; one sample went through one block",
+        ],
+        strict=True,
+    ):
+        assert re.fullmatch(wanted, line)
+
+
+def test_a_dry_run_with_answers_by_the_model_says_at_most(small: Path, pictures: Path, tmp_path: Path) -> None:
+    options = ["--calib-images", pictures, "--limit", 2, "--generate", 4]
+    shown = glmq(*command(small, tmp_path / "stats", *options, "--dry-run")).stdout
+    assert re.search(r"^statistics: at most \d+ bytes in 6 files$", shown, re.MULTILINE)
+
+
+def test_the_json_of_a_dry_run_is_the_librarys_forecast(small: Path, pictures: Path, tmp_path: Path) -> None:
+    stats, options = tmp_path / "stats", ["--calib-images", pictures, "--limit", 2]
+    found = json.loads(glmq(*command(small, stats, *options, "--dry-run", "--json")).stdout)
+    chosen = CalibrationOptions(images=pictures, limit=2, texts=False)
+    plan = calibrate(small, out=stats, options=chosen, dry_run=True).plan
+    assert list(tmp_path.iterdir()) == []
+    assert found["samples"] == [asdict(sample) for sample in plan.samples]
+    assert {file["name"]: file["bytes"] for file in found["files"]} == dict(plan.files)
+    for name in ("output_bytes", "work_bytes", "peak_bytes"):
+        assert found[name] == getattr(plan, name)
+    assert found["seconds"] > 0
+    assert 0 < found["peak_bytes"] < found["available_bytes"]
+    assert 0 < found["output_bytes"] < found["free_bytes"]
 
 
 def test_underscores_are_the_same_command(small: Path, pictures: Path, tmp_path: Path) -> None:

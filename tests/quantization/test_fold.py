@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_tensors, glmq, run, streamed_logits, tree
+from helpers import W8A8S, calibrate, edit_tensors, quantize, streamed_logits, tree
 from make_checkpoint import Size, make_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,13 +37,12 @@ FOLDED = {O: V, DOWN: GATE_UP, PROJ: QKV, VISION_DOWN: UP}
 SIZE = Size(intermediate=128, layers=1, vision_hidden=64)
 HEAD, INNER, VISION = 16, 128, 64
 
-EVERY = ("--do_smooth", "True", "--layer", "model.[lv]*={}")
 MODES = {
-    "W8A8": ("--torch_dtype", "fp16"),
-    "W8A8_DYNAMIC": ("--is_dynamic", "True", "--torch_dtype", "fp16"),
-    "W8A8S": ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16"),
-    "W8A8S_by_tensor": ("--co_sparse", "True", "--torch_dtype", "fp16"),
-    "W4A8_DYNAMIC": ("--w_bit", 4, "--is_lowbit", "True", "--is_dynamic", "True"),
+    "W8A8": {"torch_dtype": "fp16"},
+    "W8A8_DYNAMIC": {"is_dynamic": True, "torch_dtype": "fp16"},
+    "W8A8S": W8A8S,
+    "W8A8S_by_tensor": {"co_sparse": True, "torch_dtype": "fp16"},
+    "W4A8_DYNAMIC": {"w_bit": 4, "is_lowbit": True, "is_dynamic": True},
 }
 
 
@@ -71,25 +70,18 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loud_stats(loud: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loud") / "stats"
-    glmq("calibrate", "--model-path", loud, "--calib-images", pictures, "--limit", 1, "--stats", folder)
-    return folder
+    return calibrate(loud, tmp_path_factory.mktemp("loud") / "stats", pictures, limit=1)
 
 
-def quantize(model: Path, stats: Path, out: Path, *options: object) -> Path:
-    glmq("quantize", "--model_path", model, "--stats", stats, "--save_directory", out, *options)
-    return out
-
-
-def every(mode: str) -> list[object]:
+def every(mode: str) -> dict[str, object]:
     """Options that quantize every linear but lm_head."""
-    return [*MODES[mode], *EVERY[:-1], EVERY[-1].format(mode.removesuffix("_by_tensor"))]
+    return {**MODES[mode], "do_smooth": True, "layer": (f"model.[lv]*={mode.removesuffix('_by_tensor')}",)}
 
 
 @pytest.fixture(scope="module")
 def outputs(loud: Path, loud_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("folded")
-    return {mode: quantize(loud, loud_stats, root / mode, *every(mode)) for mode in MODES}
+    return {mode: quantize(loud, loud_stats, root / mode, **every(mode)) for mode in MODES}
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -217,7 +209,7 @@ def test_half_a_fold_is_found(
 ) -> None:
     """A row divided without its columns, in a checkpoint without folds; and a fold whose row was put back."""
     whole = tmp_path / "without"
-    quantize(loud, loud_stats, whole, *MODES[mode])
+    quantize(loud, loud_stats, whole, **MODES[mode])
     folded = tmp_path / "with"
     shutil.copytree(outputs[mode], folded)
     for folder, row, factor in ((whole, 0, 0.5), (folded, 3, 64.0)):
@@ -237,7 +229,7 @@ def test_half_a_fold_is_found(
 def test_a_row_that_shrank_by_itself_is_said_to_be_wrong_in_that_row(
     loud: Path, loud_stats: Path, tmp_path: Path
 ) -> None:
-    out = quantize(loud, loud_stats, tmp_path / "out", "--is_dynamic", "True")
+    out = quantize(loud, loud_stats, tmp_path / "out", is_dynamic=True)
     edit_tensors(out, lambda tensors: tensors[f"{V}.weight_scale"][0].mul_(0.5))
     _, found = [f for f in verify_files(out, loud, []) if isinstance(f, Finding)]  # the first one is of the checksum
     assert (found.check.number, found.tensor) == (30, f"{V}.weight")
@@ -245,12 +237,12 @@ def test_a_row_that_shrank_by_itself_is_said_to_be_wrong_in_that_row(
 
 
 def test_where_one_side_stays_float_nothing_is_folded(loud: Path, loud_stats: Path, tmp_path: Path) -> None:
-    smooth = ("--do_smooth", "True", "--is_dynamic", "True", "--torch_dtype", "fp16")
-    kept = quantize(loud, loud_stats, tmp_path / "v", *smooth, "--keep-float", "*.self_attn.[qkv]_proj")
+    smooth = {"do_smooth": True, "is_dynamic": True, "torch_dtype": "fp16"}
+    kept = quantize(loud, loud_stats, tmp_path / "v", **smooth, keep_float=("*.self_attn.[qkv]_proj",))
     assert labels(kept)[O] == "none (v_proj stays float)"
     assert torch.equal(weights(kept)[f"{V}.weight"], weights(loud)[f"{V}.weight"].half())
-    plain = quantize(loud, loud_stats, tmp_path / "o", *smooth, "--keep-float", O)
-    folded = quantize(loud, loud_stats, tmp_path / "both", *smooth)
+    plain = quantize(loud, loud_stats, tmp_path / "o", **smooth, keep_float=(O,))
+    folded = quantize(loud, loud_stats, tmp_path / "both", **smooth)
     a, b = weights(plain), weights(folded)
     assert torch.equal(a[f"{V}.bias"], weights(loud)[f"{V}.bias"].half())
     assert torch.equal(a[f"{V}.weight"], b[f"{V}.weight"])  # a row's integers do not see what divides the row
@@ -259,7 +251,7 @@ def test_where_one_side_stays_float_nothing_is_folded(loud: Path, loud_stats: Pa
 
 
 def test_m2_folds_no_rows(loud: Path, loud_stats: Path, tmp_path: Path) -> None:
-    out = quantize(loud, loud_stats, tmp_path / "out", *MODES["W8A8"], "--layer", "model.[lv]*=W8A8")
+    out = quantize(loud, loud_stats, tmp_path / "out", **MODES["W8A8"], layer=("model.[lv]*=W8A8",))
     assert {labels(out)[name] for name in FOLDED} == {"none"}
 
 
@@ -278,8 +270,8 @@ def test_an_interrupted_run_continues_with_the_same_folds(
 
     monkeypatch.setattr(stream, "encode_linear", interrupt)
     out = tmp_path / "out"
-    command = ["quantize", "--model_path", loud, "--stats", loud_stats, "--save_directory", out, *every("W8A8S")]
-    assert run(*command).exit_code == 130
+    with pytest.raises(KeyboardInterrupt):
+        quantize(loud, loud_stats, out, **every("W8A8S"))
     assert not out.exists()
-    glmq(*command, "--resume")
+    quantize(loud, loud_stats, out, resume=True, **every("W8A8S"))
     assert tree(out) == tree(outputs["W8A8S"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, edit_tensors, glmq, run, run_ranks, tree, without_checksums
+from helpers import W8A8S, calibrate, edit_json, edit_tensors, quantize, refused, run_ranks, tree, without_checksums
 from make_checkpoint import Size, make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,9 +15,11 @@ from glmq.calibration.stats import Statistics
 from glmq.checkpoint.checksums import CHECKSUMS, read_checksums
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
+from glmq.jobs.calibrate import CalibrationOptions
 from glmq.model.config import FAMILY, read_config
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.progress import Event, Note
 from glmq.quantization.group import FloatLinear
 from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.measure import rate_checkpoint
@@ -28,25 +30,17 @@ from glmq.quantization.recipe import Options, make_recipe
 from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Ranks
 
-SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
-"""What the mission's command asks for."""
-
 MODES = {
-    "W8A8S fp16": SEED,
-    "W8A8S by fraction": ("--w_bit", 4, "--is_lowbit", "True", "--torch_dtype", "fp16", "--fraction", 0.05),
-    "W8A8 bf16": (),
-    "W8A8 fp16": ("--torch_dtype", "fp16", "--act_method", 1),
+    "W8A8S fp16": W8A8S,
+    "W8A8S by fraction": {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16", "fraction": 0.05},
+    "W8A8 bf16": {},
+    "W8A8 fp16": {"torch_dtype": "fp16", "act_method": 1},
 }
 
 FILE = "model-00001-of-00001.safetensors"
 LAYER = "model.language_model.layers.1"
 U = 2.0**-24
 """Unit roundoff of float32."""
-
-
-def quantize(model: Path, stats: Path, out: Path, *options: object) -> Path:
-    glmq("quantize", "--model_path", model, "--stats", stats, "--save_directory", out, *options)
-    return out
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -64,7 +58,7 @@ def quantized_linears(folder: Path) -> list[str]:
 def outputs(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The small model quantized in each mode."""
     base = tmp_path_factory.mktemp("quantized")
-    return {name: quantize(small, small_stats, base / name, *options) for name, options in MODES.items()}
+    return {name: quantize(small, small_stats, base / name, **options) for name, options in MODES.items()}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -200,7 +194,7 @@ def test_parts_hold_the_same_tensors_each_below_the_limit(
     small: Path, small_stats: Path, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
     # The smallest limit is a megabyte, which the small model does not reach: one numbered part and an index.
-    out = quantize(small, small_stats, tmp_path / "out", *SEED, "--part_file_size", "1MB")
+    out = quantize(small, small_stats, tmp_path / "out", shard_bytes=2**20, **W8A8S)
     stem = "quant_model_weight_w8a8s"
     assert [path.name for path in sorted(out.glob("*.safetensors"))] == [f"{stem}-00001-of-00001.safetensors"]
     index = json.loads((out / f"{stem}.safetensors.index.json").read_text())
@@ -215,7 +209,7 @@ def test_parts_hold_the_same_tensors_each_below_the_limit(
 def test_the_tiny_models_parts_are_filled_one_after_the_other(
     tiny: Path, tiny_stats: Path, tiny_seed: Path, tmp_path: Path
 ) -> None:
-    out = quantize(tiny, tiny_stats, tmp_path / "out", *SEED, "--part_file_size", "2MB")
+    out = quantize(tiny, tiny_stats, tmp_path / "out", shard_bytes=2 * 2**20, **W8A8S)
     stem = "quant_model_weight_w8a8s"
     files = sorted(out.glob("*.safetensors"))
     assert [path.name for path in files] == [f"{stem}-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -229,16 +223,14 @@ def test_the_tiny_models_parts_are_filled_one_after_the_other(
 def test_two_runs_write_the_same_bytes(
     small: Path, small_stats: Path, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    assert tree(quantize(small, small_stats, tmp_path / "out", *SEED)) == tree(outputs["W8A8S fp16"])
+    assert tree(quantize(small, small_stats, tmp_path / "out", **W8A8S)) == tree(outputs["W8A8S fp16"])
 
 
 def test_statistics_made_on_the_way_give_the_same_bytes_as_stored_ones(
     small: Path, pictures: Path, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    glmq(
-        "quantize", "--model_path", small, "--calib_images", pictures, "--limit", 2,
-        "--save_directory", tmp_path / "out", *SEED,
-    )  # fmt: skip
+    calibration = CalibrationOptions(images=pictures, limit=2)
+    quantize(small, None, tmp_path / "out", calibration=calibration, **W8A8S)
     assert tree(tmp_path / "out") == tree(outputs["W8A8S fp16"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -295,7 +287,7 @@ def smooth(
 
 
 def test_without_outlier_suppression_no_norm_changes(small: Path, small_stats: Path, tmp_path: Path) -> None:
-    found = weights(quantize(small, small_stats, tmp_path / "out", "--anti_method", "none"))
+    found = weights(quantize(small, small_stats, tmp_path / "out", anti_method="none"))
     source = weights(small)
     assert all(
         torch.equal(found[f"{norm}.weight"], source[f"{norm}.weight"])
@@ -304,7 +296,7 @@ def test_without_outlier_suppression_no_norm_changes(small: Path, small_stats: P
 
 
 def test_the_older_mindie_layout(small: Path, small_stats: Path, tmp_path: Path) -> None:
-    out = quantize(small, small_stats, tmp_path / "out", *SEED, "--mindie_format", "True")
+    out = quantize(small, small_stats, tmp_path / "out", mindie_format=True, **W8A8S)
     found, norms = weights(out), list(read_config(small).family.rms_norms(read_config(small)))
     document = json.loads((out / "quant_model_description_w8a8s.json").read_text())
     assert "version" not in document
@@ -337,10 +329,8 @@ def test_another_layout_of_the_config_gives_the_same_weights_and_the_nested_conf
         text["rope_parameters"]["partial_rotary_factor"] = text.pop("partial_rotary_factor")
 
     edit_json(small_copy / "config.json", flatten if layout == "flat" else rename)
-    out = tmp_path / "out"
-    glmq(
-        "quantize", "--model_path", small_copy, "--calib_images", pictures, "--limit", 2, "--save_directory", out, *SEED
-    )
+    calibration = CalibrationOptions(images=pictures, limit=2)
+    out = quantize(small_copy, None, tmp_path / "out", calibration=calibration, **W8A8S)
     wanted = weights(outputs["W8A8S fp16"])
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights(out).items())
     text = json.loads((out / "config.json").read_text())["text_config"]
@@ -359,8 +349,7 @@ def test_tensors_that_are_no_part_of_the_model_are_carried_along(
 
     edit_tensors(small_copy, add)
     (small_copy / "model.safetensors.index.json").unlink()
-    out = tmp_path / "out"
-    glmq("quantize", "--model_path", small_copy, "--calib_images", pictures, "--limit", 2, "--save_directory", out)
+    out = quantize(small_copy, None, tmp_path / "out", calibration=CalibrationOptions(images=pictures, limit=2))
     found = weights(out)
     assert torch.equal(
         found["model.language_model.layers.0.self_attn.rotary_emb.inv_freq"], torch.tensor([1.0, 0.5]).bfloat16()
@@ -369,47 +358,46 @@ def test_tensors_that_are_no_part_of_the_model_are_carried_along(
     assert torch.equal(found["scalar"], torch.tensor(0.25).bfloat16())
 
 
-def refused(model: Path, stats: Path, out: Path, *options: object) -> tuple[int, str]:
+def refused_quantization(model: Path, stats: Path, out: Path, **options: object) -> tuple[int, str]:
     """Exit code and the error's sentence; whatever lay around the output must be as before."""
     before = tree(out.parent)
-    result = run("quantize", "--model_path", model, "--stats", stats, "--save_directory", out, "--quiet", *options)
+    said = refused(lambda: quantize(model, stats, out, **options))
     assert tree(out.parent) == before
-    assert result.stdout == ""
-    return result.exit_code, result.stderr
+    return said
 
 
-DAMAGE: dict[str, tuple[str, Callable[[Tensor], object], tuple[object, ...], str]] = {
+DAMAGE: dict[str, tuple[str, Callable[[Tensor], object], dict[str, object], str]] = {
     "a quantized weight with NaN": (
-        f"{LAYER}.mlp.gate_up_proj.weight", lambda t: t[5, 3:5].fill_(torch.nan), (),
+        f"{LAYER}.mlp.gate_up_proj.weight", lambda t: t[5, 3:5].fill_(torch.nan), {},
         f"{FILE}: tensor '{LAYER}.mlp.gate_up_proj.weight' holds 2 NaN or infinite values of 12288; "
         "download the file again or repair the checkpoint",
     ),
     "a copied weight with infinity": (
-        "model.visual.merger.up_proj.weight", lambda t: t[0, 0].fill_(-torch.inf), (),
+        "model.visual.merger.up_proj.weight", lambda t: t[0, 0].fill_(-torch.inf), {},
         f"{FILE}: tensor 'model.visual.merger.up_proj.weight' holds 1 NaN or infinite values of 6144; "
         "download the file again or repair the checkpoint",
     ),
     "a bias with NaN": (
-        f"{LAYER}.self_attn.k_proj.bias", lambda t: t[0].fill_(torch.nan), (),
+        f"{LAYER}.self_attn.k_proj.bias", lambda t: t[0].fill_(torch.nan), {},
         f"{FILE}: tensor '{LAYER}.self_attn.k_proj.bias' holds 1 NaN or infinite values of 32; "
         "download the file again or repair the checkpoint",
     ),
     "a norm with NaN": (
-        f"{LAYER}.input_layernorm.weight", lambda t: t[0].fill_(torch.nan), (),
+        f"{LAYER}.input_layernorm.weight", lambda t: t[0].fill_(torch.nan), {},
         f"{FILE}: tensor '{LAYER}.input_layernorm.weight' holds 1 NaN or infinite values of 64; "
         "download the file again or repair the checkpoint",
     ),
     "a copied weight beyond float16": (
-        "lm_head.weight", lambda t: t[3, 4].fill_(1e6), SEED,
+        "lm_head.weight", lambda t: t[3, 4].fill_(1e6), W8A8S,
         f"{FILE}: tensor 'lm_head.weight' reaches 999424, float16 ends at 65504; "
         "pass --torch_dtype bf16 (W8A8 only) or repair the checkpoint",
     ),
     "a copied norm beyond float16": (
-        f"{LAYER}.post_mlp_layernorm.weight", lambda t: t[3].fill_(-1e6), SEED,
+        f"{LAYER}.post_mlp_layernorm.weight", lambda t: t[3].fill_(-1e6), W8A8S,
         f"{LAYER}.post_mlp_layernorm.weight: its largest magnitude is 999424, which float16 cannot hold; use bfloat16",
     ),
     "a bias beyond float16": (
-        f"{LAYER}.self_attn.v_proj.bias", lambda t: t[3].fill_(1e6), SEED,
+        f"{LAYER}.self_attn.v_proj.bias", lambda t: t[3].fill_(1e6), W8A8S,
         f"{LAYER}.self_attn.v_proj.bias: its largest magnitude is 999424, which float16 cannot hold; use bfloat16",
     ),
 }  # fmt: skip
@@ -424,7 +412,7 @@ def test_a_weight_that_cannot_be_stored_is_named_and_nothing_is_left(
     out = tmp_path / "outputs" / "out"
     out.parent.mkdir()
     older = without_checksums(small_stats, tmp_path / "stats")  # they take any weights of that layout
-    assert refused(small_copy, older, out, *options) == (4, f"error: {sentence}\n")
+    assert refused_quantization(small_copy, older, out, **options) == (4, sentence)
 
 
 def changed(tensors: dict[str, Tensor], name: str) -> None:
@@ -446,10 +434,10 @@ def test_statistics_of_other_weights_of_the_same_layout_are_refused_by_the_tenso
     edit_tensors(small_copy, lambda tensors: changed(tensors, name))
     out = tmp_path / "outputs" / "out"
     out.parent.mkdir()
-    assert refused(small_copy, small_stats, out, *SEED) == (
+    assert refused_quantization(small_copy, small_stats, out, **W8A8S) == (
         4,
-        f"error: {small_copy / FILE}: tensor {name!r} is not the one that the statistics in {small_stats} come from; "
-        "run `glmq calibrate` on this model\n",
+        f"{small_copy / FILE}: tensor {name!r} is not the one that the statistics in {small_stats} come from; "
+        "run `glmq calibrate` on this model",
     )
 
 
@@ -462,28 +450,28 @@ def test_damaged_statistics_are_refused_and_nothing_is_left(small: Path, small_s
     path.write_bytes(content)
     out = tmp_path / "outputs" / "out"
     out.parent.mkdir()
-    assert refused(small, stats, out, *SEED) == (
+    assert refused_quantization(small, stats, out, **W8A8S) == (
         4,
-        f"error: {path}: tensor '{LAYER}.self_attn.q_proj.maximum' is not the one that `glmq calibrate` wrote; "
-        "copy the folder again or run `glmq calibrate` again\n",
+        f"{path}: tensor '{LAYER}.self_attn.q_proj.maximum' is not the one that `glmq calibrate` wrote; "
+        "copy the folder again or run `glmq calibrate` again",
     )
 
 
 def test_statistics_without_checksums_are_used_and_named(small: Path, small_stats: Path, tmp_path: Path) -> None:
     older = without_checksums(small_stats, tmp_path / "stats")
-    result = run("quantize", "--model_path", small, "--stats", older, "--save_directory", tmp_path / "out", *SEED)
-    assert result.exit_code == 0
+    events: list[Event] = []
+    quantize(small, older, tmp_path / "out", watch=events.append, **W8A8S)
     assert (
         f"note: the statistics in {older} have no checksums, an older glmq wrote them: only damage that makes them "
-        "impossible is found, and not whether the weights are those that they come from\n"
-    ) in result.stderr
-    assert tree(tmp_path / "out") == tree(quantize(small, small_stats, tmp_path / "again", *SEED))
+        "impossible is found, and not whether the weights are those that they come from"
+    ) in [event.text for event in events if isinstance(event, Note)]
+    assert tree(tmp_path / "out") == tree(quantize(small, small_stats, tmp_path / "again", **W8A8S))
 
 
 def test_a_failed_run_leaves_an_existing_output_as_it_was(small_copy: Path, small_stats: Path, tmp_path: Path) -> None:
     out = quantize(small_copy, small_stats, tmp_path / "outputs" / "out")
     edit_tensors(small_copy, lambda tensors: tensors["lm_head.weight"][0, 0].fill_(torch.nan))
-    code, sentence = refused(small_copy, small_stats, out, "--overwrite")
+    code, sentence = refused_quantization(small_copy, small_stats, out, overwrite=True)
     assert (code, "lm_head.weight" in sentence) == (4, True)
 
 
@@ -493,17 +481,17 @@ def test_a_large_norm_that_smoothing_moves_into_the_weights_is_no_overflow(
     name = f"{LAYER}.input_layernorm.weight"
     edit_tensors(small_copy, lambda tensors: tensors[name][3].fill_(1e6))
     older = without_checksums(small_stats, tmp_path / "stats")
-    found = weights(quantize(small_copy, older, tmp_path / "out", *SEED))
+    found = weights(quantize(small_copy, older, tmp_path / "out", **W8A8S))
     assert torch.isfinite(found[name]).all()
 
 
 def test_a_quantized_checkpoint_is_no_source(tiny_seed: Path, small_stats: Path, tmp_path: Path) -> None:
-    code, sentence = refused(tiny_seed, small_stats, tmp_path / "out", *SEED)
+    code, sentence = refused_quantization(tiny_seed, small_stats, tmp_path / "out", **W8A8S)
     assert code == 4
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert sentence == (
-        f"error: quant_model_weight_w8a8s.safetensors: tensor '{name}' is I8, one of F64, F32, F16, BF16 is needed; "
-        "give the float weights, not a quantized checkpoint\n"
+        f"quant_model_weight_w8a8s.safetensors: tensor '{name}' is I8, one of F64, F32, F16, BF16 is needed; "
+        "give the float weights, not a quantized checkpoint"
     )
 
 
@@ -513,8 +501,8 @@ def test_a_foreign_tensor_of_a_module_of_the_model_is_refused(
 ) -> None:
     edit_tensors(small_copy, lambda tensors: tensors.update({name: torch.zeros(64)}))
     (small_copy / "model.safetensors.index.json").unlink()
-    assert refused(small_copy, small_stats, tmp_path / "out") == (
-        4, f"error: {FILE}: tensor '{name}' is no part of a GLM-4.1V; give the float release's weights\n",
+    assert refused_quantization(small_copy, small_stats, tmp_path / "out") == (
+        4, f"{FILE}: tensor '{name}' is no part of a GLM-4.1V; give the float release's weights",
     )  # fmt: skip
 
 
@@ -527,12 +515,12 @@ def test_missing_tensors_are_counted_and_the_first_is_named(
 
     edit_tensors(small_copy, drop)
     (small_copy / "model.safetensors.index.json").unlink()
-    code, sentence = refused(small_copy, small_stats, tmp_path / "out")
+    code, sentence = refused_quantization(small_copy, small_stats, tmp_path / "out")
     total = len(read_config(small_copy).family.shapes(read_config(small_copy)))
     assert code == 4
     assert sentence == (
-        f"error: {small_copy}: 13 of the model's {total} tensors are missing, "
-        f"the first is '{LAYER}.input_layernorm.weight'; download the checkpoint again\n"
+        f"{small_copy}: 13 of the model's {total} tensors are missing, "
+        f"the first is '{LAYER}.input_layernorm.weight'; download the checkpoint again"
     )
 
 
@@ -540,20 +528,19 @@ def test_a_config_of_another_size_is_refused_by_the_first_tensor_that_differs(
     small_copy: Path, small_stats: Path, tmp_path: Path
 ) -> None:
     edit_json(small_copy / "config.json", lambda c: c["text_config"].update(vocab_size=2048))
-    assert refused(small_copy, small_stats, tmp_path / "out") == (
+    assert refused_quantization(small_copy, small_stats, tmp_path / "out") == (
         4,
-        f"error: {FILE}: tensor 'model.language_model.embed_tokens.weight' has shape (1536, 64), "
-        "config.json asks for (2048, 64); take both from the same release\n",
+        f"{FILE}: tensor 'model.language_model.embed_tokens.weight' has shape (1536, 64), "
+        "config.json asks for (2048, 64); take both from the same release",
     )
 
 
 def test_an_input_without_statistics_is_named(small: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "Permission is hereby granted."}\n')
-    stats = tmp_path / "stats"
-    glmq("calibrate", "--model-path", small, "--calib-samples", tmp_path / "texts.jsonl", "--stats", stats)
-    assert refused(small, stats, tmp_path / "out", "--layer", "model.visual.*=W8A8") == (
+    stats = calibrate(small, tmp_path / "stats", None, samples_file=tmp_path / "texts.jsonl")
+    assert refused_quantization(small, stats, tmp_path / "out", layer=("model.visual.*=W8A8",)) == (
         4,
-        f"error: {stats}: has no statistics of 'model.visual.blocks.0.attn.qkv'; run `glmq calibrate` on this model\n",
+        f"{stats}: has no statistics of 'model.visual.blocks.0.attn.qkv'; run `glmq calibrate` on this model",
     )
 
 
@@ -562,10 +549,10 @@ def test_statistics_of_other_weights_are_refused(small: Path, tmp_path: Path, sm
     make_checkpoint(other, Size(layers=1))
     with Checkpoint.open(small) as one, Checkpoint.open(other) as two:
         theirs, ours = one.fingerprint()[:12], two.fingerprint()[:12]
-    assert refused(other, small_stats, tmp_path / "out") == (
+    assert refused_quantization(other, small_stats, tmp_path / "out") == (
         4,
-        f"error: {small_stats}: these statistics come from another checkpoint "
-        f"(theirs {theirs}, this model's {ours}); run `glmq calibrate` on this model\n",
+        f"{small_stats}: these statistics come from another checkpoint "
+        f"(theirs {theirs}, this model's {ours}); run `glmq calibrate` on this model",
     )
 
 
@@ -575,8 +562,7 @@ def test_float_weights_of_another_dtype_are_taken(
 ) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in weights(small_copy).items()}
     save_file(tensors, small_copy / FILE, metadata={"format": "pt"})
-    out = tmp_path / "out"
-    glmq("quantize", "--model_path", small_copy, "--calib_images", pictures, "--limit", 1, "--save_directory", out)
+    out = quantize(small_copy, None, tmp_path / "out", calibration=CalibrationOptions(images=pictures, limit=1))
     assert torch.equal(weights(out)["lm_head.weight"], tensors["lm_head.weight"].bfloat16())
 
 

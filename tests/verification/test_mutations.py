@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, edit_tensors, glmq
+from helpers import W8A8S, calibrate, edit_json, edit_tensors, quantize
 from make_checkpoint import Size, make_checkpoint
 from random_w8a8s import write_stand_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import glmq
 from glmq.checkpoint.checksums import CHECKSUMS, write_checksums
 from glmq.checkpoint.header import read_header
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
-from glmq.quantization.recipe import Options, Recipe, make_recipe
+from glmq.engines import Engine
+from glmq.quantization.recipe import Options, make_recipe
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.checks import verify_files
 from glmq.verification.checksums import check_checksums, checksum_of
@@ -44,12 +46,12 @@ PART = "part{}-of-2/quant_model_weight_w8a8sc.safetensors"
 SIZE = Size(hidden=128, intermediate=160, layers=2, heads=4, kv_heads=2)
 
 OPTIONS = {
-    "w8a8s": ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16"),
-    "w8a8": (),
-    "dynamic": ("--is_dynamic", "True", "--torch_dtype", "fp16"),
-    "w4a8": ("--w_bit", 4, "--is_lowbit", "True", "--is_dynamic", "True"),
-    "mindie": ("--mindie_format", "True", "--torch_dtype", "fp16"),
-    "sharded": ("--part_file_size", "1MB"),
+    "w8a8s": W8A8S,
+    "w8a8": {},
+    "dynamic": {"is_dynamic": True, "torch_dtype": "fp16"},
+    "w4a8": {"w_bit": 4, "is_lowbit": True, "is_dynamic": True},
+    "mindie": {"mindie_format": True, "torch_dtype": "fp16"},
+    "sharded": {"shard_bytes": 2**20},
 }
 
 
@@ -64,19 +66,16 @@ class Good:
 @pytest.fixture(scope="module")
 def good(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Good:
     root = tmp_path_factory.mktemp("good")
-    source, stats = root / "float", root / "stats"
+    source = root / "float"
     make_checkpoint(source, SIZE)
-    glmq("calibrate", "--model-path", source, "--calib-images", pictures, "--limit", 2, "--stats", stats)
+    stats = calibrate(source, root / "stats", pictures, limit=2)
     for label, options in OPTIONS.items():
-        glmq("quantize", "--model_path", source, "--stats", stats, "--save_directory", root / label, *options)
+        quantize(source, stats, root / label, **options)
+    glmq.compress(root / "w8a8s", out=root / "portable", codec="portable")
     program = write_stand_in(root)
-    ascend = ("--codec", "ascend", "--executor", program, "--tp", 2)
-    for label, options in {
-        "portable": ("--codec", "portable"),
-        "parts": ascend,
-        "ranks": (*ascend, "--layout", "vllm-ascend"),
-    }.items():
-        glmq("compress", "--model_path", root / "w8a8s", "--save_directory", root / label, *options)
+    for label, engine in {"parts": Engine.MINDIE, "ranks": Engine.VLLM_ASCEND}.items():
+        chosen = glmq.CompressionOptions(executor=program, layout=engine)
+        glmq.compress(root / "w8a8s", out=root / label, tp=2, codec="ascend", options=chosen)
     return Good(source, {path.name: path for path in root.iterdir() if path.name in KINDS})
 
 
@@ -553,16 +552,11 @@ def retouch(folder: Path) -> None:
         write_checksums(folder, {name: checksum_of(checkpoint, name) for name in checkpoint})
 
 
-def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(
-    good: Good, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def corrected(options: Options) -> Recipe:
-        recipe = make_recipe(options)
-        return replace(recipe, scheme=replace(recipe.scheme, bias_correction=True))
-
-    monkeypatch.setattr("glmq.quantization.recipe.make_recipe", corrected)
-    folder, stats = tmp_path / "corrected", good.source.parent / "stats"
-    glmq("quantize", "--model_path", good.source, "--stats", stats, "--save_directory", folder, *OPTIONS["w8a8s"])
+def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(good: Good, tmp_path: Path) -> None:
+    recipe = make_recipe(Options(**W8A8S))
+    corrected = replace(recipe, scheme=replace(recipe.scheme, bias_correction=True))
+    folder = tmp_path / "corrected"
+    glmq.quantize(good.source, good.source.parent / "stats", out=folder, recipe=corrected)
     assert findings(folder, good, "w8a8s") == []
     report = read_json_object(folder / "glmq_report.json")
     shift = row_of(report, f"{O}")["bias_shift"]
@@ -614,7 +608,7 @@ def test_only_the_portable_form_of_one_rank_keeps_the_checksums_and_gives_them_b
     kept = [path.relative_to(good.source.parent) for path in good.source.parent.glob(f"*/**/{CHECKSUMS}")]
     folders = [*OPTIONS, "portable/glmq_source"]
     assert sorted(map(str, kept)) == sorted(f"{folder}/{CHECKSUMS}" for folder in folders)
-    glmq("compress", "--decompress", "--model_path", good.folders["portable"], "--save_directory", tmp_path / "back")
+    glmq.restore(good.folders["portable"], out=tmp_path / "back")
     assert (tmp_path / "back" / CHECKSUMS).read_bytes() == (good.folders["w8a8s"] / CHECKSUMS).read_bytes()
     assert findings(tmp_path / "back", good, "w8a8s") == []
 
