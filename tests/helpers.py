@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import json
@@ -16,28 +15,24 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import glmq as package
+import glmq
 from glmq.errors import GlmqError, LostRanksError
 from glmq.ranks import Place, Ranks
 
 if TYPE_CHECKING:
-    from typer import Typer
-    from typer.testing import Result
-
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.model.config import ModelConfig
     from glmq.model.inputs import ModelInputs
     from glmq.progress import Watch
 
 
-PACKAGES = Path(package.__file__).parents[1]
+PACKAGES = Path(glmq.__file__).parents[1]
 """The folder that glmq is imported from: as the working directory of a new Python process, it has that one import the same
 glmq. In a checkout it would find the sources, which may lack the compiled rounding; its ties differ, a resume refuses it."""
 
@@ -47,31 +42,6 @@ def loaded_after(module: str, names: Sequence[str]) -> list[str]:
     code = f"import sys, {module}; print(*(name for name in {names!r} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
     return done.stdout.split()
-
-
-def run(*args: object) -> Result:
-    """Run `glmq` with these arguments in this process; whatever the exit code."""
-    from typer import testing
-
-    from glmq.cli.app import app
-
-    with mock.patch.object(testing, "_get_command", _commands):
-        return testing.CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-@functools.cache
-def _commands(app: Typer) -> object:
-    """The commands of the app, read from their signatures once a process rather than once a run: that takes 50 ms."""
-    from typer.main import get_command
-
-    return get_command(app)
-
-
-def glmq(*args: object) -> Result:
-    """Run `glmq` with these arguments in this process; it must succeed."""
-    result = run(*args)
-    assert result.exit_code == 0, result.output
-    return result
 
 
 W8A8S = {"w_bit": 4, "is_lowbit": True, "use_sigma": True, "torch_dtype": "fp16"}
@@ -88,8 +58,8 @@ def calibrate(
     **options: object,
 ) -> Path:
     """Calibrate into `out`, which is returned; the options are fields of CalibrationOptions."""
-    chosen = package.CalibrationOptions(images=pictures, **options)
-    return package.calibrate(model, out=out, options=chosen, resume=resume, watch=watch).folder
+    chosen = glmq.CalibrationOptions(images=pictures, **options)
+    return glmq.calibrate(model, out=out, options=chosen, resume=resume, watch=watch).folder
 
 
 def quantize(
@@ -108,7 +78,7 @@ def quantize(
     from glmq.jobs.quantize import QuantizationJob, run_quantization
     from glmq.quantization.recipe import Options, make_recipe
 
-    chosen = calibration or package.CalibrationOptions()
+    chosen = calibration or glmq.CalibrationOptions()
     job = QuantizationJob(model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes)
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch).folder
 

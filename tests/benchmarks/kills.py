@@ -32,7 +32,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import run, tree
+from cli.command_line import run
+from helpers import tree
 
 from glmq.checkpoint.journal import Journal
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES

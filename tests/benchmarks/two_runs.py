@@ -29,7 +29,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from helpers import run, tree
+from cli.command_line import run
+from helpers import tree
 from make_checkpoint import Size, make_checkpoint
 
 from glmq.model.tiny import TINY_PICTURES

@@ -3,7 +3,8 @@ import sys
 from importlib import metadata
 
 import pytest
-from helpers import PACKAGES, loaded_after, run
+from cli.command_line import run
+from helpers import PACKAGES, loaded_after
 
 from glmq.version import __version__
 

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import pytest
 import typer
-from helpers import PACKAGES, glmq, run
+from cli.command_line import glmq, run
+from helpers import PACKAGES
 from typer.testing import CliRunner, Result
 
 from glmq import errors

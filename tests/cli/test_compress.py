@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PACKAGES, glmq, run, tree
+from cli.command_line import glmq, run
+from helpers import PACKAGES, tree
 from random_w8a8s import write_stand_in, write_w8a8s
 
 from glmq.compression import stream

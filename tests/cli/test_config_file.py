@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import glmq, run
+from cli.command_line import glmq, run
 
 from glmq.cli.config_file import dump_config, read_config_file
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PACKAGES, glmq, run
+from cli.command_line import glmq, run
+from helpers import PACKAGES
 from safetensors.torch import load_file
 
 Q = "model.language_model.layers.0.self_attn.q_proj"

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import glmq, run, tree
+from cli.command_line import glmq, run
+from helpers import tree
 
 from glmq.checkpoint.folder import OutputFolder
 from glmq.checkpoint.workplace import Workplace

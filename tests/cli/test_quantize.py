@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PACKAGES, StandInNpu, edit_json, glmq, run, tree
+from cli.command_line import glmq, run
+from helpers import PACKAGES, StandInNpu, edit_json, tree
 
 from glmq import device
 from glmq.calibration.stats import Statistics

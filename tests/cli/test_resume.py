@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import PACKAGES, glmq, run, tree
+from cli.command_line import glmq, run
+from helpers import PACKAGES, tree
 
 from glmq.checkpoint.journal import Journal
 

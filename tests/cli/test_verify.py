@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_json, edit_tensors, glmq, run
+from cli.command_line import glmq, run
+from helpers import edit_json, edit_tensors
 
+from glmq.compression.manifest import MANIFEST, read_manifest
+from glmq.jobs.compress import compress
 from glmq.model.tiny import TINY_CASES
 
 LAYER = "model.language_model.layers.0"
@@ -54,6 +57,17 @@ def test_files_alone_need_no_reference(tiny_seed: Path) -> None:
     assert (
         "not checked: the float weights (--reference); behaviour (--calib-images or --cases, with --reference)" in shown
     )
+
+
+def test_the_screen_says_what_was_checked_and_the_exit_code_whether_it_passed(tiny_seed: Path, tmp_path: Path) -> None:
+    portable = compress(tiny_seed, out=tmp_path / "portable", codec="portable", tp=2).folder
+    manifest = read_manifest(portable)
+    stored = sum(len(part.tensors) for part in manifest.rank_files)
+    shown = glmq("verify", portable).stdout
+    assert f"checked: the bytes of {stored} tensors" in " ".join(shown.split())
+    (portable / MANIFEST).unlink()
+    for options in ((), ("--json",)):
+        assert run("verify", portable, *options).exit_code == 3
 
 
 def test_without_behaviour_the_worst_weights_come_first(tiny: Path, tiny_seed: Path) -> None:

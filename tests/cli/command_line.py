@@ -1,0 +1,35 @@
+"""`glmq` with its arguments, in the process of the tests."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+from unittest import mock
+
+from typer import testing
+from typer.main import get_command
+
+from glmq.cli.app import app
+
+if TYPE_CHECKING:
+    from typer import Typer
+    from typer.testing import Result
+
+
+def run(*args: object) -> Result:
+    """Run `glmq` with these arguments; whatever the exit code."""
+    with mock.patch.object(testing, "_get_command", _commands):
+        return testing.CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def glmq(*args: object) -> Result:
+    """Run `glmq` with these arguments; it must succeed."""
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@functools.cache
+def _commands(app: Typer) -> object:
+    """The commands of the app, read from their signatures once a process rather than once a run: that takes 50 ms."""
+    return get_command(app)
