@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_tensors, glmq, run, run_ranks, tree
+from helpers import calibrate, edit_tensors, refused, run_ranks, tree
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from glmq.calibration.stats import StoredBlock
 from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import StatisticsError
+from glmq.errors import StatisticsError, UsageError
 from glmq.model.config import read_config
+from glmq.progress import Event, Note
 from glmq.ranks import Place, Ranks
 
 BLOCKS = 5
@@ -27,22 +29,14 @@ BLOCKS = 5
 LAYER = "model.language_model.layers"
 
 
-def command(model: Path, pictures: Path, stats: Path) -> list[object]:
-    return [
-        "calibrate",
-        "--model-path",
-        model,
-        "--calib-images",
-        pictures,
-        "--limit",
-        2,
-        "--no-texts",
-        "--stats",
-        stats,
-    ]
+def run(model: Path, pictures: Path, stats: Path, **options: object) -> list[str]:
+    """Calibrate on two pictures; returns what was noted."""
+    events: list[Event] = []
+    calibrate(model, stats, pictures, limit=2, texts=False, watch=events.append, **options)
+    return [event.text for event in events if isinstance(event, Note)]
 
 
-def killed(arguments: list[object], owner: type, method: str, call: int, *, after: bool) -> None:
+def killed(work: Callable[[], object], owner: type, method: str, call: int, *, after: bool) -> None:
     """Run in a forked child that kills itself (kill -9) before or after the call of that number of a method."""
     child = os.fork()
     if child == 0:
@@ -59,8 +53,10 @@ def killed(arguments: list[object], owner: type, method: str, call: int, *, afte
             return found
 
         setattr(owner, method, dying)
-        run(*arguments)
-        os._exit(0)
+        try:
+            work()
+        finally:
+            os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "it came to its end"
 
@@ -68,7 +64,7 @@ def killed(arguments: list[object], owner: type, method: str, call: int, *, afte
 @pytest.fixture(scope="module")
 def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("unbroken") / "stats"
-    glmq(*command(small, pictures, out))
+    run(small, pictures, out)
     assert sorted(tree(out)) == [
         "lm_head.safetensors", f"{LAYER}.0.safetensors", f"{LAYER}.1.safetensors", "model.visual.blocks.0.safetensors",
         "model.visual.merger.safetensors", "statistics.json",
@@ -101,13 +97,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_was_damaged_between_kill_and_resume_is_done_again_and_said(
     what: str, small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = command(small, pictures, tmp_path / "stats")
-    killed(arguments, Journal, "record", 3, after=True)
+    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
     damage, named = DAMAGE[what]
     damage(tmp_path / ".stats.partial")
-    result = glmq(*arguments, "--resume")
-    assert f"note: {named} of the unfinished run is missing or altered, so its 3 finished blocks are done again\n" in (
-        result.stderr
+    assert f"note: {named} of the unfinished run is missing or altered, so its 3 finished blocks are done again" in (
+        run(small, pictures, tmp_path / "stats", resume=True)
     )
     assert tree(tmp_path / "stats") == unbroken
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
@@ -116,15 +110,12 @@ def test_what_was_damaged_between_kill_and_resume_is_done_again_and_said(
 def test_a_damaged_line_of_the_journal_and_its_block_are_done_again(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = command(small, pictures, tmp_path / "stats")
-    killed(arguments, Journal, "record", 3, after=True)
+    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
     path = tmp_path / ".stats.partial" / "journal.jsonl"
     first, second, third, fourth = path.read_text().splitlines()
     path.write_text("\n".join([first, second, third.replace('"tokens": ', '"tokens": 1', 1), fourth]) + "\n")
-    result = glmq(*arguments, "--resume")
-    assert (
-        "note: .states-000-0 of the unfinished run is missing or altered, so its 1 finished block is done again\n"
-        in (result.stderr)
+    assert "note: .states-000-0 of the unfinished run is missing or altered, so its 1 finished block is done again" in (
+        run(small, pictures, tmp_path / "stats", resume=True)
     )
     assert tree(tmp_path / "stats") == unbroken
 
@@ -132,9 +123,8 @@ def test_a_damaged_line_of_the_journal_and_its_block_are_done_again(
 def test_a_run_that_was_only_killed_has_nothing_to_say(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = command(small, pictures, tmp_path / "stats")
-    killed(arguments, Journal, "record", 3, after=True)
-    assert "unfinished" not in glmq(*arguments, "--resume").stderr
+    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
+    assert not any("unfinished" in note for note in run(small, pictures, tmp_path / "stats", resume=True))
     assert tree(tmp_path / "stats") == unbroken
 
 
@@ -146,10 +136,10 @@ def test_a_run_that_was_only_killed_has_nothing_to_say(
 def test_a_kill_at_any_rename_or_removal_leaves_no_file_but_the_documented(
     name: str, method: str, call: int, small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = command(small, pictures, tmp_path / "stats")
     owner: type = Path if name == "unlink" else os  # type: ignore[assignment]
-    killed(arguments, owner, name, call, after=method == "after")
-    run(*arguments, "--resume")  # of a run that was killed after its last block it says that it was whole
+    killed(lambda: run(small, pictures, tmp_path / "stats"), owner, name, call, after=method == "after")
+    with suppress(UsageError):  # of a run that was killed after its last block it says that it is whole
+        run(small, pictures, tmp_path / "stats", resume=True)
     assert tree(tmp_path / "stats") == unbroken
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
 
@@ -157,11 +147,10 @@ def test_a_kill_at_any_rename_or_removal_leaves_no_file_but_the_documented(
 def test_files_that_no_site_is_in_do_not_reach_the_finished_folder(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
-    arguments = command(small, pictures, tmp_path / "stats")
-    killed(arguments, Journal, "record", 2, after=True)
+    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 2, after=True)
     for name in (".states-000-0", ".states-000-7", "result/.lm_head.safetensors.partial", "result/old.safetensors"):
         (tmp_path / ".stats.partial" / name).write_bytes(b"left over")
-    glmq(*arguments, "--resume")
+    run(small, pictures, tmp_path / "stats", resume=True)
     assert tree(tmp_path / "stats") == unbroken
 
 
@@ -179,14 +168,12 @@ def replaced(tensors: dict[str, Tensor], name: str) -> None:
 def test_weights_that_were_exchanged_between_kill_and_resume_are_refused_by_name(
     name: str, small_copy: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    arguments = command(small_copy, pictures, tmp_path / "stats")
-    killed(arguments, Journal, "record", 3, after=True)
+    killed(lambda: run(small_copy, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
     edit_tensors(small_copy, lambda tensors: replaced(tensors, name))
-    result = run(*arguments, "--resume")
-    assert result.exit_code == 4
-    assert result.stderr.splitlines()[-1] == (
-        f"error: {small_copy / 'model-00001-of-00001.safetensors'}: tensor {name!r} is not the one that the unfinished run in "
-        f"{tmp_path / '.stats.partial'} has read; give its weights, or start again with --overwrite"
+    assert refused(lambda: run(small_copy, pictures, tmp_path / "stats", resume=True)) == (
+        4,
+        f"{small_copy / 'model-00001-of-00001.safetensors'}: tensor {name!r} is not the one that the unfinished run in "
+        f"{tmp_path / '.stats.partial'} has read; give its weights, or start again with --overwrite",
     )
     assert not (tmp_path / "stats").exists()
 
@@ -195,41 +182,31 @@ def test_weights_that_were_exchanged_before_they_were_read_are_those_of_the_whol
     small_copy: Path, pictures: Path, tmp_path: Path
 ) -> None:
     """The statistics of a layer depend on the layers before it alone: nothing is mixed."""
-    arguments = command(small_copy, pictures, tmp_path / "stats")
-    killed(arguments, Journal, "record", 3, after=True)
+    killed(lambda: run(small_copy, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
     edit_tensors(small_copy, lambda tensors: replaced(tensors, f"{LAYER}.1.self_attn.q_proj.bias"))
-    glmq(*arguments, "--resume")
-    glmq(*command(small_copy, pictures, tmp_path / "again"))
+    run(small_copy, pictures, tmp_path / "stats", resume=True)
+    run(small_copy, pictures, tmp_path / "again")
     assert tree(tmp_path / "stats") == tree(tmp_path / "again")
 
 
 def test_weights_that_were_exchanged_after_the_models_answers_are_refused(
     small_copy: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    arguments = [*command(small_copy, pictures, tmp_path / "stats"), "--generate", 2]
-    killed(arguments, Journal, "record", 1, after=True)
+    stats = tmp_path / "stats"
+    killed(lambda: run(small_copy, pictures, stats, generate=2), Journal, "record", 1, after=True)
     name = f"{LAYER}.1.mlp.down_proj.weight"
     edit_tensors(small_copy, lambda tensors: replaced(tensors, name))
-    result = run(*arguments, "--resume")
-    assert result.exit_code == 4
-    assert f"tensor {name!r} is not the one that the unfinished run in" in result.stderr
+    code, sentence = refused(lambda: run(small_copy, pictures, stats, generate=2, resume=True))
+    assert code == 4
+    assert f"tensor {name!r} is not the one that the unfinished run in" in sentence
 
 
 def test_the_manifest_has_the_digest_of_every_tensor_whatever_was_read(
     small: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    glmq(*command(small, pictures, tmp_path / "pictures"))
+    run(small, pictures, tmp_path / "pictures")
     (tmp_path / "s.jsonl").write_text('{"text": "Permission is hereby granted."}')
-    glmq(
-        "calibrate",
-        "--model-path",
-        small,
-        "--calib-samples",
-        tmp_path / "s.jsonl",
-        "--no-texts",
-        "--stats",
-        tmp_path / "text",
-    )
+    calibrate(small, tmp_path / "text", None, samples_file=tmp_path / "s.jsonl", texts=False)
     found = [json.loads((tmp_path / name / "statistics.json").read_text())["weights"] for name in ("pictures", "text")]
     assert found[0] == found[1]
     assert set(found[0]) == set(load_file(small / "model-00001-of-00001.safetensors"))
@@ -247,7 +224,7 @@ def test_calibration_reads_each_tensor_once(
         original(self, path, digests)
 
     monkeypatch.setattr(ContentDigests, "learn", learn)
-    glmq(*command(small, pictures, tmp_path / "stats"))
+    run(small, pictures, tmp_path / "stats")
     # What comes before the first block of the vision tower stays in memory for no second use: the stem is read for
     # pictures, and everything else once.
     tensors = list(load_file(small / "model-00001-of-00001.safetensors"))
