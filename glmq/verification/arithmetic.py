@@ -24,21 +24,18 @@ from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
 from glmq.model.family import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.spec import INT4, INT8, IntGrid
 from glmq.threads import run_ahead
 from glmq.verification.files import row_of
-from glmq.verification.findings import Check, Finding, Severity
+from glmq.verification.findings import Check, Finding
 
 FP16_LIMIT: Final = 65504.0
-GAIN_FLOOR: Final = 0.05
-"""Deviation of a row's or column's gain from 1 that is never called wrong: rounded scales reach 0.004, saturation more."""
-NEAREST_RMS: Final = 0.33
-"""Root mean square error in steps up to which weights were rounded to nearest (0.29 if no weight is cut). Error
-compensation, which has more, moves weight between correlated columns on purpose: it gets twice the floor, and a column is
-a warning."""
-GAIN_DEVIATIONS: Final = 8.0
-"""Errors e of a vector of weights W give its gain a standard deviation of sqrt(sum e^2 W^2) / sum W^2. As e serves the root
-mean square error of the whole linear in steps, so that error compensation, which makes it a few times larger, is allowed for
-and one damaged row or column hardly counts. More deviations than this are no rounding."""
+GAIN_FLOORS: Final = {"F16": (0.006, 0.004), "BF16": (0.016, 0.012)}
+"""By how much the gain of a row or column, and that of a whole linear, may be off because scales and norms are stored in
+this dtype. Half a unit in the last place is 2^-12 and 2^-9 of a number; a norm, a step and an input scale meet."""
+GAIN_DEVIATIONS: Final = 12.0
+"""A gain <q, u> / <u, u> of n integers q for weights of u steps is uncertain by r / sqrt(<u, u>), r^2 being the mean of
+(q - gain u)^2. Steps as wide as the weights, 2 bits a weight, reach 8 such deviations, finer ones 4; more are no rounding."""
 FARTHEST_STEPS: Final = {"INT8": (16.0, 30.0), "INT4": (4.0, 10.0)}
 """How many steps a single weight may lie from the float one: a number and a multiple of the linear's root mean square.
 Nearest rounding stays within 0.5 at 0.29, error compensation within 7 at 0.6. A flip of the highest bit moves an int8
@@ -78,9 +75,12 @@ class WeightDistance:
     farthest_steps: float
     """Largest |W_q - W| in such steps."""
     row_gain: tuple[int, float, float]
-    """The row whose <W_q, W> / <W, W> deviates most from 1, measured by what is allowed: index, gain, what is allowed."""
+    """The row whose gain <q, u> / <u, u>, q its integers and u its float weights in steps, is farthest from what rounding
+    gives, measured by what is allowed: index, gain, allowed distance from 1."""
     column_gain: tuple[int, float, float]
     """The same of the columns."""
+    gain: tuple[float, float]
+    """Of the whole linear, and its allowed distance from 1."""
 
 
 def measure_linears(
@@ -119,9 +119,30 @@ def check_shifts(candidate: Checkpoint, groups: Iterable[InputGroup]) -> Iterato
             yield Check.INTEGERS.error(name, "is not zero, which shifts the input of the linears behind it")
 
 
+def check_norms(candidate: Checkpoint, source: Checkpoint, groups: Iterable[InputGroup]) -> Iterator[Finding]:
+    """Check 15: smoothing divides the channels of a norm by positive numbers, so that none becomes or stops being zero.
+
+    Args:
+        candidate: un-sharded.
+        source: the float checkpoint it was made from.
+        groups: of the model.
+    """
+    for name in sorted({f"{group.norm}.weight" for group in groups if group.norm is not None}):
+        if name not in candidate or name not in source or candidate[name].shape != source[name].shape:
+            continue
+        found, wanted = candidate.read(name).float(), source.read(name).float()
+        wrong = (found.sign() != wanted.sign()).nonzero().flatten()
+        if wrong.numel():
+            channel = int(wrong[0])
+            yield Check.NORMS.error(
+                name,
+                f"is {float(found[channel]):g} in channel {channel} where the float norm is {float(wanted[channel]):g}; "
+                f"no smoothing does that, and {wrong.numel()} channels of {found.numel()} are so",
+            )
+
+
 def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Finding]:
     """What is wrong with the numbers of one linear."""
-    severity: Severity
 
     def finding(suffix: str, message: str) -> Finding:
         return Check.INTEGERS.error(f"{numbers.name}.{suffix}", message)
@@ -143,18 +164,22 @@ def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Findin
             f"has a weight {distance.farthest_steps:.3g} steps from the float one, wanted at most {limit:.3g} "
             f"where the root mean square is {distance.rms_steps:.2g}: was a bit flipped?",
         )
-    compensated = distance.rms_steps > NEAREST_RMS
-    for what, (index, gain, allowed), cause, severity in (
-        ("row", distance.row_gain, "its step", "error"),
-        ("column", distance.column_gain, "the norm in front", "warning" if compensated else "error"),
+    for what, (index, gain, allowed), cause in (
+        ("row", distance.row_gain, "its step"),
+        ("column", distance.column_gain, "the norm in front"),
     ):
-        limit = max(allowed, 2 * GAIN_FLOOR) if compensated else allowed
-        if not abs(gain - 1) <= limit:
-            message = (
-                f"{what} {index} is {gain:.3g} times the float {what}, wanted 1 within {limit:.2g}; "
-                f"{cause} or the {what} is wrong"
+        if not abs(gain - 1) <= allowed:
+            yield finding(
+                "weight",
+                f"{what} {index} is {gain:.3g} times the float {what}, wanted 1 within {allowed:.2g}; "
+                f"{cause} or the {what} is wrong",
             )
-            yield Finding(Check.INTEGERS, severity, f"{numbers.name}.weight", message)
+    gain, allowed = distance.gain
+    if not abs(gain - 1) <= allowed:
+        yield finding(
+            "weight",
+            f"is {gain:.4g} times the float weight, wanted 1 within {allowed:.2g}; its steps or the norm in front are wrong",
+        )
 
 
 def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonValue]) -> Iterator[Finding]:
@@ -179,59 +204,83 @@ def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonVal
 
 
 class _Gains:
-    """Of each row or each column: <W_q, W>, <W, W>, and the variance of the former if each weight is one step off."""
+    """How integers q stand to float weights of u steps in some vectors: rows, columns, or all of a linear as one."""
 
-    def __init__(self, count: int) -> None:
-        self._dot, self._signal, self._variance = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
+    def __init__(self, vectors: int) -> None:
+        self._dot, self._signal, self._square, self._nearest = (
+            torch.zeros(vectors, dtype=torch.float64) for _ in range(4)
+        )
 
-    def add(self, cut: slice, dot: Tensor, signal: Tensor, variance: Tensor) -> None:
-        """Sums of one piece, for the vectors in `cut`."""
+    def add(self, cut: slice, dot: Tensor, signal: Tensor, square: Tensor, nearest: Tensor) -> None:
+        """Sums of q u, u u, q q and round(u) u over one piece, for the vectors in `cut`."""
         self._dot[cut] += dot
         self._signal[cut] += signal
-        self._variance[cut] += variance
+        self._square[cut] += square
+        self._nearest[cut] += nearest
 
-    def worst(self, rms_steps: float) -> tuple[int, float, float]:
-        """Index, gain and allowed deviation of the vector that exceeds what is allowed the most."""
+    def worst(self, length: int, floor: float) -> tuple[int, float, float]:
+        """Index, gain and allowed distance from 1 of the vector of `length` weights that exceeds what is allowed the most.
+
+        Wide steps shrink or stretch a vector on their own: nearest rounding by a known factor, error compensation by
+        something between that and 1.
+        """
         alive = self._signal > 0
         if not bool(alive.any()):
-            return 0, 1.0, GAIN_FLOOR
-        gain = torch.where(alive, self._dot / self._signal, 1.0)
-        deviation = torch.where(alive, self._variance.sqrt() / self._signal, 0.0)
-        allowed = (GAIN_DEVIATIONS * rms_steps * deviation).clamp_min(GAIN_FLOOR)
-        index = int(((gain - 1).abs() / allowed).nan_to_num(math.inf).argmax())
+            return 0, 1.0, floor
+        signal = torch.where(alive, self._signal, 1.0)
+        gain = torch.where(alive, self._dot / signal, 1.0)
+        nearest = torch.where(alive, self._nearest / signal, 1.0)
+        left = (self._square - gain.square() * signal).clamp_min(0) / max(1, length)  # mean of (q - gain u)^2
+        slack = GAIN_DEVIATIONS * (left / signal).sqrt() + floor
+        below, above = (1 - nearest).clamp_min(0) + slack, (nearest - 1).clamp_min(0) + slack
+        allowed = torch.where(gain < 1, below, above)
+        excess = torch.where(alive, ((gain - 1).abs() / allowed).nan_to_num(math.inf), 0.0)
+        index = int(excess.argmax())
         return index, float(gain[index]), float(allowed[index])
 
 
 class _Distance:
-    """Sums towards a WeightDistance."""
+    """Sums towards a WeightDistance.
 
-    def __init__(self, rows: int, cols: int) -> None:
-        self._rows, self._cols = _Gains(rows), _Gains(cols)
-        self._elements = rows * cols
+    Args:
+        rows, cols: of the linear.
+        grid: its integers.
+        floors: of GAIN_FLOORS.
+    """
+
+    def __init__(self, rows: int, cols: int, grid: IntGrid, floors: tuple[float, float]) -> None:
+        self._rows, self._cols, self._all = _Gains(rows), _Gains(cols), _Gains(1)
+        self._size, self._grid, self._floors = (rows, cols), grid, floors
         self._noise = self._signal = self._square_steps = self._farthest = 0.0
 
-    def add(self, start: int, found: Tensor, wanted: Tensor, steps: Tensor) -> None:
-        """Rows from `start` on: float32 [n, K] each; steps broadcast to them."""
-        error = found - wanted
-        self._noise += float(error.square().sum())
-        parts = found * wanted, wanted.square(), (wanted * steps).square()
-        self._signal += float(parts[1].sum())
-        self._rows.add(slice(start, start + found.shape[0]), *(part.sum(1) for part in parts))
-        self._cols.add(slice(None), *(part.sum(0) for part in parts))
-        in_steps = error.div_(steps)
-        self._square_steps += float(in_steps.square().sum())
-        self._farthest = max(self._farthest, float(in_steps.abs().max()))
+    def add(self, start: int, q: Tensor, wanted: Tensor, steps: Tensor) -> None:
+        """Rows from `start` on: integers and float weights, float32 [n, K] each; steps broadcast to them."""
+        self._noise += float((q * steps).sub_(wanted).square_().sum())
+        self._signal += float(wanted.square().sum())
+        in_steps = wanted / steps
+        nearest = in_steps.round().clamp_(self._grid.qmin, self._grid.qmax)
+        products = q * in_steps, in_steps.square(), q.square(), nearest.mul_(in_steps)
+        self._rows.add(slice(start, start + q.shape[0]), *(product.sum(1) for product in products))
+        self._cols.add(slice(None), *(product.sum(0) for product in products))
+        self._all.add(slice(None), *(product.sum(dtype=torch.float64) for product in products))
+        error = q - in_steps
+        self._square_steps += float(error.square().sum())
+        self._farthest = max(self._farthest, float(error.abs().max()))
 
     def finish(self) -> WeightDistance:
+        (rows, cols), (floor, floor_of_all) = self._size, self._floors
         ratio = self._noise / self._signal if self._signal else (0.0 if self._noise == 0 else math.inf)
-        rms = math.sqrt(self._square_steps / max(1, self._elements))
-        return WeightDistance(math.sqrt(ratio), rms, self._farthest, self._rows.worst(rms), self._cols.worst(rms))
+        rms = math.sqrt(self._square_steps / max(1, rows * cols))
+        row, column = self._rows.worst(cols, floor), self._cols.worst(rows, floor)
+        _, gain, allowed = self._all.worst(rows * cols, floor_of_all)
+        return WeightDistance(math.sqrt(ratio), rms, self._farthest, row, column, (gain, allowed))
 
 
 def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, scaling: Scaling) -> LinearArithmetic:
     matrix = StoredMatrix(candidate, name)
     source = _source(name, matrix, reference)
-    distance = None if source is None else _Distance(matrix.rows, matrix.cols)
+    grid, floors = INT8 if matrix.second is None else INT4, GAIN_FLOORS[_stored_dtype(name, candidate)]
+    distance = None if source is None else _Distance(matrix.rows, matrix.cols, grid, floors)
     counts = torch.zeros(256, dtype=torch.int64)
     positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
     reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]
@@ -245,7 +294,7 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, sca
         for first, last in row_ranges(0, q.shape[0], matrix.cols, CACHE_ELEMENTS):
             row = start + first
             wanted = scaling.applied(source.values(original[first:last], row), row)
-            distance.add(row, matrix.values(q[first:last], row), wanted, _steps(matrix, slice(row, start + last)))
+            distance.add(row, q[first:last].float(), wanted, _steps(matrix, slice(row, start + last)))
     share, bias_output, bound = _bounds(name, candidate, positive, negative)
     values = torch.arange(-128, 128)
     total = max(1, int(counts.sum()))
@@ -260,6 +309,13 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, sca
         result_bound=bound,
         against=None if distance is None else distance.finish(),
     )
+
+
+def _stored_dtype(name: str, candidate: Checkpoint) -> str:
+    """F16 or BF16: what the scales of a linear are stored in."""
+    if f"{name}.deq_scale" in candidate:
+        return "F16" if candidate[f"{name}.deq_scale"].dtype == "I64" else "BF16"
+    return "F16" if candidate[f"{name}.weight_scale"].dtype == "F16" else "BF16"
 
 
 def _source(name: str, matrix: StoredMatrix, reference: Checkpoint | None) -> StoredMatrix | None:

@@ -16,6 +16,7 @@ from glmq.model.config import ModelConfig, read_config
 from glmq.spec import assert_never
 from glmq.verification.arithmetic import (
     LinearArithmetic,
+    check_norms,
     check_shifts,
     judge_against_report,
     judge_linear,
@@ -116,6 +117,7 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Veri
         yield from check_checksums(checkpoint, report)
         if source is not None:
             yield from check_shifts(checkpoint, groups)
+            yield from check_norms(checkpoint, source, groups)
         scalings = {} if source is None else find_scalings(source, checkpoint, groups)
         linears = 0
         for record in measure_linears(checkpoint, source, scalings):

@@ -45,7 +45,7 @@ class Check(Enum):
     SHARD_FILES = (27, "shards: files and config.json", "error")
     SHARD_LINEARS = (28, "shards: compressed tensors", "error")
     VLLM_ASCEND = (29, "vLLM-Ascend's look-ups", "error", "warning")
-    INTEGERS = (30, "integers of each linear", "error", "warning")
+    INTEGERS = (30, "integers of each linear", "error")
     BEHAVIOUR = (31, "behaviour", "error", "warning")
     REPORT = (32, "integers as glmq_report.json says", "error")
     MANIFEST = (33, "bytes as glmq_manifest.json says", "error")

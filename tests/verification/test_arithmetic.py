@@ -77,12 +77,16 @@ def test_distances_and_gains_undo_the_smoothing(
     assert found.relative_l2 == pytest.approx(float(error.norm() / wanted.norm()), rel=1e-5)
     assert found.farthest_steps == pytest.approx(float((error / step[:, None]).abs().max()), rel=1e-4)
     assert found.rms_steps == pytest.approx(float((error / step[:, None]).square().mean().sqrt()), rel=1e-5)
-    row, gain, _ = found.row_gain
-    dot = ((wanted + error) * wanted).sum(1) / wanted.square().sum(1)
-    assert gain == pytest.approx(float(dot[row]), rel=1e-6)
-    column, gain, _ = found.column_gain
-    dot = ((wanted + error) * wanted).sum(0) / wanted.square().sum(0)
-    assert gain == pytest.approx(float(dot[column]), rel=1e-6)
+    q, u = tensors[f"{Q}.weight"].double(), wanted / step[:, None]
+    nearest = u.round().clamp(-128, 127)
+    for dim, floor, (index, gain, allowed) in ((1, 0.006, found.row_gain), (0, 0.006, found.column_gain)):
+        signal = u.square().sum(dim)
+        gains, shrunk = (q * u).sum(dim) / signal, (nearest * u).sum(dim) / signal
+        left = (q - gains.unsqueeze(dim) * u).square().mean(dim)
+        assert gain == pytest.approx(float(gains[index]), rel=1e-5)
+        bias = (1 - shrunk if gain < 1 else shrunk - 1).clamp_min(0)[index]
+        assert allowed == pytest.approx(float(bias + 12 * (left / signal).sqrt()[index]) + floor, rel=1e-4)
+    assert found.gain[0] == pytest.approx(float((q * u).sum() / u.square().sum()), rel=1e-6)
 
 
 def test_integers_are_counted_as_the_report_counts_them(numbers: dict[str, LinearArithmetic], tiny_seed: Path) -> None:
@@ -96,7 +100,7 @@ def test_without_a_reference_there_is_no_distance(tiny_seed: Path) -> None:
 
 
 def good_linear(**changes: object) -> LinearArithmetic:
-    distance = WeightDistance(0.01, 0.29, 0.5, (0, 1.0, 0.05), (0, 1.0, 0.05))
+    distance = WeightDistance(0.01, 0.29, 0.5, (0, 1.0, 0.05), (0, 1.0, 0.05), (1.0, 0.01))
     fields = {
         "name": O, "type": "INT8", "entropy_bits": 4.0, "zero_share": 0.1, "outlier_share": 0.1,
         "accumulator_share": 0.001, "bias_output": 1.0, "result_bound": 100.0, "against": distance,
@@ -107,7 +111,7 @@ def good_linear(**changes: object) -> LinearArithmetic:
 def distance(**changes: object) -> WeightDistance:
     fields = {
         "relative_l2": 0.01, "rms_steps": 0.29, "farthest_steps": 0.5, "row_gain": (0, 1.0, 0.05),
-        "column_gain": (0, 1.0, 0.05),
+        "column_gain": (0, 1.0, 0.05), "gain": (1.0, 0.01),
     }  # fmt: skip
     return WeightDistance(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -136,8 +140,8 @@ def test_a_good_linear_has_no_findings() -> None:
          "row 7 is nan times the float row, wanted 1 within 0.05; its step or the row is wrong"),
         ({"against": distance(column_gain=(7, 0.5, 0.05))}, "error", "weight",
          "column 7 is 0.5 times the float column, wanted 1 within 0.05; the norm in front or the column is wrong"),
-        ({"against": distance(rms_steps=0.5, column_gain=(7, 0.5, 0.05))}, "warning", "weight",
-         "column 7 is 0.5 times the float column, wanted 1 within 0.1; the norm in front or the column is wrong"),
+        ({"against": distance(gain=(1.02, 0.01))}, "error", "weight",
+         "is 1.02 times the float weight, wanted 1 within 0.01; its steps or the norm in front are wrong"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_linear_is_said(
