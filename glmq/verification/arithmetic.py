@@ -36,6 +36,8 @@ this dtype. Half a unit in the last place is 2^-12 and 2^-9 of a number; a norm,
 GAIN_DEVIATIONS: Final = 12.0
 """A gain <q, u> / <u, u> of n integers q for weights of u steps is uncertain by r / sqrt(<u, u>), r^2 being the mean of
 (q - gain u)^2. Steps as wide as the weights, 2 bits a weight, reach 8 such deviations, finer ones 4; more are no rounding."""
+NOISE_SPREAD: Final = 1.5
+"""The error of a row or column counts up to this many times the root mean square of the whole linear."""
 FARTHEST_STEPS: Final = {"INT8": (16.0, 30.0), "INT4": (4.0, 10.0)}
 """How many steps a single weight may lie from the float one: a number and a multiple of the linear's root mean square.
 Nearest rounding stays within 0.5 at 0.29, error compensation within 7 at 0.6. A flip of the highest bit moves an int8
@@ -218,7 +220,7 @@ class _Gains:
         self._square[cut] += square
         self._nearest[cut] += nearest
 
-    def worst(self, length: int, floor: float) -> tuple[int, float, float]:
+    def worst(self, length: int, rms: float, floor: float) -> tuple[int, float, float]:
         """Index, gain and allowed distance from 1 of the vector of `length` weights that exceeds what is allowed the most.
 
         Wide steps shrink or stretch a vector on their own: nearest rounding by a known factor, error compensation by
@@ -231,6 +233,7 @@ class _Gains:
         gain = torch.where(alive, self._dot / signal, 1.0)
         nearest = torch.where(alive, self._nearest / signal, 1.0)
         left = (self._square - gain.square() * signal).clamp_min(0) / max(1, length)  # mean of (q - gain u)^2
+        left = left.clamp_max((NOISE_SPREAD * rms) ** 2)  # so that a foreign vector is not excused by its own error
         slack = GAIN_DEVIATIONS * (left / signal).sqrt() + floor
         below, above = (1 - nearest).clamp_min(0) + slack, (nearest - 1).clamp_min(0) + slack
         allowed = torch.where(gain < 1, below, above)
@@ -271,8 +274,8 @@ class _Distance:
         (rows, cols), (floor, floor_of_all) = self._size, self._floors
         ratio = self._noise / self._signal if self._signal else (0.0 if self._noise == 0 else math.inf)
         rms = math.sqrt(self._square_steps / max(1, rows * cols))
-        row, column = self._rows.worst(cols, floor), self._cols.worst(rows, floor)
-        _, gain, allowed = self._all.worst(rows * cols, floor_of_all)
+        row, column = self._rows.worst(cols, rms, floor), self._cols.worst(rows, rms, floor)
+        _, gain, allowed = self._all.worst(rows * cols, rms, floor_of_all)
         return WeightDistance(math.sqrt(ratio), rms, self._farthest, row, column, (gain, allowed))
 
 

@@ -116,8 +116,6 @@ DOCUMENTED: dict[str, tuple[object, ...]] = {
     "four bits": ("--w_bit", 4, "--is_lowbit", "True", "--is_dynamic", "True"),
     "as the vendor rounds": (*SPARSE, "--method", "reference"),
     "to the nearest": (*SPARSE, "--method", "plain"),
-    "no smoothing": ("--smoothing", "none"),
-    "SmoothQuant": ("--smoothing", "smoothquant"),
     "by fraction": ("--w_bit", 4, "--is_lowbit", "True", "--torch_dtype", "fp16"),
     "MindIE's form": (*SPARSE, "--mindie-format"),
     "float16": ("--torch_dtype", "fp16"),

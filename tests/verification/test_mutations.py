@@ -398,7 +398,7 @@ MUTATIONS: dict[str, tuple[str, Damage, int, str]] = {
     "a mantissa bit of a sparse deq_scale": ("w8a8s", flip(f"{O}.deq_scale", 9, 22), 30, f"{O}.weight row 9"),
     "a mantissa bit of a dynamic weight_scale": ("dynamic", flip(f"{O}.weight_scale", 9, 9), 30, f"{O}.weight row 9"),
     "a sparse input_scale": ("w8a8s", put(f"{O}.input_scale", lambda t: t * 1.5), 30, f"{O}.weight"),
-    "a doubled second scale": ("w4a8", at(f"{O}.weight_scale_second", (6, 1), lambda t: t * 2), 30, f"{O}.weight"),
+    "a doubled second scale": ("w4a8", at(f"{O}.weight_scale_second", (6, 1), lambda t: t * 2), 11, f"{O}.scale_bias"),
     "the sign bit of a dynamic weight": ("dynamic", flip(f"{O}.weight", (3, 5), 7), 30, "steps from the float one"),
     "the lowest bit of a dynamic weight": ("dynamic", flip(f"{O}.weight", (3, 5), 0), 32, f"{O}.weight"),
     "the lowest bit of an int4 weight": ("w4a8", flip(f"{O}.weight", (3, 5), 0), 32, f"{O}.weight"),
