@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import psutil
 from torch import Tensor
 
 from glmq.calibration.stats import Statistics
@@ -17,7 +16,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
-from glmq.progress import Stopwatch
+from glmq.progress import Stopwatch, resident_bytes
 from glmq.quantization.fold import fold_into_rows, row_divisors
 from glmq.quantization.group import FloatLinear, RowFold
 from glmq.quantization.layer import GroupResult, quantize_group
@@ -141,4 +140,4 @@ def parse_reports(payload: JsonObject) -> list[LinearReport]:
 
 def block_done(name: str, index: int, total: int, seconds: float, run: QuantizationRun) -> BlockDone:
     """The record of a finished block, with this rank's stage times since the last one."""
-    return BlockDone(name, index, total, seconds, psutil.Process().memory_info().rss, run.clock.take())
+    return BlockDone(name, index, total, seconds, resident_bytes(), run.clock.take())
