@@ -37,6 +37,7 @@ def test_names_are_imported_where_they_are_declared_for_the_type_checker() -> No
         assert f"    from {module} import {', '.join(names)}\n" in source
 
 
+@pytest.mark.slow
 def test_importing_glmq_imports_no_library() -> None:
     code = (
         "import sys, glmq; glmq.__all__, dir(glmq);"
@@ -46,6 +47,7 @@ def test_importing_glmq_imports_no_library() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_the_library_does_not_import_the_shell() -> None:
     code = (
         f"import sys, glmq; [getattr(glmq, name) for name in {VERBS!r}];"

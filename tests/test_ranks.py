@@ -78,6 +78,7 @@ with Ranks(place, timedelta(hours=1)) as ranks:
 """
 
 
+@pytest.mark.slow
 def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
     ports = []
     for _ in range(2):
@@ -173,6 +174,7 @@ except (Ended, KeyboardInterrupt) as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("sent", "said"), [(signal.SIGTERM, "Ended"), (signal.SIGINT, "KeyboardInterrupt")])
 def test_a_rank_that_waits_hears_signals(free_port: str, rank: int, sent: signal.Signals, said: str) -> None:

@@ -93,6 +93,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_what_was_damaged_between_kill_and_resume_is_done_again_and_said(
     what: str, small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
@@ -107,6 +108,7 @@ def test_what_was_damaged_between_kill_and_resume_is_done_again_and_said(
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
 
 
+@pytest.mark.slow
 def test_a_damaged_line_of_the_journal_and_its_block_are_done_again(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_a_damaged_line_of_the_journal_and_its_block_are_done_again(
     assert tree(tmp_path / "stats") == unbroken
 
 
+@pytest.mark.slow
 def test_a_run_that_was_only_killed_has_nothing_to_say(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
@@ -128,6 +131,7 @@ def test_a_run_that_was_only_killed_has_nothing_to_say(
     assert tree(tmp_path / "stats") == unbroken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "method"),
     [("unlink", "before"), ("unlink", "after"), ("replace", "before"), ("replace", "after")],
@@ -144,6 +148,7 @@ def test_a_kill_at_any_rename_or_removal_leaves_no_file_but_the_documented(
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
 
 
+@pytest.mark.slow
 def test_files_that_no_site_is_in_do_not_reach_the_finished_folder(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
@@ -158,6 +163,7 @@ def replaced(tensors: dict[str, Tensor], name: str) -> None:
     tensors[name].view(-1)[0] += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -178,6 +184,7 @@ def test_weights_that_were_exchanged_between_kill_and_resume_are_refused_by_name
     assert not (tmp_path / "stats").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_were_exchanged_before_they_were_read_are_those_of_the_whole_run(
     small_copy: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -189,6 +196,7 @@ def test_weights_that_were_exchanged_before_they_were_read_are_those_of_the_whol
     assert tree(tmp_path / "stats") == tree(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_weights_that_were_exchanged_after_the_models_answers_are_refused(
     small_copy: Path, pictures: Path, tmp_path: Path
 ) -> None:

@@ -446,6 +446,7 @@ def killed_run(target: Path, number: int) -> None:
     long_run(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swaps", [True, False])
 @pytest.mark.parametrize("overwritten", [True, False])
 @pytest.mark.parametrize("inside", [False, True])
@@ -479,6 +480,7 @@ def test_a_run_killed_at_any_change_of_the_disk_loses_nothing_and_the_next_one_i
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_contents_that_a_killed_overwrite_has_moved_away_come_back(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -495,6 +497,7 @@ def test_contents_that_a_killed_overwrite_has_moved_away_come_back(
     assert (target.parent / ".out.partial" / "result" / "new.txt").read_text() == "new"
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_a_lock_that_holds_nobody_up(target: Path) -> None:
     assert in_child(lambda: (OutputFolder(target, overwrite=False).__enter__(), os._exit(9)))[0] == 9
     assert sorted(os.listdir(target.parent)) == [".out.glmq-lock", ".out.partial"]

@@ -11,6 +11,7 @@ from glmq.version import __version__
 VERBS = ("calibrate", "quantize", "compress", "demo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", [(), *((verb,) for verb in VERBS)])
 def test_help_needs_neither_torch_nor_transformers(verb: tuple[str, ...]) -> None:
     code = (
@@ -27,6 +28,7 @@ def test_help_needs_neither_torch_nor_transformers(verb: tuple[str, ...]) -> Non
     assert "Usage:" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

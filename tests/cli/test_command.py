@@ -229,6 +229,7 @@ def start(*args: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
 def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: int, name: str) -> None:
     process = start()
@@ -238,6 +239,7 @@ def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: 
     assert stderr == f"cleaned up\nerror: stopped by {name}; --resume continues after the last finished block\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
     process = start("--rows", "200000")
     assert process.stdout is not None
@@ -250,6 +252,7 @@ def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
         assert (process.returncode, process.stderr.read()) == (1, "cleaned up\n")
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "glmq", "quantize", "--model-path", tmp_path, "--save-directory", tmp_path / "out"],

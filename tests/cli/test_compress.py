@@ -321,6 +321,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=PACKAGES, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -> None:
     glmq(*compress(w8a8s, tmp_path / "one", "--tp", 2, "--codec", "portable"))
     result = torchrun(*compress(w8a8s, tmp_path / "two", "--codec", "portable"))
@@ -329,6 +330,7 @@ def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -
     assert result.stdout.count("written to") == 1
 
 
+@pytest.mark.slow
 def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Path, tmp_path: Path) -> None:
     program = write_stand_in(tmp_path, "kills rank 1")
     result = torchrun(*compress(w8a8s, tmp_path / "out", "--executor", program))
@@ -407,6 +409,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
 def test_freed_weights_do_not_stay_in_the_process() -> None:
     found = subprocess.run([sys.executable, "-c", FREED], cwd=PACKAGES, capture_output=True, text=True, check=True)

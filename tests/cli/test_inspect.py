@@ -131,6 +131,7 @@ def test_a_wrong_folder_and_contradicting_options_are_refused(tiny: Path, tmp_pa
     assert "--values and --sort are for one checkpoint" in result.stderr
 
 
+@pytest.mark.slow
 def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
     code = (
         "import sys\n"
@@ -142,6 +143,7 @@ def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_memory_that_a_comparison_frees_is_used_again() -> None:
     code = """

@@ -50,6 +50,7 @@ def seed_output(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
     return tree(out)
 
 
+@pytest.mark.slow
 def test_the_missions_command_runs_as_a_program(
     small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:

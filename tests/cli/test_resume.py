@@ -55,6 +55,7 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
     return tree(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", range(LINES))
 def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int
@@ -70,6 +71,7 @@ def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(
     assert tree(out) == unbroken
 
 
+@pytest.mark.slow
 def test_a_plain_run_after_a_kill_says_that_it_can_resume(small: Path, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(small, pictures, out)
@@ -94,6 +97,7 @@ def test_a_plain_run_after_a_kill_says_that_it_can_resume(small: Path, pictures:
     )
 
 
+@pytest.mark.slow
 def test_a_plain_run_after_a_kill_in_the_second_pass_does_not_drop_the_calibration(
     small: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -119,6 +123,7 @@ def test_a_plain_run_after_a_kill_in_the_second_pass_does_not_drop_the_calibrati
     assert (tmp_path / ".out.partial" / "statistics").is_dir()
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_recipe_is_refused_with_both_values(
     small: Path, small_stats: Path, pictures: Path, tmp_path: Path
 ) -> None:
@@ -131,6 +136,7 @@ def test_a_resume_with_another_recipe_is_refused_with_both_values(
     assert "this one has 'quant_model_weight_w8a8s-00001-of-00001.safetensors" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_run_needs_room_for_the_rest_only(
     small: Path, small_stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +150,7 @@ def test_a_resumed_run_needs_room_for_the_rest_only(
     glmq(*arguments, "--resume")
 
 
+@pytest.mark.slow
 def test_overwrite_drops_the_interrupted_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["quantize", "--model_path", small, "--save_directory", out, "--stats", small_stats, *SEED]
@@ -152,6 +159,7 @@ def test_overwrite_drops_the_interrupted_run(small: Path, small_stats: Path, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_a_torn_last_line_of_the_journal_counts_as_absent(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
@@ -185,6 +193,7 @@ main()
 """Rank 1 does not survive the second pass."""
 
 
+@pytest.mark.slow
 def test_a_rank_of_torchrun_that_is_killed_stops_the_other_and_one_process_resumes_to_its_own_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:

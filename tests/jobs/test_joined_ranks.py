@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 
+import pytest
 from helpers import PACKAGES
 
 from glmq.numerics import gptq
@@ -34,6 +35,7 @@ for port, what in zip(sys.argv[1:], ["nothing", "threads", "limit", "rounding"])
 """
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_are_refused_before_any_work() -> None:
     ports = []
     for _ in range(4):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from helpers import PACKAGES
 
 from glmq.model.tiny import TINY_CHECKPOINT
@@ -34,6 +35,7 @@ with no_compiler():
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_built_without_the_compiler_which_is_real_for_whoever_asks() -> None:
     command = [sys.executable, "-c", PROGRAM, str(TINY_CHECKPOINT)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGES).stdout.splitlines()
