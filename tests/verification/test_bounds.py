@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_tensors, glmq, run
+from helpers import W8A8S, edit_tensors, quantize
 from torch import Tensor
 
+import glmq
 from glmq.verification.checks import verify_files
 from glmq.verification.findings import Check, Finding
 
-SPARSE = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
-RECIPES: dict[str, tuple[object, ...]] = {
-    "W8A8S": SPARSE,
-    "W8A8": (),
-    "W8A8_DYNAMIC": ("--is_dynamic", "True"),
-}
+RECIPES: dict[str, dict[str, object]] = {"W8A8S": W8A8S, "W8A8": {}, "W8A8_DYNAMIC": {"is_dynamic": True}}
 LAYER = "model.language_model.layers.1"
 NORM = f"{LAYER}.input_layernorm.weight"
 Q, GATE_UP = f"{LAYER}.self_attn.q_proj", f"{LAYER}.mlp.gate_up_proj"
@@ -29,7 +25,7 @@ def outputs(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFacto
     """As another tool would have written them: without checksums and report."""
     root = tmp_path_factory.mktemp("bounds")
     for name, options in RECIPES.items():
-        glmq("quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", root / name, *options)
+        quantize(tiny, tiny_stats, root / name, **options)
         for own in ("glmq_checksums.json", "glmq_report.json", "glmq_report.csv"):
             (root / name / own).unlink()
     return {name: root / name for name in RECIPES}
@@ -107,26 +103,26 @@ def test_an_undamaged_output_has_no_findings(outputs: dict[str, Path], tiny: Pat
     assert [f for f in verify_files(outputs[recipe], tiny, []) if isinstance(f, Finding)] == []
 
 
-DOCUMENTED: dict[str, tuple[object, ...]] = {
-    "a linear of its own type": ("--layer", "*.mlp.down_proj=W8A8"),
-    "sparse, a target ratio": (*SPARSE, "--target_ratio", 0.3),
-    "sparse, two bits": (*SPARSE, "--target_bits", 2),
-    "dynamic, three bits": ("--is_dynamic", "True", "--target_bits", 3),
-    "every linear dynamic": ("--is_dynamic", "True", "--layer", "*=W8A8_DYNAMIC"),
-    "four bits": ("--w_bit", 4, "--is_lowbit", "True", "--is_dynamic", "True"),
-    "as the vendor rounds": (*SPARSE, "--method", "reference"),
-    "to the nearest": (*SPARSE, "--method", "plain"),
-    "by fraction": ("--w_bit", 4, "--is_lowbit", "True", "--torch_dtype", "fp16"),
-    "MindIE's form": (*SPARSE, "--mindie-format"),
-    "float16": ("--torch_dtype", "fp16"),
+DOCUMENTED: dict[str, dict[str, object]] = {
+    "a linear of its own type": {"layer": ("*.mlp.down_proj=W8A8",)},
+    "sparse, a target ratio": {**W8A8S, "target_ratio": 0.3},
+    "sparse, two bits": {**W8A8S, "target_bits": 2.0},
+    "dynamic, three bits": {"is_dynamic": True, "target_bits": 3.0},
+    "every linear dynamic": {"is_dynamic": True, "layer": ("*=W8A8_DYNAMIC",)},
+    "four bits": {"w_bit": 4, "is_lowbit": True, "is_dynamic": True},
+    "as the vendor rounds": {**W8A8S, "method": "reference"},
+    "to the nearest": {**W8A8S, "method": "plain"},
+    "by fraction": {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"},
+    "MindIE's form": {**W8A8S, "mindie_format": True},
+    "float16": {"torch_dtype": "fp16"},
 }
 
 
 @pytest.mark.parametrize("options", DOCUMENTED.values(), ids=DOCUMENTED)
 def test_what_quantize_writes_by_a_documented_option_passes(
-    tiny: Path, tiny_stats: Path, tmp_path: Path, options: tuple[object, ...]
+    tiny: Path, tiny_stats: Path, tmp_path: Path, options: dict[str, object]
 ) -> None:
     out = tmp_path / "out"
-    glmq("quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", out, *options)
-    result = run("verify", out, "--reference", tiny)
-    assert result.exit_code == 0, result.output
+    quantize(tiny, tiny_stats, out, **options)
+    found = glmq.verify(out, reference=tiny)
+    assert found.passed, found.findings
