@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Final
 
 from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode, sync_directory
-from glmq.checkpoint.filesystem import exchange, rename_new
+from glmq.checkpoint.filesystem import exchange, is_writable, rename_new
 from glmq.checkpoint.json_file import json_bytes, read_json_object, write_whole
 from glmq.checkpoint.lock import FolderLock
 from glmq.checkpoint.workplace import (
@@ -24,7 +24,9 @@ from glmq.checkpoint.workplace import (
     Workplace,
     check_output,
     has_progress,
+    has_remains,
     is_folder,
+    is_put,
     is_whole,
     make_work,
     not_empty,
@@ -123,24 +125,18 @@ class OutputFolder:
         """Under the lock: take back what a killed run left half moved, look at the target, make the work folder."""
         if self.target.resolve() != self._places.place:
             raise UsageError(f"{self.target}: is a link that was just changed; run the command again")
-        works = self._places.works()
-        were_in_place = [recover(work, self._places) for work in works]
-        if any(were_in_place):
-            for work in works:
-                remove_work(work)
-            if self._resume and self._places.contents():
-                raise UsageError(
-                    f"{self.target}: is whole, the interrupted run had put it in its place; what else it left is removed now"
-                )
+        if settle(self._places) and self._resume and self._places.contents():
+            raise UsageError(
+                f"{self.target}: is whole, the interrupted run had put it in its place; what else it left is removed now"
+            )
         self._before = self._look()  # this one look decides: between two, somebody could put a file there
         if self._before.entries and not self._overwrite:
-            if not is_folder(self.path):  # there is nothing to resume
-                remove_work(self.work)
             raise not_empty(self.target)
         check_output(self.target, overwrite=self._overwrite, resume=self._resume, work_dir=self._places.work_dir)
-        for work in works:
+        for work in self._places.works():
             if work != self.work or not self._resume or not is_folder(self.path):
                 remove_work(work)
+        (self.work / WHOLE).unlink(missing_ok=True)  # from here on the result changes
         make_work(self.work)
 
     def _look(self) -> Contents:
@@ -257,6 +253,39 @@ def _entries(path: Path, name: str) -> Iterator[tuple[str, int, int, int]]:
         yield from _entries(path / inner, f"{name}/{inner}")
 
 
+def tidy_up(target: Path) -> None:
+    """Remove what a run left beside its finished output `target` that was killed at its very end; nothing of a run at work."""
+    places = Workplace.of(target)
+    if not has_remains(places) or not is_writable(places.home):
+        return
+    lock = FolderLock(places.lock, target)
+    try:
+        lock.acquire()
+    except GlmqError:  # a run is at work, or the file is somebody else's
+        return
+    try:
+        settle(places)
+    finally:
+        lock.release()
+
+
+def settle(places: Workplace) -> bool:
+    """Under the lock: take back what a killed run left half moved, or remove what it left beside its output.
+
+    Returns:
+        Whether it had put its result in its place, and had only to tidy up.
+
+    Raises:
+        UsageError: see `recover`.
+    """
+    works = places.works()
+    is_in_place = any([recover(work, places) for work in works])
+    for work in works:
+        if is_in_place or (places.contents() and not is_folder(work / RESULT)):  # else there is something to resume
+            remove_work(work)
+    return is_in_place
+
+
 def recover(work: Path, places: Workplace) -> bool:
     """Take back what a killed run left half moved; true if it had put its result in its place and had only to tidy up.
 
@@ -265,16 +294,10 @@ def recover(work: Path, places: Workplace) -> bool:
     """
     if owner_of(work) is not Owner.GLMQ or not (work / WHOLE).is_file():
         return False
-    whole = read_json_object(work / WHOLE)
-    result, replaced, place = work / RESULT, work / REPLACED, places.place
-    if not is_folder(result):
-        is_in_place = True
-    else:
-        state = result.lstat()
-        is_in_place = [state.st_dev, state.st_ino] != [whole.get("device"), whole.get("inode")]
-    if is_in_place and not (is_folder(replaced) and not os.path.lexists(place)):
+    if is_put(work, places.place):
         return True
-    names = whole.get("names")
+    replaced, place = work / REPLACED, places.place
+    names = read_json_object(work / WHOLE).get("names")
     if places.is_inside and isinstance(names, list):
         take_back(work, [str(name) for name in names], place)
     elif is_folder(replaced):
@@ -284,7 +307,6 @@ def recover(work: Path, places: Workplace) -> bool:
                 "move them where they belong first"
             )
         rename_new(replaced, place)
-    (work / WHOLE).unlink()
     return False
 
 

@@ -25,6 +25,7 @@ from typing import Final
 from glmq.checkpoint import journal
 from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode
 from glmq.checkpoint.filesystem import is_mount, is_writable
+from glmq.checkpoint.json_file import read_json_object
 from glmq.errors import UsageError
 
 MARKER: Final = ".glmq-work"
@@ -136,18 +137,18 @@ def make_work(work: Path) -> None:
         raise foreign(work)
     if not is_folder(work):
         work.mkdir()
-        set_mode(work, DIRECTORY_MODE)  # mkdir's mode is cut by the umask
+    set_mode(work, DIRECTORY_MODE)  # mkdir's mode is cut by the umask; a kill may have come between the two
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     os.close(os.open(work / MARKER, flags, FILE_MODE))
     result = work / RESULT
     if not is_folder(result):
         result.mkdir()
-        set_mode(result, DIRECTORY_MODE)
+    set_mode(result, DIRECTORY_MODE)
 
 
 def remove_work(work: Path) -> None:
-    """Remove a work folder that is glmq's, the marker last; anything else stays."""
-    if owner_of(work) is not Owner.GLMQ:
+    """Remove a work folder that is glmq's, the marker last, or an empty one; anything else stays."""
+    if owner_of(work) is Owner.FOREIGN or not is_folder(work):
         return
     for entry in sorted(work.iterdir()):
         if entry.name == MARKER:
@@ -156,7 +157,7 @@ def remove_work(work: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
-    (work / MARKER).unlink()
+    (work / MARKER).unlink(missing_ok=True)  # a run killed right here leaves an empty folder
     work.rmdir()
 
 
@@ -180,7 +181,7 @@ def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_di
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
     is_left = resume and (owner_of(places.work) is Owner.GLMQ or os.path.lexists(places.lock))
     # Where a run was killed, perhaps while it moved its result, OutputFolder looks when it has the lock.
-    if places.contents() and not overwrite and not is_left:
+    if places.contents() and not overwrite and not is_left and not has_remains(places):
         raise not_empty(target)
     for folder in dict.fromkeys((places.home, places.work.parent)):
         _check_folder(folder, target)
@@ -231,6 +232,25 @@ def _refuse_interrupted(places: Workplace) -> None:
 def is_whole(work: Path) -> bool:
     """Whether the result in a work folder is finished, but not in its place."""
     return owner_of(work) is Owner.GLMQ and (work / WHOLE).is_file() and is_folder(work / RESULT)
+
+
+def is_put(work: Path, place: Path) -> bool:
+    """Whether the run that left this work folder had put its result in its place, and had only to tidy up."""
+    if owner_of(work) is not Owner.GLMQ or not (work / WHOLE).is_file():
+        return False
+    if is_folder(work / RESULT):
+        whole, state = read_json_object(work / WHOLE), (work / RESULT).lstat()
+        if [state.st_dev, state.st_ino] == [whole.get("device"), whole.get("inode")]:
+            return False
+    return os.path.lexists(place) or not is_folder(work / REPLACED)
+
+
+def has_remains(places: Workplace) -> bool:
+    """Whether a run that was killed at its very end, or somebody at work, has something beside a finished output."""
+    works = [work for work in places.works() if owner_of(work) is Owner.GLMQ]
+    if not works:
+        return os.path.lexists(places.lock)
+    return any(is_put(work, places.place) or not is_folder(work / RESULT) for work in works)
 
 
 def has_progress(work: Path) -> bool:

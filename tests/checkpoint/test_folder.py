@@ -38,7 +38,7 @@ def interrupt(target: Path, *, blocks: int = 0, error: type[BaseException] = Key
             journal = Journal(output.work, {})
             for number in range(blocks):
                 journal.record(f"block {number}", {})
-            raise error
+            raise error("stopped")
 
     with pytest.raises(error):
         work()
@@ -159,7 +159,7 @@ def test_a_run_that_stopped_before_its_first_journal_line_leaves_nothing(
     error: type[BaseException], target: Path
 ) -> None:
     with pytest.raises(error), OutputFolder(target, overwrite=False):
-        raise error
+        raise error("stopped")
     assert tree(target.parent) == {}
 
 
