@@ -33,7 +33,7 @@ from glmq.checkpoint.workplace import (
     owner_of,
     remove_work,
 )
-from glmq.errors import GlmqError, InputError, KeptError, NoLocksError, UsageError
+from glmq.errors import BusyError, GlmqError, InputError, KeptError, NoLocksError, UsageError
 
 
 class OutputFolder:
@@ -67,14 +67,14 @@ class OutputFolder:
         self.path: Final = self.work / RESULT
         """Where to write the output until `finish`."""
         self._overwrite, self._resume = overwrite, resume
-        self._lock = FolderLock(self._places.lock, target)
+        self._lock: FolderLock | None = None
         self._before = Contents(None, ())
         self._is_in_place = False
 
     def __enter__(self) -> OutputFolder:
         self._places.home.mkdir(parents=True, exist_ok=True)
         self.work.parent.mkdir(parents=True, exist_ok=True)
-        self._acquire()
+        self._lock = acquire(self._places)
         try:
             self._begin()
         except BaseException:
@@ -92,7 +92,8 @@ class OutputFolder:
                 for work in self._places.works():
                     remove_work(work)
         finally:
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
 
     def finish(self) -> None:
         """Put the finished folder in the target's place.
@@ -111,15 +112,6 @@ class OutputFolder:
             self._put_copy()
         self._is_in_place = True
         sync_directory(self._places.home)
-
-    def _acquire(self) -> None:
-        try:
-            self._lock.acquire()
-        except NoLocksError:
-            if self._places.lock_elsewhere is None:
-                raise
-            self._lock = FolderLock(self._places.lock_elsewhere, self.target)
-            self._lock.acquire()
 
     def _begin(self) -> None:
         """Under the lock: take back what a killed run left half moved, look at the target, make the work folder."""
@@ -253,15 +245,32 @@ def _entries(path: Path, name: str) -> Iterator[tuple[str, int, int, int]]:
         yield from _entries(path / inner, f"{name}/{inner}")
 
 
-def tidy_up(target: Path) -> None:
-    """Remove what a run left beside its finished output `target` that was killed at its very end; nothing of a run at work."""
-    places = Workplace.of(target)
-    if not has_remains(places) or not is_writable(places.home):
-        return
-    lock = FolderLock(places.lock, target)
+def acquire(places: Workplace) -> FolderLock:
+    """Take the lock of an output folder, which lies in the folder for work if the output's own file system has no locks.
+
+    Raises:
+        BusyError, NoLocksError, UsageError: see `FolderLock.acquire`.
+    """
+    lock, *elsewhere = (FolderLock(path, places.target) for path in places.locks())
     try:
         lock.acquire()
-    except GlmqError:  # a run is at work, or the file is somebody else's
+    except NoLocksError:
+        if not elsewhere:
+            raise
+        (lock,) = elsewhere
+        lock.acquire()
+    return lock
+
+
+def tidy_up(target: Path, work_dir: Path | None = None) -> None:
+    """Do for `target`, which is to be read, what its next run would do first: see `settle`. A run at work is left alone."""
+    places = Workplace.of(target, work_dir)
+    is_left = has_remains(places) or any(is_whole(work) for work in places.works())
+    if not is_left or not is_writable(places.home):
+        return
+    try:
+        lock = acquire(places)
+    except (BusyError, NoLocksError):
         return
     try:
         settle(places)
@@ -279,7 +288,8 @@ def settle(places: Workplace) -> bool:
         UsageError: see `recover`.
     """
     works = places.works()
-    is_in_place = any([recover(work, places) for work in works])
+    were_in_place = [recover(work, places) for work in works]
+    is_in_place = any(were_in_place)
     for work in works:
         if is_in_place or (places.contents() and not is_folder(work / RESULT)):  # else there is something to resume
             remove_work(work)

@@ -78,10 +78,9 @@ class Workplace:
         """The lock file."""
         return self.home / f".{self.place.name}.glmq-lock"
 
-    @property
-    def lock_elsewhere(self) -> Path | None:
-        """The lock file if `home` has no locks."""
-        return None if self.work_dir is None else self.work_dir / f".{self._unique_name}.glmq-lock"
+    def locks(self) -> tuple[Path, ...]:
+        """The lock file, and the one that is used if `home` has no locks."""
+        return (self.lock,) if self.work_dir is None else (self.lock, self.work_dir / f".{self._unique_name}.glmq-lock")
 
     @property
     def _unique_name(self) -> str:
@@ -179,7 +178,7 @@ def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_di
     places = Workplace.of(target, work_dir)
     if places.place.exists() and not places.place.is_dir():
         raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
-    is_left = resume and (owner_of(places.work) is Owner.GLMQ or os.path.lexists(places.lock))
+    is_left = resume and owner_of(places.work) is Owner.GLMQ
     # Where a run was killed, perhaps while it moved its result, OutputFolder looks when it has the lock.
     if places.contents() and not overwrite and not is_left and not has_remains(places):
         raise not_empty(target)
@@ -249,7 +248,7 @@ def has_remains(places: Workplace) -> bool:
     """Whether a run that was killed at its very end, or somebody at work, has something beside a finished output."""
     works = [work for work in places.works() if owner_of(work) is Owner.GLMQ]
     if not works:
-        return os.path.lexists(places.lock)
+        return any(map(os.path.lexists, places.locks()))
     return any(is_put(work, places.place) or not is_folder(work / RESULT) for work in works)
 
 

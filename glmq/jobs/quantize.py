@@ -15,7 +15,7 @@ from glmq.calibration.samples import (
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.checksums import cover_new_files, read_checksums
 from glmq.checkpoint.disk import check_file_size, check_room
-from glmq.checkpoint.folder import OutputFolder, check_apart
+from glmq.checkpoint.folder import OutputFolder, check_apart, tidy_up
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
@@ -227,6 +227,9 @@ def _statistics(
     options, stats_path = job.calibration, job.stats_path
     # Those that nobody named lie where there is room for gigabytes; /tmp is often small.
     place = stats_path or folder.work / STATISTICS
+    if ranks.place.is_first and stats_path is not None:
+        tidy_up(stats_path, job.work_dir)
+    ranks.barrier()
     if Workplace.of(place).contents():
         if stats_path is None:
             statistics = Statistics.open(place)

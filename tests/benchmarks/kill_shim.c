@@ -1,7 +1,7 @@
 /* Kills its process at a chosen change of the disk: to be preloaded, see kill_syscalls.py.
  *
  * Stands before those functions of the C library that create, write, sync, rename, link or remove, or that set a mode. Once
- * kill_shim_arm() is called, each of their calls that concerns a place below a given folder is counted and written down as a
+ * kill_shim_arm() is called, each of their calls that concerns a place below given folders is counted and written down as a
  * line "name path". At the wanted one the process kills itself (SIGKILL): before the call, after it, or with only half of the
  * bytes written. A library that makes a system call without the C library is not seen; strace shows that glmq has none.
  */
@@ -22,17 +22,16 @@
 
 enum moment { BEFORE, AFTER, HALFWAY };
 
-static char folder[PATH_MAX];
-static size_t folder_length;
+static char folders[2][PATH_MAX];
 static long wanted, count;
 static int moment, record = -1;
 static pthread_mutex_t counting = PTHREAD_MUTEX_INITIALIZER;
 
-/* Begin to count. `number` 0 kills never; the lines go to the descriptor `lines`. */
-void kill_shim_arm(const char *below, long number, int when, int lines)
+/* Begin to count calls below the two folders. `number` 0 kills never; the lines go to the descriptor `lines`. */
+void kill_shim_arm(const char *folder, const char *other_folder, long number, int when, int lines)
 {
-    folder_length = strlen(below);
-    memcpy(folder, below, folder_length + 1);
+    snprintf(folders[0], PATH_MAX, "%s", folder);
+    snprintf(folders[1], PATH_MAX, "%s", other_folder);
     wanted = number;
     moment = when;
     record = lines;
@@ -47,7 +46,12 @@ static void die(void)
 
 static int is_below(const char *path)
 {
-    return strncmp(path, folder, folder_length) == 0 && (path[folder_length] == '/' || path[folder_length] == 0);
+    for (int i = 0; i < 2; i++) {
+        size_t length = strlen(folders[i]);
+        if (strncmp(path, folders[i], length) == 0 && (path[length] == '/' || path[length] == 0))
+            return 1;
+    }
+    return 0;
 }
 
 /* The absolute path that an open descriptor has, or had when it was removed. */

@@ -93,18 +93,20 @@ class Tally:
 
 
 class Bench:
-    """A folder with nothing in it but the output, and a file beside it for what the runs say."""
+    """A folder with nothing in it but the output, one on another disk, and files elsewhere for what the runs say."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, other_disk: Path) -> None:
         self.place = folder / "place"
         self.out = self.place / "out"
+        self._work = other_disk / "work"
         self._lines, self._said = folder / "lines", folder / "said"
         self._shim = ctypes.CDLL(os.environ[SHIM])
 
     def clear(self, verb: Verb) -> None:
         """As it is before a run."""
-        shutil.rmtree(self.place, ignore_errors=True)
-        self.place.mkdir()
+        for folder in (self.place, self._work):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
         if verb.replaces:
             self.out.mkdir()
             (self.out / OLD).write_text("old")
@@ -116,7 +118,8 @@ class Bench:
             return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         lines = os.open(self._lines, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         number, moment = (death.number, death.moment) if death else (0, Moment.BEFORE)
-        self._shim.kill_shim_arm(os.fsencode(self.place), ctypes.c_long(number), int(moment), lines)
+        folders = os.fsencode(self.place), os.fsencode(self._work)
+        self._shim.kill_shim_arm(*folders, ctypes.c_long(number), int(moment), lines)
         code, said = 0, ""
         try:
             verb.work(self.out, resume, overwrite or verb.replaces)
@@ -136,10 +139,11 @@ class Bench:
         return self._lines.read_text().splitlines()
 
     def listing(self) -> dict[str, tuple[str, str]]:
-        """Everything beside the output: name, mode and digest."""
+        """Everything beside the output and on the other disk: name, mode and digest."""
         return {
-            name: (stat.filemode((self.place / name).lstat().st_mode), digest)
-            for name, digest in tree(self.place).items()
+            name: (stat.filemode((folder / name).lstat().st_mode), digest)
+            for folder in (self.place, self._work)
+            for name, digest in tree(folder).items()
         }
 
 
@@ -151,8 +155,9 @@ def build(folder: Path) -> Path:
     return target
 
 
-def verbs(folder: Path) -> Iterator[Verb]:
+def verbs(folder: Path, other_disk: Path) -> Iterator[Verb]:
     """All that write, each in the smallest run that has all of its steps, and what they need."""
+    elsewhere = other_disk / "work"
     model, stats, sparse, packed = (folder / name for name in ("model", "stats", "sparse", "packed"))
     make_checkpoint(model, Size())
     few = {"limit": 2, "texts": False}
@@ -172,9 +177,7 @@ def verbs(folder: Path) -> Iterator[Verb]:
         def work(out: Path, resume: bool, overwrite: bool) -> object:
             given = None if source is None else calibration
             chosen = calibration if given is None else glmq.CalibrationOptions()
-            return quantize(
-                model, source, out, calibration=chosen, resume=resume, overwrite=overwrite, **shards
-            )
+            return quantize(model, source, out, calibration=chosen, resume=resume, overwrite=overwrite, **shards)
 
         return work
 
@@ -187,6 +190,13 @@ def verbs(folder: Path) -> Iterator[Verb]:
     def restored(out: Path, resume: bool, overwrite: bool) -> object:
         return glmq.restore(packed, out=out, overwrite=overwrite)
 
+    def restored_from_elsewhere(out: Path, resume: bool, overwrite: bool) -> object:
+        return glmq.restore(packed, out=out, overwrite=overwrite, work_dir=elsewhere)
+
+    def measured_elsewhere(out: Path, resume: bool, overwrite: bool) -> object:
+        options = glmq.CalibrationOptions(images=TINY_PICTURES, limit=1, texts=False, work_dir=elsewhere)
+        return glmq.calibrate(model, out=out, options=options, resume=resume, overwrite=overwrite)
+
     yield Verb("calibrate", measured)
     yield Verb("calibrate, answers generated", answered)
     yield Verb("quantize with statistics", quantized(stats))
@@ -196,6 +206,9 @@ def verbs(folder: Path) -> Iterator[Verb]:
     yield Verb("compress", compressed, resumes=False)
     yield Verb("compress, replacing", compressed, resumes=False, replaces=True)
     yield Verb("decompress", restored, resumes=False)
+    yield Verb("calibrate on another disk", measured_elsewhere)
+    yield Verb("calibrate on another disk, replacing", measured_elsewhere, replaces=True)
+    yield Verb("decompress on another disk", restored_from_elsewhere, resumes=False)
 
 
 def deaths(calls: Sequence[str], kills: int) -> list[Death]:
@@ -265,7 +278,7 @@ def report(tallies: Sequence[Tally]) -> str:
     """The table."""
     ends = ("run again", "was in place", "overwritten", "failure")
     lines = [
-        "| verb | system calls | kills | resumed or run again to the same bytes | whole already | with `overwrite` | failures |",
+        "| verb | system calls | kills | run again to the same bytes | whole already | with `overwrite` | failures |",
         "|---|---|---|---|---|---|---|",
     ]
     for tally in tallies:
@@ -281,17 +294,21 @@ def report(tallies: Sequence[Tally]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10_000, help="of each verb at most; more than its calls take: all")
+    parser.add_argument("--other-disk", type=Path, default="/dev/shm", help="a folder on another file system")
     parser.add_argument("--verb", default="", help="only verbs whose name begins so")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="kill-syscalls-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="kill-syscalls-") as name,
+        tempfile.TemporaryDirectory(prefix="kill-syscalls-", dir=args.other_disk) as other,
+    ):
         if SHIM not in os.environ:
             shim = str(build(Path(name)))
             environment = os.environ | {SHIM: shim, "LD_PRELOAD": shim, "TOKENIZERS_PARALLELISM": "false"}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode)
         torch.set_num_threads(1)  # threads do not survive a fork
         tallies: list[Tally] = []
-        bench = Bench(Path(name).resolve())
-        for verb in verbs(Path(name)):
+        bench = Bench(Path(name).resolve(), Path(other).resolve())
+        for verb in verbs(Path(name), Path(other)):
             if verb.name.startswith(args.verb):
                 tallies.append(try_verb(bench, verb, args.kills))
                 print(f"{verb.name}: {tallies[-1].ends.total()} kills, {tallies[-1].seconds:.0f} s", flush=True)

@@ -3,6 +3,7 @@ import functools
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +14,10 @@ import pytest
 from helpers import tree
 
 from glmq.checkpoint import disk, filesystem, folder, lock, workplace
-from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.folder import OutputFolder, tidy_up
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_whole
-from glmq.checkpoint.workplace import check_output, stored_bytes
+from glmq.checkpoint.workplace import check_output, is_folder, stored_bytes
 from glmq.errors import BusyError, CheckpointError, KeptError, NoLocksError, SpaceError, UsageError
 
 
@@ -397,7 +398,7 @@ def test_a_planted_folder_that_appears_after_the_check_is_refused_too(target: Pa
 # A kill at any moment.
 
 
-WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "ctypes.call_function"}
+WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "ctypes.call_function"}
 
 
 def die_at(number: int) -> None:
@@ -478,6 +479,65 @@ def test_a_run_killed_at_any_change_of_the_disk_loses_nothing_and_the_next_one_i
         shutil.rmtree(target.parent)
     assert 15 < number < 199
     assert found == wanted
+
+
+def modes(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): stat.filemode(path.lstat().st_mode) for path in folder.rglob("*")}
+
+
+def one_file(target: Path, **options: bool) -> None:
+    with OutputFolder(target, **{"overwrite": False, **options}) as output:
+        Journal(output.work, {}).record("block", {})
+        write_whole(output.path / "new.txt", b"new")
+        output.finish()
+
+
+def killed_one_file(target: Path, number: int, **options: bool) -> None:
+    die_at(number)
+    one_file(target, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_the_next_run_tidies_up_even_where_it_finds_the_output_whole(
+    target: Path, resume: bool, overwrite: bool
+) -> None:
+    """Killed anywhere: what is there after the next run has the names and modes that an unbroken run leaves."""
+    target.parent.mkdir()
+    for number in range(1, 200):
+        code, said = in_child(functools.partial(killed_one_file, target, number, overwrite=overwrite))
+        if code == 0:
+            break
+        assert code == 9, said
+        code, said = in_child(functools.partial(one_file, target, resume=resume))
+        if code and not resume:  # it has a finished block, or a finished result, that nobody said may be dropped
+            if "or with --overwrite to start again" in said or "or pass --overwrite to start again" in said:
+                code, said = in_child(functools.partial(one_file, target, overwrite=True))
+        assert code == 0 or "had put it in its place" in said or "is not empty" in said, (number, said)
+        assert modes(target.parent) == {"out": "drwxr-x---", "out/new.txt": "-rw-r-----"}, (number, said)
+        shutil.rmtree(target)
+    assert 20 < number < 199
+
+
+@pytest.mark.slow
+def test_folders_that_are_read_are_tidied_up_and_those_at_work_are_not(target: Path) -> None:
+    """A run that takes another's finished statistics removes what that one's killed run has left beside them."""
+    one_file(target)
+    whole = tree(target.parent)
+    for number in range(1, 200):
+        tidy_up(target)  # there is nothing to do
+        code, said = in_child(functools.partial(killed_one_file, target, number, overwrite=True))
+        if code == 0:
+            break
+        is_interrupted = is_folder(target.parent / ".out.partial" / "result")
+        tidy_up(target)
+        assert is_interrupted or tree(target.parent) == whole, number
+        assert (target / "new.txt").read_text() == "new"
+        assert in_child(functools.partial(one_file, target, overwrite=True))[0] == 0
+    with OutputFolder(target, overwrite=True) as output:
+        tidy_up(target)
+        assert output.path.is_dir()
 
 
 @pytest.mark.slow
