@@ -511,9 +511,8 @@ def test_the_next_run_tidies_up_even_where_it_finds_the_output_whole(
             break
         assert code == 9, said
         code, said = in_child(functools.partial(one_file, target, resume=resume))
-        if code and not resume:  # it has a finished block, or a finished result, that nobody said may be dropped
-            if "or with --overwrite to start again" in said or "or pass --overwrite to start again" in said:
-                code, said = in_child(functools.partial(one_file, target, overwrite=True))
+        if not resume and "--overwrite to start again" in said:  # there is a finished block, or a finished result
+            code, said = in_child(functools.partial(one_file, target, overwrite=True))
         assert code == 0 or "had put it in its place" in said or "is not empty" in said, (number, said)
         assert modes(target.parent) == {"out": "drwxr-x---", "out/new.txt": "-rw-r-----"}, (number, said)
         shutil.rmtree(target)
@@ -527,8 +526,7 @@ def test_folders_that_are_read_are_tidied_up_and_those_at_work_are_not(target: P
     whole = tree(target.parent)
     for number in range(1, 200):
         tidy_up(target)  # there is nothing to do
-        code, said = in_child(functools.partial(killed_one_file, target, number, overwrite=True))
-        if code == 0:
+        if in_child(functools.partial(killed_one_file, target, number, overwrite=True))[0] == 0:
             break
         is_interrupted = is_folder(target.parent / ".out.partial" / "result")
         tidy_up(target)
