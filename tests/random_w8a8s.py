@@ -39,6 +39,7 @@ def write_w8a8s(
     config["text_config"] |= {
         "hidden_size": 16 * heads, "intermediate_size": 88, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": vocab,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     if attention_bias is not None:
         config["text_config"]["attention_bias"] = attention_bias
