@@ -10,65 +10,17 @@ encoded; another matrix, another exception or a sanitizer's report is a failure,
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from forge import HEAD, read_fields, sections, sign, with_fields
 from numpy.random import Generator
 from numpy.typing import NDArray
+from sanitized import is_sanitized, load_sanitized, run_sanitized
 
-ROOT = Path(__file__).parents[2]
-BUILT = "GLMQ_SANITIZED_CODEC"
-"""Set for the second process, which runs with the sanitizers loaded: the path of the built module."""
-
-
-def build(folder: Path) -> Path:
-    target = folder / "_codec.so"
-    subprocess.run(
-        [
-            *("gcc", "-g", "-O1", "-std=c11", "-shared", "-fPIC", "-fno-omit-frame-pointer"),
-            *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-            f"-I{sysconfig.get_path('include')}",
-            str(ROOT / "glmq" / "codec" / "_codec.c"),
-            *("-o", str(target)),
-        ],
-        check=True,
-    )
-    return target
-
-
-def run_sanitized(arguments: list[str]) -> int:
-    """This script again, in a process that has the address sanitizer from its start."""
-    library = subprocess.run(
-        ["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            BUILT: str(build(Path(folder))),
-            "LD_PRELOAD": library,
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONMALLOC": "malloc",  # every bytes object gets the sanitizer's red zones
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
-        return subprocess.run([sys.executable, __file__, *arguments], env=environment, check=False).returncode
-
-
-def load_built() -> None:
-    """Let `glmq.codec._codec` be the sanitized build."""
-    spec = importlib.util.spec_from_file_location("glmq.codec._codec", os.environ[BUILT])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules["glmq.codec._codec"] = module
+MODULES = ("glmq.codec._codec",)
 
 
 def make_matrix(rng: Generator) -> NDArray[np.int8]:
@@ -137,7 +89,7 @@ def corrupt(blob: bytes, rng: Generator) -> tuple[str, bytes]:
 
 
 def fuzz(count: int, seed: int) -> int:
-    load_built()
+    load_sanitized(MODULES)
     from glmq.codec import codec
     from glmq.errors import CodecError, SpaceError
 
@@ -179,9 +131,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20_000, help="files for each decoder")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    if BUILT not in os.environ:
-        return run_sanitized(sys.argv[1:])
-    return fuzz(options.count, options.seed)
+    return fuzz(options.count, options.seed) if is_sanitized() else run_sanitized(MODULES)
 
 
 if __name__ == "__main__":
