@@ -41,6 +41,7 @@ def write_w8a8s(
         "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "vocab_size": vocab,
         "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
     }  # fmt: skip
+    config["text_config"]["rope_scaling"] |= {"mrope_section": [1, 1, 2]}  # half of 16, in pairs
     if attention_bias is not None:
         config["text_config"]["attention_bias"] = attention_bias
     config["vision_config"] |= {"depth": 2, "hidden_size": 24, "out_hidden_size": 16 * heads, "intermediate_size": 44}

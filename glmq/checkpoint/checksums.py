@@ -23,7 +23,7 @@ import xxhash
 
 from glmq.checkpoint import journal
 from glmq.checkpoint.header import read_header
-from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object, write_json
+from glmq.checkpoint.json_file import Fields, JsonObject, JsonValue, read_json_object, write_json
 from glmq.errors import CheckpointError
 from glmq.version import __version__
 
@@ -122,11 +122,11 @@ def read_checksums(folder: Path) -> Checksums:
     if schema not in (SCHEMA, OLD_SCHEMA):
         raise CheckpointError(f"{path}: schema is {schema!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
     covers_files = schema == SCHEMA
-    sections = [document.get(key) for key in ("tensors", "headers", "files")[: 3 if covers_files else 1]]
-    maps = [{name: str(value) for name, value in part.items()} for part in sections if isinstance(part, Mapping)]
-    if digest != document_digest(document) or len(maps) != len(sections):
+    if digest != document_digest(document):
         raise CheckpointError(f"{path}: its digest does not fit its contents; it was altered, copy it again")
-    tensors, headers, files = (*maps, {}, {})[:3]
+    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; copy it again"))
+    tensors = fields.texts("tensors")
+    headers, files = (fields.texts("headers"), fields.texts("files")) if covers_files else ({}, {})
     return Checksums(tensors, headers, files, covers_files, digest)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.json_file import JsonObject, read_json_object, write_json
+from glmq.checkpoint.json_file import Fields, JsonObject, read_json_object, write_json
 from glmq.errors import CheckpointError
 from glmq.spec import Form, QuantType
 
@@ -117,20 +117,11 @@ def parse_description(path: Path, document: JsonObject) -> Description:
     Raises:
         CheckpointError: no model_quant_type, or a version, group_size or tensor type of the wrong kind.
     """
-    quant_type, version, group_size = (document.get(key) for key in ("model_quant_type", "version", "group_size"))
-    if not isinstance(quant_type, str):
-        raise CheckpointError(
-            f"{path}: model_quant_type is {quant_type!r}, wanted a name like 'W8A8S'; write the file again"
-        )
-    if version is not None and not (isinstance(version, str) and re.fullmatch(r"[1-9]\d*\.\d+\.\d+", version)):
-        raise CheckpointError(f"{path}: version is {version!r}, wanted one like '1.0.0'; write the file again")
-    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 0):
-        raise CheckpointError(f"{path}: group_size is {group_size!r}, wanted a count of columns; write the file again")
-    tensors: dict[str, str] = {}
-    for name, value in document.items():
-        if name in _OWN_KEYS or name in FOREIGN_KEYS:
-            continue
-        if not isinstance(value, str):
-            raise CheckpointError(f"{path}: the type of {name!r} is {value!r}, wanted a name; write the file again")
-        tensors[name] = value
+    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; write the file again"))
+    quant_type = fields.text("model_quant_type")
+    version = None if document.get("version") is None else fields.text("version")
+    if version is not None and not re.fullmatch(r"[1-9]\d*\.\d+\.\d+", version):
+        raise CheckpointError(f"{path}: version is {version!a:.60}, wanted one like '1.0.0'; write the file again")
+    group_size = None if document.get("group_size") is None else fields.count("group_size")
+    tensors = {name: fields.text(name) for name in fields if name not in (*_OWN_KEYS, *FOREIGN_KEYS)}
     return Description(quant_type, version, group_size, tensors)

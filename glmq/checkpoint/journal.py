@@ -101,8 +101,7 @@ def read_lines(path: Path) -> list[JsonObject]:
             break
         if not isinstance(line, dict) or not ("block" in line or not lines):
             break
-        checksum = line.pop(CHECKSUM, None)  # lines of an older glmq have none
-        if checksum is not None and checksum != _checksum(line):
+        if line.pop(CHECKSUM, None) != _checksum(line):
             break
         lines.append(line)
     return lines

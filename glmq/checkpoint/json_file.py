@@ -182,6 +182,11 @@ class Fields:
             self._wrong(key, value, "a list of objects")
         return [Fields(item, f"{self._where}: {key} {i}", self._refuse) for i, item in enumerate(value)]
 
+    def texts(self, key: str) -> dict[str, str]:
+        """An object whose values are strings."""
+        fields = self.fields(key)
+        return {name: fields.text(name) for name in fields}
+
     def __iter__(self) -> Iterator[str]:
         """The keys, in their order."""
         return iter(self._document)

@@ -18,7 +18,7 @@ from torch import Tensor
 from glmq.checkpoint.contents import HASH_BYTES, ContentDigests
 from glmq.checkpoint.disk import open_input, read_input
 from glmq.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, Header, TensorInfo, read_header
-from glmq.checkpoint.json_file import MAX_JSON_BYTES, read_json_object
+from glmq.checkpoint.json_file import MAX_JSON_BYTES, Fields, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import CheckpointError
 
@@ -313,22 +313,17 @@ def _bare_files(directory: Path) -> list[Path]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: tensor name -> file name, file names without folders."""
-    found = read_json_object(path).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{path}: has no weight_map of tensor names to file names; download it again")
-    weight_map: dict[str, str] = {}
-    for name, file in found.items():
-        if (
-            not isinstance(file, str)
-            or not file.endswith(".safetensors")
-            or "/" in file
-            or "\\" in file
-            or "\0" in file
-        ):
+    fields = Fields(
+        read_json_object(path), str(path), lambda sentence: CheckpointError(f"{sentence}; download it again")
+    )
+    weight_map = fields.texts("weight_map")
+    if not weight_map:
+        raise CheckpointError(f"{path}: its weight_map is empty; download it again")
+    for name, file in weight_map.items():
+        if not file.endswith(".safetensors") or any(char in file for char in "/\\\0"):
             raise CheckpointError(
                 f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
             )
-        weight_map[name] = file
     for file in sorted(set(weight_map.values())):
         if not (path.parent / file).is_file():
             raise CheckpointError(f"{path}: names {file}, which is not in the folder; download the missing file")

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from glmq.checkpoint.disk import read_input
-from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.json_file import JsonValue, read_json_object
 from glmq.errors import ModelError, SampleError
 from glmq.model.bounded import BoundedError, run_bounded
 from glmq.model.config import ModelConfig
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 CHANNELS: Final = 3
 SMALLEST_DEVIATION: Final = 1e-3
+_TOKEN_SETTINGS: Final = frozenset({"__type", "content", "single_word", "lstrip", "rstrip", "normalized", "special"})
+"""Of one token in the tokenizer's files."""
 MAX_TOKENIZER_BYTES: Final = 100_000_000
 """Of tokenizer.json; GLM-4.1V's has 20 MB."""
 DEFAULT_PROMPT: Final = "Please describe this picture in detail."
@@ -229,9 +231,7 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
     """The model's tokenizer. Raises ModelError that names the file that is to blame, where one is."""
     from transformers import AutoTokenizer
 
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (directory / name).exists():
-            read_json_object(directory / name)
+    _check_added_tokens(directory)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -245,6 +245,40 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
         raise ModelError(
             f"{directory}: its tokenizer cannot be loaded ({reason:.200}); copy the tokenizer files of the release there"
         ) from error
+
+
+def _check_added_tokens(directory: Path) -> None:
+    """Read the tokenizer's small files. The compiled tokenizer would print every setting of a token that it does not know,
+    whatever its name holds, to standard output.
+
+    Raises:
+        CheckpointError: one is no JSON object.
+        ModelError: such a setting.
+    """
+    documents = {
+        name: read_json_object(directory / name) if (directory / name).exists() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    }
+    listed = documents["tokenizer_config.json"].get("added_tokens_decoder")
+    tokens: list[JsonValue] = list(listed.values()) if isinstance(listed, dict) else []
+    stack: list[JsonValue] = [documents["tokenizer_config.json"]]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict):
+            stack += value.values()
+            if value.get("__type") == "AddedToken":
+                tokens.append(value)
+        elif isinstance(value, list):
+            stack += value
+    for value in documents["special_tokens_map.json"].values():
+        tokens += value if isinstance(value, list) else [value]
+    for token in tokens:
+        for setting in token if isinstance(token, dict) else ():
+            if setting not in _TOKEN_SETTINGS:
+                raise ModelError(
+                    f"{directory}: a token of its tokenizer has the setting {setting!a:.60}, which no tokenizer knows; "
+                    "copy the tokenizer files of the release there"
+                )
 
 
 def _check_tokenizer_file(path: Path) -> None:

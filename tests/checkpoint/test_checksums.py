@@ -6,7 +6,13 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 
-from glmq.checkpoint.checksums import CHECKSUMS, cover_new_files, read_checksums, write_checksums
+from glmq.checkpoint.checksums import (
+    CHECKSUMS,
+    cover_new_files,
+    document_digest,
+    read_checksums,
+    write_checksums,
+)
 from glmq.errors import CheckpointError
 from glmq.version import __version__
 
@@ -36,6 +42,19 @@ def test_checksums_are_written_by_sorted_name_with_their_own_digest(tmp_path: Pa
     again = read_checksums(tmp_path)
     assert (again.tensors, list(again.files)) == (TENSORS, ["a.txt", "b.json", "c.csv"])
     assert again.tensors_digest == found.tensors_digest != again.digest
+
+
+def test_a_checksum_that_is_no_text_is_refused_even_if_signed(tmp_path: Path) -> None:
+    write_checksums(tmp_path, TENSORS)
+    path = tmp_path / CHECKSUMS
+    document = json.loads(path.read_text())
+    del document["digest"]
+    name = next(iter(document["tensors"]))
+    document["tensors"][name] = 5
+    path.write_text(json.dumps(document | {"digest": document_digest(document)}))
+    with pytest.raises(CheckpointError) as caught:
+        read_checksums(tmp_path)
+    assert str(caught.value) == f"{path}: tensors: {name!r} is 5, wanted a text; copy it again"
 
 
 @pytest.mark.parametrize(

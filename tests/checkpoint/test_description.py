@@ -71,14 +71,14 @@ def test_two_descriptions_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_quant_type": None}, "model_quant_type is None, wanted a name like 'W8A8S'"),
+        ({"model_quant_type": None}, "'model_quant_type' is None, wanted a text"),
         ({"version": "0.1.0"}, "version is '0.1.0', wanted one like '1.0.0'"),
         ({"version": "1.0"}, "version is '1.0', wanted one like '1.0.0'"),
-        ({"version": 1}, "version is 1, wanted one like '1.0.0'"),
-        ({"group_size": "64"}, "group_size is '64', wanted a count of columns"),
-        ({"group_size": True}, "group_size is True, wanted a count of columns"),
-        ({"group_size": -1}, "group_size is -1, wanted a count of columns"),
-        ({"a.weight": None}, "the type of 'a.weight' is None, wanted a name"),
+        ({"version": 1}, "'version' is 1, wanted a text"),
+        ({"group_size": "64"}, "'group_size' is '64', wanted a count"),
+        ({"group_size": True}, "'group_size' is True, wanted a count"),
+        ({"group_size": -1}, "'group_size' is -1, wanted a count"),
+        ({"a.weight": None}, "'a.weight' is None, wanted a text"),
     ],
 )
 def test_a_malformed_description_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

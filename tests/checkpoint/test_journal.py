@@ -71,9 +71,13 @@ def test_an_altered_line_and_all_after_it_count_as_absent(place: int, left: list
     assert list(Journal(tmp_path, SETTINGS).finished) == left
 
 
-def test_a_journal_of_an_older_glmq_has_no_checksums_and_is_read(tmp_path: Path) -> None:
-    (tmp_path / NAME).write_text(json.dumps(SETTINGS) + '\n{"block": "a", "number": 0}\n')
+def test_a_line_whose_checksum_is_gone_counts_as_absent(tmp_path: Path) -> None:
+    path = finished(tmp_path, "a", "b")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], lines[2].replace('"xxh3"', '"xxh2"')]))
     assert list(Journal(tmp_path, SETTINGS).finished) == ["a"]
+    path.write_text("".join([lines[0].replace('"xxh3"', '"xxh2"'), *lines[1:]]))
+    assert list(Journal(tmp_path, SETTINGS).finished) == []
 
 
 def test_blocks_that_are_dropped_are_to_be_done_again(tmp_path: Path) -> None:

@@ -182,14 +182,22 @@ def test_two_indexes_are_refused(sharded: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {}])
-def test_an_index_without_a_weight_map_is_refused(single: Path, weight_map: object) -> None:
+@pytest.mark.parametrize(
+    ("weight_map", "what"),
+    [
+        (None, "'weight_map' is None, wanted an object"),
+        ([], "'weight_map' is [], wanted an object"),
+        ({"mask": 3}, "weight_map: 'mask' is 3, wanted a text"),
+        ({}, "its weight_map is empty"),
+    ],
+)
+def test_an_index_without_a_weight_map_is_refused(single: Path, weight_map: object, what: str) -> None:
     path = write_index(single, weight_map)
-    assert refusal(single) == f"{path}: has no weight_map of tensor names to file names; download it again"
+    assert refusal(single) == f"{path}: {what}; download it again"
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "a\\b.safetensors", "model.bin", "x\0.safetensors", 3])
-def test_an_index_that_names_something_else_than_a_weight_file_is_refused(single: Path, file: object) -> None:
+@pytest.mark.parametrize("file", ["../model.safetensors", "a\\b.safetensors", "model.bin", "x\0.safetensors"])
+def test_an_index_that_names_something_else_than_a_weight_file_is_refused(single: Path, file: str) -> None:
     path = write_index(single, {"mask": file})
     assert refusal(single) == (
         f"{path}: says that 'mask' is in {file!r}, which is not a safetensors file name; download it again"

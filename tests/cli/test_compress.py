@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -245,6 +246,17 @@ def test_what_is_no_w8a8s_is_bad_input(tiny: Path, tmp_path: Path) -> None:
     assert result.exit_code == 4
     assert json.loads(result.stdout)["error"]["code"] == "bad-checkpoint"
     assert left_over(tmp_path) == []
+
+
+def test_a_planted_link_is_bad_input_and_its_target_is_not_kept(w8a8s: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(w8a8s, source)
+    (source / "notes.txt").symlink_to("/etc/shadow")
+    assert complaint(4, *compress(source, tmp_path / "out")) == (
+        f"error: {source / 'notes.txt'}: is a link to /etc/shadow, outside of its folder, so its contents are not copied into "
+        "the output; put a copy of the file in its place"
+    )
+    assert left_over(tmp_path) == ["source"]
 
 
 def test_a_broken_program_leaves_nothing(w8a8s: Path, tmp_path: Path) -> None:

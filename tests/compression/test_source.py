@@ -49,6 +49,14 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none") == "DIR: is not a folder; give the folder of the W8A8S weights"
 
 
+def test_a_link_out_of_the_folder_is_refused_whatever_its_name(folder: Path) -> None:
+    (folder / "notes.txt").symlink_to("/etc/shadow")
+    assert refusal(folder) == (
+        "DIR/notes.txt: is a link to /etc/shadow, outside of its folder, so its contents are not copied into the output; "
+        "put a copy of the file in its place"
+    )
+
+
 def test_another_model_is_refused(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(model_type="llama"))
     assert "model_type is 'llama'" in refusal(folder, ModelError)

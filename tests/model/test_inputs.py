@@ -274,6 +274,28 @@ def test_a_damaged_tokenizer_config_is_one_line(content: bytes, side_files: Path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": {"content": "a", "\x1b[31m": 1}}}),
+        ("tokenizer_config.json", {"pad_token": {"__type": "AddedToken", "content": "a", "\x1b[31m": 1}}),
+        ("special_tokens_map.json", {"eos_token": {"content": "a", "\x1b[31m": 1}}),
+        ("special_tokens_map.json", {"additional_special_tokens": [{"content": "a", "\x1b[31m": 1}]}),
+    ],
+)
+def test_a_tokens_unknown_setting_is_refused_and_never_printed(
+    name: str, tokens: dict[str, object], side_files: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    edit_json(side_files / name, lambda document: document.update(tokens))
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == (
+        f"{side_files}: a token of its tokenizer has the setting '\\x1b[31m', which no tokenizer knows; "
+        "copy the tokenizer files of the release there"
+    )
+    assert capfd.readouterr() == ("", "")
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 TEMPLATES = {
     "{% for %}": "TemplateSyntaxError: Expected an expression, got 'end of statement block'",

@@ -35,9 +35,7 @@ def test_a_broken_description_is_found(make: Make) -> None:
     assert (check, tensor) == (1, "")
     assert message.startswith(f"{path}: is not JSON (")
     path.write_text('{"model_quant_type": 3}')
-    assert found(directory, None) == [
-        (2, "", f"{path}: model_quant_type is 3, wanted a name like 'W8A8S'; write the file again")
-    ]
+    assert found(directory, None) == [(2, "", f"{path}: 'model_quant_type' is 3, wanted a text; write the file again")]
 
 
 FOREIGN = "the description has this key, which switches another feature on, even if null"
