@@ -223,8 +223,8 @@ def deaths(calls: Sequence[str], kills: int) -> list[Death]:
     return [every[int(index * step)] for index in range(min(len(every), kills))]
 
 
-def try_verb(bench: Bench, verb: Verb, kills: int) -> Tally:
-    """All kills of one verb, after an unbroken run."""
+def try_verb(bench: Bench, verb: Verb, kills: int, *, twice: bool) -> Tally:
+    """All kills of one verb, after an unbroken run; `twice`: the second run is killed at its call of that number too."""
     tally, started = Tally(verb.name), time.perf_counter()
     bench.clear(verb)
     assert bench.run(verb) == 0, bench.said()
@@ -239,6 +239,8 @@ def try_verb(bench: Bench, verb: Verb, kills: int) -> Tally:
             place = bench.calls()[-1].replace(f"{bench.place}/", "")
             if verb.replaces and not (bench.out / OLD).exists() and tree(bench.out).keys() < set(_below_out(whole)):
                 fault = "neither the former contents nor the new ones are there"
+            if twice:
+                bench.run(verb, resume=verb.resumes, death=death)
             end = run_again(bench, verb)
             if not fault and bench.listing() != whole:
                 fault = f"{end}, but {_difference(whole, bench.listing())}"
@@ -294,6 +296,7 @@ def report(tallies: Sequence[Tally]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10_000, help="of each verb at most; more than its calls take: all")
+    parser.add_argument("--twice", action="store_true", help="kill the second run too, and run it a third time")
     parser.add_argument("--other-disk", type=Path, default="/dev/shm", help="a folder on another file system")
     parser.add_argument("--verb", default="", help="only verbs whose name begins so")
     args = parser.parse_args()
@@ -310,7 +313,7 @@ def main() -> None:
         bench = Bench(Path(name).resolve(), Path(other).resolve())
         for verb in verbs(Path(name), Path(other)):
             if verb.name.startswith(args.verb):
-                tallies.append(try_verb(bench, verb, args.kills))
+                tallies.append(try_verb(bench, verb, args.kills, twice=args.twice))
                 print(f"{verb.name}: {tallies[-1].ends.total()} kills, {tallies[-1].seconds:.0f} s", flush=True)
     print(f"\n{report(tallies)}")
     sys.exit(1 if any(tally.faults for tally in tallies) else 0)

@@ -3,7 +3,7 @@
     python tests/benchmarks/two_runs.py --trials 200
 
 In each trial two processes write the same folder, the second one up to `--spread` seconds after the first, with or without
---overwrite and --resume; in some, a user makes or fills the folder meanwhile. What must hold:
+--overwrite and --resume; in some, a user makes or fills the folder meanwhile, or a killed run lies there. What must hold:
 
 - a run that ends with exit code 0 has left its whole result, byte for byte that of a run alone, unless the other one, which
   also ended with 0 and was asked to overwrite, has replaced it by the same;
@@ -18,6 +18,7 @@ import argparse
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -101,12 +102,17 @@ def trial(verb: Verb, folder: Path, spread: float, rng: random.Random) -> Outcom
     extras = [["--overwrite"], [], ["--resume"]] if verb.can_resume else [["--overwrite"], []]
     chosen = [rng.choice(extras) for _ in range(2)]
     theirs: Path | None = None
-    match rng.choice(["nothing", "nothing", "before", "during", "hidden"]):
+    match rng.choice(["nothing", "nothing", "before", "during", "hidden", "killed"]):
         case "before":  # what --overwrite may replace
             out.mkdir()
             (out / "old.txt").write_text("old")
         case "hidden":  # a folder that only has our name
             theirs = parent / ".out.partial" / THESIS
+        case "killed":
+            killed = child(verb.arguments(out), 0.0, folder / "said-killed")
+            time.sleep(rng.uniform(0.1, 1.1) * verb.seconds)
+            os.kill(killed, signal.SIGKILL)
+            os.waitpid(killed, 0)
         case "during":
             theirs = out / THESIS
         case _:
@@ -178,6 +184,8 @@ def main() -> None:
         verbs = [measure("calibrate", ["calibrate", *model, *few], "--stats", folder, can_resume=True)]
         with_stats = ["quantize", *model, "--stats", stats, *sparse]
         verbs.append(measure("quantize", with_stats, "--save_directory", folder, can_resume=True))
+        alone = ["quantize", *model, *few, *sparse]
+        verbs.append(measure("quantize, own statistics", alone, "--save_directory", folder, can_resume=True))
         packing = ["compress", "--model_path", folder / "alone-quantize", "--codec", "portable", "-q"]
         verbs.append(measure("compress", packing, "--save_directory", folder, can_resume=False))
         unpacking = ["compress", "--decompress", "--model_path", packed, "-q"]
