@@ -212,15 +212,24 @@ def verbs(folder: Path, other_disk: Path) -> Iterator[Verb]:
 
 
 def deaths(calls: Sequence[str], kills: int) -> list[Death]:
-    """Every moment of every call; of more than `kills` of them so many, evenly spread."""
+    """Every moment of every call; of more than `kills` of them so many.
+
+    A third are the first ones, while the folder is made, a third the last, while it is put in its place and things are tidied
+    up, and a third are evenly spread over the rest.
+    """
     every = [
         Death(number, moment)
         for number, call in enumerate(calls, 1)
         for moment in Moment
         if moment is not Moment.HALFWAY or call.split(" ")[0] in ("write", "pwrite", "pwrite64")
     ]
-    step = max(1.0, len(every) / kills)
-    return [every[int(index * step)] for index in range(min(len(every), kills))]
+    if len(every) <= kills:
+        return every
+    edge, spread = kills // 3, kills - kills // 3 * 2
+    middle = every[edge : len(every) - edge]
+    return (
+        every[:edge] + [middle[index * len(middle) // spread] for index in range(spread)] + every[len(every) - edge :]
+    )
 
 
 def try_verb(bench: Bench, verb: Verb, kills: int, *, twice: bool) -> Tally:
