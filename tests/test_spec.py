@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,22 @@ PLACES = {
 """Where the arithmetic, the stored tensors or the words depend on what becomes of a linear's input."""
 
 
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a copy of the package, and the cache of mypy beside it, whose largest part is torch's."""
+    root = tmp_path_factory.mktemp("house")
+    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", root)
+    return root
+
+
+@pytest.fixture
+def copied(house: Path) -> Iterator[Path]:
+    """The same folder with a fresh copy of the package."""
+    shutil.copytree(PACKAGE, house / "glmq", ignore=shutil.ignore_patterns("__pycache__"))
+    yield house
+    shutil.rmtree(house / "glmq")
+
+
 def run_mypy(root: Path) -> str:
     """mypy's output on the copy of the package in `root`, with this project's settings."""
     command = [
@@ -43,15 +60,13 @@ def run_mypy(root: Path) -> str:
 
 
 @pytest.mark.slow
-def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(tmp_path: Path) -> None:
-    shutil.copytree(PACKAGE, tmp_path / "glmq", ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c"))
-    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", tmp_path)
-    spec = tmp_path / "glmq/spec.py"
+def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(copied: Path) -> None:
+    spec = copied / "glmq/spec.py"
     text = spec.read_text(encoding="utf-8")
     member = '    NONE = "none"\n'
     assert text.count(f'{member}    """It stays float."""') == 1
     spec.write_text(text.replace(member, f'    PER_GROUP = "per group"\n{member}'), encoding="utf-8")
-    lines = run_mypy(tmp_path).splitlines()
+    lines = run_mypy(copied).splitlines()
     refused = re.compile(
         r'glmq/(\S+):\d+: error: Argument 1 to "assert_never" has incompatible type '
         r'"(?:Literal\[)?Activation\.PER_GROUP\]?"; expected "Never"'
@@ -62,22 +77,20 @@ def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_type_with_float_activations_is_one_row(small: Path, small_stats: Path, tmp_path: Path) -> None:
+def test_a_type_with_float_activations_is_one_row(small: Path, small_stats: Path, copied: Path, tmp_path: Path) -> None:
     """A copy of the package gets W8A16, which then may be asked for by layer."""
-    shutil.copytree(PACKAGE, tmp_path / "glmq", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", tmp_path)
-    spec = tmp_path / "glmq/spec.py"
+    spec = copied / "glmq/spec.py"
     text = spec.read_text(encoding="utf-8")
     member, row = '    W8A8SC = "W8A8SC"\n', "    QuantType.W8A8SC: TypeSpec("
     assert text.count(member) == text.count(row) == 1
     text = text.replace(member, f'{member}    W8A16 = "W8A16"\n')
     added = "    QuantType.W8A16: TypeSpec(8, Activation.NONE, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True),\n"
     spec.write_text(text.replace(row, added + row), encoding="utf-8")
-    assert run_mypy(tmp_path) == ""
+    assert run_mypy(copied) == ""
     done = subprocess.run(
         [sys.executable, "-m", "glmq", "quantize", "--model_path", small, "--stats", small_stats,
          "--save_directory", tmp_path / "out", "--layer", "*.gate_up_proj=W8A16", "--json"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True,
+        cwd=copied, env=os.environ | {"PYTHONPATH": str(copied)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     rows = {row["name"]: row for row in json.loads(done.stdout)["linears"]}
     gate_up = rows["model.language_model.layers.0.mlp.gate_up_proj"]

@@ -39,8 +39,8 @@ def inspect(
 
     >>> import glmq
     >>> found = glmq.inspect("GLM-4.1V")
-    >>> found.folder.kind.name, len(found.rows)
-    ('FLOAT', 115)
+    >>> found.folder.kind.name
+    'FLOAT'
 
     Args:
         folder: with weights or statistics.

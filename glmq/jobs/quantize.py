@@ -130,8 +130,8 @@ def quantize(
 
     >>> import glmq
     >>> result = glmq.quantize("GLM-4.1V", "stats", out="w8a8s", recipe=glmq.Recipe.w8a8s(sigma=3.0, dtype="fp16"))
-    >>> max(report.output_error for report in result.reports) < 0.05
-    True
+    >>> result.recipe.quant_type.value
+    'W8A8S'
 
     Args:
         model: folder of the float weights.
