@@ -21,7 +21,7 @@ from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.gptq import round_compensated
 from glmq.numerics.hessian import Factor
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.numerics.rows import even_rows, row_chunks
+from glmq.numerics.rows import even_rows, fill_dead_rows, row_chunks, row_max
 from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, WeightScheme
 
 RATE_ROWS: Final = 512
@@ -118,7 +118,9 @@ def reference(job: WeightJob) -> Integers:
     if spec.step_in_model_dtype:
         return Integers(*lowbit.quantize_in_storage_dtype(job.weight, job.dtype))
     step = lowbit.rule_steps(job.weight, job.scheme)
-    step = torch.where(step > 0, step, 1.0)  # the vendor divides by zero here
+    # A row without a bulk has step 0, and the vendor divides by it. Its own maximum keeps the row.
+    step = torch.where(step > 0, step, row_max(job.weight) / lowbit.BULK)
+    step = torch.where(step > 0, step, 1.0)
     return Integers(nearest(job.weight, step, job.scheme), step)
 
 
@@ -166,11 +168,21 @@ def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor 
         for i, q, step in zip(open_ones, rounded, steps, strict=True):
             excess = entropy_bits(count_int8(q)) - bits[i]
             if excess <= 0 or last:
-                found[i] = Integers(q, step)
+                found[i] = Integers(q, step) if bool(q.any()) else _kept(weights[i], factor)
             log_steps[i] += excess + rate.TOLERANCE_BITS
         if len(found) == len(weights):
             break
     return [found[i] for i in range(len(weights))]
+
+
+def _kept(weight: Tensor, factor: Factor | None) -> Integers:
+    """A linear of which no weight is left for its bits, with each row's largest weight at the end of the bulk instead.
+
+    Weights of one magnitude and sign have an entropy of 0 bits at any step, and no step is too wide for that.
+    """
+    step = fill_dead_rows(row_max(weight) / lowbit.BULK)
+    (q,) = _round_together([weight], [step], factor)
+    return Integers(q, step)
 
 
 def _round_together(weights: Sequence[Tensor], steps: Sequence[Tensor], factor: Factor | None) -> list[Tensor]:

@@ -6,7 +6,6 @@ column, against the float checkpoint with the smoothing undone, and against what
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,24 +23,12 @@ from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
 from glmq.model.family import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.spec import INT4, INT8, IntGrid
 from glmq.threads import run_ahead
+from glmq.verification.distance import Distance, WeightDistance
 from glmq.verification.files import row_of
 from glmq.verification.findings import Check, Finding
 
 FP16_LIMIT: Final = 65504.0
-GAIN_FLOORS: Final = {"F16": (0.006, 0.004), "BF16": (0.016, 0.012)}
-"""By how much the gain of a row or column, and that of a whole linear, may be off because scales and norms are stored in
-this dtype. Half a unit in the last place is 2^-12 and 2^-9 of a number; a norm, a step and an input scale meet."""
-GAIN_DEVIATIONS: Final = 12.0
-"""A gain <q, u> / <u, u> of n integers q for weights of u steps is uncertain by r / sqrt(<u, u>), r^2 being the mean of
-(q - gain u)^2. Steps as wide as the weights, 2 bits a weight, reach 8 such deviations, finer ones 4; more are no rounding."""
-NOISE_SPREAD: Final = 1.5
-"""The error of a row or column counts up to this many times the root mean square of the whole linear."""
-FARTHEST_STEPS: Final = {"INT8": (16.0, 30.0), "INT4": (4.0, 10.0)}
-"""How many steps a single weight may lie from the float one: a number and a multiple of the linear's root mean square.
-Nearest rounding stays within 0.5 at 0.29, error compensation within 7 at 0.6. A flip of the highest bit moves an int8
-weight by 128 steps and an int4 weight by 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +51,6 @@ class LinearArithmetic:
     """|y| that no int8 input can exceed; reached only if every channel is at its worst at once. 0 for dynamic types."""
     against: WeightDistance | None
     """None without a float checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightDistance:
-    """How integers with their steps stand to the float weight, columns and rows scaled as smoothing did."""
-
-    relative_l2: float
-    """||W_q - W|| / ||W||."""
-    rms_steps: float
-    """Root mean square of W_q - W in steps of its row (and group)."""
-    farthest_steps: float
-    """Largest |W_q - W| in such steps."""
-    row_gain: tuple[int, float, float]
-    """The row whose gain <q, u> / <u, u>, q its integers and u its float weights in steps, is farthest from what rounding
-    gives, measured by what is allowed: index, gain, allowed distance from 1."""
-    column_gain: tuple[int, float, float]
-    """The same of the columns."""
-    gain: tuple[float, float]
-    """Of the whole linear, and its allowed distance from 1."""
 
 
 def measure_linears(
@@ -158,18 +126,19 @@ def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Findin
     distance = numbers.against
     if distance is None:
         return
-    base, factor = FARTHEST_STEPS[numbers.type]
-    limit = base + factor * distance.rms_steps
-    if not distance.farthest_steps <= limit:
+    row, column, steps, limit = distance.outlier
+    if not steps <= limit:
         yield finding(
             "weight",
-            f"has a weight {distance.farthest_steps:.3g} steps from the float one, wanted at most {limit:.3g} "
-            f"where the root mean square is {distance.rms_steps:.2g}: was a bit flipped?",
+            f"has a weight {steps:.3g} steps from the float one in row {row}, column {column}, wanted at most {limit:.3g} "
+            "in that column: was a bit flipped?",
         )
-    for what, (index, gain, allowed), cause in (
+    for what, worst, cause in (
         ("row", distance.row_gain, "its step"),
         ("column", distance.column_gain, "the norm in front"),
+        ("group", distance.group_gain, "its second scale"),
     ):
+        index, gain, allowed = worst or (0, 1.0, 0.0)
         if not abs(gain - 1) <= allowed:
             yield finding(
                 "weight",
@@ -205,85 +174,11 @@ def judge_against_report(numbers: LinearArithmetic, report: Mapping[str, JsonVal
             return
 
 
-class _Gains:
-    """How integers q stand to float weights of u steps in some vectors: rows, columns, or all of a linear as one."""
-
-    def __init__(self, vectors: int) -> None:
-        self._dot, self._signal, self._square, self._nearest = (
-            torch.zeros(vectors, dtype=torch.float64) for _ in range(4)
-        )
-
-    def add(self, cut: slice, dot: Tensor, signal: Tensor, square: Tensor, nearest: Tensor) -> None:
-        """Sums of q u, u u, q q and round(u) u over one piece, for the vectors in `cut`."""
-        self._dot[cut] += dot
-        self._signal[cut] += signal
-        self._square[cut] += square
-        self._nearest[cut] += nearest
-
-    def worst(self, length: int, rms: float, floor: float) -> tuple[int, float, float]:
-        """Index, gain and allowed distance from 1 of the vector of `length` weights that exceeds what is allowed the most.
-
-        Wide steps shrink or stretch a vector on their own: nearest rounding by a known factor, error compensation by
-        something between that and 1.
-        """
-        alive = self._signal > 0
-        if not bool(alive.any()):
-            return 0, 1.0, floor
-        signal = torch.where(alive, self._signal, 1.0)
-        gain = torch.where(alive, self._dot / signal, 1.0)
-        nearest = torch.where(alive, self._nearest / signal, 1.0)
-        left = (self._square - gain.square() * signal).clamp_min(0) / max(1, length)  # mean of (q - gain u)^2
-        left = left.clamp_max((NOISE_SPREAD * rms) ** 2)  # so that a foreign vector is not excused by its own error
-        slack = GAIN_DEVIATIONS * (left / signal).sqrt() + floor
-        below, above = (1 - nearest).clamp_min(0) + slack, (nearest - 1).clamp_min(0) + slack
-        allowed = torch.where(gain < 1, below, above)
-        excess = torch.where(alive, ((gain - 1).abs() / allowed).nan_to_num(math.inf), 0.0)
-        index = int(excess.argmax())
-        return index, float(gain[index]), float(allowed[index])
-
-
-class _Distance:
-    """Sums towards a WeightDistance.
-
-    Args:
-        rows, cols: of the linear.
-        grid: its integers.
-        floors: of GAIN_FLOORS.
-    """
-
-    def __init__(self, rows: int, cols: int, grid: IntGrid, floors: tuple[float, float]) -> None:
-        self._rows, self._cols, self._all = _Gains(rows), _Gains(cols), _Gains(1)
-        self._size, self._grid, self._floors = (rows, cols), grid, floors
-        self._noise = self._signal = self._square_steps = self._farthest = 0.0
-
-    def add(self, start: int, q: Tensor, wanted: Tensor, steps: Tensor) -> None:
-        """Rows from `start` on: integers and float weights, float32 [n, K] each; steps broadcast to them."""
-        self._noise += float((q * steps).sub_(wanted).square_().sum())
-        self._signal += float(wanted.square().sum())
-        in_steps = wanted / steps
-        nearest = in_steps.round().clamp_(self._grid.qmin, self._grid.qmax)
-        products = q * in_steps, in_steps.square(), q.square(), nearest.mul_(in_steps)
-        self._rows.add(slice(start, start + q.shape[0]), *(product.sum(1) for product in products))
-        self._cols.add(slice(None), *(product.sum(0) for product in products))
-        self._all.add(slice(None), *(product.sum(dtype=torch.float64) for product in products))
-        error = q - in_steps
-        self._square_steps += float(error.square().sum())
-        self._farthest = max(self._farthest, float(error.abs().max()))
-
-    def finish(self) -> WeightDistance:
-        (rows, cols), (floor, floor_of_all) = self._size, self._floors
-        ratio = self._noise / self._signal if self._signal else (0.0 if self._noise == 0 else math.inf)
-        rms = math.sqrt(self._square_steps / max(1, rows * cols))
-        row, column = self._rows.worst(cols, rms, floor), self._cols.worst(rows, rms, floor)
-        _, gain, allowed = self._all.worst(rows * cols, rms, floor_of_all)
-        return WeightDistance(math.sqrt(ratio), rms, self._farthest, row, column, (gain, allowed))
-
-
 def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, scaling: Scaling) -> LinearArithmetic:
     matrix = StoredMatrix(candidate, name)
     source = _source(name, matrix, reference)
-    grid, floors = INT8 if matrix.second is None else INT4, GAIN_FLOORS[_stored_dtype(name, candidate)]
-    distance = None if source is None else _Distance(matrix.rows, matrix.cols, grid, floors)
+    groups, dtype = 0 if matrix.second is None else matrix.second.shape[1], _stored_dtype(name, candidate)
+    distance = None if source is None else Distance(matrix.rows, matrix.cols, groups, dtype)
     counts = torch.zeros(256, dtype=torch.int64)
     positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
     reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]

@@ -38,8 +38,11 @@ ROW_PARALLEL: Final = (".o_proj", ".down_proj", ".attn.proj")
 STEP_TOLERANCE: Final = 0.005
 """deq_scale / input_scale against weight_scale: a bfloat16 product is off by up to 2^-8 = 0.4 %."""
 LARGEST_RMS_STEPS: Final = 1.0
-"""Root mean square of (W_q - W) / step above which a linear is wrong, not coarse: rounding to nearest gives 0.29, error
-compensation up to 0.45, whatever the steps. Unrelated weights give 1.4 times their own size in steps."""
+"""Root mean square of (W_q - W) / step up to which a linear is at most coarse: rounding to nearest gives 0.29, error
+compensation usually up to 0.8, whatever the steps."""
+UNRELATED: Final = 0.7
+"""Where it is larger, the share of the weights' own root mean square that is wrong. Unrelated weights give 1.4; error
+compensation for inputs that are nearly parallel moves weights by many steps, up to 0.3 of their size."""
 BIAS_DRIFT: Final = 0.75
 """Mean difference of quant_bias from its formula: rounding to nearest gives 0, any rounding at most 0.5."""
 
@@ -193,7 +196,7 @@ def _judge(suffix: str, values: Tensor) -> str | None:
 def _check_arithmetic(subject: Subject) -> Iterator[Finding]:
     """Checks 11 and 16, in one pass over the rows of the weight."""
     name = subject.name
-    sums, rms_steps = _sum_and_compare(subject)
+    sums, against = _sum_and_compare(subject)
     match subject.quant_type.spec.activation:
         case Activation.STATIC:
             yield from _check_static(subject, sums)
@@ -203,10 +206,14 @@ def _check_arithmetic(subject: Subject) -> Iterator[Finding]:
             assert_never(other)
     if subject.is_packed:
         yield from _check_scale_bias(subject)
-    if rms_steps is not None and not rms_steps <= LARGEST_RMS_STEPS:
+    if against is None:
+        return
+    if against.is_zeroed:
+        yield Check.WEIGHT_DISTANCE.error(f"{name}.weight", "is all zeros, the float weight is not")
+    elif not against.rms_steps <= max(LARGEST_RMS_STEPS, UNRELATED * against.size_steps):
         message = (
-            f"is {rms_steps:.3g} steps from the float weight, root mean square, wanted at most {LARGEST_RMS_STEPS:g}: "
-            "rounding to nearest gives 0.29"
+            f"is {against.rms_steps:.3g} steps from the float weight, root mean square, which itself is "
+            f"{against.size_steps:.3g} steps: rounding to nearest gives 0.29"
         )
         yield Check.WEIGHT_DISTANCE.error(f"{name}.weight", message)
 
@@ -265,13 +272,22 @@ def _bias(subject: Subject) -> Tensor:
     return bias if subject.scaling.rows is None else bias * subject.scaling.rows
 
 
-def _sum_and_compare(subject: Subject) -> tuple[Tensor, float | None]:
-    """Row sums of the integers, float64 [N], and the root mean square of (W_q - W) / step on the smoothed weight.
+@dataclass(frozen=True, slots=True)
+class _Against:
+    """Integers against the float weight, smoothed."""
 
-    The latter is None without a source.
-    """
+    rms_steps: float
+    """Root mean square of (W_q - W) / step."""
+    size_steps: float
+    """Root mean square of W / step."""
+    is_zeroed: bool
+    """All integers are 0 and the float weights are not."""
+
+
+def _sum_and_compare(subject: Subject) -> tuple[Tensor, _Against | None]:
+    """Row sums of the integers, float64 [N], and their distance from the source's weight, None without a source."""
     step, second = _steps(subject), _second(subject)
-    sums, square, elements = [], 0.0, 0
+    sums, square, size, elements, is_zero = [], 0.0, 0.0, 0, True
     for row, q in _integer_rows(subject):
         sums.append(q.sum(1, dtype=torch.int64).double())
         if subject.source is not None:
@@ -280,10 +296,15 @@ def _sum_and_compare(subject: Subject) -> tuple[Tensor, float | None]:
             if second is not None:
                 steps = steps * second[cut].repeat_interleave(q.shape[1] // second.shape[1], dim=1)
             wanted = subject.source.read_rows(f"{subject.name}.weight", cut.start, cut.stop).float()
-            wanted = subject.scaling.applied(wanted, row)
-            square += float((q.float() - wanted / steps).square().sum(dtype=torch.float64))
+            wanted = subject.scaling.applied(wanted, row) / steps
+            square += float((q.float() - wanted).square().sum(dtype=torch.float64))
+            size += float(wanted.square().sum(dtype=torch.float64))
             elements += q.numel()
-    return torch.cat(sums), None if subject.source is None else math.sqrt(square / max(1, elements))
+            is_zero = is_zero and not bool(q.any())
+    if subject.source is None:
+        return torch.cat(sums), None
+    distance, own = (math.sqrt(total / max(1, elements)) for total in (square, size))
+    return torch.cat(sums), _Against(distance, own, is_zeroed=is_zero and own > 0)
 
 
 def _integer_rows(subject: Subject) -> Iterator[tuple[int, Tensor]]:

@@ -16,11 +16,11 @@ from glmq.model.config import read_config
 from glmq.verification.arithmetic import (
     FP16_LIMIT,
     LinearArithmetic,
-    WeightDistance,
     judge_against_report,
     judge_linear,
     measure_linears,
 )
+from glmq.verification.distance import WeightDistance
 from glmq.verification.findings import Finding
 
 LAYER = "model.language_model.layers.0"
@@ -75,17 +75,26 @@ def test_distances_and_gains_undo_the_smoothing(
     assert found is not None
     # float32 products of 36 864 weights against float64: 1e-6 each, far below what is compared.
     assert found.relative_l2 == pytest.approx(float(error.norm() / wanted.norm()), rel=1e-5)
-    assert found.farthest_steps == pytest.approx(float((error / step[:, None]).abs().max()), rel=1e-4)
     assert found.rms_steps == pytest.approx(float((error / step[:, None]).square().mean().sqrt()), rel=1e-5)
     q, u = tensors[f"{Q}.weight"].double(), wanted / step[:, None]
     nearest = u.round().clamp(-128, 127)
-    for dim, floor, (index, gain, allowed) in ((1, 0.006, found.row_gain), (0, 0.006, found.column_gain)):
-        signal = u.square().sum(dim)
+    rms, floor = float((q - u).square().mean().sqrt()), 4 * 2**-11
+    for dim, (index, gain, allowed) in ((1, found.row_gain), (0, found.column_gain)):
+        signal, length = u.square().sum(dim), u.shape[dim]
         gains, shrunk = (q * u).sum(dim) / signal, (nearest * u).sum(dim) / signal
-        left = (q - gains.unsqueeze(dim) * u).square().mean(dim)
+        left = (q - gains.unsqueeze(dim) * u).square().mean(dim).sqrt().clamp_max(2 * rms)
         assert gain == pytest.approx(float(gains[index]), rel=1e-5)
         bias = (1 - shrunk if gain < 1 else shrunk - 1).clamp_min(0)[index]
-        assert allowed == pytest.approx(float(bias + 12 * (left / signal).sqrt()[index]) + floor, rel=1e-4)
+        noise = (6 / math.sqrt(length) * left if dim == 1 else torch.full_like(left, 2 * rms)) / (
+            signal / length
+        ).sqrt()
+        assert allowed == pytest.approx(float(bias + noise[index]) + floor, rel=1e-4)
+    off = (q - u.clamp(-128.5, 127.5)).abs()
+    row, column, steps, limit = found.outlier
+    assert steps == pytest.approx(float(off[row, column]), rel=1e-4)
+    assert row == int(off[:, column].argmax())
+    others = torch.cat([off[:row, column], off[row + 1 :, column]])
+    assert limit == pytest.approx(max(2.0, 12 * float(others.square().mean().sqrt())), rel=1e-4)
     assert found.gain[0] == pytest.approx(float((q * u).sum() / u.square().sum()), rel=1e-6)
 
 
@@ -100,18 +109,17 @@ def test_without_a_reference_there_is_no_distance(tiny_seed: Path) -> None:
 
 
 def good_linear(**changes: object) -> LinearArithmetic:
-    distance = WeightDistance(0.01, 0.29, 0.5, (0, 1.0, 0.05), (0, 1.0, 0.05), (1.0, 0.01))
     fields = {
         "name": O, "type": "INT8", "entropy_bits": 4.0, "zero_share": 0.1, "outlier_share": 0.1,
-        "accumulator_share": 0.001, "bias_output": 1.0, "result_bound": 100.0, "against": distance,
+        "accumulator_share": 0.001, "bias_output": 1.0, "result_bound": 100.0, "against": distance(),
     }  # fmt: skip
     return LinearArithmetic(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def distance(**changes: object) -> WeightDistance:
     fields = {
-        "relative_l2": 0.01, "rms_steps": 0.29, "farthest_steps": 0.5, "row_gain": (0, 1.0, 0.05),
-        "column_gain": (0, 1.0, 0.05), "gain": (1.0, 0.01),
+        "relative_l2": 0.01, "rms_steps": 0.29, "outlier": (3, 5, 0.5, 2.0), "row_gain": (0, 1.0, 0.05),
+        "column_gain": (0, 1.0, 0.05), "group_gain": None, "gain": (1.0, 0.01),
     }  # fmt: skip
     return WeightDistance(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -128,12 +136,11 @@ def test_a_good_linear_has_no_findings() -> None:
          "lets int32 sums reach 1.5 times what an int32 can hold"),
         ({"bias_output": FP16_LIMIT * 2}, "error", "quant_bias",
          "stands for 1.31e+05, float16 results end at 65504"),
-        ({"against": distance(farthest_steps=40.0)}, "error", "weight",
-         "has a weight 40 steps from the float one, wanted at most 24.7 where the root mean square is 0.29: "
+        ({"against": distance(outlier=(3, 5, 40.0, 3.6))}, "error", "weight",
+         "has a weight 40 steps from the float one in row 3, column 5, wanted at most 3.6 in that column: "
          "was a bit flipped?"),
-        ({"type": "INT4", "against": distance(farthest_steps=7.5)}, "error", "weight",
-         "has a weight 7.5 steps from the float one, wanted at most 6.9 where the root mean square is 0.29: "
-         "was a bit flipped?"),
+        ({"type": "INT4", "against": distance(group_gain=(9, 2.0, 0.4))}, "error", "weight",
+         "group 9 is 2 times the float group, wanted 1 within 0.4; its second scale or the group is wrong"),
         ({"against": distance(row_gain=(7, 2.0, 0.05))}, "error", "weight",
          "row 7 is 2 times the float row, wanted 1 within 0.05; its step or the row is wrong"),
         ({"against": distance(row_gain=(7, math.nan, 0.05))}, "error", "weight",
