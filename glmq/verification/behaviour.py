@@ -62,6 +62,13 @@ class LinearBehaviour:
     largest_output: float
     """Largest |y| of the candidate on its own hidden states."""
 
+    @property
+    def wasted_bits(self) -> float:
+        """How many times what is covered could be halved and still hold every value seen, and zero; 0 for dynamic types."""
+        covered = self.covered_high - self.covered_low
+        needed = max(self.seen_high, 0.0) - min(self.seen_low, 0.0)
+        return math.log2(covered / needed) if covered > 0 and needed > 0 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class BlockBehaviour:

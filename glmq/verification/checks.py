@@ -44,6 +44,8 @@ class Limits:
     """||y_q - y|| / ||y|| of the worst linear."""
     max_clipped: float = 0.02
     """Share of a linear's inputs outside what its int8 activation covers; more is a warning."""
+    max_wasted_bits: float = 2.0
+    """Bits of a static int8 activation that no input uses."""
 
 
 VerifyRecord: TypeAlias = Finding | LinearArithmetic | Checked | Skipped
@@ -154,6 +156,13 @@ def judge_block(block: BlockBehaviour, limits: Limits, *, is_fp16: bool) -> Iter
             yield Check.BEHAVIOUR.error(linear.name, message)
         if is_fp16 and linear.largest_output > 65504:
             message = f"reaches {linear.largest_output:.4g}, float16 ends at 65504"
+            yield Check.BEHAVIOUR.error(linear.name, message)
+        if linear.wasted_bits > limits.max_wasted_bits:
+            message = (
+                f"covers inputs from {linear.covered_low:.3g} to {linear.covered_high:.3g}, {linear.seen_low:.3g} to "
+                f"{linear.seen_high:.3g} were seen: {linear.wasted_bits:.2g} bits are wasted, wanted at most "
+                f"{limits.max_wasted_bits:g}; its input_scale is wrong, or the pictures are not like those of the calibration"
+            )
             yield Check.BEHAVIOUR.error(linear.name, message)
         if linear.clipped_share > limits.max_clipped:
             message = (
