@@ -126,13 +126,6 @@ def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Findin
     distance = numbers.against
     if distance is None:
         return
-    row, column, steps, limit = distance.outlier
-    if not steps <= limit:
-        yield finding(
-            "weight",
-            f"has a weight {steps:.3g} steps from the float one in row {row}, column {column}, wanted at most {limit:.3g} "
-            "in that column: was a bit flipped?",
-        )
     for what, worst, cause in (
         ("row", distance.row_gain, "its step"),
         ("column", distance.column_gain, "the norm in front"),
@@ -150,6 +143,13 @@ def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Findin
         yield finding(
             "weight",
             f"is {gain:.4g} times the float weight, wanted 1 within {allowed:.2g}; its steps or the norm in front are wrong",
+        )
+    row, column, steps, limit = distance.outlier
+    if not steps <= limit:
+        yield finding(
+            "weight",
+            f"has a weight {steps:.3g} steps from the float one in row {row}, column {column}, wanted at most {limit:.3g} "
+            "in that column: was a bit flipped?",
         )
 
 

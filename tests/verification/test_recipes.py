@@ -25,7 +25,8 @@ GATE_UP = "model.language_model.layers.0.mlp.gate_up_proj.weight"
 RECIPES: dict[str, dict[str, object]] = {
     **TYPES,
     **{f"{name}, no smoothing": {**options, "anti_method": "none"} for name, options in TYPES.items()},
-    **{f"{name}, {method}": {**options, "method": method} for name, options in TYPES.items() for method in ("plain", "reference")},
+    **{f"{name}, {method}": {**options, "method": method} for name, options in TYPES.items()
+       for method in ("plain", "reference")},
     **{f"{name}, MindIE's form": {**options, "mindie_format": True} for name, options in TYPES.items()},
     **{f"{name}, float16": {**options, "torch_dtype": "fp16"} for name, options in TYPES.items() if name != "W8A8S"},
     **{f"{name}, do_smooth": {**options, "do_smooth": True} for name, options in STATIC.items()},
