@@ -174,7 +174,9 @@ def test_every_room_has_its_room_of_tests() -> None:
     def rooms(folder: Path, pattern: str) -> set[str]:
         return {path.name for path in folder.iterdir() if any(path.glob(pattern))}
 
-    assert rooms(TESTS, "test_*.py") == rooms(PACKAGE, "*.py")
+    tested = rooms(TESTS, "test_*.py")
+    assert tested - {"cli"} == rooms(PACKAGE, "*.py") - {"cli"}  # the shell may be taken away
+    assert "cli" in tested
 
 
 @pytest.mark.slow
