@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
+from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, SampleError, UsageError
@@ -29,6 +30,7 @@ from glmq.verification.checks import (
 )
 from glmq.verification.findings import Check, Checked, Finding, Skipped
 from glmq.verification.predictions import Predictions
+from glmq.verification.situations import situation_of
 
 SMALL_BYTES: Final = 256 * 2**20
 """Float checkpoints up to this size are also asked for captions, wholly in memory."""
@@ -131,6 +133,13 @@ def verify(
         predictions=predictions,
         captions=captions,
         limits=limits,
+        situation=situation_of(
+            has_checksums=(candidate / CHECKSUMS).exists(),
+            has_reference=reference is not None,
+            has_samples=bool(samples),
+        )
+        if linears
+        else None,
     )
 
 

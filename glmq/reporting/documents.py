@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from glmq.verification.behaviour import BlockBehaviour, LinearBehaviour
     from glmq.verification.checks import Limits
     from glmq.verification.predictions import Predictions
+    from glmq.verification.situations import Situation
 
 INSPECT_SCHEMA: Final = "glmq.inspect/1"
 COMPARE_SCHEMA: Final = "glmq.compare/1"
@@ -72,6 +73,8 @@ class Verification:
     predictions: Predictions | None
     captions: Sequence[Caption]
     limits: Limits
+    situation: Situation | None
+    """What an un-sharded checkpoint could be compared with; None for others."""
 
     @property
     def passed(self) -> bool:
@@ -85,7 +88,7 @@ class Verification:
         left += ["the float weights (--reference)"] if self.reference is None else []
         if self.predictions is None and self.linears:
             left.append("behaviour (--calib-images or --cases, with --reference)")
-        return left
+        return left if self.situation is None else [*left, self.situation.misses]
 
     @property
     def behaviours(self) -> dict[str, LinearBehaviour]:
