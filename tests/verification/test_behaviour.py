@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT
 from glmq.numerics.int8_linear import run_linear
 from glmq.verification import behaviour
 from glmq.verification.behaviour import BlockBehaviour, Case, compare_behaviour, generate, whole_model
+from glmq.verification.checks import Limits, judge_block
 from glmq.verification.int8_model import open_model, placed
 from glmq.verification.predictions import Predictions
 
@@ -200,6 +202,23 @@ def test_inputs_that_clip_are_told_with_their_sample(
     beyond = max(after.covered_low - half - after.seen_low, after.seen_high - after.covered_high - half)
     assert after.excess == pytest.approx(beyond / width, rel=1e-6)
     assert after.error > before.error
+
+
+@pytest.mark.parametrize(("factor", "is_wrong"), [(1.0, False), (2.0, False), (8.0, True), (100.0, True)])
+def test_a_range_that_wastes_more_than_two_bits_is_an_error(
+    tiny: Path, tiny_seed: Path, inputs: list[ModelInputs], tmp_path: Path, factor: float, is_wrong: bool
+) -> None:
+    folder = Path(shutil.copytree(tiny_seed, tmp_path / "wide"))
+
+    def widen(tensors: dict[str, Tensor]) -> None:  # o_proj has no bias, so that no other tensor contradicts it
+        deq = tensors[f"{O}.deq_scale"].int().view(torch.float32) * factor
+        tensors[f"{O}.deq_scale"] = deq.view(torch.int32).long()
+        tensors[f"{O}.input_scale"] *= factor
+
+    edit_tensors(folder, widen)
+    (block,) = [b for b in compare(tiny, folder, inputs[:1]).blocks if b.done.name == LAYER]
+    wasted = [f for f in judge_block(block, Limits(max_error=100), is_fp16=True) if "bits are wasted" in f.message]
+    assert [(f.tensor, f.severity) for f in wasted] == [(O, "error")] * is_wrong
 
 
 def test_an_int8_head_and_norm_biases_are_honoured(
