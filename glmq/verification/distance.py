@@ -25,7 +25,7 @@ ROW_DEVIATIONS: Final = 6.0
 (q - gain u)^2, as the errors of a row do not know its weights. Normal numbers reach 6 deviations once in 10^9; rows of
 everything that quantize writes stay below 4."""
 NOISE_SPREAD: Final = 2.0
-"""The errors of a vector count up to this many times the root mean square of the whole linear, lest a foreign vector be
+"""The errors of a vector count up to this many times the root mean square of those of all, lest a foreign vector be
 excused by its own. Error compensation moves weight between columns that are alike, so that the errors of a column may be
 parallel to it: by Cauchy and Schwarz they change its gain by no more than their share of it."""
 FINE_ENOUGH: Final = 0.5
@@ -77,7 +77,9 @@ class _Gains:
         self._square[cut] += square
         self._nearest[cut] += nearest
 
-    def worst(self, length: int, noise: Callable[[Tensor, Tensor], Tensor], floor: float) -> tuple[int, float, float]:
+    def worst(
+        self, length: int, noise: Callable[[Tensor, Tensor, float], Tensor], floor: float
+    ) -> tuple[int, float, float]:
         """Index, gain and allowed distance from 1 of the vector of `length` weights that exceeds what is allowed the most.
 
         Wide steps shrink or stretch a vector on their own: nearest rounding by a known factor, error compensation by
@@ -85,7 +87,8 @@ class _Gains:
 
         Args:
             length: weights in each vector.
-            noise: what the errors allow: of the root mean squares of q - gain u and of u.
+            noise: what the errors allow: of the root mean squares of q - gain u and of u in each vector, and of the most
+                that the former counts.
             floor: what the rounding of the scales allows.
         """
         size = (self._signal / max(1, length)).sqrt()
@@ -96,7 +99,9 @@ class _Gains:
         gain = torch.where(alive, self._dot / signal, 1.0)
         nearest = torch.where(alive, self._nearest / signal, 1.0)
         left = ((self._square - gain.square() * signal).clamp_min(0) / max(1, length)).sqrt()
-        slack = noise(left, torch.where(alive, size, 1.0)) + floor
+        # What a wrong gain adds to q - u is not in q - gain u, so that many wrong vectors do not excuse each other.
+        most = NOISE_SPREAD * float(left[alive].square().mean().sqrt())
+        slack = noise(left, torch.where(alive, size, 1.0), most) + floor
         allowed = torch.where(gain < 1, 1 - nearest, nearest - 1).clamp_min(0) + slack
         excess = torch.where(alive, ((gain - 1).abs() / allowed).nan_to_num(math.inf), 0.0)
         index = int(excess.argmax())
@@ -147,15 +152,14 @@ class Distance:
         (rows, cols, groups), floor = self._size, self._floor
         ratio = self._noise / self._signal if self._signal else (0.0 if self._noise == 0 else math.inf)
         rms = math.sqrt(self._square_steps / max(1, rows * cols))
-        most = NOISE_SPREAD * rms  # of the errors that count
 
-        def in_row(left: Tensor, size: Tensor) -> Tensor:
+        def in_row(left: Tensor, size: Tensor, most: float) -> Tensor:
             return ROW_DEVIATIONS / math.sqrt(cols) * left.clamp_max(most) / size
 
-        def parallel(left: Tensor, size: Tensor) -> Tensor:
+        def parallel(_: Tensor, size: Tensor, most: float) -> Tensor:
             return most / size
 
-        def in_all(left: Tensor, size: Tensor) -> Tensor:
+        def in_all(left: Tensor, size: Tensor, most: float) -> Tensor:
             share = left.clamp_max(most) / size
             return ROW_DEVIATIONS / math.sqrt(rows * cols) * share + GAIN_OF_NOISE * share.square()
 

@@ -99,7 +99,7 @@ def mutations(tensors: dict[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
         if name.startswith(CHANGED):
             for label, change in CHANGES.items():
                 made = change(tensors[name]).contiguous()
-                if made.flatten().view(torch.uint8).ne(tensors[name].flatten().view(torch.uint8)).any():
+                if not torch.equal(made, tensors[name]):  # 0 and -0 are the same
                     yield name, label, made
 
 

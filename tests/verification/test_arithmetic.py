@@ -78,14 +78,15 @@ def test_distances_and_gains_undo_the_smoothing(
     assert found.rms_steps == pytest.approx(float((error / step[:, None]).square().mean().sqrt()), rel=1e-5)
     q, u = tensors[f"{Q}.weight"].double(), wanted / step[:, None]
     nearest = u.round().clamp(-128, 127)
-    rms, floor = float((q - u).square().mean().sqrt()), 4 * 2**-11
+    floor = 4 * 2**-11
     for dim, (index, gain, allowed) in ((1, found.row_gain), (0, found.column_gain)):
         signal, length = u.square().sum(dim), u.shape[dim]
         gains, shrunk = (q * u).sum(dim) / signal, (nearest * u).sum(dim) / signal
-        left = (q - gains.unsqueeze(dim) * u).square().mean(dim).sqrt().clamp_max(2 * rms)
+        left = (q - gains.unsqueeze(dim) * u).square().mean(dim).sqrt()
+        most = 2 * float(left.square().mean().sqrt())
         assert gain == pytest.approx(float(gains[index]), rel=1e-5)
         bias = (1 - shrunk if gain < 1 else shrunk - 1).clamp_min(0)[index]
-        noise = (6 / math.sqrt(length) * left if dim == 1 else torch.full_like(left, 2 * rms)) / (
+        noise = (6 / math.sqrt(length) * left.clamp_max(most) if dim == 1 else torch.full_like(left, most)) / (
             signal / length
         ).sqrt()
         assert allowed == pytest.approx(float(bias + noise[index]) + floor, rel=1e-4)

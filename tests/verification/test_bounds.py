@@ -71,6 +71,11 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], Check, str]] = {
     "a channel of a norm negated": (channel(-1.0), Check.NORMS, NORM),
     "a channel of a norm doubled": (channel(2.0), Check.INTEGERS, "column 7 is"),
     "a channel of a norm halved": (channel(0.5), Check.INTEGERS, "column 7 is"),
+    "a norm moved by a channel": (
+        lambda tensors: tensors.update({NORM: tensors[NORM].roll(1)}),
+        Check.INTEGERS,
+        "column",
+    ),
     "a norm times 1.02": (times(NORM, 1.02), Check.INTEGERS, "times the float weight"),
     "steps times 1.02": (steps, Check.INTEGERS, f"{Q}.weight is 1.02"),
 }
