@@ -68,6 +68,9 @@ class EngineSpec:
 
 _MINDIE_W4A8: Final = "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
 _VLLM_W4A8: Final = "vLLM-Ascend has it for mixtures of experts only"
+_MINDIE_A16: Final = "its support table for GLM-4.1V has no weight-only types"
+_VLLM_W4A16: Final = "it has the linears of 8-bit weights alone"
+_VLLM_310P_A16: Final = "its registry for the 300I Duo has no weight-only types"
 _SPARSE_ELSEWHERE: Final = "sparse types run on the 300I Duo only"
 
 ENGINES: Final[Mapping[Engine, EngineSpec]] = {
@@ -81,13 +84,20 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
         chips={
             Chip.A2_800I: ChipSupport(
                 dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
-                refusals={QuantType.W8A8S: _SPARSE_ELSEWHERE, QuantType.W4A8_DYNAMIC: _MINDIE_W4A8},
+                refusals={
+                    QuantType.W8A8S: _SPARSE_ELSEWHERE,
+                    QuantType.W4A8_DYNAMIC: _MINDIE_W4A8,
+                    QuantType.W8A16: _MINDIE_A16,
+                    QuantType.W4A16: _MINDIE_A16,
+                },
             ),
             Chip.DUO_300I: ChipSupport(
                 dtypes={QuantType.W8A8S: (FP16,), QuantType.W8A8: (FP16,), QuantType.W8A8SC: (FP16,)},
                 refusals={
                     QuantType.W8A8_DYNAMIC: "the 300I Duo recipe is W8A8S, then W8A8SC",
                     QuantType.W4A8_DYNAMIC: _MINDIE_W4A8,
+                    QuantType.W8A16: _MINDIE_A16,
+                    QuantType.W4A16: _MINDIE_A16,
                 },
             ),
         },
@@ -95,15 +105,23 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
     # GLM-4.1V is not in vLLM-Ascend's support table; these are what its quantization code knows on each chip.
     Engine.VLLM_ASCEND: EngineSpec(
         title="vLLM-Ascend",
-        forms=(Form.ASCEND_V1,),
+        forms=(Form.ASCEND_V1, Form.COMPRESSED_TENSORS),
         mixes_types=True,
         group_sizes=(64, 128, 256, 512),
         world_sizes=(1, 2, 4),
         documented_world_sizes=(),
         chips={
             Chip.A2_800I: ChipSupport(
-                dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
-                refusals={QuantType.W8A8S: _SPARSE_ELSEWHERE, QuantType.W4A8_DYNAMIC: _VLLM_W4A8},
+                dtypes={
+                    QuantType.W8A8: (BF16, FP16),
+                    QuantType.W8A8_DYNAMIC: (BF16, FP16),
+                    QuantType.W8A16: (BF16, FP16),
+                },
+                refusals={
+                    QuantType.W8A8S: _SPARSE_ELSEWHERE,
+                    QuantType.W4A8_DYNAMIC: _VLLM_W4A8,
+                    QuantType.W4A16: _VLLM_W4A16,
+                },
             ),
             Chip.DUO_300I: ChipSupport(
                 dtypes={
@@ -112,7 +130,11 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                     QuantType.W8A8S: (FP16,),
                     QuantType.W8A8SC: (FP16,),
                 },
-                refusals={QuantType.W4A8_DYNAMIC: _VLLM_W4A8},
+                refusals={
+                    QuantType.W4A8_DYNAMIC: _VLLM_W4A8,
+                    QuantType.W8A16: _VLLM_310P_A16,
+                    QuantType.W4A16: _VLLM_310P_A16,
+                },
             ),
         },
     ),

@@ -29,9 +29,9 @@ class QuantizedLinear:
 
     quant_type: QuantType
     weight: Tensor
-    """int8 [N, K]: the integers; for W4A8_DYNAMIC the int4 values, one per byte."""
+    """int8 [N, K]: the integers; of 4-bit types the int4 values, one per byte."""
     weight_scale: Tensor
-    """float32 [N, 1]: step of a row (first stage for W4A8_DYNAMIC)."""
+    """float32 [N, 1]: step of a row (first stage for W4A8_DYNAMIC); [N, K / group_size] where groups have their own."""
     bias: Tensor | None
     """float32 [N]: the float layer's own bias, its rows divided by what they absorb, or None."""
     activation: ActivationQParams | None = None
@@ -39,7 +39,8 @@ class QuantizedLinear:
     deq_scale: Tensor | None = None
     """float32 [N] = input scale * weight scale; static types only."""
     quant_bias: Tensor | None = None
-    """int32 [N] = round(bias / deq_scale - offset * rowsum(weight)), plus bias correction if asked; static types only."""
+    """int32 [N] = round(bias / deq_scale - offset * rowsum(weight)), plus bias correction if asked; static types only, and
+    None where the checkpoint stores none."""
     weight_scale_second: Tensor | None = None
     """float32 [N, K / group_size]; W4A8_DYNAMIC only."""
 

@@ -19,13 +19,16 @@ class FloatDtype(Enum):
 
 
 class Form(Enum):
-    """One of the two ways in which a quantized checkpoint is written and described."""
+    """One of the ways in which a quantized checkpoint is written and described, spelled as for people."""
 
     ASCEND_V1 = "ascendV1"
     """`quant_model_description.json` with a version; int4 weights two rows in one; no extra norm tensors."""
     MINDIE = "MindIE form"
     """The older one: `quant_model_description_{type}.json`, `quantize` in config.json, every norm a second time as
     `.module`."""
+    COMPRESSED_TENSORS = "compressed-tensors"
+    """That of the library of this name, which vLLM, SGLang and transformers read: `quantization_config` in config.json, no
+    description file, norms as in the float model, weights of weight-only types packed into int32."""
 
 
 class Activation(Enum):
@@ -48,6 +51,8 @@ class QuantType(Enum):
     W8A8_DYNAMIC = "W8A8_DYNAMIC"
     W4A8_DYNAMIC = "W4A8_DYNAMIC"
     W8A8SC = "W8A8SC"
+    W8A16 = "W8A16"
+    W4A16 = "W4A16"
 
     @property
     def spec(self) -> "TypeSpec":
@@ -59,6 +64,15 @@ class QuantType(Enum):
         """Lower case, as used in file names and in config.json."""
         return self.value.lower()
 
+    def has_groups(self, form: Form) -> bool:
+        """Whether its weights have a step for each group of input columns in that form, of whatever stage."""
+        weight_only = self.spec.activation is Activation.NONE and self is not QuantType.FLOAT
+        return self.spec.two_stage or (weight_only and form is Form.COMPRESSED_TENSORS)
+
+
+ASCEND_FORMS: Final = (Form.ASCEND_V1, Form.MINDIE)
+"""Those of the Ascend engines, with a description file."""
+
 
 @dataclass(frozen=True, slots=True)
 class TypeSpec:
@@ -69,7 +83,7 @@ class TypeSpec:
     activation: Activation
     suffixes: tuple[str, ...] = ()
     """What `glmq quantize` stores for a linear beside `.weight` and `.bias`, in order, without the dot; two-stage types
-    have `scale_bias` too in ascendV1. Empty for types that it does not write."""
+    have `scale_bias` too in ascendV1. Of the Ascend forms; empty for types that it does not write in them."""
     is_sparse: bool = False
     """Most weights are few-bit integers, so an entropy coder makes them small."""
     is_compressed: bool = False
@@ -78,6 +92,8 @@ class TypeSpec:
     """int4 weights with a float32 step per row and one per group of input columns; else one step per row."""
     step_in_model_dtype: bool = False
     """Row steps are stored as float16 or bfloat16 numbers, as the model is; else they are float32."""
+    forms: tuple[Form, ...] = ASCEND_FORMS
+    """The forms that have the type."""
 
 
 _STATIC_SUFFIXES: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
@@ -87,14 +103,28 @@ _SECOND_SUFFIXES: Final = ("weight_scale_second", "weight_offset_second")
 TYPES: Final[Mapping[QuantType, TypeSpec]] = {
     QuantType.FLOAT: TypeSpec(16, Activation.NONE),
     QuantType.W8A8: TypeSpec(
-        8, Activation.STATIC, suffixes=(*_STATIC_SUFFIXES, *_STEP_SUFFIXES), step_in_model_dtype=True
+        8,
+        Activation.STATIC,
+        suffixes=(*_STATIC_SUFFIXES, *_STEP_SUFFIXES),
+        step_in_model_dtype=True,
+        forms=tuple(Form),
     ),
     QuantType.W8A8S: TypeSpec(4, Activation.STATIC, suffixes=_STATIC_SUFFIXES, is_sparse=True),
-    QuantType.W8A8_DYNAMIC: TypeSpec(8, Activation.PER_TOKEN, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True),
+    QuantType.W8A8_DYNAMIC: TypeSpec(
+        8, Activation.PER_TOKEN, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True, forms=tuple(Form)
+    ),
     QuantType.W4A8_DYNAMIC: TypeSpec(
         4, Activation.PER_TOKEN, suffixes=(*_STEP_SUFFIXES, *_SECOND_SUFFIXES), two_stage=True
     ),
     QuantType.W8A8SC: TypeSpec(4, Activation.STATIC, is_sparse=True, is_compressed=True),
+    QuantType.W8A16: TypeSpec(
+        8,
+        Activation.NONE,
+        suffixes=_STEP_SUFFIXES,
+        step_in_model_dtype=True,
+        forms=(Form.ASCEND_V1, Form.COMPRESSED_TENSORS),
+    ),
+    QuantType.W4A16: TypeSpec(4, Activation.NONE, step_in_model_dtype=True, forms=(Form.COMPRESSED_TENSORS,)),
 }
 """Every quantization type. A new one is a row here, one in engines.py for each engine that reads it, and what mypy then asks
 for."""
@@ -172,7 +202,7 @@ class WeightScheme:
     sigma_factor: float = 3.0
     """Only SIGMA."""
     group_size: int = 0
-    """Input columns per second-stage scale; two-stage types only, else 0."""
+    """Input columns per step, second-stage in two-stage types; 0: one step per row."""
     keep_outliers: bool = True
     """open_outlier: weights above the rule's range keep their value; False makes the step cover the row's maximum."""
 

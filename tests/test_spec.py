@@ -17,6 +17,8 @@ PACKAGE = Path(glmq.__file__).parent
 
 PLACES = {
     "checkpoint/ascend.py": 2,
+    "checkpoint/compressed_config.py": 1,
+    "checkpoint/compressed_tensors.py": 1,
     "checkpoint/sidecar.py": 1,
     "cli/render.py": 1,
     "numerics/int8_linear.py": 1,
@@ -78,28 +80,28 @@ def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(copied:
 
 @pytest.mark.slow
 def test_a_type_with_float_activations_is_one_row(small: Path, small_stats: Path, copied: Path, tmp_path: Path) -> None:
-    """A copy of the package gets W8A16, which then may be asked for by layer."""
+    """A copy of the package gets W8A16N, which then may be asked for by layer."""
     spec = copied / "glmq/spec.py"
     text = spec.read_text(encoding="utf-8")
     member, row = '    W8A8SC = "W8A8SC"\n', "    QuantType.W8A8SC: TypeSpec("
     assert text.count(member) == text.count(row) == 1
-    text = text.replace(member, f'{member}    W8A16 = "W8A16"\n')
-    added = "    QuantType.W8A16: TypeSpec(8, Activation.NONE, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True),\n"
+    text = text.replace(member, f'{member}    W8A16N = "W8A16N"\n')
+    added = "    QuantType.W8A16N: TypeSpec(8, Activation.NONE, suffixes=_STEP_SUFFIXES, step_in_model_dtype=True),\n"
     spec.write_text(text.replace(row, added + row), encoding="utf-8")
     assert run_mypy(copied) == ""
     done = subprocess.run(
         [sys.executable, "-m", "glmq", "quantize", "--model_path", small, "--stats", small_stats,
-         "--save_directory", tmp_path / "out", "--layer", "*.gate_up_proj=W8A16", "--json"],
+         "--save_directory", tmp_path / "out", "--layer", "*.gate_up_proj=W8A16N", "--json"],
         cwd=copied, env=os.environ | {"PYTHONPATH": str(copied)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     rows = {row["name"]: row for row in json.loads(done.stdout)["linears"]}
     gate_up = rows["model.language_model.layers.0.mlp.gate_up_proj"]
-    assert (gate_up["quant_type"], gate_up["input_range"]) == ("W8A16", "")
+    assert (gate_up["quant_type"], gate_up["input_range"]) == ("W8A16N", "")
     assert 0 < gate_up["output_error"] < gate_up["weight_error"] * 2 < 0.03
     described = json.loads((tmp_path / "out/quant_model_description.json").read_text())
     prefix = "model.language_model.layers.0.mlp.gate_up_proj."
     own = sorted(
-        name.removeprefix(prefix) for name, value in described.items() if name.startswith(prefix) and value == "W8A16"
+        name.removeprefix(prefix) for name, value in described.items() if name.startswith(prefix) and value == "W8A16N"
     )
     assert own == ["weight", "weight_offset", "weight_scale"]
 
@@ -115,7 +117,7 @@ def test_what_a_type_stores_follows_from_its_activation() -> None:
         assert ("input_scale" in spec.suffixes) == (spec.activation is Activation.STATIC), quant_type
         assert ("weight_scale_second" in spec.suffixes) == spec.two_stage, quant_type
         assert "weight_scale" in spec.suffixes or spec.activation is Activation.STATIC, quant_type
-    assert [t for t, spec in TYPES.items() if not spec.suffixes] == [QuantType.FLOAT, QuantType.W8A8SC]
+    assert [t for t, spec in TYPES.items() if not spec.suffixes] == [QuantType.FLOAT, QuantType.W8A8SC, QuantType.W4A16]
 
 
 def test_a_case_that_nobody_wrote_is_an_error_of_the_program() -> None:

@@ -12,6 +12,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.checkpoint.description import read_description
 from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
 from glmq.errors import CheckpointError, UsageError
@@ -148,7 +149,7 @@ def encode_linear(
     spec = linear.quant_type.spec
     found = {"weight": linear.weight}
     if linear.bias is not None:
-        found["bias"] = _to_float(f"{name}.bias", linear.bias, dtype)
+        found["bias"] = to_float(f"{name}.bias", linear.bias, dtype)
     match spec.activation:
         case Activation.STATIC:
             found |= _encode_static(name, linear, dtype)
@@ -157,9 +158,9 @@ def encode_linear(
         case other:
             assert_never(other)
     if "weight_scale" in suffixes:
-        _check_positive(f"{name}.weight_scale", linear.weight_scale)
+        check_positive(f"{name}.weight_scale", linear.weight_scale)
         found["weight_scale"] = (
-            _encode_row_scale(linear.weight_scale, dtype) if spec.step_in_model_dtype else linear.weight_scale
+            encode_row_scale(linear.weight_scale, dtype) if spec.step_in_model_dtype else linear.weight_scale
         )
         found["weight_offset"] = torch.zeros_like(found["weight_scale"])
     if spec.two_stage:
@@ -178,7 +179,7 @@ def _encode_static(name: str, linear: QuantizedLinear, dtype: FloatDtype) -> dic
         )
     if not INT8.qmin <= offset <= INT8.qmax:
         raise CheckpointError(f"{name}: input offset {offset} is outside {INT8.qmin}..{INT8.qmax}")
-    _check_positive(f"{name}.deq_scale", linear.deq_scale)
+    check_positive(f"{name}.deq_scale", linear.deq_scale)
     activation_dtype = torch.float32 if dtype is FloatDtype.FP16 else torch.bfloat16
     deq_scale = linear.deq_scale.float().contiguous()
     return {
@@ -189,7 +190,8 @@ def _encode_static(name: str, linear: QuantizedLinear, dtype: FloatDtype) -> dic
     }
 
 
-def _encode_row_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
+def encode_row_scale(scale: Tensor, dtype: FloatDtype) -> Tensor:
+    """Steps in the model's dtype, as storable_weight_scale rounds them; any shape."""
     return storable_weight_scale(scale, dtype).to(torch_dtype(dtype.code))
 
 
@@ -197,7 +199,7 @@ def _encode_w4a8(name: str, linear: QuantizedLinear, *, form: Form, row_parallel
     second = linear.weight_scale_second
     if second is None:
         raise CheckpointError(f"{name}: a W4A8_DYNAMIC linear needs weight_scale_second")
-    _check_positive(f"{name}.weight_scale_second", second)
+    check_positive(f"{name}.weight_scale_second", second)
     low, high = (int(extreme) for extreme in torch.aminmax(linear.weight))
     if low < INT4.qmin or high > INT4.qmax:
         raise CheckpointError(f"{name}: int4 values lie in {low}..{high}, wanted {INT4.qmin}..{INT4.qmax}")
@@ -294,11 +296,15 @@ def _decode_steps(
 
 
 def _type_of(name: str, checkpoint: Checkpoint) -> QuantType:
-    """The one type whose linears have these scales."""
+    """The one type whose linears have these scales; of W8A8_DYNAMIC and W8A16, which store the same, the described one."""
     if f"{name}.index" in checkpoint:
         raise CheckpointError(f"{name}: is compressed (W8A8SC); decompress the checkpoint first")
     found = {suffix for suffix in _TELLING if f"{name}.{suffix}" in checkpoint}
     fitting = [t for t, spec in TYPES.items() if spec.suffixes and found == _TELLING & set(spec.suffixes)]
+    if len(fitting) > 1:
+        description = read_description(checkpoint.directory)
+        described = "" if description is None else description.tensors.get(f"{name}.weight")
+        fitting = [t for t in fitting if t.value == described] or [QuantType.W8A8_DYNAMIC]
     if len(fitting) != 1:
         listed = ", ".join(sorted(found)) or "neither deq_scale nor weight_scale"
         raise CheckpointError(f"{name}: is not a quantized linear of a known type, it has {listed}")
@@ -358,12 +364,12 @@ def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, form: Form) -> 
     Raises:
         CheckpointError: the weight does not fit `dtype`.
     """
-    stored = {"weight": _to_float(f"{name}.weight", weight, dtype), "bias": torch.zeros(weight.shape)}
+    stored = {"weight": to_float(f"{name}.weight", weight, dtype), "bias": torch.zeros(weight.shape)}
     owners = (name, f"{name}.module") if form is Form.MINDIE else (name,)
     return {f"{owner}.{suffix}": tensor for owner in owners for suffix, tensor in stored.items()}
 
 
-def _to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
+def to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
     """`tensor` in `dtype`, rounded half to even. Raises CheckpointError if the result holds infinity or NaN."""
     stored = tensor.to(torch_dtype(dtype.code))
     if not bool(stored.isfinite().all()):
@@ -374,7 +380,8 @@ def _to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
     return stored.contiguous()
 
 
-def _check_positive(name: str, scale: Tensor) -> None:
+def check_positive(name: str, scale: Tensor) -> None:
+    """Raise CheckpointError unless all scales are finite and positive."""
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise CheckpointError(
             f"{name}: has scales that are not finite and positive, the smallest is {float(scale.min()):g}"

@@ -35,7 +35,14 @@ def quantize(
         ),
     ] = None,
     w_bit: Annotated[int, typer.Option("--w-bit", help="Weight bits: 4 or 8.", rich_help_panel=o.QUANTIZATION)] = 8,
-    a_bit: Annotated[int, typer.Option("--a-bit", help="Activation bits: 8.", rich_help_panel=o.QUANTIZATION)] = 8,
+    a_bit: Annotated[
+        int,
+        typer.Option(
+            "--a-bit",
+            help="Activation bits: 8, or 16 for float activations (W8A16; W4A16 with --format compressed-tensors).",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = 8,
     is_lowbit: Annotated[
         bool,
         typer.Option(
@@ -114,7 +121,8 @@ def quantize(
         int,
         typer.Option(
             "--group-size",
-            help="InputGroup length of W4A8_DYNAMIC: 64, 128, 256 or 512.",
+            help="Input columns per step of W4A8_DYNAMIC: 64, 128, 256 or 512; of W8A16 and W4A16 in compressed-tensors: "
+            "32, 64 or 128.",
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = 64,
@@ -204,10 +212,20 @@ def quantize(
         bool,
         typer.Option(
             "--mindie-format/--no-mindie-format",
-            help="Write the older MindIE layout instead of ascendV1.",
+            help="Write the older MindIE layout instead of ascendV1, as --format mindie does.",
             rich_help_panel=o.OUTPUT,
         ),
     ] = False,
+    form: Annotated[
+        Literal["ascendv1", "mindie", "compressed-tensors"] | None,
+        typer.Option(
+            "--format",
+            help="Layout of the checkpoint: ascendv1 or mindie for Ascend engines; compressed-tensors for vLLM, SGLang and "
+            "transformers (W8A8, W8A8_DYNAMIC, W8A16, W4A16).  \\[default: ascendv1]",
+            rich_help_panel=o.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     part_file_size: Annotated[
         str | None,
         typer.Option(
@@ -275,6 +293,7 @@ def quantize(
                 torch_dtype=torch_dtype,
                 group_size=group_size,
                 mindie_format=mindie_format,
+                format=form,
                 method=method,
                 target_bits=target_bits,
                 target_ratio=target_ratio,

@@ -18,7 +18,7 @@ from glmq.engines import Engine, Place
 from glmq.model.config import FAMILY
 from glmq.quoting import visible_json
 from glmq.records import PassTime
-from glmq.spec import Activation, QuantType, assert_never
+from glmq.spec import Activation, Form, QuantType, assert_never
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -252,10 +252,17 @@ def next_steps(folder: Path, recipe: Recipe) -> list[str]:
             "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
             f"  glmq compress --model_path {quote(str(folder))} --save_directory {quote(f'{folder}-sc')} --tp 1",
         ]
+    if recipe.form is Form.COMPRESSED_TENSORS:
+        return [
+            f"Next: serve it with vLLM or SGLang (vllm serve {folder}), or load it with transformers and compressed-tensors."
+        ]
     places = [Place(engine, None) for engine in Engine]
     if not any(place.dtypes(quant_type) for place in places):
         why = "; ".join(place.why_not(quant_type) for place in places)
         return [f"Note: no current engine loads {quant_type.value} for GLM-4.1V ({why})."]
+    if not Place(Engine.MINDIE, None).dtypes(quant_type):
+        titles = [place.engine.spec.title for place in places if place.dtypes(quant_type)]
+        return [f"Next: serve it with {' or '.join(titles)}; MindIE does not load {quant_type.value}."]
     return [
         f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder} "
         "in conf/config.json of mindie-service, then start mindieservice_daemon. "

@@ -16,9 +16,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
-from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, Kind, layer_of, role_of
+from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, Kind, layer_of, plain_name, role_of
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.sums import Sums, sum_rows
 from glmq.inspection.weights import StoredMatrix, column_scales
@@ -116,9 +117,11 @@ def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[Wei
     folding = {group.norm for group in groups}
     with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
         scalings = find_scalings(one, other, groups)
-        for name in one:
+        for stored in one:
+            name = plain_name(stored)
             base, _, suffix = name.rpartition(".")
-            if name not in names or name not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
+            found = stored_weight(base, other) if suffix == "weight" else name
+            if stored not in names or found not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
                 continue
             try:
                 if suffix == "weight" and base in folding:
@@ -187,7 +190,8 @@ def _groups(a: Folder, b: Folder) -> list[InputGroup]:
 
 def _compare(name: str, a: Checkpoint, b: Checkpoint, scaling: Scaling) -> WeightDiff | Incomparable:
     base, _, suffix = name.rpartition(".")
-    shapes = a.info(name).shape, b.info(name).shape
+    held = [stored_weight(base, checkpoint) if suffix == "weight" else name for checkpoint in (a, b)]
+    shapes = a.info(held[0]).shape, b.info(held[1]).shape
     if suffix == "weight" and all(len(shape) == 2 for shape in shapes):
         one, other = StoredMatrix(a, base), StoredMatrix(b, base)
         if (one.rows, one.cols) != (other.rows, other.cols):
@@ -287,7 +291,7 @@ def _compare_plain(
 
 def _type(matrix: StoredMatrix) -> str:
     if matrix.is_integer:
-        return "INT8" if matrix.second is None else "INT4"
+        return f"INT{matrix.bits}"
     return matrix.dtype
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from glmq.checkpoint.json_file import JsonValue
-from glmq.inspection.folder import LINEAR_SUFFIXES, Folder
+from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, plain_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class NamePattern:
 
 def only_in(a: Folder, b: Folder) -> list[NamePattern]:
     """Tensors of `a` that `b` lacks, by pattern; those that make up an integer linear of `a` are left out."""
-    there = {tensor.name for tensor in b.tensors}
+    there = {plain_name(tensor.name) for tensor in b.tensors}
     patterns: dict[str, int] = {}
     for tensor in a.tensors:
         if tensor.name not in there and tensor.name.rpartition(".")[2] not in LINEAR_SUFFIXES:
@@ -66,4 +66,9 @@ def _flatten(document: Mapping[str, JsonValue], prefix: str = "") -> dict[str, s
 
 def _changes(a: Mapping[str, str], b: Mapping[str, str]) -> list[KeyChange]:
     keys = [*a, *(key for key in b if key not in a)]
-    return [KeyChange(key, a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+    return [KeyChange(key, _brief(a.get(key)), _brief(b.get(key))) for key in keys if a.get(key) != b.get(key)]
+
+
+def _brief(text: str | None) -> str | None:
+    """A value for a table: the list of a quantization_config names hundreds of linears."""
+    return text if text is None or len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"

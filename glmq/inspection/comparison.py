@@ -15,7 +15,7 @@ from glmq.inspection.compare import (
     weight_histograms,
 )
 from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes, description_changes, only_in
-from glmq.inspection.folder import Folder
+from glmq.inspection.folder import Folder, plain_name
 from glmq.progress import resident_bytes
 from glmq.records import BytesDone
 
@@ -66,7 +66,7 @@ def compare_folders(
         UsageError: one of them is neither a float nor an un-sharded quantized checkpoint.
         CheckpointError: a weight file cannot be read.
     """
-    nbytes = {tensor.name: tensor.info.nbytes for tensor in a.tensors if tensor.name in names}
+    nbytes = {plain_name(tensor.name): tensor.info.nbytes for tensor in a.tensors if tensor.name in names}
     diffs: list[WeightDiff] = []
     incomparable: list[Incomparable] = []
     for record in compare_weights(a, b, names):

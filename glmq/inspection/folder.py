@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from glmq.checkpoint.compressed_config import CompressedConfig, is_compressed_tensors, read_compressed_config
 from glmq.checkpoint.description import find_descriptions, form_of
 from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
@@ -30,8 +31,11 @@ LINEAR_SUFFIXES: Final = (
     "weight_scale_second",
     "weight_offset_second",
     "scale_bias",
+    "input_zero_point",
+    "weight_packed",
+    "weight_shape",
 )
-"""Tensors that belong to an integer linear beside its weight."""
+"""Tensors that belong to an integer linear beside its `.weight`; a packed one has none of that name."""
 _PART: Final = re.compile(r"part([0-9]{1,4})-of-([0-9]{1,4})")
 _RANK: Final = re.compile(r"model-rank-([0-9]{1,4})-part-[0-9]{1,4}\.safetensors")
 
@@ -66,9 +70,9 @@ class Folder:
     directory: Path
     kind: Kind
     quant_type: str | None
-    """model_quant_type of the description; None without one."""
+    """model_quant_type of the description, or what quantization_config says instead; None without either."""
     form: Form | None
-    """Of the description; None without one."""
+    """Of the description or of quantization_config; None without either."""
     config: JsonObject
     """Empty where config.json is missing or unreadable."""
     description: JsonObject
@@ -107,12 +111,17 @@ def scan_folder(directory: Path) -> Folder:
         raise CheckpointError(
             f"{directory}: has neither safetensors files nor part folders with some; is this the right folder?"
         )
-    kind = _kind(directory, groups)
     config = _read(directory / "config.json", problems) if (directory / "config.json").is_file() else {}
+    kind = _kind(directory, groups, config)
     if not config and kind is not Kind.STATISTICS and not problems:
         problems.append(f"{directory}: has no config.json, so no engine can load it; copy it from the float checkpoint")
     description, form = _description(directory, groups, problems)
     quant_type = description.get("model_quant_type")
+    compressed = None
+    if form is None and kind is Kind.QUANTIZED:
+        form = Form.COMPRESSED_TENSORS
+        compressed = _compressed_config(directory, config, problems)
+        quant_type = None if compressed is None else compressed.quant_type.value
     tensors: list[StoredTensor] = []
     for prefix, files in groups.items():
         seen: dict[str, Path] = {}
@@ -123,6 +132,7 @@ def scan_folder(directory: Path) -> Folder:
             except CheckpointError as error:
                 problems.append(str(error))
                 continue
+            own = own if compressed is None else {**compressed.tensor_types(header.tensors)}
             for name, info in header.tensors.items():
                 if name in seen:
                     problems.append(
@@ -188,7 +198,7 @@ def _rank(path: Path) -> int:
     return int(match[1])
 
 
-def _kind(directory: Path, groups: Mapping[str, list[Path]]) -> Kind:
+def _kind(directory: Path, groups: Mapping[str, list[Path]], config: JsonObject) -> Kind:
     if (directory / STATISTICS).is_file():
         return Kind.STATISTICS
     prefix = next(iter(groups))
@@ -196,7 +206,15 @@ def _kind(directory: Path, groups: Mapping[str, list[Path]]) -> Kind:
         return Kind.PORTABLE
     if prefix:
         return Kind.PARTS if prefix.startswith("part") else Kind.SHARDED
-    return Kind.QUANTIZED if find_descriptions(directory) else Kind.FLOAT
+    return Kind.QUANTIZED if find_descriptions(directory) or is_compressed_tensors(config) else Kind.FLOAT
+
+
+def _compressed_config(directory: Path, config: JsonObject, problems: list[str]) -> CompressedConfig | None:
+    try:
+        return read_compressed_config(config, str(directory / "config.json"))
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
 
 
 def _description(
@@ -226,6 +244,11 @@ def _type_of(info: TensorInfo, description: Mapping[str, JsonValue]) -> str:
     if isinstance(found, str):
         return found
     return QuantType.FLOAT.value if info.dtype in FLOAT_CODES else "?"
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name, packed weights called `.weight` as in the float model."""
+    return name.removesuffix("_packed") if name.endswith(".weight_packed") else name
 
 
 def layer_of(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.weights import StoredMatrix, column_scales
@@ -81,8 +82,8 @@ def _find_fold(
     before: Checkpoint, after: Checkpoint, group: InputGroup, source: RowSource, found: Mapping[str, Scaling]
 ) -> Tensor | None:
     """What the columns of `group` are multiplied by and the rows behind it divided: float32, one for each of these rows."""
-    names = [f"{source.linear}.weight", f"{group.site}.weight"]
-    if any(name not in checkpoint for name in names for checkpoint in (before, after)):
+    linears = [source.linear, group.site]
+    if any(stored_weight(name, checkpoint) not in checkpoint for name in linears for checkpoint in (before, after)):
         return None
     maker = StoredMatrix(before, source.linear), StoredMatrix(after, source.linear)
     reader = StoredMatrix(before, group.site), StoredMatrix(after, group.site)

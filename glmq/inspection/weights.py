@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
+from glmq.checkpoint.compressed_tensors import WORD_BITS, packed_bits, unpack_words
+from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 
@@ -30,9 +32,10 @@ class StoredMatrix:
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self._checkpoint, self._name = checkpoint, f"{name}.weight"
+        self._checkpoint, self._name = checkpoint, stored_weight(name, checkpoint)
         info = checkpoint.info(self._name)
-        self.is_integer: Final = info.dtype == "I8"
+        self._words: Final = self._name.endswith(".weight_packed")
+        self.is_integer: Final = info.dtype == "I8" or self._words
         if len(info.shape) != 2:
             raise CheckpointError(f"{self._name}: has shape {list(info.shape)}, a matrix is wanted")
         self.dtype: Final = info.dtype
@@ -40,20 +43,25 @@ class StoredMatrix:
         self.step: Tensor | None = None
         """float32 [rows, 1] of an integer weight."""
         self.second: Tensor | None = None
-        """float32 [rows, groups] of a two-stage weight."""
+        """float32 [rows, groups] of a weight with steps by group: what `step` is multiplied by."""
+        self.bits = 8
+        """Of an integer weight: 8 or 4."""
         self._packed = False
         if self.is_integer:
             self._read_steps(name)
 
     def _read_steps(self, name: str) -> None:
         checkpoint = self._checkpoint
+        if self._words:
+            self._read_words(name)
+            return
         if f"{name}.deq_scale" in checkpoint:
             deq = decode_deq_scale(f"{name}.deq_scale", checkpoint.read(f"{name}.deq_scale"))
             self.step = (deq / checkpoint.read(f"{name}.input_scale").float()).reshape(-1, 1)
         else:
             self.step = checkpoint.read(f"{name}.weight_scale").float().reshape(-1, 1)
         if f"{name}.weight_scale_second" in checkpoint:
-            self.second = checkpoint.read(f"{name}.weight_scale_second").float()
+            self.second, self.bits = checkpoint.read(f"{name}.weight_scale_second").float(), 4
         self._packed = self.second is not None and 2 * self.rows == self.step.shape[0]
         self.rows *= 2 if self._packed else 1
         if self.step.shape[0] != self.rows or (self.second is not None and self.cols % self.second.shape[-1]):
@@ -62,8 +70,20 @@ class StoredMatrix:
                 + ("" if self.second is None else f" and second-stage scales {list(self.second.shape)}")
             )
 
+    def _read_words(self, name: str) -> None:
+        self.bits = packed_bits(name, self._checkpoint)
+        self.cols = self.cols * WORD_BITS // self.bits
+        self.step, self.second = torch.ones(self.rows, 1), self._checkpoint.read(f"{name}.weight_scale").float()
+        if self.second.dim() != 2 or self.second.shape[0] != self.rows or self.cols % self.second.shape[1]:
+            raise CheckpointError(
+                f"{self._name}: {self.rows} x {self.cols} integers have steps {list(self.second.shape)}, wanted one for each "
+                "row or for equal groups of its columns"
+            )
+
     def stored(self, start: int, stop: int) -> Tensor:
-        """Rows as they are stored, two int4 rows unpacked into two int8 ones; `start` and `stop` even."""
+        """Rows as integers or floats: packed ones unpacked, one int8 a weight; `start` and `stop` even."""
+        if self._words:
+            return unpack_words(self._checkpoint.read_rows(self._name, start, stop), self.bits)
         if self._packed:
             return unpack_int4(self._checkpoint.read_rows(self._name, start // 2, stop // 2))
         return self._checkpoint.read_rows(self._name, start, stop)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.affine import quantize
+from glmq.numerics.grouped import expand_groups
 from glmq.numerics.rows import row_chunks
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT8, Activation, assert_never
@@ -91,12 +92,19 @@ def fold_bias(q: Tensor, bias: Tensor | None, deq_scale: Tensor, offset: int) ->
 
 
 def static_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
-    """Run a static linear as the NPU does. float32 [T, K] -> float32 [T, N]."""
+    """Run a static linear as the NPU does, or without quant_bias as the kernels for compressed-tensors do.
+
+    float32 [T, K] -> float32 [T, N].
+    """
     assert linear.activation is not None
-    assert linear.quant_bias is not None
     assert linear.deq_scale is not None
     sums = matmul_int8(quantize_input(x, linear.activation), linear.weight)
-    return ((sums + linear.quant_bias.double()) * linear.deq_scale.double()).float()
+    if linear.quant_bias is not None:
+        return ((sums + linear.quant_bias.double()) * linear.deq_scale.double()).float()
+    # Without one, the offset's share is taken off the integer sums, and the float bias is added to the products.
+    sums -= linear.activation.offset * linear.weight.sum(1, dtype=torch.int32).double()
+    y = sums * linear.deq_scale.double()
+    return (y if linear.bias is None else y + linear.bias.double()).float()
 
 
 def dynamic_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
@@ -127,7 +135,13 @@ def run_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
 
 def weight_only_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
     """Run a linear whose weights alone are integers: y = x . (q * weight_scale) + bias. float32 [T, K] -> float32 [T, N]."""
-    y = (x @ linear.weight.float().T) * linear.weight_scale.reshape(1, -1)
+    if linear.weight_scale.shape[1] == 1:
+        y = (x @ linear.weight.float().T) * linear.weight_scale.reshape(1, -1)
+    else:
+        y = torch.empty(x.shape[0], linear.weight.shape[0])
+        for rows in row_chunks(linear.weight):
+            steps = expand_groups(linear.weight_scale[rows], linear.weight.shape[1])
+            y[:, rows] = x @ (linear.weight[rows] * steps).T
     return y if linear.bias is None else y + linear.bias
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from glmq.errors import UsageError
 from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.rows import fill_dead_rows, row_chunks, row_max
-from glmq.spec import INT8, INT8_SYMMETRIC, FloatDtype, IntGrid, StepRule, WeightScheme
+from glmq.spec import INT4, INT8, INT8_SYMMETRIC, FloatDtype, IntGrid, StepRule, WeightScheme
 
 BULK: Final = 7
 """Largest magnitude of the integers of a row's bulk."""
@@ -112,7 +112,9 @@ def safe_steps(weight: Tensor, scheme: WeightScheme) -> Tensor:
 
 
 def grid_of(scheme: WeightScheme) -> IntGrid:
-    """The integers that the vendor's tool allows for the scheme: co_sparse never writes -128."""
+    """The integers of the scheme, in one stage: those of 4 bits, or the vendor's int8 (co_sparse never writes -128)."""
+    if scheme.quant_type.spec.weight_bits < 8 and not scheme.quant_type.spec.is_sparse:
+        return INT4
     return INT8_SYMMETRIC if scheme.step_rule is StepRule.TENSOR_FRACTION else INT8
 
 

@@ -74,8 +74,3 @@ def fit_second_stage(weight: Tensor, importance: Tensor, group_size: int) -> tup
             best, least = torch.where(better, scale, best), torch.where(better, cost, least)
         second[rows] = best
     return step, second
-
-
-def expand_steps(step: Tensor, second: Tensor, group_size: int) -> Tensor:
-    """The step of every weight: float32 [N, 1], [N, G] -> [N, G * group_size]."""
-    return (step * second).repeat_interleave(group_size, dim=1)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from glmq.numerics import affine, lowbit, metrics, ranges
+from glmq.numerics.grouped import expand_groups
 from glmq.numerics.int8_linear import fold_bias, run_linear
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import row_chunks
-from glmq.numerics.w4a8 import expand_steps
 from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup
 from glmq.records import LinearReport, QuantizedLinear
-from glmq.spec import INT4, Method
+from glmq.spec import Method
 
 
 def report_linear(
@@ -32,9 +32,9 @@ def report_linear(
     times = torch.ones(()).expand(weight.shape[0], 1) if linear.divisor is None else linear.divisor
     noise = signal = 0.0
     saturated = 0
-    grid = INT4 if result.weight_scale_second is not None else lowbit.grid_of(scheme.weight)
+    grid = lowbit.grid_of(scheme.weight)
     for rows in row_chunks(weight):
-        step = _steps_of(result, rows, scheme.weight.group_size) * times[rows]
+        step = _steps_of(result, rows) * times[rows]
         error = result.weight[rows].float().mul_(step).sub_(weight[rows])
         noise += error.square().sum().item()
         signal += weight[rows].square().sum().item()
@@ -85,9 +85,9 @@ def _bias_shift(result: QuantizedLinear) -> int:
     return int((result.quant_bias.long() - plain.long()).abs().max())
 
 
-def _steps_of(result: QuantizedLinear, rows: slice, group_size: int) -> Tensor:
-    """The step of every weight of some rows: [n, 1], or [n, K] for two-stage types."""
-    step = result.weight_scale[rows]
+def _steps_of(result: QuantizedLinear, rows: slice) -> Tensor:
+    """The step of every weight of some rows: [n, 1], or [n, K] where groups of columns have steps of their own."""
+    step, columns = result.weight_scale[rows], result.weight.shape[1]
     if result.weight_scale_second is None:
-        return step
-    return expand_steps(step, result.weight_scale_second[rows], group_size)
+        return expand_groups(step, columns)
+    return expand_groups(step * result.weight_scale_second[rows], columns)

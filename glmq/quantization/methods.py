@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.numerics import lowbit, rate, w4a8
+from glmq.numerics import grouped, lowbit, rate, w4a8
 from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.gptq import round_compensated
 from glmq.numerics.hessian import Factor
@@ -41,7 +41,7 @@ class Integers:
     q: Tensor
     """int8 [N, K]; int4 values for two-stage types."""
     step: Tensor
-    """float32 [N, 1]."""
+    """float32 [N, 1]; [N, K / group_size] of a type with groups in one stage."""
     second: Tensor | None = None
     """float32 [N, K / group_size]; two-stage types only."""
 
@@ -65,6 +65,10 @@ def plain(job: WeightJob) -> Integers:
     """Nearest integers with the rule's step, widened where it would cut a weight (`safe_steps`)."""
     if job.scheme.quant_type.spec.two_stage:
         return Integers(*w4a8.quantize_two_stage(job.weight, job.scheme.group_size))
+    if job.scheme.group_size:
+        grid = lowbit.grid_of(job.scheme)
+        step = _storable(grouped.group_max_steps(job.weight, job.scheme.group_size, grid), job)
+        return Integers(grouped.round_groups(job.weight, step, grid), step)
     step = _storable(lowbit.safe_steps(job.weight, job.scheme), job)
     return Integers(nearest(job.weight, step, job.scheme), step)
 
@@ -81,6 +85,11 @@ def compensated(job: WeightJob) -> Integers:
         step, second = w4a8.fit_second_stage(job.weight, factor.by_column(), job.scheme.group_size)
         step = step * _widening(job, step * second, INT4)
         return Integers(round_compensated(job.weight, step * second, factor, INT4), step, second)
+    if job.scheme.group_size:
+        grid = lowbit.grid_of(job.scheme)
+        step = grouped.fit_group_steps(job.weight, factor.by_column(), job.scheme.group_size, grid)
+        step = _storable(step * _widening(job, step, grid), job)
+        return Integers(round_compensated(job.weight, step, factor, grid), step)
     step = lowbit.safe_steps(job.weight, job.scheme)
     step = _storable(step * _widening(job, step, INT8), job)
     return Integers(round_compensated(job.weight, step, factor, INT8), step)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmq.checkpoint.ascend import linear_specs, norm_specs
+from glmq.checkpoint.compressed_config import KEY, CompressedConfig, make_config
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
 from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import write_json
 from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
+from glmq.checkpoint.linears import linear_specs, norm_specs
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.model.config import FAMILY, ModelConfig
@@ -18,7 +19,7 @@ from glmq.model.family import Area, LinearShape
 from glmq.model.source import check_source
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
-from glmq.spec import FloatDtype, Form, QuantType, StepRule
+from glmq.spec import ASCEND_FORMS, FloatDtype, Form, QuantType, StepRule, assert_never
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,19 @@ def plan_output(
             specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, form=recipe.form)
         else:
             specs.append(TensorSpec(name, _float_code(source[name].dtype, recipe.dtype), source[name].shape))
-    stem = f"quant_model_weight_{recipe.quant_type.tag}"
-    return OutputPlan(groups, types, plan_shards(specs, stem, shard_bytes))
+    return OutputPlan(groups, types, plan_shards(specs, _stem(recipe), shard_bytes))
+
+
+def _stem(recipe: Recipe) -> str:
+    """The weight files' name without number and suffix: what the readers of the form look for."""
+    match recipe.form:
+        case Form.ASCEND_V1 | Form.MINDIE:
+            stem = f"quant_model_weight_{recipe.quant_type.tag}"
+        case Form.COMPRESSED_TENSORS:
+            stem = "model"
+        case other:
+            assert_never(other)
+    return stem
 
 
 def _specs_of(shape: LinearShape, quant_type: QuantType, recipe: Recipe) -> Sequence[TensorSpec]:
@@ -107,6 +119,7 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
     """
     scheme = recipe.scheme
     is_mindie = recipe.form is Form.MINDIE
+    is_described = recipe.form in ASCEND_FORMS
     settings = MindieSettings(
         group_size=scheme.weight.group_size,
         act_method=scheme.act_range.value,
@@ -119,8 +132,12 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
         quant_type=recipe.quant_type,
         settings=settings if is_mindie else None,
     )
+    if not is_described:
+        edited[KEY] = compressed_config(config, recipe, plan).document()
     write_json(folder / "config.json", edited, indent=4)
     copy_side_files(source.directory, folder)
+    if not is_described:
+        return
     names = [info.name for file in plan.shards.files for info in file.tensors]
     types = tensor_types(names, plan.linears, model_quant_type=recipe.quant_type, form=recipe.form)
     description = Description(
@@ -130,3 +147,28 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
         tensors=types if is_mindie else types | config.family.vllm_aliases(types),
     )
     write_description(folder, description)
+
+
+def compressed_config(config: ModelConfig, recipe: Recipe, plan: OutputPlan) -> CompressedConfig:
+    """`quantization_config` of the compressed-tensors form: every linear of the model as a target or ignored.
+
+    vLLM fuses linears of the vision tower and looks for the names of the parts, so these stand beside the model's own.
+    """
+    types = {
+        linear.name: plan.linears.get(linear.name, QuantType.FLOAT)
+        for group in config.family.groups(config)
+        for linear in group.linears
+    }
+    described = {f"{name}.weight": quant_type.value for name, quant_type in types.items()}
+    aliases = {
+        name.removesuffix(".weight"): QuantType(value)
+        for name, value in config.family.vllm_aliases(described).items()
+        if name.startswith(f"{config.family.vision}.")
+    }
+    named = types | aliases
+    return make_config(
+        {name: quant_type for name, quant_type in named.items() if quant_type is not QuantType.FLOAT},
+        [name for name, quant_type in named.items() if quant_type is QuantType.FLOAT],
+        recipe.quant_type,
+        recipe.group_size,
+    )

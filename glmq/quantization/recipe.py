@@ -12,6 +12,7 @@ from typing import Final
 from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY
+from glmq.quantization.forms import choose_form, why_not_in_form
 from glmq.quantization.group import GroupScheme
 from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
@@ -29,6 +30,8 @@ from glmq.spec import (
 
 GROUP_SIZES: Final = tuple(sorted({size for engine in Engine for size in engine.spec.group_sizes}))
 """Those that some engine accepts."""
+PACKED_GROUP_SIZES: Final = (32, 64, 128)
+"""Those of weight-only types: what vLLM's fast kernels take."""
 DEFAULT_GROUP_SIZE: Final = 64
 DEFAULT_FRACTION: Final = 0.01
 DEFAULT_SIGMA_FACTOR: Final = 3.0
@@ -56,6 +59,8 @@ class Options:
     torch_dtype: str = "bf16"
     group_size: int = DEFAULT_GROUP_SIZE
     mindie_format: bool = False
+    format: str | None = None
+    """A key of forms.FORMATS; None: what `mindie_format` says."""
     method: str = Method.COMPENSATED.value
     target_bits: float | None = None
     target_ratio: float | None = None
@@ -87,7 +92,7 @@ class Recipe:
     form: Form
     rules: tuple[LayerRule, ...]
     group_size: int
-    """Of two-stage linears: input columns per second-stage scale."""
+    """Of linears whose type has groups of input columns: their size."""
     target: Target
     target_bits: float | None
     """Mean entropy of the sparse linears' integers, in other types the most of each linear's, in bits per weight; None: the
@@ -137,6 +142,13 @@ class Recipe:
         """Int4 weights in groups of `group_size` columns, int8 activations whose scale is found per token."""
         return make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True, group_size=group_size, torch_dtype=dtype))
 
+    @classmethod
+    def w4a16(cls, *, group_size: int = DEFAULT_GROUP_SIZE, dtype: str = "bf16") -> Recipe:
+        """Int4 weights in groups of `group_size` columns, float activations, in the compressed-tensors form."""
+        return make_recipe(
+            Options(w_bit=4, a_bit=16, group_size=group_size, torch_dtype=dtype, format="compressed-tensors")
+        )
+
     def rule_of(self, name: str) -> LayerRule | None:
         """The rule that decides about a linear: the last one that matches."""
         matching = [rule for rule in self.rules if fnmatchcase(name, rule.pattern)]
@@ -146,7 +158,7 @@ class Recipe:
         """The scheme of linears of that type."""
         if quant_type is self.quant_type:
             return self.scheme
-        group_size = self.group_size if quant_type.spec.two_stage else 0
+        group_size = self.group_size if quant_type.has_groups(self.form) else 0
         weight = replace(self.scheme.weight, quant_type=quant_type, step_rule=StepRule.ROW_MAX, group_size=group_size)
         return replace(self.scheme, weight=weight)
 
@@ -163,7 +175,8 @@ def make_recipe(options: Options) -> Recipe:
     _refuse_without_effect(options, quant_type, rule)
     dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
     target = Target(options.target)
-    form = Form.MINDIE if options.mindie_format else Form.ASCEND_V1
+    form = choose_form(options.format, mindie_format=options.mindie_format)
+    _refuse_in_form(options, quant_type, form)
     refuse_unloadable(target, quant_type, dtype, form)
     weight = WeightScheme(
         quant_type=quant_type,
@@ -171,14 +184,14 @@ def make_recipe(options: Options) -> Recipe:
         method=Method(options.method),
         fraction=options.fraction,
         sigma_factor=options.sigma_factor,
-        group_size=options.group_size if quant_type.spec.two_stage else 0,
+        group_size=options.group_size if quant_type.has_groups(form) else 0,
         keep_outliers=options.open_outlier,
     )
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
     scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), options.bias_correction)
     rules = (
         *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
-        *(_parse_rule(text, quant_type, target) for text in options.layer),
+        *(_parse_rule(text, quant_type, target, form) for text in options.layer),
         *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
     )
     return Recipe(
@@ -193,7 +206,24 @@ def make_recipe(options: Options) -> Recipe:
     )
 
 
-def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
+def _refuse_in_form(options: Options, quant_type: QuantType, form: Form) -> None:
+    """Raise UsageError for what the form does not have, or an option that has no effect in it."""
+    problem = why_not_in_form(quant_type, form)
+    if problem is not None:
+        raise UsageError(problem)
+    if options.bias_correction and form is Form.COMPRESSED_TENSORS:
+        raise UsageError(
+            "--bias-correction with --format compressed-tensors: it stores no quant_bias to correct; drop one of them"
+        )
+    if options.group_size != DEFAULT_GROUP_SIZE and not quant_type.has_groups(form):
+        raise UsageError(
+            f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "
+            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups, and with --format compressed-tensors W8A16 and W4A16 "
+            "(--a_bit 16); drop it"
+        )
+
+
+def _parse_rule(text: str, model_type: QuantType, target: Target, form: Form) -> LayerRule:
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'")
@@ -203,6 +233,9 @@ def _parse_rule(text: str, model_type: QuantType, target: Target) -> LayerRule:
         raise UsageError(f"--layer {text!r}: unknown type {name!r}; known are {', '.join(known)}")
     if quant_type in (QuantType.FLOAT, model_type):
         return LayerRule(pattern, quant_type, f"--layer {text!r}")
+    problem = why_not_in_form(quant_type, form)
+    if problem is not None:
+        raise UsageError(f"--layer {text!r}: {problem}")
     if quant_type.spec.is_sparse or model_type.spec.is_sparse:
         raise UsageError(
             f"--layer {text!r} in a {model_type.value} model: sparse linears cannot be mixed with other types, "
@@ -241,8 +274,8 @@ def _target_bits(options: Options, quant_type: QuantType) -> float | None:
 def _check_ranges(options: Options) -> None:
     if options.w_bit not in (4, 8):
         raise UsageError(f"--w_bit {options.w_bit}: 4 or 8 is needed")
-    if options.a_bit != 8:
-        raise UsageError(f"--a_bit {options.a_bit}: only 8 is served")
+    if options.a_bit not in (8, 16):
+        raise UsageError(f"--a_bit {options.a_bit}: 8, or 16 for float activations, is needed")
     if options.act_method not in (1, 2, 3):
         raise UsageError(
             f"--act_method {options.act_method}: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"
@@ -251,11 +284,14 @@ def _check_ranges(options: Options) -> None:
         raise UsageError(f"--fraction {options.fraction}: a number from 0.01 to 0.1 is needed")
     if not 1.0 <= options.sigma_factor <= 3.0:
         raise UsageError(f"--sigma_factor {options.sigma_factor}: a number from 1.0 to 3.0 is needed")
-    if options.group_size not in GROUP_SIZES:
-        raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, GROUP_SIZES))} is needed")
+    sizes = GROUP_SIZES if options.a_bit == 8 else PACKED_GROUP_SIZES
+    if options.group_size not in sizes:
+        raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, sizes))} is needed")
 
 
 def _quant_type(options: Options) -> QuantType:
+    if options.a_bit == 16:
+        return _weight_only_type(options)
     if options.co_sparse and options.is_lowbit:
         raise UsageError(
             "--co_sparse True with --is_lowbit True: they are two algorithms for the same type; choose one"
@@ -278,6 +314,20 @@ def _quant_type(options: Options) -> QuantType:
             "--is_lowbit True with --w_bit 8: the low-bit sparse algorithm makes 4-bit weights; pass --w_bit 4"
         )
     return QuantType.W8A8_DYNAMIC if options.is_dynamic else QuantType.W8A8
+
+
+def _weight_only_type(options: Options) -> QuantType:
+    clashing = [
+        (options.is_dynamic, "--is_dynamic True"),
+        (options.is_lowbit, "--is_lowbit True"),
+        (options.co_sparse, "--co_sparse True"),
+    ]
+    for is_given, name in clashing:
+        if is_given:
+            raise UsageError(
+                f"{name} with --a_bit 16: activations stay float and weights dense there; drop one of them"
+            )
+    return QuantType.W4A16 if options.w_bit == 4 else QuantType.W8A16
 
 
 def _step_rule(options: Options, quant_type: QuantType) -> StepRule:
@@ -316,10 +366,9 @@ def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRu
         )
     if options.bias_correction and options.method == Method.REFERENCE.value:
         raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
-    if options.group_size != DEFAULT_GROUP_SIZE and not spec.two_stage:
+    if options.method == Method.REFERENCE.value and options.a_bit == 16:
         raise UsageError(
-            f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "
-            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups; drop it"
+            f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"
         )
 
 

@@ -11,9 +11,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.ascend import encode_linear, encode_norm
 from glmq.checkpoint.checksums import write_checksums
 from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.linears import encode_linear, encode_norm
 from glmq.checkpoint.reader import torch_dtype
 from glmq.checkpoint.writer import ShardWriter
 from glmq.errors import CheckpointError
@@ -103,8 +103,8 @@ def quantize_checkpoint(
 class _Job:
     """The writing pass of one rank, with the names of the tensors that are written.
 
-    A quantized linear or a norm has among its stored tensors one of each source tensor's name, so the names tell as well
-    which source tensors are done.
+    A norm has among its stored tensors one of each source tensor's name, and so has a quantized linear unless its weight is
+    packed, so the names tell as well which source tensors are done.
     """
 
     def __init__(
@@ -118,6 +118,9 @@ class _Job:
         self._run, self._source, self._recipe, self._sink = run, run.source, recipe, sink
         self._groups, self._bits = groups, bits
         self._norms = set(run.config.family.rms_norms(run.config))
+        self._integer_weights = {
+            f"{linear.name}.weight" for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
+        }
         self._written: set[str] = set()
         self._fresh: list[str] = []
 
@@ -150,7 +153,7 @@ class _Job:
     def copy_rest(self, prefix: str) -> None:
         """Write every source tensor under `prefix` that no group has taken, cast to the stored dtype."""
         for name in self._source:
-            if name.startswith(prefix) and name not in self._written:
+            if name.startswith(prefix) and name not in self._written and name not in self._integer_weights:
                 base = name.rpartition(".")[0]
                 if base in self._norms:
                     weight = self._source.read_finite(name)

@@ -50,8 +50,12 @@ def refuse_unloadable(target: Target, quant_type: QuantType, dtype: FloatDtype, 
             f"pass --torch_dtype {'fp16' if dtypes[0] is FloatDtype.FP16 else 'bf16'}"
         )
     if form not in place.engine.spec.forms:
+        if form is Form.MINDIE:
+            raise UsageError(
+                f"--mindie_format True with --target {target.value}: it reads the ascendV1 layout alone; drop --mindie_format"
+            )
         raise UsageError(
-            f"--mindie_format True with --target {target.value}: it reads the ascendV1 layout alone; drop --mindie_format"
+            f"--format {form.value} with --target {target.value}: {place.engine.spec.title} does not read it; drop one of them"
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from glmq.checkpoint.ascend import decode_deq_scale
 from glmq.checkpoint.json_file import JsonValue
+from glmq.checkpoint.linears import integer_linears, stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling
@@ -23,6 +24,7 @@ from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
 from glmq.model.family import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
+from glmq.spec import INT4, INT8
 from glmq.threads import run_ahead
 from glmq.verification.distance import Distance, WeightDistance
 from glmq.verification.files import row_of
@@ -44,7 +46,7 @@ class LinearArithmetic:
     outlier_share: float
     """Share of integers with |q| > 7."""
     accumulator_share: float
-    """Largest possible |int32 sum|, quant_bias included, over 2^31; 1 or more can overflow. 0 for two-stage types."""
+    """Largest possible |int32 sum|, quant_bias included, over 2^31; 1 or more can overflow. 0 where steps are by group."""
     bias_output: float
     """Largest |quant_bias * deq_scale|: what a rank's partial sum carries beside its products. 0 for dynamic types."""
     result_bound: float
@@ -66,9 +68,8 @@ def measure_linears(
     Yields:
         Its numbers, or a finding that says why they cannot be computed.
     """
-    for weight in candidate:
-        name = weight.removesuffix(".weight")
-        if name == weight or candidate[weight].dtype != "I8" or len(candidate[weight].shape) != 2:
+    for name in integer_linears(candidate):
+        if len(candidate[stored_weight(name, candidate)].shape) != 2:
             continue
         try:
             yield _measure(name, candidate, reference, scalings.get(name, UNSCALED))
@@ -178,7 +179,11 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, sca
     matrix = StoredMatrix(candidate, name)
     source = _source(name, matrix, reference)
     groups, dtype = 0 if matrix.second is None else matrix.second.shape[1], _stored_dtype(name, candidate)
-    distance = None if source is None else Distance(matrix.rows, matrix.cols, groups, dtype)
+    distance = (
+        None
+        if source is None
+        else Distance(matrix.rows, matrix.cols, groups, INT4 if matrix.bits == 4 else INT8, dtype)
+    )
     counts = torch.zeros(256, dtype=torch.int64)
     positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
     reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]
@@ -198,7 +203,7 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, sca
     total = max(1, int(counts.sum()))
     return LinearArithmetic(
         name=name,
-        type="INT8" if matrix.second is None else "INT4",
+        type=f"INT{matrix.bits}",
         entropy_bits=entropy_bits(counts),
         zero_share=int(counts[128]) / total,
         outlier_share=int(counts[values.abs() > 7].sum()) / total,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from glmq.checkpoint.linears import integer_linears
 from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection.scaling import Scaling, find_scalings
 from glmq.model.config import ModelConfig, read_config
@@ -25,7 +26,7 @@ from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.affine import covered_range
 from glmq.progress import resident_bytes
 from glmq.records import BlockDone, QuantizedLinear
-from glmq.verification.int8_model import Int8Linear, int8_linears, open_model, placed
+from glmq.verification.int8_model import Int8Linear, open_model, placed
 from glmq.verification.predictions import HEAD_ROWS, Head, HeadSums, Predictions, scored_places, summarize, target_ids
 
 
@@ -106,7 +107,7 @@ def compare_behaviour(
     pair = _Pair(open_model(reference, config), open_model(candidate, config))
     groups = config.family.groups(config)
     scalings = find_scalings(reference, candidate, groups)
-    run = _Run(pair, config, cases, {name: scalings[name] for name in int8_linears(candidate)})
+    run = _Run(pair, config, cases, {name: scalings[name] for name in integer_linears(candidate)})
     has_images = any(case.has_image for case in cases)
     total = count_blocks(config, has_images)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.spec import INT4, INT8
+from glmq.spec import IntGrid
 
 UNIT_ROUNDOFF: Final = {"F16": 2.0**-11, "BF16": 2.0**-8}
 """By how much of itself a number changes at most when it is rounded to this dtype."""
@@ -113,14 +113,15 @@ class Distance:
 
     Args:
         rows, cols: of the linear.
-        groups: second-stage scales of a row; 0 for types without.
+        groups: scales of a row, where groups of columns have their own; else 0.
+        grid: the integers.
         dtype: F16 or BF16, what its scales are stored in.
     """
 
-    def __init__(self, rows: int, cols: int, groups: int, dtype: str) -> None:
+    def __init__(self, rows: int, cols: int, groups: int, grid: IntGrid, dtype: str) -> None:
         self._rows, self._cols, self._all = _Gains(rows), _Gains(cols), _Gains(1)
         self._groups = _Gains(rows * groups) if groups else None
-        self._size, self._grid = (rows, cols, groups), INT4 if groups else INT8
+        self._size, self._grid = (rows, cols, groups), grid
         self._floor = ROUNDED_FACTORS * UNIT_ROUNDOFF[dtype]
         self._noise = self._signal = self._square_steps = 0.0
         self._squares = torch.zeros(cols, dtype=torch.float64)

@@ -30,7 +30,7 @@ from glmq.model.config import ModelConfig, parse_config
 from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.findings import Check, Finding
 
-TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
+TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A16")
 GROUP_SIZES: Final = (64, 128, 256)
 NEEDED_FILES: Final = (
     "tokenizer.json",
@@ -112,11 +112,11 @@ def _check_form(path: Path, description: Description) -> Iterator[Finding]:
         yield Check.GROUP_SIZE.error("group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
 
 
-def check_weight_files(directory: Path, quant_type: str) -> Generator[Finding, None, Checkpoint | None]:
-    """Checks 4 and 5: the one file or all parts of type `quant_type`, no other, and no tensor in two of them."""
+def check_weight_files(directory: Path, quant_type: str, stem: str) -> Generator[Finding, None, Checkpoint | None]:
+    """Checks 4 and 5: the one file or all parts whose names begin with `stem`, no other, and no tensor in two of them."""
     present = {path.name for path in directory.glob("*.safetensors")}
     indexes = {path.name for path in directory.glob(f"*{INDEX_SUFFIX}")}
-    wanted, index = _wanted_files(f"quant_model_weight_{quant_type.lower()}", present)
+    wanted, index = _wanted_files(stem, present)
     for name in sorted((present - wanted) | (indexes - {index})):
         yield Check.WEIGHT_FILES.error(
             "",

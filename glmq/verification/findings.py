@@ -51,6 +51,7 @@ class Check(Enum):
     MANIFEST = (33, "bytes as glmq_manifest.json says", "error")
     CHECKSUMS = (34, "bytes as glmq_checksums.json says", "error")
     FOLDER_KIND = (35, "one checkpoint in the folder", "error")
+    COMPRESSED_CONFIG = (36, "quantization_config of compressed-tensors", "error")
 
     def __init__(self, number: int, title: str, *severities: Severity) -> None:
         self.number: Final = number

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from glmq.checkpoint.ascend import decode_linear
+from glmq.checkpoint.linears import decode_linear, integer_linears
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.model.config import ModelConfig
@@ -65,7 +65,7 @@ def open_model(source: Checkpoint, config: ModelConfig) -> StreamedModel:
     """
     model = StreamedModel(source, config, device=torch.device("cpu"), dtype=torch.float32)
     _check_names(source, config)
-    for name in int8_linears(source):
+    for name in integer_linears(source):
         parent, _, leaf = name.rpartition(".")
         setattr(model.module(parent), leaf, Int8Linear(name, source))
     for name in config.family.rms_norms(config):
@@ -95,14 +95,9 @@ def placed(model: StreamedModel, *names: str) -> Iterator[None]:
                 linear.drop()
 
 
-def int8_linears(source: Checkpoint) -> list[str]:
-    """Names of the linears that are stored as integers, in natural order."""
-    return [name.removesuffix(".weight") for name in source if name.endswith(".weight") and source[name].dtype == "I8"]
-
-
 def _check_names(source: Checkpoint, config: ModelConfig) -> None:
     known = {linear.name for group in config.family.groups(config) for linear in group.linears}
-    for name in int8_linears(source):
+    for name in integer_linears(source):
         if name not in known:
             raise CheckpointError(
                 f"{source.directory}: {name}.weight is int8, but {name} is no linear of the model; "

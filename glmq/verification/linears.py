@@ -28,6 +28,7 @@ SUFFIXES: Final = {
     QuantType.W8A8S: _STATIC,
     QuantType.W8A8_DYNAMIC: _STEPS,
     QuantType.W4A8_DYNAMIC: (*_STEPS, *_SECOND),
+    QuantType.W8A16: _STEPS,
 }
 """Suffixes beside `.weight`, `.bias` and, for W4A8_DYNAMIC in ascendV1, `.scale_bias`."""
 

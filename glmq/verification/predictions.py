@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.ascend import decode_linear
+from glmq.checkpoint.linears import decode_linear, integer_linears
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.inputs import ModelInputs
 from glmq.numerics.int8_linear import run_linear
@@ -51,7 +51,7 @@ class Head:
 
     def __init__(self, source: Checkpoint, name: str) -> None:
         self._source, self._name = source, name
-        self._int8 = decode_linear(name, source) if source[f"{name}.weight"].dtype == "I8" else None
+        self._int8 = decode_linear(name, source) if name in integer_linears(source) else None
 
     def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
         """float32 [T, stop - start] from float32 [T, width]."""

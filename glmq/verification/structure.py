@@ -15,12 +15,19 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.description import Description
+from glmq.checkpoint.compressed_config import is_compressed_tensors
+from glmq.checkpoint.description import Description, find_descriptions
+from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
 from glmq.spec import FloatDtype, Form, QuantType
+from glmq.verification.compressed_linears import (
+    CompressedSubject,
+    check_compressed_config,
+    check_compressed_linear,
+)
 from glmq.verification.files import (
     check_config,
     check_description,
@@ -37,6 +44,13 @@ from glmq.verification.linears import SUFFIXES, Subject, check_linear
 
 BIASED_NORMS: Final = (".input_layernorm", ".post_attention_layernorm")
 """The norms whose bias every engine adds; elsewhere a bias is ignored."""
+
+_NORM_SUFFIXES: Final = {
+    Form.ASCEND_V1: ("weight", "bias"),
+    Form.MINDIE: ("weight", "bias"),
+    Form.COMPRESSED_TENSORS: ("weight",),
+}
+"""What an RMSNorm may have; engines that read compressed-tensors know no bias."""
 
 _CODES: Final = {FloatDtype.FP16: "F16", FloatDtype.BF16: "BF16"}
 
@@ -73,13 +87,18 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
     """
     if not candidate.is_dir():
         raise CheckpointError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
+    if _is_compressed_tensors(candidate):
+        yield from _check_compressed_tensors(candidate, source)
+        return
     description = yield from check_description(candidate)
     config = yield from check_config(candidate, description, source)
     yield from check_side_files(candidate, None if source is None else source.directory)
     yield from check_modes(candidate)
     if description is None or config is None:
         return
-    checkpoint = yield from check_weight_files(candidate, description.model_quant_type)
+    checkpoint = yield from check_weight_files(
+        candidate, description.model_quant_type, f"quant_model_weight_{description.model_quant_type.lower()}"
+    )
     if checkpoint is None:
         return
     with checkpoint:
@@ -112,6 +131,50 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
                     bias_shift=shift if isinstance(shift, int) else 0,
                 )
             )
+
+
+def _is_compressed_tensors(candidate: Path) -> bool:
+    """Whether config.json alone describes the checkpoint, in the compressed-tensors form."""
+    path = candidate / "config.json"
+    try:
+        config = read_json_object(path) if path.is_file() and not find_descriptions(candidate) else {}
+    except CheckpointError:
+        return False
+    return is_compressed_tensors(config)
+
+
+def _check_compressed_tensors(candidate: Path, source: Checkpoint | None) -> Iterator[Finding]:
+    """What check_structure does, for this form: no description, float norms as they were, other tensors of the linears."""
+    config = yield from check_config(candidate, None, source)
+    yield from check_side_files(candidate, None if source is None else source.directory)
+    yield from check_modes(candidate)
+    if config is None:
+        return
+    compressed = yield from check_compressed_config(candidate, config)
+    if compressed is None:
+        return
+    checkpoint = yield from check_weight_files(candidate, compressed.quant_type.value, "model")
+    if checkpoint is None:
+        return
+    with checkpoint:
+        found = [
+            (linear, compressed.group_of(linear.name)) for g in config.family.groups(config) for linear in g.linears
+        ]
+        linears = {linear.name: group.quant_type for linear, group in found if group is not None}
+        described = Description(compressed.quant_type.value, None, None, compressed.tensor_types(checkpoint))
+        case = _Case(checkpoint, described, config, source, Form.COMPRESSED_TENSORS, linears)
+        yield from _check_names(case)
+        yield from _check_agreement(case)
+        scalings = {} if source is None else find_scalings(source, checkpoint, config.family.groups(config))
+        yield from _check_floats(case, scalings)
+        for linear, group in found:
+            if group is not None:
+                scaling = scalings.get(linear.name, UNSCALED)
+                yield from check_compressed_linear(
+                    CompressedSubject(
+                        linear, group.quant_type, group.group_size, checkpoint, source, case.dtype, scaling
+                    )
+                )
 
 
 def _known_types() -> set[str]:
@@ -162,13 +225,17 @@ def _check_names(case: _Case) -> Iterator[Finding]:
     expected = case.config.family.shapes(case.config)
     wanted = [*expected, *(name for name in case.source or () if name not in expected)]
     for name in wanted:
-        if name not in case.checkpoint:
+        base, _, suffix = name.rpartition(".")
+        is_linear = (
+            case.form is Form.COMPRESSED_TENSORS and suffix == "weight" and base in case.linears
+        )  # has own checks
+        if name not in case.checkpoint and not is_linear:
             yield Check.FLOAT_TENSORS.error(name, "is missing, the float model has it")
     norms = set(case.config.family.rms_norms(case.config))
     known = set(wanted)
     for name in case.checkpoint:
         base, _, suffix = name.rpartition(".")
-        is_norm = suffix in ("weight", "bias") and base.removesuffix(".module") in norms
+        is_norm = suffix in _NORM_SUFFIXES[case.form] and base.removesuffix(".module") in norms
         if name not in known and base not in case.linears and not is_norm:
             yield Check.FLOAT_TENSORS.error(name, "is neither in the float model nor part of a quantized linear")
 
@@ -184,7 +251,7 @@ def _check_agreement(case: _Case) -> Iterator[Finding]:
             )
             yield Check.SHARED_INPUT.error(names[0], f"the linears of this input differ in type: {listed}")
         elif len(names) > 1:
-            for suffix in ("input_scale", "input_offset"):
+            for suffix in ("input_scale", "input_offset", "input_zero_point"):
                 stored = [case.checkpoint.read(f"{n}.{suffix}") for n in names if f"{n}.{suffix}" in case.checkpoint]
                 if any(not torch.equal(stored[0], other) for other in stored[1:]):
                     values = ", ".join(str(tensor.float().tolist()) for tensor in stored)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from glmq.numerics import rows
-from glmq.numerics.w4a8 import expand_steps, fit_second_stage, quantize_two_stage
+from glmq.numerics.grouped import expand_groups
+from glmq.numerics.w4a8 import fit_second_stage, quantize_two_stage
 
 
 def weights(rows: int, columns: int) -> Tensor:
@@ -34,7 +35,7 @@ def test_fitted_scales_are_whole_and_never_lose_more_than_the_rule() -> None:
 
     def loss(step: Tensor, second: Tensor) -> Tensor:
         """Weighted squared error of nearest rounding, per row and group."""
-        steps = expand_steps(step, second, 64)
+        steps = expand_groups(step * second, weight.shape[1])
         error = torch.round(weight / steps).clamp(-8, 7) * steps - weight
         return (error.square() * importance).reshape(40, 4, 64).sum(2)
 

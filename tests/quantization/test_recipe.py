@@ -112,7 +112,7 @@ def test_every_method_of_rounding_is_taken_by_its_name(method: Method) -> None:
     [
         ({"w_bit": 2}, "--w_bit 2: 4 or 8 is needed"),
         ({"w_bit": 16}, "--w_bit 16: 4 or 8 is needed"),
-        ({"a_bit": 4}, "--a_bit 4: only 8 is served"),
+        ({"a_bit": 4}, "--a_bit 4: 8, or 16 for float activations, is needed"),
         ({"act_method": 0}, "--act_method 0: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"),
         ({"act_method": 4}, "--act_method 4: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"),
         (LOWBIT | {"fraction": 0.009}, "--fraction 0.009: a number from 0.01 to 0.1 is needed"),
@@ -202,12 +202,14 @@ def test_wrong_and_contradicting_options_are_refused(options: dict[str, object],
         (
             {"group_size": 128},
             "--group_size 128 has no effect in W8A8: only W4A8_DYNAMIC "
-            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups; drop it",
+            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups, and with --format compressed-tensors W8A16 and W4A16 "
+            "(--a_bit 16); drop it",
         ),
         (
             LOWBIT | {"group_size": 256},
             "--group_size 256 has no effect in W8A8S: only W4A8_DYNAMIC "
-            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups; drop it",
+            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups, and with --format compressed-tensors W8A16 and W4A16 "
+            "(--a_bit 16); drop it",
         ),
     ],
 )
@@ -231,7 +233,7 @@ def test_options_without_effect_are_refused(options: dict[str, object], sentence
         (
             W4A8 | {"target": "vllm-ascend"},
             "--target vllm-ascend does not load W4A8_DYNAMIC: vLLM-Ascend has it for mixtures of experts only; "
-            "it loads W8A8, W8A8_DYNAMIC, W8A8S",
+            "it loads W8A8, W8A8_DYNAMIC, W8A16, W8A8S",
         ),
         (
             {"target": "mindie-300i-duo"},
@@ -343,7 +345,7 @@ def test_linears_of_another_type_are_scaled_by_their_row_maximum() -> None:
         (
             {"layer": ("*.o_proj=int8",)},
             "--layer '*.o_proj=int8': unknown type 'int8'; "
-            "known are FLOAT, W8A8, W8A8S, W8A8_DYNAMIC, W4A8_DYNAMIC",
+            "known are FLOAT, W8A8, W8A8S, W8A8_DYNAMIC, W4A8_DYNAMIC, W8A16, W4A16",
         ),
         (
             {"layer": ("*.o_proj=W8A8S",)},

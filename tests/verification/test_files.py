@@ -80,7 +80,7 @@ def test_a_description_of_another_type_than_its_name_or_an_unknown_type_is_found
     directory = make("w8a8")
     describe(directory, {"model_quant_type": "W8A8SC"})
     findings = found(directory, None)
-    wanted = "is W8A8SC, wanted one of W8A8, W8A8S, W8A8_DYNAMIC, W4A8_DYNAMIC"
+    wanted = "is W8A8SC, wanted one of W8A8, W8A8S, W8A8_DYNAMIC, W4A8_DYNAMIC, W8A16"
     assert findings[0] == (2, "model_quant_type", wanted)
     belongs = (
         "quant_model_weight_w8a8.safetensors does not belong to a W8A8SC checkpoint; engines take every weight file"

@@ -12,7 +12,7 @@ from glmq.engines import Engine
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import parse_config
-from glmq.spec import QuantType, assert_never
+from glmq.spec import Form, QuantType, assert_never
 from glmq.verification.engines.mindie import check_mindie
 from glmq.verification.engines.vllm_ascend import check_vllm_ascend
 from glmq.verification.findings import Check, Finding
@@ -38,6 +38,15 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
         return
     for problem in folder.problems:
         yield check.error("", problem)
+    if folder.form is Form.COMPRESSED_TENSORS:
+        title = engine.spec.title
+        if folder.form in engine.spec.forms:
+            yield check.warning("", f"is in the compressed-tensors form; how {title} reads that is not emulated")
+        else:
+            yield check.error(
+                "", f"is in the compressed-tensors form, which {title} does not read; pass --format ascendv1"
+            )
+        return
     config = None
     if folder.config:
         try:
@@ -50,6 +59,8 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
 
 def describe_engines(folder: Folder) -> str:
     """For which engine and chip a folder is, in one line."""
+    if folder.form is Form.COMPRESSED_TENSORS:
+        return "vLLM, SGLang, and transformers with the compressed-tensors library"
     match folder.quant_type, folder.kind:
         case "W8A8SC", Kind.SHARDED:
             return "vLLM-Ascend (load_format sharded_state) on the Atlas 300I Duo; GLM-4.1V is not in its support table"
@@ -62,6 +73,8 @@ def describe_engines(folder: Folder) -> str:
             return f"{_mindie_on(QuantType.W8A8)}, {sizes} ranks"
         case "W8A8_DYNAMIC", _:
             return "MindIE loads it, though it is not in its support table for GLM-4.1V"
+        case "W8A16", _:
+            return "vLLM-Ascend on the Atlas 800I A2; GLM-4.1V is not in its support table"
         case "W4A8_DYNAMIC", _:
             return "no current engine: MindIE refuses it, vLLM-Ascend has it for mixtures of experts only"
         case _, Kind.FLOAT:
