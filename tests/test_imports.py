@@ -16,6 +16,8 @@ import glmq
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(glmq.__file__).parent
+SOURCES = TESTS.parent / "glmq"
+"""Where the C files are, which are not installed."""
 MODULES = {
     ".".join(("glmq", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -151,10 +153,10 @@ def test_a_circle_through_an_import_for_the_type_checker_is_found(
     assert find_circle(arrows()) == []
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.[ch]")), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("path", sorted(SOURCES.rglob("*.[ch]")), ids=lambda path: path.relative_to(SOURCES).as_posix())
 def test_a_c_file_includes_only_from_the_rooms_above_its_own(path: Path) -> None:
     def room_of_file(file: Path) -> str:
-        return (file if file.parent == PACKAGE else file.parent).stem
+        return (file if file.parent == SOURCES else file.parent).stem
 
     room = room_of_file(path)
     for name in includes_of(path):
@@ -167,7 +169,7 @@ def test_the_reader_of_includes_sees_every_form(tmp_path: Path) -> None:
     path = tmp_path / "module.c"
     path.write_text('#include <stdint.h>\n#include "a.h"\n  #  include\t"../b/c.h" // why\n')
     assert includes_of(path) == ["a.h", "../b/c.h"]
-    assert includes_of(PACKAGE / "inspection" / "_sums.c") == ["../_native.h", "../codec/_count.h"]
+    assert includes_of(SOURCES / "inspection" / "_sums.c") == ["../_native.h", "../codec/_count.h"]
 
 
 def test_every_room_has_its_room_of_tests() -> None:

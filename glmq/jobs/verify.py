@@ -107,20 +107,14 @@ def verify(
                 checked.append(record.what)
             case Skipped():
                 skipped.append(record.what)
-    blocks: list[BlockBehaviour] = []
-    predictions, captions = None, []
+    behaviour = _Behaviour()
     if samples and reference is not None:
-        with Checkpoint.open(reference) as source:
-            checked.append(f"behaviour on {len(samples)} samples")
-            try:
-                blocks, predictions = _behave(source, candidate, samples, cases.max_pixels, Watcher(watch))
-                captions = _captions(source, candidate, samples, cases.max_pixels)
-            except CheckpointError as error:
-                message = f"cannot be measured: {error}"
-                findings.append(Check.BEHAVIOUR.error("", message))
+        checked.append(f"behaviour on {len(samples)} samples")
+        behaviour = _measure(reference, candidate, samples, cases.max_pixels, Watcher(watch))
         is_fp16 = folder.float_codes[:1] == ("F16",)
-        findings += [] if predictions is None else judge_predictions(predictions, limits)
-        findings += [found for block in blocks for found in judge_block(block, limits, is_fp16=is_fp16)]
+        findings += behaviour.findings
+        findings += [] if behaviour.predictions is None else judge_predictions(behaviour.predictions, limits)
+        findings += [found for block in behaviour.blocks for found in judge_block(block, limits, is_fp16=is_fp16)]
     return Verification(
         candidate=candidate,
         reference=reference,
@@ -129,9 +123,9 @@ def verify(
         skipped=skipped,
         findings=findings,
         linears=linears,
-        blocks=blocks,
-        predictions=predictions,
-        captions=captions,
+        blocks=behaviour.blocks,
+        predictions=behaviour.predictions,
+        captions=behaviour.captions,
         limits=limits,
         situation=situation_of(
             has_checksums=(candidate / CHECKSUMS).exists(),
@@ -141,6 +135,29 @@ def verify(
         if linears
         else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Behaviour:
+    """How both models answer."""
+
+    blocks: Sequence[BlockBehaviour] = ()
+    predictions: Predictions | None = None
+    captions: Sequence[Caption] = ()
+    findings: Sequence[Finding] = ()
+    """Why it could not be measured, if it could not."""
+
+
+def _measure(
+    reference: Path, candidate: Path, samples: Sequence[Sample], max_pixels: int | None, watcher: Watcher
+) -> _Behaviour:
+    """Run both models on the samples, block by block; small ones also answer the first pictures."""
+    with Checkpoint.open(reference) as source:
+        try:
+            blocks, predictions = _behave(source, candidate, samples, max_pixels, watcher)
+            return _Behaviour(blocks, predictions, _captions(source, candidate, samples, max_pixels))
+        except CheckpointError as error:
+            return _Behaviour(findings=[Check.BEHAVIOUR.error("", f"cannot be measured: {error}")])
 
 
 def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
