@@ -22,7 +22,7 @@ from glmq.checkpoint.workplace import (
     WHOLE,
     Owner,
     Workplace,
-    check_output,
+    check_place,
     has_progress,
     has_remains,
     is_folder,
@@ -53,13 +53,13 @@ class OutputFolder:
         work_dir: where the work folder lies, if not beside the target; from another file system the result is copied.
 
     Raises:
-        UsageError: see `check_output`.
+        UsageError: see `check_place`.
         BusyError: on entering, another run is writing the target.
         NoLocksError: on entering, nothing can keep another run out.
     """
 
     def __init__(self, target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:
-        check_output(target, overwrite=overwrite, resume=resume, work_dir=work_dir)
+        check_place(target, overwrite=overwrite, resume=resume, work_dir=work_dir)
         self.target: Final = target
         self._places = Workplace.of(target, work_dir)
         self.work: Final = self._places.work
@@ -124,7 +124,7 @@ class OutputFolder:
         self._before = self._look()  # this one look decides: between two, somebody could put a file there
         if self._before.entries and not self._overwrite:
             raise not_empty(self.target)
-        check_output(self.target, overwrite=self._overwrite, resume=self._resume, work_dir=self._places.work_dir)
+        check_place(self.target, overwrite=self._overwrite, resume=self._resume, work_dir=self._places.work_dir)
         for work in self._places.works():
             if work != self.work or not self._resume or not is_folder(self.path):
                 remove_work(work)

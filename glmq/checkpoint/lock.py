@@ -7,6 +7,8 @@ import fcntl
 import os
 import socket
 import stat
+import time
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -17,6 +19,9 @@ from glmq.errors import BusyError, NoLocksError, UsageError
 _MARK: Final = b"glmq lock: "
 """How the content of a lock file begins; the holder follows."""
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+_LOOKS: Final = 3
+_BETWEEN_LOOKS: Final = 0.05
+"""Seconds. Who only looks whether there is a holder (`refuse_held`) has the lock for a moment himself."""
 
 
 class FolderLock:
@@ -39,7 +44,7 @@ class FolderLock:
             BusyError: another process has it; its number and machine are named.
             NoLocksError: the file system has no locks.
             UsageError: what has the lock's name is no lock file.
-        SpaceError: the disk is full.
+            SpaceError: the disk is full.
         """
         while self._handle is None:
             handle = self._open()
@@ -55,6 +60,21 @@ class FolderLock:
         except BaseException:
             self.release()
             raise
+
+    def refuse_held(self) -> None:
+        """Raise BusyError if another process has the lock; takes nothing, and leaves no file."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return  # there is none, or `acquire` says what is wrong with it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._busy(handle) from None
+        except OSError:
+            return  # a file system without locks: `acquire` says so
+        finally:
+            os.close(handle)
 
     def release(self) -> None:
         """Remove the lock file, while it is still held, and let go."""
@@ -80,12 +100,12 @@ class FolderLock:
 
     def _lock(self, handle: int) -> None:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(handle, 1000, len(_MARK)).decode(errors="replace").partition("\n")[0]
-            raise BusyError(
-                f"{self._target}: is being written by {holder or 'another run'}; wait until it ends, or choose another folder"
-            ) from None
+            for _ in range(_LOOKS):
+                with suppress(BlockingIOError):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                time.sleep(_BETWEEN_LOOKS)
+            raise self._busy(handle)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -102,6 +122,12 @@ class FolderLock:
         with naming_full_disk(self.path, len(text)):
             os.pwrite(handle, text, 0)
             os.ftruncate(handle, len(text))
+
+    def _busy(self, handle: int) -> BusyError:
+        holder = os.pread(handle, 1000, len(_MARK)).decode(errors="replace").partition("\n")[0]
+        return BusyError(
+            f"{self._target}: is being written by {holder or 'another run'}; wait until it ends, or choose another folder"
+        )
 
     def _foreign(self) -> UsageError:
         return UsageError(

@@ -26,6 +26,7 @@ from glmq.checkpoint import journal
 from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode
 from glmq.checkpoint.filesystem import is_mount, is_writable
 from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.lock import FolderLock
 from glmq.errors import UsageError
 
 MARKER: Final = ".glmq-work"
@@ -168,7 +169,19 @@ def foreign(work: Path) -> UsageError:
 
 
 def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:
-    """Check that `target` can become an output folder. Changes nothing.
+    """Check, before a run begins, that nobody writes `target` and that it can become an output folder. Changes nothing.
+
+    Raises:
+        BusyError: another run is writing it.
+        UsageError: see `check_place`.
+    """
+    for path in Workplace.of(target, work_dir).locks():
+        FolderLock(path, target).refuse_held()
+    check_place(target, overwrite=overwrite, resume=resume, work_dir=work_dir)
+
+
+def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:
+    """Check that `target` can become an output folder, whoever has its lock. Changes nothing.
 
     Raises:
         UsageError: it is a file; it is not empty and `overwrite` is false; nothing can be written there; something foreign

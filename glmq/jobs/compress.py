@@ -173,6 +173,7 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
     watcher = Watcher(watch if place.is_first else None)
     world = settle_world(job.tp, place)
     check_folders(job.model_path, job.out_path)
+    check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
     output = OutputFolder(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
     numbers = range(world) if place.world == 1 else range(place.rank, place.rank + 1)
     with _prepared(job, world, numbers, watcher) as work:
