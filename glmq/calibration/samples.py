@@ -10,10 +10,13 @@ from typing import Final
 
 from PIL import Image
 
+from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import parse_json
-from glmq.errors import SampleError
+from glmq.errors import CheckpointError, SampleError
 
 IMAGE_SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+MAX_LINES_BYTES: Final = 256 * 2**20
+"""Of a file of samples."""
 WANTED_IMAGES: Final = 30
 """Calibration images that good accuracy takes: with fewer the command still runs, and says so where it matters."""
 
@@ -129,9 +132,16 @@ def read_samples(path: Path, *, limit: int | None) -> SampleSet:
         SampleError: no such file, a line that is not such an object, or an image that does not decode.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may hold
-    except (OSError, UnicodeDecodeError) as error:
+        raw = read_input(path, MAX_LINES_BYTES)
+        lines = raw.decode("utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may hold
+    except CheckpointError as error:
+        raise SampleError(str(error)) from error
+    except UnicodeDecodeError as error:
         raise SampleError(f"{path}: cannot be read ({error}); give a JSON-lines file as --calib-samples") from error
+    if len(raw) > MAX_LINES_BYTES:
+        raise SampleError(
+            f"{path}: has more than {MAX_LINES_BYTES // 2**20} MiB, which no calibration needs; give fewer or shorter lines"
+        )
     samples = tuple(_parse_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
     if not samples:
         raise SampleError(f"{path}: holds no sample; write one JSON object a line with image, prompt or text")

@@ -12,11 +12,16 @@ from typing import Final
 
 import typer
 
+from glmq.checkpoint.disk import read_input
+from glmq.errors import CheckpointError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+MAX_BYTES: Final = 1_000_000
+"""Of a file of options; more is none."""
 NOT_IN_FILES: Final = frozenset(
     {"config", "dump_config", "help", "debug", "log_file", "json_output", "quiet", "verbose", "dry_run"}
 )
@@ -30,10 +35,15 @@ def read_config_file(file: str, params: Sequence[object]) -> dict[str, object]:
         typer.BadParameter: unreadable, not TOML, or a key that is no option of this command.
     """
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        raw = read_input(Path(file), MAX_BYTES)
+        if len(raw) > MAX_BYTES:
+            raise typer.BadParameter(f"--config {file}: has more than {MAX_BYTES} bytes; give a TOML file")
+        values = tomllib.loads(raw.decode("utf-8"))
+    except CheckpointError as error:
+        raise typer.BadParameter(f"--config {error}") from error
+    except UnicodeDecodeError as error:
         raise typer.BadParameter(f"--config {file}: cannot be read ({error})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # ValueError: numbers of thousands of digits
         raise typer.BadParameter(f"--config {file}: is not TOML ({error})") from error
     names = {str(name) for param in params if (name := getattr(param, "name", None)) not in NOT_IN_FILES}
     found: dict[str, object] = {}

@@ -245,9 +245,24 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SampleError) as caught:
         read_samples(path, limit=None)
     assert str(caught.value) == (
-        f"{path}: cannot be read ([Errno 2] No such file or directory: '{path}'); "
-        "give a JSON-lines file as --calib-samples"
+        f"{path}: cannot be read (No such file or directory); check the path and its permissions"
     )
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "s.jsonl")
+    with pytest.raises(SampleError) as caught:
+        read_samples(tmp_path / "s.jsonl", limit=None)
+    assert str(caught.value) == f"{tmp_path / 's.jsonl'}: is a pipe, a regular file is needed; give the file itself"
+
+
+def test_a_file_of_endless_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glmq.calibration.samples.MAX_LINES_BYTES", 2**20)
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b" " * (2**20 + 1))
+    with pytest.raises(SampleError) as caught:
+        read_samples(path, limit=None)
+    assert str(caught.value) == f"{path}: has more than 1 MiB, which no calibration needs; give fewer or shorter lines"
 
 
 def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:

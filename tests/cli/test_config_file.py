@@ -62,6 +62,9 @@ def test_what_was_dumped_reads_back_the_same(tmp_path: Path) -> None:
         (b"debug = true", "unknown key 'debug'; "),
         (b"w_bit = ", "is not TOML ("),
         (b"\xff", "cannot be read ("),
+        (b"a = " + b"[" * 5000, "is not TOML ("),
+        (b"a = " + b"9" * 5000, "is not TOML ("),
+        (b"#" * 1_000_001, "has more than 1000000 bytes; give a TOML file"),
         (None, "cannot be read ("),
     ],
 )
@@ -74,6 +77,13 @@ def test_a_file_that_cannot_be_used_is_wrong_usage(content: bytes | None, what: 
     error = json.loads(result.stdout)["error"]
     assert error["code"] == "usage"
     assert error["message"].startswith(f"Invalid value: --config {file}: {what}")
+
+
+def test_a_device_in_place_of_the_file_is_wrong_usage() -> None:
+    result = run("quantize", "--config", "/dev/zero", "--model_path", "m", "--save_directory", "o", "--json")
+    assert result.exit_code == 2
+    message = json.loads(result.stdout)["error"]["message"]
+    assert message == "Invalid value: --config /dev/zero: is a device, a regular file is needed; give the file itself"
 
 
 @pytest.mark.parametrize("line", ['w_bit = "four"', 'torch_dtype = "fp32"', "fraction = [1]"])
