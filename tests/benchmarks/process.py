@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = ["--w_bit", "4", "--is_lowbit", "True", "--fraction", "0.01", "--use_sigma", "True", "--torch_dtype", "fp16"]
-"""The mission's step 1, without paths."""
+"""README's step 1, without paths."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_both_spellings_of_help_work_for_a_verb(spelling: str) -> None:
     assert "Usage:" in result.stdout
 
 
-def test_the_help_of_quantize_lists_every_parameter_of_the_mission() -> None:
+def test_the_help_of_quantize_lists_every_parameter_of_the_vendors_tool() -> None:
     text = run("quantize", "--help").stdout
     for name in (
         "model-path", "calib-images", "save-directory", "part-file-size", "w-bit", "a-bit", "device-type",

@@ -1,4 +1,4 @@
-"""`glmq quantize` as its users call it: the mission's command, what it prints, and one sentence for every bad input."""
+"""`glmq quantize` as its users call it: README's sparse command, what it prints, and one sentence for every bad input."""
 
 import json
 import os
@@ -24,8 +24,8 @@ FILE = "model-00001-of-00001.safetensors"
 WEIGHTS = "quant_model_weight_w8a8s.safetensors"
 
 
-def the_missions_command(model: Path, out: Path, images: Path, device_type: str) -> list[object]:
-    """Step 1 of the mission, flag by flag."""
+def the_sparse_command(model: Path, out: Path, images: Path, device_type: str) -> list[object]:
+    """README's step 1, flag by flag."""
     return [
         "--model_path", model,
         "--save_directory", out,
@@ -44,18 +44,18 @@ def the_missions_command(model: Path, out: Path, images: Path, device_type: str)
 
 @pytest.fixture(scope="module")
 def seed_output(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the mission's command writes on a CPU."""
+    """What README's sparse command writes on a CPU."""
     out = tmp_path_factory.mktemp("seed") / "out"
-    glmq("quantize", *the_missions_command(small, out, pictures, "cpu"))
+    glmq("quantize", *the_sparse_command(small, out, pictures, "cpu"))
     return tree(out)
 
 
 @pytest.mark.slow
-def test_the_missions_command_runs_as_a_program(
+def test_the_sparse_command_runs_as_a_program(
     small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "glmq", "quantize", *the_missions_command(small, out, pictures, "cpu")]
+    command = [sys.executable, "-m", "glmq", "quantize", *the_sparse_command(small, out, pictures, "cpu")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, check=False, env=environment, cwd=PACKAGES
@@ -67,7 +67,7 @@ def test_the_missions_command_runs_as_a_program(
     assert "Warning" not in done.stderr
 
 
-def test_the_missions_command_runs_on_an_npu(
+def test_the_sparse_command_runs_on_an_npu(
     small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     npu = StandInNpu()
@@ -75,7 +75,7 @@ def test_the_missions_command_runs_on_an_npu(
     monkeypatch.setattr(device, "_npu_device", lambda _: torch.device("cpu"))
     # The stand-in's device is a CPU, for which nothing is released; any other kind is.
     monkeypatch.setattr("glmq.calibration.stream.release", lambda _: device.release(torch.device("meta")))
-    glmq("quantize", *the_missions_command(small, tmp_path / "out", pictures, "npu"))
+    glmq("quantize", *the_sparse_command(small, tmp_path / "out", pictures, "npu"))
     assert npu.calls == ["synchronize", "empty_cache"] * 5  # a vision block, the merger, two text layers, lm_head
     assert tree(tmp_path / "out") == seed_output
 
@@ -488,7 +488,7 @@ def test_a_missing_torch_npu_stops_the_run(
     small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch_npu", None)
-    result = run("quantize", *the_missions_command(small, tmp_path / "out", pictures, "npu"), "-q")
+    result = run("quantize", *the_sparse_command(small, tmp_path / "out", pictures, "npu"), "-q")
     assert result.exit_code == 5
     assert result.stderr == (
         "error: --device-type npu: torch_npu cannot be imported (import of torch_npu halted; None in sys.modules); "

@@ -78,7 +78,7 @@ COMBINATIONS = list(itertools.product(MODES, VARIATIONS, FORMS))
 
 
 def refused(mode: Mode, variation: dict[str, object], form: dict[str, object]) -> str | None:
-    """The option that must be named in the refusal, or None if it must work: the mission's table in other words."""
+    """The option that must be named in the refusal, or None if it must work: the table of options in other words."""
     ineffective = _without_effect(mode, variation)
     if ineffective is not None:
         return ineffective

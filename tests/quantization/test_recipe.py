@@ -56,7 +56,7 @@ def config(tiny: Path) -> ModelConfig:
         (LOWBIT | {"mindie_format": True}, QuantType.W8A8S, StepRule.FRACTION),
     ],
 )
-def test_the_modes_of_the_mission(options: dict[str, object], quant_type: QuantType, rule: StepRule) -> None:
+def test_the_modes_of_the_vendors_tool(options: dict[str, object], quant_type: QuantType, rule: StepRule) -> None:
     made = recipe(**options)
     assert made.quant_type is quant_type
     weight = made.scheme.weight
@@ -73,12 +73,12 @@ def test_the_modes_of_the_mission(options: dict[str, object], quant_type: QuantT
 
 
 @pytest.mark.parametrize("group_size", [64, 128, 256, 512])
-def test_every_group_size_of_the_mission_is_taken(group_size: int) -> None:
+def test_every_group_size_of_the_vendors_tool_is_taken(group_size: int) -> None:
     assert recipe(**W4A8, group_size=group_size).scheme.weight.group_size == group_size
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_every_activation_range_of_the_mission_is_taken(number: int) -> None:
+def test_every_activation_range_of_the_vendors_tool_is_taken(number: int) -> None:
     assert recipe(act_method=number).scheme.act_range is ActRange(number)
     assert ActRange(1) is ActRange.MINMAX
     assert ActRange(2) is ActRange.HISTOGRAM

@@ -599,7 +599,7 @@ def test_the_report_measures_what_was_written(outputs: dict[str, Path], small: P
 
 
 def quantize_by_ranks(small: Path, small_stats: Path, out: Path, ranks: Ranks, *, blocks: int | None = None) -> None:
-    """The engine's two passes of the mission's command on one rank of several, or only some blocks of the second."""
+    """The engine's two passes of README's sparse command on one rank of several, or only some blocks of the second."""
     out.mkdir(exist_ok=True)
     config = read_config(small)
     recipe = make_recipe(Options(w_bit=4, is_lowbit=True, use_sigma=True, torch_dtype="fp16"))
