@@ -12,6 +12,8 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.verification.checks import verify_files
 from glmq.verification.findings import Check, Finding
 
+pytestmark = pytest.mark.slow  # some 60 checkpoints are written and verified
+
 DYNAMIC = {"is_dynamic": True}
 W4A8 = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True}
 LOWBIT = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
