@@ -42,7 +42,6 @@ QUANTIZE = {
 COMPRESS = {
     "portable": ("--codec", "portable"),
     "portable-tp2": ("--codec", "portable", "--tp", "2"),
-    "portable-tp4": ("--codec", "portable", "--tp", "4"),
 }
 VERSION_KEYS = {"glmq", "schema", "checksums", "digest", "files", "fingerprint", "source"}
 """Keys of the documents about a run whose values name versions and other documents."""
