@@ -13,6 +13,7 @@ from PIL import Image
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import parse_json
 from glmq.errors import CheckpointError, SampleError
+from glmq.machine import is_out_of_memory
 
 IMAGE_SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_LINES_BYTES: Final = 256 * 2**20
@@ -214,5 +215,7 @@ def _image_defect(path: Path) -> str | None:
     except PermissionError:
         return "no permission to read it"
     except Exception as error:  # Pillow's decoders raise whatever a broken file trips over
+        if is_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: does not decode as an image"
     return None

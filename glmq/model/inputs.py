@@ -22,6 +22,7 @@ from torch import Tensor
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import JsonValue, read_json_object
 from glmq.errors import ModelError, SampleError
+from glmq.machine import is_out_of_memory
 from glmq.model.bounded import BoundedError, run_bounded
 from glmq.model.config import ModelConfig
 from glmq.model.lean import no_compiler
@@ -238,7 +239,8 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
         )
         return tokenizer
     except BaseException as error:  # whatever a damaged file trips transformers or its compiled tokenizer over
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        is_panic = type(error).__name__ == "PanicException"
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or is_panic):
             raise
         _check_tokenizer_file(directory / "tokenizer.json")
         reason = f"{error}".strip().partition("\n")[0] or type(error).__name__

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
+from glmq.machine import is_out_of_memory
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
@@ -285,6 +286,8 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         with _parameters_on_meta(), _NoInit():
             model = model_class._from_config(hf_config, attn_implementation="sdpa")
     except Exception as error:  # whatever a field that glmq does not know trips transformers over
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ModelError(f"config.json: transformers cannot build a {family.title} from it ({reason:.200})") from error
     for parameter in model.parameters():

@@ -274,3 +274,15 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
         f"{path}: cannot be read ('utf-8' codec can't decode byte 0x89 in position 0: invalid start byte); "
         "give a JSON-lines file as --calib-samples"
     )
+
+
+def test_memory_that_is_used_up_is_no_defect_of_a_picture(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used_up(path: Path) -> None:
+        raise MemoryError
+
+    shutil.copy(pictures / "00.png", tmp_path)
+    monkeypatch.setattr("glmq.calibration.samples.Image.open", used_up)
+    with pytest.raises(MemoryError):
+        list_images(tmp_path, "What?", skip_bad=True, limit=None)

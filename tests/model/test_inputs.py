@@ -361,3 +361,12 @@ def test_inputs_are_those_of_an_independent_judge(file: str, number: int) -> Non
         tensor, other = getattr(found, name), wanted[name]
         assert (tensor is None) == (other is None)
         assert tensor is None or torch.equal(tensor, other)
+
+
+def test_memory_that_is_used_up_is_no_damage_of_the_tokenizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used_up(*_: object, **__: object) -> None:
+        raise RuntimeError("memory allocation of 9 bytes failed")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", used_up)
+    with pytest.raises(RuntimeError, match="memory allocation of"):
+        Preprocessor(tiny, read_config(tiny), max_pixels=None, trust_remote_code=False)
