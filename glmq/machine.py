@@ -3,18 +3,44 @@
 from __future__ import annotations
 
 import errno
+import logging
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Final
 
 import psutil
 
 from glmq.version import __version__
 
+log = logging.getLogger(__name__)
+
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _NO_MEMORY: Final = ("can't allocate memory", "cannot allocate memory", "out of memory", "memory allocation of")
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
+
+
+@contextmanager
+def logging_to(path: Path, level: int) -> Iterator[None]:
+    """Append what the loggers of glmq say, at `level` and above, to a file, which begins with the machine."""
+    logger = logging.getLogger("glmq")
+    before = logger.level
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logger.addHandler(handler)
+    if not logger.isEnabledFor(level):
+        logger.setLevel(level)
+    try:
+        for line in describe_machine():
+            log.info(line)
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        handler.close()
 
 
 def describe_machine() -> list[str]:

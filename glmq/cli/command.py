@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.errors import GlmqError, SpaceError
-from glmq.machine import LOG_FORMAT, describe_machine, is_out_of_memory
+from glmq.machine import is_out_of_memory, logging_to
 from glmq.quoting import visible
 
 log = logging.getLogger(__name__)
@@ -117,23 +117,13 @@ def _logged(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    logger = logging.getLogger("glmq")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        for line in describe_machine():
-            log.info(line)
-        yield
-    except BaseException as error:
-        if not isinstance(error, typer.Exit):
-            log.exception("stopped by %s", type(error).__name__)
-        raise
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
-        handler.close()
+    with logging_to(path, logging.DEBUG):
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, typer.Exit):
+                log.exception("stopped by %s", type(error).__name__)
+            raise
 
 
 def _is_usage_error(error: BaseException) -> bool:

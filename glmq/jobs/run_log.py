@@ -16,7 +16,7 @@ from typing import Final
 from glmq.checkpoint.workplace import Workplace
 from glmq.errors import GlmqError
 from glmq.jobs.watcher import Watcher
-from glmq.machine import LOG_FORMAT, describe_machine
+from glmq.machine import logging_to
 from glmq.ranks import Ranks
 
 RUN_LOG: Final = "glmq.log"
@@ -38,32 +38,19 @@ def run_log(folder: Path, target: Path, options: object, ranks: Ranks, watcher: 
     """
     place = ranks.place
     path = folder / (RUN_LOG if place.is_first else f"{RUN_LOG}.{place.rank}")
-    logger = logging.getLogger("glmq")
-    level = logger.level
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
-    logger.addHandler(handler)
-    if not logger.isEnabledFor(logging.INFO):
-        logger.setLevel(logging.INFO)
-    try:
-        for line in describe_machine():
-            log.info(line)
+    with logging_to(path, logging.INFO):
         log.info("options: %r", options)
-        yield
-    except BaseException as error:
-        log.exception("stopped by %s", type(error).__name__)
-        if isinstance(error, Exception) and not isinstance(error, GlmqError):
-            watcher.note(_keep_copy(path, Workplace.of(target).home / f".{target.name}.{path.name}"))
-        raise
-    else:
-        ranks.barrier()  # nobody writes any more
-        if place.is_first:
-            for old in folder.glob(f"{RUN_LOG}*"):  # of an interrupted run there may be more
-                old.unlink()
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        handler.close()
+        try:
+            yield
+        except BaseException as error:
+            log.exception("stopped by %s", type(error).__name__)
+            if isinstance(error, Exception) and not isinstance(error, GlmqError):
+                watcher.note(_keep_copy(path, Workplace.of(target).home / f".{target.name}.{path.name}"))
+            raise
+    ranks.barrier()  # nobody writes any more
+    if place.is_first:
+        for old in folder.glob(f"{RUN_LOG}*"):  # of an interrupted run there may be more
+            old.unlink()
 
 
 def _keep_copy(path: Path, copy: Path) -> str:
