@@ -153,6 +153,15 @@ class Smoothing(Enum):
     """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): s = max|x|^a / max|w|^(1-a)."""
 
 
+class Allocation(Enum):
+    """By what the bits of sparse linears are dealt out."""
+
+    ANSWER = "answer"
+    """By each linear's output error and, at half weight, by what that error does to the residual stream."""
+    ERROR = "error"
+    """By each linear's relative output error alone."""
+
+
 class ActRange(Enum):
     """How the range of a static activation is chosen; the numbers are `act_method` of the vendor's tool."""
 

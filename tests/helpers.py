@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmq
+from glmq.checkpoint.checksums import document_digest
 from glmq.errors import GlmqError, LostRanksError
 from glmq.ranks import Place, Ranks
 
@@ -117,6 +118,23 @@ def without_checksums(stats: Path, out: Path) -> Path:
 
     shutil.copytree(stats, out)
     edit_json(out / "statistics.json", drop)
+    return out
+
+
+def without_sensitivity(stats: Path, out: Path) -> Path:
+    """A copy of a statistics folder as an older glmq wrote it, which did not say what rows count for the answer."""
+
+    def drop(manifest: dict) -> None:
+        for entry in manifest["inputs"].values():
+            del entry["sensitivity_rows"]
+            entry["xxh3"].pop("sensitivity", None)
+        del manifest["digest"]
+        manifest["digest"] = document_digest(manifest)
+
+    shutil.copytree(stats, out)
+    edit_json(out / "statistics.json", drop)
+    for path in out.glob("*.safetensors"):
+        save_file({k: t for k, t in load_file(path).items() if not k.endswith(".sensitivity")}, path)
     return out
 
 

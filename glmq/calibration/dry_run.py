@@ -10,7 +10,7 @@ from typing import Final
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import Convergence, convergence_order
-from glmq.calibration.manifest import MANIFEST, SampleTokens, field_specs, site_entry
+from glmq.calibration.manifest import MANIFEST, SampleTokens, SiteShape, field_specs, site_entry
 from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
 from glmq.checkpoint.json_file import JsonObject
@@ -194,10 +194,12 @@ def _plan_block(
     specs: list[TensorSpec] = []
     for group in block.groups if any(rows) else ():
         moment = has_moment(group, config, wide_moments=settings.wide_moments)
-        stored = field_specs(group.site, group.width, sum(min(keep, count) for count in rows), moment=moment)
+        known = 0 if block.layer is None else sum(linear.rows for linear in group.linears)
+        shape = SiteShape(group.width, moment, known)
+        stored = field_specs(group.site, shape, sum(min(keep, count) for count in rows))
         settled = Convergence(0.0, 0.0, 0.0 if moment else None) if 0 < half < sum(own) else None
         checksums = {spec.name.rpartition(".")[2]: NO_DIGEST for spec in stored}
-        entries[group.site] = site_entry(block.name, group.width, sum(rows), settled, checksums)
+        entries[group.site] = site_entry(block.name, shape, sum(rows), settled, checksums)
         specs += stored
     return entries, specs
 

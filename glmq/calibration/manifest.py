@@ -6,7 +6,8 @@
     weights         xxh3-128 of each of its tensors
     samples         of each its name, sha256, tokens, whether calibration saw an answer, and one by the model itself
     samples_sha256  of them all
-    inputs          by site: file, width, tokens, whether it has a second moment, how far it has settled, `xxh3` of each field
+    inputs          by site: file, width, tokens, whether it has a second moment, rows of its
+                    sensitivity (0: none), how far it has settled, `xxh3` of each field
     digest          xxh3-128 of this document without it, keys sorted, no spaces
 
 and the settings that the statistics depend on, see `glmq.calibration.stats.Settings`. Checksums are of the stored bytes,
@@ -47,12 +48,21 @@ class SampleTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class SiteShape:
+    """What decides the shapes of the tensors that are stored for one input."""
+
+    width: int
+    has_moment: bool
+    rows: int = 0
+    """Of all linears that read it, whose sensitivity is stored; 0: it is not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """What the manifest says of one input."""
 
     tokens: int
-    width: int
-    has_moment: bool
+    shape: SiteShape
     settled: Convergence | None
     """How much the second half of the samples changed; None where one half alone reached the input."""
     checksums: Mapping[str, str]
@@ -116,26 +126,30 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(document, model, samples_digest, samples, sites, weights, has_checksums)
 
 
-def field_specs(site: str, width: int, kept: int, *, moment: bool) -> list[TensorSpec]:
-    """The tensors that are stored for one input of that width, of which `kept` tokens are kept."""
+def field_specs(site: str, shape: SiteShape, kept: int) -> list[TensorSpec]:
+    """The tensors that are stored for one input, of which `kept` tokens are kept."""
+    width = shape.width
     specs = [TensorSpec(f"{site}.{field}", "F32", (width,)) for field in ("minimum", "maximum", "mean", "square_mean")]
     specs.append(TensorSpec(f"{site}.exponent", "I16", (width,)))
     specs.append(TensorSpec(f"{site}.histogram", "I32", (width, BINS)))
     specs.append(TensorSpec(f"{site}.sample", "F32", (kept, width)))
-    if moment:
+    if shape.has_moment:
         specs.append(TensorSpec(f"{site}.second_moment", "F32", (width * (width + 1) // 2,)))
+    if shape.rows:
+        specs.append(TensorSpec(f"{site}.sensitivity", "F32", (shape.rows,)))
     return specs
 
 
 def site_entry(
-    block: str, width: int, tokens: int, settled: Convergence | None, checksums: Mapping[str, str]
+    block: str, shape: SiteShape, tokens: int, settled: Convergence | None, checksums: Mapping[str, str]
 ) -> JsonObject:
     """What the manifest says of an input."""
     return {
         "file": f"{block}.safetensors",
-        "width": width,
+        "width": shape.width,
         "tokens": tokens,
-        "second_moment": "second_moment" in checksums,
+        "second_moment": shape.has_moment,
+        "sensitivity_rows": shape.rows,
         "settled": convergence_json(settled),
         "xxh3": dict(checksums),
     }
@@ -167,19 +181,22 @@ def _parse_site(entry: JsonValue, *, has_checksums: bool) -> Site | None:
     if not isinstance(entry, Mapping):
         return None
     width, tokens, moment = entry.get("width"), entry.get("tokens"), entry.get("second_moment")
+    rows = entry.get("sensitivity_rows", 0)  # folders of an older glmq have none
     checksums = parse_digests(entry.get("xxh3")) if has_checksums else {}
     settled = _parse_convergence(entry.get("settled"))
     if (
         not _is_count(width)
         or not _is_count(tokens)
         or not isinstance(moment, bool)
+        or not _is_row_count(rows)
         or checksums is None
         or settled is False
     ):
         return None
-    if has_checksums and set(checksums) != {spec.name[1:] for spec in field_specs("", width, 1, moment=moment)}:
+    shape = SiteShape(width, moment, rows)
+    if has_checksums and set(checksums) != {spec.name[1:] for spec in field_specs("", shape, 1)}:
         return None
-    return Site(tokens, width, moment, settled, checksums)
+    return Site(tokens, shape, settled, checksums)
 
 
 def _parse_convergence(found: JsonValue) -> Convergence | Literal[False] | None:
@@ -221,6 +238,10 @@ def _parse_samples(found: JsonValue) -> tuple[SampleTokens, ...] | None:
             return None
         samples.append(SampleTokens(name, tokens, answer))
     return tuple(samples)
+
+
+def _is_row_count(value: JsonValue) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= MOST
 
 
 def _is_count(value: JsonValue) -> TypeGuard[int]:

@@ -48,6 +48,8 @@ def _defects(stats: InputStats) -> Iterator[str]:
         yield "its mean of squares is below the square of its mean"
     if (wide > most * (1 + 64 * ROUNDOFF) + TINY).any():
         yield "its mean of squares is above the square of its extremes"
+    if stats.sensitivity is not None and not ((stats.sensitivity >= 0) & stats.sensitivity.isfinite()).all():
+        yield "its sensitivity holds NaN, infinity or a number below 0"
     yield from _histogram_defects(stats)
     yield from _sample_defects(stats)
     if stats.second_moment is not None:

@@ -3,7 +3,8 @@
     statistics.json                 what they come from, and one entry per input site, see `glmq.calibration.manifest`
     {block}.safetensors             the tensors of the sites of one block, named `{site}.{field}`
 
-Fields are those of InputStats. A second moment is stored as its upper triangle by rows, float32 [K * (K + 1) / 2].
+Fields are those of InputStats; inputs of the vision tower and of lm_head have no `sensitivity`. A second moment is stored as
+its upper triangle by rows, float32 [K * (K + 1) / 2].
 `statistics.json` is written last, so a folder without it is not a statistics folder.
 """
 
@@ -26,6 +27,7 @@ from glmq.calibration.manifest import (
     Manifest,
     SampleTokens,
     Site,
+    SiteShape,
     digest_of,
     field_specs,
     read_manifest,
@@ -97,7 +99,8 @@ class StatsWriter:
             fields = _fields(stats)
             tensors |= {f"{stats.name}.{field}": tensor for field, tensor in fields.items()}
             checksums = {field: _tensor_digest(tensor) for field, tensor in fields.items()}
-            entries[stats.name] = site_entry(block, stats.width, stats.tokens, settled, checksums)
+            shape = SiteShape(stats.width, stats.second_moment is not None, _rows(stats))
+            entries[stats.name] = site_entry(block, shape, stats.tokens, settled, checksums)
         content = save(tensors)
         path = self._directory / f"{block}.safetensors"
         write_whole(path, content)
@@ -234,6 +237,10 @@ class Statistics:
     def __contains__(self, site: str) -> bool:
         return site in self._sites
 
+    def has_sensitivity(self, site: str) -> bool:
+        """Whether it is known what the rows of the linears that read this input count for the answer."""
+        return site in self._sites and self._sites[site].shape.rows > 0
+
     def input(self, site: str) -> InputStats:
         """The statistics of one input.
 
@@ -257,8 +264,9 @@ class Statistics:
             histogram=read["histogram"],
             exponent=read["exponent"],
             square_mean=read["square_mean"],
-            second_moment=None if moment is None else unpack_triangle(moment, entry.width),
+            second_moment=None if moment is None else unpack_triangle(moment, entry.shape.width),
             sample=read["sample"],
+            sensitivity=read.get("sensitivity"),
         )
         defect = find_defect(stats)
         if defect is not None:
@@ -268,7 +276,7 @@ class Statistics:
     def _checked_fields(self, site: str, entry: Site) -> list[str]:
         """The fields of an input, every one with the dtype and shape that it must have."""
         kept = self._tensors.info(f"{site}.sample").shape
-        specs = field_specs(site, entry.width, kept[0] if kept else 0, moment=entry.has_moment)
+        specs = field_specs(site, entry.shape, kept[0] if kept else 0)
         for spec in specs:
             info = self._tensors.info(spec.name)
             if (info.dtype, info.shape) != (spec.dtype, spec.shape):
@@ -334,4 +342,10 @@ def _fields(stats: InputStats) -> dict[str, Tensor]:
     }
     if stats.second_moment is not None:
         fields["second_moment"] = pack_triangle(stats.second_moment)
+    if stats.sensitivity is not None:
+        fields["sensitivity"] = stats.sensitivity
     return fields
+
+
+def _rows(stats: InputStats) -> int:
+    return 0 if stats.sensitivity is None else len(stats.sensitivity)

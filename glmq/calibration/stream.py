@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import convergence_order
+from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.resume import CalibrationJournal, Calls
 from glmq.calibration.samples import Sample, open_image
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
@@ -30,6 +32,7 @@ from glmq.records import BlockDone
 log = logging.getLogger(__name__)
 
 NOTHING: Final = StoredBlock({}, {})
+NO_SENSITIVITIES: Final[Mapping[str, Tensor]] = {}
 
 
 def calibrate_checkpoint(
@@ -183,8 +186,9 @@ class _Run:
     def replay_block(self, block: Block, calls: Calls) -> StoredBlock:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""
         model, watched = self.model, self._watch(block)
+        layer = LayerWatch(block, model.config, self._ranks, self._clock)
         stage = "forward" if block.name.startswith(self._family.text) else "vision"
-        with self._placed(*([block.name] if calls else [])), watched.hooked(model):
+        with self._placed(*([block.name] if calls else [])), watched.hooked(model), layer.hooked(model):
             for index in self._turns:
                 if index in calls:
                     with self._clock.stage(stage), self._blaming(self._samples[index]):
@@ -193,7 +197,9 @@ class _Run:
                     self._clock.count(stage, flops=_flops(block, _tokens(calls[index])))
                 else:
                     watched.skip_turn()
-        return self._write(block, watched)
+                layer.take_turn()
+            sensitivities = layer.finish(model)
+        return self._write(block, watched, sensitivities)
 
     def finish_text(self, calls: Calls) -> StoredBlock:
         """The statistics of lm_head's input; the head itself is not run."""
@@ -256,9 +262,14 @@ class _Run:
         own = sum(not sample.is_builtin for sample in self._samples)
         return Watch(block, accumulators, self._ranks, self._clock, keep_rows=self._keep_rows, own=own)
 
-    def _write(self, block: Block, watched: Watch) -> StoredBlock:
+    def _write(
+        self, block: Block, watched: Watch, sensitivities: Mapping[str, Tensor] = NO_SENSITIVITIES
+    ) -> StoredBlock:
         with self._clock.stage("statistics"):
-            finished = watched.finish()
+            finished = [
+                (replace(stats, sensitivity=sensitivities.get(stats.name)), settled)
+                for stats, settled in watched.finish()
+            ]
         with self._clock.stage("write"):
             stored = self.sink.write(block.name, finished) if finished else NOTHING
         self._clock.count("write", nbytes=sum(stats.nbytes for stats, _ in finished))

@@ -173,6 +173,14 @@ def quantize(
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = None,
+    allocate: Annotated[
+        Literal["answer", "error"],
+        typer.Option(
+            "--allocate",
+            help="Where the bits of W8A8S go: to what counts for the answer, or by each linear's own error alone.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = "answer",
     bias_correction: Annotated[
         bool,
         typer.Option(
@@ -297,6 +305,7 @@ def quantize(
                 method=method,
                 target_bits=target_bits,
                 target_ratio=target_ratio,
+                allocate=allocate,
                 bias_correction=bias_correction,
                 keep_float=tuple(keep_float or ()),
                 layer=tuple(layer or ()),

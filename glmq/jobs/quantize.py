@@ -44,7 +44,7 @@ from glmq.model.config import ModelConfig, read_config
 from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve
 from glmq.progress import Watch
-from glmq.quantization.bits import needs_curves, spread_bits
+from glmq.quantization.bits import needs_curves, settle_allocation, spread_bits
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
 from glmq.quantization.fallback import with_fallback, worst_groups
 from glmq.quantization.measure import measure_checkpoint, rate_checkpoint
@@ -326,9 +326,12 @@ def _write_weights(
     work = QuantizationRun(
         source, config, statistics, Journal(folder.work, settings, writes=ranks.place.is_first), ranks
     )
+    recipe, note = settle_allocation(recipe, plan.groups, statistics)
+    if note:
+        watcher.note(note)
     bits = _spread_bits(work, recipe, plan, watcher)
     if job.fallback_topk or job.max_error is not None:
-        recipe = _fall_back(work, plan, bits, job, watcher)
+        recipe = _fall_back(work, recipe, plan, bits, job, watcher)
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
         bits = _spread_bits(work, recipe, plan, watcher)
     reports: list[LinearReport] = []
@@ -359,12 +362,17 @@ def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watche
 
 
 def _fall_back(
-    work: QuantizationRun, plan: OutputPlan, bits: Mapping[str, float], job: QuantizationJob, watcher: Watcher
+    work: QuantizationRun,
+    recipe: Recipe,
+    plan: OutputPlan,
+    bits: Mapping[str, float],
+    job: QuantizationJob,
+    watcher: Watcher,
 ) -> Recipe:
     """Measure every group first, then keep the worst float."""
     reports: list[LinearReport] = []
     with watcher.blocks("measure", len(work.config.family.blocks(work.config))) as advance:
-        for block in measure_checkpoint(work, job.recipe, plan.groups, bits=bits):
+        for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
             reports += block.reports
             advance(block.done)
     kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
@@ -372,7 +380,7 @@ def _fall_back(
     watcher.note(f"{len(names)} linears stay float; the same by hand:")
     for name in names:
         watcher.note(f"  --keep-float {name}")
-    return with_fallback(job.recipe, kept)
+    return with_fallback(recipe, kept)
 
 
 def _note_patterns(recipe: Recipe, config: ModelConfig, watcher: Watcher) -> None:

@@ -71,6 +71,26 @@ class InputGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class TextLayer:
+    """The modules of a text layer that normalises what attention and MLP give before it adds that to the residual stream."""
+
+    query: str
+    """Module name of a linear, like the next five."""
+    key: str
+    value: str
+    output: str
+    gate_up: str
+    """Gate and up in one, gate first."""
+    down: str
+    attention_norm: str
+    """Behind `output`."""
+    middle_norm: str
+    """In front of `gate_up`: it reads the residual stream between attention and MLP."""
+    mlp_norm: str
+    """Behind `down`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """A piece of the model that is in memory at one time."""
 
@@ -79,6 +99,8 @@ class Block:
     groups: tuple[InputGroup, ...]
     attention_width: int = 0
     """Channels of all heads' queries; 0 in a block without attention."""
+    layer: TextLayer | None = None
+    """None in a block of another kind."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from glmq.model.family import Alias, Area, Block, Family, ImageProcessor, InputGroup, LinearShape, RowSource, Sizes
+from glmq.model.family import (
+    Alias,
+    Area,
+    Block,
+    Family,
+    ImageProcessor,
+    InputGroup,
+    LinearShape,
+    RowSource,
+    Sizes,
+    TextLayer,
+)
 
 TEXT: Final = "model.language_model"
 VISION: Final = "model.visual"
@@ -44,6 +55,17 @@ def text_block(sizes: Sizes, index: int) -> Block:
             ),
         ),
         heads,
+        TextLayer(
+            query=f"{base}.self_attn.q_proj",
+            key=f"{base}.self_attn.k_proj",
+            value=f"{base}.self_attn.v_proj",
+            output=f"{base}.self_attn.o_proj",
+            gate_up=f"{base}.mlp.gate_up_proj",
+            down=f"{base}.mlp.down_proj",
+            attention_norm=f"{base}.post_self_attn_layernorm",
+            middle_norm=f"{base}.post_attention_layernorm",
+            mlp_norm=f"{base}.post_mlp_layernorm",
+        ),
     )
 
 

@@ -17,6 +17,8 @@ from glmq.spec import INT8, FloatDtype, IntGrid
 SMALLEST_SCALE: Final = torch.finfo(torch.float32).eps
 """An input that never leaves zero still gets a positive scale: 2^-23, as in PyTorch's observers."""
 
+NEIGHBOURS: Final = torch.tensor([0, 1, -1, 2, -2, 3], dtype=torch.int16)
+"""Steps to the next numbers of a half-precision type, the nearest first: a tie is the nearest's."""
 TORCH_DTYPE: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfloat16}
 
 
@@ -37,8 +39,33 @@ def activation_qparams(low: float, high: float, *, dtype: FloatDtype = FloatDtyp
     scale = ((top - bottom) / 255).clamp_min(SMALLEST_SCALE)
     if dtype is FloatDtype.BF16:
         scale = scale.bfloat16().float()
-    offset = torch.round(-128 - bottom / scale).clamp(INT8.qmin, INT8.qmax)
-    return ActivationQParams(scale=float(scale), offset=int(offset))
+    return ActivationQParams(scale=float(scale), offset=_offset(bottom, scale))
+
+
+def steady_qparams(low: float, high: float, *, dtype: FloatDtype) -> ActivationQParams:
+    """As `activation_qparams`, with a scale that means the same to engines that divide by it and to those that multiply.
+
+    vLLM-Ascend and SGLang multiply inputs by 1 / scale, computed in the run dtype, and MindIE casts the scale to that dtype
+    first. In bfloat16 that may be 0.4 % more or less, on every input. So the scale is one of the run dtype's numbers next to
+    the wanted one, that whose product with its rounded reciprocal is nearest to 1; deq_scale follows the scale.
+    """
+    half = TORCH_DTYPE[dtype]
+    plain = activation_qparams(low, high, dtype=dtype)
+    bits = torch.tensor(plain.scale, dtype=torch.float32).to(half).view(torch.int16) + NEIGHBOURS
+    scales = bits.view(half).float()
+    gains = scales * (1 / scales).to(half).float()
+    usable = (scales > 0) & gains.isfinite()
+    if not bool(usable.any()):
+        return plain
+    distance = torch.where(usable, (gains - 1).abs(), torch.inf)
+    scale = scales[distance.argmin()]
+    bottom = torch.tensor(low, dtype=torch.float32).clamp_max(0.0)
+    return ActivationQParams(scale=float(scale), offset=_offset(bottom, scale))
+
+
+def _offset(bottom: Tensor, scale: Tensor) -> int:
+    """The integer that stands for zero."""
+    return int(torch.round(-128 - bottom / scale).clamp(INT8.qmin, INT8.qmax))
 
 
 def covered_range(params: ActivationQParams) -> tuple[float, float]:

@@ -8,11 +8,20 @@ The loop of GPTQ (Frantar et al. 2022, arXiv 2210.17323) in the feedback form of
 and the loss is sum_k D_k (target_k - q_k * step)^2. Reading U from the left needs no inverse and no update of columns
 that wait. A wide block takes all earlier columns in one matrix product; inside it the compiled kernel goes column by
 column, or, where that could not be built, narrow blocks take the wide block's.
+
+Each integer is the best for the columns before it; the columns after it were not yet there. Where grids are coarse, sweeps
+of coordinate descent look again: with all other errors e_i fixed, the loss is least at
+
+    target_k = w_k + sum over all other columns i of e_i H[i, k] / H[k, k],
+
+in the same order and with the same kernel, U[i, k] being H[i, k] / H[k, k] inside a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -53,6 +62,18 @@ def rounding_kernel() -> str:
     return KERNELS[0] if KERNELS else "torch"
 
 
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """The integers of a weight, each row on one of several steps."""
+
+    q: Tensor
+    """int8 [N, K]."""
+    choice: Tensor
+    """int64 [N]: which of the steps."""
+    loss: Tensor
+    """float32 [N]: (w - q step) H (w - q step)^T, before any sweep; zeros where nobody asked."""
+
+
 def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGrid) -> Tensor:
     """Integers q that keep (weight - q * step) small under the factored second moment.
 
@@ -68,78 +89,166 @@ def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGri
     Returns:
         int8 [N, K]. Needs about 10 bytes of temporaries for each of ROWS_AT_ONCE * K weights.
     """
+    return round_best(weight, [step], factor, grid).q
+
+
+def round_best(
+    weight: Tensor, choices: Sequence[Tensor], factor: Factor, grid: IntGrid, *, sweeps: int = 0, weigh: bool = False
+) -> Rounded:
+    """As `round_compensated`, each row on those of several steps that lose least.
+
+    Args:
+        weight: float32 [N, K].
+        choices: one or more float32 [N, G], as there.
+        factor: of the second moment, K wide.
+        grid: the integers.
+        sweeps: how often all integers are then rounded again, each to the best that it can be beside all others.
+        weigh: say what the rows lose even if there is nothing to choose.
+    """
     rows, columns = weight.shape
-    group_of = (factor.order // (columns // step.shape[1])).int()
+    rounder = _Rounder(factor, columns // choices[0].shape[1], grid)
+    coupling = factor.coupling() if sweeps else None
     place_of = factor.order.argsort()
-    round_rows = _round_rows if KERNELS else _round_rows_in_torch
-    out = torch.empty(rows, columns, dtype=torch.int8)
+    found = Rounded(torch.empty(rows, columns, dtype=torch.int8), torch.zeros(rows).long(), torch.zeros(rows))
     for start in range(0, rows, ROWS_AT_ONCE):
         cut = slice(start, min(start + ROWS_AT_ONCE, rows))
         count = cut.stop - start
         padded = -(-count // STRIP) * STRIP
         ordered = torch.zeros(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
         ordered[:, :count] = weight[cut].T.contiguous()[factor.order]
-        steps = torch.ones(step.shape[1], padded)  # [n, G] -> [G, n]
-        steps[:, :count] = step[cut].T
-        out[cut] = round_rows(ordered, steps, group_of, factor.feedback, grid)[:, :count][place_of].T
-    return out
+        strips: list[_Strip] = []
+        for number, choice in enumerate(choices):
+            steps = torch.ones(choice.shape[1], padded)  # [n, G] -> [G, n]
+            steps[:, :count] = choice[cut].T
+            strips.append(_Strip(ordered, steps))
+            loss = rounder.round_rows(strips[-1], weigh=weigh or len(choices) > 1)[:count]
+            better = loss < found.loss[cut] if number else torch.ones(count, dtype=torch.bool)
+            found.choice[cut][better] = number
+            found.loss[cut][better] = loss[better]
+            if number:
+                strips[0].take(strips.pop(), better)
+        if coupling is not None:
+            for _ in range(sweeps):
+                rounder.sweep(strips[0], coupling)
+        found.q[cut] = strips[0].q[:, :count][place_of].T
+    return found
 
 
-def _round_rows(weight: Tensor, steps: Tensor, group_of: Tensor, feedback: Tensor, grid: IntGrid) -> Tensor:
-    """weight float32 [K, n] in processing order -> int8 [K, n]; n a multiple of STRIP."""
-    columns, rows = weight.shape
-    error = torch.empty_like(weight)
-    q = torch.empty(weight.shape, dtype=torch.int8)
+class _Strip:
+    """Some rows of a weight in processing order, [K, n], with their integers and errors."""
+
+    def __init__(self, weight: Tensor, steps: Tensor) -> None:
+        self.weight = weight
+        """float32 [K, n], n a multiple of STRIP."""
+        self.steps = steps
+        """float32 [G, n]."""
+        self.error = torch.empty_like(weight)
+        """float32 [K, n]: weight - q * step."""
+        self.q = torch.empty(weight.shape, dtype=torch.int8)
+        """int8 [K, n]."""
+
+    def take(self, other: _Strip, rows: Tensor) -> None:
+        """Take over rows of another strip of the same weight: bool [at most n]."""
+        picked = rows.nonzero()[:, 0]
+        for own, theirs in ((self.steps, other.steps), (self.error, other.error), (self.q, other.q)):
+            own[:, picked] = theirs[:, picked]
+
+
+class _Rounder:
+    """Rounds strips, a wide block of columns at a time, in processing order."""
+
+    def __init__(self, factor: Factor, group_size: int, grid: IntGrid) -> None:
+        self._factor, self._grid = factor, grid
+        self._group_of = (factor.order // group_size).int()
+        columns = len(factor.order)
+        self._blocks = [slice(first, min(first + WIDE, columns)) for first in range(0, columns, WIDE)]
+        self._round_block = _round_block if KERNELS else _round_block_in_torch
+
+    def round_rows(self, strip: _Strip, *, weigh: bool) -> Tensor:
+        """Round each column beside the columns before it. Returns the rows' losses, float32 [n]; zeros without `weigh`."""
+        feedback, loss = self._factor.feedback, torch.zeros(strip.weight.shape[1])
+        for block in self._blocks:
+            target = strip.weight[block]
+            if block.start:
+                target = torch.addmm(target, feedback[: block.start, block].T, strip.error[: block.start])
+            self._round(strip, block, target, feedback[block, block])
+            if weigh:
+                error = strip.error[block]
+                lost = torch.addmm(error, feedback[block, block].T, error).add_(target).sub_(strip.weight[block])
+                loss += self._factor.curvature[block] @ lost.square_()
+        return loss
+
+    def sweep(self, strip: _Strip, coupling: Tensor) -> None:
+        """Round each column anew beside all others."""
+        for block in self._blocks:
+            own = coupling[block, block]
+            target = torch.addmm(strip.weight[block], coupling[:, block].T, strip.error)
+            target.addmm_(own.triu(1).T, strip.error[block], alpha=-1)  # these errors change before they are met
+            self._round(strip, block, target, own)
+
+    def _round(self, strip: _Strip, block: slice, target: Tensor, feedback: Tensor) -> None:
+        parts = (strip.weight[block], target, feedback, strip.steps, self._group_of[block])
+        self._round_block(_BlockJob(*parts, strip.error[block], strip.q[block]), self._grid)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockJob:
+    """A wide block of columns to round, for n rows."""
+
+    weight: Tensor
+    """float32 [columns, n]."""
+    target: Tensor
+    """float32 [columns, n]: with what the errors of other blocks ask for."""
+    feedback: Tensor
+    """float32 [columns, columns]: an error of 1 in column i asks for feedback[i, k] more in column k > i."""
+    steps: Tensor
+    """float32 [G, n]."""
+    group_of: Tensor
+    """int32 [columns]: row of `steps`."""
+    error: Tensor
+    """float32 [columns, n]: gets weight - q * step."""
+    q: Tensor
+    """int8 [columns, n]: gets the integers."""
+
+
+def _round_block(job: _BlockJob, grid: IntGrid) -> None:
+    columns, rows = job.weight.shape
     threads = torch.get_num_threads()
     share = -(-rows // (threads * STRIP)) * STRIP
     firsts = range(0, rows, share)
-    ends = [min(first + share, rows) for first in firsts]
+    round_cut = partial(
+        _rounding.round_block,
+        KERNELS[0],
+        job.weight.numpy(),
+        job.target.numpy(),
+        job.feedback.T.contiguous().numpy(),
+        job.steps.numpy(),
+        job.group_of.numpy(),
+        job.error.numpy(),
+        job.q.numpy(),
+        columns,
+        rows,
+        grid.qmin,
+        grid.qmax,
+    )
     with ThreadPoolExecutor(threads) as pool:
-        for wide in range(0, columns, WIDE):
-            block = slice(wide, min(wide + WIDE, columns))
-            target = weight[block]
-            if wide:
-                target = torch.addmm(target, feedback[:wide, block].T, error[:wide])
-            round_cut = partial(
-                _rounding.round_block,
-                KERNELS[0],
-                weight[block].numpy(),
-                target.numpy(),
-                feedback[block, block].T.contiguous().numpy(),
-                steps.numpy(),
-                group_of[block].numpy(),
-                error[block].numpy(),
-                q[block].numpy(),
-                len(target),
-                rows,
-                grid.qmin,
-                grid.qmax,
-            )
-            for _ in pool.map(round_cut, firsts, ends):
-                pass
-    return q
+        for _ in pool.map(round_cut, firsts, [min(first + share, rows) for first in firsts]):
+            pass
 
 
-def _round_rows_in_torch(weight: Tensor, steps: Tensor, group_of: Tensor, feedback: Tensor, grid: IntGrid) -> Tensor:
+def _round_block_in_torch(job: _BlockJob, grid: IntGrid) -> None:
     """The same without the compiled kernel."""
-    columns, groups = weight.shape[0], group_of.tolist()
-    error = torch.empty_like(weight)
-    q = torch.empty(weight.shape, dtype=torch.int8)
-    for wide in range(0, columns, WIDE):
-        wide_end = min(wide + WIDE, columns)
-        target = weight[wide:wide_end].clone()
-        if wide:
-            target.addmm_(feedback[:wide, wide:wide_end].T, error[:wide])
-        for narrow in range(wide, wide_end, NARROW):
-            end = min(narrow + NARROW, wide_end)
-            part = target[narrow - wide : end - wide]
-            if narrow > wide:
-                part.addmm_(feedback[wide:narrow, narrow:end].T, error[wide:narrow])
-            for column in range(narrow, end):
-                step = steps[groups[column]]
-                rounded = (part[column - narrow] / step).clamp_(grid.qmin, grid.qmax).add_(ROUNDER).sub_(ROUNDER)
-                q[column] = rounded
-                torch.addcmul(weight[column], rounded, step, value=-1, out=error[column])
-                if column + 1 < end:
-                    part[column - narrow + 1 :].addcmul_(feedback[column, column + 1 : end, None], error[column])
-    return q
+    columns, groups = job.weight.shape[0], job.group_of.tolist()
+    target = job.target.clone()
+    for narrow in range(0, columns, NARROW):
+        end = min(narrow + NARROW, columns)
+        part = target[narrow:end]
+        if narrow:
+            part.addmm_(job.feedback[:narrow, narrow:end].T, job.error[:narrow])
+        for column in range(narrow, end):
+            step = job.steps[groups[column]]
+            rounded = (part[column - narrow] / step).clamp_(grid.qmin, grid.qmax).add_(ROUNDER).sub_(ROUNDER)
+            job.q[column] = rounded
+            torch.addcmul(job.weight[column], rounded, step, value=-1, out=job.error[column])
+            if column + 1 < end:
+                part[column - narrow + 1 :].addcmul_(job.feedback[column, column + 1 : end, None], job.error[column])

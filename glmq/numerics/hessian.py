@@ -53,6 +53,15 @@ class Factor:
         out[self.order] = self.curvature
         return out
 
+    def coupling(self) -> Tensor:
+        """H[i, k] / H[k, k] in processing order, zero on the diagonal: float32 [K, K]."""
+        root = self.feedback * self.curvature.sqrt()
+        root.diagonal().copy_(self.curvature.sqrt())  # (I + U) D^(1/2)
+        moment = root @ root.T
+        moment.div_(moment.diagonal().clone())
+        moment.diagonal().zero_()
+        return moment
+
     def scaled(self, ratio: Tensor) -> Factor:
         """The factor of the second moment of inputs whose channel k is multiplied by ratio[k]: float32 [K], positive.
 

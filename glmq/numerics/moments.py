@@ -47,6 +47,9 @@ class InputStats:
     """float32 [K, K]: mean of x x^T over tokens, symmetric; None for inputs wider than asked for."""
     sample: Tensor
     """float32 [T, K]: T evenly spaced tokens of the calibration set, for error tables."""
+    sensitivity: Tensor | None = None
+    """float32 [rows]: what a squared error in each row's output counts for the answer (sensitivity.py), over the rows of all
+    linears that read the input; None where that is not known."""
 
     @property
     def width(self) -> int:
@@ -56,6 +59,7 @@ class InputStats:
     def nbytes(self) -> int:
         """Bytes of all its tensors as they are stored, a second moment as a triangle."""
         stored = [self.minimum, self.maximum, self.mean, self.histogram, self.exponent, self.square_mean, self.sample]
+        stored += [] if self.sensitivity is None else [self.sensitivity]
         triangle = 0 if self.second_moment is None else 4 * (self.width * (self.width + 1) // 2)
         return triangle + sum(tensor.nbytes for tensor in stored)
 

@@ -24,7 +24,7 @@ from glmq.spec import INT8
 CANDIDATES: Final = 129
 """Candidate ends on each side, from the extreme down to zero in equal steps."""
 STEPS: Final = INT8.qmax - INT8.qmin
-HEADROOM: Final = 1.1
+HEADROOM: Final = 1.05
 """How much wider than best for the calibration tokens."""
 
 

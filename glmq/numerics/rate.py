@@ -1,7 +1,10 @@
 """Bits against error: where the bits of a sparse checkpoint go, and the step that spends exactly that many.
 
 A sparse weight is stored as int8 but compressed by an entropy coder, so its size is its zero-order entropy, and the
-step is free. The loss of a linear is its squared output error over its squared output, expected from the curvatures.
+step is free. The loss of a linear is its squared output error over its squared output, expected from the curvatures;
+where it is known what that error counts for the answer (sensitivity.py), the geometric mean of both. Relative errors alone
+count five linears of a layer alike, which they are not; the estimate alone trusts a few assumptions too much: the mean
+gets nearly all of the gain at a fraction of the cost in output error.
 Over a whole model the sum of the losses at a given total of bits is least where all linears have the same slope, -d
 loss / d (bits * weights) (Shoham & Gersho 1988): a small linear (k_proj, v_proj) buys much accuracy for few bits.
 
@@ -18,6 +21,7 @@ quantization.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -51,20 +55,31 @@ class RateCurve:
     bits: tuple[float, ...]
     """Entropy in bits per weight, falling."""
     loss: tuple[float, ...]
-    """Expected squared output error over squared output, rising."""
+    """Expected squared output error over squared output, or that weighed by what it counts; rising."""
     rule_bits: float
     """Bits per weight that the step rule of the flags would spend."""
 
 
-def balanced_steps(weight: Tensor) -> Tensor:
+def balanced_steps(weight: Tensor, sensitivity: Tensor | None = None) -> Tensor:
     """The profile of steps over rows: the square root of each row's root mean square, scaled to that of the median row.
 
-    One huge row must not make the steps of all others coarse, hence the median. float32 [N, K] -> float32 [N, 1], positive.
+    One huge row must not make the steps of all others coarse, hence the median. Rows whose errors count more get finer
+    steps: with `sensitivity`, float32 [N], a row's mean square is divided by the root of its share.
+
+    float32 [N, K] -> float32 [N, 1], positive.
     """
     mean_square = row_energy(weight) / weight.shape[1]
+    if sensitivity is not None:
+        mean_square = mean_square / _shares(sensitivity).sqrt()[:, None]
     alive = mean_square[mean_square > 0]
     typical = alive.median() if len(alive) else torch.ones(())
     return fill_dead_rows((mean_square * typical).pow(0.25))
+
+
+def _shares(sensitivity: Tensor) -> Tensor:
+    """Each row's sensitivity over that of the mean row: [N] -> [N], ones where nothing counts."""
+    mean = float(sensitivity.mean())
+    return sensitivity / mean if mean > 0 else torch.ones_like(sensitivity)
 
 
 def coarse_steps(weight: Tensor, profile: Tensor, log_step: float) -> Tensor:
@@ -72,27 +87,44 @@ def coarse_steps(weight: Tensor, profile: Tensor, log_step: float) -> Tensor:
     return torch.maximum(profile * 2.0**log_step, row_max(weight) / INT8.qmax)
 
 
-def rate_curve(
-    name: str, rows: Tensor, curvature: Tensor, *, weights: int, signal: float, rule_bits: float
-) -> RateCurve:
+@dataclass(frozen=True, slots=True)
+class CurveRows:
+    """Some rows of a linear, to stand for all."""
+
+    weight: Tensor
+    """float32 [n, K], after smoothing."""
+    signal: float
+    """Mean over the rows of the squared output, E[(w x)^2]."""
+    sensitivity: Tensor | None
+    """float32 [n], or None: losses are relative errors alone."""
+
+
+def rate_curve(name: str, rows: CurveRows, curvature: Tensor, *, weights: int, rule_bits: float) -> RateCurve:
     """Entropy and expected loss of nearest rounding over a range of steps.
+
+    The loss is the squared output error over the squared output; with sensitivities, the root of the product of that and
+    of what the error counts for the answer.
 
     Args:
         name: of the linear.
-        rows: float32 [n, K], after smoothing: some rows, to stand for all.
+        rows: some of the linear's rows.
         curvature: float32 [K]: cost of a squared unit of error in column k.
         weights: of the whole linear.
-        signal: mean over rows of the squared output, E[(w x)^2].
         rule_bits: what the flags' rule would spend.
     """
-    profile = balanced_steps(rows)
+    profile = balanced_steps(rows.weight, rows.sensitivity)
+    all_rows = weights // rows.weight.shape[1]
     bits, loss = [], []
     for log_step in CURVE_LOG_STEPS:
-        step = coarse_steps(rows, profile, log_step)
-        rounded = (rows / step).round_()
+        step = coarse_steps(rows.weight, profile, log_step)
+        rounded = (rows.weight / step).round_()
         bits.append(entropy_bits(count_int8(rounded.to(torch.int8))))
-        noise = rounded.mul_(step).sub_(rows).square_().mean(0) @ curvature
-        loss.append(float(noise) / max(signal, torch.finfo(torch.float32).tiny))
+        noise = rounded.mul_(step).sub_(rows.weight).square_() @ curvature  # [n]
+        relative = float(noise.mean()) / max(rows.signal, torch.finfo(torch.float32).tiny)
+        if rows.sensitivity is None:
+            loss.append(relative)
+        else:
+            loss.append(math.sqrt(relative * all_rows * float((noise * rows.sensitivity).mean())))
     return RateCurve(name, weights, tuple(bits), tuple(loss), rule_bits)
 
 

@@ -45,7 +45,8 @@ FLOOR: Final = 1e-3
 """Channels and columns quieter than this share of the root mean square are scaled as if they had it."""
 PEAK_SHARES: Final = (0.25, 0.5, 0.75, 1.0)
 CLEAR_GAIN: Final = 2 / 3
-"""Scales that follow peaks must lower the predicted squared error to this share of what the closed form has."""
+"""Scales that follow peaks must lower the predicted squared error to this share of what the closed form has, and m2's scales
+of an input without a norm to this share of what no scales have."""
 STRENGTHS: Final = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """SmoothQuant's alpha."""
 
@@ -90,7 +91,7 @@ def choose_scales(
 
 
 def choose_row_scales(
-    stats: InputStats, weight: Tensor, quant_type: QuantType, *, run: int, repeats: int
+    kind: Smoothing, stats: InputStats, weight: Tensor, quant_type: QuantType, *, run: int, repeats: int
 ) -> Tensor | None:
     """Choose scales that the rows behind an input can absorb: s_j = sqrt(sqrt(v_j) / u_j) as above, v_j = E[x_j^2].
 
@@ -98,19 +99,21 @@ def choose_row_scales(
     For the same reason no channel is raised: scales are at least 1.
 
     Args:
+        kind: SMOOTHQUANT takes every predicted gain, M2 a clear one: it leaves models without outliers there as they are.
         stats: of the input, unscaled, K channels: runs of `run` channels; `repeats` consecutive runs share their scales.
         weight: float32 [N, K] of the one linear that reads it.
         quant_type: of the weight.
 
     Returns:
-        float32 [K], powers of two; None where they are all 1, or predicted to lose no less than that.
+        float32 [K], powers of two; None where they are all 1, or not predicted to lose so much less than that.
     """
     typical = _floored(_shared_max(stats.square_mean.sqrt(), run, repeats))
     spread = _floored(_shared_max(column_energy(weight).sqrt(), run, repeats))
     exponent = _centred((typical / spread).sqrt()).log2().round().clamp_min(0)
     scales = torch.ldexp(torch.ones_like(exponent), exponent)
     predict = _predictor(stats, [even_rows(weight, SEARCH_ROWS)], stats.square_mean, quant_type)
-    return scales if predict(scales) < predict(torch.ones_like(scales)) else None
+    share = CLEAR_GAIN if kind is Smoothing.M2 else 1.0
+    return scales if predict(scales) < share * predict(torch.ones_like(scales)) else None
 
 
 def _shared_max(x: Tensor, run: int, repeats: int) -> Tensor:

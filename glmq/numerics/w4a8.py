@@ -44,30 +44,33 @@ def quantize_two_stage(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor,
     return q, step, second
 
 
-def fit_second_stage(weight: Tensor, importance: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def fit_second_stage(
+    weight: Tensor, importance: Tensor, group_size: int, *, reach: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Steps of both stages with the least weighted rounding error.
 
-    The first stage is the row's maximum / 119; the second-stage scale of each group is the whole number among those
-    from the one that just reaches the group's maximum down to its half that loses least, clamping included.
+    The first stage is `reach` times the row's maximum / 119; the second-stage scale of each group is the whole number among
+    those from the one that just reaches the group's maximum down to its half that loses least, clamping included.
 
     Args:
         weight: float32 [N, K], K a multiple of group_size.
         importance: float32 [K]: cost of a squared unit of error in column k.
         group_size: columns of a group.
+        reach: at most 1; the second stage still ends at 17.
 
     Returns:
         float32 [N, 1] steps and float32 [N, K / group_size] whole-numbered second scales.
     """
     n, k = weight.shape
-    step = fill_dead_rows(row_max(weight) / FIRST_STAGE)
+    step = fill_dead_rows(row_max(weight) * reach / FIRST_STAGE)
     second = torch.empty(n, k // group_size)
     cost_of = importance.reshape(1, k // group_size, group_size)
     for rows in row_chunks(weight):
         w8 = (weight[rows] / step[rows]).reshape(-1, k // group_size, group_size)  # [n, K] -> [n, G, g]
-        reach = (w8.abs().amax(2) / BULK).ceil_().clamp_min_(1)
-        best, least = reach.clone(), torch.full_like(reach, torch.inf)
+        most = (w8.abs().amax(2) / BULK).ceil_().clamp_(1, FIRST_STAGE // BULK)
+        best, least = most.clone(), torch.full_like(most, torch.inf)
         for less in range(FIRST_STAGE // BULK // 2 + 1):
-            scale = (reach - less).clamp_min_(1)
+            scale = (most - less).clamp_min_(1)
             q4 = (w8 / scale[:, :, None]).round_().clamp_(INT4.qmin, INT4.qmax)
             cost = q4.mul_(scale[:, :, None]).sub_(w8).square_().mul_(cost_of).sum(2)
             better = cost < least

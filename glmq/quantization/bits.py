@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
+from glmq.calibration.stats import Statistics
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
-from glmq.spec import Method
+from glmq.spec import Allocation, Method
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +19,27 @@ def needs_curves(recipe: Recipe) -> bool:
     """Whether bits are dealt out by what each linear loses at how many: sparse types, unless their rule alone decides."""
     is_compensated = recipe.scheme.weight.method is Method.COMPENSATED
     return recipe.quant_type.spec.is_sparse and (recipe.target_bits is not None or is_compensated)
+
+
+def settle_allocation(
+    recipe: Recipe, groups: Mapping[str, GroupPlan], statistics: Statistics
+) -> tuple[Recipe, str | None]:
+    """The recipe, by errors alone where the statistics do not say what every sparse linear counts for the answer.
+
+    Returns:
+        The recipe to go on with, and a note for the user if that is another one.
+    """
+    sparse = [site for site, plan in groups.items() if plan.quant_type.spec.is_sparse]
+    unknown = [site for site in sparse if not statistics.has_sensitivity(site)]
+    if recipe.allocation is not Allocation.ANSWER or not needs_curves(recipe) or not unknown:
+        return recipe, None
+    why = (
+        f"what {unknown[0]} counts for the answer is not known, only the text layers' linears are rated"
+        if any(statistics.has_sensitivity(site) for site in groups)
+        else f"an older glmq wrote the statistics in {statistics.directory}; calibrate again for more accurate answers"
+    )
+    by_error = replace(recipe, allocation=Allocation.ERROR)
+    return by_error, f"note: bits are dealt out as with --allocate error: {why}"
 
 
 def spread_bits(recipe: Recipe, linears: Iterable[str], curves: Sequence[RateCurve]) -> dict[str, float]:

@@ -33,7 +33,7 @@ def fold_into_rows(
         StatisticsError: the statistics lack the group's input.
     """
     rows = group.source
-    if rows is None or recipe.scheme.smoothing is not Smoothing.SMOOTHQUANT:
+    if rows is None or recipe.scheme.smoothing is Smoothing.NONE:
         return NO_FOLD
     behind, short = _plan_with(groups, rows.linear), rows.linear.rpartition(".")[2]
     if not behind.is_quantized:
@@ -41,9 +41,11 @@ def fold_into_rows(
     (linear,) = group.linears
     weight = source.read_finite(f"{linear.name}.weight").float()
     stats, quant_type = statistics.input(group.site), groups[group.site].quant_type
-    scales = choose_row_scales(stats, weight, quant_type, run=rows.run, repeats=rows.repeats)
+    scales = choose_row_scales(recipe.scheme.smoothing, stats, weight, quant_type, run=rows.run, repeats=rows.repeats)
     if scales is None:
-        return RowFold(None, "none (no gain expected)")
+        return RowFold(
+            None, "none (no clear gain)" if recipe.scheme.smoothing is Smoothing.M2 else "none (no gain expected)"
+        )
     return RowFold(scales, f"folded into {short}, {float(scales.min()):.0f} to {float(scales.max()):.0f}")
 
 

@@ -40,6 +40,9 @@ class FloatLinear:
     Only the stored tensors are divided by it. Choices and measurements use the undivided rows: their magnitudes say how much
     each row counts.
     """
+    sensitivity: Tensor | None = None
+    """float32 [N]: what a squared error in each row's output counts for the answer (sensitivity.py); None: all alike, and bits
+    are dealt out by relative errors."""
 
     def divided(self, rows: Tensor) -> Tensor:
         """`rows`, [N, ...], each divided by its divisor."""
@@ -173,7 +176,7 @@ def _activation(
         optimal = affine.activation_qparams(low, high, dtype=dtype)
         if _input_loss(sample, extremes, weights, scales) < _input_loss(sample, optimal, weights, scales):
             return extremes, MIN_MAX
-    return affine.activation_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype), HISTOGRAM
+    return affine.steady_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype), HISTOGRAM
 
 
 def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:

@@ -17,7 +17,7 @@ from glmq.numerics.budget import rule_bits
 from glmq.numerics.hessian import Factor
 from glmq.numerics.int8_linear import fold_bias
 from glmq.numerics.moments import InputStats
-from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, RateCurve, mean_rule_bits, rate_curve, solve_bits
+from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, CurveRows, RateCurve, mean_rule_bits, rate_curve, solve_bits
 from glmq.numerics.rows import even_rows, row_chunks
 from glmq.progress import Stopwatch
 from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
@@ -114,7 +114,7 @@ def _round(
             for linear, weight, limit in zip(linears, weights, bits or [INT8_BITS] * len(linears), strict=True)
         ]
         return [METHODS[method](job) for job in jobs]
-    spent = spend_bits(weights, bits, factor)
+    spent = spend_bits(weights, bits, factor, [linear.sensitivity for linear in linears])
     return [Integers(i.q, linear.divided(i.step)) for linear, i in zip(linears, spent, strict=True)]
 
 
@@ -147,10 +147,12 @@ def _curves(
     curves = []
     for linear, budget in zip(linears, budgets, strict=True):
         rows = even_rows(linear.weight, CURVE_ROWS)
-        signal = float(((rows @ moment) * rows).sum(1).mean())
-        scaled = rows if scales is None else rows * scales
-        curve = rate_curve(linear.name, scaled, cost, weights=linear.weight.numel(), signal=signal, rule_bits=budget)
-        curves.append(curve)
+        some = CurveRows(
+            rows if scales is None else rows * scales,
+            signal=float(((rows @ moment) * rows).sum(1).mean()),
+            sensitivity=None if linear.sensitivity is None else even_rows(linear.sensitivity, CURVE_ROWS),
+        )
+        curves.append(rate_curve(linear.name, some, cost, weights=linear.weight.numel(), rule_bits=budget))
     return curves
 
 

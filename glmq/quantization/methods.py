@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glmq.numerics import grouped, lowbit, rate, w4a8
 from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
-from glmq.numerics.gptq import round_compensated
+from glmq.numerics.gptq import Rounded, round_best, round_compensated
 from glmq.numerics.hessian import Factor
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.rows import even_rows, fill_dead_rows, row_chunks, row_max
@@ -29,6 +29,10 @@ RATE_ROWS: Final = 512
 SAMPLE_MARGIN: Final = 0.01
 """Bits left unspent on the sample, so that all rows seldom need more than was found there: a second pass costs far more."""
 FINAL_TRIES: Final = 3
+REACHES: Final = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85)
+"""Shares of a row's maximum that the first of two stages may reach."""
+SWEEPS: Final = 1
+"""Of coordinate descent over 4-bit integers."""
 WIDENING_TRIES: Final = 4
 FP16_SPACING: Final = 2.0**-24
 """Of float16 numbers below 2^-14."""
@@ -82,37 +86,70 @@ def compensated(job: WeightJob) -> Integers:
     assert factor is not None
     assert not job.scheme.quant_type.spec.is_sparse
     if job.scheme.quant_type.spec.two_stage:
-        step, second = w4a8.fit_second_stage(job.weight, factor.by_column(), job.scheme.group_size)
-        step = step * _widening(job, step * second, INT4)
-        return Integers(round_compensated(job.weight, step * second, factor, INT4), step, second)
+        return _in_two_stages(job, factor)
     if job.scheme.group_size:
-        grid = lowbit.grid_of(job.scheme)
-        step = grouped.fit_group_steps(job.weight, factor.by_column(), job.scheme.group_size, grid)
-        step = _storable(step * _widening(job, step, grid), job)
-        return Integers(round_compensated(job.weight, step, factor, grid), step)
+        return _in_groups(job, factor)
     step = lowbit.safe_steps(job.weight, job.scheme)
-    step = _storable(step * _widening(job, step, INT8), job)
+    rows, steps = even_rows(job.weight, RATE_ROWS), even_rows(step, RATE_ROWS)
+    wider = _widening(job.bits, lambda wider: round_compensated(rows, steps * wider, factor, INT8))
+    step = _storable(step * wider, job)
     return Integers(round_compensated(job.weight, step, factor, INT8), step)
 
 
-def _widening(job: WeightJob, step: Tensor, grid: IntGrid) -> float:
-    """The factor by which steps must grow for the integers to have at most the job's bits; 1 if they have so already.
+def _in_groups(job: WeightJob, factor: Factor) -> Integers:
+    """Integers on steps of their own for each group of columns."""
+    grid = lowbit.grid_of(job.scheme)
+    step = grouped.fit_group_steps(job.weight, factor.by_column(), job.scheme.group_size, grid)
+    sweeps = SWEEPS if grid == INT4 else 0
 
-    A doubled step saves about one bit. Measured on some of the rows.
+    def round_rows(weight: Tensor, steps: Tensor) -> Tensor:
+        return round_best(weight, [steps], factor, grid, sweeps=sweeps).q
+
+    rows, steps = even_rows(job.weight, RATE_ROWS), even_rows(step, RATE_ROWS)
+    step = _storable(step * _widening(job.bits, lambda wider: round_rows(rows, steps * wider)), job)
+    return Integers(round_rows(job.weight, step), step)
+
+
+def _in_two_stages(job: WeightJob, factor: Factor) -> Integers:
+    """Integers of both stages; each row's first stage reaches its maximum or, if that loses less, a little short of it.
+
+    How the weights of a group come to lie on so coarse a grid is chance, and two chances are better than one. Which second
+    reach to try is found on some of the rows.
+    """
+
+    def fit(weight: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+        return w4a8.fit_second_stage(weight, factor.by_column(), job.scheme.group_size, reach=reach)
+
+    def round_rows(weight: Tensor, fitted: Sequence[tuple[Tensor, Tensor]], wider: float, *, sweeps: int) -> Rounded:
+        return round_best(weight, [s * wider * second for s, second in fitted], factor, INT4, sweeps=sweeps, weigh=True)
+
+    rows = even_rows(job.weight, RATE_ROWS)
+    sampled = [fit(rows, reach) for reach in REACHES]
+    whole, *shorter = (round_rows(rows, [one], 1.0, sweeps=0).loss for one in sampled)
+    best = 1 + int(torch.stack([torch.minimum(whole, loss).sum() for loss in shorter]).argmin())
+    tried = [sampled[0], sampled[best]]
+    wider = _widening(job.bits, lambda wider: round_rows(rows, tried, wider, sweeps=SWEEPS).q)
+    fitted = [fit(job.weight, reach) for reach in (REACHES[0], REACHES[best])]
+    found = round_rows(job.weight, fitted, wider, sweeps=SWEEPS)
+    steps, seconds = (torch.stack(both) for both in zip(*fitted, strict=True))
+    each = torch.arange(len(job.weight))
+    return Integers(found.q, steps[found.choice, each] * wider, seconds[found.choice, each])
+
+
+def _widening(limit: float, round_at: Callable[[float], Tensor]) -> float:
+    """The factor by which steps must grow for the integers to have at most that entropy; 1 if they have so already.
+
+    A doubled step saves about one bit.
 
     Args:
-        job: the weight and its bits.
-        step: float32 [N, G].
-        grid: the integers.
+        limit: bits per weight.
+        round_at: the integers of some of the rows, int8, on steps that many times as wide.
     """
-    if job.bits >= rate.INT8_BITS:
+    if limit >= rate.INT8_BITS:
         return 1.0
-    assert job.factor is not None
-    rows, steps = even_rows(job.weight, RATE_ROWS), even_rows(step, RATE_ROWS)
     log_step = 0.0
     for _ in range(WIDENING_TRIES):
-        q = round_compensated(rows, steps * 2.0**log_step, job.factor, grid)
-        excess = entropy_bits(count_int8(q)) - (job.bits - SAMPLE_MARGIN)
+        excess = entropy_bits(count_int8(round_at(2.0**log_step))) - (limit - SAMPLE_MARGIN)
         if excess <= 0:
             break
         log_step += excess
@@ -146,7 +183,9 @@ def _nearest_on(weight: Tensor, step: Tensor, grid: IntGrid) -> Tensor:
     return q
 
 
-def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor | None) -> list[Integers]:
+def spend_bits(
+    weights: Sequence[Tensor], bits: Sequence[float], factor: Factor | None, sensitivities: Sequence[Tensor | None]
+) -> list[Integers]:
     """Integers of the sparse linears of one group, with balanced steps (rate.py) as fine as the given entropies allow.
 
     The steps are found on some of the rows, then all rows are rounded; a linear that needs more bits than its sample did
@@ -156,8 +195,9 @@ def spend_bits(weights: Sequence[Tensor], bits: Sequence[float], factor: Factor 
         weights: float32 [N_i, K], after smoothing.
         bits: entropy that each may have, bits per weight.
         factor: of the input's second moment, after smoothing; None rounds to nearest.
+        sensitivities: float32 [N_i] of each, or None: all rows count alike.
     """
-    profiles = [rate.balanced_steps(weight) for weight in weights]
+    profiles = [rate.balanced_steps(w, s) for w, s in zip(weights, sensitivities, strict=True)]
     samples = [even_rows(weight, RATE_ROWS) for weight in weights]
     sample_profiles = [even_rows(profile, RATE_ROWS) for profile in profiles]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.ranks import Ranks
 from glmq.records import BlockDone, LinearReport, parse_row
+from glmq.spec import Allocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,9 @@ def read_group(
             for shape in group.linears
         ]
         stats = statistics.input(group.site)
+        if recipe.allocation is Allocation.ANSWER and stats.sensitivity is not None:
+            parts = stats.sensitivity.split([shape.rows for shape in group.linears])
+            linears = [replace(linear, sensitivity=part) for linear, part in zip(linears, parts, strict=True)]
     weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
     clock.count("read", nbytes=weights + stats.nbytes)
     return linears, norm, stats, fold

@@ -18,6 +18,7 @@ from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
     Activation,
     ActRange,
+    Allocation,
     FloatDtype,
     Form,
     Method,
@@ -64,6 +65,7 @@ class Options:
     method: str = Method.COMPENSATED.value
     target_bits: float | None = None
     target_ratio: float | None = None
+    allocate: str = Allocation.ANSWER.value
     bias_correction: bool = False
     keep_float: tuple[str, ...] = ()
     layer: tuple[str, ...] = ()
@@ -97,6 +99,8 @@ class Recipe:
     target_bits: float | None
     """Mean entropy of the sparse linears' integers, in other types the most of each linear's, in bits per weight; None: the
     step rule of the flags decides."""
+    allocation: Allocation
+    """Of the bits of sparse linears."""
 
     @classmethod
     def w8a8(cls, *, dtype: str = "bf16") -> Recipe:
@@ -203,6 +207,7 @@ def make_recipe(options: Options) -> Recipe:
         options.group_size,
         target,
         _target_bits(options, quant_type),
+        Allocation(options.allocate),
     )
 
 
@@ -358,6 +363,11 @@ def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRu
         raise UsageError(f"--fraction {options.fraction} has no effect here: {why}; drop it")
     if not options.open_outlier and not sparse and not spec.two_stage:
         raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
+    dealt = options.method == Method.COMPENSATED.value or options.target_bits or options.target_ratio
+    if options.allocate != Allocation.ANSWER.value and not (sparse and dealt):
+        raise UsageError(
+            f"--allocate {options.allocate} has no effect here: no bits are dealt out to sparse linears; drop it"
+        )
     if options.act_method != 2:
         _refuse_range(options.act_method, quant_type)
     if options.bias_correction and "quant_bias" not in spec.suffixes:

@@ -105,7 +105,7 @@ def test_the_manifest_says_where_everything_comes_from(folder: Path) -> None:
             for name, tensor in stored.items()
             if name.startswith(f"{site}.")
         }
-    entry = {"file": "block.0.safetensors", "width": 5, "tokens": 9, "second_moment": True}
+    entry = {"file": "block.0.safetensors", "width": 5, "tokens": 9, "second_moment": True, "sensitivity_rows": 0}
     assert document == {
         "schema": "glmq.statistics/2",
         "glmq": __version__,

@@ -19,6 +19,7 @@ from glmq.errors import CheckpointError, SampleError
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.model.streamed import StreamedModel
+from glmq.numerics.sensitivity import Heads, LayerOutputs, LayerWeights, SensitivityAccumulator
 from glmq.ranks import Place, Ranks
 from glmq.records import BlockDone
 
@@ -142,6 +143,39 @@ def test_statistics_equal_those_of_hooks_on_the_whole_model(
         # A float32 sum of n products in any order is off by at most n units of the sum of magnitudes, plus the division.
         bound = (tokens + 2) * U * (wide.abs().T @ wide.abs()) / tokens
         assert ((found.second_moment - wide.T @ wide / tokens).abs() <= bound).all()
+
+
+def test_sensitivities_equal_those_of_hooks_on_the_whole_model(
+    small: Path, statistics: Statistics, samples: tuple[Sample, ...]
+) -> None:
+    model, config = load_full(small, torch.float32), read_config(small)
+    layers = [block for block in config.family.blocks(config) if block.layer is not None]
+    sums = [SensitivityAccumulator(Heads(config.heads, config.kv_heads)) for _ in layers]
+    seen: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    make = preprocessor(small)
+    for sample in (samples[0], samples[2], samples[1]):  # the order of sums: every other one, then the rest
+        inputs = make.encode(open_image(sample), sample.prompt, sample.answer)
+        with torch.no_grad():
+            model(**full_model_kwargs(inputs, model))
+        for block, own in zip(layers, sums, strict=True):
+            names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+            stream = seen[block.name][0] if isinstance(seen[block.name], tuple) else seen[block.name]
+            outputs = [seen[f"{block.name}.{name}"] for name in names] + [stream]
+            own.accumulate(own.observe(LayerOutputs(*(x.reshape(-1, x.shape[-1]) for x in outputs))))
+    for block, own in zip(layers, sums, strict=True):
+        names = ("post_self_attn_layernorm", "post_mlp_layernorm", "self_attn.o_proj", "mlp.down_proj")
+        rows = own.finish(
+            LayerWeights(*(model.get_submodule(f"{block.name}.{name}").weight.detach() for name in names))
+        )
+        wanted = [torch.cat([rows.query, rows.key, rows.value]), rows.output, rows.gate_up, rows.down]
+        for group, expected in zip(block.groups, wanted, strict=True):
+            found = statistics.input(group.site).sensitivity
+            assert found is not None
+            assert torch.equal(found, expected)
+    others = [g.site for block in config.family.blocks(config) if block.layer is None for g in block.groups]
+    assert not any(statistics.has_sensitivity(site) for site in others)
 
 
 @pytest.mark.parametrize(

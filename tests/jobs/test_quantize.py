@@ -2,9 +2,12 @@ import os
 import shutil
 from pathlib import Path
 
-from helpers import W8A8S, quantize
+from helpers import W8A8S, quantize, tree, without_sensitivity
 
 from glmq.checkpoint.workplace import RESULT, make_work
+from glmq.jobs.quantize import quantize as quantize_job
+from glmq.progress import Note
+from glmq.quantization.recipe import Options, make_recipe
 
 
 def test_what_a_killed_calibration_left_beside_its_whole_statistics_goes(
@@ -17,3 +20,32 @@ def test_what_a_killed_calibration_left_beside_its_whole_statistics_goes(
     (tmp_path / ".stats.glmq-lock").write_bytes(b"glmq lock: process 1 on another machine\n")
     quantize(tiny, stats, tmp_path / "out", **W8A8S)
     assert sorted(os.listdir(tmp_path)) == ["out", "stats"]
+
+
+def test_old_statistics_deal_bits_out_by_errors_and_say_so(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
+    old = without_sensitivity(tiny_stats, tmp_path / "old")
+    notes: list[str] = []
+    recipe = make_recipe(Options(**W8A8S))
+    quantize_job(tiny, old, out=tmp_path / "a", recipe=recipe,
+                 watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)  # fmt: skip
+    assert notes == [
+        f"note: bits are dealt out as with --allocate error: an older glmq wrote the statistics in {old}; calibrate again for "
+        "more accurate answers"
+    ]
+    quantize(tiny, tiny_stats, tmp_path / "b", **W8A8S, allocate="error")
+    quantize(tiny, tiny_stats, tmp_path / "c", **W8A8S)
+    a, b, c = ({k: v for k, v in tree(tmp_path / n).items() if k.endswith("safetensors")} for n in "abc")
+    assert a == b != c
+
+
+def test_sparse_linears_outside_the_text_layers_deal_bits_out_by_errors(
+    tiny: Path, tiny_stats: Path, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    recipe = make_recipe(Options(**W8A8S, layer=("model.visual.merger.*=W8A8S",)))
+    quantize_job(tiny, tiny_stats, out=tmp_path / "a", recipe=recipe,
+                 watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)  # fmt: skip
+    assert notes[-1] == (
+        "note: bits are dealt out as with --allocate error: what model.visual.merger.proj counts for the answer is not "
+        "known, only the text layers' linears are rated"
+    )

@@ -10,6 +10,7 @@ from glmq.numerics.affine import (
     dequantize,
     quantize,
     quantize_weight,
+    steady_qparams,
 )
 from glmq.records import ActivationQParams
 from glmq.spec import INT4, INT8, INT8_SYMMETRIC, FloatDtype
@@ -90,3 +91,38 @@ def test_round_trip_error_is_at_most_half_a_step(shape: tuple[int, int]) -> None
 def test_dequantize_takes_the_offset_off() -> None:
     q = torch.tensor([-128, 0, 127], dtype=torch.int8)
     assert dequantize(q, torch.tensor(0.5), torch.tensor(-3.0)).tolist() == [-62.5, 1.5, 65.0]
+
+
+@given(VALUES, VALUES, st.sampled_from(FloatDtype))
+@settings(deadline=None)
+def test_a_steady_scale_is_near_the_wanted_one_and_its_product_with_its_reciprocal_nearer_to_1(
+    a: float, b: float, dtype: FloatDtype
+) -> None:
+    low, high = min(a, b, 0.0), max(a, b, 0.0)
+    half = torch.float16 if dtype is FloatDtype.FP16 else torch.bfloat16
+    wanted = activation_qparams(low, high, dtype=dtype)
+    params = steady_qparams(low, high, dtype=dtype)
+    if not 2.0**-13 <= wanted.scale <= 2.0**15:  # float16 ends there, or its reciprocal does
+        return
+    scale = torch.tensor(params.scale)
+    assert torch.equal(scale.to(half).float(), scale)
+
+    def gain(s: torch.Tensor) -> float:
+        stored = s.to(half).float()
+        return abs(float(stored * (1 / stored).to(half).float()) - 1)
+
+    assert gain(scale) <= gain(torch.tensor(wanted.scale))
+    assert -3 * 2.0**-7 <= params.scale / wanted.scale - 1 <= 3.5 * 2.0**-7  # steps of bfloat16, and of rounding to it
+    assert params.offset == torch.round(-128 - torch.tensor(low) / scale).clamp(-128, 127).item()
+
+
+def test_a_steady_scale_of_bfloat16_ends_a_gain_of_a_third_percent() -> None:
+    wanted = 0.0693359375  # 1 / it is 14.4225, in bfloat16 14.4375
+    assert activation_qparams(0.0, 255 * wanted, dtype=FloatDtype.BF16).scale == wanted
+    params = steady_qparams(0.0, 255 * wanted, dtype=FloatDtype.BF16)
+    reciprocal = float((1 / torch.tensor(params.scale)).bfloat16())
+    assert abs(params.scale * reciprocal - 1) < 2e-4 < 1e-3 < abs(wanted * 14.4375 - 1)
+
+
+def test_an_input_that_is_always_zero_keeps_its_smallest_scale() -> None:
+    assert steady_qparams(0.0, 0.0, dtype=FloatDtype.FP16) == activation_qparams(0.0, 0.0)

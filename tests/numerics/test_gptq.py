@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics import gptq
-from glmq.numerics.gptq import round_compensated
+from glmq.numerics.gptq import round_best, round_compensated
 from glmq.numerics.hessian import Factor, factor, shrunk_correlation
 from glmq.spec import INT4, INT8, IntGrid
 
@@ -119,6 +119,45 @@ def test_strips_and_wide_blocks_of_exact_numbers_have_the_integers_of_one_column
         q = torch.round(target / 0.125).clamp(-128, 127)
         expected[:, column], error[:, position] = q.to(torch.int8), weight[:, column] - q * 0.125
     assert torch.equal(round_compensated(weight, step, found, INT8), expected)
+
+
+def test_a_sweep_is_coordinate_descent_in_the_same_order() -> None:
+    weight, moment, found = problem(5, 33)
+    step = weight.abs().amax(1, keepdim=True) / 7
+    q = round_compensated(weight, step, found, INT4).double()
+    wide, h = weight.double(), moment.double()
+    for column in found.order.tolist():
+        others = (wide - q * step) @ h[:, column] - (wide[:, column] - q[:, column] * step[:, 0]) * h[column, column]
+        best = (wide[:, column] + others / h[column, column]) / step[:, 0]
+        q[:, column] = torch.round(best).clamp(-8, 7)
+    swept = round_best(weight, [step], found, INT4, sweeps=1).q
+    assert swept.tolist() == q.long().tolist()
+
+
+def test_sweeps_lose_less_and_blocks_of_any_size_give_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment, found = problem(9, 50)
+    step = weight.abs().amax(1, keepdim=True) / 7
+    losses = [loss(weight, round_best(weight, [step], found, INT4, sweeps=n).q, step, moment) for n in (0, 1, 2)]
+    assert losses[0] > losses[1] >= losses[2]
+    whole = round_best(weight, [step], found, INT4, sweeps=2).q
+    monkeypatch.setattr(gptq, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(gptq, "WIDE", 12)
+    monkeypatch.setattr(gptq, "NARROW", 5)
+    assert torch.equal(round_best(weight, [step], found, INT4, sweeps=2).q, whole)
+
+
+def test_each_row_takes_the_steps_that_lose_least_and_says_which() -> None:
+    weight, moment, found = problem(70, 40)
+    steps = [weight.abs().amax(1, keepdim=True) * share / 7 for share in (1.0, 0.9, 0.8)]
+    apart = [round_compensated(weight, step, found, INT4) for step in steps]
+    losses = torch.tensor([[loss(weight[i : i + 1], q[i : i + 1], s[i : i + 1], moment) for i in range(70)]
+                           for q, s in zip(apart, steps, strict=True)])  # fmt: skip
+    best = round_best(weight, steps, found, INT4)
+    assert best.choice.tolist() == losses.argmin(0).tolist()
+    assert set(best.choice.tolist()) == {0, 1, 2}
+    assert torch.allclose(best.loss, losses.amin(0), rtol=1e-3)  # the factored form against the moment itself
+    for row, choice in enumerate(best.choice.tolist()):
+        assert torch.equal(best.q[row], apart[choice][row])
 
 
 @compiled

@@ -13,6 +13,7 @@ from glmq.numerics.rate import (
     FEWER_BITS,
     MORE_BITS,
     TOLERANCE_BITS,
+    CurveRows,
     RateCurve,
     balanced_steps,
     coarse_steps,
@@ -118,7 +119,8 @@ def test_no_weight_lies_beyond_127_steps() -> None:
 
 def test_a_curve_measures_nearest_rounding_under_the_curvature() -> None:
     weight, curvature = normals(8, 50), torch.linspace(1, 3, 50)
-    curve = rate_curve("q", weight, curvature, weights=4000, signal=2.0, rule_bits=3.5)
+    rows = CurveRows(weight, signal=2.0, sensitivity=None)
+    curve = rate_curve("q", rows, curvature, weights=4000, rule_bits=3.5)
     assert (curve.name, curve.weights, curve.rule_bits) == ("q", 4000, 3.5)
     assert list(curve.bits) == sorted(curve.bits, reverse=True)
     assert list(curve.loss) == sorted(curve.loss)
@@ -143,3 +145,28 @@ def test_the_steps_for_entropies_are_found_from_below(wanted: list[tuple[float, 
 
 def test_an_entropy_that_no_step_exceeds_ends_with_the_finest_tried() -> None:
     assert solve_log_steps(lambda steps: [1.0 for _ in steps], [4.0], [0.0])[0] < -30
+
+
+def test_rows_that_count_more_get_finer_steps_by_the_fourth_root_of_the_root_of_their_share() -> None:
+    weight = normals(6, 64)
+    counts = torch.tensor([1.0, 1.0, 1.0, 1.0, 16.0, 1 / 16])
+    plain, weighed = balanced_steps(weight), balanced_steps(weight, counts)
+    ratio = (weighed / plain)[:, 0]
+    # (16 / mean)^(-1/8) for the row that counts 16 times as much, and all rows share one median.
+    assert torch.allclose(ratio[4] / ratio[0], torch.tensor(16.0 ** (-1 / 8)))
+    assert torch.allclose(ratio[5] / ratio[0], torch.tensor(16.0 ** (1 / 8)))
+
+
+def test_rows_that_all_count_nothing_or_alike_change_no_step() -> None:
+    weight = normals(6, 64)
+    for counts in (torch.zeros(6), torch.full((6,), 7.0)):
+        assert torch.equal(balanced_steps(weight, counts), balanced_steps(weight))
+
+
+def test_a_curve_with_sensitivities_is_the_geometric_mean_of_relative_error_and_effect() -> None:
+    weight, curvature, counts = normals(8, 50), torch.linspace(1, 3, 50), torch.linspace(0.5, 4, 8)
+    curve = rate_curve("q", CurveRows(weight, 2.0, counts), curvature, weights=4000, rule_bits=3.5)
+    step = coarse_steps(weight, balanced_steps(weight, counts), -2.0)
+    noise = ((torch.round(weight / step) * step - weight).double().square() * curvature).sum(1)  # by row
+    effect = 80 * float((noise * counts).mean())  # 4000 weights in rows of 50
+    assert curve.loss[4] == pytest.approx(math.sqrt(float(noise.mean()) / 2.0 * effect), rel=1e-5)

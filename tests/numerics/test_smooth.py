@@ -116,7 +116,7 @@ def test_an_input_that_is_always_zero_needs_no_scales() -> None:
 def test_row_scales_are_powers_of_two_shared_by_the_heads_that_read_a_row(quant_type: QuantType) -> None:
     x, weights = outliers()
     stats = stats_of(x)
-    scales = choose_row_scales(stats, weights[0], quant_type, run=16, repeats=2)
+    scales = choose_row_scales(Smoothing.SMOOTHQUANT, stats, weights[0], quant_type, run=16, repeats=2)
     assert scales is not None
     runs = scales.reshape(2, 2, 16)  # [rows' heads, heads that read them, channels]
     assert torch.equal(runs[:, 0], runs[:, 1])
@@ -134,5 +134,6 @@ def test_row_scales_are_powers_of_two_shared_by_the_heads_that_read_a_row(quant_
 def test_rows_that_are_balanced_absorb_nothing() -> None:
     x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
-    assert choose_row_scales(stats_of(x), weight, QuantType.W8A8, run=32, repeats=1) is None
-    assert choose_row_scales(stats_of(0 * x), 0 * weight, QuantType.W8A8S, run=16, repeats=2) is None
+    kind = Smoothing.SMOOTHQUANT
+    assert choose_row_scales(kind, stats_of(x), weight, QuantType.W8A8, run=32, repeats=1) is None
+    assert choose_row_scales(kind, stats_of(0 * x), 0 * weight, QuantType.W8A8S, run=16, repeats=2) is None

