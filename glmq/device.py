@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
-import psutil
 import torch
 
 from glmq.errors import DeviceError
+from glmq.machine import available_memory
 
 DUO_CHIP: Final = "310P"
 """Part of the name that torch_npu gives to the chips of the Atlas 300I Duo, e.g. `Ascend310P3`."""
@@ -81,7 +81,7 @@ def _cpu_flags() -> set[str]:
 def free_bytes(device: torch.device) -> int:
     """Memory of the device that is not in use."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return available_memory()
     return int(_load_npu().mem_get_info()[0])
 
 

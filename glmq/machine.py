@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _NO_MEMORY: Final = ("can't allocate memory", "cannot allocate memory", "out of memory", "memory allocation of")
+CGROUPS: Final = Path("/proc/self/cgroup")
+CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
 
 
@@ -51,11 +53,11 @@ def describe_machine() -> list[str]:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             versions.append(f"no {package}")
-    memory = psutil.virtual_memory()
+    total = psutil.virtual_memory().total
     return [
         f"versions: {', '.join(versions)}",
         f"machine: {platform.platform()}, {psutil.cpu_count()} cores, "
-        f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory available",
+        f"{available_memory() / 2**30:.1f} of {total / 2**30:.1f} GiB of memory available",
         f"command: {sys.argv}",
     ]
 
@@ -71,3 +73,51 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     own = isinstance(error, RuntimeError) or type(error).__name__ in ("SafetensorError", "PanicException")
     return own and any(words in text for words in _NO_MEMORY)
+
+
+def available_memory() -> int:
+    """Bytes of main memory that this process may still take: the machine's, or less where its container has a limit."""
+    free = [int(psutil.virtual_memory().available)]
+    for folder in _cgroups():
+        limit = _number(folder, "memory.max", "memory.limit_in_bytes")
+        used = _number(folder, "memory.current", "memory.usage_in_bytes")
+        if limit is not None and used is not None:
+            free.append(max(0, limit - used + _reclaimable(folder)))
+    return min(free)
+
+
+def _cgroups() -> Iterator[Path]:
+    """The groups of processes (cgroups, of either version) with a memory of their own that this process is in."""
+    try:
+        lines = CGROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, name = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUP_ROOT / "memory" if controllers else CGROUP_ROOT
+        # Within a container its own group is mounted as the root, under which the name need not exist.
+        folder = root / name.lstrip("/")
+        yield from (group for group in (folder, *folder.parents) if group.is_relative_to(root) and group.is_dir())
+
+
+def _number(folder: Path, *names: str) -> int | None:
+    """The number in the first of these files that is there; None if there is none, or it says "max"."""
+    for name in names:
+        try:
+            return int((folder / name).read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files that a group keeps in memory, and gives up when it needs them."""
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return 0
+    found = dict(line.split(" ", 1) for line in lines if " " in line)
+    return int(found.get("total_inactive_file") or found.get("inactive_file") or 0)

@@ -43,7 +43,7 @@ ALLOWED = {
     "records": {"errors", "spec"},
     "progress": {"records"},
     "threads": set(),
-    "device": {"errors"},
+    "device": {"errors", "machine"},
     "ranks": {"errors"},
     "codec": {"errors", "_native"},
     "numerics": WORDS | {"_native"},

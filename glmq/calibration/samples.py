@@ -3,23 +3,57 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Final
 
 from PIL import Image
 
+from glmq.calibration.lines import Left, LineError, parse_line, shortened
+from glmq.calibration.pictures import (
+    IMAGE_SUFFIXES,
+    Examined,
+    InlinePicture,
+    PictureFile,
+    PictureRules,
+    examine_picture,
+    load_picture,
+)
 from glmq.checkpoint.disk import read_input
-from glmq.checkpoint.json_file import parse_json
+from glmq.checkpoint.json_file import JsonValue, parse_json
 from glmq.errors import CheckpointError, SampleError
-from glmq.machine import is_out_of_memory
 
-IMAGE_SUFFIXES: Final = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_LINES_BYTES: Final = 256 * 2**20
 """Of a file of samples."""
 WANTED_IMAGES: Final = 30
 """Calibration images that good accuracy takes: with fewer the command still runs, and says so where it matters."""
+_SYSTEM_ENTRIES: Final = frozenset(
+    {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
+)
+"""What systems and their tools leave in folders of pictures, in small letters; hidden ones aside."""
+_TEXT_SUFFIXES: Final = (
+    *(".aae", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".md5", ".npy", ".npz"),
+    *(".parquet", ".py", ".sh", ".sha256", ".toml", ".tsv", ".txt", ".xml", ".xmp", ".yaml", ".yml"),
+)
+"""Of descriptions, labels and captions beside the pictures."""
+_LISTED: Final = 5
+"""Bad files and lines that a message names."""
+_START: Final = 4096
+"""Bytes by which an encoding is recognised."""
+_FILE_MAGIC: Final = (
+    (b"\x1f\x8b", "gzip-compressed"),
+    (b"PK\x03\x04", "a zip archive or a spreadsheet"),
+    (b"PAR1", "a Parquet file"),
+    (b"ARROW1", "an Arrow file"),
+    (b"version https://git-lfs", "a Git LFS pointer, which git lfs pull replaces by the file"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+)
+"""How files begin that are no text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +72,7 @@ class Sample:
 
     name: str
     """What messages and reports call it: the image's file name, or file:line for a JSON line."""
-    image: Path | None
+    image: PictureFile | None
     prompt: str | None
     answer: str | None
     digest: str
@@ -56,18 +90,21 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A file that cannot be a calibration image, and why."""
+    """What cannot be a calibration sample, and why."""
 
-    path: Path
+    name: str
+    """Of the file or line."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSet:
-    """What was found: samples in a fixed order, and files that were left out."""
+    """What was found: samples in a fixed order, and what was left out."""
 
     samples: tuple[Sample, ...]
     rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...] = ()
+    """What the user should know of them, a sentence each."""
 
 
 def default_images() -> Path:
@@ -87,11 +124,14 @@ def builtin_texts() -> tuple[Sample, ...]:
     return tuple(replace(sample, is_builtin=True) for sample in found)
 
 
-def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | None) -> SampleSet:
+def list_images(
+    directory: Path, prompt: str, *, skip_bad: bool, limit: int | None, rules: PictureRules = PictureRules()
+) -> SampleSet:
     """One sample per image of the folder, sorted by name, each with the same prompt.
 
-    Text files (.md, .txt, .json, .jsonl) and hidden files are no images and are passed over silently;
-    anything else that does not decode is rejected.
+    Hidden files, those that systems leave in folders of pictures, and files whose name says that they are text or data are
+    passed over silently; anything else that cannot be used is rejected. With a limit no file is read behind the last that
+    is needed.
 
     Raises:
         SampleError: no such folder, no image in it, or a rejected file without `skip_bad`.
@@ -100,62 +140,95 @@ def list_images(directory: Path, prompt: str, *, skip_bad: bool, limit: int | No
         raise SampleError(f"{directory}: no such folder; give a folder of images as --calib-images")
     samples: list[Sample] = []
     rejected: list[Rejected] = []
-    for path in sorted(p for p in directory.iterdir() if not p.is_dir() and not p.name.startswith(".")):
-        if path.suffix.lower() in (".md", ".txt", ".json", ".jsonl"):
+    deep: list[str] = []
+    entries = sorted(path for path in directory.iterdir() if not _is_beside(path))
+    folders = [path.name for path in entries if path.is_dir()]
+    for path in entries:
+        if len(samples) == limit:
+            break
+        if path.is_dir():
             continue
-        reason = _image_defect(path)
-        if reason is None:
-            samples.append(_sample(path.name, path, prompt, None))
-        else:
-            rejected.append(Rejected(path, reason))
+        found = examine_picture(path, rules)
+        if found.defect is not None:
+            rejected.append(Rejected(path.name, found.defect))
+            continue
+        samples.append(_sample(path.name, path, prompt, None))
+        if found.is_deep:
+            deep.append(path.name)
     if rejected and not skip_bad:
-        listed = "; ".join(f"{r.path.name} ({r.reason})" for r in rejected[:5])
-        more = f" and {len(rejected) - 5} more" if len(rejected) > 5 else ""
         raise SampleError(
             f"{directory}: {len(rejected)} of {len(rejected) + len(samples)} files are not usable images: "
-            f"{listed}{more}; remove them or pass --skip-bad-images"
+            f"{_listed([f'{r.name} ({r.reason})' for r in rejected], '; ')}; remove them or pass --skip-bad-images"
         )
     if not samples:
         raise SampleError(
             f"{directory}: holds no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)} are read); "
-            f"put some there, {WANTED_IMAGES} are wanted for accuracy"
+            + (
+                f"its {_counted(len(folders), 'sub-folder')} ({_listed(folders, ', ')}) are not entered, give one of them"
+                if folders
+                else f"put some there, {WANTED_IMAGES} are wanted for accuracy"
+            )
         )
-    return SampleSet(tuple(samples[:limit]), tuple(rejected))
+    return SampleSet(tuple(samples), tuple(rejected), (*_folder_note(folders), *_deep_note(deep)))
 
 
-def read_samples(path: Path, *, limit: int | None) -> SampleSet:
-    """The samples of a JSON-lines file, in its order.
+def read_samples(
+    path: Path, *, limit: int | None, skip_bad: bool = False, rules: PictureRules = PictureRules()
+) -> SampleSet:
+    """The samples of a file of JSON lines, or of one JSON array, in its order; `lines` says in which layouts.
 
-    Each line is an object with `image` (path relative to the file), `prompt` and `text` (the answer); any may be null or
-    absent, but not all. A line with `text` alone is plain text.
+    With a limit no line is looked at behind the last that is needed.
+
+    Args:
+        path: the file; images are relative to its folder.
+        limit: use only the first lines, this many.
+        skip_bad: leave out lines whose image cannot be used, instead of stopping.
+        rules: for images.
 
     Raises:
-        SampleError: no such file, a line that is not such an object, or an image that does not decode.
+        SampleError: no such file, lines that are no samples, or images that cannot be used.
     """
-    try:
-        raw = read_input(path, MAX_LINES_BYTES)
-        lines = raw.decode("utf-8-sig").split("\n")  # splitlines also cuts at U+2028, which JSON may hold
-    except CheckpointError as error:
-        raise SampleError(str(error)) from error
-    except UnicodeDecodeError as error:
-        raise SampleError(f"{path}: cannot be read ({error}); give a JSON-lines file as --calib-samples") from error
-    if len(raw) > MAX_LINES_BYTES:
-        raise SampleError(
-            f"{path}: has more than {MAX_LINES_BYTES // 2**20} MiB, which no calibration needs; give fewer or shorter lines"
-        )
-    samples = tuple(_parse_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip())
+    samples: list[Sample] = []
+    bad: list[Rejected] = []
+    rejected: list[Rejected] = []
+    deep: list[str] = []
+    left: Counter[Left] = Counter()
+    for name, where, document in _documents(path):
+        if len(samples) == limit:
+            break
+        try:
+            if isinstance(document, ValueError):
+                raise LineError(f"is not valid JSON ({document})")
+            line = parse_line(document)
+            image = line.image(path.parent)
+        except LineError as error:
+            bad.append(Rejected(where, str(error)))
+            continue
+        found = Examined(None) if image is None else examine_picture(image, rules)
+        if found.defect is not None:
+            named = shortened(line.images[0])
+            reason = f"image {named} is not usable ({found.defect})"
+            (rejected if skip_bad else bad).append(Rejected(where, reason))
+            continue
+        samples.append(_sample(name, image, line.prompt, line.text))
+        left.update(line.left)
+        if found.is_deep:
+            deep.append(name)
+    if len(bad) == 1:
+        raise SampleError(f"{path}, {bad[0].name}: {bad[0].reason}")
+    if bad:
+        total = len(bad) + len(rejected) + len(samples)
+        listed = _listed([f"{line.name} {line.reason}" for line in bad], "; ")
+        raise SampleError(f"{path}: {len(bad)} of {total} samples cannot be used: {listed}; correct them")
     if not samples:
         raise SampleError(f"{path}: holds no sample; write one JSON object a line with image, prompt or text")
-    return SampleSet(samples[:limit], ())
+    notes = tuple(f"{path.name}: {_counted(count, 'sample')} {what.value}" for what, count in left.items())
+    return SampleSet(tuple(samples), tuple(rejected), (*notes, *_deep_note(deep)))
 
 
 def open_image(sample: Sample) -> Image.Image | None:
-    """The sample's decoded RGB image, or None."""
-    if sample.image is None:
-        return None
-    with Image.open(sample.image) as image:
-        rgb: Image.Image = image.convert("RGB")
-        return rgb
+    """The sample's decoded image in RGB, upright; or None."""
+    return None if sample.image is None else load_picture(sample.image)
 
 
 def digest(samples: Sequence[Sample], generate: int | None) -> str:
@@ -164,32 +237,98 @@ def digest(samples: Sequence[Sample], generate: int | None) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _parse_line(path: Path, number: int, line: str) -> Sample:
-    where = f"{path.name}:{number}"
+def _is_beside(path: Path) -> bool:
+    """Whether an entry of a folder of pictures is none by its name."""
+    name = path.name.lower()
+    return (
+        name.startswith(".") or name in _SYSTEM_ENTRIES or (path.suffix.lower() in _TEXT_SUFFIXES and not path.is_dir())
+    )
+
+
+def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
+    """What each line holds: how its sample is called, how messages call the line, and its JSON or why it is none."""
+    text = _read_text(path)
+    start = text.lstrip()
+    if start.startswith("["):
+        try:
+            items = parse_json(text)
+        except ValueError as error:
+            raise SampleError(f"{path}: begins like a JSON array, but is not valid JSON ({error})") from None
+        for number, item in enumerate(items if isinstance(items, list) else (), 1):
+            yield f"{path.name}:{number}", f"item {number}", item
+        return
+    if start.startswith("{\n") or start.startswith("{\r\n"):  # no line of JSON lines ends after its first brace
+        with suppress(ValueError):
+            yield f"{path.name}:1", "line 1", parse_json(text)
+            return
+    # splitlines also cuts at U+2028, which JSON may hold; a lone \r is how files of old Macs end lines.
+    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
+        if line.strip():
+            try:
+                document = parse_json(line)
+            except ValueError as error:
+                yield f"{path.name}:{number}", f"line {number}", error
+            else:
+                yield f"{path.name}:{number}", f"line {number}", document
+
+
+def _read_text(path: Path) -> str:
+    """The text of a samples file. Raises SampleError that names its encoding if that is not UTF-8."""
     try:
-        fields = parse_json(line)
-    except ValueError as error:
-        raise SampleError(f"{path}, line {number}: is not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise SampleError(f"{path}, line {number}: is a JSON {type(fields).__name__}, an object is needed")
-    unknown = sorted(set(fields) - {"image", "prompt", "text"})
-    if unknown:
-        raise SampleError(f"{path}, line {number}: unknown key {unknown[0]!r:.60}; known are image, prompt, text")
-    for key, value in fields.items():
-        if value is not None and not isinstance(value, str):
-            raise SampleError(f"{path}, line {number}: {key} is {value!r:.60}, a string or null is needed")
-    image, prompt, text = fields.get("image"), fields.get("prompt"), fields.get("text")
-    if not (image or prompt or text):
-        raise SampleError(f"{path}, line {number}: has neither image nor prompt nor text; give at least one")
-    file = None if image is None else path.parent / image
-    if file is not None:
-        reason = _image_defect(file)
-        if reason is not None:
-            raise SampleError(f"{path}, line {number}: image {image} is not usable ({reason})")
-    return _sample(where, file, prompt, text)
+        raw = read_input(path, MAX_LINES_BYTES)
+    except CheckpointError as error:
+        raise SampleError(str(error)) from error
+    if len(raw) > MAX_LINES_BYTES:
+        raise SampleError(
+            f"{path}: has more than {MAX_LINES_BYTES // 2**20} MiB, which no calibration needs; give fewer or shorter lines"
+        )
+    for magic, what in _FILE_MAGIC:
+        if raw.startswith(magic):
+            raise SampleError(f"{path}: is {what}; give a JSON-lines file as --calib-samples")
+    convert = f"UTF-8 is needed; convert it: iconv -f {{}} -t UTF-8 {quote(path.name)} > new.jsonl"
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:_START].count(0) * 4 > len(raw[:_START]):
+        raise SampleError(f"{path}: is UTF-16 text, {convert.format('UTF-16')}")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = raw[: error.start].count(b"\n") + 1
+        try:
+            raw.decode("gb18030")
+        except UnicodeDecodeError:
+            raise SampleError(
+                f"{path}, line {number}: is not UTF-8 text ({error}); give a JSON-lines file as --calib-samples"
+            ) from None
+        raise SampleError(
+            f"{path}, line {number}: is not UTF-8 text, perhaps GBK; {convert.format('GB18030')}"
+        ) from None
 
 
-def _sample(name: str, image: Path | None, prompt: str | None, answer: str | None) -> Sample:
+def _listed(names: Sequence[str], separator: str) -> str:
+    """The first few, and how many more."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return separator.join(names[:_LISTED]) + more
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _folder_note(folders: Sequence[str]) -> tuple[str, ...]:
+    if not folders:
+        return ()
+    return (f"{_counted(len(folders), 'sub-folder')} of pictures not entered: {_listed(folders, ', ')}",)
+
+
+def _deep_note(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    return (
+        f"{_counted(len(names), 'picture')} with more than 8 bits a channel ({_listed(names, ', ')}): values are cut to "
+        "0 to 255, as transformers and the engines do, which leaves them nearly white or black; convert them to 8 bits",
+    )
+
+
+def _sample(name: str, image: PictureFile | None, prompt: str | None, answer: str | None) -> Sample:
     sha = hashlib.sha256()
     for part in _parts(image, prompt, answer):
         sha.update(len(part).to_bytes(8, "little"))
@@ -197,25 +336,13 @@ def _sample(name: str, image: Path | None, prompt: str | None, answer: str | Non
     return Sample(name, image, prompt, answer, sha.hexdigest())
 
 
-def _parts(image: Path | None, prompt: str | None, answer: str | None) -> Iterator[bytes]:
-    yield b"" if image is None else image.read_bytes()
+def _parts(image: PictureFile | None, prompt: str | None, answer: str | None) -> Iterator[bytes]:
+    match image:
+        case None:
+            yield b""
+        case Path():
+            yield image.read_bytes()
+        case InlinePicture():
+            yield image.data
     yield (prompt or "").encode()
     yield (answer or "").encode()
-
-
-def _image_defect(path: Path) -> str | None:
-    """Why the file cannot be used as an image, or None."""
-    try:
-        if path.exists() and not path.is_file():
-            return "no regular file"  # opening a pipe would wait for somebody to write into it
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        return "no such file"
-    except PermissionError:
-        return "no permission to read it"
-    except Exception as error:  # Pillow's decoders raise whatever a broken file trips over
-        if is_out_of_memory(error):
-            raise
-        return f"{type(error).__name__}: does not decode as an image"
-    return None

@@ -40,7 +40,8 @@ CalibSamples = Annotated[
     Path | None,
     typer.Option(
         "--calib-samples",
-        help="JSON-lines file of samples with image, prompt and text (answer), each optional. Alone, or beside --calib-images.",
+        help="JSON-lines file of samples with image, prompt and text (answer), each optional; messages (OpenAI) and "
+        "conversations (ShareGPT, LLaVA) are read too. Alone, or beside --calib-images.",
         rich_help_panel=CALIBRATION,
     ),
 ]
@@ -71,7 +72,7 @@ SkipBadImages = Annotated[
     bool,
     typer.Option(
         "--skip-bad-images/--no-skip-bad-images",
-        help="Leave out files that do not decode as images, instead of stopping.",
+        help="Leave out images that do not decode or that the model does not take, instead of stopping.",
         rich_help_panel=CALIBRATION,
     ),
 ]

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from shlex import quote
 from typing import TYPE_CHECKING, Final
 
-import psutil
 from rich.table import Table
 from rich.text import Text
 
 from glmq.cli.console import VisibleTable, stdout
 from glmq.engines import Engine, Place
+from glmq.machine import available_memory
 from glmq.model.config import FAMILY
 from glmq.quoting import visible_json
 from glmq.records import PassTime
@@ -129,7 +129,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
     """What a run would do and need, as tables or JSON."""
     from glmq.checkpoint.disk import free_bytes  # imports torch, which `glmq inspect` starts without
 
-    free, memory = free_bytes(folder), psutil.virtual_memory().available
+    free, memory = free_bytes(folder), available_memory()
     if as_json:
         print_json(
             {
@@ -177,7 +177,7 @@ def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_jso
     from glmq.checkpoint.disk import free_bytes
 
     plan, seconds = forecast.plan, forecast.seconds
-    free, memory = free_bytes(folder), psutil.virtual_memory().available
+    free, memory = free_bytes(folder), available_memory()
     if as_json:
         print_json(
             {

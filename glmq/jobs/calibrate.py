@@ -12,10 +12,12 @@ import torch
 from glmq.calibration.convergence import assess
 from glmq.calibration.dry_run import CalibrationPlan, estimate_seconds, plan_calibration
 from glmq.calibration.generate import generate_answers, plan_generation, with_answers
+from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import (
     WANTED_IMAGES,
     Sample,
+    SampleSet,
     builtin_texts,
     default_images,
     digest,
@@ -35,7 +37,7 @@ from glmq.jobs.notes import describe_convergence, describe_generation
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
-from glmq.model.config import ModelConfig, read_config
+from glmq.model.config import FAMILY, ModelConfig, read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.source import check_source
 from glmq.model.streamed import StreamedModel
@@ -44,6 +46,8 @@ from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
 from glmq.version import __version__
 
+LISTED: Final = 20
+"""Files left out that are named."""
 COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -290,20 +294,34 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
 def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample, ...]:
     """The calibration samples that the options name: images, the lines of the samples file, built-in texts."""
     samples: tuple[Sample, ...] = ()
+    rules = PictureRules(FAMILY, shrinks=options.max_pixels is not None)
     if options.images is not None or options.samples_file is None:
         found = list_images(
-            options.images or default_images(), options.prompt, skip_bad=options.skip_bad, limit=options.limit
+            options.images or default_images(),
+            options.prompt,
+            skip_bad=options.skip_bad,
+            limit=options.limit,
+            rules=rules,
         )
         samples = found.samples
-        for rejected in found.rejected:
-            watcher.note(f"left out {rejected.path.name}: {rejected.reason}")
-        if found.rejected:
-            watcher.note(f"{len(found.rejected)} files left out, {len(samples)} images used")
+        _note_findings(found, "images", watcher)
         if len(samples) < WANTED_IMAGES:
             watcher.note(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
     if options.samples_file is not None:
-        samples += read_samples(options.samples_file, limit=options.limit).samples
+        found = read_samples(options.samples_file, limit=options.limit, skip_bad=options.skip_bad, rules=rules)
+        samples += found.samples
+        _note_findings(found, "samples", watcher)
     return samples + builtin_texts() if options.texts else samples
+
+
+def _note_findings(found: SampleSet, what: str, watcher: Watcher) -> None:
+    for rejected in found.rejected[:LISTED]:
+        watcher.note(f"left out {rejected.name}: {rejected.reason}")
+    if found.rejected:
+        noun = "file" if len(found.rejected) == 1 else "files"
+        watcher.note(f"{len(found.rejected)} {noun} left out, {len(found.samples)} {what} used")
+    for note in found.notes:
+        watcher.note(f"note: {note}")
 
 
 def sources_of(options: CalibrationOptions) -> dict[str, Path | None]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from glmq.calibration.pictures import PictureRules
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
@@ -16,6 +17,7 @@ from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import describe_folder
 from glmq.jobs.watcher import Watcher
+from glmq.model.config import FAMILY
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
 from glmq.progress import Watch
 from glmq.reporting.documents import Caption, Verification
@@ -164,9 +166,10 @@ def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
     """The samples that the options name; none if they name none."""
     if options.images is not None and options.cases is not None:
         raise UsageError("--calib-images and --cases: give one of them")
+    rules = PictureRules(FAMILY, shrinks=options.max_pixels is not None)
     if options.images is not None:
-        return list_images(options.images, options.prompt, skip_bad=False, limit=options.limit).samples
-    return () if options.cases is None else read_samples(options.cases, limit=options.limit).samples
+        return list_images(options.images, options.prompt, skip_bad=False, limit=options.limit, rules=rules).samples
+    return () if options.cases is None else read_samples(options.cases, limit=options.limit, rules=rules).samples
 
 
 def _behave(

@@ -201,6 +201,16 @@ class Family:
     area: Callable[[str], Area]
     """The area that a tensor belongs to, by its name in a float or quantized checkpoint."""
 
+    def picture_defect(self, width: int, height: int) -> str | None:
+        """Why the image processor takes no picture of that many pixels, or None."""
+        smallest, aspect = self.image_processor.smallest_side, self.image_processor.largest_aspect
+        if min(width, height) >= smallest and max(width, height) <= aspect * min(width, height):
+            return None
+        return (
+            f"has {width} x {height} pixels; {self.title} needs sides of at least {smallest} pixels "
+            f"and an aspect ratio of at most {aspect}"
+        )
+
     def vision_blocks(self, sizes: Sizes) -> tuple[Block, ...]:
         """The vision tower's blocks, then its merger."""
         return (*(self.vision_block(sizes, i) for i in range(sizes.vision_depth)), self.merger_block(sizes))

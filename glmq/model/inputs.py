@@ -2,7 +2,7 @@
 
 The image processor and the tokenizer's chat template are transformers'; the expansion of the image placeholder is ours,
 because transformers' own processor class cannot be made without torchvision (for videos that GLM-4.1V calibration lacks).
-EXIF orientation is not applied, as the serving engine does not apply it either.
+Pictures come in RGB and upright, as transformers' `load_image` gives them to the serving engines.
 """
 
 from __future__ import annotations
@@ -178,12 +178,10 @@ class Preprocessor:
 
     def _bounded(self, image: Image.Image) -> Image.Image:
         family, (width, height) = self._config.family, image.size
-        smallest, aspect = family.image_processor.smallest_side, family.image_processor.largest_aspect
-        if min(width, height) < smallest or max(width, height) > aspect * min(width, height):
-            raise SampleError(
-                f"an image of {width} x {height} pixels: {family.title} needs sides of at least {smallest} pixels "
-                f"and an aspect ratio of at most {aspect}"
-            )
+        defect = family.picture_defect(width, height)
+        if defect is not None:
+            raise SampleError(f"its image {defect}")
+        smallest = family.image_processor.smallest_side
         rgb = image.convert("RGB")
         if self._max_pixels is None or width * height <= self._max_pixels:
             return rgb

@@ -204,7 +204,13 @@ def make_good(root: Path) -> None:
     samples = root / "samples"
     samples.mkdir()
     shutil.copy(root / "pictures" / "00.png", samples)
-    lines = ({"image": "00.png", "prompt": "What?", "text": "A."}, {"text": "Only text."})
+    asked = [{"type": "image", "image": "00.png"}, {"type": "text", "text": "What?"}]
+    lines = (
+        {"image": "00.png", "prompt": "What?", "text": "A."},
+        {"text": "Only text."},
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "A."}]},
+        {"image": "", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "A."}]},
+    )
     (samples / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     journal = Journal(samples, {"model": "a"}, writes=True)
     for block in ("first", "second"):

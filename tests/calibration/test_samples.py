@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import PIL
 import pytest
 from PIL import Image
 
@@ -107,7 +108,7 @@ def test_files_that_do_not_decode_stop_the_run_by_name(folder: Path) -> None:
         list_images(folder, PROMPT, skip_bad=False, limit=None)
     assert str(caught.value) == (
         f"{folder}: 2 of 5 files are not usable images: "
-        "cut.png (OSError: does not decode as an image); empty.png (UnidentifiedImageError: does not decode as an image); "
+        "cut.png (is cut off, its end is missing; copy or download it again); empty.png (is empty); "
         "remove them or pass --skip-bad-images"
     )
 
@@ -117,7 +118,7 @@ def test_at_most_five_bad_files_are_listed(folder: Path) -> None:
         (folder / f"bad{number}.png").write_bytes(b"?")
     with pytest.raises(SampleError) as caught:
         list_images(folder, PROMPT, skip_bad=False, limit=None)
-    reason = "(UnidentifiedImageError: does not decode as an image)"
+    reason = f"(is no picture that Pillow {PIL.__version__} reads)"
     listed = "; ".join(f"bad{number}.png {reason}" for number in range(5))
     assert str(caught.value) == (
         f"{folder}: 7 of 10 files are not usable images: {listed} and 2 more; remove them or pass --skip-bad-images"
@@ -128,14 +129,12 @@ def test_bad_files_are_left_out_when_asked_to(folder: Path) -> None:
     (folder / "bad.png").write_bytes(b"?")
     found = list_images(folder, PROMPT, skip_bad=True, limit=None)
     assert [sample.name for sample in found.samples] == ["B.png", "a.jpg", "c.png"]
-    assert found.rejected == (Rejected(folder / "bad.png", "UnidentifiedImageError: does not decode as an image"),)
+    assert found.rejected == (Rejected("bad.png", f"is no picture that Pillow {PIL.__version__} reads"),)
 
 
 def test_a_dangling_link_is_named_and_not_passed_over(folder: Path) -> None:
     os.symlink(folder / "nowhere.png", folder / "link.png")
-    assert list_images(folder, PROMPT, skip_bad=True, limit=None).rejected == (
-        Rejected(folder / "link.png", "no such file"),
-    )
+    assert list_images(folder, PROMPT, skip_bad=True, limit=None).rejected == (Rejected("link.png", "no such file"),)
 
 
 def test_a_file_without_permission_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +156,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skip_bad", [False, True])
 def test_a_folder_without_images_is_refused(skip_bad: bool, tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
+    (tmp_path / ".hidden").mkdir()
     if skip_bad:
         (tmp_path / "bad.png").touch()
     with pytest.raises(SampleError) as caught:
@@ -211,7 +211,8 @@ def test_only_line_feeds_separate_lines_and_a_byte_order_mark_is_skipped(
         ("{'image': 1}", "is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
         ("[1]", "is a JSON list, an object is needed"),
         ('"a.png"', "is a JSON str, an object is needed"),
-        ('{"answer": "x", "text": "y"}', "unknown key 'answer'; known are image, prompt, text"),
+        ('{"answer": "x", "text": "y"}', "has both text and answer, which mean the same; give one of them"),
+        ('{"promt": "x", "text": "y"}', "unknown key 'promt'; known are image, prompt, text, and messages or conversations"),
         ('{"image": 3}', "image is 3, a string or null is needed"),
         ('{"text": ["a"]}', "text is ['a'], a string or null is needed"),
         ("{}", "has neither image nor prompt nor text; give at least one"),
@@ -223,7 +224,7 @@ def test_only_line_feeds_separate_lines_and_a_byte_order_mark_is_skipped(
         ('{"image": "."}', "image . is not usable (no regular file)"),
         ('{"text": "a", "text": "b"}', "is not valid JSON (the key 'text' appears twice)"),
         ('{"image": "none.png"}', "image none.png is not usable (no such file)"),
-        ('{"image": "s.jsonl"}', "image s.jsonl is not usable (UnidentifiedImageError: does not decode as an image)"),
+        ('{"image": "s.jsonl"}', f"image s.jsonl is not usable (is no picture that Pillow {PIL.__version__} reads)"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named_by_its_number(line: str, what: str, tmp_path: Path) -> None:
@@ -267,11 +268,11 @@ def test_a_file_of_endless_lines_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    path.write_bytes(b"\x89PNG")
+    path.write_bytes(b'{"text": "a"}\n\xff')
     with pytest.raises(SampleError) as caught:
         read_samples(path, limit=None)
     assert str(caught.value) == (
-        f"{path}: cannot be read ('utf-8' codec can't decode byte 0x89 in position 0: invalid start byte); "
+        f"{path}, line 2: is not UTF-8 text ('utf-8' codec can't decode byte 0xff in position 14: invalid start byte); "
         "give a JSON-lines file as --calib-samples"
     )
 
@@ -283,6 +284,51 @@ def test_memory_that_is_used_up_is_no_defect_of_a_picture(
         raise MemoryError
 
     shutil.copy(pictures / "00.png", tmp_path)
-    monkeypatch.setattr("glmq.calibration.samples.Image.open", used_up)
+    monkeypatch.setattr(Image, "open", used_up)
     with pytest.raises(MemoryError):
         list_images(tmp_path, "What?", skip_bad=True, limit=None)
+
+
+def test_what_systems_leave_beside_pictures_is_passed_over(folder: Path) -> None:
+    beside = ("Thumbs.db", "desktop.ini", "labels.CSV", "a.xml", "._a.jpg", "IMG_1.AAE", "data.yaml", "Icon\r")
+    for name in beside:
+        (folder / name).write_bytes(b"\0\1")
+    (folder / "__MACOSX").mkdir()
+    (folder / "@eaDir").mkdir()
+    found = list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert [sample.name for sample in found.samples] == ["B.png", "a.jpg", "c.png"]
+    assert found.notes == ()
+
+
+def test_folders_of_pictures_that_are_not_entered_are_named(folder: Path) -> None:
+    for number in range(7):
+        (folder / f"class{number}").mkdir()
+    assert list_images(folder, PROMPT, skip_bad=False, limit=None).notes == (
+        "7 sub-folders of pictures not entered: class0, class1, class2, class3, class4 and 2 more",
+    )
+    for path in folder.glob("*.*"):
+        path.unlink()
+    with pytest.raises(SampleError) as caught:
+        list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert str(caught.value) == (
+        f"{folder}: holds no image ({SUFFIXES} are read); "
+        "its 7 sub-folders (class0, class1, class2, class3, class4 and 2 more) are not entered, give one of them"
+    )
+
+
+def test_no_file_is_read_behind_the_last_that_a_limit_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    whole = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: (opened.append(path.name), whole(path))[1])
+    (folder / "0.png").touch()
+    (folder / "zzz.png").touch()
+    found = list_images(folder, PROMPT, skip_bad=True, limit=2)
+    assert ([sample.name for sample in found.samples], opened) == (["B.png", "a.jpg"], ["0.png", "B.png", "a.jpg"])
+
+
+def test_pictures_that_lose_their_depth_are_named(folder: Path) -> None:
+    Image.new("I;16", (40, 30), 999).save(folder / "x-ray.png")
+    assert list_images(folder, PROMPT, skip_bad=False, limit=None).notes == (
+        "1 picture with more than 8 bits a channel (x-ray.png): values are cut to 0 to 255, as transformers and the engines "
+        "do, which leaves them nearly white or black; convert them to 8 bits",
+    )
