@@ -13,6 +13,7 @@ receives what happens meanwhile; errors are those of `glmq.errors`. Names are im
 `import glmq` loads neither torch nor transformers.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,17 @@ def __getattr__(name: str) -> object:
     """Import a public name when it is first used (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'glmq' has no attribute {name!r}")
-    value: object = getattr(import_module(_HOME[name]), name)
+    from glmq.cann import AUTOLOAD
+
+    before = os.environ.get(AUTOLOAD)
+    os.environ[AUTOLOAD] = "0"  # glmq imports torch_npu itself where an NPU is asked for
+    try:
+        value: object = getattr(import_module(_HOME[name]), name)
+    finally:
+        if before is None:
+            del os.environ[AUTOLOAD]
+        else:
+            os.environ[AUTOLOAD] = before
     globals()[name] = value
     return value
 

@@ -6,12 +6,16 @@ The NPU path has run against a stand-in device module only, never on hardware.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Final, cast
 
 import torch
 
+from glmq.cann import find_ascend
 from glmq.errors import DeviceError
 from glmq.machine import available_memory
 
@@ -38,10 +42,8 @@ def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.d
         return torch.device("cpu")
     npu = _load_npu()
     if not npu.is_available():
-        raise DeviceError(
-            "--device-type npu: torch_npu finds no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, "
-            "or use --device-type cpu"
-        )
+        unseen = "torch_npu finds no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES"
+        raise _no_npu([unseen, *find_ascend().missing()])
     count = int(npu.device_count())
     if local_rank >= count:
         raise DeviceError(
@@ -93,16 +95,34 @@ def release(device: torch.device) -> None:
         npu.empty_cache()
 
 
+@contextmanager
+def without_npu() -> Iterator[None]:
+    """Keep others from importing torch_npu inside, unless it is there already.
+
+    transformers imports it wherever it is installed, which fails on a machine without CANN although nothing asks for an NPU.
+    """
+    if "torch_npu" in sys.modules:
+        yield
+        return
+    sys.modules["torch_npu"] = cast(ModuleType, None)  # what Python takes for "there is none"
+    try:
+        yield
+    finally:
+        del sys.modules["torch_npu"]
+
+
 def _load_npu() -> ModuleType:
     try:
         importlib.import_module("torch_npu")
-    except ImportError as error:
-        raise DeviceError(
-            f"--device-type npu: torch_npu cannot be imported ({error}); install it with `pip install glmq[npu]` "
-            "on a machine with CANN, or use --device-type cpu"
-        ) from error
+    except (ImportError, RuntimeError, OSError) as error:  # whatever its libraries trip over
+        reason = f"torch_npu cannot be imported ({f'{error}'.partition(chr(10))[0]:.200})"
+        raise _no_npu([*find_ascend().missing(), reason]) from error
     module: ModuleType = importlib.import_module("torch").npu
     return module
+
+
+def _no_npu(reasons: Sequence[str]) -> DeviceError:
+    return DeviceError(f"--device-type npu: {'; '.join(reasons)}; or use --device-type cpu")
 
 
 def _npu_device(npu: ModuleType) -> torch.device:

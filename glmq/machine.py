@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _NO_MEMORY: Final = ("can't allocate memory", "cannot allocate memory", "out of memory", "memory allocation of")
+CPUINFO: Final = Path("/proc/cpuinfo")
+FEATURES: Final = (
+    *("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve"),
+)
 CGROUPS: Final = Path("/proc/self/cgroup")
 CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
@@ -49,10 +54,8 @@ def describe_machine() -> list[str]:
     """What a bug report needs: versions, platform, cores and memory; a line each."""
     versions = [f"glmq {__version__}", f"python {platform.python_version()}"]
     for package in PACKAGES:
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"no {package}")
+        version = version_of(package)
+        versions.append(f"no {package}" if version is None else f"{package} {version}")
     total = psutil.virtual_memory().total
     return [
         f"versions: {', '.join(versions)}",
@@ -60,6 +63,34 @@ def describe_machine() -> list[str]:
         f"{available_memory() / 2**30:.1f} of {total / 2**30:.1f} GiB of memory available",
         f"command: {sys.argv}",
     ]
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package, which is not imported; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def processor_name() -> str:
+    """The processor's name, as Linux says it, or else as Python does."""
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def processor_features() -> tuple[str, ...]:
+    """Those instruction sets of the processor that glmq's kernels or torch's products use; empty where it is not known."""
+    flags = set((_cpu_line("flags") or _cpu_line("Features") or "").split())
+    return tuple(flag for flag in FEATURES if flag in flags)
+
+
+def _cpu_line(key: str) -> str | None:
+    """What /proc/cpuinfo says of the first processor."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.split("\t")[0] == key), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

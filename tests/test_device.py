@@ -1,6 +1,9 @@
+import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import psutil
 import pytest
@@ -43,24 +46,72 @@ def test_a_cpu_computes_in_bfloat16_only_if_it_has_such_products(
     assert device.default_compute_dtype(torch.device("cpu")) is dtype
 
 
-def test_a_missing_torch_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing is missing."""
+    state = SimpleNamespace(missing=list)
+    monkeypatch.setattr(device, "find_ascend", lambda: state)
+
+
+def test_a_torch_npu_that_cannot_be_imported_is_explained_by_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "torch_npu", None)
+    monkeypatch.setattr(device, "find_ascend", lambda: SimpleNamespace(missing=lambda: ["one is missing", "so is two"]))
     with pytest.raises(DeviceError) as caught:
         device.resolve("npu")
     assert str(caught.value) == (
-        "--device-type npu: torch_npu cannot be imported (import of torch_npu halted; None in sys.modules); install it with "
-        "`pip install glmq[npu]` on a machine with CANN, or use --device-type cpu"
+        "--device-type npu: one is missing; so is two; "
+        "torch_npu cannot be imported (import of torch_npu halted; None in sys.modules); or use --device-type cpu"
     )
+    assert caught.value.exit_code == 5
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_torch_npu_without_an_npu_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, StandInNpu(available=False))
     with pytest.raises(DeviceError) as caught:
         device.resolve("npu")
     assert str(caught.value) == (
-        "--device-type npu: torch_npu finds no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES, "
+        "--device-type npu: torch_npu finds no NPU; check `npu-smi info` and ASCEND_RT_VISIBLE_DEVICES; "
         "or use --device-type cpu"
     )
+
+
+def test_others_do_not_find_torch_npu_where_it_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with device.without_npu():
+        assert importlib.util.find_spec("torch_npu") is None
+    assert importlib.util.find_spec("torch_npu") is not None
+    loaded = ModuleType("torch_npu")
+    monkeypatch.setitem(sys.modules, "torch_npu", loaded)
+    with device.without_npu():
+        assert sys.modules["torch_npu"] is loaded
+
+
+@pytest.mark.slow
+def test_a_cpu_run_does_not_need_what_torch_npu_needs(tiny: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "torch_npu-2.13.0.dist-info").mkdir(parents=True)
+    (site / "torch_npu-2.13.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch-npu\nVersion: 2.13.0\n"
+    )
+    (site / "torch_npu-2.13.0.dist-info" / "entry_points.txt").write_text(
+        "[torch.backends]\ntorch_npu = torch_npu:load\n"
+    )
+    (site / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import os, glmq\n"
+        f"options = glmq.CalibrationOptions(limit=1, texts=False)\n"
+        f"glmq.calibrate({str(tiny)!r}, out={str(tmp_path / 'stats')!r}, options=options, dry_run=True)\n"
+        "assert 'TORCH_DEVICE_BACKEND_AUTOLOAD' not in os.environ\n"
+        "import glmq.cli.app\n"
+        "assert os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] == '0'\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_visible_npu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

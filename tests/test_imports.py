@@ -25,7 +25,7 @@ MODULES = {
 
 ROWS = (
     "_native quoting threads version", "errors", "machine spec",
-    "engines records", "progress", "device ranks", "codec", "numerics", "checkpoint", "model",
+    "cann engines records", "progress", "device ranks", "codec", "numerics", "checkpoint", "model",
     "calibration", "quantization", "compression", "inspection", "verification", "reporting", "jobs", "glmq", "cli", "__main__",
 )  # fmt: skip
 """The house from its top: a module imports from the rows above its own, and not from others of its row. `glmq` is the package's
@@ -43,7 +43,8 @@ ALLOWED = {
     "records": {"errors", "spec"},
     "progress": {"records"},
     "threads": set(),
-    "device": {"errors", "machine"},
+    "cann": {"machine"},
+    "device": {"errors", "machine", "cann"},
     "ranks": {"errors"},
     "codec": {"errors", "_native"},
     "numerics": WORDS | {"_native"},
@@ -56,7 +57,7 @@ ALLOWED = {
 }
 ALLOWED["verification"] = ALLOWED["inspection"] | {"inspection"}
 ALLOWED["reporting"] = ALLOWED["verification"] | {"verification"}
-ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "device", "ranks", "reporting"}
+ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "cann", "device", "ranks", "reporting"}
 ALLOWED["cli"] = ALLOWED["jobs"] | {"jobs"}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["glmq"] = ALLOWED["jobs"] | {"jobs"}  # the package hands out what the rooms above it define

@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
+from glmq.cann import AUTOLOAD
 from glmq.cli.calibrate import calibrate
 from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand
 from glmq.cli.compress import compress
 from glmq.cli.demo import demo
+from glmq.cli.doctor import doctor
 from glmq.cli.inspect import inspect
 from glmq.cli.quantize import quantize
 from glmq.cli.verify import verify
@@ -21,6 +23,8 @@ from glmq.version import __version__
 
 # Large tensors in huge pages: a fresh one costs a quarter of the time. torch reads this when it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# torch_npu is imported where an NPU is asked for: left to torch, a machine without CANN could not even run on its CPU.
+os.environ[AUTOLOAD] = "0"
 
 app = typer.Typer(
     help="Quantize and compress GLM-4.1V for Huawei Ascend NPUs.",
@@ -31,7 +35,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in (calibrate, quantize, compress, inspect, verify, demo):
+for command in (calibrate, quantize, compress, inspect, verify, demo, doctor):
     app.command(cls=GlmqCommand, epilog=EXIT_CODES, context_settings=CONTEXT)(command)
 
 

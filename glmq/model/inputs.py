@@ -25,7 +25,7 @@ from glmq.errors import ModelError, SampleError
 from glmq.machine import is_out_of_memory
 from glmq.model.bounded import BoundedError, run_bounded
 from glmq.model.config import ModelConfig
-from glmq.model.lean import no_compiler
+from glmq.model.lean import lean_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +80,7 @@ class Preprocessor:
         self, directory: Path, config: ModelConfig, *, max_pixels: int | None, trust_remote_code: bool
     ) -> None:
         processor = config.family.image_processor
-        with no_compiler():
+        with lean_transformers():
             from transformers.utils import logging
 
             logging.set_verbosity_error()  # transformers 5 warns that torchvision is missing, which we do not want

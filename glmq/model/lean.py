@@ -1,4 +1,4 @@
-"""transformers without the parts of torch that only a compiler or a sharded tensor needs.
+"""transformers without torch_npu, and without the parts of torch that only a compiler or a sharded tensor needs.
 
 The model code of transformers imports `torch._dynamo` (for decorators that say "do not compile me") and
 `torch.distributed.tensor` (for its tensor parallelism), and with them sympy: 70 MiB and two seconds of every command, for
@@ -7,17 +7,27 @@ features that glmq does not use.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from glmq.device import without_npu
+
 _COMPILER = "torch._dynamo"
+
+
+@contextmanager
+def lean_transformers() -> Iterator[None]:
+    """Import transformers inside. On a CPU it takes torch_npu for not installed, which may be there without its libraries."""
+    with without_npu(), no_compiler():
+        import_module("transformers.utils").is_torch_npu_available()  # it keeps its answer
+        yield
 
 
 @contextmanager
@@ -59,7 +69,7 @@ class _Compiler(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         _remove_stand_in()
-        return getattr(importlib.import_module(_COMPILER), name)
+        return getattr(import_module(_COMPILER), name)
 
     @staticmethod
     def disable(fn: Callable[..., Any] | None = None, *_: Any, **__: Any) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from glmq.machine import is_out_of_memory
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
-from glmq.model.lean import no_compiler
+from glmq.model.lean import lean_transformers
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
@@ -273,7 +273,7 @@ def _without_labels(section: JsonObject) -> JsonObject:
 
 def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     family = config.family
-    with no_compiler():
+    with lean_transformers():
         import transformers
         from transformers.utils import logging
 
