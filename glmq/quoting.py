@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -15,6 +16,11 @@ from typing import Final
 LONGEST: Final = 2000
 """Characters of one text that are shown."""
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+
+
+def file_text(name: str) -> str:
+    r"""The name of a file as text that can be written: bytes that are no UTF-8, as old archives leave them, as `\xce`."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def visible(text: str, longest: int = LONGEST) -> str:

@@ -26,6 +26,7 @@ from glmq.calibration.pictures import (
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import JsonValue, parse_json
 from glmq.errors import CheckpointError, SampleError
+from glmq.quoting import file_text
 
 MAX_LINES_BYTES: Final = 256 * 2**20
 """Of a file of samples."""
@@ -148,13 +149,13 @@ def list_images(
             break
         if path.is_dir():
             continue
-        found = examine_picture(path, rules)
+        name, found = file_text(path.name), examine_picture(path, rules)
         if found.defect is not None:
-            rejected.append(Rejected(path.name, found.defect))
+            rejected.append(Rejected(name, found.defect))
             continue
-        samples.append(_sample(path.name, path, prompt, None))
+        samples.append(_sample(name, path, prompt, None))
         if found.is_deep:
-            deep.append(path.name)
+            deep.append(name)
     if rejected and not skip_bad:
         raise SampleError(
             f"{directory}: {len(rejected)} of {len(rejected) + len(samples)} files are not usable images: "
@@ -247,7 +248,7 @@ def _is_beside(path: Path) -> bool:
 
 def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
     """What each line holds: how its sample is called, how messages call the line, and its JSON or why it is none."""
-    text = _read_text(path)
+    text, file = _read_text(path), file_text(path.name)
     start = text.lstrip()
     if start.startswith("["):
         try:
@@ -255,11 +256,11 @@ def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
         except ValueError as error:
             raise SampleError(f"{path}: begins like a JSON array, but is not valid JSON ({error})") from None
         for number, item in enumerate(items if isinstance(items, list) else (), 1):
-            yield f"{path.name}:{number}", f"item {number}", item
+            yield f"{file}:{number}", f"item {number}", item
         return
     if start.startswith("{\n") or start.startswith("{\r\n"):  # no line of JSON lines ends after its first brace
         with suppress(ValueError):
-            yield f"{path.name}:1", "line 1", parse_json(text)
+            yield f"{file}:1", "line 1", parse_json(text)
             return
     # splitlines also cuts at U+2028, which JSON may hold; a lone \r is how files of old Macs end lines.
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
@@ -267,9 +268,9 @@ def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
             try:
                 document = parse_json(line)
             except ValueError as error:
-                yield f"{path.name}:{number}", f"line {number}", error
+                yield f"{file}:{number}", f"line {number}", error
             else:
-                yield f"{path.name}:{number}", f"line {number}", document
+                yield f"{file}:{number}", f"line {number}", document
 
 
 def _read_text(path: Path) -> str:

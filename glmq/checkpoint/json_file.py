@@ -27,7 +27,8 @@ MAX_DEPTH: Final = 64
 """Lists and objects within each other; config.json has 4."""
 MAX_DIGITS: Final = 40
 """Of an integer; tokenizers write 10^30 for "no limit"."""
-_SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
+"""No character: half of one that JSON spells as two, or in the name of a file a byte that is no UTF-8."""
 
 
 def parse_json(raw: bytes | str) -> JsonValue:
@@ -101,7 +102,7 @@ def _check_values(document: JsonValue) -> None:
 
 
 def _check_text(text: str) -> None:
-    if not text.isascii() and _SURROGATE.search(text):
+    if not text.isascii() and SURROGATE.search(text):
         raise ValueError(f"{text!a:.40} has half of a surrogate pair, which is no character")
 
 

@@ -18,6 +18,7 @@ from glmq.cli.demo import demo
 from glmq.cli.doctor import doctor
 from glmq.cli.inspect import inspect
 from glmq.cli.quantize import quantize
+from glmq.cli.streams import mend_streams
 from glmq.cli.verify import verify
 from glmq.version import __version__
 
@@ -65,6 +66,7 @@ def root(
 
 def main() -> None:
     """The entry point of the `glmq` program."""
+    mend_streams()
     # torch and transformers are a million objects that stay. Looking for garbage among them every 700 allocations, and once
     # more at the end, takes a quarter of the start and the whole of the second that a process takes to leave.
     gc.set_threshold(100_000)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from glmq.checkpoint.disk import read_input
-from glmq.checkpoint.json_file import JsonValue, read_json_object
+from glmq.checkpoint.json_file import SURROGATE, JsonValue, read_json_object
 from glmq.errors import ModelError, SampleError
 from glmq.machine import is_out_of_memory
 from glmq.model.bounded import BoundedError, run_bounded
@@ -230,6 +230,11 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
     """The model's tokenizer. Raises ModelError that names the file that is to blame, where one is."""
     from transformers import AutoTokenizer
 
+    if not str(directory).isascii() and SURROGATE.search(str(directory)):
+        raise ModelError(
+            f"{directory}: has a name that is no UTF-8 here, which the tokenizer's library cannot open; rename the folder, "
+            "or give a link to it"
+        )
     _check_added_tokens(directory)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

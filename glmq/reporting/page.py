@@ -101,7 +101,7 @@ def figure(title: str, chart: str) -> str:
 
 def write_page(path: Path, html: str) -> None:
     """Write the page whole or not at all."""
-    write_whole(path, html.encode())
+    write_whole(path, html.encode(errors="backslashreplace"))  # names of files may hold what is no UTF-8
 
 
 def page(title: str, subtitle: Sequence[str], *sections: str) -> str:

@@ -332,3 +332,13 @@ def test_pictures_that_lose_their_depth_are_named(folder: Path) -> None:
         "1 picture with more than 8 bits a channel (x-ray.png): values are cut to 0 to 255, as transformers and the engines "
         "do, which leaves them nearly white or black; convert them to 8 bits",
     )
+
+
+def test_names_that_are_no_utf_8_are_text_in_samples(folder: Path) -> None:
+    named = os.fsencode(folder) + b"/" + "问题".encode("gbk")  # as an archive from Windows leaves them
+    shutil.copy(folder / "c.png", named + b".png")
+    names = [sample.name for sample in list_images(folder, PROMPT, skip_bad=False, limit=None).samples]
+    assert names[-1] == r"\xce\xca\xcc\xe2.png"
+    with open(named + b".jsonl", "w") as file:
+        file.write('{"text": "a"}')
+    assert read_samples(Path(os.fsdecode(named + b".jsonl")), limit=None).samples[0].name == r"\xce\xca\xcc\xe2.jsonl:1"

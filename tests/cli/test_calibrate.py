@@ -251,7 +251,8 @@ def test_a_missing_torch_npu_stops_the_run(
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     result = run(*command(small, tmp_path / "stats", "--calib-images", pictures, "--device-type", "npu"))
     assert result.exit_code == 5
-    assert "error: --device-type npu: torch_npu cannot be imported" in result.stderr
+    assert "\nerror: --device-type npu: " in result.stderr
+    assert "torch_npu cannot be imported" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

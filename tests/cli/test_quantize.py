@@ -491,10 +491,8 @@ def test_a_missing_torch_npu_stops_the_run(
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     result = run("quantize", *the_sparse_command(small, tmp_path / "out", pictures, "npu"), "-q")
     assert result.exit_code == 5
-    assert result.stderr == (
-        "error: --device-type npu: torch_npu cannot be imported (import of torch_npu halted; None in sys.modules); "
-        "install it with `pip install glmq[npu]` on a machine with CANN, or use --device-type cpu\n"
-    )
+    assert result.stderr.startswith("error: --device-type npu: ")
+    assert "torch_npu cannot be imported (import of torch_npu halted; None in sys.modules)" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
