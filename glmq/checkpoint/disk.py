@@ -111,11 +111,11 @@ def no_room(path: Path, wanted: int, error: OSError) -> SpaceError:
         if limit == resource.RLIM_INFINITY:
             return SpaceError(
                 f"{to_write} its file system takes no file that large; choose another disk, "
-                "or write smaller files with --part_file_size"
+                "or write smaller weight files with --part_file_size"
             )
         return SpaceError(
             f"{to_write} files are limited to {limit} bytes here (ulimit -f); raise the limit, "
-            "or write smaller files with --part_file_size"
+            "or write smaller weight files with --part_file_size"
         )
     return _no_space(path, wanted, shutil.disk_usage(path.parent).free)
 

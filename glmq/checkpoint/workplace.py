@@ -35,6 +35,8 @@ REPLACED: Final = "replaced"
 WHOLE: Final = "result.json"
 STATISTICS: Final = "statistics"
 
+LONGEST_NAME: Final = 255
+"""Bytes of a file's name, on every file system that Linux writes."""
 _NOT_CONTENTS: Final = frozenset({"lost+found"})
 """What lies in an empty file system."""
 
@@ -48,7 +50,8 @@ class Workplace:
     place: Path
     """The same without links."""
     is_inside: bool
-    """It cannot be renamed, being a mount point or in a folder that is not ours: it is filled, with the work folder in it."""
+    """It cannot be renamed, being a mount point, in a folder that is not ours, or where this process stands: it is filled, with
+    the work folder in it."""
     work_dir: Path | None
     """Where the work folder shall lie instead."""
 
@@ -56,7 +59,7 @@ class Workplace:
     def of(cls, target: Path, work_dir: Path | None = None) -> Workplace:
         """The places of an output folder, which need not exist."""
         place = target.resolve()
-        is_inside = place.is_dir() and (is_mount(place) or not is_writable(place.parent))
+        is_inside = place.is_dir() and (is_mount(place) or not is_writable(place.parent) or _is_used(place))
         return cls(target, place, is_inside, None if work_dir is None else work_dir.resolve())
 
     @property
@@ -97,6 +100,21 @@ class Workplace:
     def works(self) -> tuple[Path, ...]:
         """The work folder, and the one in `home` through which the result goes if they are two."""
         return tuple(dict.fromkeys((self.work, self.staging)))
+
+
+def _is_used(place: Path) -> bool:
+    """Whether this process, and the shell that started it, stand in `place`: a rename would leave them in a folder that is gone.
+
+    A run that began elsewhere is continued where it began.
+    """
+    name = f".{place.name}.partial"
+    if (place / name).is_dir() or (place.parent / name).is_dir():
+        return (place / name).is_dir()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:
+        return False
+    return here == place or place in here.parents
 
 
 class Owner(Enum):
@@ -195,8 +213,13 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
     # Where a run was killed, perhaps while it moved its result, OutputFolder looks when it has the lock.
     if places.contents() and not overwrite and not is_left and not has_remains(places):
         raise not_empty(target)
-    for folder in dict.fromkeys((places.home, places.work.parent)):
-        _check_folder(folder, target)
+    for path in (*places.works(), *places.locks()):
+        _check_folder(path.parent, places)
+        if len(os.fsencode(path.name)) > LONGEST_NAME:
+            raise UsageError(
+                f"{target}: has a name of {len(os.fsencode(places.place.name))} bytes, and those of the hidden files of a run are "
+                f"longer than the {LONGEST_NAME} that a name may have; choose a shorter one"
+            )
     if places.work_dir is not None and places.place in places.work_dir.parents:
         raise UsageError(f"--work-dir {work_dir}: lies in the output folder {target}; choose another one")
     for work in places.works():
@@ -211,13 +234,21 @@ def not_empty(target: Path) -> UsageError:
     return UsageError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
 
 
-def _check_folder(folder: Path, target: Path) -> None:
+def _check_folder(folder: Path, places: Workplace) -> None:
     """Raise UsageError unless entries can be made in `folder`, which need not exist."""
-    if not is_writable(folder):
-        raise UsageError(
-            f"{target}: {folder} is not writable, where its work folder would lie; make {target} as an empty folder of your "
-            "own, or choose another one"
-        )
+    target, existing = places.target, folder
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"{target}: {existing} is no folder; choose another place")
+    if is_writable(folder):
+        return
+    if folder == places.place:
+        raise UsageError(f"{target}: is not writable; choose another folder, or mount it writable")
+    raise UsageError(
+        f"{target}: {folder} is not writable, where its work folder would lie; make {target} as an empty folder of your "
+        "own, or choose another one"
+    )
 
 
 def _refuse_interrupted(places: Workplace) -> None:

@@ -26,7 +26,7 @@ from glmq.calibration.samples import (
 )
 from glmq.calibration.stats import Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
-from glmq.checkpoint.disk import check_room
+from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.workplace import check_output
@@ -284,6 +284,7 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
         watcher.note(f"note: {journal.note}")
     if not journal.is_resumed:
         check_room(folder.work, work.plan.output_bytes + work.plan.work_bytes)
+        check_file_size(folder.path, max(size for _, size in work.plan.files))
     work = work.answered(journal, ranks, watcher)
     sink = StatsWriter(folder.path, fingerprint, work.samples, settings)
     with watcher.blocks("calibrate", len(work.model.config.family.blocks(work.model.config))) as advance:

@@ -739,6 +739,62 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(target: Path, monk
     )
 
 
+def test_a_place_that_cannot_be_written_itself_is_said_so(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.mkdir(parents=True)
+    monkeypatch.setattr(workplace, "is_writable", lambda _: False)
+    with pytest.raises(UsageError) as caught:
+        check_output(target, overwrite=False)
+    assert str(caught.value) == f"{target}: is not writable; choose another folder, or mount it writable"
+
+
+@pytest.mark.parametrize("below", ["out", "a/b/out"])
+def test_a_place_below_a_file_is_said_so(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError) as caught:
+        check_output(tmp_path / "file" / below, overwrite=False)
+    assert str(caught.value) == f"{tmp_path / 'file' / below}: {tmp_path / 'file'} is no folder; choose another place"
+
+
+def test_a_name_that_leaves_no_room_for_the_hidden_ones_is_said_before_the_work(tmp_path: Path) -> None:
+    check_output(tmp_path / ("图" * 81), overwrite=False)
+    long = tmp_path / ("图" * 82)
+    with pytest.raises(UsageError) as caught:
+        check_output(long, overwrite=False)
+    assert str(caught.value) == (
+        f"{long}: has a name of 246 bytes, and those of the hidden files of a run are longer than the 255 that a name may have; "
+        "choose a shorter one"
+    )
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_the_folder_in_which_the_user_stands_stays_the_same(
+    below: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(target, "old")
+    (target / "deeper").mkdir()
+    monkeypatch.chdir(target / below)
+    before = target.stat().st_ino
+    write(target, overwrite=True)
+    assert (target.stat().st_ino, os.listdir(target)) == (before, ["new.txt"])
+    assert os.path.samefile(target, "." if not below else target)
+
+
+def test_a_run_goes_on_where_it_began_wherever_the_user_stands(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target.mkdir(parents=True)
+    monkeypatch.chdir(target)
+    interrupt(target, blocks=1)
+    monkeypatch.chdir(target.parent)
+    assert {"out/.out.partial/journal.jsonl"} <= tree(target.parent).keys()
+    write(target, resume=True)
+    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    target.joinpath("new.txt").unlink()
+    interrupt(target, blocks=1)
+    monkeypatch.chdir(target)
+    assert {".out.partial/journal.jsonl"} <= tree(target.parent).keys()
+    write(target, resume=True)
+    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+
+
 def refuse_writing(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `parent` look as if it belonged to somebody else, also to root."""
     real = os.access
@@ -837,7 +893,7 @@ def test_a_limit_of_file_size_is_named(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     sentence = (
         ": 5000 bytes are to be written, but files are limited to 4096 bytes here (ulimit -f); "
-        "raise the limit, or write smaller files with --part_file_size"
+        "raise the limit, or write smaller weight files with --part_file_size"
     )
     assert (str(caught.value), str(refused.value)) == (f"{tmp_path / 'file'}{sentence}", f"{tmp_path}{sentence}")
     assert os.listdir(tmp_path) == []
@@ -849,7 +905,7 @@ def test_a_limit_of_file_size_is_named(tmp_path: Path) -> None:
         (errno.EDQUOT, "your quota on its disk is used up; make room within it or choose another disk"),
         (
             errno.EFBIG,
-            "its file system takes no file that large; choose another disk, or write smaller files with --part_file_size",
+            "its file system takes no file that large; choose another disk, or write smaller weight files with --part_file_size",
         ),
     ],
 )

@@ -137,17 +137,21 @@ def test_a_dry_run_says_that_nothing_can_be_written_there(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def test_a_limit_of_file_size_is_named_before_the_work(commands: dict[str, list], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("verb", "options"), [("quantize", ["--dry-run"]), ("calibrate", ["-q"])])
+def test_a_limit_of_file_size_is_named_before_the_work(
+    verb: str, options: list[str], commands: dict[str, list], tmp_path: Path
+) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        result = run(*commands["quantize"], tmp_path / "out", "--dry-run")
+        result = run(*commands[verb], tmp_path / "out", *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert result.exit_code == 5
+    assert "calibrate: 1/" not in result.stderr
     assert result.stderr.endswith(
         "bytes are to be written, but files are limited to 100000 bytes here (ulimit -f); raise the limit, "
-        "or write smaller files with --part_file_size\n"
+        "or write smaller weight files with --part_file_size\n"
     )
 
 
