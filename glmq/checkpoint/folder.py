@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from glmq.checkpoint.workplace import (
     remove_work,
 )
 from glmq.errors import BusyError, GlmqError, InputError, KeptError, NoLocksError, UsageError
+
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class OutputFolder:
@@ -184,6 +187,8 @@ class OutputFolder:
             for name in names:
                 rename_new(result / name, place / name)
             result.rmdir()
+            if place.stat().st_mode & _OTHERS_WRITE:  # as mounts often are; engines refuse such weights
+                set_mode(place, DIRECTORY_MODE)
         except BaseException:
             take_back(work, names, place)
             raise

@@ -103,7 +103,7 @@ class Workplace:
 
 
 def _is_used(place: Path) -> bool:
-    """Whether this process, and the shell that started it, stand in `place`: a rename would leave them in a folder that is gone.
+    """Whether this process, and the shell that started it, stand in `place`: a rename would leave them in no folder at all.
 
     A run that began elsewhere is continued where it began.
     """
@@ -217,8 +217,8 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
         _check_folder(path.parent, places)
         if len(os.fsencode(path.name)) > LONGEST_NAME:
             raise UsageError(
-                f"{target}: has a name of {len(os.fsencode(places.place.name))} bytes, and those of the hidden files of a run are "
-                f"longer than the {LONGEST_NAME} that a name may have; choose a shorter one"
+                f"{target}: has a name of {len(os.fsencode(places.place.name))} bytes, and those of the hidden files of a run "
+                f"are longer than the {LONGEST_NAME} that a name may have; choose a shorter one"
             )
     if places.work_dir is not None and places.place in places.work_dir.parents:
         raise UsageError(f"--work-dir {work_dir}: lies in the output folder {target}; choose another one")

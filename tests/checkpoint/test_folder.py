@@ -721,6 +721,13 @@ def test_a_mount_point_that_somebody_fills_during_the_run_is_left_alone(mount: P
         write(mount)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0o1777, 0o750), (0o775, 0o750), (0o755, 0o755), (0o700, 0o700)])
+def test_a_mount_that_everybody_may_write_is_closed_as_engines_want_it(before: int, after: int, mount: Path) -> None:
+    mount.chmod(before)
+    write(mount)
+    assert stat.S_IMODE(mount.stat().st_mode) == after
+
+
 def test_a_folder_of_our_own_in_one_that_is_not_is_filled(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target.mkdir(parents=True)
     refuse_writing(target.parent, monkeypatch)
@@ -761,8 +768,8 @@ def test_a_name_that_leaves_no_room_for_the_hidden_ones_is_said_before_the_work(
     with pytest.raises(UsageError) as caught:
         check_output(long, overwrite=False)
     assert str(caught.value) == (
-        f"{long}: has a name of 246 bytes, and those of the hidden files of a run are longer than the 255 that a name may have; "
-        "choose a shorter one"
+        f"{long}: has a name of 246 bytes, and those of the hidden files of a run are longer than the 255 that a name may "
+        "have; choose a shorter one"
     )
 
 
@@ -905,7 +912,8 @@ def test_a_limit_of_file_size_is_named(tmp_path: Path) -> None:
         (errno.EDQUOT, "your quota on its disk is used up; make room within it or choose another disk"),
         (
             errno.EFBIG,
-            "its file system takes no file that large; choose another disk, or write smaller weight files with --part_file_size",
+            "its file system takes no file that large; choose another disk, or write smaller weight files with "
+            "--part_file_size",
         ),
     ],
 )
