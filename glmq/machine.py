@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import platform
 import sys
@@ -65,6 +66,7 @@ def describe_machine() -> list[str]:
     ]
 
 
+@functools.cache
 def version_of(package: str) -> str | None:
     """The version of an installed package, which is not imported; None if it is not installed."""
     try:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import W8A8S, calibrate, load_full, quantize
 from make_checkpoint import Size, make_checkpoint
 
+from glmq.model.inputs import Preprocessor
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 
 # A shell's background job ignores Ctrl-C, and so would its children.
@@ -18,6 +20,25 @@ torch.set_num_threads(1)  # the suite shares small machines, and idle threads of
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(name, None)  # they change how typer and rich draw
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers looks at it when it is imported
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_files_and_prompts() -> Iterator[None]:
+    """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, and a
+    child process for each prompt that a chat template has rendered before."""
+    rendered: dict[tuple[object, bool, str], str] = {}
+    render_once = Preprocessor._render_once
+
+    def render(self: Preprocessor, has_image: bool, prompt: str) -> str:
+        key = (str(self._tokenizer.chat_template), has_image, prompt)
+        if key not in rendered:
+            rendered[key] = render_once(self, has_image, prompt)
+        return rendered[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(Preprocessor, "_render_once", render)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
@@ -49,7 +49,9 @@ def parse_json(raw: bytes | str) -> JsonValue:
         )
     except RecursionError:
         raise ValueError(f"more than {MAX_DEPTH} lists and objects lie within each other") from None
-    _check_values(document)
+    _check_depth(document)
+    if "\\u" in text or not text.isascii():
+        _check_texts(document)
     return document
 
 
@@ -81,24 +83,33 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_values(document: JsonValue) -> None:
-    """Refuse what is nested too deep and text that could never be written again, level by level."""
-    level = [document]
-    for _ in range(MAX_DEPTH + 1):
-        below: list[JsonValue] = []
-        for value in level:
-            if isinstance(value, str):
-                _check_text(value)
-            elif isinstance(value, dict):
-                for key in value:
-                    _check_text(key)
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-        if not below:
+def _check_depth(document: JsonValue) -> None:
+    """Refuse what is nested too deep, level by level."""
+    level = [document] if isinstance(document, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [item for value in level for item in _items(value) if isinstance(item, dict | list)]
+        if not level:
             return
-        level = below
     raise ValueError(f"more than {MAX_DEPTH} lists and objects lie within each other")
+
+
+def _items(value: JsonValue) -> Iterable[JsonValue]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _check_texts(document: JsonValue) -> None:
+    """Refuse text that could never be written again."""
+    stack = [document]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            _check_text(value)
+        elif isinstance(value, dict):
+            for key in value:
+                _check_text(key)
+        stack += _items(value)
 
 
 def _check_text(text: str) -> None:

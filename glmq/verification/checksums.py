@@ -14,6 +14,7 @@ import xxhash
 from glmq.checkpoint.checksums import (
     CHECKSUMS,
     Checksums,
+    digest_of,
     file_checksum,
     header_checksum,
     read_checksums,
@@ -72,9 +73,13 @@ def _check_tensors(checkpoint: Checkpoint, checksums: Checksums) -> Iterator[Fin
 
 
 def _check_files(checkpoint: Checkpoint, checksums: Checksums) -> Iterator[Finding | Checked | Skipped]:
-    directory = checkpoint.directory
+    directory, opened = checkpoint.directory, set(checkpoint.files())
+
+    def checksum_of_header(path: Path) -> str:
+        return digest_of(checkpoint.header(path).raw) if path in opened else header_checksum(path)
+
     for what, listed, checksum in (
-        ("its header was", checksums.headers, header_checksum),
+        ("its header was", checksums.headers, checksum_of_header),
         ("it was", checksums.files, file_checksum),
     ):
         for name, wanted in listed.items():

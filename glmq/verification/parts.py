@@ -147,29 +147,38 @@ def check_parts(folder: Folder, source_dir: Path | None) -> Iterator[Finding]:
             if (world, rank) not in ranks:
                 yield first.error("", f"rank {rank} of {world} is missing; every rank needs its own weights")
     for (world, rank), tensors in sorted(ranks.items()):
-        part = _Part(folder, rank, world, tensors)
-        yield from _check_description(part)
-        yield from _check_names(part, ranks.get((world, 0), {}))
-        yield from _check_linears(part)
-        if source is not None and config is not None:
-            yield from _check_against(part, source)
+        with _RankWeights(folder, rank, world, tensors) as part:
+            yield from _check_description(part)
+            yield from _check_names(part, ranks.get((world, 0), {}))
+            yield from _check_linears(part)
+            if source is not None and config is not None:
+                yield from _check_against(part, source)
     if source is not None:
         source.checkpoint.close()
 
 
-class _Part:
-    """The weights of one rank."""
+class _RankWeights:
+    """The weights of one tensor-parallel rank; its files stay open until the end of `with`."""
 
     def __init__(self, folder: Folder, rank: int, world: int, tensors: Mapping[str, StoredTensor]) -> None:
-        self.folder, self.rank, self.world, self.tensors = folder, rank, world, tensors
+        self.rank, self.world, self.tensors = rank, world, tensors
         self.label = f"rank {rank} of {world}"
         self.layout = _LAYOUTS[folder.kind]
+        self._files: dict[Path, Checkpoint] = {}
+
+    def __enter__(self) -> _RankWeights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for checkpoint in self._files.values():
+            checkpoint.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the part."""
-        stored = self.tensors[name]
-        with Checkpoint(stored.file.parent, {stored.file: read_header(stored.file)}) as checkpoint:
-            return checkpoint.read(name)
+        """One of its tensors."""
+        file = self.tensors[name].file
+        if file not in self._files:
+            self._files[file] = Checkpoint(file.parent, {file: read_header(file)})
+        return self._files[file].read(name)
 
     def linears(self) -> Iterator[str]:
         """Names of the linears that are stored as integers."""
@@ -215,7 +224,7 @@ def _open_source(directory: Path | None, check: Check) -> Generator[Finding, Non
         return None
 
 
-def _check_description(part: _Part) -> Iterator[Finding]:
+def _check_description(part: _RankWeights) -> Iterator[Finding]:
     """Checks 21 and 22: one weight file and one description for each of MindIE's ranks, every tensor described."""
     if part.layout is not Engine.MINDIE:
         return
@@ -231,7 +240,7 @@ def _check_description(part: _Part) -> Iterator[Finding]:
             yield Check.PART_NAMES.error(f"{part.label}: {name}", f"is described as {found}")
 
 
-def _check_names(part: _Part, first: Mapping[str, StoredTensor]) -> Iterator[Finding]:
+def _check_names(part: _RankWeights, first: Mapping[str, StoredTensor]) -> Iterator[Finding]:
     """Check 22: every rank has the same tensors, under the engine's names."""
     for name in part.tensors.keys() ^ first.keys():
         where = "only on rank 0" if name in first else f"only on {part.label}"
@@ -241,7 +250,7 @@ def _check_names(part: _Part, first: Mapping[str, StoredTensor]) -> Iterator[Fin
             yield Check.PART_NAMES.error(f"{part.label}: {name}", "has the name of the un-sharded checkpoint")
 
 
-def _check_linears(part: _Part) -> Iterator[Finding]:
+def _check_linears(part: _RankWeights) -> Iterator[Finding]:
     """Checks 23, 24 and 28 of each compressed linear."""
     check = Check.PART_LINEARS if part.layout is Engine.MINDIE else Check.SHARD_LINEARS
     for linear in part.linears():
@@ -261,7 +270,7 @@ def _check_linears(part: _Part) -> Iterator[Finding]:
             yield from _check_sizes(part, linear, where, check)
 
 
-def _check_sizes(part: _Part, linear: str, where: str, check: Check) -> Iterator[Finding]:
+def _check_sizes(part: _RankWeights, linear: str, where: str, check: Check) -> Iterator[Finding]:
     info = part.read(f"{linear}.info").tolist()
     if len(info) != 5 or info[:2] != [TILING, TILING] or info[4] != 1 or min(info[2:4]) < 1:
         yield check.error(f"{where}.info", f"is {info}, wanted [8, 8, columns, rows, 1]")
@@ -305,7 +314,7 @@ def index_length(rows: int, cols: int) -> int:
     return 8 * math.ceil(math.ceil(cols / 32) / 8) * math.ceil(math.ceil(rows / 16) / 8)
 
 
-def _check_against(part: _Part, source: Source) -> Iterator[Finding]:
+def _check_against(part: _RankWeights, source: Source) -> Iterator[Finding]:
     """Check 25: every tensor made again from the W8A8S checkpoint. Compressed weights are compared by size alone."""
     try:
         wanted = rank_tensors(source.checkpoint, source.config, part.layout, part.rank, part.world)
@@ -323,7 +332,7 @@ def _check_against(part: _Part, source: Source) -> Iterator[Finding]:
         yield Check.PART_SOURCE.error(part.label, f"cannot be made again from the source: {error}")
 
 
-def _check_same(part: _Part, tensor: RankTensor, source: Checkpoint) -> Iterator[Finding]:
+def _check_same(part: _RankWeights, tensor: RankTensor, source: Checkpoint) -> Iterator[Finding]:
     name, where = tensor.spec.name, f"{part.label}: {tensor.spec.name}"
     if tensor.is_matrix:
         base = name.removesuffix(".weight")
