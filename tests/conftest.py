@@ -1,9 +1,10 @@
 """Fixtures that many rooms share: the tiny trained model, a smaller random one, their statistics, a quantized checkpoint."""
 
+import fcntl
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,30 +54,42 @@ def pictures() -> Path:
     return TINY_PICTURES
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder of that name, made by the first test process that asks for it and read by all. Do not write into it."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's statistics folder over all 16 pictures."""
-    return calibrate(tiny, tmp_path_factory.mktemp("tiny") / "stats", pictures)
+    return once(tmp_path_factory, "tiny-stats", lambda out: calibrate(tiny, out, pictures))
 
 
 @pytest.fixture(scope="session")
 def tiny_seed(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model quantized: W8A8S by sigma, fp16."""
-    return quantize(tiny, tiny_stats, tmp_path_factory.mktemp("tiny") / "w8a8s", **W8A8S)
+    return once(tmp_path_factory, "tiny-w8a8s", lambda out: quantize(tiny, tiny_stats, out, **W8A8S))
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights: 2 text layers of width 64, 1 vision block of width 32, bf16. Do not write into it."""
-    folder = tmp_path_factory.mktemp("small") / "model"
-    make_checkpoint(folder, Size())
-    return folder
+    return once(tmp_path_factory, "small", lambda folder: make_checkpoint(folder, Size()))
 
 
 @pytest.fixture(scope="session")
 def small_stats(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's statistics over two pictures."""
-    return calibrate(small, tmp_path_factory.mktemp("small") / "stats", pictures, limit=2)
+    return once(tmp_path_factory, "small-stats", lambda out: calibrate(small, out, pictures, limit=2))
 
 
 @pytest.fixture
