@@ -1,14 +1,16 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 
+import helpers
 import pytest
-from helpers import PACKAGES, run_ranks
+import torch
+from helpers import run_ranks
 
-from glmq.errors import MeetingError, UsageError
+from glmq.errors import LostRanksError, MeetingError, OtherRankError, UsageError
 from glmq.ranks import Place, Ranks, read_place
 
 
@@ -40,81 +42,53 @@ def test_an_environment_that_torchrun_does_not_make_is_refused(
     )
 
 
-PROGRAM = """
-import os, sys, time
-from datetime import timedelta
-import torch
-from glmq.errors import LostRanksError, OtherRankError
-from glmq.ranks import Ranks, read_place
-
-place = read_place()
-
-def meet_again(ranks):
+def meet_again(ranks: Ranks, tell: Callable[[object], None]) -> None:
     try:
         ranks.all_gather("again")
     except LostRanksError as error:
-        print(str(error).partition("(")[0], flush=True)
-
-os.environ["MASTER_PORT"] = sys.argv[1]
-with Ranks(place, timedelta(seconds=1)) as ranks:
-    print(ranks.all_gather("word %d" % place.rank), flush=True)
-    given = [torch.arange(place.rank + 2.0, dtype=torch.bfloat16), torch.zeros(0), torch.tensor(place.rank)][place.rank:]
-    print(ranks.all_gather_tensors(given), flush=True)
-    print(ranks.gather(given), flush=True)
-    try:
-        ranks.all_gather("", ValueError("bad") if place.rank == 1 else None)
-    except (OtherRankError, ValueError) as error:
-        print(error, flush=True)
-    if place.rank == 1:
-        time.sleep(2)
-    else:
-        meet_again(ranks)
-os.environ["MASTER_PORT"] = sys.argv[2]
-with Ranks(place, timedelta(hours=1)) as ranks:
-    print(ranks.all_gather("word %d" % place.rank), flush=True)
-    if place.rank == 1:
-        os._exit(0)
-    meet_again(ranks)
-"""
+        tell(str(error).partition("(")[0])
 
 
 @pytest.mark.slow
 def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
-    ports = []
-    for _ in range(2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(str(probe.getsockname()[1]))
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *ports],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment | {"RANK": str(rank)},
-            cwd=PACKAGES,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120) for process in processes]
-    words, lost = "['word 0', 'word 1']\n", "rank 0 of 2: lost the other ranks \n"
+    second_port = str(helpers.free_port())
+
+    def work(tell: Callable[[object], None]) -> None:
+        place = read_place()
+        with Ranks(place, timedelta(seconds=1)) as ranks:
+            tell(ranks.all_gather(f"word {place.rank}"))
+            mine = [torch.arange(place.rank + 2.0, dtype=torch.bfloat16), torch.zeros(0), torch.tensor(place.rank)]
+            tell(ranks.all_gather_tensors(mine[place.rank :]))
+            tell(ranks.gather(mine[place.rank :]))
+            try:
+                ranks.all_gather("", ValueError("bad") if place.rank == 1 else None)
+            except (OtherRankError, ValueError) as error:
+                tell(error)
+            if place.rank == 1:
+                time.sleep(2)
+            else:
+                meet_again(ranks, tell)
+        os.environ["MASTER_PORT"] = second_port
+        with Ranks(place, timedelta(hours=1)) as ranks:
+            tell(ranks.all_gather(f"word {place.rank}"))
+            if place.rank == 1:
+                os._exit(0)
+            meet_again(ranks, tell)
+
+    words, lost = "['word 0', 'word 1']", "rank 0 of 2: lost the other ranks "
     first = "[tensor([0., 1.], dtype=torch.bfloat16), tensor([]), tensor(0)]"
     second = "[tensor([]), tensor(1)]"
-    shared = f"[{first}, {second}]\n"
-    told = "stopped because rank 1 failed: bad\n"
-    assert [out for out, _ in said] == [
-        words + shared + shared + told + lost + words + lost,
-        words + shared + f"[[], {second}]\n" + "bad\n" + words,
-    ], said
+    shared = f"[{first}, {second}]"
+    assert helpers.fork_ranks(2, work) == [
+        [words, shared, shared, "stopped because rank 1 failed: bad", lost, words, lost],
+        [words, shared, f"[[], {second}]", "bad", words],
+    ]
 
 
 @pytest.fixture
 def free_port(monkeypatch: pytest.MonkeyPatch) -> str:
     """A port that nobody listens on; the environment says that two ranks meet there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(helpers.free_port())
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", port)
     return port
@@ -155,41 +129,29 @@ def test_the_others_have_five_minutes_to_come(free_port: str) -> None:
     assert f"waits for rank 0 at 127.0.0.1:{free_port}, for at most 5 minutes; " in notes[0]
 
 
-WAITING = """
-import signal, sys
-from glmq.ranks import Ranks, read_place
-
 class Ended(BaseException):
-    pass
+    """Raised by the signal of this test."""
 
-def end(*_):
-    raise Ended
 
-signal.signal(signal.SIGTERM, end)
-try:
-    with Ranks(read_place(), note=lambda text: print("waiting", flush=True)):
+def wait_for_the_others(tell: Callable[[object], None]) -> None:
+    def end(*_: object) -> None:
+        raise Ended
+
+    signal.signal(signal.SIGTERM, end)
+    with Ranks(read_place(), note=lambda text: tell("waiting")):
         pass
-except (Ended, KeyboardInterrupt) as error:
-    print(type(error).__name__)
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("sent", "said"), [(signal.SIGTERM, "Ended"), (signal.SIGINT, "KeyboardInterrupt")])
-def test_a_rank_that_waits_hears_signals(free_port: str, rank: int, sent: signal.Signals, said: str) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"WORLD_SIZE": "2", "RANK": str(rank)},
-        cwd=PACKAGES,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "waiting\n"
-    process.send_signal(sent)
-    assert process.communicate(timeout=30)[0] == f"{said}\n"
-    assert process.returncode == 0
+@pytest.mark.parametrize(("sent", "said"), [(signal.SIGTERM, "Ended: "), (signal.SIGINT, "KeyboardInterrupt: ")])
+def test_a_rank_that_waits_hears_signals(rank: int, sent: signal.Signals, said: str) -> None:
+    process, reading = helpers.fork_rank(rank, 2, helpers.free_port(), wait_for_the_others)
+    with open(reading, encoding="utf-8") as lines:
+        assert lines.readline() == "waiting\n"
+        os.kill(process, sent)
+        assert lines.read() == f"{said}\n"
+    os.waitpid(process, 0)
 
 
 def test_a_taken_port_is_said_in_one_sentence(free_port: str) -> None:
