@@ -1,7 +1,9 @@
 """Fixtures that many rooms share: the tiny trained model, a smaller random one, their statistics, a quantized checkpoint."""
 
+import ctypes
 import fcntl
 import os
+import platform
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 
 # A shell's background job ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if platform.libc_ver()[0] == "glibc":  # keep what small models free for the next one, as glmq/cli/malloc.py does
+    ctypes.CDLL(None).mallopt(-1, 2**30)
 torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(name, None)  # they change how typer and rich draw

@@ -193,7 +193,7 @@ def test_without_the_shell_all_tests_but_its_own_can_be_collected(tmp_path: Path
         # An editable installation would find the shell in the checkout.
         "import importlib.util, sys, pytest; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)];"
         "assert importlib.util.find_spec('glmq.cli') is None;"
-        "sys.exit(pytest.main(['--collect-only', '-qq', '-n', '0', '-p', 'no:cacheprovider', 'tests']))"
+        "sys.exit(pytest.main(['--collect-only', '-qq', '-n', '0', '-p', 'no:cacheprovider', '--assert=plain', 'tests']))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -56,7 +56,7 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("record", range(LINES))
+@pytest.mark.parametrize("record", [0, 2, BLOCKS - 1, BLOCKS, BLOCKS + 1, BLOCKS + 3, LINES - 1])
 def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int
 ) -> None:

@@ -53,12 +53,9 @@ RECIPES: dict[str, dict[str, object]] = {
     "every linear dynamic": ALL_DYNAMIC,
 }  # fmt: skip
 TRAINED = {
-    "W8A8, no smoothing": {"anti_method": "none"},
     "W8A8S, no smoothing": {**W8A8S, "anti_method": "none"},
     "W4A8_DYNAMIC, no smoothing": {**W4A8, "anti_method": "none"},
     "W8A8S, one bit": {**W8A8S, "target_bits": 1.0},
-    "W8A8S, two bits": {**W8A8S, "target_bits": 2.0},
-    "W8A8S, a target ratio": {**W8A8S, "target_ratio": 0.3},
     "W8A8S, reference": {**W8A8S, "method": "reference"},
     "W8A8_DYNAMIC, three bits": {**DYNAMIC, "target_bits": 3.0},
     "a type of its own for down_proj": DOWN_PROJ,
