@@ -352,19 +352,25 @@ def norm_specs(name: str, width: int, *, dtype: FloatDtype, form: Form) -> list[
     ]
 
 
-def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, form: Form) -> dict[str, Tensor]:
-    """The tensors of the RMSNorm `name`: weight, zero float32 bias, and both again as `.module.*` in the MindIE form.
+def encode_norm(
+    name: str, weight: Tensor, *, dtype: FloatDtype, form: Form, bias: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the RMSNorm `name`: weight, float32 bias, and both again as `.module.*` in the MindIE form.
 
     Args:
         name: of the norm, without `.weight`.
         weight: float [width], smoothing folded in.
         dtype: of the written model.
         form: of the checkpoint.
+        bias: float32 [width]; None for zeros.
 
     Raises:
         CheckpointError: the weight does not fit `dtype`.
     """
-    stored = {"weight": to_float(f"{name}.weight", weight, dtype), "bias": torch.zeros(weight.shape)}
+    stored = {
+        "weight": to_float(f"{name}.weight", weight, dtype),
+        "bias": torch.zeros(weight.shape) if bias is None else bias,
+    }
     owners = (name, f"{name}.module") if form is Form.MINDIE else (name,)
     return {f"{owner}.{suffix}": tensor for owner in owners for suffix, tensor in stored.items()}
 

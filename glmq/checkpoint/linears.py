@@ -73,15 +73,18 @@ def norm_specs(name: str, width: int, *, dtype: FloatDtype, form: Form) -> list[
     return specs
 
 
-def encode_norm(name: str, weight: Tensor, *, dtype: FloatDtype, form: Form) -> dict[str, Tensor]:
+def encode_norm(
+    name: str, weight: Tensor, *, dtype: FloatDtype, form: Form, bias: Tensor | None = None
+) -> dict[str, Tensor]:
     """The tensors of the RMSNorm `name`, by name; arguments and errors as in ascend.py.
 
     The Ascend forms add a bias, which other engines would not know.
     """
     match form:
         case Form.ASCEND_V1 | Form.MINDIE:
-            tensors = ascend.encode_norm(name, weight, dtype=dtype, form=form)
+            tensors = ascend.encode_norm(name, weight, dtype=dtype, form=form, bias=bias)
         case Form.COMPRESSED_TENSORS:
+            assert bias is None, "the recipe refuses it"
             tensors = {f"{name}.weight": ascend.to_float(f"{name}.weight", weight, dtype)}
         case other:
             assert_never(other)

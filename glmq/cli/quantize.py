@@ -134,6 +134,14 @@ def quantize(
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = "compensated",
+    channel_shift: Annotated[
+        bool,
+        typer.Option(
+            "--channel-shift/--no-channel-shift",
+            help="Centre each input channel by the norm's bias: finer ranges for W8A8 and W8A8S. Not yet run on hardware.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = False,
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
@@ -307,6 +315,7 @@ def quantize(
                 target_ratio=target_ratio,
                 allocate=allocate,
                 bias_correction=bias_correction,
+                channel_shift=channel_shift,
                 keep_float=tuple(keep_float or ()),
                 layer=tuple(layer or ()),
                 target=target.value,

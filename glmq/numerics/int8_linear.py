@@ -72,23 +72,31 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize(x, scale, torch.zeros(()), INT8), scale
 
 
-def fold_bias(q: Tensor, bias: Tensor | None, deq_scale: Tensor, offset: int) -> Tensor:
-    """quant_bias = round(bias / deq_scale - offset * sum_k q[n, k]), clamped to int32.
+def fold_bias(q: Tensor, bias: Tensor | None, deq_scale: Tensor, offset: int, shift: Tensor | None = None) -> Tensor:
+    """quant_bias = round(bias / deq_scale + sum_k q[n, k] (shift[k] - offset)), clamped to int32.
 
     Args:
         q: int8 [N, K].
         bias: float32 [N] in output units, or None for zero.
         deq_scale: float32 [N], positive.
         offset: of the input activation.
+        shift: float32 [K], what the norm in front takes off the input, in steps of it; None for nothing.
 
     Returns:
         int32 [N]. Computed in float64, where the integer part is exact.
     """
     sums = torch.cat([q[rows].sum(1, dtype=torch.int32) for rows in row_chunks(q)])
     folded = -float(offset) * sums.double()
+    if shift is not None:
+        folded += shifted_sums(q, shift)
     if bias is not None:
         folded += bias.double() / deq_scale.double()
     return folded.round_().clamp_(-INT32_LIMIT - 1, INT32_LIMIT).to(torch.int32)
+
+
+def shifted_sums(q: Tensor, shift: Tensor) -> Tensor:
+    """What int8 [N, K] makes of a constant input: float64 [N], from the input's [K]."""
+    return torch.cat([q[rows].double() @ shift.double() for rows in row_chunks(q)])
 
 
 def static_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:

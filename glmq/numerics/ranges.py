@@ -28,38 +28,44 @@ HEADROOM: Final = 1.05
 """How much wider than best for the calibration tokens."""
 
 
-def minmax_range(stats: InputStats, scales: Tensor | None) -> tuple[float, float]:
-    """The smallest and the largest value over all samples and channels, after dividing channel j by scales[j]."""
+def minmax_range(stats: InputStats, scales: Tensor | None, shift: Tensor | None = None) -> tuple[float, float]:
+    """The smallest and the largest value over all samples and channels, channel j divided by scales[j], less shift[j]."""
     low, high = stats.minimum, stats.maximum
     if scales is not None:
         low, high = low / scales, high / scales
+    if shift is not None:
+        low, high = low - shift, high - shift
     return float(low.min()), float(high.max())
 
 
-def scaled_values(stats: InputStats, scales: Tensor | None) -> Tensor:
-    """The value that stands for each histogram bin, after scaling: float32 [K, BINS].
+def scaled_values(stats: InputStats, scales: Tensor | None, shift: Tensor | None = None) -> Tensor:
+    """The value that stands for each histogram bin, after scaling and shifting: float32 [K, BINS].
 
     A bin's centre, moved inside the channel's true extremes, so that no bin lies outside what was seen.
     """
     centers = bin_centers(stats.exponent)
     values = torch.minimum(torch.maximum(centers, stats.minimum[:, None]), stats.maximum[:, None])
-    return values if scales is None else values / scales[:, None]
+    scaled = values if scales is None else values / scales[:, None]
+    return scaled if shift is None else scaled - shift[:, None]
 
 
-def histogram_range(stats: InputStats, scales: Tensor | None, column_energy: Tensor) -> tuple[float, float]:
+def histogram_range(
+    stats: InputStats, scales: Tensor | None, column_energy: Tensor, shift: Tensor | None = None
+) -> tuple[float, float]:
     """The range with the least expected output error over the calibration tokens.
 
     Args:
         stats: of the unscaled input.
         scales: float32 [K], the input of channel j is divided by scales[j]; None for ones.
         column_energy: float32 [K]: squared norm of column j of all linears that read the input, after scaling.
+        shift: float32 [K], taken off the scaled input; None for zeros.
 
     Returns:
         low <= 0 <= high.
     """
-    low, high = minmax_range(stats, scales)
+    low, high = minmax_range(stats, scales, shift)
     low, high = min(low, 0.0), max(high, 0.0)
-    values = scaled_values(stats, scales).double().reshape(-1)
+    values = scaled_values(stats, scales, shift).double().reshape(-1)
     weights = (stats.histogram.double() * column_energy.double()[:, None]).reshape(-1)
     share = torch.linspace(1.0, 0.0, CANDIDATES, dtype=torch.float64)
     highs, lows = share * high, share * low
@@ -71,9 +77,11 @@ def histogram_range(stats: InputStats, scales: Tensor | None, column_energy: Ten
     return float(lows[best // CANDIDATES]), float(highs[best % CANDIDATES])
 
 
-def clipped_share(stats: InputStats, scales: Tensor | None, low: float, high: float) -> float:
-    """Share of the calibration values outside low..high, after scaling, as far as the histogram resolves it."""
-    values = scaled_values(stats, scales)
+def clipped_share(
+    stats: InputStats, scales: Tensor | None, low: float, high: float, shift: Tensor | None = None
+) -> float:
+    """Share of the calibration values outside low..high, after scaling and shifting, as far as the histogram resolves it."""
+    values = scaled_values(stats, scales, shift)
     outside = stats.histogram[(values < low) | (values > high)].sum().item()
     return outside / max(1, stats.histogram.sum().item())
 

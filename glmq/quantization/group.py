@@ -6,7 +6,7 @@ Pure on tensors: the same inputs give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -57,6 +57,8 @@ class GroupScheme:
     smoothing: Smoothing
     act_range: ActRange
     bias_correction: bool
+    channel_shift: bool = False
+    """The norm in front takes the middle of each channel's range off the input; static activations only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class PreparedGroup:
     """How the activation's range was chosen; empty without one."""
     factor: Factor | None
     """None: no compensation asked for, or no second moment to do it with."""
+    shift: Tensor | None
+    """float32 [K]: what is taken off the scaled input by the norm's bias; None: nothing."""
 
 
 def prepare_group(
@@ -112,20 +116,29 @@ def prepare_group(
         StatisticsError: a second moment that is not positive definite.
     """
     found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
-    smoothed = _smooth(linears, stats, scheme, norm_weight, dtype, found, fold)
+    shift: Tensor | None = None
+    seen = stats
+    is_static = scheme.weight.quant_type.spec.activation is Activation.STATIC
+    if scheme.channel_shift and norm_weight is not None and is_static:
+        shift = (stats.minimum + stats.maximum) / 2
+        seen = replace(stats, minimum=stats.minimum - shift, maximum=stats.maximum - shift)
+    smoothed = _smooth(linears, seen, scheme, norm_weight, dtype, found, fold)
     scales = smoothed.scales
+    if shift is not None:  # as the engine has it, which computes norms in the run dtype
+        shift = (shift if scales is None else shift / scales).to(affine.TORCH_DTYPE[dtype]).float()
     activation: ActivationQParams | None
     match scheme.weight.quant_type.spec.activation:
         case Activation.STATIC:
             weights = [linear.weight for linear in linears]
-            activation, input_range = _activation(weights, stats, scheme, scales, dtype)
+            activation, input_range = _activation(weights, stats, scheme, scales, shift, dtype)
         case Activation.PER_TOKEN | Activation.NONE:
             activation, input_range = None, ""
         case other:
             assert_never(other)
     if found is not None and scales is not None:
         found = found.scaled(1 / scales)
-    return PreparedGroup(smoothed.norm_weight, scales, smoothed.label, activation, input_range, found)
+    label = smoothed.label if shift is None else f"{smoothed.label}, shifted"
+    return PreparedGroup(smoothed.norm_weight, scales, label, activation, input_range, found, shift)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +175,32 @@ def _smooth(
 
 
 def _activation(
-    weights: Sequence[Tensor], stats: InputStats, scheme: GroupScheme, scales: Tensor | None, dtype: FloatDtype
+    weights: Sequence[Tensor],
+    stats: InputStats,
+    scheme: GroupScheme,
+    scales: Tensor | None,
+    shift: Tensor | None,
+    dtype: FloatDtype,
 ) -> tuple[ActivationQParams, str]:
     """The activation scale and offset that all linears of the group share, and how the range was chosen (for the report)."""
-    extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales), dtype=dtype)
+    extremes = affine.activation_qparams(*ranges.minmax_range(stats, scales, shift), dtype=dtype)
     if scheme.act_range is ActRange.MINMAX:
         return extremes, MIN_MAX
     energy = torch.stack([column_energy(w) for w in weights]).sum(0)
     scaled_energy = energy if scales is None else energy * scales.square()
-    low, high = ranges.histogram_range(stats, scales, scaled_energy)
+    low, high = ranges.histogram_range(stats, scales, scaled_energy, shift)
     if scheme.act_range is ActRange.MIXED:
-        sample = stats.sample if scales is None else stats.sample / scales
+        sample = moved_input(stats.sample, scales, shift)
         optimal = affine.activation_qparams(low, high, dtype=dtype)
         if _input_loss(sample, extremes, weights, scales) < _input_loss(sample, optimal, weights, scales):
             return extremes, MIN_MAX
     return affine.steady_qparams(ranges.HEADROOM * low, ranges.HEADROOM * high, dtype=dtype), HISTOGRAM
+
+
+def moved_input(x: Tensor, scales: Tensor | None, shift: Tensor | None) -> Tensor:
+    """What the norm gives instead of x, [T, K]: x / scales - shift."""
+    scaled = x if scales is None else x / scales
+    return scaled if shift is None else scaled - shift
 
 
 def _input_loss(sample: Tensor, params: ActivationQParams, weights: Sequence[Tensor], scales: Tensor | None) -> float:

@@ -38,6 +38,8 @@ class GroupResult:
     reports: list[LinearReport]
     norm_weight: Tensor | None
     """[K] in the storage dtype; None where the group has no norm."""
+    norm_bias: Tensor | None
+    """float32 [K]: what the norm adds to its output; None: nothing."""
     scales: Tensor | None
     """float32 [K]: what the input channels were divided by; None where nothing was scaled."""
     stages: tuple[StageTime, ...]
@@ -95,7 +97,8 @@ def quantize_group(
         with clock.stage("report"):
             reports.append(report_linear(linear, weight, result, stats, scheme, group, method, seconds))
         clock.count("report", flops=4 * stats.sample.shape[0] * weight.numel())
-    return GroupResult(quantized, reports, group.norm_weight, group.scales, clock.take())
+    norm_bias = None if group.shift is None else -group.shift
+    return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take())
 
 
 def _round(
@@ -177,7 +180,8 @@ def _assemble(
         if scheme.bias_correction:
             missing = _mean_error(weight, integers, stats.mean if group.scales is None else stats.mean / group.scales)
             bias = missing if bias is None else bias + missing
-        quant_bias = fold_bias(integers.q, bias, deq_scale, group.activation.offset)
+        shift = None if group.shift is None else group.shift / group.activation.scale
+        quant_bias = fold_bias(integers.q, bias, deq_scale, group.activation.offset, shift)
     return QuantizedLinear(
         quant_type=scheme.weight.quant_type,
         weight=integers.q,

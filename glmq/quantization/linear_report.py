@@ -10,7 +10,7 @@ from glmq.numerics.grouped import expand_groups
 from glmq.numerics.int8_linear import fold_bias, run_linear
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import row_chunks
-from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup
+from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, moved_input
 from glmq.records import LinearReport, QuantizedLinear
 from glmq.spec import Method
 
@@ -41,14 +41,14 @@ def report_linear(
         saturated += int(
             (weight[rows] > (grid.qmax + 0.5) * step).sum() + (weight[rows] < (grid.qmin - 0.5) * step).sum()
         )
-    sample = stats.sample if group.scales is None else stats.sample / group.scales
+    sample = moved_input(stats.sample, group.scales, group.shift)
     low = high = clipped = 0.0
     shift = 0
     if result.activation is not None:
-        shift = _bias_shift(result) if scheme.bias_correction else 0
+        shift = _bias_shift(result, group) if scheme.bias_correction else 0
         low, high = affine.covered_range(result.activation)
         reach = result.activation.scale / 2  # a value half a step outside still rounds to the last integer
-        clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach)
+        clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach, group.shift)
     y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
     output_error = metrics.relative_l2(run_linear(sample, result) * times[:, 0], y)
     return LinearReport(
@@ -76,12 +76,13 @@ def report_linear(
     )
 
 
-def _bias_shift(result: QuantizedLinear) -> int:
+def _bias_shift(result: QuantizedLinear, group: PreparedGroup) -> int:
     """How far the farthest entry of quant_bias is from the one that the bias and the offset alone would give."""
     assert result.activation is not None
     assert result.quant_bias is not None
     assert result.deq_scale is not None
-    plain = fold_bias(result.weight, result.bias, result.deq_scale, result.activation.offset)
+    shift = None if group.shift is None else group.shift / result.activation.scale
+    plain = fold_bias(result.weight, result.bias, result.deq_scale, result.activation.offset, shift)
     return int((result.quant_bias.long() - plain.long()).abs().max())
 
 

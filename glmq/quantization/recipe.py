@@ -67,6 +67,7 @@ class Options:
     target_ratio: float | None = None
     allocate: str = Allocation.ANSWER.value
     bias_correction: bool = False
+    channel_shift: bool = False
     keep_float: tuple[str, ...] = ()
     layer: tuple[str, ...] = ()
     target: str = Target.GENERIC.value
@@ -192,7 +193,9 @@ def make_recipe(options: Options) -> Recipe:
         keep_outliers=options.open_outlier,
     )
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
-    scheme = GroupScheme(weight, smoothing, ActRange(options.act_method), options.bias_correction)
+    scheme = GroupScheme(
+        weight, smoothing, ActRange(options.act_method), options.bias_correction, options.channel_shift
+    )
     rules = (
         *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
         *(_parse_rule(text, quant_type, target, form) for text in options.layer),
@@ -220,6 +223,8 @@ def _refuse_in_form(options: Options, quant_type: QuantType, form: Form) -> None
         raise UsageError(
             "--bias-correction with --format compressed-tensors: it stores no quant_bias to correct; drop one of them"
         )
+    if options.channel_shift and form is Form.COMPRESSED_TENSORS:
+        raise UsageError("--channel-shift with --format compressed-tensors: its norms have no bias; drop one of them")
     if options.group_size != DEFAULT_GROUP_SIZE and not quant_type.has_groups(form):
         raise UsageError(
             f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "
@@ -376,6 +381,8 @@ def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRu
         )
     if options.bias_correction and options.method == Method.REFERENCE.value:
         raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
+    if options.channel_shift and spec.activation is not Activation.STATIC:
+        raise UsageError(f"--channel-shift: engines ignore norms' biases before {quant_type.value} linears; drop it")
     if options.method == Method.REFERENCE.value and options.a_bit == 16:
         raise UsageError(
             f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"

@@ -147,7 +147,10 @@ class _Job:
             parallel = shape.name.endswith(FAMILY.row_parallel)
             self._write(encode_linear(shape.name, linear, dtype=recipe.dtype, form=recipe.form, row_parallel=parallel))
         if group.norm is not None and result.norm_weight is not None:
-            self._write(encode_norm(group.norm, result.norm_weight, dtype=recipe.dtype, form=recipe.form))
+            norm = encode_norm(
+                group.norm, result.norm_weight, dtype=recipe.dtype, form=recipe.form, bias=result.norm_bias
+            )
+            self._write(norm)
         return result.reports
 
     def copy_rest(self, prefix: str) -> None:

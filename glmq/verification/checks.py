@@ -117,8 +117,8 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Veri
     with checkpoint:
         yield Checked(f"names, dtypes, shapes and values of {len(checkpoint)} tensors")
         yield from check_checksums(checkpoint, report)
+        yield from check_shifts(checkpoint, groups)
         if source is not None:
-            yield from check_shifts(checkpoint, groups)
             yield from check_norms(checkpoint, source, groups)
         scalings = {} if source is None else find_scalings(source, checkpoint, groups)
         linears = 0

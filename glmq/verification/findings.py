@@ -31,7 +31,7 @@ class Check(Enum):
     SHARED_INPUT = (12, "linears of one input agree", "error", "warning")
     SPARSE_DTYPE = (13, "sparse types are float16", "error")
     VISION_KEYS = (14, "vision tower described", "error")
-    NORMS = (15, "norms", "error")
+    NORMS = (15, "norms", "error", "warning")
     WEIGHT_DISTANCE = (16, "distance from the float weights", "error")
     CONFIG = (17, "config.json", "error", "warning")
     SIDE_FILES = (18, "tokenizer and processor files", "error")

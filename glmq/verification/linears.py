@@ -66,6 +66,8 @@ class Subject:
     """Of the description; None in the MindIE form."""
     scaling: Scaling
     """What smoothing did to it."""
+    norm: str | None
+    """Of the RMSNorm in front, whose bias the engine adds to the input; None where there is none."""
     bias_shift: int
     """Largest change that bias correction made to an entry of quant_bias, by glmq_report.json; 0 without it."""
 
@@ -225,7 +227,8 @@ def _check_static(subject: Subject, sums: Tensor) -> Iterator[Finding]:
     scale = checkpoint.read(f"{name}.input_scale").double()
     offset = checkpoint.read(f"{name}.input_offset").double()
     deq = decode_deq_scale(name, checkpoint.read(f"{name}.deq_scale")).double()
-    exact, stored = _bias(subject) / deq - offset * sums, checkpoint.read(f"{name}.quant_bias").double()
+    exact = _bias(subject) / deq - offset * sums + _shifted_sums(subject, scale)
+    stored = checkpoint.read(f"{name}.quant_bias").double()
     off = (stored - exact.round()).abs()
     row, count, shift = int(off.argmax()), int((off > 1).sum()), subject.bias_shift
     # The farthest entry tells whether it is the correction that the report speaks of; checksums tell the others.
@@ -306,6 +309,20 @@ def _sum_and_compare(subject: Subject) -> tuple[Tensor, _Against | None]:
         return torch.cat(sums), None
     distance, own = (math.sqrt(total / max(1, elements)) for total in (square, size))
     return torch.cat(sums), _Against(distance, own, is_zeroed=is_zero and own > 0)
+
+
+def _shifted_sums(subject: Subject, scale: Tensor) -> Tensor:
+    """What quant_bias gives back of the input that the norm's bias takes off: float64 [N], or zero.
+
+    Args:
+        subject: a static linear.
+        scale: float64 [1], of its input.
+    """
+    bias = f"{subject.norm}.bias"
+    if subject.norm is None or bias not in subject.checkpoint:
+        return torch.zeros(())
+    shift = -subject.checkpoint.read(bias).double() / scale
+    return torch.cat([q.double() @ shift for _, q in _integer_rows(subject)]) if bool(shift.any()) else torch.zeros(())
 
 
 def _integer_rows(subject: Subject) -> Iterator[tuple[int, Tensor]]:

@@ -116,6 +116,8 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         scalings = {} if source is None else find_scalings(source, checkpoint, config.family.groups(config))
         yield from _check_floats(case, scalings)
         report = read_report(candidate)
+        groups = case.config.family.groups(case.config)
+        norms = {linear.name: group.norm for group in groups for linear in group.linears}
         for name, quant_type in linears.items():
             shift = row_of(report, name).get("bias_shift")
             yield from check_linear(
@@ -128,6 +130,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
                     form=case.form,
                     group_size=description.group_size,
                     scaling=scalings.get(name, UNSCALED),
+                    norm=norms.get(name),
                     bias_shift=shift if isinstance(shift, int) else 0,
                 )
             )

@@ -118,3 +118,13 @@ def test_a_linear_with_float_activations_multiplies_the_dequantized_weight() -> 
     x = torch.tensor([[1.0, 0.25]])
     assert weight_only_linear(x, linear).tolist() == [[1.25, 6.0]]
     assert torch.equal(run_linear(x, linear), weight_only_linear(x, linear))
+
+
+def test_a_shift_of_the_input_is_given_back_by_quant_bias() -> None:
+    g = torch.Generator().manual_seed(0)
+    q = torch.randint(-128, 128, (7, 40), generator=g, dtype=torch.int8)
+    shift, deq = torch.randn(40, generator=g), torch.rand(7, generator=g) + 0.1
+    bias = torch.randn(7, generator=g)
+    folded = fold_bias(q, bias, deq, 5, shift)
+    exact = bias.double() / deq.double() + (q.double() * (shift.double() - 5)).sum(1)
+    assert folded.tolist() == exact.round().int().tolist()

@@ -69,3 +69,16 @@ def test_an_input_that_is_always_zero_has_an_empty_range() -> None:
     stats = stats_of(torch.zeros(3, 4))
     assert minmax_range(stats, None) == (0.0, 0.0)
     assert histogram_range(stats, None, torch.ones(4)) == (0.0, 0.0)
+
+
+def test_a_shift_is_the_same_as_shifted_inputs() -> None:
+    x = inputs()
+    scales = torch.tensor([1.0, 0.5, 4.0, 1.0, 16.0])
+    shift = torch.tensor([0.5, -2.0, 0.0, 1.0, 0.25])
+    moved = x / scales - shift
+    assert minmax_range(stats_of(x), scales, shift) == (moved.min().item(), moved.max().item())
+    values, plain = scaled_values(stats_of(x), scales, shift), scaled_values(stats_of(x), scales)
+    assert torch.equal(values, plain - shift[:, None])
+    low, high = histogram_range(stats_of(x), scales, torch.ones(5), shift)
+    assert moved.min() <= low <= 0 <= high <= moved.max()
+    assert clipped_share(stats_of(x), scales, float(moved.min()) - 1, float(moved.max()) + 1, shift) == 0.0

@@ -128,6 +128,14 @@ def test_every_method_of_rounding_is_taken_by_its_name(method: Method) -> None:
             LOWBIT | {"allocate": "error", "method": "plain"},
             "--allocate error has no effect here: no bits are dealt out to sparse linears; drop it",
         ),
+        (
+            DYNAMIC | {"channel_shift": True},
+            "--channel-shift: engines ignore norms' biases before W8A8_DYNAMIC linears; drop it",
+        ),
+        (
+            {"channel_shift": True, "format": "compressed-tensors"},
+            "--channel-shift with --format compressed-tensors: its norms have no bias; drop one of them",
+        ),
         (W4A8 | {"group_size": 32}, "--group_size 32: one of 64, 128, 256, 512 is needed"),
         (
             LOWBIT | {"co_sparse": True},

@@ -34,6 +34,10 @@ RECIPES: dict[str, dict[str, object]] = {
     **{f"{name}, do_smooth": {**options, "do_smooth": True} for name, options in STATIC.items()},
     **{f"{name}, act_method {m}": {**options, "act_method": m} for name, options in STATIC.items() for m in (1, 3)},
     **{f"{name}, bias correction": {**options, "bias_correction": True} for name, options in STATIC.items()},
+    **{f"{name}, channel shift": {**options, "channel_shift": True} for name, options in STATIC.items()},
+    "W8A8, channel shift, MindIE's form, bias correction": {
+        "channel_shift": True, "mindie_format": True, "bias_correction": True, "torch_dtype": "fp16",
+    },
     "W8A8, plain, bias correction": {"method": "plain", "bias_correction": True},
     "W8A8, two bits": {"target_bits": 2.0},
     "W8A8, keep_float": {"keep_float": ("*.o_proj",)},

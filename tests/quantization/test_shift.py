@@ -1,0 +1,91 @@
+"""--channel-shift: the norm's bias centres each channel, and quant_bias gives it back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import W8A8S, edit_tensors, quantize
+from safetensors.torch import load_file
+from torch import Tensor
+
+import glmq
+from glmq.calibration.stats import Statistics
+from glmq.model.config import read_config
+
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def shifted(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize(tiny, tiny_stats, tmp_path_factory.mktemp("shifted") / "q", torch_dtype="fp16", channel_shift=True)
+
+
+def biases(tiny: Path) -> list[str]:
+    layers = read_config(tiny).layers
+    return sorted(f"model.language_model.layers.{i}.{norm}.bias" for i in range(layers) for norm in NORMS)
+
+
+def test_each_channels_middle_becomes_zero(shifted: Path, tiny: Path, tiny_stats: Path) -> None:
+    found, source = weights(shifted), weights(tiny)
+    statistics = Statistics.open(tiny_stats)
+    for name in biases(tiny):
+        norm = name.removesuffix(".bias")
+        linear = "self_attn.q_proj" if norm.endswith("input_layernorm") else "mlp.gate_up_proj"
+        stats = statistics.input(f"{norm.rpartition('.')[0]}.{linear}")
+        scales = source[f"{norm}.weight"].float() / found[f"{norm}.weight"].float()
+        middle = (stats.minimum + stats.maximum) / 2 / scales
+        assert torch.equal(found[name], -middle.half().float())
+    config = read_config(tiny)
+    others = [f"{norm}.bias" for norm in config.family.rms_norms(config) if f"{norm}.bias" not in biases(tiny)]
+    assert others
+    assert not any(found[n].any() for n in others)
+
+
+def test_error_falls_and_ranges_narrow(shifted: Path, tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
+    plain = quantize(tiny, tiny_stats, tmp_path / "plain", torch_dtype="fp16")
+    rows = [json.loads((folder / "glmq_report.json").read_text())["linears"] for folder in (shifted, plain)]
+    own, other = ({row["name"]: row for row in side} for side in rows)
+    normed = [name for name in own if not name.endswith("o_proj")]
+    assert all(own[n]["smoothing"].endswith(", shifted") for n in normed)
+    error = [sum(side[n]["output_error"] for n in normed) for side in (own, other)]
+    assert error[0] < 0.97 * error[1]
+    span = [sum(side[n]["input_high"] - side[n]["input_low"] for n in normed) for side in (own, other)]
+    assert span[0] < span[1]
+
+
+def test_verify_passes_it_and_says_what_it_relies_on(shifted: Path, tiny: Path) -> None:
+    found = glmq.verify(shifted, reference=tiny)
+    assert found.passed, found.findings
+    warned = [f for f in found.findings if "--channel-shift" in f.message]
+    assert sorted(f.tensor for f in warned) == biases(tiny)
+    assert {(f.severity, f.message) for f in warned} == {
+        (
+            "warning",
+            "is not zero (--channel-shift): answers are right only where the engine adds it; not yet run on hardware",
+        )
+    }
+
+
+@pytest.mark.parametrize("mode", ["lost", "moved"])
+def test_a_bias_that_does_not_fit_is_found_without_checksums(
+    mode: str, shifted: Path, tiny: Path, tiny_stats: Path, tmp_path: Path
+) -> None:
+    broken = quantize(tiny, tiny_stats, tmp_path / "q", **W8A8S, channel_shift=True)
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        if mode == "lost":
+            tensors[biases(tiny)[0]].zero_()
+        else:
+            tensors[biases(tiny)[0]] += 0.1 * tensors[biases(tiny)[0]].abs().max()
+
+    edit_tensors(broken, spoil)
+    (broken / "glmq_checksums.json").unlink()
+    (broken / "glmq_report.json").unlink()
+    errors = {f.tensor for f in glmq.verify(broken).findings if f.severity == "error"}
+    layer = "model.language_model.layers.0.self_attn"
+    assert {f"{layer}.{n}_proj.quant_bias" for n in "qkv"} <= errors
