@@ -12,7 +12,7 @@ import typer
 
 from glmq.cann import AUTOLOAD
 from glmq.cli.calibrate import calibrate
-from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand
+from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand, GlmqGroup
 from glmq.cli.compress import compress
 from glmq.cli.demo import demo
 from glmq.cli.doctor import doctor
@@ -28,6 +28,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ[AUTOLOAD] = "0"
 
 app = typer.Typer(
+    cls=GlmqGroup,
     help="Quantize and compress GLM-4.1V for Huawei Ascend NPUs.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
@@ -57,7 +58,11 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the versions of glmq and its libraries.", callback=_print_version, is_eager=True
+            "--version",
+            "-V",
+            help="Print the versions of glmq and its libraries.",
+            callback=_print_version,
+            is_eager=True,
         ),
     ] = False,
 ) -> None:

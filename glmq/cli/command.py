@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -16,7 +17,7 @@ from types import FrameType
 from typing import Any, Final
 
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.errors import GlmqError, SpaceError
@@ -27,6 +28,14 @@ log = logging.getLogger(__name__)
 
 TRUE_WORDS: Final = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS: Final = frozenset({"false", "0", "no", "off"})
+BOOLEAN_WORDS: Final = TRUE_WORDS | FALSE_WORDS
+DTYPE_WORDS: Final = {"float16": "fp16", "bfloat16": "bf16"}
+"""torch's names of what --torch_dtype takes."""
+WANTED: Final = {
+    r"Input should be a valid integer.*": "a whole number is needed",
+    r"Input should be a valid number.*": "a number is needed",
+}
+"""What pydantic says of a value -> what the user is told."""
 
 CONTEXT: Final = {
     # --model_path and --model-path are one option.
@@ -44,23 +53,32 @@ class Terminated(BaseException):
     """SIGTERM arrived."""
 
 
+class GlmqGroup(TyperGroup):
+    """The commands together: `glmq help VERB` is `glmq VERB --help`, and wrong usage is one sentence."""
+
+    # Any: as in GlmqCommand.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        with usage_errors(args, ctx.command_path):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        with usage_errors(args, ctx.command_path):
+            return super().resolve_command(ctx, args)
+
+
 class GlmqCommand(TyperCommand):
     """A command that takes `--flag True` beside `--flag`, and turns errors into one sentence and an exit code."""
 
     # Any: the base class is typed with classes of typer's vendored click, which have no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        json_wanted = "--json" in args
-        try:
-            args = _spell_booleans(args, self.params)
+        with usage_errors(args, ctx.command_path):
+            args = _spell_dtypes(_spell_booleans(args, self.params))
             file = _config_file(args)
             if file is not None:
                 ctx.default_map = read_config_file(file, self.params)
             return super().parse_args(ctx, args)
-        except Exception as error:
-            if not json_wanted or not _is_usage_error(error):
-                raise
-            _complain("usage", error.format_message(), json_wanted, debug=False)  # type: ignore[attr-defined]
-            raise typer.Exit(2) from error
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.params.get("dump_config"):
@@ -96,6 +114,34 @@ class GlmqCommand(TyperCommand):
             code, message, exit_code = _describe_failure(error)
             _complain(code, message, json_wanted, debug)
             raise typer.Exit(exit_code) from error
+
+
+@contextmanager
+def usage_errors(args: Sequence[str], command: str) -> Iterator[None]:
+    """Say what typer finds wrong with the arguments as every other error is said, and exit with 2."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_usage_error(error):
+            raise
+        message = _usage_sentence(error.format_message(), args)  # type: ignore[attr-defined]
+        json_wanted = "--json" in args
+        _complain("usage", message if json_wanted else f"{message}; see `{command} --help`", json_wanted, debug=False)
+        raise typer.Exit(2) from error
+
+
+def _usage_sentence(message: str, args: Sequence[str]) -> str:
+    """typer's sentence without the words of its parts, each option as the user spelled it."""
+    sentence = re.sub(
+        r"^Invalid value(?: for '([^']+)')?: (?:Value error, )?", lambda m: f"{m[1]}: " if m[1] else "", message
+    )
+    for words, wanted in WANTED.items():
+        sentence = re.sub(words, wanted, sentence)
+    for arg in args:
+        spelled = arg.partition("=")[0]
+        if spelled.startswith("--") and "_" in spelled:
+            sentence = re.sub(rf"{re.escape(spelled.replace('_', '-'))}\b", spelled, sentence)
+    return sentence.rstrip(".")
 
 
 def _describe_failure(error: BaseException) -> tuple[str, str, int]:
@@ -144,6 +190,7 @@ def _config_file(args: Sequence[str]) -> str | None:
 def _spell_booleans(args: Sequence[str], params: Sequence[object]) -> list[str]:
     """Rewrite `--flag True`, `--flag=false` to `--flag` and `--no-flag` for options that are such flags."""
     flags: dict[str, tuple[str, str]] = {}
+    takes_arguments = any(isinstance(param, TyperArgument) for param in params)
     for param in params:
         if isinstance(param, TyperOption) and param.is_flag and param.secondary_opts:
             for name in param.opts:
@@ -157,12 +204,23 @@ def _spell_booleans(args: Sequence[str], params: Sequence[object]) -> list[str]:
         if name not in flags or arg == "--":
             rewritten.append(arg)
             continue
-        if not equals and rest and rest[0].lower() in TRUE_WORDS | FALSE_WORDS:
+        if not equals and rest and (rest[0].lower() in BOOLEAN_WORDS or (not takes_arguments and rest[0][:1] != "-")):
             value = rest.pop(0)
         word = value.lower() or "true"
-        if word not in TRUE_WORDS | FALSE_WORDS:
+        if word not in BOOLEAN_WORDS:
             raise typer.BadParameter(f"{name} {value}: True or False is needed")
         rewritten.append(flags[name][0 if word in TRUE_WORDS else 1])
+    return rewritten
+
+
+def _spell_dtypes(args: Sequence[str]) -> list[str]:
+    """Rewrite `--torch_dtype float16` to `--torch_dtype fp16`."""
+    rewritten: list[str] = []
+    for arg in args:
+        name, equals, value = arg.rpartition("=")
+        before = name if equals else rewritten[-1] if rewritten else ""
+        is_dtype = before.replace("_", "-") == "--torch-dtype"
+        rewritten.append(f"{name}{equals}{DTYPE_WORDS.get(value, value)}" if is_dtype else arg)
     return rewritten
 
 

@@ -10,6 +10,7 @@ one that glmq hands on. What it cannot bring into that form it refuses.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,14 @@ class ModelConfig(Sizes):
     eos_token_ids: tuple[int, ...]
 
 
+def _fetching(path: Path) -> str:
+    """How to fetch what looks like the name of a model on a hub, as the end of a sentence; empty for other paths."""
+    name = str(path)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or path.parent.exists():
+        return ""
+    return f" (glmq downloads nothing: `hf download {name} --local-dir DIR` or `modelscope download {name} --local_dir DIR`)"
+
+
 def read_config(directory: Path) -> ModelConfig:
     """Read `config.json` of a checkpoint folder.
 
@@ -68,7 +77,8 @@ def read_config(directory: Path) -> ModelConfig:
         CheckpointError: the file is not a JSON object.
     """
     if not directory.is_dir():
-        raise ModelError(f"{directory}: no such folder; give the folder of the float weights as --model-path")
+        what = "no such folder; give the folder of the float weights as --model-path"
+        raise ModelError(f"{directory}: {what}{_fetching(directory)}")
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{directory}: has no config.json, so it is not a model folder; give the folder that holds it")

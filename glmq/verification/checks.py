@@ -68,6 +68,11 @@ def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engi
     folder = scan_folder(candidate)
     if folder.kind is Kind.STATISTICS:
         raise CheckpointError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
+    if folder.kind is Kind.FLOAT and folder.tensors and not any(t.info.dtype == "I8" for t in folder.tensors):
+        raise CheckpointError(
+            f"{candidate}: is a float checkpoint, verify checks quantized ones; give what `glmq quantize` wrote, and this "
+            "folder as --reference"
+        )
     for name in foreign_entries(folder):
         message = f"{name} does not belong to a {folder.kind.value}; move one of the two into a folder of its own"
         yield Check.FOLDER_KIND.error("", message)

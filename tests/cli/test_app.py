@@ -1,9 +1,10 @@
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
-from cli.command_line import run
+from cli.command_line import glmq, run
 from helpers import PACKAGES, loaded_after
 
 from glmq.version import __version__
@@ -84,3 +85,53 @@ def test_an_unknown_verb_is_wrong_usage() -> None:
     result = run("quantise")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "No such command 'quantise'" in result.stderr
+
+
+@pytest.mark.parametrize("args", [("help",), ("help", "quantize")])
+def test_help_is_a_command_too(args: tuple[str, ...]) -> None:
+    assert glmq(*args).output == glmq(*args[1:], "--help").output
+
+
+def test_the_version_has_a_short_option() -> None:
+    assert glmq("-V").output == glmq("--version").output
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (("quantise",), "No such command 'quantise'"),
+        (("--fast",), "No such option: --fast"),
+        (("quantize",), "Missing option '--model-path'"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(args: tuple[str, ...], sentence: str) -> None:
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: {sentence}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("float16", "fp16"), ("bfloat16", "bf16")])
+def test_torchs_names_of_dtypes_are_taken(word: str, dtype: str, tmp_path: Path) -> None:
+    for option in (("--torch_dtype", word), (f"--torch-dtype={word}",)):
+        result = glmq("quantize", "--model_path", tmp_path, "--save_directory", "o", *option, "--dump-config")
+        assert f'torch_dtype = "{dtype}"' in result.stdout
+
+
+def test_the_name_of_a_model_on_a_hub_is_told_how_to_fetch_it() -> None:
+    result = run("quantize", "--model_path", "zai-org/GLM-4.1V-9B-Thinking", "--save_directory", "o")
+    assert (result.exit_code, result.stderr) == (
+        4,
+        "error: zai-org/GLM-4.1V-9B-Thinking: no such folder; give the folder of the float weights as --model-path (glmq "
+        "downloads nothing: `hf download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR` or `modelscope download "
+        "zai-org/GLM-4.1V-9B-Thinking --local_dir DIR`)\n",
+    )
+
+
+def test_verify_of_a_float_checkpoint_says_so(tiny: Path) -> None:
+    result = run("verify", tiny)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr == (
+        f"error: {tiny}: is a float checkpoint, verify checks quantized ones; give what `glmq quantize` wrote, and this folder "
+        "as --reference\n"
+    )
