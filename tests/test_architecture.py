@@ -13,7 +13,7 @@ README = ROOT / "README.md"
 SOURCES = ROOT / "glmq"
 ROOMS = (
     "codec", "numerics", "checkpoint", "model", "calibration", "quantization", "compression", "inspection", "verification",
-    "reporting", "jobs", "cli",
+    "serve", "reporting", "jobs", "cli",
 )  # fmt: skip
 """From the top of the house to the shell."""
 BEGIN, END = "<!-- map -->\n```\n", "```\n<!-- end of map -->"

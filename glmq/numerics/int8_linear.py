@@ -4,9 +4,7 @@
     dynamic:  per token scale = max|x| / 127;                    y = (xq . q) * scale * weight_scale + bias
     W4A8:     the dynamic form with w = q * weight_scale_second * weight_scale
 
-The int32 sums are exact: float32 products over at most 1024 columns stay within 2^24 (128 * 128 * 1024), where every
-integer is a float32 number, so the fast float32 matrix product serves, and the parts are added in float64. More columns
-go into one part where no row's magnitudes over them add up to more than 2^17, so that 128 times that is within 2^24 too.
+The integer sums are exact (int8_product.py); what follows them is computed in float64 and rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -16,54 +14,18 @@ from torch import Tensor
 
 from glmq.numerics.affine import quantize
 from glmq.numerics.grouped import expand_groups
+from glmq.numerics.int8_product import matmul_int8
 from glmq.numerics.rows import row_chunks
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT8, Activation, assert_never
 
-EXACT_COLUMNS = 1024
-EXACT_LIMIT = 2**24
 INT32_LIMIT = 2**31 - 1
-
-
-def matmul_int8(xq: Tensor, q: Tensor) -> Tensor:
-    """Exact integer product xq . q^T.
-
-    Args:
-        xq: int8 [T, K].
-        q: int8 [N, K].
-
-    Returns:
-        float64 [T, N], integer-valued.
-    """
-    x = xq.float()
-    out = torch.empty(xq.shape[0], q.shape[0], dtype=torch.float64)
-    for rows in row_chunks(q):
-        part = q[rows].float()
-        cuts = _exact_cuts(part)
-        if len(cuts) == 1:
-            out[:, rows] = x @ part.T
-        else:
-            out[:, rows] = sum(((x[:, cut] @ part[:, cut].T).double() for cut in cuts), start=torch.zeros(()))
-    return out
-
-
-def _exact_cuts(part: Tensor) -> list[slice]:
-    """Runs of columns over which every product of an int8 input with the integer-valued float32 [n, K] stays exact."""
-    columns = part.shape[1]
-    reach = torch.zeros(part.shape[0])
-    cuts, start = [], 0
-    for column in range(0, columns, EXACT_COLUMNS):
-        magnitudes = torch.linalg.vector_norm(part[:, column : column + EXACT_COLUMNS], 1, dim=1)
-        reach += magnitudes
-        if column > start and 128 * float(reach.max()) > EXACT_LIMIT:
-            cuts.append(slice(start, column))
-            start, reach = column, magnitudes
-    return [*cuts, slice(start, columns)]
 
 
 def quantize_input(x: Tensor, params: ActivationQParams) -> Tensor:
     """Static int8 activation: clamp(round(x / scale + offset), -128, 127). float32 -> int8, same shape."""
-    return quantize(x, torch.tensor(params.scale), torch.tensor(float(params.offset)), INT8)
+    scale, offset = (torch.tensor(value, dtype=torch.float32) for value in (params.scale, params.offset))
+    return quantize(x, scale, offset, INT8)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +108,7 @@ def weight_only_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
     if linear.weight_scale.shape[1] == 1:
         y = (x @ linear.weight.float().T) * linear.weight_scale.reshape(1, -1)
     else:
-        y = torch.empty(x.shape[0], linear.weight.shape[0])
+        y = x.new_empty(x.shape[0], linear.weight.shape[0])
         for rows in row_chunks(linear.weight):
             steps = expand_groups(linear.weight_scale[rows], linear.weight.shape[1])
             y[:, rows] = x @ (linear.weight[rows] * steps).T
@@ -155,7 +117,7 @@ def weight_only_linear(x: Tensor, linear: QuantizedLinear) -> Tensor:
 
 def _grouped_product(xq: Tensor, q: Tensor, second: Tensor) -> Tensor:
     """sum over groups of (xq_g . q_g) * second[:, g]. int8 [T, K], int8 [N, K], float32 [N, G] -> float64 [T, N]."""
-    out = torch.zeros(xq.shape[0], q.shape[0], dtype=torch.float64)
+    out = torch.zeros(xq.shape[0], q.shape[0], dtype=torch.float64, device=q.device)
     for index, (x_part, q_part) in enumerate(
         zip(xq.chunk(second.shape[1], 1), q.chunk(second.shape[1], 1), strict=True)
     ):
