@@ -79,6 +79,12 @@ class DeviceError(ResourceError):
     code = "no-device"
 
 
+class EngineError(ResourceError):
+    """A serving engine that was asked for is not installed."""
+
+    code = "no-engine"
+
+
 class BusyError(ResourceError):
     code = "busy"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,14 @@ from glmq.cli.inspect import Html
 from glmq.engines import Engine
 
 LIMITS = "Limits"
+
+
+class ServingEngine(str, Enum):
+    """An engine that can be asked here, without an NPU."""
+
+    VLLM = "vllm"
+
+
 FAILED = 3
 """Exit code: problems were found."""
 
@@ -38,6 +47,15 @@ def verify(
         typer.Option(
             "--target",
             help="Also emulate this engine's look-ups in headers and JSON files.",
+            rich_help_panel=o.MODEL,
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[
+        ServingEngine | None,
+        typer.Option(
+            "--engine",
+            help="Also let both models answer the pictures or cases in this engine, which must be installed.",
             rich_help_panel=o.MODEL,
             show_default=False,
         ),
@@ -122,6 +140,7 @@ def verify(
             engines=[] if target is None else [target],
             limits=Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
             cases=CaseOptions(calib_images, cases, prompt, limit, max_pixels),
+            in_vllm=engine is ServingEngine.VLLM,
             watch=view,
         )
     if html is not None:

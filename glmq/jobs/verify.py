@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -16,11 +16,13 @@ from glmq.engines import Engine
 from glmq.errors import CheckpointError, SampleError, UsageError
 from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import describe_folder
+from glmq.jobs.served import verify_served
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import FAMILY
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
 from glmq.progress import Watch
 from glmq.reporting.documents import Caption, Verification
+from glmq.serve.agreement import require_vllm
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.behaviour import BlockBehaviour, Case, caption, compare_behaviour, count_blocks
 from glmq.verification.checks import (
@@ -63,6 +65,7 @@ def verify(
     engines: Sequence[Engine] = (),
     limits: Limits = Limits(),
     cases: CaseOptions = CaseOptions(),
+    in_vllm: bool = False,
     watch: Watch | None = None,
 ) -> Verification:
     """Check a quantized or compressed checkpoint: its files and integers, and with samples its behaviour.
@@ -77,13 +80,15 @@ def verify(
         engines: whose look-ups to emulate too.
         limits: what behaviour is still right.
         cases: the samples to run both models on; none by default.
+        in_vllm: also let both answer the samples' prompts in vLLM.
         watch: is called with the events of the run.
 
     Returns:
         What is wrong, what was measured and what was not checked. Problems are findings, not exceptions.
 
     Raises:
-        UsageError: samples without a float reference to compare with.
+        UsageError: samples without a float reference to compare with, or vLLM without samples.
+        EngineError: vLLM is not installed.
         InputError: nothing to verify in `candidate`, or an unusable reference or sample.
     """
     candidate = Path(candidate)
@@ -95,20 +100,12 @@ def verify(
             "behaviour needs an un-compressed quantized checkpoint and its float source as --reference; "
             "leave --calib-images and --cases out to verify the files alone"
         )
-    findings: list[Finding] = []
-    linears: list[LinearArithmetic] = []
-    checked: list[str] = []
-    skipped: list[str] = []
-    for record in verify_files(candidate, reference, engines):
-        match record:
-            case Finding():
-                findings.append(record)
-            case LinearArithmetic():
-                linears.append(record)
-            case Checked():
-                checked.append(record.what)
-            case Skipped():
-                skipped.append(record.what)
+    if in_vllm:
+        require_vllm()
+        if not samples:
+            raise UsageError("--engine vllm needs prompts to answer; give --reference and --calib-images or --cases")
+    files = _verify_files(candidate, reference, engines)
+    findings, checked = files.findings, files.checked
     behaviour = _Behaviour()
     if samples and reference is not None:
         checked.append(f"behaviour on {len(samples)} samples")
@@ -117,26 +114,57 @@ def verify(
         findings += behaviour.findings
         findings += [] if behaviour.predictions is None else judge_predictions(behaviour.predictions, limits)
         findings += [found for block in behaviour.blocks for found in judge_block(block, limits, is_fp16=is_fp16)]
+    captions = list(behaviour.captions)
+    if in_vllm and reference is not None:
+        served = verify_served(reference, candidate, samples, limits)
+        findings += served.findings
+        checked += [record.what for record in served.checked]
+        captions += served.captions
     return Verification(
         candidate=candidate,
         reference=reference,
         what=describe_folder(folder),
         checked=checked,
-        skipped=skipped,
+        skipped=files.skipped,
         findings=findings,
-        linears=linears,
+        linears=files.linears,
         blocks=behaviour.blocks,
         predictions=behaviour.predictions,
-        captions=behaviour.captions,
+        captions=captions,
         limits=limits,
         situation=situation_of(
             has_checksums=(candidate / CHECKSUMS).exists(),
             has_reference=reference is not None,
             has_samples=bool(samples),
         )
-        if linears
+        if files.linears
         else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What the files alone show."""
+
+    findings: list[Finding] = field(default_factory=list)
+    linears: list[LinearArithmetic] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def _verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engine]) -> _Files:
+    files = _Files()
+    for record in verify_files(candidate, reference, engines):
+        match record:
+            case Finding():
+                files.findings.append(record)
+            case LinearArithmetic():
+                files.linears.append(record)
+            case Checked():
+                files.checked.append(record.what)
+            case Skipped():
+                files.skipped.append(record.what)
+    return files
 
 
 @dataclass(frozen=True, slots=True)
