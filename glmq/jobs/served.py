@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def ask_questions(reference: Path, samples: Sequence[Sample]) -> list[Question]:
             once = [
                 token for known, run in groupby(ids) for token in ([known] if known == config.image_token_id else run)
             ]
-            questions.append(Question(sample.name, tuple(once), len(ids), sample.image))
+            questions.append(Question(sample.name, tuple(once), len(ids), partial(open_image, sample)))
     return questions
 
 

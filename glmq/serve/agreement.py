@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
+
+from PIL import Image
 
 from glmq.errors import CheckpointError, EngineError
 
@@ -42,7 +44,8 @@ class Question:
     """Of the whole prompt, the image placeholder once."""
     tokens: int
     """Of the prompt with as many placeholders as the image needs."""
-    image: Path | None
+    picture: Callable[[], Image.Image | None]
+    """Opens the RGB picture; None where there is none. Called once for each model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +145,16 @@ def _compare(name: str, one: dict[str, Any], other: dict[str, Any]) -> ServedAns
 def _ask(folder: Path, questions: Sequence[Question], given: Sequence[list[int] | None]) -> dict[str, Any]:
     """What the child process answers. Raises RefusalError."""
     longest = max(question.tokens for question in questions) + ANSWER_TOKENS + 1
-    request = {
-        "model": str(folder.resolve()),
-        "max_tokens": ANSWER_TOKENS,
-        "context": -(-longest // CONTEXT_STEP) * CONTEXT_STEP,
-        "questions": [
-            {"ids": list(q.ids), "image": None if q.image is None else str(q.image.resolve()), "given": ids}
-            for q, ids in zip(questions, given, strict=True)
-        ],
-    }
     with tempfile.TemporaryDirectory() as scratch:
+        request = {
+            "model": str(folder.resolve()),
+            "max_tokens": ANSWER_TOKENS,
+            "context": -(-longest // CONTEXT_STEP) * CONTEXT_STEP,
+            "questions": [
+                {"ids": list(question.ids), "image": _store(question, Path(scratch) / f"{place}.png"), "given": ids}
+                for place, (question, ids) in enumerate(zip(questions, given, strict=True))
+            ],
+        }
         asked, answered, said = (Path(scratch) / name for name in ("request.json", "answers.json", "log.txt"))
         asked.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "glmq.serve.answers", str(asked), str(answered)]
@@ -164,6 +167,15 @@ def _ask(folder: Path, questions: Sequence[Question], given: Sequence[list[int] 
             raise RefusalError(f"vLLM does not serve {folder}: {reason}")
         found: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
     return found
+
+
+def _store(question: Question, path: Path) -> str | None:
+    """Where the question's picture lies, stored without loss."""
+    picture = question.picture()
+    if picture is None:
+        return None
+    picture.save(path)
+    return str(path)
 
 
 def complaint(log: str, returncode: int) -> str:

@@ -120,6 +120,7 @@ def test_a_number_that_is_none_is_wrong_usage() -> None:
         (errors.ResourceError, 5, "no-resource"),
         (errors.SpaceError, 5, "no-space"),
         (errors.DeviceError, 5, "no-device"),
+        (errors.EngineError, 5, "no-engine"),
     ],
 )
 def test_every_error_is_one_sentence_and_its_exit_code(

