@@ -21,6 +21,7 @@ MOST_PIXELS: Final = 178_956_970
 """Pictures with more are taken for an attack on the memory by Pillow, and so by the serving engines."""
 BYTES_PER_PIXEL: Final = 8
 """While a picture is turned upright and brought into RGB."""
+NO_FILE: Final = "no such file"
 _DEEP_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I", "F"})
 _HEAD: Final = 1024
 """Bytes by which a file is recognised."""
@@ -139,7 +140,7 @@ def _reason(file: PictureFile, error: Exception) -> str:
     """Why a file that could not be opened or decoded is no usable picture."""
     match error:
         case FileNotFoundError():
-            return "no such file"
+            return NO_FILE
         case PermissionError():
             return "no permission to read it"
         case OSError(errno=int(), strerror=str(what)):

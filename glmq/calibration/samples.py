@@ -16,6 +16,7 @@ from PIL import Image
 from glmq.calibration.lines import Left, LineError, parse_line, shortened
 from glmq.calibration.pictures import (
     IMAGE_SUFFIXES,
+    NO_FILE,
     Examined,
     InlinePicture,
     PictureFile,
@@ -138,7 +139,12 @@ def list_images(
         SampleError: no such folder, no image in it, or a rejected file without `skip_bad`.
     """
     if not directory.is_dir():
-        raise SampleError(f"{directory}: no such folder; give a folder of images as --calib-images")
+        what = (
+            "is a file; give the folder of the images"
+            if directory.exists()
+            else "no such folder; give a folder of images"
+        )
+        raise SampleError(f"{directory}: {what} as --calib-images, or a list of samples as --calib-samples")
     samples: list[Sample] = []
     rejected: list[Rejected] = []
     deep: list[str] = []
@@ -207,8 +213,10 @@ def read_samples(
             continue
         found = Examined(None) if image is None else examine_picture(image, rules)
         if found.defect is not None:
-            named = shortened(line.images[0])
-            reason = f"image {named} is not usable ({found.defect})"
+            named, defect = shortened(line.images[0]), found.defect
+            if defect == NO_FILE and not Path(named).is_absolute():
+                defect = f"{NO_FILE} in {path.parent}, from where names of images are followed"
+            reason = f"image {named} is not usable ({defect})"
             (rejected if skip_bad else bad).append(Rejected(where, reason))
             continue
         samples.append(_sample(name, image, line.prompt, line.text))
@@ -275,6 +283,8 @@ def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
 
 def _read_text(path: Path) -> str:
     """The text of a samples file. Raises SampleError that names its encoding if that is not UTF-8."""
+    if path.is_dir():
+        raise SampleError(f"{path}: is a folder; give one of images as --calib-images, or a file of samples")
     try:
         raw = read_input(path, MAX_LINES_BYTES)
     except CheckpointError as error:

@@ -218,14 +218,14 @@ def test_a_file_of_another_kind_is_named_as_such(raw: bytes, what: str, tmp_path
 
 def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    path.write_text("\n".join(['{"text": "good"}', "{", '{"text": 1}', '{"image": "no.png"}', *["{}"] * 4]))
+    path.write_text("\n".join(['{"text": "good"}', "{", '{"text": 1}', '{"image": "/no.png"}', *["{}"] * 4]))
     with pytest.raises(SampleError) as caught:
         read_samples(path, limit=None)
     nothing = "has neither image nor prompt nor text; give at least one"
     assert str(caught.value) == (
         f"{path}: 7 of 8 samples cannot be used: "
         "line 2 is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
-        "line 3 text is 1, a string or null is needed; line 4 image no.png is not usable (no such file); "
+        "line 3 text is 1, a string or null is needed; line 4 image /no.png is not usable (no such file); "
         f"line 5 {nothing}; line 6 {nothing} and 2 more; correct them"
     )
     assert len(read_samples(path, limit=1).samples) == 1  # what is behind the limit is not looked at
@@ -234,10 +234,10 @@ def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path: Path) -> No
 def test_lines_whose_picture_is_bad_are_left_out_when_asked_to(pictures: Path, tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     good = json.dumps({"image": str(pictures / "00.png")})
-    path.write_text("\n".join([good, '{"image": "no.png"}', good]))
+    path.write_text("\n".join([good, '{"image": "/no.png"}', good]))
     found = read_samples(path, limit=None, skip_bad=True)
     assert [sample.name for sample in found.samples] == ["s.jsonl:1", "s.jsonl:3"]
-    assert [(r.name, r.reason) for r in found.rejected] == [("line 2", "image no.png is not usable (no such file)")]
+    assert [(r.name, r.reason) for r in found.rejected] == [("line 2", "image /no.png is not usable (no such file)")]
 
 
 def test_a_sample_with_an_inline_picture_has_the_hash_of_the_file(pictures: Path, tmp_path: Path) -> None:

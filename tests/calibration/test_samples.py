@@ -150,7 +150,22 @@ def test_a_file_without_permission_is_named(folder: Path, monkeypatch: pytest.Mo
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(SampleError) as caught:
         list_images(tmp_path / "none", PROMPT, skip_bad=False, limit=None)
-    assert str(caught.value) == (f"{tmp_path / 'none'}: no such folder; give a folder of images as --calib-images")
+    assert str(caught.value) == (
+        f"{tmp_path / 'none'}: no such folder; give a folder of images as --calib-images, "
+        "or a list of samples as --calib-samples"
+    )
+
+
+def test_a_file_for_a_folder_and_a_folder_for_a_file_are_said_so(folder: Path) -> None:
+    with pytest.raises(SampleError) as caught:
+        list_images(folder / "c.png", PROMPT, skip_bad=False, limit=None)
+    assert str(caught.value) == (
+        f"{folder / 'c.png'}: is a file; give the folder of the images as --calib-images, "
+        "or a list of samples as --calib-samples"
+    )
+    with pytest.raises(SampleError) as caught:
+        read_samples(folder, limit=None)
+    assert str(caught.value) == f"{folder}: is a folder; give one of images as --calib-images, or a file of samples"
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])
@@ -223,7 +238,8 @@ def test_only_line_feeds_separate_lines_and_a_byte_order_mark_is_skipped(
         ('{"text": [' + "9," * 99 + "9]}", f"text is [{'9, ' * 19}9,, a string or null is needed"),
         ('{"image": "."}', "image . is not usable (no regular file)"),
         ('{"text": "a", "text": "b"}', "is not valid JSON (the key 'text' appears twice)"),
-        ('{"image": "none.png"}', "image none.png is not usable (no such file)"),
+        ('{"image": "none.png"}', "image none.png is not usable (no such file in FOLDER, from where names of images are "
+         "followed)"),
         ('{"image": "s.jsonl"}', f"image s.jsonl is not usable (is no picture that Pillow {PIL.__version__} reads)"),
     ],
 )  # fmt: skip
@@ -231,7 +247,7 @@ def test_a_bad_line_is_named_by_its_number(line: str, what: str, tmp_path: Path)
     path = write_lines(tmp_path / "s.jsonl", {"text": "good"}, "", line)
     with pytest.raises(SampleError) as caught:
         read_samples(path, limit=None)
-    assert str(caught.value) == f"{path}, line 3: {what}"
+    assert str(caught.value) == f"{path}, line 3: {what.replace('FOLDER', str(tmp_path))}"
 
 
 def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
