@@ -29,6 +29,7 @@ TIME_LIMIT: Final = timedelta(hours=2)
 """How long a rank waits for the others during the work. A rank that dies is noticed at once; this is for one that hangs."""
 MEETING_LIMIT: Final = timedelta(minutes=5)
 """How long a rank waits for the others to start."""
+LAST_PORT: Final = 65535
 _PATIENCE: Final = 2.0
 """Seconds of waiting after which the user is told of it."""
 _TURN: Final = 0.1
@@ -60,7 +61,7 @@ def read_place() -> Place:
         UsageError: values that torchrun does not set.
     """
     rank, world, local = (
-        os.environ.get(name, no) for name, no in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+        os.environ.get(name) or no for name, no in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     if not rank.isdecimal() or not world.isdecimal() or not int(rank) < int(world) or not local.isdecimal():
         raise UsageError(
@@ -244,7 +245,7 @@ class _Meeting:
     def __init__(self, place: Place, limit: timedelta, note: Callable[[str], None]) -> None:
         self._place, self._limit, self._note = place, limit, note
         address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-        if not address or not port.isdecimal():
+        if not address or not port.isdecimal() or not 0 < int(port) <= LAST_PORT:
             raise UsageError(
                 f"WORLD_SIZE={place.world} and RANK={place.rank} are set, but MASTER_ADDR={address} and MASTER_PORT={port} are "
                 f"not what torchrun sets; {self._advice()}"
@@ -271,8 +272,8 @@ class _Meeting:
         """The store, as torch's own `env://` makes it."""
         try:
             socket.getaddrinfo(self._address, self._port)
-        except OSError as error:
-            raise self._failed(f"cannot be resolved ({error.strerror})") from None
+        except (OSError, UnicodeError) as error:  # the second where it can be no name at all
+            raise self._failed(f"cannot be resolved ({getattr(error, 'strerror', None) or error})") from None
         keeps_it = self._place.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         while not keeps_it and not self._answers():
             self._wait("rank 0")

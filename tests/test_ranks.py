@@ -29,7 +29,7 @@ def test_rank_and_world_size_come_from_the_environment(monkeypatch: pytest.Monke
     assert read_place() == Place(10, 16, 2)
 
 
-@pytest.mark.parametrize(("rank", "world"), [("4", "4"), ("-1", "4"), ("one", "4"), ("0", "")])
+@pytest.mark.parametrize(("rank", "world"), [("4", "4"), ("-1", "4"), ("one", "4"), ("0", "two")])
 def test_an_environment_that_torchrun_does_not_make_is_refused(
     monkeypatch: pytest.MonkeyPatch, rank: str, world: str
 ) -> None:
@@ -166,16 +166,34 @@ def test_a_taken_port_is_said_in_one_sentence(free_port: str) -> None:
     )
 
 
-def test_a_name_that_does_not_resolve_is_said_in_one_sentence(free_port: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "two..dots", "a" * 70, "127.0.0.1:29500", "two words"])
+def test_a_name_that_does_not_resolve_is_said_in_one_sentence(
+    host: str, free_port: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", host)
     with pytest.raises(MeetingError) as caught, Ranks(Place(1, 2)):
         pass
     found = str(caught.value)
-    assert found.startswith(
-        f"MASTER_ADDR=no-such-host.invalid MASTER_PORT={free_port}, where the 2 ranks of WORLD_SIZE "
-    )
+    assert found.startswith(f"MASTER_ADDR={host} MASTER_PORT={free_port}, where the 2 ranks of WORLD_SIZE ")
     assert "meet, cannot be resolved (" in found
     assert found.endswith(f"); {ADVICE}")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "99999", "tcp", "-1"])
+def test_a_port_that_is_none_is_wrong_usage(port: str, free_port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(UsageError) as caught, Ranks(Place(0, 2)):
+        pass
+    assert str(caught.value) == (
+        f"WORLD_SIZE=2 and RANK=0 are set, but MASTER_ADDR=127.0.0.1 and MASTER_PORT={port} are not what torchrun sets; "
+        f"{ADVICE}"
+    )
+
+
+def test_empty_variables_are_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert read_place() == Place(0, 1)
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
