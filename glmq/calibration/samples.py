@@ -165,17 +165,10 @@ def list_images(
     if rejected and not skip_bad:
         raise SampleError(
             f"{directory}: {len(rejected)} of {len(rejected) + len(samples)} files are not usable images: "
-            f"{_listed([f'{r.name} ({r.reason})' for r in rejected], '; ')}; remove them or pass --skip-bad-images"
+            f"{_reasons(rejected)}; remove them or pass --skip-bad-images"
         )
     if not samples:
-        raise SampleError(
-            f"{directory}: holds no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)} are read); "
-            + (
-                f"its {_counted(len(folders), 'sub-folder')} ({_listed(folders, ', ')}) are not entered, give one of them"
-                if folders
-                else f"put some there, {WANTED_IMAGES} are wanted for accuracy"
-            )
-        )
+        raise SampleError(f"{directory}: holds no image {_why_none(rejected, folders)}")
     return SampleSet(tuple(samples), tuple(rejected), (*_folder_note(folders), *_deep_note(deep)))
 
 
@@ -312,6 +305,20 @@ def _read_text(path: Path) -> str:
         raise SampleError(
             f"{path}, line {number}: is not UTF-8 text, perhaps GBK; {convert.format('GB18030')}"
         ) from None
+
+
+def _why_none(rejected: Sequence[Rejected], folders: Sequence[str]) -> str:
+    """What to do about a folder without a usable image."""
+    if rejected:
+        return f"that can be used: {_reasons(rejected)}"
+    kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+    if folders:
+        return f"({kinds} are read); its sub-folders are not entered ({_listed(folders, ', ')}), give one of them"
+    return f"({kinds} are read); put some there, {WANTED_IMAGES} are wanted for accuracy"
+
+
+def _reasons(rejected: Sequence[Rejected]) -> str:
+    return _listed([f"{file.name} ({file.reason})" for file in rejected], "; ")
 
 
 def _listed(names: Sequence[str], separator: str) -> str:

@@ -172,13 +172,18 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file_are_said_so(folder: Path) -
 def test_a_folder_without_images_is_refused(skip_bad: bool, tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     (tmp_path / ".hidden").mkdir()
-    if skip_bad:
-        (tmp_path / "bad.png").touch()
     with pytest.raises(SampleError) as caught:
         list_images(tmp_path, PROMPT, skip_bad=skip_bad, limit=None)
     assert str(caught.value) == (
         f"{tmp_path}: holds no image ({SUFFIXES} are read); put some there, 30 are wanted for accuracy"
     )
+
+
+def test_a_folder_of_which_everything_is_left_out_says_why(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").touch()
+    with pytest.raises(SampleError) as caught:
+        list_images(tmp_path, PROMPT, skip_bad=True, limit=None)
+    assert str(caught.value) == f"{tmp_path}: holds no image that can be used: bad.png (is empty)"
 
 
 def test_glmqs_own_photographs_are_found() -> None:
@@ -328,7 +333,7 @@ def test_folders_of_pictures_that_are_not_entered_are_named(folder: Path) -> Non
         list_images(folder, PROMPT, skip_bad=False, limit=None)
     assert str(caught.value) == (
         f"{folder}: holds no image ({SUFFIXES} are read); "
-        "its 7 sub-folders (class0, class1, class2, class3, class4 and 2 more) are not entered, give one of them"
+        "its sub-folders are not entered (class0, class1, class2, class3, class4 and 2 more), give one of them"
     )
 
 
