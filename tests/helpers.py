@@ -73,6 +73,8 @@ def quantize(
     *,
     calibration: CalibrationOptions | None = None,
     shard_bytes: int | None = None,
+    fallback_topk: int = 0,
+    max_error: float | None = None,
     overwrite: bool = False,
     resume: bool = False,
     watch: Watch | None = None,
@@ -83,7 +85,9 @@ def quantize(
     from glmq.quantization.recipe import Options, make_recipe
 
     chosen = calibration or glmq.CalibrationOptions()
-    job = QuantizationJob(model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes)
+    job = QuantizationJob(
+        model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes, fallback_topk, max_error
+    )
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch).folder
 
 

@@ -5,7 +5,8 @@
     {block}.safetensors     the statistics of finished blocks, in the folder that becomes the output
 
 A line holds the checksums of everything that a resume reads: the files above, and the tensors of the checkpoint that were read
-since the line before. What is missing or altered is done again; a checkpoint that is another one now is refused.
+since the line before. If one is missing or altered, all blocks are done again: hidden states follow from those of the block
+before alone, and only the last ones are kept, as they have gigabytes. A checkpoint that is another one now is refused.
 """
 
 from __future__ import annotations

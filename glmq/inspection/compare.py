@@ -124,10 +124,8 @@ def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[Wei
             if stored not in names or found not in other or base.endswith(".module") or suffix in LINEAR_SUFFIXES:
                 continue
             try:
-                if suffix == "weight" and base in folding:
-                    yield _compare_plain(name, one, other, column_scales(one, other, base))
-                else:
-                    yield _compare(name, one, other, scalings.get(base, UNSCALED))
+                norm = column_scales(one, other, base) if suffix == "weight" and base in folding else None
+                yield _compare(name, one, other, scalings.get(base, UNSCALED), norm)
             except CheckpointError as error:
                 yield Incomparable(name, str(error))
 
@@ -188,7 +186,10 @@ def _groups(a: Folder, b: Folder) -> list[InputGroup]:
     return []
 
 
-def _compare(name: str, a: Checkpoint, b: Checkpoint, scaling: Scaling) -> WeightDiff | Incomparable:
+def _compare(
+    name: str, a: Checkpoint, b: Checkpoint, scaling: Scaling, norm: Tensor | None
+) -> WeightDiff | Incomparable:
+    """One weight or bias; `norm`: what the linears behind it carry of a norm."""
     base, _, suffix = name.rpartition(".")
     held = [stored_weight(base, checkpoint) if suffix == "weight" else name for checkpoint in (a, b)]
     shapes = a.info(held[0]).shape, b.info(held[1]).shape
@@ -201,7 +202,8 @@ def _compare(name: str, a: Checkpoint, b: Checkpoint, scaling: Scaling) -> Weigh
         return _compare_matrices(name, one, other, scaling, *_inputs(base, a, b))
     if shapes[0] != shapes[1]:
         return Incomparable(name, f"has shape {list(shapes[0])} in the first, {list(shapes[1])} in the other")
-    return _compare_plain(name, a, b, None, scaling.rows if suffix == "bias" else None)
+    fits = suffix == "bias" and scaling.rows is not None and scaling.rows.shape == shapes[0]
+    return _compare_plain(name, a, b, norm, scaling.rows if fits else None)
 
 
 def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int | None]:
@@ -209,8 +211,11 @@ def _inputs(base: str, a: Checkpoint, b: Checkpoint) -> tuple[float | None, int 
     names = f"{base}.input_scale", f"{base}.input_offset"
     if any(name not in checkpoint for name in names for checkpoint in (a, b)):
         return None, None
-    scales, offsets = ([float(c.read(name).flatten()[0]) for c in (a, b)] for name in names)
-    return (scales[1] / scales[0] if scales[0] else None), round(offsets[1] - offsets[0])
+    stored = [[checkpoint.read(name).flatten().tolist() for checkpoint in (a, b)] for name in names]
+    if not all(len(values) == 1 and math.isfinite(values[0]) for pair in stored for values in pair):
+        return None, None
+    ((scale_a,), (scale_b,)), ((offset_a,), (offset_b,)) = stored
+    return (scale_b / scale_a if scale_a else None), round(offset_b - offset_a)
 
 
 def _compare_matrices(

@@ -57,14 +57,17 @@ class StoredMatrix:
             return
         if f"{name}.deq_scale" in checkpoint:
             deq = decode_deq_scale(f"{name}.deq_scale", checkpoint.read(f"{name}.deq_scale"))
-            self.step = (deq / checkpoint.read(f"{name}.input_scale").float()).reshape(-1, 1)
+            scale = checkpoint.read(f"{name}.input_scale").float()
+            if scale.numel() != 1:
+                raise CheckpointError(f"{name}.input_scale: has shape {list(scale.shape)}, one number is wanted")
+            self.step = (deq / scale).reshape(-1, 1)
         else:
             self.step = checkpoint.read(f"{name}.weight_scale").float().reshape(-1, 1)
         if f"{name}.weight_scale_second" in checkpoint:
             self.second, self.bits = checkpoint.read(f"{name}.weight_scale_second").float(), 4
         self._packed = self.second is not None and 2 * self.rows == self.step.shape[0]
         self.rows *= 2 if self._packed else 1
-        if self.step.shape[0] != self.rows or (self.second is not None and self.cols % self.second.shape[-1]):
+        if self.step.shape[0] != self.rows or (self.second is not None and not self._is_grouped(self.second)):
             raise CheckpointError(
                 f"{self._name}: {self.rows} x {self.cols} integers have {self.step.shape[0]} row steps"
                 + ("" if self.second is None else f" and second-stage scales {list(self.second.shape)}")
@@ -74,11 +77,18 @@ class StoredMatrix:
         self.bits = packed_bits(name, self._checkpoint)
         self.cols = self.cols * WORD_BITS // self.bits
         self.step, self.second = torch.ones(self.rows, 1), self._checkpoint.read(f"{name}.weight_scale").float()
-        if self.second.dim() != 2 or self.second.shape[0] != self.rows or self.cols % self.second.shape[1]:
+        if not self._is_grouped(self.second):
             raise CheckpointError(
                 f"{self._name}: {self.rows} x {self.cols} integers have steps {list(self.second.shape)}, wanted one for each "
                 "row or for equal groups of its columns"
             )
+
+    def _is_grouped(self, scales: Tensor) -> bool:
+        """Whether these are numbers for equal groups of the columns of each row."""
+        if scales.dim() != 2 or scales.shape[0] != self.rows:
+            return False
+        groups = scales.shape[1]
+        return groups > 0 and self.cols % groups == 0
 
     def stored(self, start: int, stop: int) -> Tensor:
         """Rows as integers or floats: packed ones unpacked, one int8 a weight; `start` and `stop` even."""

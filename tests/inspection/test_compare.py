@@ -1,6 +1,7 @@
 """Weights of two checkpoints against each other."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from glmq.threads import run_ahead
 
 LAYER = "model.language_model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"
+V = f"{LAYER}.self_attn.v_proj"
 O = f"{LAYER}.self_attn.o_proj"
 NORM = f"{LAYER}.input_layernorm.weight"
 
@@ -151,6 +153,8 @@ def test_shapes_that_differ_cannot_be_compared(small: Path, kinds: dict[str, Pat
             tensors[f"{O}.{suffix}"] = tensors[f"{O}.{suffix}"][:-2].clone()
         tensors[f"{Q}.bias"] = tensors[f"{Q}.bias"][:-1].clone()
         tensors[f"{LAYER}.mlp.gate_up_proj.deq_scale"] = tensors[f"{LAYER}.mlp.gate_up_proj.deq_scale"][:-1].clone()
+        tensors[NORM] = tensors[NORM][:-1].clone()
+        tensors[f"{V}.input_scale"] = tensors[f"{V}.input_scale"][:0].clone()
 
     edit_tensors(tmp_path, edit)
     found = diffs_of(small, tmp_path)
@@ -160,6 +164,28 @@ def test_shapes_that_differ_cannot_be_compared(small: Path, kinds: dict[str, Pat
     assert broken == Incomparable(
         f"{LAYER}.mlp.gate_up_proj.weight",
         f"{LAYER}.mlp.gate_up_proj.weight: 192 x 64 integers have 191 row steps",
+    )
+    assert found[NORM] == Incomparable(NORM, "has shape [64] in the first, [63] in the other")
+    scale = f"{V}.input_scale: has shape [0], one number is wanted"
+    assert found[f"{V}.weight"] == Incomparable(f"{V}.weight", scale)
+
+
+@pytest.mark.parametrize("offset", [torch.tensor([torch.nan]), torch.zeros(0)], ids=["NaN", "none"])
+def test_input_ranges_that_are_no_numbers_are_left_out(
+    kinds: dict[str, Path], tmp_path: Path, offset: torch.Tensor
+) -> None:
+    shutil.copytree(kinds["w8a8"], tmp_path / "b")
+    edit_tensors(tmp_path / "b", lambda tensors: tensors.update({f"{O}.input_offset": offset}))
+    diff = diff_of(kinds["w8a8"], tmp_path / "b", f"{O}.weight")
+    assert (diff.input_scale_ratio, diff.input_offset_change) == (None, None)
+
+
+def test_steps_by_group_must_divide_the_columns(kinds: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(kinds["w4a8"], tmp_path / "b")
+    name = f"{O}.weight_scale_second"
+    edit_tensors(tmp_path / "b", lambda tensors: tensors.update({name: tensors[name][:, :0].clone()}))
+    assert diffs_of(kinds["w4a8"], tmp_path / "b")[f"{O}.weight"] == Incomparable(
+        f"{O}.weight", f"{O}.weight: 64 x 64 integers have 64 row steps and second-stage scales [64, 0]"
     )
 
 

@@ -15,6 +15,7 @@ from glmq.checkpoint.reader import Checkpoint
         ("w8a8", f"{Q}.weight", (128, 64), "has shape [128, 64], wanted [128, 128]"),
         ("w8a8", f"{Q}.bias", (128, 1), "has shape [128, 1], wanted [128]"),
         ("w8a8", f"{Q}.input_scale", (), "has shape [], wanted [1]"),
+        ("w8a8", f"{Q}.input_scale", (0,), "has shape [0], wanted [1]"),
         ("w8a8", f"{Q}.input_offset", (2,), "has shape [2], wanted [1]"),
         ("w8a8", f"{Q}.quant_bias", (128, 1), "has shape [128, 1], wanted [128]"),
         ("w8a8", f"{Q}.deq_scale", (64,), "has shape [64], wanted [128]"),

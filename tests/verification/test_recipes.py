@@ -42,6 +42,8 @@ RECIPES: dict[str, dict[str, object]] = {
     "W8A8, two bits": {"target_bits": 2.0},
     "W8A8, keep_float": {"keep_float": ("*.o_proj",)},
     "W8A8, numbered files": {"shard_bytes": 2**18},
+    **{f"{name}, two worst groups float": {**options, "fallback_topk": 2} for name, options in TYPES.items()},
+    "W8A8S, groups of large errors float": {**W8A8S, "max_error": 0.05},
     "W8A8S, a target ratio": {**W8A8S, "target_ratio": 0.3},
     "W8A8S, one bit": {**W8A8S, "target_bits": 1.0},
     "W8A8S, two bits": {**W8A8S, "target_bits": 2.0},
