@@ -142,7 +142,10 @@ class HistogramPair:
 
 
 def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[HistogramPair]:
-    """Histograms of some matrices that `compare_weights` compared, each read twice: for its range, then for its counts."""
+    """Histograms of some matrices that `compare_weights` compared, each read twice: for its range, then for its counts.
+
+    NaN and infinity are left out.
+    """
     with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
         scalings = find_scalings(one, other, _groups(a, b))
         for name in names:
@@ -154,6 +157,7 @@ def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[Hi
                 for values in _real_values(matrix, scaling):
                     smallest, largest = torch.aminmax(values)
                     low, high = min(low, float(smallest)), max(high, float(largest))
+            low, high = (low, high) if low <= high else (0.0, 0.0)
             counts = [torch.zeros(HISTOGRAM_BINS, dtype=torch.float64) for _ in matrices]
             for total, matrix, scaling in zip(counts, matrices, undo, strict=True):
                 for values in _real_values(matrix, scaling):
@@ -162,8 +166,12 @@ def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[Hi
 
 
 def _real_values(matrix: StoredMatrix, scaling: Scaling) -> Iterator[Tensor]:
+    """The finite ones, some rows at a time, flat."""
     for start, stop in matrix.pieces():
-        yield scaling.undone(matrix.values(matrix.stored(start, stop), start), start)
+        values = scaling.undone(matrix.values(matrix.stored(start, stop), start), start)
+        finite = values[values.isfinite()]
+        if finite.numel():
+            yield finite
 
 
 def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:

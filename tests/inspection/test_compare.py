@@ -227,6 +227,18 @@ def test_histograms_count_every_weight_over_the_same_bins(small: Path, kinds: di
     assert pair.high >= float(real_weight(small, Q).max())
 
 
+@pytest.mark.parametrize(("bad", "left"), [(1, 64 * 64 - 1), (64 * 64, 0)])
+def test_histograms_leave_out_what_is_not_finite(small: Path, small_copy: Path, bad: int, left: int) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{Q}.weight"].view(-1)[:bad] = torch.tensor([torch.nan, torch.inf]).repeat(bad)[1 : 1 + bad]
+
+    edit_tensors(small_copy, edit)
+    for pair in weight_histograms(scan_folder(small_copy), scan_folder(small), [f"{Q}.weight"]):
+        assert (sum(pair.a), sum(pair.b)) == (left, 64 * 64)
+    (same,) = weight_histograms(scan_folder(small_copy), scan_folder(small_copy), [f"{Q}.weight"])
+    assert sum(same.a) == sum(same.b) == left
+
+
 def test_statistics_and_compressed_weights_cannot_be_compared(small: Path, small_stats: Path) -> None:
     with pytest.raises(UsageError) as error:
         diffs_of(small, small_stats)
