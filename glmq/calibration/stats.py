@@ -92,11 +92,21 @@ class StatsWriter:
         self._tokens[sample.name] = tokens
 
     def write(self, block: str, inputs: Sequence[tuple[InputStats, Convergence | None]]) -> StoredBlock:
-        """Store the finished sites of one block and how far they have settled."""
+        """Store the finished sites of one block and how far they have settled.
+
+        Raises:
+            StatisticsError: a number is beyond float32.
+        """
         tensors: dict[str, Tensor] = {}
         entries: JsonObject = {}
         for stats, settled in inputs:
             fields = _fields(stats)
+            for field, tensor in fields.items():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise StatisticsError(
+                        f"{stats.name}: its {field} is beyond float32; weights near it are far too large, look for them with "
+                        "`glmq inspect --values` and repair the checkpoint"
+                    )
             tensors |= {f"{stats.name}.{field}": tensor for field, tensor in fields.items()}
             checksums = {field: _tensor_digest(tensor) for field, tensor in fields.items()}
             shape = SiteShape(stats.width, stats.second_moment is not None, _rows(stats))

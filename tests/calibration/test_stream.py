@@ -15,7 +15,7 @@ from glmq.calibration.samples import Sample, list_images, open_image, read_sampl
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError, SampleError
+from glmq.errors import CheckpointError, SampleError, StatisticsError
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.model.streamed import StreamedModel
@@ -26,6 +26,7 @@ from glmq.records import BlockDone
 ALONE = Ranks(Place(0, 1))
 BUILDING = threading.Lock()
 """Models are built by patching torch, which threads must not do at once."""
+LAYER = "model.language_model.layers.0"
 U = 2.0**-24
 """Unit roundoff of float32."""
 WIDE = Settings("float32", None, True)
@@ -426,3 +427,17 @@ def test_the_forward_runs_in_the_asked_dtype(small: Path, samples: tuple[Sample,
     sample = Statistics.open(tmp_path / "stats").input("model.language_model.layers.0.mlp.down_proj").sample
     assert sample.dtype is torch.float32
     assert torch.equal(sample.bfloat16().float(), sample)
+
+
+def test_weights_whose_statistics_leave_float32_are_refused(
+    small_copy: Path, samples: tuple[Sample, ...], tmp_path: Path
+) -> None:
+    """Squares of 1e30 end at infinity, which no later run could use."""
+    name = f"{LAYER}.self_attn.v_proj.weight"
+    edit_tensors(small_copy, lambda tensors: tensors[name].view(-1)[5:6].fill_(1e30))
+    with pytest.raises(StatisticsError) as caught:
+        list(calibrate(small_copy, samples, tmp_path / "stats"))
+    assert str(caught.value) == (
+        f"{LAYER}.self_attn.q_proj: its sensitivity is beyond float32; weights near it are far too large, look for them with "
+        "`glmq inspect --values` and repair the checkpoint"
+    )
