@@ -70,7 +70,8 @@ def calibrate(
         work_dir=work_dir,
     )
     if dry_run:
-        forecast = forecast_calibration(model_path, stats, chosen, overwrite=overwrite)
+        with ProgressView(quiet=quiet or json_output) as view:
+            forecast = forecast_calibration(model_path, stats, chosen, overwrite=overwrite, watch=view)
         show_calibration_plan(forecast, stats, as_json=json_output)
         return
     with ProgressView(quiet=quiet or json_output) as view:

@@ -166,7 +166,7 @@ def calibrate(
     if images is not None:
         options = replace(options, images=Path(images))
     if dry_run:
-        return forecast_calibration(Path(model), Path(out), options, overwrite=overwrite)
+        return forecast_calibration(Path(model), Path(out), options, overwrite=overwrite, watch=watch)
     return run_calibration(Path(model), Path(out), options, overwrite=overwrite, resume=resume, watch=watch)
 
 
@@ -202,7 +202,7 @@ def run_calibration(
 
 
 def forecast_calibration(
-    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool
+    model_path: Path, stats_path: Path, options: CalibrationOptions, *, overwrite: bool, watch: Watch | None
 ) -> CalibrationForecast:
     """As `calibrate` with `dry_run`."""
     if read_place().world > 1:
@@ -212,7 +212,7 @@ def forecast_calibration(
     config = read_config(model_path)
     with Checkpoint.open(model_path) as source:
         check_source(source, config)
-        work = Calibration.prepare(source, config, options, Place(0, 1), Watcher(None))
+        work = Calibration.prepare(source, config, options, Place(0, 1), Watcher(watch))
         return CalibrationForecast(work.plan, work.seconds())
 
 

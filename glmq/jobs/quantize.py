@@ -186,7 +186,7 @@ def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch
         if job.stats_path is not None and Workplace.of(job.stats_path).contents():
             statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
             return make_run_plan(source, config, job.recipe, plan, statistics)
-        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(None))
+        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
         disk = work.plan.output_bytes + work.plan.work_bytes
         needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
         return make_run_plan(source, config, job.recipe, plan, needs)

@@ -52,7 +52,9 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
 
 def test_a_dry_run_shows_tokens_disk_memory_and_time(small: Path, pictures: Path, tmp_path: Path) -> None:
     options = ["--model-path", small, "--stats", tmp_path / "stats", "--calib-images", pictures, "--limit", 2]
-    shown = glmq("calibrate", *options, "--dry-run").stdout.splitlines()
+    result = glmq("calibrate", *options, "--dry-run")
+    assert result.stderr == "note: 2 calibration images; 30 are wanted for accuracy\n"
+    shown = result.stdout.splitlines()
     assert shown[0].strip() == "Calibration samples"
     size, minutes = r"\d+(\.\d+)? \w+", r"\d+\.\d minutes"
     for line, wanted in zip(
