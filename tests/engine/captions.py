@@ -26,7 +26,7 @@ import glmq
 from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
-from glmq.quantization.recipe import Recipe
+from glmq.quantization.recipe import Options, Recipe, make_recipe
 from glmq.spec import Form
 from glmq.verification.behaviour import whole_model
 
@@ -47,7 +47,7 @@ class Said:
 
 
 RECIPES = {
-    "W8A8": Recipe.w8a8(),
+    "W8A8": make_recipe(Options(channel_shift=True)),  # the norms have biases
     "W8A8S": Recipe.w8a8s(),
     "W8A8_DYNAMIC": Recipe.w8a8_dynamic(),
     "W4A8_DYNAMIC": Recipe.w4a8_dynamic(group_size=64),
