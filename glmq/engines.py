@@ -5,6 +5,7 @@ From the engines' documentation and loaders; nothing here has run on hardware.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -60,6 +61,12 @@ class EngineSpec:
     documented_world_sizes: tuple[int, ...]
     """Those that its support table names for GLM-4.1V."""
     chips: Mapping[Chip, ChipSupport]
+    legal_path: str | None = None
+    """Regular expression for the paths that it opens; None: any."""
+
+    def refuses_path(self, path: str) -> bool:
+        """Whether it does not open a folder because of its name."""
+        return self.legal_path is not None and re.fullmatch(self.legal_path, path) is None
 
     def chips_for(self, quant_type: QuantType) -> tuple[Chip, ...]:
         """The chips on which it loads that type."""
@@ -81,6 +88,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
         group_sizes=(64, 128, 256),
         world_sizes=(1, 2, 4),
         documented_world_sizes=(1, 2),
+        legal_path=r"[0-9A-Za-z_./-]*",
         chips={
             Chip.A2_800I: ChipSupport(
                 dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},

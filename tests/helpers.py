@@ -78,6 +78,7 @@ def quantize(
     overwrite: bool = False,
     resume: bool = False,
     watch: Watch | None = None,
+    keep_extra: bool = False,
     **options: object,
 ) -> Path:
     """Quantize into `out`, which is returned; the options are fields of `glmq.quantization.recipe.Options`."""
@@ -86,7 +87,8 @@ def quantize(
 
     chosen = calibration or glmq.CalibrationOptions()
     job = QuantizationJob(
-        model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes, fallback_topk, max_error
+        model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes, fallback_topk, max_error,
+        keep_extra=keep_extra,
     )
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch).folder
 

@@ -381,7 +381,8 @@ def to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
     if not bool(stored.isfinite().all()):
         worst = float(tensor.abs().max())
         raise CheckpointError(
-            f"{name}: its largest magnitude is {worst:g}, which {dtype.value} cannot hold; use bfloat16"
+            f"{name}: its largest magnitude is {worst:g}, which {dtype.value} cannot hold; "
+            "pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
         )
     return stored.contiguous()
 

@@ -17,6 +17,8 @@ from typing import Final
 
 from glmq.errors import CheckpointError, SpaceError
 
+LFS_START: Final = b"version https://git-lfs"
+"""How the pointer begins that git leaves in a large file's place."""
 FILE_MODE: Final = 0o640
 DIRECTORY_MODE: Final = 0o750
 DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)

@@ -11,31 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, TypeGuard
 
-from glmq.checkpoint.disk import open_input
+from glmq.checkpoint.disk import LFS_START, open_input
 from glmq.checkpoint.json_file import parse_json
 from glmq.errors import CheckpointError
 
-DTYPE_BYTES: Final[dict[str, int]] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
-"""Bytes per element of every dtype code we read, in the order of the format's own list (its writer sorts by it)."""
+DTYPE_BITS: Final[dict[str, int]] = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype code of the format, in the order of its own list (its writer sorts by it)."""
+DTYPE_BYTES: Final[dict[str, int]] = {code: bits // 8 for code, bits in DTYPE_BITS.items() if bits % 8 == 0}
+"""Bytes per element of those that fill whole bytes."""
 
 FLOAT_CODES: Final = ("F64", "F32", "F16", "BF16")
-"""The dtypes of float tensors; FP8 is no weight that is read here."""
+"""The dtypes of float tensors. FP8 is not one of them: its values mean nothing without their scales."""
 
 MAX_HEADER_BYTES: Final = 16_000_000
 """Thirty times what the largest GLM-4.1V needs in one file; the format's own reader stops at 100 MB. A parsed header takes up
@@ -43,7 +35,6 @@ to thirty times its size."""
 MAX_TENSORS: Final = 50_000
 """Ten times what the largest GLM-4.1V has, scales and all."""
 
-_LFS_START: Final = b"version https://git-lfs"
 _MAX_ELEMENTS: Final = 2**62
 """Larger shapes cannot be addressed; the bound keeps the arithmetic of a lying header small."""
 
@@ -56,7 +47,7 @@ class TensorInfo:
 
     name: str
     dtype: str
-    """Code of the format: "BF16", "F16", "F32", "I8", "I32", "I64", ... (a key of DTYPE_BYTES)."""
+    """Code of the format: "BF16", "F16", "F32", "I8", "I32", "I64", ... (a key of DTYPE_BITS)."""
     shape: tuple[int, ...]
     start: int
     """Offset of the first byte from the start of the file."""
@@ -94,8 +85,8 @@ def read_header(path: Path) -> Header:
     with os.fdopen(open_input(path), "rb") as file:
         try:
             file_bytes = os.fstat(file.fileno()).st_size
-            raw = file.read(len(_LFS_START))
-            if raw == _LFS_START:
+            raw = file.read(len(LFS_START))
+            if raw == LFS_START:
                 raise CheckpointError(
                     f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
                 )
@@ -171,8 +162,8 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"tensor {name!r} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        _refuse(path, f"tensor {name!r} has the unknown dtype {dtype!a}; known are {', '.join(DTYPE_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        _refuse(path, f"tensor {name!r} has the unknown dtype {dtype!a}; known are {', '.join(DTYPE_BITS)}")
     if not _is_counts(shape):
         _refuse(path, f"tensor {name!r} has the shape {shape!a:.100}, which is not a list of non-negative integers")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -183,8 +174,9 @@ def _tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo
         bound *= max(size, 1)
         if bound > _MAX_ELEMENTS:
             _refuse(path, f"tensor {name!r} has the impossible shape {shape!a:.100}")
-    wanted, found = elements * DTYPE_BYTES[dtype], offsets[1] - offsets[0]
-    if wanted != found:
+    bits, found = elements * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    wanted = -(-bits // 8)
+    if wanted != found or bits % 8:
         _refuse(path, f"tensor {name!r} spans {found} bytes, but shape {tuple(shape)} of {dtype} needs {wanted}")
     return TensorInfo(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 

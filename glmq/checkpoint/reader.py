@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -18,11 +19,12 @@ from torch import Tensor
 from glmq.checkpoint.contents import HASH_BYTES, ContentDigests
 from glmq.checkpoint.disk import open_input, read_input
 from glmq.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, Header, TensorInfo, read_header
-from glmq.checkpoint.json_file import MAX_JSON_BYTES, Fields, read_json_object
+from glmq.checkpoint.json_file import MAX_JSON_BYTES
 from glmq.checkpoint.names import natural_key
+from glmq.checkpoint.weight_files import INDEX_SUFFIX, bare_files, check_index, read_index
 from glmq.errors import CheckpointError
 
-INDEX_SUFFIX: Final = ".safetensors.index.json"
+FLOAT16_MAX: Final = 65504.0
 AHEAD_BYTES: Final = 2 * 2**20
 """Bytes asked for at a time when reading ahead; Linux takes no more in one call than its device's readahead."""
 PIECE_BYTES: Final = 64 * 2**20
@@ -46,10 +48,17 @@ _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "U64": torch.uint64,
 }
 _CODES: Final = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
+_TORCH_DTYPES["C64"] = torch.complex64  # read, never stored
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype code, e.g. torch.bfloat16 for "BF16"."""
+    """The torch dtype of a safetensors dtype code, e.g. torch.bfloat16 for "BF16".
+
+    Raises:
+        CheckpointError: torch has none that every version knows.
+    """
+    if code not in _TORCH_DTYPES:
+        raise CheckpointError(f"tensors of dtype {code} are listed, but their values cannot be read; leave them out")
     return _TORCH_DTYPES[code]
 
 
@@ -98,6 +107,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._ahead: threading.Thread | None = None
         self.contents: ContentDigests | None = None
         """Where set, every tensor that is read whole is hashed and compared."""
+        self.beyond_float16: Final[set[str]] = set()
+        """Tensors that `read_finite` has found to hold more than float16 can."""
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -118,11 +129,27 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 "remove those that do not belong to this checkpoint"
             )
         if not indexes:
-            return cls(directory, {path: read_header(path) for path in _bare_files(directory)})
-        weight_map = _read_index(indexes[0])
+            return cls(directory, {path: read_header(path) for path in bare_files(directory)})
+        weight_map = read_index(indexes[0])
         headers = {directory / file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
-        _check_index(indexes[0], weight_map, headers)
+        check_index(indexes[0], weight_map, headers)
         return cls(directory, headers)
+
+    def selected(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same files with other names for their tensors, and only with some of them.
+
+        Args:
+            names: how each tensor is called from now on -> how the files call it. One stored tensor may have two names.
+        """
+        headers = {path: replace(header, tensors={}) for path, header in self._headers.items()}
+        for name, stored in names.items():
+            info = self.info(stored)
+            headers[self._files[stored]].tensors[name] = replace(info, name=name)
+        return Checkpoint(self.directory, headers)
+
+    def dtype_read(self, name: str) -> str:
+        """The dtype code of what `read` and `read_rows` give."""
+        return self.info(name).dtype
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._headers[self._files[name]].tensors[name]
@@ -207,7 +234,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def check_finite(self, name: str, values: Tensor) -> Tensor:
         """Return `values`, read from tensor `name`; raise CheckpointError if they hold NaN or infinity."""
-        if values.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(values))).all()):
+        if not values.numel():
+            return values
+        extremes = torch.stack(torch.aminmax(values)).double()
+        if float(extremes.abs().max()) > FLOAT16_MAX:
+            self.beyond_float16.add(name)
+        if not bool(extremes.isfinite().all()):
             bad = int((~torch.isfinite(values)).sum())
             raise CheckpointError(
                 f"{self.file_of(name).name}: tensor {name!r} holds {bad} NaN or infinite values of {values.numel()}; "
@@ -300,44 +332,3 @@ def _read_ahead(ranges: Sequence[tuple[int, TensorInfo]]) -> None:
     for handle, info in ranges:
         for start in range(info.start, info.end, AHEAD_BYTES):
             os.posix_fadvise(handle, start, min(AHEAD_BYTES, info.end - start), os.POSIX_FADV_WILLNEED)
-
-
-def _bare_files(directory: Path) -> list[Path]:
-    files = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
-    if not files:
-        others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
-        found = f"found {', '.join(others[:3])}; convert them to safetensors" if others else "is this the right folder?"
-        raise CheckpointError(f"{directory}: wanted *.safetensors weight files, but there are none; {found}")
-    return files
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor name -> file name, file names without folders."""
-    fields = Fields(
-        read_json_object(path), str(path), lambda sentence: CheckpointError(f"{sentence}; download it again")
-    )
-    weight_map = fields.texts("weight_map")
-    if not weight_map:
-        raise CheckpointError(f"{path}: its weight_map is empty; download it again")
-    for name, file in weight_map.items():
-        if not file.endswith(".safetensors") or any(char in file for char in "/\\\0"):
-            raise CheckpointError(
-                f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
-            )
-    for file in sorted(set(weight_map.values())):
-        if not (path.parent / file).is_file():
-            raise CheckpointError(f"{path}: names {file}, which is not in the folder; download the missing file")
-    return weight_map
-
-
-def _check_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> None:
-    """Index and headers must list the same tensors in the same files."""
-    for name, file in weight_map.items():
-        if name not in headers[path.parent / file].tensors:
-            raise CheckpointError(f"{path}: says that {name!r} is in {file}, but it is not; download both again")
-    for file_path, header in headers.items():
-        for name in header.tensors:
-            if name not in weight_map:
-                raise CheckpointError(
-                    f"{path}: does not list {name!r}, which is in {file_path.name}; download both again"
-                )

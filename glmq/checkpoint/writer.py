@@ -24,7 +24,8 @@ from glmq.checkpoint.disk import (
 from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo
 from glmq.checkpoint.json_file import JsonObject, write_json
 from glmq.checkpoint.layout import PlannedFile, ShardPlan
-from glmq.checkpoint.reader import INDEX_SUFFIX, dtype_code, raw_bytes
+from glmq.checkpoint.reader import dtype_code, raw_bytes
+from glmq.checkpoint.weight_files import INDEX_SUFFIX
 from glmq.errors import CheckpointError
 
 

@@ -16,6 +16,8 @@ def calibrate(
     stats: Annotated[
         Path, typer.Option("--stats", help="Folder to write the statistics into.", rich_help_panel=o.OUTPUT)
     ],
+    chat_template: o.ChatTemplate = None,
+    dequantize: o.Dequantize = False,
     calib_images: o.CalibImages = None,
     calib_samples: o.CalibSamples = None,
     prompt: o.Prompt = "Please describe this picture in detail.",
@@ -68,6 +70,8 @@ def calibrate(
         compute_dtype=compute_dtype,
         trust_remote_code=trust_remote_code,
         work_dir=work_dir,
+        dequantize=dequantize,
+        chat_template=chat_template,
     )
     if dry_run:
         with ProgressView(quiet=quiet or json_output) as view:

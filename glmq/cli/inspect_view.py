@@ -44,6 +44,8 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
     folder = found.folder
     stdout.print(f"{folder.directory}: {describe_folder(folder)}", style="bold", soft_wrap=True)
     stdout.print(f"{len(folder.tensors)} tensors, {size(folder.nbytes)}")
+    if found.member is not None:
+        stdout.print(f"model: {found.member}", soft_wrap=True)
     stdout.print(f"for: {describe_engines(folder)}", soft_wrap=True)
     for problem in folder.problems:
         _print_mark("error", problem)

@@ -45,6 +45,24 @@ CalibSamples = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+ChatTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        "--chat-template",
+        help="File of the chat template, for a base model that comes without one; quantize writes it beside the weights.  "
+        "\\[default: the model folder's own]",
+        rich_help_panel=MODEL,
+        show_default=False,
+    ),
+]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize/--no-dequantize",
+        help="Take FP8 weights with scales as the float numbers that they stand for.",
+        rich_help_panel=MODEL,
+    ),
+]
 Texts = Annotated[
     bool,
     typer.Option(

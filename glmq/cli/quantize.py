@@ -18,6 +18,16 @@ def quantize(
         typer.Option("--save-directory", help="Folder to write the quantized weights into.", rich_help_panel=o.OUTPUT),
     ],
     calib_images: o.CalibImages = None,
+    chat_template: o.ChatTemplate = None,
+    dequantize: o.Dequantize = False,
+    keep_extra: Annotated[
+        bool,
+        typer.Option(
+            "--keep-extra/--no-keep-extra",
+            help="Also copy tensors that are no part of the model. MindIE does not read them, vLLM refuses them.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = False,
     calib_samples: o.CalibSamples = None,
     prompt: o.Prompt = "Please describe this picture in detail.",
     texts: o.Texts = True,
@@ -333,12 +343,15 @@ def quantize(
             device_type=device_type,
             compute_dtype=compute_dtype,
             trust_remote_code=trust_remote_code,
+            dequantize=dequantize,
+            chat_template=chat_template,
         ),
         stats_path=stats,
         shard_bytes=None if part_file_size is None else o.parse_size(part_file_size),
         fallback_topk=fallback_topk,
         max_error=max_error,
         work_dir=work_dir,
+        keep_extra=keep_extra,
     )
     with ProgressView(quiet=quiet or json_output) as view:
         if dry_run:

@@ -11,6 +11,7 @@ from typing import Final
 
 from glmq.checkpoint.compressed_config import CompressedConfig, is_compressed_tensors, read_compressed_config
 from glmq.checkpoint.description import find_descriptions, form_of
+from glmq.checkpoint.foreign import ForeignMethod, find_method
 from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
@@ -44,6 +45,7 @@ class Kind(Enum):
     """What lies in a folder."""
 
     FLOAT = "float checkpoint"
+    FOREIGN = "checkpoint that another tool has quantized"
     QUANTIZED = "quantized checkpoint"
     PARTS = "compressed parts, one folder a rank (MindIE)"
     SHARDED = "compressed parts, one file a rank (vLLM-Ascend)"
@@ -81,6 +83,8 @@ class Folder:
     """In natural order of their names."""
     problems: tuple[str, ...]
     """Why something here could not be read, one sentence each."""
+    method: ForeignMethod | None = None
+    """Of a FOREIGN one."""
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +147,10 @@ def scan_folder(directory: Path) -> Folder:
                 quant = "statistics" if kind is Kind.STATISTICS else _type_of(info, own)
                 tensors.append(StoredTensor(f"{prefix}{name}", info, file, quant))
     tensors.sort(key=lambda tensor: natural_key(tensor.name))
-    if not description and kind is Kind.FLOAT and any(t.info.dtype == "I8" for t in tensors):
+    method = find_method({t.name: t.info for t in tensors}, config) if kind is Kind.FLOAT and not description else None
+    if method is not None:
+        kind = Kind.FOREIGN
+    elif not description and kind is Kind.FLOAT and any(t.info.dtype == "I8" for t in tensors):
         kind = Kind.QUANTIZED
         problems.append(f"{directory}: has int8 tensors but no quant_model_description.json; engines take it for float")
     return Folder(
@@ -155,6 +162,7 @@ def scan_folder(directory: Path) -> Folder:
         description,
         tuple(tensors),
         tuple(problems),
+        method,
     )
 
 
@@ -162,6 +170,7 @@ def foreign_entries(folder: Folder) -> list[str]:
     """Names of what belongs to a checkpoint of another kind than the folder is: engines and people take one for the other."""
     patterns = {
         Kind.FLOAT: ("part*-of-*", "model-rank-*-part-*", MANIFEST_FILE, f"*{PORTABLE_FILE}"),
+        Kind.FOREIGN: (),
         Kind.QUANTIZED: ("part*-of-*", "model-rank-*-part-*", MANIFEST_FILE, f"*{PORTABLE_FILE}"),
         Kind.PARTS: ("model-rank-*-part-*", f"part*-of-*/*{PORTABLE_FILE}"),
         Kind.SHARDED: ("part*-of-*", f"*{PORTABLE_FILE}"),

@@ -182,7 +182,7 @@ def describe_folder(folder: Folder) -> str:
     dtype = next((floats[code] for code in folder.float_codes), "")
     if folder.kind is Kind.STATISTICS:
         return str(folder.kind.value)
-    parts = [folder.kind.value]
+    parts = [folder.kind.value if folder.method is None else f"{folder.kind.value} ({folder.method.title})"]
     if folder.quant_type is not None and folder.form is not None:
         parts.append(f"{folder.quant_type} ({folder.form.value})")
     if dtype:

@@ -37,9 +37,9 @@ from glmq.jobs.notes import describe_convergence, describe_generation
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
-from glmq.model.config import FAMILY, ModelConfig, read_config
+from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
-from glmq.model.source import check_source
+from glmq.model.source import SourceOptions, open_source
 from glmq.model.streamed import StreamedModel
 from glmq.progress import Watch
 from glmq.ranks import Place, Ranks, read_place
@@ -81,6 +81,10 @@ class CalibrationOptions:
     """Let the tokenizer run code that lies in the model folder."""
     work_dir: Path | None = None
     """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
+    dequantize: bool = False
+    """Take FP8 weights with scales as the float numbers that they stand for."""
+    chat_template: Path | None = None
+    """File of the chat template to use; None: the model folder's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +188,11 @@ def run_calibration(
     watcher = Watcher(watch if place.is_first else None)
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
     check_output(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
-    config = read_config(model_path)
-    with Checkpoint.open(model_path) as source:
-        check_source(source, config)
-        work = Calibration.prepare(source, config, options, place, watcher)
+    opened = open_source(model_path, SourceOptions(options.dequantize))
+    with opened.checkpoint as source:
+        for sentence in opened.notes:
+            watcher.note(f"note: {sentence}")
+        work = Calibration.prepare(source, opened.config, options, place, watcher)
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
         arguments = {"model": model_path, "out": stats_path, "options": options}
         arguments |= {"overwrite": overwrite, "resume": resume}
@@ -209,10 +214,12 @@ def forecast_calibration(
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
     check_output(stats_path, overwrite=overwrite, resume=True, work_dir=options.work_dir)
-    config = read_config(model_path)
-    with Checkpoint.open(model_path) as source:
-        check_source(source, config)
-        work = Calibration.prepare(source, config, options, Place(0, 1), Watcher(watch))
+    watcher = Watcher(watch)
+    opened = open_source(model_path, SourceOptions(options.dequantize))
+    with opened.checkpoint as source:
+        for sentence in opened.notes:
+            watcher.note(f"note: {sentence}")
+        work = Calibration.prepare(source, opened.config, options, Place(0, 1), watcher)
         return CalibrationForecast(work.plan, work.seconds())
 
 
@@ -235,7 +242,11 @@ class Calibration:
         settings = settings_of(options, device)
         dtype: torch.dtype = getattr(torch, settings.compute_dtype)
         preprocessor = Preprocessor(
-            source.directory, config, max_pixels=options.max_pixels, trust_remote_code=options.trust_remote_code
+            source.directory,
+            config,
+            max_pixels=options.max_pixels,
+            trust_remote_code=options.trust_remote_code,
+            chat_template=options.chat_template,
         )
         plan = plan_calibration(config, source, samples, preprocessor, settings, element_bytes=dtype.itemsize)
         model = StreamedModel(source, config, device=device, dtype=dtype)

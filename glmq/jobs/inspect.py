@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glmq.engines import Engine
-from glmq.inspection.folder import Kind, scan_folder
+from glmq.errors import ModelError
+from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import TensorRow, choose_rows, tensor_rows
 from glmq.jobs.watcher import Watcher
+from glmq.model.config import parse_config
+from glmq.model.members import describe_member
 from glmq.progress import Watch
 from glmq.reporting.documents import Inspection
 from glmq.verification.engines.check import check_lookups
@@ -62,7 +65,15 @@ def inspect(
         rows=rows,
         values=_read_values(rows, watch) if values else {},
         engines={engine: list(check_lookups(scanned, engine)) for engine in Engine} if is_model else {},
+        member=_member(scanned),
     )
+
+
+def _member(folder: Folder) -> str | None:
+    try:
+        return describe_member(folder.directory, parse_config(folder.config, "config.json")) if folder.config else None
+    except ModelError:
+        return None
 
 
 def _read_values(rows: Sequence[TensorRow], watch: Watch | None) -> Mapping[str, TensorValues]:

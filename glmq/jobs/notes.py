@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Final
 
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import WANTED_IMAGES
-from glmq.model.config import FAMILY
+from glmq.engines import Engine
+from glmq.model.config import FAMILY, ModelConfig
+from glmq.quantization.plan import count_matches
+from glmq.quantization.recipe import Recipe
+from glmq.spec import Form
 
 GIB: Final = 2**30
 
@@ -57,3 +62,36 @@ def describe_generation(plan: GenerationPlan) -> str:
         f"generate: {asked} samples are answered in up to {plan.max_tokens} tokens{rounds}; "
         f"reading {weights} takes up to about {time_needed}"
     )
+
+
+def describe_large_weights(linears: Iterable[str], beyond_float16: Collection[str]) -> list[str]:
+    """That weights of a float16 model are larger than float16 can be, and why that does no harm; nothing if none is.
+
+    Args:
+        linears: names of the quantized linears.
+        beyond_float16: names of tensors of the float model that float16 cannot hold.
+    """
+    large = [name for name in linears if f"{name}.weight" in beyond_float16]
+    if not large:
+        return []
+    others = f" and {len(large) - 1} more" if len(large) > 1 else ""
+    return [
+        f"note: {large[0]}.weight{others} goes beyond 65504, where float16 ends: integers and their float32 scales hold it"
+    ]
+
+
+def describe_path(out: Path, form: Form) -> list[str]:
+    """That an engine which reads the form will not open the output where it is written; nothing if all will."""
+    path = str(out.resolve())
+    return [
+        f"note: {engine.spec.title} opens no path like {path}: letters, digits, _ . / - only; move the output for it"
+        for engine in Engine
+        if form in engine.spec.forms and engine.spec.refuses_path(path)
+    ]
+
+
+def describe_patterns(recipe: Recipe, config: ModelConfig) -> list[str]:
+    """How many linears each pattern of the command line matches."""
+    return [
+        f"{rule.option} matches {count_matches(rule.pattern, config)} linears" for rule in recipe.rules if rule.option
+    ]

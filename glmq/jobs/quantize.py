@@ -37,10 +37,13 @@ from glmq.jobs.calibrate import (
     write_statistics,
 )
 from glmq.jobs.joined_ranks import join_ranks
+from glmq.jobs.notes import describe_large_weights, describe_path, describe_patterns
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
-from glmq.model.config import ModelConfig, read_config
+from glmq.model.config import ModelConfig
+from glmq.model.side_files import engine_side_files
+from glmq.model.source import SourceOptions, open_source
 from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve
 from glmq.progress import Watch
@@ -50,12 +53,13 @@ from glmq.quantization.fallback import with_fallback, worst_groups
 from glmq.quantization.measure import measure_checkpoint, rate_checkpoint
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
-from glmq.quantization.plan import count_matches, plan_groups
+from glmq.quantization.plan import plan_groups
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.report import report_document, write_report
 from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import LinearReport, PassTime
+from glmq.spec import ASCEND_FORMS, FloatDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class QuantizationJob:
     """Keep groups with a larger relative output error float."""
     work_dir: Path | None = None
     """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
+    keep_extra: bool = False
+    """Also copy tensors that are no part of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +169,9 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
     """As `quantize`, on one rank of all. Everything that can be refused is refused before the first weight is read."""
     place = read_place()
     watcher = Watcher(watch if place.is_first else None)
-    with _planned(job, overwrite=overwrite, resume=resume) as (source, config, plan):
-        _note_patterns(job.recipe, config, watcher)
+    with _planned(job, watcher, overwrite=overwrite, resume=resume) as (source, config, plan):
+        for sentence in (*describe_patterns(job.recipe, config), *describe_path(job.out_path, job.recipe.form)):
+            watcher.note(sentence)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
         output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)
         with (
@@ -182,7 +189,7 @@ def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch
     """As `quantize` with `dry_run`: read config.json and headers, touch nothing."""
     if read_place().world > 1:
         raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
-    with _planned(job, overwrite=overwrite, resume=True) as (source, config, plan):
+    with _planned(job, Watcher(watch), overwrite=overwrite, resume=True) as (source, config, plan):
         if job.stats_path is not None and Workplace.of(job.stats_path).contents():
             statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
             return make_run_plan(source, config, job.recipe, plan, statistics)
@@ -194,7 +201,7 @@ def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch
 
 @contextmanager
 def _planned(
-    job: QuantizationJob, *, overwrite: bool, resume: bool
+    job: QuantizationJob, watcher: Watcher, *, overwrite: bool, resume: bool
 ) -> Iterator[tuple[Checkpoint, ModelConfig, OutputPlan]]:
     """The open source and the plan of the whole output, from options, config.json and headers."""
     inputs = {"the float weights": job.model_path, **sources_of(job.calibration), "the statistics": job.stats_path}
@@ -204,11 +211,20 @@ def _planned(
     check_output(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)
     if job.stats_path is not None and not Workplace.of(job.stats_path).contents():
         check_output(job.stats_path, overwrite=False, resume=resume, work_dir=job.work_dir)
-    config = read_config(job.model_path)
-    with Checkpoint.open(job.model_path) as source:
+    opened = open_source(job.model_path, SourceOptions(job.calibration.dequantize, job.keep_extra))
+    config = opened.config
+    with opened.checkpoint as source:
+        for sentence in opened.notes:
+            watcher.note(f"note: {sentence}")
         groups = plan_groups(job.recipe, config)
         list_side_files(job.model_path)  # refuses what could not be copied at the end
-        plan = plan_output(source, config, job.recipe, groups, job.shard_bytes)
+        side_files = engine_side_files(
+            job.model_path,
+            config.family,
+            for_mindie=job.recipe.form in ASCEND_FORMS,
+            chat_template=job.calibration.chat_template,
+        )
+        plan = plan_output(source, config, job.recipe, groups, job.shard_bytes, side_files)
         check_file_size(job.out_path, max(file.nbytes for file in plan.shards.files))
         yield source, config, plan
 
@@ -332,13 +348,16 @@ def _write_weights(
     bits = _spread_bits(work, recipe, plan, watcher)
     if job.fallback_topk or job.max_error is not None:
         recipe = _fall_back(work, recipe, plan, bits, job, watcher)
-        plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes)
+        plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes, plan.side_files)
         bits = _spread_bits(work, recipe, plan, watcher)
     reports: list[LinearReport] = []
     with watcher.blocks("quantize", len(config.family.blocks(config)) + 1) as advance:
         for block in quantize_checkpoint(work, recipe, plan, folder.path, bits=bits):
             reports += block.reports
             advance(block.done)
+    if recipe.dtype is FloatDtype.FP16:
+        for sentence in describe_large_weights(plan.linears, source.beyond_float16):
+            watcher.note(sentence)
     areas = bytes_by_area(source, plan.shards)
     ranks.barrier()  # rank 0 has written the checksums
     checksums = read_checksums(folder.path).tensors_digest
@@ -381,9 +400,3 @@ def _fall_back(
     for name in names:
         watcher.note(f"  --keep-float {name}")
     return with_fallback(recipe, kept)
-
-
-def _note_patterns(recipe: Recipe, config: ModelConfig, watcher: Watcher) -> None:
-    for rule in recipe.rules:
-        if rule.option:
-            watcher.note(f"{rule.option} matches {count_matches(rule.pattern, config)} linears")

@@ -18,8 +18,9 @@ from glmq.inspection.folder import Kind, scan_folder
 from glmq.inspection.listing import describe_folder
 from glmq.jobs.served import verify_served
 from glmq.jobs.watcher import Watcher
-from glmq.model.config import FAMILY
+from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
+from glmq.model.side_files import TEMPLATE
 from glmq.progress import Watch
 from glmq.reporting.documents import Caption, Verification
 from glmq.serve.agreement import require_vllm
@@ -29,6 +30,7 @@ from glmq.verification.checks import (
     Limits,
     judge_block,
     judge_predictions,
+    open_reference,
     usable_config,
     verify_files,
 )
@@ -182,7 +184,7 @@ def _measure(
     reference: Path, candidate: Path, samples: Sequence[Sample], max_pixels: int | None, watcher: Watcher
 ) -> _Behaviour:
     """Run both models on the samples, block by block; small ones also answer the first pictures."""
-    with Checkpoint.open(reference) as source:
+    with open_reference(reference) as source:
         try:
             blocks, predictions = _behave(source, candidate, samples, max_pixels, watcher)
             return _Behaviour(blocks, predictions, _captions(source, candidate, samples, max_pixels))
@@ -206,7 +208,7 @@ def _behave(
     config = usable_config(candidate, source)
     if config is None:
         raise CheckpointError(f"{source.directory}: has no config.json of a GLM-4.1V; restore it")
-    preprocessor = Preprocessor(source.directory, config, max_pixels=max_pixels, trust_remote_code=False)
+    preprocessor = _preprocessor(source, candidate, config, max_pixels)
     cases = [Case(s.name, s.image is not None, partial(_encode, preprocessor, s)) for s in samples]
     blocks: list[BlockBehaviour] = []
     predictions = None
@@ -227,7 +229,7 @@ def _captions(source: Checkpoint, candidate: Path, samples: Sequence[Sample], ma
     pictures = [sample for sample in samples if sample.image is not None][:CAPTIONS]
     if config is None or sum(info.nbytes for info in source.values()) > SMALL_BYTES:
         return []
-    preprocessor = Preprocessor(source.directory, config, max_pixels=max_pixels, trust_remote_code=False)
+    preprocessor = _preprocessor(source, candidate, config, max_pixels)
     questions = [preprocessor.encode(open_image(sample), sample.prompt, None) for sample in pictures]
     with Checkpoint.open(candidate) as other:
         said = [
@@ -235,6 +237,18 @@ def _captions(source: Checkpoint, candidate: Path, samples: Sequence[Sample], ma
             for checkpoint in (source, other)
         ]
     return [Caption(sample.name, *texts) for sample, *texts in zip(pictures, *said, strict=True)]
+
+
+def _preprocessor(source: Checkpoint, candidate: Path, config: ModelConfig, max_pixels: int | None) -> Preprocessor:
+    """With the reference's files, and the candidate's chat template: a base model may have none of its own."""
+    template = candidate / TEMPLATE
+    return Preprocessor(
+        source.directory,
+        config,
+        max_pixels=max_pixels,
+        trust_remote_code=False,
+        chat_template=template if template.is_file() else None,
+    )
 
 
 def _encode(preprocessor: Preprocessor, sample: Sample) -> ModelInputs:

@@ -5,7 +5,8 @@ nested          `text_config` with `rope_scaling`, `rope_theta`, `partial_rotary
 nested, v5      written by transformers 5: the same with `rope_parameters` in place of the three rope fields.
 
 `nested` is the form that transformers 4.53 and 5.x both read exactly and that the serving engine needs, so it is the
-one that glmq hands on. What it cannot bring into that form it refuses.
+one that glmq hands on; `rope_parameters`, where the file has it, stays beside the older fields. What cannot be brought into
+that form is refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
 """Numbers that may be left out, and what they lie between."""
 TEXTS: Final = ("hidden_act", "dtype", "torch_dtype")
 FLAGS: Final = ("attention_bias", "use_cache", "tie_word_embeddings")
+ADAPTER_CONFIG: Final = "adapter_config.json"
 MROPE_SECTIONS: Final = 3
 """Of the rotary positions: time, height, width."""
 
@@ -55,7 +57,9 @@ class ModelConfig(Sizes):
     """A config.json in the nested layout, the sizes that glmq needs from it, and the family that gives them a meaning."""
 
     nested: JsonObject
-    """The nested layout; equal to the file where the file already has it."""
+    """The nested layout; equal to the file where the file already has it, but `tie_word_embeddings` is never true."""
+    ties_embeddings: bool
+    """The file says that lm_head's weight is the embeddings', unless it is stored."""
     family: Family
     image_token_id: int
     eos_token_ids: tuple[int, ...]
@@ -77,12 +81,43 @@ def read_config(directory: Path) -> ModelConfig:
         CheckpointError: the file is not a JSON object.
     """
     if not directory.is_dir():
-        what = "no such folder; give the folder of the float weights as --model-path"
-        raise ModelError(f"{directory}: {what}{_fetching(directory)}")
+        raise ModelError(_why_no_folder(directory))
     path = directory / "config.json"
     if not path.is_file():
+        if (directory / ADAPTER_CONFIG).is_file():
+            raise ModelError(_describe_adapter(directory / ADAPTER_CONFIG))
+        snapshots = sorted(directory.glob("snapshots/*/config.json"))
+        if snapshots:
+            raise ModelError(
+                f"{directory}: is a model's folder in a hub cache; give its snapshot {snapshots[-1].parent}"
+            )
         raise ModelError(f"{directory}: has no config.json, so it is not a model folder; give the folder that holds it")
     return parse_config(read_json_object(path), str(path))
+
+
+def _why_no_folder(path: Path) -> str:
+    """What is wrong with a path that is no folder, by how people come to give it."""
+    text = str(path)
+    if path.exists():
+        return f"{path}: is a file; give the folder that holds it, {path.parent}"
+    if text[:1] in "\"'" and text[-1:] == text[:1]:
+        return f"{path}: no such folder: the quotation marks are part of what was given; leave them out"
+    if text.startswith("~"):
+        return (
+            f"{path}: no such folder: the shell leaves ~ as it is after =; put a space there, or write the whole path"
+        )
+    return f"{path}: no such folder; give the folder of the float weights as --model-path{_fetching(path)}"
+
+
+def _describe_adapter(path: Path) -> str:
+    """Why a folder with an adapter alone is no model, and what to do."""
+    found = read_json_object(path)
+    kind, base = found.get("peft_type"), found.get("base_model_name_or_path")
+    of = f" of {base}" if isinstance(base, str) and base else ""
+    return (
+        f"{path.parent}: holds an adapter ({kind if isinstance(kind, str) else 'PEFT'}){of}, not a model; merge it into its "
+        "base model first, e.g. with peft's merge_and_unload(), and give the folder of the merged weights"
+    )
 
 
 def parse_config(raw: JsonObject, where: str) -> ModelConfig:
@@ -99,6 +134,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     text = _with_rope_fields(_section(nested, "text_config", where), where)
     vision = _section(nested, "vision_config", where)
     nested["text_config"] = text
+    ties = _untie(text, nested)
     sections = {"text_config": text, "vision_config": vision, "": nested}
 
     def number(section: str, key: str, default: int | None = None) -> int:
@@ -119,6 +155,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     heads, hidden = number("text_config", "num_attention_heads"), number("text_config", "hidden_size")
     config = ModelConfig(
         nested=nested,
+        ties_embeddings=ties,
         family=family,
         hidden_size=hidden,
         intermediate_size=number("text_config", "intermediate_size"),
@@ -142,6 +179,14 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     _check_consistency(config, number("vision_config", "num_heads", 1), where)
     _check_rope_sections(text, config.head_dim, where)
     return config
+
+
+def _untie(*sections: JsonObject) -> bool:
+    """Whether a section ties lm_head to the embeddings. None does afterwards: lm_head is always written as a tensor."""
+    tying = [fields for fields in sections if fields.get("tie_word_embeddings") is True]
+    for fields in tying:
+        fields["tie_word_embeddings"] = False
+    return bool(tying)
 
 
 def _check_consistency(config: ModelConfig, vision_heads: int, where: str) -> None:
@@ -185,11 +230,10 @@ def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
 
 
 def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
-    """text_config with the three older rope fields in place of `rope_parameters` (transformers 5)."""
+    """A copy of text_config with the three older rope fields, beside `rope_parameters` (transformers 5) if it has that."""
+    text = dict(text)
     if isinstance(text.get("rope_parameters"), dict):
-        text = dict(text)
         rope = dict(_section(text, "rope_parameters", where))
-        del text["rope_parameters"]
         for key in ("rope_theta", "partial_rotary_factor"):
             if key in rope:
                 text[key] = rope.pop(key)

@@ -141,6 +141,19 @@ class ImageProcessor:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """How the files of a released model differ from those of the others; None: not at all."""
+
+    title: str
+    processor: str | None = None
+    """Class in preprocessor_config.json."""
+    image_token_id: int | None = None
+    rope_theta: float | None = None
+    has_template: bool | None = None
+    """Whether it comes with a chat template."""
+
+
+@dataclass(frozen=True, slots=True)
 class Alias:
     """A linear that vLLM-Ascend fuses with others, or splits, and so looks up in the description under other names."""
 
@@ -168,6 +181,12 @@ class Family:
     """In transformers, like the next."""
     model_class: str
     image_processor: ImageProcessor
+    older_classes: Mapping[str, str]
+    """Classes of processors that transformers 4.53.0 lacks -> those that do the same to pictures there."""
+    released: tuple[Member, ...]
+    """The released models, told apart by their files; the first that fits counts."""
+    made_from: tuple[str, ...]
+    """Released models whose files are like those of another one, so that only a folder's name tells them."""
     text: str
     """Module name of the text tower."""
     vision: str
@@ -182,6 +201,10 @@ class Family:
     """Endings of linears that engines split along their input columns."""
     float_by_default: tuple[str, ...]
     """Patterns of linears that stay float unless they are asked for."""
+    wrappers: tuple[str, ...]
+    """What modules of trainers that wrap the model put before every name."""
+    foreign_names: Mapping[str, str]
+    """How names begin in checkpoints of trainers -> how they begin here; the first that fits holds."""
     engine_prefixes: Mapping[str, str]
     """How names begin in the parts that engines load -> how they begin in the float checkpoint; the first that fits holds."""
     aliases: tuple[Alias, ...]

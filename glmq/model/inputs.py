@@ -19,13 +19,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glmq.checkpoint.disk import read_input
+from glmq.checkpoint.disk import LFS_START, read_input
 from glmq.checkpoint.json_file import SURROGATE, JsonValue, read_json_object
 from glmq.errors import ModelError, SampleError
 from glmq.machine import is_out_of_memory
 from glmq.model.bounded import BoundedError, run_bounded
 from glmq.model.config import ModelConfig
 from glmq.model.lean import lean_transformers
+from glmq.model.side_files import (
+    TOKENIZER_CONFIG,
+    find_template,
+    older_tokenizer,
+    processor_settings,
+    read_template,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,13 +78,20 @@ class Preprocessor:
         config: its configuration.
         max_pixels: images with more pixels are shrunk first, keeping their shape; None leaves the model's own limit.
         trust_remote_code: let the tokenizer run code from the folder. GLM-4.1V needs none.
+        chat_template: file of the chat template; None: the folder's own.
 
     Raises:
         ModelError: tokenizer, chat template or processor settings are missing or unusable.
     """
 
     def __init__(
-        self, directory: Path, config: ModelConfig, *, max_pixels: int | None, trust_remote_code: bool
+        self,
+        directory: Path,
+        config: ModelConfig,
+        *,
+        max_pixels: int | None,
+        trust_remote_code: bool,
+        chat_template: Path | None = None,
     ) -> None:
         processor = config.family.image_processor
         with lean_transformers():
@@ -104,8 +118,13 @@ class Preprocessor:
         )
         self._directory = directory
         self._tokenizer = _load_tokenizer(directory, trust_remote_code=trust_remote_code)
-        if not self._tokenizer.chat_template:
-            raise ModelError(f"{directory}: has no chat template; copy chat_template.jinja of the release there")
+        template = find_template(directory) if chat_template is None else read_template(chat_template)
+        if template is None:
+            raise ModelError(
+                f"{directory}: has no chat template (a base model comes without); choose one with --chat-template FILE, "
+                "e.g. the chat_template.jinja of GLM-4.1V-9B-Thinking"
+            )
+        self._tokenizer.chat_template = template
         self._render = functools.cache(self._render_once)  # pictures of a folder share their prompt
         self._render(True, "")
         image_token: str | None = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
@@ -201,10 +220,7 @@ class _ProcessorSettings:
 
 
 def _read_processor_settings(directory: Path) -> _ProcessorSettings:
-    path = directory / "preprocessor_config.json"
-    if not path.is_file():
-        raise ModelError(f"{directory}: has no preprocessor_config.json; copy it from the model's release")
-    found = read_json_object(path)
+    path, found = processor_settings(directory)
     size = found.get("size")
     longest = size.get("longest_edge") if isinstance(size, dict) else None
     if not isinstance(size, dict | None) or (longest is not None and (type(longest) is not int or longest < 1)):
@@ -228,7 +244,7 @@ def _read_processor_settings(directory: Path) -> _ProcessorSettings:
 
 def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ModelError that names the file that is to blame, where one is."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not str(directory).isascii() and SURROGATE.search(str(directory)):
         raise ModelError(
@@ -236,16 +252,26 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
             "or give a link to it"
         )
     _check_added_tokens(directory)
+    path = directory / TOKENIZER_CONFIG
+    found = read_json_object(path) if path.exists() else {}
+    older = older_tokenizer(found)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer: PreTrainedTokenizerBase
+        if older == found:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        else:  # as transformers 5 saves it; one before 5 would not know the class, or what to do with a list
+            extra = older.get("additional_special_tokens") or []
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                directory, local_files_only=True, extra_special_tokens={}, additional_special_tokens=extra
+            )
         return tokenizer
     except BaseException as error:  # whatever a damaged file trips transformers or its compiled tokenizer over
         is_panic = type(error).__name__ == "PanicException"
         if is_out_of_memory(error) or not (isinstance(error, Exception) or is_panic):
             raise
-        _check_tokenizer_file(directory / "tokenizer.json")
+        _check_tokenizer_file(directory / "tokenizer.json", has_code=trust_remote_code)
         reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
         raise ModelError(
             f"{directory}: its tokenizer cannot be loaded ({reason:.200}); copy the tokenizer files of the release there"
@@ -286,12 +312,23 @@ def _check_added_tokens(directory: Path) -> None:
                 )
 
 
-def _check_tokenizer_file(path: Path) -> None:
-    """Raise ModelError if this is what keeps the tokenizer from being loaded."""
+def _check_tokenizer_file(path: Path, *, has_code: bool) -> None:
+    """Raise ModelError if this is what keeps the tokenizer from being loaded.
+
+    Args:
+        has_code: the tokenizer may be the model's own code, which needs no such file.
+    """
     if not path.exists():
-        return
+        if has_code:
+            return
+        raise ModelError(f"{path.parent}: has no {path.name}, which is the tokenizer; copy it from the model's release")
+    raw = read_input(path, MAX_TOKENIZER_BYTES)
+    if raw.startswith(LFS_START):
+        raise ModelError(
+            f"{path}: is a git-lfs pointer, not the tokenizer; run `git lfs pull` or download the file itself"
+        )
     try:
-        document = json.loads(read_input(path, MAX_TOKENIZER_BYTES))
+        document = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: is not JSON ({f'{error}':.100}); copy it from the model's release") from error
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):

@@ -262,12 +262,15 @@ class StreamedModel:
         raise AssertionError("the model ran without reaching its first block")
 
 
-def _without_labels(section: JsonObject) -> JsonObject:
-    """A deep copy without the classes of a classifier, of which transformers makes as many as it is told to."""
+def _of_the_model(section: JsonObject) -> JsonObject:
+    """A deep copy without what has nothing to do with the float model: the classes of a classifier, of which transformers makes
+    as many as it is told to; a quantization; the dtype "auto", which is none.
+    """
     return {
-        key: _without_labels(value) if isinstance(value, dict) else copy.deepcopy(value)
+        key: _of_the_model(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in section.items()
-        if key not in ("num_labels", "id2label", "label2id")
+        if key not in ("num_labels", "id2label", "label2id", "quantization_config")
+        and not (key in ("dtype", "torch_dtype") and value == "auto")
     }
 
 
@@ -282,7 +285,7 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
     logging.set_verbosity_error()
     try:
-        hf_config = config_class(**_without_labels(config.nested))
+        hf_config = config_class(**_of_the_model(config.nested))
         with _parameters_on_meta(), _NoInit():
             model = model_class._from_config(hf_config, attn_implementation="sdpa")
     except Exception as error:  # whatever a field that glmq does not know trips transformers over

@@ -9,14 +9,13 @@ from pathlib import Path
 from glmq.checkpoint.compressed_config import KEY, CompressedConfig, make_config
 from glmq.checkpoint.description import ASCEND_V1_VERSION, Description, tensor_types, write_description
 from glmq.checkpoint.header import FLOAT_CODES
-from glmq.checkpoint.json_file import write_json
+from glmq.checkpoint.json_file import write_json, write_whole
 from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.linears import linear_specs, norm_specs
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import Area, LinearShape
-from glmq.model.source import check_source
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.spec import ASCEND_FORMS, FloatDtype, Form, QuantType, StepRule, assert_never
@@ -31,6 +30,8 @@ class OutputPlan:
     linears: Mapping[str, QuantType]
     """The linears that become integers."""
     shards: ShardPlan
+    side_files: Mapping[str, bytes]
+    """Small files that are not copied from the source as they are: name -> contents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +44,26 @@ class AreaBytes:
 
 
 def plan_output(
-    source: Checkpoint, config: ModelConfig, recipe: Recipe, groups: Mapping[str, GroupPlan], shard_bytes: int | None
+    source: Checkpoint,
+    config: ModelConfig,
+    recipe: Recipe,
+    groups: Mapping[str, GroupPlan],
+    shard_bytes: int | None,
+    side_files: Mapping[str, bytes],
 ) -> OutputPlan:
     """Lay out the output from the headers alone.
 
+    Args:
+        source: every tensor of the model, checked.
+        config: its configuration.
+        recipe: how to quantize.
+        groups: what becomes of each input group.
+        shard_bytes: upper size of a weight file; None: one file.
+        side_files: those that are not copied as they are.
+
     Raises:
-        CheckpointError: the source lacks a tensor of the model, or one has another shape than config.json says.
         UsageError: a width that the type cannot take.
     """
-    check_source(source, config)
     types = {
         linear.name: plan.quant_type for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
     }
@@ -66,8 +78,8 @@ def plan_output(
         elif base in norms:
             specs += norm_specs(base, source[name].shape[0], dtype=recipe.dtype, form=recipe.form)
         else:
-            specs.append(TensorSpec(name, _float_code(source[name].dtype, recipe.dtype), source[name].shape))
-    return OutputPlan(groups, types, plan_shards(specs, _stem(recipe), shard_bytes))
+            specs.append(TensorSpec(name, _float_code(source.dtype_read(name), recipe.dtype), source[name].shape))
+    return OutputPlan(groups, types, plan_shards(specs, _stem(recipe), shard_bytes), side_files)
 
 
 def _stem(recipe: Recipe) -> str:
@@ -136,6 +148,8 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
         edited[KEY] = compressed_config(config, recipe, plan).document()
     write_json(folder / "config.json", edited, indent=4)
     copy_side_files(source.directory, folder)
+    for name, content in plan.side_files.items():
+        write_whole(folder / name, content)
     if not is_described:
         return
     names = [info.name for file in plan.shards.files for info in file.tensors]

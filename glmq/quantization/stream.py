@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glmq.checkpoint.checksums import write_checksums
+from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.linears import encode_linear, encode_norm
 from glmq.checkpoint.reader import torch_dtype
@@ -189,12 +190,12 @@ class _Job:
         self._run.clock.count("copy", nbytes=2 * info.nbytes)
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
+        if self._source.dtype_read(name) not in FLOAT_CODES:
+            return tensor  # kept as it is: no part of the model
         stored = tensor.to(torch_dtype(self._recipe.dtype.code))
         if stored is not tensor and stored.numel() and not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
             raise CheckpointError(
                 f"{self._source.file_of(name).name}: tensor {name!r} reaches {float(tensor.abs().max()):g}, "
-                f"float16 ends at 65504; pass --torch_dtype bf16 (W8A8 only) or repair the checkpoint"
+                f"float16 ends at 65504; pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
             )
         return stored

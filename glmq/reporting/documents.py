@@ -44,6 +44,8 @@ class Inspection:
     values: Mapping[str, TensorValues]
     """By tensor name; empty unless asked for."""
     engines: Mapping[Engine, Sequence[Finding]]
+    member: str | None = None
+    """Which released model it is or comes from, and what shows it; None where config.json does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ def inspection_document(found: Inspection) -> JsonObject:
         "schema": INSPECT_SCHEMA,
         "folder": str(folder.directory),
         "what": describe_folder(folder),
+        "model": found.member,
         "for": describe_engines(folder),
         "kind": folder.kind.name.lower(),
         "quant_type": folder.quant_type,

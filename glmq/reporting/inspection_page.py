@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING, Final
 
 from glmq.engines import Engine
@@ -52,6 +53,7 @@ def inspection_page(found: Inspection) -> str:
             card("Problems", str(errors), "bad" if errors else "good", f"{len(problems) - errors} notes"),
         ),
         section("For which engine", f"<p>{describe_engines(folder)}</p>".replace("`", ""), _list(problems)),
+        *([] if found.member is None else [section("Which model", f"<p>{escape(found.member)}</p>")]),
         section(
             "Bytes by part",
             stacked_bars({"stored": {t.label: t.nbytes for t in totals_by_area(every)}}, "bytes by part"),

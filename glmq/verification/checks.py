@@ -13,6 +13,7 @@ from glmq.errors import CheckpointError, GlmqError
 from glmq.inspection.folder import Folder, Kind, foreign_entries, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
+from glmq.model.source import SourceOptions, open_source
 from glmq.spec import assert_never
 from glmq.verification.arithmetic import (
     LinearArithmetic,
@@ -81,8 +82,8 @@ def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engi
     match folder.kind:
         case Kind.PARTS | Kind.SHARDED | Kind.PORTABLE:
             yield from _verify_compressed(folder, reference)
-        case Kind.FLOAT | Kind.QUANTIZED:
-            source = None if reference is None else Checkpoint.open(reference)
+        case Kind.FLOAT | Kind.FOREIGN | Kind.QUANTIZED:
+            source = None if reference is None else open_reference(reference)
             try:
                 yield from check_structure(candidate, source)
                 yield from _verify_linears(candidate, source)
@@ -91,6 +92,15 @@ def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engi
                     source.close()
         case unknown:
             assert_never(unknown)
+
+
+def open_reference(directory: Path) -> Checkpoint:
+    """The float checkpoint that a candidate is compared with, as `quantize` reads it, with all its tensors.
+
+    Raises:
+        CheckpointError, ModelError: as `open_source`.
+    """
+    return open_source(directory, SourceOptions(dequantize=True, keep_extra=True)).checkpoint
 
 
 def _verify_compressed(folder: Folder, reference: Path | None) -> Iterator[VerifyRecord]:

@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
+from glmq.checkpoint.checksums import CHECKSUMS, digest_of, read_checksums
 from glmq.checkpoint.description import (
     ASCEND_V1,
     ASCEND_V1_VERSION,
@@ -23,26 +24,23 @@ from glmq.checkpoint.description import (
 )
 from glmq.checkpoint.header import Header, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
-from glmq.checkpoint.reader import INDEX_SUFFIX, Checkpoint
+from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
-from glmq.errors import CheckpointError, ModelError
-from glmq.model.config import ModelConfig, parse_config
+from glmq.checkpoint.weight_files import INDEX_SUFFIX
+from glmq.engines import Engine
+from glmq.errors import CheckpointError, InputError, ModelError
+from glmq.model.config import FAMILY, ModelConfig, parse_config
+from glmq.model.side_files import PREPROCESSOR, TEMPLATE, engine_side_files, processor_settings
 from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.findings import Check, Finding
 
 TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A16")
 GROUP_SIZES: Final = (64, 128, 256)
-NEEDED_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
+NEEDED_FILES: Final = ("tokenizer.json", "preprocessor_config.json")
 """Without these the engine cannot build its processor."""
 
 REPORT: Final = "glmq_report.json"
 
-_LEGAL_PATH: Final = re.compile(r"[0-9A-Za-z_./-]*")
 _MAX_PATH: Final = 4096
 _MAX_ENTRIES: Final = 1024
 _DTYPE_KEYS: Final = ("torch_dtype", "dtype")
@@ -270,22 +268,54 @@ def _flatten(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 def check_side_files(directory: Path, source_dir: Path | None) -> Iterator[Finding]:
-    """Check 18: the tokenizer, processor and template files are there, as in the source."""
+    """Check 18: the tokenizer, processor and template files are there, as in the source or as the engines read them."""
     expected = [] if source_dir is None else list_side_files(source_dir)
-    for name in expected:
-        if not (directory / name).is_file():
-            yield Check.SIDE_FILES.error("", f"{name} is missing, the source has it")
-        elif source_dir is not None and (directory / name).read_bytes() != (source_dir / name).read_bytes():
-            yield Check.SIDE_FILES.error("", f"{name} differs from the source's")
+    if source_dir is not None:
+        changed = _changed_side_files(source_dir)
+        for name in expected:
+            if not (directory / name).is_file():
+                yield Check.SIDE_FILES.error("", f"{name} is missing, the source has it")
+                continue
+            found = (directory / name).read_bytes()
+            if found in ((source_dir / name).read_bytes(), changed.get(name)):
+                continue
+            if name == TEMPLATE and _is_as_written(directory, name, found):
+                yield Check.SIDE_FILES.warning("", f"{name} is not the source's: `glmq quantize` was given another")
+            else:
+                yield Check.SIDE_FILES.error("", f"{name} differs from the source's")
     for name in NEEDED_FILES:
-        if name not in expected and not (directory / name).is_file():
+        if name not in expected and not (directory / name).is_file() and not _is_elsewhere(directory, name):
             yield Check.SIDE_FILES.error("", f"{name} is missing; the engine cannot build its processor without it")
+
+
+def _is_elsewhere(directory: Path, name: str) -> bool:
+    """Whether the image processor's settings lie where transformers 5 keeps them; MindIE's own look-ups are another check."""
+    try:
+        return name == PREPROCESSOR and bool(processor_settings(directory)[1])
+    except InputError:
+        return False
+
+
+def _is_as_written(directory: Path, name: str, content: bytes) -> bool:
+    """Whether a file has the bytes that glmq itself wrote, by its checksums."""
+    try:
+        return (directory / CHECKSUMS).is_file() and read_checksums(directory).files.get(name) == digest_of(content)
+    except CheckpointError:
+        return False
+
+
+def _changed_side_files(source_dir: Path) -> Mapping[str, bytes]:
+    """Those that `quantize` does not copy as they are; nothing where the source's cannot be read."""
+    try:
+        return engine_side_files(source_dir, FAMILY, for_mindie=True, chat_template=None)
+    except InputError:
+        return {}
 
 
 def check_modes(directory: Path) -> Iterator[Finding]:
     """Check 19: modes and names that the engine's file checks accept."""
     whole = directory.resolve()
-    if not _LEGAL_PATH.fullmatch(str(whole)) or len(str(whole)) > _MAX_PATH:
+    if Engine.MINDIE.spec.refuses_path(str(whole)) or len(str(whole)) > _MAX_PATH:
         yield Check.FILE_MODES.warning(
             "",
             f"{whole}: the engine refuses such a path; use letters, digits, _ . / - only",
@@ -302,7 +332,7 @@ def check_modes(directory: Path) -> Iterator[Finding]:
             )
         if not mode & stat.S_IRUSR:
             yield Check.FILE_MODES.error("", f"{path.name} is not readable by its owner (mode {mode & 0o777:o})")
-        if path != directory and not _LEGAL_PATH.fullmatch(path.name):
+        if path != directory and Engine.MINDIE.spec.refuses_path(path.name):
             yield Check.FILE_MODES.error(
                 "",
                 f"{path.name!r}: the engine refuses such a name; use letters, digits, _ . - only",

@@ -224,10 +224,9 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
 
 
 def _check_names(case: _Case) -> Iterator[Finding]:
-    """Check 6: every tensor of the float model is there, and nothing that belongs to neither."""
+    """Check 6: every tensor of the model is there, and nothing else but what `quantize --keep-extra` keeps of the source."""
     expected = case.config.family.shapes(case.config)
-    wanted = [*expected, *(name for name in case.source or () if name not in expected)]
-    for name in wanted:
+    for name in expected:
         base, _, suffix = name.rpartition(".")
         is_linear = (
             case.form is Form.COMPRESSED_TENSORS and suffix == "weight" and base in case.linears
@@ -235,12 +234,16 @@ def _check_names(case: _Case) -> Iterator[Finding]:
         if name not in case.checkpoint and not is_linear:
             yield Check.FLOAT_TENSORS.error(name, "is missing, the float model has it")
     norms = set(case.config.family.rms_norms(case.config))
-    known = set(wanted)
+    owners = {name.rpartition(".")[0] for name in expected}
     for name in case.checkpoint:
         base, _, suffix = name.rpartition(".")
         is_norm = suffix in _NORM_SUFFIXES[case.form] and base.removesuffix(".module") in norms
-        if name not in known and base not in case.linears and not is_norm:
+        if name in expected or base in case.linears or is_norm:
+            continue
+        if base.removesuffix(".module") in owners or (case.source is not None and name not in case.source):
             yield Check.FLOAT_TENSORS.error(name, "is neither in the float model nor part of a quantized linear")
+        else:
+            yield Check.FLOAT_TENSORS.warning(name, "is no part of the model: MindIE does not read it, vLLM refuses it")
 
 
 def _check_agreement(case: _Case) -> Iterator[Finding]:
@@ -290,9 +293,7 @@ def _same(case: _Case, one: str, other: str) -> bool:
 
 def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Finding]:
     """Checks 6, 9 and 10 on what is not quantized: dtype, finite, equal to the source unless smoothed."""
-    shapes = (
-        case.config.family.shapes(case.config) if case.source is None else {n: i.shape for n, i in case.source.items()}
-    )
+    expected = case.config.family.shapes(case.config)
     norms = set(case.config.family.rms_norms(case.config))
     smoothed = {
         f"{group.norm}.weight"
@@ -308,10 +309,12 @@ def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Find
         is_norm_bias = suffix == "bias" and base.removesuffix(".module") in norms
         allowed = [_CODES[case.dtype]] if case.dtype is not None else list(_CODES.values())
         allowed += ["F32"] if is_norm_bias else []
+        if name not in expected and not is_norm_bias and info.dtype not in allowed:
+            continue  # no part of the model, and kept as it was
         if info.dtype not in allowed:
             yield Check.DTYPES.error(name, f"has dtype {info.dtype}, wanted {' or '.join(allowed)}")
-        elif name in shapes and info.shape != shapes[name]:
-            yield Check.SHAPES.error(name, f"has shape {list(info.shape)}, wanted {list(shapes[name])}")
+        elif name in expected and info.shape != expected[name]:
+            yield Check.SHAPES.error(name, f"has shape {list(info.shape)}, wanted {list(expected[name])}")
         else:
             yield from _check_pieces(case, name, may_differ=name in smoothed)
 

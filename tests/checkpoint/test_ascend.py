@@ -261,7 +261,8 @@ def test_broken_fields_are_refused() -> None:
     q[0, 0] = 8
     assert refusal(replace(w4a8, weight=q), form=Form.MINDIE) == ": int4 values lie in -8..8, wanted -8..7"
     assert refusal(replace(dynamic, bias=torch.full((ROWS,), 1e5))) == (
-        ".bias: its largest magnitude is 100000, which float16 cannot hold; use bfloat16"
+        ".bias: its largest magnitude is 100000, which float16 cannot hold; "
+        "pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
     )
     for quant_type in (QuantType.W8A8SC, QuantType.FLOAT):
         assert refusal(replace(static, quant_type=quant_type)) == (
@@ -348,4 +349,7 @@ def test_norms_get_a_zero_float32_bias_and_the_mindie_form_a_second_copy(dtype: 
 def test_a_norm_weight_that_float16_cannot_hold_is_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
         encode_norm("n", torch.tensor([7e4]), dtype=FP16, form=Form.ASCEND_V1)
-    assert str(caught.value) == "n.weight: its largest magnitude is 70000, which float16 cannot hold; use bfloat16"
+    assert (
+        str(caught.value) == "n.weight: its largest magnitude is 70000, which float16 cannot hold; "
+        "pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
+    )

@@ -432,7 +432,7 @@ MUTATIONS: dict[str, tuple[str, Damage, int, str]] = {
     "another model": ("w8a8", config("", "model_type", "glm4v_moe"), 17, "glm4v_moe"),
     # side files and modes
     "no tokenizer": ("w8a8", remove("tokenizer.json"), 18, "tokenizer.json"),
-    "no processor settings": ("w8a8", remove("video_preprocessor_config.json"), 18, "video_preprocessor_config.json"),
+    "no processor settings": ("w8a8", remove("preprocessor_config.json"), 18, "preprocessor_config.json"),
     "another chat template": ("w8a8", write("chat_template.jinja", "{{ messages }}"), 18, "chat_template.jinja"),
     "a file that all may write": ("w8a8", lambda folder: (folder / "config.json").chmod(0o666), 19, "config.json"),
     "a name with a space": ("w8a8", write("read me.txt", ""), 19, "read me.txt"),

@@ -79,6 +79,10 @@ def describe_engines(folder: Folder) -> str:
             return "no current engine: MindIE refuses it, vLLM-Ascend has it for mixtures of experts only"
         case _, Kind.FLOAT:
             return "any engine for float GLM-4.1V; the input of `glmq quantize`"
+        case _, Kind.FOREIGN:
+            takes = folder.method is not None and folder.method.is_fp8
+            use = "; `glmq quantize --dequantize` takes it" if takes else "; not for glmq, which needs float weights"
+            return f"engines that read {'it' if folder.method is None else folder.method.title}{use}"
         case _, Kind.PORTABLE:
             return "no engine; `glmq compress --decompress` restores the W8A8S weights"
         case _, Kind.STATISTICS:

@@ -7,8 +7,10 @@ from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.engines import Engine
+from glmq.errors import InputError
 from glmq.inspection.folder import Folder, Kind
-from glmq.model.config import ModelConfig
+from glmq.model.config import FAMILY, ModelConfig
+from glmq.model.side_files import TEMPLATE, TOKENIZER_CONFIG, engine_side_files
 from glmq.spec import Form
 from glmq.verification.engines.linears import (
     DTYPE_NAMES,
@@ -21,12 +23,8 @@ from glmq.verification.engines.linears import (
 )
 
 GROUP_SIZES: Final = (0, *Engine.MINDIE.spec.group_sizes)
-PROCESSOR_FILES: Final = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
+PROCESSOR_FILES: Final = ("tokenizer.json", "preprocessor_config.json")
+"""AutoProcessor of transformers 4.53.0 makes the video processor from the last where that has no file of its own."""
 TEXT_KEYS: Final = (
     "max_position_embeddings",
     "vocab_size",
@@ -51,6 +49,7 @@ def check_mindie(folder: Folder, config: ModelConfig | None) -> Iterator[Complai
     for name in PROCESSOR_FILES:
         if not (folder.directory / name).is_file():
             yield True, "", f"{name} is missing; MindIE builds its processor from it and does not start"
+    yield from _check_side_files(folder)
     if folder.kind is Kind.SHARDED:
         yield True, "", "the weights are sharded for vLLM-Ascend; MindIE reads part folders"
     elif config is None:
@@ -61,6 +60,31 @@ def check_mindie(folder: Folder, config: ModelConfig | None) -> Iterator[Complai
         if (yield from _check_route(folder)):
             yield from _check_description(folder, config)
         yield from _check_tensors(folder, config)
+
+
+def _check_side_files(folder: Folder) -> Iterator[Complaint]:
+    """What transformers 4.53.0, which MindIE pins, does not read of the tokenizer's and processor's files."""
+    if not (folder.directory / TOKENIZER_CONFIG).is_file():
+        yield False, "", f"{TOKENIZER_CONFIG} is missing; the tokenizer then has no end and padding tokens"
+    try:
+        changed = engine_side_files(folder.directory, FAMILY, for_mindie=True, chat_template=None)
+    except InputError as error:
+        yield True, "", f"{error}"
+        return
+    for name in changed:
+        if name == TEMPLATE:
+            yield (
+                False,
+                "",
+                f"the chat template lies where only some readers look; MindIE's users are told to copy {name}",
+            )
+        elif (folder.directory / name).is_file():
+            yield (
+                True,
+                "",
+                f"{name} names classes or has settings that transformers 4.53.0, which MindIE runs, does not know: its "
+                "processor becomes a bare tokenizer, or does not load; quantize again with `glmq quantize`",
+            )
 
 
 def _check_config(folder: Folder) -> Iterator[Complaint]:

@@ -1,0 +1,79 @@
+"""Which files of a folder hold its weights: what its index says, or all of them but those that trainers leave there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.header import Header
+from glmq.checkpoint.json_file import Fields, read_json_object
+from glmq.errors import CheckpointError
+
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+BESIDE: Final[Mapping[str, str]] = {
+    "adapter_model*.safetensors": "an adapter, which transformers would load over the weights; merge it into them first if "
+    "it shall count (peft: merge_and_unload)",
+    "value_head*.safetensors": "the value head of a trainer, which no engine reads",
+    "optimizer*.safetensors": "the state of a trainer, which no engine reads",
+}
+"""Weight files that trainers leave beside a checkpoint's own, and what each is."""
+
+
+def left_beside(directory: Path) -> dict[str, str]:
+    """Weight files of a folder that are not the checkpoint's own but a trainer's -> what each is."""
+    return {path.name: what for pattern, what in BESIDE.items() for path in sorted(directory.glob(pattern))}
+
+
+def bare_files(directory: Path) -> list[Path]:
+    """The weight files of a folder without an index, sorted. Raises CheckpointError if there are none."""
+    files = sorted(
+        path
+        for path in directory.glob("*.safetensors")
+        if not path.name.startswith(".") and not any(fnmatchcase(path.name, pattern) for pattern in BESIDE)
+    )
+    if not files:
+        others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
+        found = f"found {', '.join(others[:3])}; convert them to safetensors" if others else "is this the right folder?"
+        for name, what in left_beside(directory).items():
+            found = f"found {name} alone: {what}"
+        raise CheckpointError(f"{directory}: wanted *.safetensors weight files, but there are none; {found}")
+    return files
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor name -> file name, file names without folders."""
+    fields = Fields(
+        read_json_object(path), str(path), lambda sentence: CheckpointError(f"{sentence}; download it again")
+    )
+    weight_map = fields.texts("weight_map")
+    if not weight_map:
+        raise CheckpointError(f"{path}: its weight_map is empty; download it again")
+    for name, file in weight_map.items():
+        if not file.endswith(".safetensors") or any(char in file for char in "/\\\0"):
+            raise CheckpointError(
+                f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
+            )
+    for file in sorted(set(weight_map.values())):
+        if not (path.parent / file).is_file():
+            other = SINGLE if (path.parent / SINGLE).is_file() else ""
+            choice = f", or remove the index if {other} is the whole model" if other else ""
+            raise CheckpointError(
+                f"{path}: names {file}, which is not in the folder; download the missing file{choice}"
+            )
+    return weight_map
+
+
+def check_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[Path, Header]) -> None:
+    """Index and headers must list the same tensors in the same files."""
+    for name, file in weight_map.items():
+        if name not in headers[path.parent / file].tensors:
+            raise CheckpointError(f"{path}: says that {name!r} is in {file}, but it is not; download both again")
+    for file_path, header in headers.items():
+        for name in header.tensors:
+            if name not in weight_map:
+                raise CheckpointError(
+                    f"{path}: does not list {name!r}, which is in {file_path.name}; download both again"
+                )

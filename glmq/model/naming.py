@@ -1,0 +1,87 @@
+"""Names of tensors as trainers leave them, and which of the model's tensors each stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from glmq.errors import CheckpointError
+from glmq.model.family import Family
+
+_ADAPTER: Final = re.compile(
+    r"\.(?:base_layer|lora_[A-Za-z_]+|modules_to_save|original_module|ia3_l|hada_w[12]_[ab])\."
+)
+"""Modules of an adapter that was not merged into the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """How a checkpoint calls the model's tensors."""
+
+    names: Mapping[str, str]
+    """Every tensor: its name in the model's own way of naming -> as it is stored."""
+    changed: tuple[str, str] | None
+    """A stored name and the model's, where they differ; None where none does."""
+
+
+def find_naming(stored: Collection[str], family: Family, expected: Collection[str]) -> Naming:
+    """Whose names these are: the way of naming under which the most of the model's tensors are there.
+
+    Args:
+        stored: names of the tensors of a checkpoint.
+        family: knows how trainers wrap and rename its tensors.
+        expected: names of the model's tensors.
+
+    Raises:
+        CheckpointError: an adapter that is not merged, or two tensors of one name.
+    """
+    adapter = next((name for name in stored if _ADAPTER.search(f"{name}.")), None)
+    if adapter is not None:
+        raise CheckpointError(
+            f"tensor {adapter!r} belongs to an adapter (LoRA or its like) that is not merged into the weights; "
+            "merge it first, e.g. with peft's merge_and_unload(), and give the merged checkpoint"
+        )
+    wanted = set(expected)
+    best, most = {name: name for name in stored}, sum(name in wanted for name in stored)
+    for wrapped in _wrappers(stored, family):
+        found = {name: _rename(name.removeprefix(wrapped), family.foreign_names) for name in stored}
+        count = sum(name in wanted for name in found.values())
+        if count > most:
+            best, most = found, count
+    return _naming(best)
+
+
+def _naming(renamed: Mapping[str, str]) -> Naming:
+    names: dict[str, str] = {}
+    for stored, name in renamed.items():
+        if name in names:
+            raise CheckpointError(
+                f"tensors {names[name]!r} and {stored!r} both stand for {name!r}; remove the one that does not belong there"
+            )
+        names[name] = stored
+    changed = next(((stored, name) for name, stored in names.items() if stored != name), None)
+    return Naming(names, changed)
+
+
+def _wrappers(stored: Iterable[str], family: Family) -> list[str]:
+    """What wrapping modules may have put before every name: nothing, one of the family's, or several."""
+    names = list(stored)
+    found, prefix = [""], ""
+    while True:
+        inner = next(
+            (w for w in family.wrappers if sum(n.startswith(prefix + w) for n in names) > len(names) // 2), None
+        )
+        if inner is None:
+            return found
+        prefix += inner
+        found.append(prefix)
+
+
+def _rename(name: str, renamed: Mapping[str, str]) -> str:
+    """`name` with its beginning as the model has it; the first entry that fits counts."""
+    for begins, own in renamed.items():
+        if name.startswith(begins):
+            return own + name.removeprefix(begins)
+    return name
