@@ -82,12 +82,30 @@ def compress(
         int | None,
         typer.Option(
             "--jobs",
+            "--multiprocess-num",
             min=1,
             help="Weights worked on at a time; each needs a few times its own size in memory.  \\[default: the cores]",
             rich_help_panel=o.RUN,
             show_default=False,
         ),
     ] = None,
+    save_split_w8a8s_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-split-w8a8s-dir",
+            help="Also keep the uncompressed part of each rank, in MindIE's layout, in this folder.",
+            rich_help_panel=o.OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code/--no-trust-remote-code",
+            help="Accepted, since the engine's own command has it: compressing runs no code of the model folder.",
+            rich_help_panel=o.MODEL,
+        ),
+    ] = False,
     overwrite: o.Overwrite = False,
     work_dir: o.WorkDir = None,
     dry_run: Annotated[
@@ -110,6 +128,9 @@ def compress(
     [bold]glmq compress --model_path W8A8S --save_directory OUT --tp 2[/]
     [bold]torchrun --nproc_per_node 2 -m glmq compress --model_path W8A8S --save_directory OUT[/]
 
+    The engine's own command, examples.convert.model_slim.sparse_compressor, has the options --multiprocess_num,
+    --trust_remote_code and --save_split_w8a8s_dir; they mean the same here.
+
     The way back from the portable form:
     [bold]glmq compress --decompress OUT W8A8S[/]
     """
@@ -129,8 +150,11 @@ def compress(
 
     return_large_buffers()
     source, target = settle_folders(folders or [], model_path, save_directory)
-    if decompress and (tp is not None or codec == "ascend" or layout is not Engine.MINDIE):
-        raise UsageError("--decompress: takes no --tp, --codec or --layout, the folder says what it is; leave them out")
+    if decompress and (tp is not None or codec == "ascend" or layout is not Engine.MINDIE or save_split_w8a8s_dir):
+        raise UsageError(
+            "--decompress: takes no --tp, --codec, --layout or --save_split_w8a8s_dir, the folder says what it is; "
+            "leave them out"
+        )
     with ProgressView(quiet=quiet or json_output) as view:
         if decompress and dry_run:
             planned = restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, dry_run=True)
@@ -143,7 +167,8 @@ def compress(
                 quiet=quiet,
             )
             return
-        job = CompressionJob(source, target, tp, codec, CompressionOptions(executor, layout, jobs, work_dir))
+        options = CompressionOptions(executor, layout, jobs, work_dir, save_split_w8a8s_dir)
+        job = CompressionJob(source, target, tp, codec, options)
         if dry_run:
             plan = forecast_compression(job, overwrite=overwrite, watch=view)
             show_compression_plan(plan, target, as_json=json_output, verbose=verbose)

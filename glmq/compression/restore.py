@@ -29,13 +29,13 @@ from glmq.compression.manifest import (
     checked_bytes,
     read_manifest,
 )
+from glmq.compression.split import SPLIT_STEM
 from glmq.compression.stream import HEADER_SUFFIX, SOURCE_FOLDER, Step, describe_rank_file
 from glmq.compression.weight_codec import BLOB_SUFFIX
 from glmq.errors import CheckpointError, CodecError
 from glmq.progress import resident_bytes
 from glmq.spec import QuantType
 
-RESTORED_STEM: Final = "quant_model_weight_w8a8s"
 _AGAIN: Final = "the folder is damaged or incomplete, copy it again"
 
 
@@ -128,7 +128,7 @@ def _restore_part(checkpoint: Checkpoint, part: RankFile, directory: Path, jobs:
     """Several ranks: one W8A8S weight file with its description."""
     make_directory(directory)
     specs = _restored_specs(checkpoint, part)
-    with ShardWriter(plan_shards(specs, RESTORED_STEM, None), directory) as sink:
+    with ShardWriter(plan_shards(specs, SPLIT_STEM, None), directory) as sink:
         for stored, spec in zip(checkpoint, specs):
             row = 0
             for piece in _restored_pieces(checkpoint, part, stored, jobs):

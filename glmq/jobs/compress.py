@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, overload
 
 from glmq.checkpoint.disk import check_room
-from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import check_output
@@ -31,6 +31,7 @@ from glmq.compression.report import (
 )
 from glmq.compression.shard import RankTensor
 from glmq.compression.source import Source, open_source
+from glmq.compression.split import finish_split, split_checkpoint
 from glmq.compression.stream import (
     CompressedLinear,
     RankFileWritten,
@@ -67,6 +68,8 @@ class CompressionOptions:
     """Weights worked on at a time; None: as many as there are cores."""
     work_dir: Path | None = None
     """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
+    split_dir: Path | None = None
+    """Folder for the uncompressed parts of each rank, in MindIE's layout, beside the compressed ones; None: not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,15 +177,19 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
     world = settle_world(job.tp, place)
     check_folders(job.model_path, job.out_path)
     check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
+    check_split(job, overwrite=overwrite)
     output = OutputFolder(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
     numbers = range(world) if place.world == 1 else range(place.rank, place.rank + 1)
     with _prepared(job, world, numbers, watcher) as work:
         # Every rank writes about as much as this one.
         check_room(job.out_path, disk_bytes(work.plans, work.codec) * place.world)
-        with join_ranks(place, {"job": job, "overwrite": overwrite}) as ranks, SharedFolder(output, ranks) as folder:
-            with run_log(folder.work, job.out_path, job, ranks, watcher):
-                result = _write_parts(job, work, folder, watcher, ranks)
-            folder.finish()
+        with join_ranks(place, {"job": job, "overwrite": overwrite}) as ranks:
+            if job.options.split_dir is not None:
+                _write_split(job.options.split_dir, work, numbers, watcher, ranks, overwrite=overwrite)
+            with SharedFolder(output, ranks) as folder:
+                with run_log(folder.work, job.out_path, job, ranks, watcher):
+                    result = _write_parts(job, work, folder, watcher, ranks)
+                folder.finish()
     return result
 
 
@@ -193,6 +200,7 @@ def forecast_compression(job: CompressionJob, *, overwrite: bool, watch: Watch |
     world = job.tp or 1
     check_folders(job.model_path, job.out_path)
     check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
+    check_split(job, overwrite=overwrite)
     with _prepared(job, world, range(world), Watcher(watch)) as work:
         threads = job.options.jobs or default_jobs(1)
         return make_compression_plan(work.source, work.plans, work.codec, work.layout, world, threads)
@@ -265,6 +273,38 @@ def _write_parts(
         document=document,
         times=watcher.times(ranks),
     )
+
+
+def check_split(job: CompressionJob, *, overwrite: bool) -> None:
+    """Raise UsageError unless the uncompressed parts, if they are to be kept, have a folder of their own and a layout."""
+    split = job.options.split_dir
+    if split is None:
+        return
+    if job.options.layout is not Engine.MINDIE:
+        raise UsageError(
+            "--save_split_w8a8s_dir: keeps the parts in MindIE's layout only; leave it or --layout vllm-ascend out"
+        )
+    check_apart(
+        split, "--save_split_w8a8s_dir", {"the W8A8S weights": job.model_path, "--save_directory": job.out_path}
+    )
+    check_output(split, overwrite=overwrite, work_dir=None)
+
+
+def _write_split(
+    split: Path, work: _Work, numbers: Sequence[int], watcher: Watcher, ranks: Ranks, *, overwrite: bool
+) -> None:
+    """Write the uncompressed parts of this process's ranks, before the compressed ones."""
+    source, world = work.source, work.world
+    plans = plan_ranks(source, Engine.MINDIE, world, numbers)
+    check_room(split, planned_bytes(plans) * ranks.place.world)
+    with SharedFolder(OutputFolder(split, overwrite=overwrite), ranks) as folder:
+        with watcher.bytes("split", planned_bytes(plans)) as advance:
+            for rank, tensors in plans.items():
+                for step in split_checkpoint(source, rank, world, tensors, folder.path):
+                    advance(step.name, step.nbytes, step.resident_bytes)
+        if ranks.place.is_first:
+            finish_split(source, folder.path)
+        folder.finish()
 
 
 def settle_world(tp: int | None, place: Place) -> int:

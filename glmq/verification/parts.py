@@ -29,6 +29,7 @@ from glmq.engines import Engine
 from glmq.errors import CheckpointError, CodecError, GlmqError, ModelError
 from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig, parse_config
+from glmq.spec import QuantType
 from glmq.verification.checksums import checksum_of
 from glmq.verification.findings import Check, Checked, Finding, Skipped, list_names
 
@@ -44,6 +45,8 @@ _DTYPES: Final = {
     "input_scale": "F16",
     "input_offset": "I8",
 }
+_COMPRESSED: Final = ("index", "info")
+"""Of compressed weights only."""
 _LAYOUTS: Final = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}
 _PREFIX: Final = re.compile(r"(?:part([0-9]+)-of-([0-9]+)|rank([0-9]+))/")
 
@@ -164,6 +167,10 @@ class _RankWeights:
         self.rank, self.world, self.tensors = rank, world, tensors
         self.label = f"rank {rank} of {world}"
         self.layout = _LAYOUTS[folder.kind]
+        self.is_compressed = folder.quant_type != QuantType.W8A8S.value
+        self.suffixes = _DTYPES if self.is_compressed else {k: v for k, v in _DTYPES.items() if k not in _COMPRESSED}
+        """Of each integer linear, with their dtypes."""
+        self.quant_type = (QuantType.W8A8SC if self.is_compressed else QuantType.W8A8S).value
         self._files: dict[Path, Checkpoint] = {}
 
     def __enter__(self) -> _RankWeights:
@@ -235,7 +242,7 @@ def _check_description(part: _RankWeights) -> Iterator[Finding]:
             yield Check.PART_FILES.error("", f"{part.label} has {len(paths)} {what}, wanted one")
     for name, tensor in part.tensors.items():
         integers = tensor.info.dtype == "I8" and name.endswith((".weight", ".index"))
-        if tensor.quant_type == "?" or (integers and tensor.quant_type != "W8A8SC"):
+        if tensor.quant_type == "?" or (integers and tensor.quant_type != part.quant_type):
             found = "nothing" if tensor.quant_type == "?" else tensor.quant_type
             yield Check.PART_NAMES.error(f"{part.label}: {name}", f"is described as {found}")
 
@@ -251,17 +258,20 @@ def _check_names(part: _RankWeights, first: Mapping[str, StoredTensor]) -> Itera
 
 
 def _check_linears(part: _RankWeights) -> Iterator[Finding]:
-    """Checks 23, 24 and 28 of each compressed linear."""
+    """Checks 23, 24 and 28 of each integer linear."""
     check = Check.PART_LINEARS if part.layout is Engine.MINDIE else Check.SHARD_LINEARS
     for linear in part.linears():
         where = f"{part.label}: {linear}"
-        missing = [suffix for suffix in _DTYPES if f"{linear}.{suffix}" not in part.tensors]
+        missing = [suffix for suffix in part.suffixes if f"{linear}.{suffix}" not in part.tensors]
         if linear.endswith("query_key_value") and f"{linear}.bias" not in part.tensors:
             missing.append("bias")
         for suffix in missing:
-            yield check.error(f"{where}.{suffix}", "is missing, a compressed linear has it")
+            yield check.error(
+                f"{where}.{suffix}",
+                f"is missing, a {'compressed' if part.is_compressed else part.quant_type} linear has it",
+            )
         wrong = False
-        for suffix, code in _DTYPES.items():
+        for suffix, code in part.suffixes.items():
             found = part.tensors.get(f"{linear}.{suffix}")
             if found is not None and found.info.dtype != code:
                 wrong = True
@@ -271,6 +281,10 @@ def _check_linears(part: _RankWeights) -> Iterator[Finding]:
 
 
 def _check_sizes(part: _RankWeights, linear: str, where: str, check: Check) -> Iterator[Finding]:
+    if not part.is_compressed:
+        rows, cols = part.tensors[f"{linear}.weight"].info.shape
+        yield from _check_scales(part, linear, where, check, {"weight": (rows, cols)} | _scale_shapes(rows))
+        return
     info = part.read(f"{linear}.info").tolist()
     if len(info) != 5 or info[:2] != [TILING, TILING] or info[4] != 1 or min(info[2:4]) < 1:
         yield check.error(f"{where}.info", f"is {info}, wanted [8, 8, columns, rows, 1]")
@@ -281,14 +295,17 @@ def _check_sizes(part: _RankWeights, linear: str, where: str, check: Check) -> I
     limit = padded if part.layout is Engine.MINDIE else cols * rows
     if not 0 < length <= limit:
         yield check.error(f"{where}.weight", f"has {length} bytes, wanted 1 to {limit} for {rows} x {cols}")
-    shapes = {
-        "weight": (length,),
-        "index": (index_length(rows, cols),),
-        "deq_scale": (rows,),
-        "quant_bias": (rows,),
-        "input_scale": (1,),
-        "input_offset": (1,),
-    }
+    shapes = {"weight": (length,), "index": (index_length(rows, cols),)} | _scale_shapes(rows)
+    yield from _check_scales(part, linear, where, check, shapes)
+
+
+def _scale_shapes(rows: int) -> dict[str, tuple[int, ...]]:
+    return {"deq_scale": (rows,), "quant_bias": (rows,), "input_scale": (1,), "input_offset": (1,)}
+
+
+def _check_scales(
+    part: _RankWeights, linear: str, where: str, check: Check, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Finding]:
     for suffix, shape in shapes.items():
         found = part.tensors[f"{linear}.{suffix}"].info.shape
         if found != shape:
@@ -320,7 +337,7 @@ def _check_against(part: _RankWeights, source: Source) -> Iterator[Finding]:
         wanted = rank_tensors(source.checkpoint, source.config, part.layout, part.rank, part.world)
         matrices = {tensor.spec.name.removesuffix(".weight") for tensor in wanted if tensor.is_matrix}
         names = {tensor.spec.name for tensor in wanted}
-        for base in matrices:
+        for base in matrices if part.is_compressed else ():
             names |= {f"{base}.index", f"{base}.info"}
         for name in sorted(names ^ part.tensors.keys()):
             where = "is missing" if name in names else "belongs to nothing in the source"
@@ -334,7 +351,7 @@ def _check_against(part: _RankWeights, source: Source) -> Iterator[Finding]:
 
 def _check_same(part: _RankWeights, tensor: RankTensor, source: Checkpoint) -> Iterator[Finding]:
     name, where = tensor.spec.name, f"{part.label}: {tensor.spec.name}"
-    if tensor.is_matrix:
+    if tensor.is_matrix and part.is_compressed:
         base = name.removesuffix(".weight")
         if f"{base}.info" in part.tensors:
             found = part.read(f"{base}.info").tolist()[2:4]

@@ -189,8 +189,11 @@ def test_an_existing_output_is_kept_without_overwrite_and_replaced_with_it(w8a8s
     [
         (["--tp", 3], "--tp 3: 3 is not a world size that the serving engine is known to load; "),
         (["--layout", "vllm-ascend"], "--layout vllm-ascend: exists only with --codec ascend; "),
-        (["--decompress", "--tp", 2], "--decompress: takes no --tp, --codec or --layout, the folder says what it is; "),
-        (["--decompress", "--codec", "ascend"], "--decompress: takes no --tp, --codec or --layout, "),
+        (
+            ["--decompress", "--tp", 2],
+            "--decompress: takes no --tp, --codec, --layout or --save_split_w8a8s_dir, the folder ",
+        ),
+        (["--decompress", "--codec", "ascend"], "--decompress: takes no --tp, --codec, --layout or "),
     ],
 )
 def test_options_that_contradict_are_wrong_usage(
@@ -426,3 +429,27 @@ print(resident() - before)
 def test_freed_weights_do_not_stay_in_the_process() -> None:
     found = subprocess.run([sys.executable, "-c", FREED], cwd=PACKAGES, capture_output=True, text=True, check=True)
     assert int(found.stdout) < 16 << 20
+
+
+def test_the_options_of_the_engines_own_command_do_what_they_say(w8a8s: Path, tmp_path: Path) -> None:
+    out, split = tmp_path / "out", tmp_path / "split"
+    vendor = ["--multiprocess_num", "4", "--trust_remote_code", "--save_split_w8a8s_dir", split]
+    arguments = ["--model_path", w8a8s, "--save_directory", out, "--tp", "2", "--codec", "portable", *vendor]
+    glmq("compress", *arguments)
+    glmq("compress", "--decompress", out, tmp_path / "restored")
+    assert {name: digest for name, digest in tree(split).items() if name.startswith("part")} == {
+        name: digest for name, digest in tree(tmp_path / "restored").items() if name.startswith("part")
+    }
+    assert {"config.json", "tokenizer.json", "part0-of-2", "part1-of-2"} <= set(tree(split))
+    glmq("verify", split, "--reference", w8a8s)
+
+
+def test_uncompressed_parts_have_a_folder_of_their_own_and_mindies_layout(w8a8s: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["compress", "--model_path", w8a8s, "--save_directory", out, "--codec", "portable"]
+    result = run(*arguments, "--save_split_w8a8s_dir", w8a8s)
+    assert result.exit_code == 2
+    assert "--save_split_w8a8s_dir" in result.stderr
+    result = run(*arguments, "--save_split_w8a8s_dir", tmp_path / "split", "--layout", "vllm-ascend")
+    assert result.exit_code == 2
+    assert not out.exists()

@@ -513,11 +513,11 @@ def test_missing_tensors_are_counted_and_the_first_is_named(
 def test_a_config_of_another_size_is_refused_by_the_first_tensor_that_differs(
     small_copy: Path, small_stats: Path, tmp_path: Path
 ) -> None:
-    edit_json(small_copy / "config.json", lambda c: c["text_config"].update(num_attention_heads=2))
+    edit_json(small_copy / "config.json", lambda c: c["text_config"].update(num_attention_heads=8, head_dim=16))
     assert refused_quantization(small_copy, small_stats, tmp_path / "out") == (
         4,
-        f"{FILE}: tensor '{LAYER}.self_attn.q_proj.weight' has shape (64, 64), "
-        "config.json asks for (32, 64); take both from the same release",
+        f"{FILE}: tensor '{FAMILY.text}.layers.0.self_attn.q_proj.weight' has shape (64, 64), "
+        "config.json asks for (128, 64); take both from the same release",
     )
 
 
