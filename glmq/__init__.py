@@ -1,4 +1,4 @@
-"""glmq: quantize and compress GLM-4.1V for Ascend NPUs.
+"""glmq: quantize and compress GLM-4.1V and GLM-4.6V-Flash for Ascend NPUs.
 
     import glmq
 

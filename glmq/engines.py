@@ -28,6 +28,7 @@ class Engine(Enum):
 
     MINDIE = "mindie"
     VLLM_ASCEND = "vllm-ascend"
+    SGLANG = "sglang"
 
     @property
     def spec(self) -> EngineSpec:
@@ -46,6 +47,19 @@ class ChipSupport:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """How a range of an engine's releases treats what others treat otherwise."""
+
+    versions: str
+    missing_key: str
+    """What becomes of a linear whose key is not in the description."""
+    missing_packed_key: str
+    """The same for one that the engine packs from several."""
+    dense_w4a8: str
+    """What becomes of W4A8_DYNAMIC linears outside of mixtures of experts."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What an engine reads: a row of ENGINES."""
 
@@ -61,6 +75,8 @@ class EngineSpec:
     documented_world_sizes: tuple[int, ...]
     """Those that its support table names for GLM-4.1V."""
     chips: Mapping[Chip, ChipSupport]
+    releases: tuple[Release, ...] = ()
+    """Oldest first; empty where all that were read are alike."""
     legal_path: str | None = None
     """Regular expression for the paths that it opens; None: any."""
 
@@ -74,11 +90,18 @@ class EngineSpec:
 
 
 _MINDIE_W4A8: Final = "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
-_VLLM_W4A8: Final = "vLLM-Ascend has it for mixtures of experts only"
+_VLLM_W4A8: Final = (
+    "vLLM-Ascend loads it in releases 0.18 to 0.26 only, where activations stay float; main has dropped it"
+)
 _MINDIE_A16: Final = "its support table for GLM-4.1V has no weight-only types"
 _VLLM_W4A16: Final = "it has the linears of 8-bit weights alone"
 _VLLM_310P_A16: Final = "its registry for the 300I Duo has no weight-only types"
+_NOT_IN_SGLANG: Final = "SGLang's ModelSlim loader has no such linear"
+_SGLANG_310P: Final = "not checked on the 300I Duo"
 _SPARSE_ELSEWHERE: Final = "sparse types run on the 300I Duo only"
+
+_WRITTEN: Final = tuple(t for t in QuantType if t is not QuantType.FLOAT and not t.spec.is_compressed)
+"""The types that `glmq quantize` writes."""
 
 ENGINES: Final[Mapping[Engine, EngineSpec]] = {
     Engine.MINDIE: EngineSpec(
@@ -145,8 +168,46 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                 },
             ),
         },
+        releases=(
+            Release(
+                "0.18 to 0.26",
+                missing_key="KeyError",
+                missing_packed_key="KeyError",
+                dense_w4a8="its activations are not quantized",
+            ),
+            Release(
+                "main since September 2026",
+                missing_key="it runs as float, without a word",
+                missing_packed_key="KeyError",
+                dense_w4a8="NotImplementedError",
+            ),
+        ),
+    ),
+    # Its ModelSlim loader, 0.5.23, read and emulated.
+    Engine.SGLANG: EngineSpec(
+        title="SGLang",
+        forms=(Form.ASCEND_V1, Form.COMPRESSED_TENSORS),
+        mixes_types=True,
+        group_sizes=(),
+        world_sizes=(),
+        documented_world_sizes=(),
+        chips={
+            Chip.A2_800I: ChipSupport(
+                dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
+                refusals={
+                    QuantType.W8A8S: _SPARSE_ELSEWHERE,
+                    QuantType.W4A8_DYNAMIC: _NOT_IN_SGLANG,
+                    QuantType.W8A16: _NOT_IN_SGLANG,
+                    QuantType.W4A16: _NOT_IN_SGLANG,
+                },
+            ),
+            Chip.DUO_300I: ChipSupport(dtypes={}, refusals=dict.fromkeys(_WRITTEN, _SGLANG_310P)),
+        },
     ),
 }
+
+UNCHECKED: Final = ("xLLM",)
+"""Engines for Ascend NPUs that know the family, and what they read of ours was not checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +224,8 @@ class Place:
 
     def why_not(self, quant_type: QuantType) -> str:
         """Why that type is not loaded here."""
-        return next(support.refusals[quant_type] for support in self._supports() if quant_type in support.refusals)
+        reasons = (support.refusals[quant_type] for support in self._supports() if quant_type in support.refusals)
+        return next(reasons, _SPARSE_ELSEWHERE if quant_type.spec.is_sparse else "it is not in its support table")
 
     def types(self) -> tuple[QuantType, ...]:
         """The types that `glmq quantize` writes and that are loaded here."""

@@ -29,7 +29,7 @@ os.environ[AUTOLOAD] = "0"
 
 app = typer.Typer(
     cls=GlmqGroup,
-    help="Quantize and compress GLM-4.1V for Huawei Ascend NPUs.",
+    help="Quantize and compress GLM-4.1V and GLM-4.6V-Flash for Huawei Ascend NPUs.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,7 +66,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Quantize and compress GLM-4.1V for Huawei Ascend NPUs."""
+    """Quantize and compress GLM-4.1V and GLM-4.6V-Flash for Huawei Ascend NPUs."""
 
 
 def main() -> None:

@@ -63,13 +63,13 @@ def compress(
         ),
     ] = None,
     layout: Annotated[
-        Engine,
+        Literal["mindie", "vllm-ascend"],
         typer.Option(
             "--layout",
             help="Engine whose names and cuts are written. vllm-ascend is a best effort that was never run.",
             rich_help_panel=COMPRESSION,
         ),
-    ] = Engine.MINDIE,
+    ] = "mindie",
     decompress: Annotated[
         bool,
         typer.Option(
@@ -150,7 +150,7 @@ def compress(
 
     return_large_buffers()
     source, target = settle_folders(folders or [], model_path, save_directory)
-    if decompress and (tp is not None or codec == "ascend" or layout is not Engine.MINDIE or save_split_w8a8s_dir):
+    if decompress and (tp is not None or codec == "ascend" or layout != "mindie" or save_split_w8a8s_dir):
         raise UsageError(
             "--decompress: takes no --tp, --codec, --layout or --save_split_w8a8s_dir, the folder says what it is; "
             "leave them out"
@@ -167,7 +167,7 @@ def compress(
                 quiet=quiet,
             )
             return
-        options = CompressionOptions(executor, layout, jobs, work_dir, save_split_w8a8s_dir)
+        options = CompressionOptions(executor, Engine(layout), jobs, work_dir, save_split_w8a8s_dir)
         job = CompressionJob(source, target, tp, codec, options)
         if dry_run:
             plan = forecast_compression(job, overwrite=overwrite, watch=view)

@@ -17,13 +17,14 @@ OUTPUT: Final = "Output"
 RUN: Final = "Run"
 
 ModelPath = Annotated[
-    Path, typer.Option("--model-path", help="Folder of the float GLM-4.1V weights.", rich_help_panel=MODEL)
+    Path,
+    typer.Option("--model-path", help="Folder of the float GLM-4.1V or GLM-4.6V-Flash weights.", rich_help_panel=MODEL),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code/--no-trust-remote-code",
-        help="Let the tokenizer run code that lies in the model folder. GLM-4.1V needs none.",
+        help="Let the tokenizer run code that lies in the model folder. GLM-4.1V and GLM-4.6V-Flash need none.",
         rich_help_panel=MODEL,
     ),
 ]

@@ -282,7 +282,7 @@ def quantize(
     log_file: o.LogFile = None,
     debug: o.Debug = False,
 ) -> None:
-    """Quantize a float GLM-4.1V for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
+    """Quantize a float GLM-4.1V or GLM-4.6V-Flash for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
 
     Sparse W8A8S for the Atlas 300I Duo:
     [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final, Literal
 
 import typer
 
 from glmq.cli import options as o
 from glmq.cli.inspect import Html
-from glmq.engines import Engine
+from glmq.engines import Chip, Engine, Place
 
 LIMITS = "Limits"
+PLACES: Final = {
+    "mindie": Place(Engine.MINDIE, None),
+    "mindie-300i-duo": Place(Engine.MINDIE, Chip.DUO_300I),
+    "mindie-800i-a2": Place(Engine.MINDIE, Chip.A2_800I),
+    "vllm-ascend": Place(Engine.VLLM_ASCEND, None),
+    "sglang": Place(Engine.SGLANG, None),
+}
 
 
 class ServingEngine(str, Enum):
@@ -43,10 +50,11 @@ def verify(
         ),
     ] = None,
     target: Annotated[
-        Engine | None,
+        Literal["mindie", "mindie-300i-duo", "mindie-800i-a2", "vllm-ascend", "sglang"] | None,
         typer.Option(
             "--target",
-            help="Also emulate this engine's look-ups in headers and JSON files.",
+            help="Also emulate this engine's look-ups in headers and JSON files, and print which scheme it will take for each "
+            "module.",
             rich_help_panel=o.MODEL,
             show_default=False,
         ),
@@ -137,7 +145,8 @@ def verify(
         found = verify_folder(
             candidate,
             reference=reference,
-            engines=[] if target is None else [target],
+            engines=[] if target is None else [PLACES[target].engine],
+            chip=None if target is None else PLACES[target].chip,
             limits=Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
             cases=CaseOptions(calib_images, cases, prompt, limit, max_pixels),
             in_vllm=engine is ServingEngine.VLLM,

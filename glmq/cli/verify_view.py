@@ -11,6 +11,7 @@ from glmq.cli.inspect_view import marked, plain_table
 from glmq.cli.render import SHOWN_ROWS
 from glmq.model.config import FAMILY
 from glmq.reporting.documents import Verification
+from glmq.verification.engines.schemes import group_schemes
 from glmq.verification.findings import Check, Finding
 
 SHOWN_FINDINGS: Final = 3
@@ -22,6 +23,11 @@ def show_verification(found: Verification, *, quiet: bool, verbose: bool) -> Non
     if not quiet:
         stdout.print(f"{found.candidate}: {found.what}", style="bold", soft_wrap=True)
         _show_findings(found, verbose=verbose)
+        for engine, schemes in found.schemes.items():
+            table = plain_table(f"What {engine.spec.title} will take", ("module", "scheme"), left=2)
+            for modules, scheme in group_schemes(schemes):
+                table.add_row(modules, scheme)
+            stdout.print(table)
         _show_linears(found, verbose=verbose)
         _show_blocks(found)
         _show_predictions(found, verbose=verbose)

@@ -37,7 +37,12 @@ Layout: TypeAlias = Engine | Unsharded
 
 def parse_layout(text: str) -> Layout:
     """The layout that is spelled so in a manifest. Raises ValueError if none is."""
-    return Unsharded.SOURCE if text == Unsharded.SOURCE.value else Engine(text)
+    if text == Unsharded.SOURCE.value:
+        return Unsharded.SOURCE
+    engine = Engine(text)
+    if engine not in _STYLES:
+        raise ValueError(f"{text} has no layout of parts")
+    return engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,8 @@ class _Style:
     """The embedding is split and padded like lm_head; else it is whole with one zero row more, and lm_head is not padded."""
     flat_convolutions: bool
     """Convolution kernels are stored as matrices."""
+    split_merger: bool
+    """The merger's first linear is split over its rows; else it is whole on every rank."""
     optional_qkv_bias: bool
     """The bias of q, k, v is there only if config.json has `attention_bias`; else always."""
 
@@ -68,6 +75,7 @@ _STYLES: Final[Mapping[Engine, _Style]] = {
         zero_other_ranks=True,
         split_vocabulary=False,
         flat_convolutions=True,
+        split_merger=False,
         optional_qkv_bias=False,
     ),
     Engine.VLLM_ASCEND: _Style(
@@ -77,6 +85,7 @@ _STYLES: Final[Mapping[Engine, _Style]] = {
         zero_other_ranks=False,
         split_vocabulary=True,
         flat_convolutions=False,
+        split_merger=True,
         optional_qkv_bias=True,
     ),
 }
@@ -214,7 +223,9 @@ def _vision(split: RankSplit, config: ModelConfig, style: _Style) -> None:
     for norm in ("post_conv_layernorm", "post_layernorm"):
         _norm(split, style, f"{vision}.{norm}", f"visual.{norm}", needs_bias=False)
     _vision_mlp(split, f"{vision}.merger", "visual.merger")
-    for name in ("merger.proj.weight", "merger.post_projection_norm.weight", "merger.post_projection_norm.bias",
+    proj = f"{vision}.merger.proj.weight"
+    split.put("visual.merger.proj.weight", split.rows(proj) if style.split_merger else split.whole(proj))
+    for name in ("merger.post_projection_norm.weight", "merger.post_projection_norm.bias",
                  "embeddings.position_embedding.weight"):  # fmt: skip
         split.put(f"visual.{name}", split.whole(f"{vision}.{name}"))
 

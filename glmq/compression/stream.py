@@ -126,8 +126,11 @@ def choose_layout(codec: CodecKind, layout: Engine, world: int) -> Layout:
     """The layout that is written when `layout` was asked for.
 
     Raises:
-        UsageError: a portable folder in the layout of vLLM-Ascend, which could only be mistaken for an engine's.
+        UsageError: an engine that reads no parts, or a portable folder in the layout of vLLM-Ascend, which could only be
+            mistaken for an engine's.
     """
+    if not layout.spec.world_sizes:
+        raise UsageError(f"--layout {layout.value}: {layout.spec.title} reads un-sharded checkpoints; choose another")
     if codec is CodecKind.ASCEND:
         return layout
     if layout is Engine.VLLM_ASCEND:

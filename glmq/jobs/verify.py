@@ -12,13 +12,13 @@ from glmq.calibration.pictures import PictureRules
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
-from glmq.engines import Engine
-from glmq.errors import CheckpointError, SampleError, UsageError
-from glmq.inspection.folder import Kind, scan_folder
+from glmq.engines import Chip, Engine, Place
+from glmq.errors import CheckpointError, ModelError, SampleError, UsageError
+from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import describe_folder
 from glmq.jobs.served import verify_served
 from glmq.jobs.watcher import Watcher
-from glmq.model.config import FAMILY, ModelConfig
+from glmq.model.config import FAMILY, ModelConfig, parse_config
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
 from glmq.model.side_files import TEMPLATE
 from glmq.progress import Watch
@@ -34,6 +34,8 @@ from glmq.verification.checks import (
     usable_config,
     verify_files,
 )
+from glmq.verification.engines.check import check_chip
+from glmq.verification.engines.schemes import ModuleScheme, module_schemes
 from glmq.verification.findings import Check, Checked, Finding, Skipped
 from glmq.verification.predictions import Predictions
 from glmq.verification.situations import situation_of
@@ -65,6 +67,7 @@ def verify(
     *,
     reference: str | Path | None = None,
     engines: Sequence[Engine] = (),
+    chip: Chip | None = None,
     limits: Limits = Limits(),
     cases: CaseOptions = CaseOptions(),
     in_vllm: bool = False,
@@ -80,6 +83,7 @@ def verify(
         candidate: folder of the checkpoint, whoever wrote it.
         reference: folder of the float weights that it was made from; of a compressed one, of its W8A8S weights.
         engines: whose look-ups to emulate too.
+        chip: where these will run; None: on any that they know.
         limits: what behaviour is still right.
         cases: the samples to run both models on; none by default.
         in_vllm: also let both answer the samples' prompts in vLLM.
@@ -108,6 +112,7 @@ def verify(
             raise UsageError("--engine vllm needs prompts to answer; give --reference and --calib-images or --cases")
     files = _verify_files(candidate, reference, engines)
     findings, checked = files.findings, files.checked
+    findings += [found for engine in engines for found in check_chip(folder, Place(engine, chip))]
     behaviour = _Behaviour()
     if samples and reference is not None:
         checked.append(f"behaviour on {len(samples)} samples")
@@ -141,7 +146,17 @@ def verify(
         )
         if files.linears
         else None,
+        schemes=_schemes(folder, engines),
     )
+
+
+def _schemes(folder: Folder, engines: Sequence[Engine]) -> dict[Engine, list[ModuleScheme]]:
+    """What each engine will build; nothing where config.json is unusable, which the findings say."""
+    try:
+        config = parse_config(folder.config, "config.json")
+    except ModelError:
+        return {}
+    return {engine: found for engine in engines if (found := module_schemes(folder, config, engine))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -209,6 +209,8 @@ class Family:
     """How names begin in the parts that engines load -> how they begin in the float checkpoint; the first that fits holds."""
     aliases: tuple[Alias, ...]
     """Keys that a description has beside those of its tensors."""
+    short_keys: Mapping[str, str]
+    """How names of text linears begin -> how SGLang asks for them in a description."""
     vision_block: Callable[[Sizes, int], Block]
     """Vision block `index`."""
     merger_block: Callable[[Sizes], Block]
@@ -230,7 +232,7 @@ class Family:
         if min(width, height) >= smallest and max(width, height) <= aspect * min(width, height):
             return None
         return (
-            f"has {width} x {height} pixels; {self.title} needs sides of at least {smallest} pixels "
+            f"has {width} x {height} pixels; the model needs sides of at least {smallest} pixels "
             f"and an aspect ratio of at most {aspect}"
         )
 
@@ -276,6 +278,21 @@ class Family:
                 if match := re.fullmatch(rf"({alias.module})\.{alias.linear}\.weight", name):
                     found.update({f"{match[1]}.{asked}.weight": kind for asked in alias.asked})
         return {name: kind for name, kind in found.items() if name not in types}
+
+    def engine_aliases(self, types: Mapping[str, str]) -> dict[str, str]:
+        """Keys without a tensor that some engine looks up in an ascendV1 description: vLLM-Ascend's, and SGLang's.
+
+        Args:
+            types: the description's entry of each tensor.
+        """
+        found = self.vllm_aliases(types)
+        short = {
+            own + name.removeprefix(begins): kind
+            for name, kind in {**types, **found}.items()
+            for begins, own in self.short_keys.items()
+            if name.startswith(begins) and name.endswith("proj.weight")
+        }
+        return found | {name: kind for name, kind in short.items() if name not in types}
 
     def checkpoint_name(self, name: str) -> str:
         """What the float checkpoint calls a tensor of an engine's part; other names stay as they are."""

@@ -172,9 +172,9 @@ def area(name: str) -> Area:
 
 
 GLM4V: Final = Family(
-    title="GLM-4.1V",
+    title="GLM-4.1V or GLM-4.6V-Flash",
     model_type="glm4v",
-    members="GLM-4.1V-9B, GLM-4.6V-Flash",
+    members="GLM-4.1V-9B, GLM-4.6V-Flash, AutoGLM-Phone-9B, Glyph",
     relatives={
         "glm4v_moe": "GLM-4.5V and GLM-4.6V are mixtures of experts",
         "chatglm": "glm-4v-9b is the older ChatGLM architecture",
@@ -240,6 +240,7 @@ GLM4V: Final = Family(
         Alias(r"model\.visual\.blocks\.[0-9]+\.attn", "qkv", ("q_proj", "k_proj", "v_proj")),
         Alias(r"model\.language_model\.layers\.[0-9]+\.mlp", "gate_up_proj", ("gate_proj", "up_proj")),
     ),
+    short_keys={f"{TEXT}.layers.": "model.layers."},
     vision_block=vision_block,
     merger_block=merger_block,
     text_block=text_block,

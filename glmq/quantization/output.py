@@ -158,7 +158,7 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
         model_quant_type=recipe.quant_type.value,
         version=None if is_mindie else ASCEND_V1_VERSION,
         group_size=None if is_mindie else scheme.weight.group_size or None,
-        tensors=types if is_mindie else types | config.family.vllm_aliases(types),
+        tensors=types if is_mindie else types | config.family.engine_aliases(types),
     )
     write_description(folder, description)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from glmq.verification.arithmetic import LinearArithmetic
     from glmq.verification.behaviour import BlockBehaviour, LinearBehaviour
     from glmq.verification.checks import Limits
+    from glmq.verification.engines.schemes import ModuleScheme
     from glmq.verification.predictions import Predictions
     from glmq.verification.situations import Situation
 
@@ -77,6 +78,8 @@ class Verification:
     limits: Limits
     situation: Situation | None
     """What an un-sharded checkpoint could be compared with; None for others."""
+    schemes: Mapping[Engine, Sequence[ModuleScheme]]
+    """What each asked engine will build, module by module."""
 
     @property
     def passed(self) -> bool:
@@ -242,6 +245,9 @@ def verification_document(found: Verification) -> JsonObject:
         "passed": found.passed,
         "errors": sum(f.severity == "error" for f in found.findings),
         "warnings": sum(f.severity == "warning" for f in found.findings),
+        "schemes": {
+            engine.value: {one.module: one.scheme for one in schemes} for engine, schemes in found.schemes.items()
+        },
         "checked": list(found.checked),
         "not_checked": found.not_checked,
         "counts": counts,

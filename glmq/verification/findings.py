@@ -53,6 +53,7 @@ class Check(Enum):
     FOLDER_KIND = (35, "one checkpoint in the folder", "error")
     COMPRESSED_CONFIG = (36, "quantization_config of compressed-tensors", "error")
     SERVED = (37, "answers in the serving engine", "error")
+    SGLANG = (38, "SGLang's look-ups", "error", "warning")
 
     def __init__(self, number: int, title: str, *severities: Severity) -> None:
         self.number: Final = number

@@ -191,7 +191,7 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
         if name not in tensors:
             yield Check.DESCRIBED_TENSORS.error(name, "is stored but not in the description")
     stored = {name: value for name, value in tensors.items() if name in case.checkpoint}
-    aliases = {} if case.form is Form.MINDIE else case.config.family.vllm_aliases(stored)
+    aliases = {} if case.form is Form.MINDIE else case.config.family.engine_aliases(stored)
     for name, value in tensors.items():
         if name not in case.checkpoint and aliases.get(name) != value:
             yield Check.DESCRIBED_TENSORS.error(

@@ -192,7 +192,7 @@ def test_the_real_reason_is_named(data: bytes, why: str) -> None:
 )
 def test_sides_that_the_model_does_not_take_are_found_before_the_run(size: tuple[int, int], why: str | None) -> None:
     picture = InlinePicture(encoded(Image.new("L", size), "PNG"))
-    limits = "; GLM-4.1V needs sides of at least 28 pixels and an aspect ratio of at most 200"
+    limits = "; the model needs sides of at least 28 pixels and an aspect ratio of at most 200"
     assert examine_picture(picture, TAKES).defect == (None if why is None else why + limits)
 
 

@@ -407,7 +407,7 @@ def test_an_image_that_the_model_cannot_take_stops_the_run_by_its_name(small: Pa
     with pytest.raises(SampleError) as caught:
         list(calibrate(small, found, tmp_path / "stats"))
     assert str(caught.value) == (
-        "narrow.png: its image has 20 x 40 pixels; GLM-4.1V needs sides of at least 28 pixels "
+        "narrow.png: its image has 20 x 40 pixels; the model needs sides of at least 28 pixels "
         "and an aspect ratio of at most 200"
     )
 

@@ -381,7 +381,10 @@ def unfinished_statistics(work: Path, stats: Path, _: Path) -> tuple[list[object
     return command(work / "model", work / "stats", work / "out"), 4, sentence
 
 
-NEEDED = "but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); give the folder of a GLM-4.1V"
+NEEDED = (
+    "but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash, AutoGLM-Phone-9B, Glyph); "
+    "give the folder of a GLM-4.1V or GLM-4.6V-Flash"
+)
 
 BAD_INPUTS: dict[str, Bad] = {
     "a mixture of experts": config_edit(

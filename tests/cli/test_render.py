@@ -122,8 +122,9 @@ def test_the_next_step_depends_on_the_type() -> None:
     assert "set modelWeightPath to /data/my out in" in next_steps(folder, make_recipe(Options()))[0]
     w4a8 = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True))
     assert next_steps(folder, w4a8) == [
-        "Note: no current engine loads W4A8_DYNAMIC for GLM-4.1V (MindIE's GLM-4.1V has no W4A8_DYNAMIC loader; "
-        "vLLM-Ascend has it for mixtures of experts only)."
+        "Note: no engine of today loads W4A8_DYNAMIC for this class (MindIE's GLM-4.1V has no W4A8_DYNAMIC loader; "
+        "vLLM-Ascend loads it in releases 0.18 to 0.26 only, where activations stay float; main has dropped it; "
+        "SGLang's ModelSlim loader has no such linear)."
     ]
 
 

@@ -121,6 +121,7 @@ def expected_vllm(t: dict[str, Tensor], config: dict, rank: int, world: int) -> 
     if not config["text_config"].get("attention_bias"):
         out = {name: tensor for name, tensor in out.items() if not name.endswith("qkv_proj.bias")}
     out |= expected_vision(t, config, rank, world)
+    out["visual.merger.proj.weight"] = my_share(t[f"{VISION}.merger.proj.weight"], rank, world)
     for target, name in ((f"{text}.embed_tokens", f"{TEXT}.embed_tokens"), ("language_model.lm_head", "lm_head")):
         table = t[f"{name}.weight"]
         padded = torch.zeros((table.shape[0] + 63) // 64 * 64, table.shape[1]).half()

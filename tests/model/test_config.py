@@ -130,8 +130,9 @@ def test_another_model_is_refused_by_its_kind(kind: object, why: str) -> None:
     with pytest.raises(ModelError) as caught:
         parse_config(nested() | {"model_type": kind}, "there/config.json")
     assert str(caught.value) == (
-        f"there/config.json: model_type is {kind!r}{why}, but glmq needs 'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); "
-        "give the folder of a GLM-4.1V"
+        f"there/config.json: model_type is {kind!r}{why}, but glmq needs 'glm4v' "
+        "(GLM-4.1V-9B, GLM-4.6V-Flash, AutoGLM-Phone-9B, Glyph); "
+        "give the folder of a GLM-4.1V or GLM-4.6V-Flash"
     )
 
 
@@ -320,7 +321,7 @@ def test_whatever_transformers_trips_over_is_one_sentence(small: Path) -> None:
     with Checkpoint.open(small) as source, pytest.raises(ModelError) as caught:
         StreamedModel(source, replace(config, nested=nested), device=torch.device("cpu"), dtype=torch.float32)
     assert str(caught.value) == (
-        "config.json: transformers cannot build a GLM-4.1V from it "
+        "config.json: transformers cannot build a GLM-4.1V or GLM-4.6V-Flash from it "
         "(AssertionError: Padding_idx must be within num_embeddings)"
     )
 
@@ -369,5 +370,5 @@ def test_a_config_that_transformers_cannot_build_is_refused_with_its_reason(smal
     with Checkpoint.open(small_copy) as source, pytest.raises(ModelError) as caught:
         StreamedModel(source, config, device=torch.device("cpu"), dtype=torch.float32)
     assert str(caught.value) == (
-        "config.json: transformers cannot build a GLM-4.1V from it (KeyError: 'no-such-function')"
+        "config.json: transformers cannot build a GLM-4.1V or GLM-4.6V-Flash from it (KeyError: 'no-such-function')"
     )

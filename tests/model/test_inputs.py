@@ -169,7 +169,7 @@ def test_an_image_that_the_model_cannot_take_is_refused_with_its_size(width: int
     with pytest.raises(SampleError) as caught:
         preprocessor().encode(picture(width, height), PROMPT, None)
     assert str(caught.value) == (
-        f"its image has {width} x {height} pixels; GLM-4.1V needs sides of at least 28 pixels "
+        f"its image has {width} x {height} pixels; the model needs sides of at least 28 pixels "
         "and an aspect ratio of at most 200"
     )
 

@@ -488,7 +488,7 @@ def test_a_foreign_tensor_of_a_module_of_the_model_is_refused(
     edit_tensors(small_copy, lambda tensors: tensors.update({name: torch.zeros(64)}))
     (small_copy / "model.safetensors.index.json").unlink()
     assert refused_quantization(small_copy, small_stats, tmp_path / "out") == (
-        4, f"{FILE}: tensor '{name}' is no part of a GLM-4.1V; give the float release's weights",
+        4, f"{FILE}: tensor '{name}' is no part of a GLM-4.1V or GLM-4.6V-Flash; give the float release's weights",
     )  # fmt: skip
 
 

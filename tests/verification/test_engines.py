@@ -1,4 +1,4 @@
-"""What MindIE and vLLM-Ascend would look up."""
+"""What MindIE, vLLM-Ascend and SGLang would look up."""
 
 import json
 from collections.abc import Callable
@@ -10,9 +10,11 @@ from helpers import edit_json, edit_tensors, quantize
 from torch import Tensor
 
 import glmq
-from glmq.engines import Engine
+from glmq.engines import Chip, Engine, Place
 from glmq.inspection.folder import scan_folder
-from glmq.verification.engines.check import check_lookups
+from glmq.model.config import read_config
+from glmq.verification.engines.check import check_chip, check_lookups
+from glmq.verification.engines.schemes import group_schemes, module_schemes
 
 LAYER = "model.language_model.layers.0"
 DESCRIPTION = "quant_model_description.json"
@@ -115,7 +117,7 @@ def test_without_aliases_vllm_misses_its_packed_linears(copy: Path) -> None:
          ": model.safetensors.index.json is there; vLLM drops every weight file that it does not name"),
         (lambda f: edit_json(f / "config.json", lambda c: c.update(model_type="glm4v_moe")), Engine.MINDIE,
          ": {folder}/config.json: model_type is 'glm4v_moe': GLM-4.5V and GLM-4.6V are mixtures of experts, but glmq needs "
-         "'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash); give the folder of a GLM-4.1V"),
+         "'glm4v' (GLM-4.1V-9B, GLM-4.6V-Flash, AutoGLM-Phone-9B, Glyph); give the folder of a GLM-4.1V or GLM-4.6V-Flash"),
     ],
 )  # fmt: skip
 def test_what_an_engine_would_refuse_is_said(
@@ -191,3 +193,71 @@ def test_sparse_types_in_bfloat16_are_refused(tiny_seed: Path, tmp_path: Path) -
     found = errors(tmp_path, Engine.MINDIE)
     assert found[0] == ": text_config.dtype is bfloat16; W8A8S runs on the Atlas 300I Duo, in float16 only"
     assert notes(tmp_path, Engine.VLLM_ASCEND)[1] == "W8A8S is known to vLLM-Ascend on the Atlas 300I Duo only"
+
+
+def test_a_plain_linear_without_a_key_depends_on_the_release_of_vllm(copy: Path) -> None:
+    key = f"{LAYER}.self_attn.o_proj.weight"
+    edit_json(copy / DESCRIPTION, lambda d: d.pop(key))
+    assert (
+        f"{key}: is not in the description, vLLM looks it up for {LAYER}.self_attn.o_proj: "
+        "0.18 to 0.26: KeyError; main since September 2026: it runs as float, without a word"
+    ) in errors(copy, Engine.VLLM_ASCEND)
+
+
+def test_sglang_finds_every_linear_of_the_text_layers_under_its_own_names(copy: Path) -> None:
+    assert errors(copy, Engine.SGLANG) == []
+    edit_json(copy / DESCRIPTION, lambda d: d.pop("model.layers.1.mlp.up_proj.weight"))
+    assert errors(copy, Engine.SGLANG) == [
+        "model.layers.1.mlp.up_proj.weight: is not in the description, where SGLang looks it up for "
+        "model.layers.1.mlp.gate_up_proj: integers run as float"
+    ]
+    edit_json(copy / DESCRIPTION, lambda d: d.update({"model.layers.0.self_attn.o_proj.weight": "W8A8S"}))
+    assert (
+        "model.layers.0.self_attn.o_proj: is W8A8S, for which SGLang has no linear: it knows FLOAT, W8A8, W8A8_DYNAMIC"
+        in errors(copy, Engine.SGLANG)
+    )
+
+
+def test_every_engine_says_which_scheme_it_takes_for_each_module(copy: Path) -> None:
+    config, folder = read_config(copy), scan_folder(copy)
+    of_mindie = dict(group_schemes(module_schemes(folder, config, Engine.MINDIE)))
+    assert of_mindie["layers.0-1.self_attn.query_key_value"] == "W8A8"
+    assert of_mindie["layers.0-1.mlp.down_proj"] == "FLOAT"
+    of_vllm = dict(group_schemes(module_schemes(folder, config, Engine.VLLM_ASCEND)))
+    assert of_vllm["layers.0-1.self_attn.qkv_proj"] == "W8A8"
+    assert of_vllm["visual.merger.gate_up_proj"] == of_vllm["lm_head"] == "FLOAT"
+    of_sglang = module_schemes(folder, config, Engine.SGLANG)
+    assert [one.module for one in of_sglang[:2]] == [
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.0.self_attn.o_proj",
+    ]
+    assert {one.scheme for one in of_sglang} == {"W8A8", "FLOAT"}
+    edit_json(copy / DESCRIPTION, lambda d: d.update({f"{LAYER}.self_attn.k_proj.weight": "FLOAT"}))
+    mixed = module_schemes(scan_folder(copy), config, Engine.VLLM_ASCEND)
+    (scheme,) = (one.scheme for one in mixed if one.module == f"{LAYER}.self_attn.qkv_proj")
+    assert scheme == "refused: mixes W8A8, FLOAT"
+    edit_json(copy / DESCRIPTION, lambda d: d.pop(f"{LAYER}.self_attn.o_proj.weight"))
+    (scheme,) = (one.scheme for one in module_schemes(scan_folder(copy), config, Engine.MINDIE)
+                 if one.module == f"{LAYER}.self_attn.o_proj")  # fmt: skip
+    assert scheme == "no key: KeyError"
+
+
+def test_a_processor_that_mindies_transformers_does_not_know_is_an_error(copy: Path) -> None:
+    edit_json(copy / "preprocessor_config.json", lambda c: c.update(processor_class="Glm46VProcessor"))
+    (found,) = errors(copy, Engine.MINDIE)
+    assert found.startswith(": preprocessor_config.json names classes or has settings that transformers 4.53.0")
+    assert "a bare tokenizer" in found
+
+
+def test_no_video_settings_are_no_obstacle_for_mindie(copy: Path) -> None:
+    (copy / "video_preprocessor_config.json").unlink()
+    assert errors(copy, Engine.MINDIE) == []
+
+
+def test_a_chip_that_does_not_load_the_type_is_an_error(copy: Path) -> None:
+    edit_json(copy / DESCRIPTION, lambda d: d.update(model_quant_type="W8A8_DYNAMIC"))
+    found = [f.message for f in check_chip(scan_folder(copy), Place(Engine.MINDIE, Chip.DUO_300I))]
+    assert found == [
+        "MindIE on the Atlas 300I Duo does not load W8A8_DYNAMIC: the 300I Duo recipe is W8A8S, then W8A8SC"
+    ]
+    assert list(check_chip(scan_folder(copy), Place(Engine.MINDIE, None))) == []

@@ -1,19 +1,20 @@
 """What a serving engine would look up in a folder, and what would make it refuse: from names, dtypes and JSON alone.
 
-The steps are those of MindIE-LLM 8b4871a and vLLM-Ascend 182b75e, as read or run when this project's format notes were made;
-both are emulated here, not run. Values are not read: `check_structure` does that.
+The steps are those of MindIE-LLM 8b4871a, vLLM-Ascend 182b75e and SGLang 0.5.23, as read or run when this project's format
+notes were made; all are emulated here, not run. Values are not read: `check_structure` does that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from glmq.engines import Engine
+from glmq.engines import Engine, Place
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import parse_config
 from glmq.spec import Form, QuantType, assert_never
 from glmq.verification.engines.mindie import check_mindie
+from glmq.verification.engines.sglang import check_sglang
 from glmq.verification.engines.vllm_ascend import check_vllm_ascend
 from glmq.verification.findings import Check, Finding
 
@@ -28,6 +29,8 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
             check, look_up = Check.MINDIE, check_mindie
         case Engine.VLLM_ASCEND:
             check, look_up = Check.VLLM_ASCEND, check_vllm_ascend
+        case Engine.SGLANG:
+            check, look_up = Check.SGLANG, check_sglang
         case other:
             assert_never(other)
     if folder.kind is Kind.STATISTICS:
@@ -57,6 +60,18 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
         yield Finding(check, "error" if severity else "warning", tensor, message)
 
 
+def check_chip(folder: Folder, place: Place) -> Iterator[Finding]:
+    """That the engine does not load the folder's type on that chip; nothing if it does."""
+    check = {Engine.MINDIE: Check.MINDIE, Engine.VLLM_ASCEND: Check.VLLM_ASCEND, Engine.SGLANG: Check.SGLANG}[
+        place.engine
+    ]
+    known = {quant_type.value: quant_type for quant_type in QuantType}
+    quant_type = known.get(folder.quant_type or "")
+    if quant_type is not None and place.chip is not None and not place.dtypes(quant_type):
+        where = f"{place.engine.spec.title} on the Atlas {place.chip.value}"
+        yield check.error("", f"{where} does not load {quant_type.value}: {place.why_not(quant_type)}")
+
+
 def describe_engines(folder: Folder) -> str:
     """For which engine and chip a folder is, in one line."""
     if folder.form is Form.COMPRESSED_TENSORS:
@@ -76,7 +91,7 @@ def describe_engines(folder: Folder) -> str:
         case "W8A16", _:
             return "vLLM-Ascend on the Atlas 800I A2; GLM-4.1V is not in its support table"
         case "W4A8_DYNAMIC", _:
-            return "no current engine: MindIE refuses it, vLLM-Ascend has it for mixtures of experts only"
+            return "vLLM-Ascend 0.18 to 0.26, where activations stay float; neither its main nor MindIE loads it"
         case _, Kind.FLOAT:
             return "any engine for float GLM-4.1V; the input of `glmq quantize`"
         case _, Kind.FOREIGN:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.json_file import JsonValue
+from glmq.engines import Engine
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
 from glmq.spec import Form
 from glmq.verification.engines.linears import DTYPE_NAMES, TYPES, Complaint, check_linear_tensors, section
+
+RELEASES: Final = Engine.VLLM_ASCEND.spec.releases
 
 
 def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Complaint]:
@@ -41,16 +45,15 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     if folder.kind is not Kind.SHARDED and (folder.directory / "model.safetensors.index.json").exists():
         yield True, "", "model.safetensors.index.json is there; vLLM drops every weight file that it does not name"
     if folder.quant_type == "W4A8_DYNAMIC":
-        yield (
-            True,
-            "",
-            "W4A8_DYNAMIC is for mixtures of experts in vLLM-Ascend; a dense linear raises NotImplementedError",
-        )
+        said = "; ".join(f"{release.versions}: {release.dense_w4a8}" for release in RELEASES)
+        yield False, "", f"W4A8_DYNAMIC of a dense linear depends on the release of vLLM-Ascend: {said}"
     elif folder.quant_type in ("W8A8S", "W8A8SC"):
         yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only"
     if config is None:
         return
-    for module, members in _modules(config):
+    if folder.kind is Kind.QUANTIZED:
+        yield from _check_foreign(folder, config)
+    for module, members in vllm_modules(config):
         yield from _check_type(folder.description, module, members)
     if folder.kind is Kind.SHARDED:
         return
@@ -61,7 +64,16 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
             yield from check_linear_tensors(stored, linear.name, folder, dtype)
 
 
-def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _check_foreign(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
+    """Tensors that no module of the model has."""
+    owners = {name.rpartition(".")[0] for name in config.family.shapes(config)}
+    for tensor in folder.tensors:
+        base, _, suffix = tensor.name.rpartition(".")
+        if base not in owners and suffix != "inv_freq":  # which vLLM leaves out by itself
+            yield True, tensor.name, "is no part of the model; vLLM raises ValueError at it"
+
+
+def vllm_modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every linear that vLLM builds, by its name in the checkpoint's words, and the keys that it looks up for it.
 
     The class maps of vLLM apply: in the vision tower qkv_proj stands for q, k, v and gate_up_proj for itself; in the text
@@ -84,13 +96,22 @@ def _modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     yield family.lm_head, (family.lm_head,)
 
 
+def missing_key(module: str) -> str:
+    """What becomes of a linear whose key is missing, by release where they differ."""
+    is_packed = module.endswith(("qkv_proj", "gate_up_proj"))  # in vLLM's map, be it of one linear
+    said = [(r.versions, r.missing_packed_key if is_packed else r.missing_key) for r in RELEASES]
+    if len({what for _, what in said}) == 1:
+        return said[0][1]
+    return "; ".join(f"{versions}: {what}" for versions, what in said)
+
+
 def _check_type(description: Mapping[str, JsonValue], module: str, members: tuple[str, ...]) -> Iterator[Complaint]:
     """One linear's look-up: KeyError where a key is missing, ValueError where packed members differ."""
     types: list[JsonValue] = []
     for member in members:
         key = f"{member}.weight"
         if key not in description:
-            yield True, key, f"is not in the description, vLLM looks it up for {module}: KeyError"
+            yield True, key, f"is not in the description, vLLM looks it up for {module}: {missing_key(module)}"
         else:
             types.append(description[key])
     if len({str(found) for found in types}) > 1:
