@@ -42,7 +42,7 @@ from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
-from glmq.model.side_files import engine_side_files
+from glmq.model.side_files import check_needed_files, engine_side_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve
@@ -218,12 +218,9 @@ def _planned(
             watcher.note(f"note: {sentence}")
         groups = plan_groups(job.recipe, config)
         list_side_files(job.model_path)  # refuses what could not be copied at the end
-        side_files = engine_side_files(
-            job.model_path,
-            config.family,
-            for_mindie=job.recipe.form in ASCEND_FORMS,
-            chat_template=job.calibration.chat_template,
-        )
+        check_needed_files(job.model_path)
+        template, for_mindie = job.calibration.chat_template, job.recipe.form in ASCEND_FORMS
+        side_files = engine_side_files(job.model_path, config.family, for_mindie=for_mindie, chat_template=template)
         plan = plan_output(source, config, job.recipe, groups, job.shard_bytes, side_files)
         check_file_size(job.out_path, max(file.nbytes for file in plan.shards.files))
         yield source, config, plan

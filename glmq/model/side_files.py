@@ -18,6 +18,7 @@ from glmq.model.family import Family
 TEMPLATE: Final = "chat_template.jinja"
 NAMED_TEMPLATES: Final = "additional_chat_templates"
 """Folder of templates with a name each, as transformers saves several; the one called `default` counts."""
+TOKENIZER: Final = "tokenizer.json"
 TOKENIZER_CONFIG: Final = "tokenizer_config.json"
 PROCESSOR: Final = "processor_config.json"
 PREPROCESSOR: Final = "preprocessor_config.json"
@@ -28,6 +29,18 @@ _PARTS: Final[Mapping[str, str]] = {"image_processor": PREPROCESSOR, "video_proc
 """Sections of processor_config.json since transformers 5 -> the files that held them before."""
 _NEW_TOKENIZER: Final = "TokenizersBackend"
 """What transformers 5 calls PreTrainedTokenizerFast."""
+
+
+def check_needed_files(directory: Path) -> None:
+    """Check that a model folder has what every engine builds its processor from, be it that no model is run now.
+
+    Raises:
+        ModelError: no tokenizer.json, or no settings of the image processor.
+        CheckpointError: a file cannot be read.
+    """
+    if not (directory / TOKENIZER).exists():
+        raise ModelError(f"{directory}: has no {TOKENIZER}, which is the tokenizer; copy it from the model's release")
+    processor_settings(directory)
 
 
 def engine_side_files(

@@ -1,5 +1,6 @@
 """What a folder is, from its headers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,37 @@ def test_a_description_in_two_forms_is_a_problem(tiny_seed: Path, tmp_path: Path
     assert scan_folder(tmp_path).problems == (
         f"{tmp_path}: has 2 descriptions; engines take the one without a type in its name",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "method", "title", "engines"),
+    [
+        (
+            "q_proj.weight",
+            torch.float8_e4m3fn,
+            "fp8",
+            "FP8",
+            "engines that read FP8; `glmq quantize --dequantize` takes it",
+        ),
+        ("q_proj.qweight", torch.int32, "awq", "AWQ", "engines that read AWQ; not for glmq, which needs float weights"),
+    ],
+)
+def test_what_another_tool_has_quantized_is_no_float_checkpoint(
+    name: str, dtype: torch.dtype, method: str, title: str, engines: str, tmp_path: Path
+) -> None:
+    save_file(
+        {f"model.language_model.layers.0.self_attn.{name}": torch.zeros(4, 4).to(dtype)}, tmp_path / "model.safetensors"
+    )
+    (tmp_path / "config.json").write_text(f'{{"quantization_config": {{"quant_method": "{method}"}}}}')
+    folder = scan_folder(tmp_path)
+    assert folder.kind is Kind.FOREIGN
+    assert describe_folder(folder) == f"checkpoint that another tool has quantized ({title})"
+    assert describe_engines(folder) == engines
+
+
+@pytest.mark.parametrize(("code", "nbytes"), [("F4", 32), ("F6_E2M3", 48), ("F8_E8M0", 64), ("C64", 512)])
+def test_every_dtype_of_the_format_is_listed(code: str, nbytes: int, tmp_path: Path) -> None:
+    header = json.dumps({"a.weight": {"dtype": code, "shape": [64], "data_offsets": [0, nbytes]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(nbytes))
+    (row,) = tensor_rows(scan_folder(tmp_path))
+    assert (row.dtype, row.shape, row.nbytes) == (code, (64,), nbytes)

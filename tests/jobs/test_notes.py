@@ -2,7 +2,8 @@ from pathlib import Path
 
 from glmq.calibration.convergence import assess
 from glmq.calibration.stats import Statistics
-from glmq.jobs.notes import describe_convergence
+from glmq.jobs.notes import describe_convergence, describe_large_weights, describe_path
+from glmq.spec import Form
 
 
 def test_settled_statistics_are_told_in_two_lines(tiny_stats: Path) -> None:
@@ -16,3 +17,20 @@ def test_one_sample_alone_is_told_to_show_nothing() -> None:
     assert list(describe_convergence(None, unanswered=0)) == [
         "warning: one sample alone does not show whether the statistics have settled; give more images"
     ]
+
+
+def test_weights_that_float16_cannot_hold_are_told_with_the_reason_why_they_may_stay() -> None:
+    beyond = {"a.q_proj.weight", "a.k_proj.weight", "lm_head.weight"}
+    assert describe_large_weights(["a.q_proj", "a.k_proj", "a.o_proj"], beyond) == [
+        "note: a.q_proj.weight and 1 more goes beyond 65504, where float16 ends: integers and their float32 scales hold it"
+    ]
+    assert describe_large_weights(["a.o_proj"], beyond) == []
+
+
+def test_a_path_that_mindie_does_not_open_is_told_before_the_work() -> None:
+    assert describe_path(Path("/data/w8a8"), Form.ASCEND_V1) == []
+    assert describe_path(Path("/data/my model"), Form.COMPRESSED_TENSORS) == []
+    for path in ("/data/my model", "/data/\u6a21\u578b"):
+        assert describe_path(Path(path), Form.MINDIE) == [
+            f"note: MindIE opens no path like {path}: letters, digits, _ . / - only; move the output for it"
+        ]

@@ -192,3 +192,20 @@ def test_an_alias_never_replaces_a_tensor() -> None:
         "model.visual.merger.gate_up_proj.weight": "W8A8",
     }
     assert GLM4V.vllm_aliases(tensors) == {}
+
+
+def test_sglang_asks_for_text_linears_without_the_language_model() -> None:
+    tensors = {
+        "model.visual.blocks.0.attn.proj.weight": "FLOAT",
+        "model.language_model.layers.11.mlp.gate_up_proj.weight": "W8A8",
+        "model.language_model.layers.11.self_attn.q_proj.weight": "W8A8",
+        "model.language_model.layers.11.self_attn.q_proj.deq_scale": "W8A8",
+        "model.language_model.layers.11.input_layernorm.weight": "FLOAT",
+    }
+    found = GLM4V.engine_aliases(tensors)
+    assert {name: kind for name, kind in found.items() if name.startswith("model.layers.")} == {
+        "model.layers.11.mlp.gate_up_proj.weight": "W8A8",
+        "model.layers.11.mlp.gate_proj.weight": "W8A8",
+        "model.layers.11.mlp.up_proj.weight": "W8A8",
+        "model.layers.11.self_attn.q_proj.weight": "W8A8",
+    }

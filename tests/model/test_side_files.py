@@ -13,7 +13,7 @@ from PIL import Image
 from glmq.errors import ModelError
 from glmq.model.config import FAMILY, read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.model.side_files import engine_side_files, find_template
+from glmq.model.side_files import check_needed_files, engine_side_files, find_template
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 
 TEMPLATE = (TINY_CHECKPOINT / "chat_template.jinja").read_text()
@@ -169,3 +169,11 @@ def test_processor_classes_that_the_engine_does_not_know_are_written_by_their_ol
     assert config["image_processor_type"] == "Glm4vImageProcessor"
     assert config["processor_class"] == "Glm4vProcessor"
     assert hasattr(transformers, config["image_processor_type"])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "preprocessor_config.json"])
+def test_what_no_engine_can_do_without_is_asked_for(name: str, folder: Path) -> None:
+    check_needed_files(folder)
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=f"has no {name}"):
+        check_needed_files(folder)
