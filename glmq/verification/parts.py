@@ -167,7 +167,8 @@ class _RankWeights:
         self.rank, self.world, self.tensors = rank, world, tensors
         self.label = f"rank {rank} of {world}"
         self.layout = _LAYOUTS[folder.kind]
-        self.is_compressed = folder.quant_type != QuantType.W8A8S.value
+        has_index = any(name.endswith(".index") for name in tensors)
+        self.is_compressed = has_index or folder.quant_type != QuantType.W8A8S.value
         self.suffixes = _DTYPES if self.is_compressed else {k: v for k, v in _DTYPES.items() if k not in _COMPRESSED}
         """Of each integer linear, with their dtypes."""
         self.quant_type = (QuantType.W8A8SC if self.is_compressed else QuantType.W8A8S).value
