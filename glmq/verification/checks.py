@@ -28,7 +28,8 @@ from glmq.verification.checksums import check_checksums
 from glmq.verification.engines.check import check_lookups
 from glmq.verification.files import check_config_kept, check_side_files, read_report
 from glmq.verification.findings import Check, Checked, Finding, Skipped
-from glmq.verification.parts import check_manifest, check_parts, check_portable
+from glmq.verification.parts import check_manifest, check_parts
+from glmq.verification.portable import check_portable
 from glmq.verification.predictions import Predictions
 from glmq.verification.structure import check_structure
 

@@ -326,7 +326,10 @@ def bad_images(work: Path, _: Path, pictures: Path) -> tuple[list[object], int, 
 
 def no_tokenizer(work: Path, _: Path, pictures: Path) -> tuple[list[object], int, str]:
     (work / "model" / "chat_template.jinja").unlink()
-    sentence = f"{work / 'model'}: has no chat template; copy chat_template.jinja of the release there"
+    sentence = (
+        f"{work / 'model'}: has no chat template (a base model comes without); choose one with --chat-template FILE, "
+        "e.g. the chat_template.jinja of GLM-4.1V-9B-Thinking"
+    )
     return calibrating(work, pictures), 4, sentence
 
 
