@@ -1,7 +1,7 @@
 """A compressed folder: what `glmq_manifest.json` says of it, and whether an engine's parts are what the engine needs.
 
-Checks 21 to 25 of MindIE's parts, 27 and 28 of vLLM-Ascend's. With the W8A8S checkpoint beside them every tensor is made again from
-there and compared bit for bit.
+Checks 21 to 25 of MindIE's parts, 27 and 28 of vLLM-Ascend's. With the W8A8S checkpoint beside them every tensor
+is made again from there and compared bit for bit.
 """
 
 from __future__ import annotations
