@@ -153,12 +153,14 @@ def test_the_description_says_the_type_of_every_tensor(mode: str, outputs: dict[
         base, _, suffix = name.rpartition(".")
         wanted[name] = kind if base in linears and suffix != "bias" else "FLOAT"
     assert {name: document.get(name) for name in wanted} == wanted
-    # The rest are aliases for an engine that packs and splits linears otherwise.
+    # The rest are aliases for engines that pack and split linears otherwise, or ask for them by a shorter name.
     aliases = {name.rpartition(".")[0] for name in set(document) - set(wanted)}
     block = "model.visual.blocks.0"
     assert aliases == {
         *(f"model.language_model.layers.{i}.mlp.{half}_proj" for i in range(2) for half in ("gate", "up")),
         *(f"{block}.attn.{name}_proj" for name in "qkv"), f"{block}.mlp.gate_up_proj", "model.visual.merger.gate_up_proj",
+        *(f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in "qkvo"),
+        *(f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "gate_up", "down")),
     }  # fmt: skip
 
 
