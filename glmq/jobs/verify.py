@@ -101,18 +101,10 @@ def verify(
     reference = None if reference is None else Path(reference)
     samples = load_cases(cases)
     folder = scan_folder(candidate)
-    if samples and (reference is None or folder.kind is not Kind.QUANTIZED):
-        raise UsageError(
-            "behaviour needs an un-compressed quantized checkpoint and its float source as --reference; "
-            "leave --calib-images and --cases out to verify the files alone"
-        )
-    if in_vllm:
-        require_vllm()
-        if not samples:
-            raise UsageError("--engine vllm needs prompts to answer; give --reference and --calib-images or --cases")
+    _check_samples(folder, reference, samples, in_vllm=in_vllm)
     files = _verify_files(candidate, reference, engines)
     findings, checked = files.findings, files.checked
-    findings += [found for engine in engines for found in check_chip(folder, Place(engine, chip))]
+    findings += _check_chip(folder, engines, chip)
     behaviour = _Behaviour()
     if samples and reference is not None:
         checked.append(f"behaviour on {len(samples)} samples")
@@ -148,6 +140,23 @@ def verify(
         else None,
         schemes=_schemes(folder, engines),
     )
+
+
+def _check_samples(folder: Folder, reference: Path | None, samples: Sequence[Sample], *, in_vllm: bool) -> None:
+    """Raise UsageError for samples with nothing to run on, or an engine with nothing to answer."""
+    if samples and (reference is None or folder.kind is not Kind.QUANTIZED):
+        raise UsageError(
+            "behaviour needs an un-compressed quantized checkpoint and its float source as --reference; "
+            "leave --calib-images and --cases out to verify the files alone"
+        )
+    if in_vllm:
+        require_vllm()
+        if not samples:
+            raise UsageError("--engine vllm needs prompts to answer; give --reference and --calib-images or --cases")
+
+
+def _check_chip(folder: Folder, engines: Sequence[Engine], chip: Chip | None) -> list[Finding]:
+    return [found for engine in engines for found in check_chip(folder, Place(engine, chip))]
 
 
 def _schemes(folder: Folder, engines: Sequence[Engine]) -> dict[Engine, list[ModuleScheme]]:
