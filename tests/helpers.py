@@ -87,7 +87,14 @@ def quantize(
 
     chosen = calibration or glmq.CalibrationOptions()
     job = QuantizationJob(
-        model, out, make_recipe(Options(**options)), chosen, stats, shard_bytes, fallback_topk, max_error,
+        model,
+        out,
+        make_recipe(Options(**options)),
+        chosen,
+        stats,
+        shard_bytes,
+        fallback_topk,
+        max_error,
         keep_extra=keep_extra,
     )
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch).folder
