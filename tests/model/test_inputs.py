@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,18 @@ def test_a_missing_tokenizer_is_named(side_files: Path) -> None:
     assert str(caught.value) == (
         f"{side_files}: has no tokenizer.json, which is the tokenizer; copy it from the model's release"
     )
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_refused_as_such_and_read_through_a_link(side_files: Path) -> None:
+    named = Path(os.fsdecode(os.fsencode(side_files.parent) + b"/" + "模型问题".encode("gbk")))
+    side_files.rename(named)
+    with pytest.raises(ModelError) as caught:
+        preprocessor(named)
+    assert str(caught.value).endswith(
+        ": has a name that is no UTF-8 here, which the tokenizer's library cannot open; rename the folder, or give a link to it"
+    )
+    side_files.symlink_to(named)
+    assert preprocessor(side_files).encode(None, PROMPT, None).tokens > 0
 
 
 def test_a_missing_chat_template_is_named(side_files: Path) -> None:
