@@ -44,19 +44,28 @@ def the_sparse_command(model: Path, out: Path, images: Path, device_type: str) -
 
 
 @pytest.fixture(scope="module")
-def seed_output(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two pictures."""
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("00.png", "01.png"):
+        shutil.copy(pictures / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def seed_output(small: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What README's sparse command writes on a CPU."""
     out = tmp_path_factory.mktemp("seed") / "out"
-    glmq("quantize", *the_sparse_command(small, out, pictures, "cpu"))
+    glmq("quantize", *the_sparse_command(small, out, few, "cpu"))
     return tree(out)
 
 
 @pytest.mark.slow
 def test_the_sparse_command_runs_as_a_program(
-    small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path
+    small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "glmq", "quantize", *the_sparse_command(small, out, pictures, "cpu")]
+    command = [sys.executable, "-m", "glmq", "quantize", *the_sparse_command(small, out, few, "cpu")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
     done = subprocess.run(
         [str(word) for word in command], capture_output=True, text=True, check=False, env=environment, cwd=PACKAGES
@@ -69,23 +78,23 @@ def test_the_sparse_command_runs_as_a_program(
 
 
 def test_the_sparse_command_runs_on_an_npu(
-    small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     npu = StandInNpu()
     monkeypatch.setattr(device, "_load_npu", lambda: npu)
     monkeypatch.setattr(device, "_npu_device", lambda _: torch.device("cpu"))
     # The stand-in's device is a CPU, for which nothing is released; any other kind is.
     monkeypatch.setattr("glmq.calibration.stream.release", lambda _: device.release(torch.device("meta")))
-    glmq("quantize", *the_sparse_command(small, tmp_path / "out", pictures, "npu"))
+    glmq("quantize", *the_sparse_command(small, tmp_path / "out", few, "npu"))
     assert npu.calls == ["synchronize", "empty_cache"] * 5  # a vision block, the merger, two text layers, lm_head
     assert tree(tmp_path / "out") == seed_output
 
 
 def test_dashes_and_flags_are_the_same_command(
-    small: Path, pictures: Path, seed_output: dict[str, str], tmp_path: Path
+    small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
     glmq(
-        "quantize", "--model-path", small, "--save-directory", tmp_path / "out", "--calib-images", pictures,
+        "quantize", "--model-path", small, "--save-directory", tmp_path / "out", "--calib-images", few,
         "--w-bit", 4, "--is-lowbit", "--use-sigma", "--torch-dtype", "fp16", "--no-overwrite",
     )  # fmt: skip
     assert tree(tmp_path / "out") == seed_output
@@ -111,14 +120,12 @@ def test_the_screen_shows_errors_bytes_and_the_next_command(small: Path, small_s
     ]
 
 
-def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp_path: Path) -> None:
-    result = glmq(
-        "quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", pictures, *SEED
-    )
+def test_progress_is_a_line_per_block_on_stderr(small: Path, few: Path, tmp_path: Path) -> None:
+    result = glmq("quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", few, *SEED)
     notes, lines = [], []
     for line in result.stderr.splitlines():
         (lines if line.startswith(("calibrate", "rate", "quantize")) else notes).append(line)
-    assert notes[0] == "note: 16 calibration images; 30 are wanted for accuracy"
+    assert notes[0] == "note: 2 calibration images; 30 are wanted for accuracy"
     assert notes[1].startswith("settled: against half of the samples, ranges changed by ")
     blocks = [
         "model.visual.blocks.0",

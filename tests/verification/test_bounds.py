@@ -1,5 +1,6 @@
 """What the quantization type itself allows: without checksums and report, damages of few per cent are errors."""
 
+import functools
 import re
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ RECIPES: dict[str, dict[str, object]] = {"W8A8S": W8A8S, "W8A8": {}, "W8A8_DYNAM
 LAYER = "model.language_model.layers.1"
 NORM = f"{LAYER}.input_layernorm.weight"
 Q, O, GATE_UP = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.gate_up_proj"
+LINEARS = (Q, O, GATE_UP)
 
 
 @pytest.fixture(scope="module")
@@ -95,41 +97,69 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], None], Check, str]] = {
 }
 
 
-@pytest.mark.parametrize(("damage", "check", "named"), DAMAGES.values(), ids=DAMAGES)
+def in_layer(tensors: dict[str, Tensor], layer: str, damage: Callable[[dict[str, Tensor]], None]) -> None:
+    """Do to this layer what `damage` does to LAYER."""
+    own = {name.replace(f"{layer}.", f"{LAYER}."): tensors[name] for name in tensors if name.startswith(f"{layer}.")}
+    damage(own)
+    tensors.update({name.replace(f"{LAYER}.", f"{layer}."): tensor for name, tensor in own.items()})
+
+
+@pytest.mark.parametrize("labels", [list(DAMAGES)[:4], list(DAMAGES)[4:]], ids=["first", "last"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_small_damage_is_an_error_without_checksums(
-    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, damage: Callable, check: Check, named: str
+    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, labels: list[str]
 ) -> None:
+    """One damage a layer."""
     folder = Path(shutil.copytree(outputs[recipe], tmp_path / "damaged"))
-    edit_tensors(folder, damage)
-    found = [f"{finding.tensor} {finding.message}" for finding in errors(folder, tiny) if finding.check is check]
-    assert any(named in sentence for sentence in found), errors(folder, tiny)
+    layers = {label: f"model.language_model.layers.{index}" for index, label in enumerate(labels)}
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for label, layer in layers.items():
+            in_layer(tensors, layer, DAMAGES[label][0])
+
+    edit_tensors(folder, edit)
+    found = errors(folder, tiny)
+    for label, layer in layers.items():
+        _, check, named = DAMAGES[label]
+        said = [f"{f.tensor} {f.message}" for f in found if f.check is check and f.tensor.startswith(f"{layer}.")]
+        assert any(named.replace(LAYER, layer) in sentence for sentence in said), (label, found)
+    assert {f.tensor.partition(".self_attn")[0].partition(".mlp")[0].partition(".input")[0] for f in found} == {
+        *layers.values()
+    }
 
 
-@pytest.mark.parametrize("linear", [Q, O, GATE_UP])
+def edit_linears(folder: Path, edit: Callable[[str], Callable[[dict[str, Tensor]], None]]) -> None:
+    def edit_all(tensors: dict[str, Tensor]) -> None:
+        for linear in LINEARS:
+            edit(linear)(tensors)
+
+    edit_tensors(folder, edit_all)
+
+
 @pytest.mark.parametrize("recipe", ["W8A8S", "W8A8"])
 def test_a_quant_bias_off_by_one_everywhere_is_an_error(
-    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, linear: str
+    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str
 ) -> None:
     folder = Path(shutil.copytree(outputs[recipe], tmp_path / "damaged"))
-    edit_tensors(folder, more(f"{linear}.quant_bias"))
-    (finding,) = errors(folder, tiny)
-    assert (finding.check, finding.tensor) == (Check.RECOMPUTED, f"{linear}.quant_bias")
+    edit_linears(folder, lambda linear: more(f"{linear}.quant_bias"))
+    found = errors(folder, tiny)
+    assert {f.tensor for f in found} == {f"{linear}.quant_bias" for linear in LINEARS}
     sentence = r"is \+(1|0\.9\d) from bias / deq_scale - input_offset \* rowsum on average, rounding gives 0"
-    assert re.fullmatch(sentence, finding.message)
+    assert all(f.check is Check.RECOMPUTED and re.fullmatch(sentence, f.message) for f in found), found
 
 
 @pytest.mark.parametrize("suffix", ["deq_scale", "input_scale", "input_offset"])
-@pytest.mark.parametrize("linear", [Q, O, GATE_UP])
 @pytest.mark.parametrize("recipe", ["W8A8S", "W8A8"])
 def test_a_number_of_a_static_linear_that_is_changed_alone_is_an_error(
-    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, linear: str, suffix: str
+    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, suffix: str
 ) -> None:
     """It contradicts the others, or the float weights."""
     folder = Path(shutil.copytree(outputs[recipe], tmp_path / "damaged"))
-    name = f"{linear}.{suffix}"
-    edit_tensors(folder, more(name) if suffix == "input_offset" else scaled(name, FACTORS[recipe]))
-    assert any(finding.tensor.startswith(f"{linear}.") for finding in errors(folder, tiny)), errors(folder, tiny)
+    change = more if suffix == "input_offset" else functools.partial(scaled, factor=FACTORS[recipe])
+    edit_linears(folder, lambda linear: change(f"{linear}.{suffix}"))
+    found = errors(folder, tiny)
+    for linear in LINEARS:
+        assert any(finding.tensor.startswith(f"{linear}.") for finding in found), found
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
