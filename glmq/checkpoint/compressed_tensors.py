@@ -164,12 +164,12 @@ def packed_bits(name: str, checkpoint: Checkpoint) -> int:
         CheckpointError: tensors that contradict each other, or neither 4 nor 8 bits.
     """
     packed = checkpoint.info(f"{name}.weight_packed")
-    shape = [int(size) for size in checkpoint.read(f"{name}.weight_shape").flatten()]
+    shape: list[int | float | bool] = checkpoint.read(f"{name}.weight_shape").flatten().tolist()
     fits = packed.dtype == "I32" and len(packed.shape) == 2 and len(shape) == 2 and packed.shape[0] == shape[0]
     found = [bits for bits in (4, 8) if fits and packed.shape[1] * WORD_BITS == shape[1] * bits]
     if not found:
         raise CheckpointError(
-            f"{name}.weight_packed: is {packed.dtype} {list(packed.shape)} for weights of {shape}, wanted int32 words of "
+            f"{name}.weight_packed: is {packed.dtype} {list(packed.shape)} for weights of {shape!s:.80}, wanted int32 words of "
             "4 or 8 bits a weight; quantize again"
         )
     return found[0]

@@ -144,13 +144,16 @@ def test_columns_that_do_not_divide_into_groups_are_refused() -> None:
     assert str(caught.value) == "p: 96 input columns do not divide into groups of 64; choose another group size"
 
 
-def test_packed_tensors_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "shown"), [(torch.tensor([N, K - 8]), "[4, 56]"), (torch.tensor([N, torch.nan]), "[4.0, nan]")]
+)
+def test_packed_tensors_that_contradict_each_other_are_refused(tmp_path: Path, shape: Tensor, shown: str) -> None:
     save_file(stored(QuantType.W4A16), tmp_path / "model.safetensors")
-    edit_tensors(tmp_path, lambda t: t.update({"p.weight_shape": torch.tensor([N, K - 8])}))
+    edit_tensors(tmp_path, lambda t: t.update({"p.weight_shape": shape}))
     with Checkpoint.open(tmp_path) as checkpoint, pytest.raises(CheckpointError) as caught:
         packed_bits("p", checkpoint)
     assert str(caught.value) == (
-        "p.weight_packed: is I32 [4, 8] for weights of [4, 56], wanted int32 words of 4 or 8 bits a weight; quantize again"
+        f"p.weight_packed: is I32 [4, 8] for weights of {shown}, wanted int32 words of 4 or 8 bits a weight; quantize again"
     )
 
 

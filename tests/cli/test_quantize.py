@@ -120,12 +120,14 @@ def test_the_screen_shows_errors_bytes_and_the_next_command(small: Path, small_s
     ]
 
 
-def test_progress_is_a_line_per_block_on_stderr(small: Path, few: Path, tmp_path: Path) -> None:
-    result = glmq("quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", few, *SEED)
+def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp_path: Path) -> None:
+    result = glmq(
+        "quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", pictures, *SEED
+    )
     notes, lines = [], []
     for line in result.stderr.splitlines():
         (lines if line.startswith(("calibrate", "rate", "quantize")) else notes).append(line)
-    assert notes[0] == "note: 2 calibration images; 30 are wanted for accuracy"
+    assert notes[0] == "note: 16 calibration images; 30 are wanted for accuracy"
     assert notes[1].startswith("settled: against half of the samples, ranges changed by ")
     blocks = [
         "model.visual.blocks.0",
