@@ -306,6 +306,7 @@ def test_several_ranks_write_the_bytes_of_one(
     assert tree(tmp_path / "stats") == tree(statistics.directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("blocks", "before", "after"), [(1, 3, 1), (2, 1, 2), (3, 2, 3), (4, 3, 1), (4, 2, 3), (5, 1, 2)]
 )

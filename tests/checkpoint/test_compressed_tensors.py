@@ -102,6 +102,7 @@ def test_words_hold_neighbouring_columns_the_first_lowest_shifted_to_be_unsigned
         assert torch.equal(unpack_words(pack_words(q, bits), bits), q)
 
 
+@pytest.mark.slow
 def test_words_are_those_of_the_library() -> None:
     library = pytest.importorskip("compressed_tensors.compressors")
     pack = getattr(library, "pack_to_int32", None)

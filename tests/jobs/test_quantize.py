@@ -22,28 +22,28 @@ def test_what_a_killed_calibration_left_beside_its_whole_statistics_goes(
     assert sorted(os.listdir(tmp_path)) == ["out", "stats"]
 
 
-def test_old_statistics_deal_bits_out_by_errors_and_say_so(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
-    old = without_sensitivity(tiny_stats, tmp_path / "old")
+def test_old_statistics_deal_bits_out_by_errors_and_say_so(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    old = without_sensitivity(small_stats, tmp_path / "old")
     notes: list[str] = []
     recipe = make_recipe(Options(**W8A8S))
-    quantize_job(tiny, old, out=tmp_path / "a", recipe=recipe,
+    quantize_job(small, old, out=tmp_path / "a", recipe=recipe,
                  watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)  # fmt: skip
     assert notes == [
         f"note: bits are dealt out as with --allocate error: an older glmq wrote the statistics in {old}; calibrate again for "
         "more accurate answers"
     ]
-    quantize(tiny, tiny_stats, tmp_path / "b", **W8A8S, allocate="error")
-    quantize(tiny, tiny_stats, tmp_path / "c", **W8A8S)
+    quantize(small, small_stats, tmp_path / "b", **W8A8S, allocate="error")
+    quantize(small, small_stats, tmp_path / "c", **W8A8S)
     a, b, c = ({k: v for k, v in tree(tmp_path / n).items() if k.endswith("safetensors")} for n in "abc")
     assert a == b != c
 
 
 def test_sparse_linears_outside_the_text_layers_deal_bits_out_by_errors(
-    tiny: Path, tiny_stats: Path, tmp_path: Path
+    small: Path, small_stats: Path, tmp_path: Path
 ) -> None:
     notes: list[str] = []
     recipe = make_recipe(Options(**W8A8S, layer=("model.visual.merger.*=W8A8S",)))
-    quantize_job(tiny, tiny_stats, out=tmp_path / "a", recipe=recipe,
+    quantize_job(small, small_stats, out=tmp_path / "a", recipe=recipe,
                  watch=lambda event: notes.append(event.text) if isinstance(event, Note) else None)  # fmt: skip
     assert notes[-1] == (
         "note: bits are dealt out as with --allocate error: what model.visual.merger.proj counts for the answer is not "

@@ -107,6 +107,7 @@ def logits_by_layout(tiny: Path, pictures: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "nested"])
 def test_every_layout_gives_the_same_logits_bit_for_bit(layout: str, logits_by_layout: dict[str, torch.Tensor]) -> None:
     assert logits_by_layout["nested"].abs().max() > 1

@@ -209,6 +209,7 @@ def test_a_linear_that_is_named_nowhere_is_found(written: dict[str, Path], tmp_p
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", OPTIONS)
 def test_transformers_computes_what_verify_computes(quant_type: str, written: dict[str, Path]) -> None:
     """Every linear, on the inputs that it gets in transformers' own model of the folder, in float32.

@@ -611,6 +611,7 @@ def quantize_by_ranks(small: Path, small_stats: Path, out: Path, ranks: Ranks, *
                 (out / "journal.jsonl").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "before", "blocks"), [(2, 1, 0), (3, 1, 0), (3, 2, 1), (2, 3, 2), (3, 1, 3), (2, 4, 5)]
 )

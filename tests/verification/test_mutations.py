@@ -513,6 +513,7 @@ def flip_stored_bit(folder: Path, bit: int, names: re.Pattern[str]) -> list[str]
     return sorted(flipped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", UNCOMPRESSED)
 def test_one_flipped_bit_of_any_tensor_at_any_position_is_found_and_named(
     good: Good, tmp_path: Path, label: str
