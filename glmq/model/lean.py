@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,10 @@ def no_compiler() -> Iterator[None]:
 
     Inside, `torch._dynamo` is a stand-in whose decorators return the function that they are given: a function that is never
     compiled needs no mark that says so. Whoever asks the stand-in for anything else gets the real package. Afterwards the
-    stand-in is gone, and an import of the real package works as ever. Nothing happens where the compiler is there already.
+    stand-in is gone, and an import of the real package works as ever. Nothing happens where the compiler is there already, or
+    where torchvision is installed: transformers imports that, and it imports modules of the compiler that need its package.
     """
-    if _COMPILER in sys.modules:
+    if _COMPILER in sys.modules or find_spec("torchvision") is not None:
         yield
         return
     stand_in = _Compiler()

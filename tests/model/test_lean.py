@@ -6,6 +6,7 @@ import sys
 import pytest
 from helpers import PACKAGES
 
+from glmq.model import lean
 from glmq.model.tiny import TINY_CHECKPOINT
 
 PROGRAM = """
@@ -40,3 +41,10 @@ def test_a_model_is_built_without_the_compiler_which_is_real_for_whoever_asks() 
     command = [sys.executable, "-c", PROGRAM, str(TINY_CHECKPOINT)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGES).stdout.splitlines()
     assert lines == ["[]", "False True", "ConfigModuleInstance", "True"]
+
+
+def test_the_compiler_is_left_alone_where_torchvision_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.setattr(lean, "find_spec", lambda name: object() if name == "torchvision" else None)
+    with lean.no_compiler():
+        assert "torch._dynamo" not in sys.modules

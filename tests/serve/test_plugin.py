@@ -11,7 +11,7 @@ from glmq.errors import CheckpointError
 from glmq.model.config import read_config
 from glmq.model.tiny import TINY_CHECKPOINT
 from glmq.spec import QuantType
-from glmq.verification.engines.vllm_ascend import _modules
+from glmq.verification.engines.vllm_ascend import vllm_modules
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -91,7 +91,7 @@ def test_what_vllm_looks_up_for_each_linear_is_what_verify_emulates(monkeypatch:
             if not isinstance(layer, LinearBase | ParallelLMHead):
                 return None
             parent, _, leaf = prefix.rpartition(".")
-            members = self.packed_modules_mapping.get(leaf, [leaf])
+            members = self.packedvllm_modules_mapping.get(leaf, [leaf])
             asked[prefix] = tuple(f"{parent}.{member}" for member in members)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
@@ -104,7 +104,7 @@ def test_what_vllm_looks_up_for_each_linear_is_what_verify_emulates(monkeypatch:
         max_model_len=512,
         limit_mm_per_prompt={"image": 1, "video": 0},
     )
-    emulated = dict(_modules(read_config(TINY_CHECKPOINT)))
+    emulated = dict(vllm_modules(read_config(TINY_CHECKPOINT)))
     found = {_in_checkpoint(name): tuple(map(_in_checkpoint, members)) for name, members in asked.items()}
     assert len(found) == 6 * 4 + 3 * 4 + 3 + 1, json.dumps(found, indent=1)
     assert {name: emulated.get(name) for name in found} == found
