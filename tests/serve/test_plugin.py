@@ -91,7 +91,7 @@ def test_what_vllm_looks_up_for_each_linear_is_what_verify_emulates(monkeypatch:
             if not isinstance(layer, LinearBase | ParallelLMHead):
                 return None
             parent, _, leaf = prefix.rpartition(".")
-            members = self.packedvllm_modules_mapping.get(leaf, [leaf])
+            members = self.packed_modules_mapping.get(leaf, [leaf])
             asked[prefix] = tuple(f"{parent}.{member}" for member in members)
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
