@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from glmq.quantization.plan import GroupPlan
-from glmq.quantization.recipe import LayerRule, Recipe
+from glmq.quantization.recipe import Recipe
+from glmq.quantization.rules import LayerRule
 from glmq.records import LinearReport
 from glmq.spec import QuantType
 

@@ -14,6 +14,7 @@ from glmq.errors import UsageError
 from glmq.model.config import FAMILY
 from glmq.quantization.forms import choose_form, why_not_in_form
 from glmq.quantization.group import GroupScheme
+from glmq.quantization.rules import LayerRule, parse_rule
 from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
     Activation,
@@ -71,16 +72,6 @@ class Options:
     keep_float: tuple[str, ...] = ()
     layer: tuple[str, ...] = ()
     target: str = Target.GENERIC.value
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRule:
-    """A pattern of linear names and the type that they get; of several that match, the last one counts."""
-
-    pattern: str
-    quant_type: QuantType
-    option: str
-    """How the user wrote it, for messages; empty for the default rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +189,7 @@ def make_recipe(options: Options) -> Recipe:
     )
     rules = (
         *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
-        *(_parse_rule(text, quant_type, target, form) for text in options.layer),
+        *(parse_rule(text, quant_type, target, form) for text in options.layer),
         *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
     )
     return Recipe(
@@ -231,33 +222,6 @@ def _refuse_in_form(options: Options, quant_type: QuantType, form: Form) -> None
             "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups, and with --format compressed-tensors W8A16 and W4A16 "
             "(--a_bit 16); drop it"
         )
-
-
-def _parse_rule(text: str, model_type: QuantType, target: Target, form: Form) -> LayerRule:
-    pattern, equals, name = text.rpartition("=")
-    if not equals or not pattern:
-        raise UsageError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'")
-    known = {t.value: t for t in QuantType if not t.spec.is_compressed}
-    quant_type = known.get(name.upper())
-    if quant_type is None:
-        raise UsageError(f"--layer {text!r}: unknown type {name!r}; known are {', '.join(known)}")
-    if quant_type in (QuantType.FLOAT, model_type):
-        return LayerRule(pattern, quant_type, f"--layer {text!r}")
-    problem = why_not_in_form(quant_type, form)
-    if problem is not None:
-        raise UsageError(f"--layer {text!r}: {problem}")
-    if quant_type.spec.is_sparse or model_type.spec.is_sparse:
-        raise UsageError(
-            f"--layer {text!r} in a {model_type.value} model: sparse linears cannot be mixed with other types, "
-            "their engine reads one type; use FLOAT or the model's own type"
-        )
-    place = target.place
-    if place is not None and not place.engine.spec.mixes_types:
-        raise UsageError(
-            f"--layer {text!r} with --target {target.value}: {place.engine.spec.title} reads one quantization type per model, "
-            f"this one is {model_type.value}; use FLOAT, or another target"
-        )
-    return LayerRule(pattern, quant_type, f"--layer {text!r}")
 
 
 def _target_bits(options: Options, quant_type: QuantType) -> float | None:

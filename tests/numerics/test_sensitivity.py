@@ -61,7 +61,8 @@ def expected(layer: LayerOutputs, w: LayerWeights) -> dict[str, Tensor]:
     for i in range(INNER):
         c = sum(gamma_d[n] * float(w.down[n, i]) ** 2 for n in range(HIDDEN))
         g = gate_up[:, i].clone().requires_grad_()
-        (slope,) = torch.autograd.grad(torch.nn.functional.silu(g).sum(), g)
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(torch.nn.functional.silu(g).sum(), g)
         u = gate_up[:, INNER + i]
         silu = torch.nn.functional.silu(g).detach()
         gate.append(c * sum(float(slope[t] * u[t]) ** 2 / (ms[t][1] * ms[t][2]) for t in range(tokens)) / tokens)

@@ -409,7 +409,7 @@ MUTATIONS: dict[str, tuple[str, Damage, int, str]] = {
     # norms and float tensors
     "a norm without its smoothing": ("w8a8", put(f"{NORM}.weight", lambda t: t * 4), 16, f"{Q}.weight"),
     "one channel of a norm": ("w8a8s", flip(f"{NORM}.weight", 11, 12), 30, "column 11"),
-    "a shift in a norm": ("w8a8s", at(f"{NORM}.bias", 3, lambda t: t + 0.5), 30, f"{NORM}.bias"),
+    "a shift in a norm": ("w8a8s", at(f"{NORM}.bias", 3, lambda t: t + 0.5), 11, f"{Q}.quant_bias"),
     "a shift that engines ignore": ("w8a8s", at(f"{LAYER}.post_mlp_layernorm.bias", 3, lambda t: t + 1), 15, "post_mlp"),
     "other doubled norms": ("mindie", put(f"{NORM}.module.weight", lambda t: t * 1.5), 15, f"{NORM}.module.weight"),
     "a bit of a vision weight": ("w8a8", flip(f"{VISION}.mlp.up_proj.weight", (2, 2), 3), 6, "mlp.up_proj"),
