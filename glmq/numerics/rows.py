@@ -34,6 +34,11 @@ def column_max(weight: Tensor) -> Tensor:
     return torch.maximum(weight.amin(0).neg(), weight.amax(0))
 
 
+def is_one_number(weight: Tensor) -> bool:
+    """Whether all weights are the same: such a matrix is exact on every row's own grid. [N, K]."""
+    return bool((weight[0] == weight[0, 0]).all()) and bool((weight == weight[0, 0]).all())
+
+
 def row_energy(weight: Tensor) -> Tensor:
     """Squared norm of each row, rows in chunks: [N, K] -> float32 [N, 1]."""
     return torch.cat([weight[rows].square().sum(1, keepdim=True) for rows in row_chunks(weight)])

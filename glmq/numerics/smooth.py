@@ -36,7 +36,7 @@ from glmq.numerics.affine import TORCH_DTYPE
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import balanced_steps, coarse_steps
-from glmq.numerics.rows import column_energy, column_max, even_rows, row_max
+from glmq.numerics.rows import column_energy, column_max, even_rows, is_one_number, row_max
 from glmq.spec import Activation, FloatDtype, QuantType, Smoothing, assert_never
 
 SEARCH_ROWS: Final = 512
@@ -107,6 +107,8 @@ def choose_row_scales(
     Returns:
         float32 [K], powers of two; None where they are all 1, or not predicted to lose so much less than that.
     """
+    if kind is Smoothing.M2 and is_one_number(weight):
+        return None  # scales would take it off the grid
     typical = _floored(_shared_max(stats.square_mean.sqrt(), run, repeats))
     spread = _floored(_shared_max(column_energy(weight).sqrt(), run, repeats))
     exponent = _centred((typical / spread).sqrt()).log2().round().clamp_min(0)

@@ -16,6 +16,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
+from glmq.numerics.rows import is_one_number
 from glmq.progress import Stopwatch, resident_bytes
 from glmq.quantization.fold import fold_into_rows, row_divisors
 from glmq.quantization.group import FloatLinear, RowFold
@@ -129,7 +130,10 @@ def read_group(
         stats = statistics.input(group.site)
         if recipe.allocation is Allocation.ANSWER and stats.sensitivity is not None:
             parts = stats.sensitivity.split([shape.rows for shape in group.linears])
-            linears = [replace(linear, sensitivity=part) for linear, part in zip(linears, parts, strict=True)]
+            linears = [  # rows of one number stay alike, and exact
+                linear if is_one_number(linear.weight) else replace(linear, sensitivity=part)
+                for linear, part in zip(linears, parts, strict=True)
+            ]
     weights = sum(source.nbytes(f"{shape.name}.weight") for shape in group.linears)
     clock.count("read", nbytes=weights + stats.nbytes)
     return linears, norm, stats, fold

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from glmq.numerics import rows
-from glmq.numerics.rows import column_energy, column_max, even_rows, row_energy, row_max
+from glmq.numerics.rows import column_energy, column_max, even_rows, is_one_number, row_energy, row_max
 
 
 def test_sums_and_maxima_of_rows_and_columns_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,3 +18,12 @@ def test_a_curve_looks_at_evenly_spaced_rows() -> None:
     weight = torch.arange(10.0)[:, None]
     assert even_rows(weight, 4)[:, 0].tolist() == [0.0, 3.0, 6.0, 9.0]
     assert even_rows(weight, 10) is weight
+
+
+def test_a_matrix_of_one_number_is_known() -> None:
+    assert is_one_number(torch.full((3, 4), 0.02))
+    assert is_one_number(torch.zeros(2, 2))
+    for row, column in ((0, 3), (2, 0)):
+        weight = torch.full((3, 4), 0.02)
+        weight[row, column] = 0.03
+        assert not is_one_number(weight)
