@@ -25,6 +25,7 @@ PLACES = {
     "numerics/smooth.py": 1,
     "quantization/group.py": 1,
     "quantization/recipe.py": 1,
+    "serve/linear.py": 2,
     "verification/linears.py": 2,
 }
 """Where the arithmetic, the stored tensors or the words depend on what becomes of a linear's input."""
