@@ -418,25 +418,21 @@ def _watch_errors(
     for group in model.groups():
         source = group.norm or group.linears[0]
 
-        def compare(_: nn.Module, args: tuple[Tensor, ...], group: Group = group) -> None:
+        def compare(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, group: Group = group) -> None:
             x = args[0]
-            norm = (
-                None
-                if group.norm is None
-                else (model.model.get_submodule(group.norm), candidate.get_submodule(group.norm))
-            )
             for name in group.linears:
                 if group.norm is None and _is_folded(candidate, name, model):
                     continue
-                y = apply_linear(x if norm is None else norm[0](x), model.weight(name))
-                z = candidate.get_submodule(name)(x if norm is None else norm[1](x))
+                y = output if group.norm is None else apply_linear(output, model.weight(name))
+                own = x if group.norm is None else candidate.get_submodule(group.norm)(x)
+                z = candidate.get_submodule(name)(own)
                 power = (y.square().sum((0, 1)) / z.square().sum((0, 1)).clamp_min(1e-30)).sqrt().clamp(1e-9, 1e9)
                 z = z * torch.exp2(power.log2().round())
                 sums = errors.setdefault(name, [0.0, 0.0])
                 sums[0] += float((z - y).square().sum())
                 sums[1] += float(y.square().sum())
 
-        hooks.append(model.model.get_submodule(source).register_forward_pre_hook(compare))
+        hooks.append(model.model.get_submodule(source).register_forward_hook(compare))
     return errors, hooks
 
 
