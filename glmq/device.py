@@ -9,7 +9,6 @@ import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Final, cast
 
@@ -17,11 +16,10 @@ import torch
 
 from glmq.cann import find_ascend
 from glmq.errors import DeviceError
-from glmq.machine import available_memory
+from glmq.machine import available_memory, processor_features
 
 DUO_CHIP: Final = "310P"
 """Part of the name that torch_npu gives to the chips of the Atlas 300I Duo, e.g. `Ascend310P3`."""
-CPUINFO: Final = Path("/proc/cpuinfo")
 BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -67,17 +65,8 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
     float16, which is the slow path there. On an NPU bfloat16 where it has it, float16 where not (300I Duo).
     """
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_flags() & BF16_FLAGS else torch.float32
+        return torch.bfloat16 if BF16_FLAGS.intersection(processor_features()) else torch.float32
     return torch.bfloat16 if _load_npu().is_bf16_supported() else torch.float16
-
-
-def _cpu_flags() -> set[str]:
-    """What the CPU can do, as Linux says it; empty elsewhere."""
-    try:
-        lines = CPUINFO.read_text().splitlines()
-    except OSError:
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def free_bytes(device: torch.device) -> int:

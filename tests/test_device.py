@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import StandInNpu
 
-from glmq import device
+from glmq import device, machine
 from glmq.errors import DeviceError
 
 ANY_ACCELERATOR = torch.device("meta")
@@ -40,7 +40,7 @@ def test_a_cpu_needs_no_npu_library() -> None:
 def test_a_cpu_computes_in_bfloat16_only_if_it_has_such_products(
     cpuinfo: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
     assert device.default_compute_dtype(torch.device("cpu")) is torch.float32
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     assert device.default_compute_dtype(torch.device("cpu")) is dtype

@@ -172,13 +172,7 @@ def _encode_static(name: str, linear: QuantizedLinear, dtype: FloatDtype) -> dic
     if linear.activation is None or linear.deq_scale is None or linear.quant_bias is None:
         raise CheckpointError(f"{name}: a {linear.quant_type.value} linear needs activation, deq_scale and quant_bias")
     scale, offset = linear.activation.scale, linear.activation.offset
-    if not 0 < scale < math.inf or storable_input_scale(scale, dtype) != scale:
-        raise CheckpointError(
-            f"{name}: input scale {scale!r} is not a positive number that a {dtype.value} model can store; "
-            "quantize with storable_input_scale of it"
-        )
-    if not INT8.qmin <= offset <= INT8.qmax:
-        raise CheckpointError(f"{name}: input offset {offset} is outside {INT8.qmin}..{INT8.qmax}")
+    check_activation(name, linear.activation, dtype)
     check_positive(f"{name}.deq_scale", linear.deq_scale)
     activation_dtype = torch.float32 if dtype is FloatDtype.FP16 else torch.bfloat16
     deq_scale = linear.deq_scale.float().contiguous()
@@ -385,6 +379,18 @@ def to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
             "pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
         )
     return stored.contiguous()
+
+
+def check_activation(name: str, activation: ActivationQParams, dtype: FloatDtype) -> None:
+    """Raise CheckpointError unless a model of `dtype` can store the scale and offset of the input of linear `name`."""
+    scale, offset = activation.scale, activation.offset
+    if not 0 < scale < math.inf or storable_input_scale(scale, dtype) != scale:
+        raise CheckpointError(
+            f"{name}: input scale {scale!r} is not a positive number that a {dtype.value} model can store; "
+            "quantize with storable_input_scale of it"
+        )
+    if not INT8.qmin <= offset <= INT8.qmax:
+        raise CheckpointError(f"{name}: input offset {offset} is outside {INT8.qmin}..{INT8.qmax}")
 
 
 def check_positive(name: str, scale: Tensor) -> None:

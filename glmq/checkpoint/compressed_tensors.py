@@ -17,13 +17,13 @@ import math
 import torch
 from torch import Tensor
 
-from glmq.checkpoint.ascend import check_positive, encode_row_scale, storable_input_scale, to_float
+from glmq.checkpoint.ascend import check_activation, check_positive, encode_row_scale, to_float
 from glmq.checkpoint.compressed_config import is_packed
 from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, UsageError
 from glmq.records import ActivationQParams, QuantizedLinear
-from glmq.spec import INT8, Activation, FloatDtype, QuantType, assert_never
+from glmq.spec import Activation, FloatDtype, QuantType, assert_never
 
 WORD_BITS = 32
 
@@ -108,18 +108,11 @@ def encode_compressed(name: str, linear: QuantizedLinear, *, dtype: FloatDtype) 
 
 
 def _encode_input(name: str, activation: ActivationQParams, dtype: FloatDtype) -> dict[str, Tensor]:
-    scale, offset = activation.scale, activation.offset
-    if not 0 < scale < math.inf or storable_input_scale(scale, dtype) != scale:
-        raise CheckpointError(
-            f"{name}: input scale {scale!r} is not a positive number that a {dtype.value} model can store; "
-            "quantize with storable_input_scale of it"
-        )
-    if not INT8.qmin <= offset <= INT8.qmax:
-        raise CheckpointError(f"{name}: input offset {offset} is outside {INT8.qmin}..{INT8.qmax}")
+    check_activation(name, activation, dtype)
     scale_dtype = torch.float32 if dtype is FloatDtype.FP16 else torch.bfloat16
     return {
-        "input_scale": torch.tensor([scale], dtype=scale_dtype),
-        "input_zero_point": torch.tensor([offset], dtype=torch.int8),
+        "input_scale": torch.tensor([activation.scale], dtype=scale_dtype),
+        "input_zero_point": torch.tensor([activation.offset], dtype=torch.int8),
     }
 
 

@@ -6,7 +6,7 @@ torch is not imported here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -104,10 +104,10 @@ def block_size(config: Mapping[str, JsonValue]) -> tuple[int, int]:
             return 128, 128
 
 
-def scale_of(name: str, tensors: Iterable[str]) -> str | None:
+def scale_of(name: str, tensors: Container[str]) -> str | None:
     """The name of the scales of FP8 weight `name`; None if they are not there."""
-    base, known = name.removesuffix("weight"), set(tensors)
-    return next((base + suffix for suffix in SCALE_SUFFIXES if base + suffix in known), None)
+    base = name.removesuffix("weight")
+    return next((base + suffix for suffix in SCALE_SUFFIXES if base + suffix in tensors), None)
 
 
 def _first_weight(tensors: Mapping[str, TensorInfo], codes: Iterable[str]) -> str | None:

@@ -87,6 +87,11 @@ class Folder:
     """Of a FOREIGN one."""
 
     @property
+    def has_integers(self) -> bool:
+        """Whether a tensor is int8, as the weights of quantized linears are."""
+        return any(tensor.info.dtype == "I8" for tensor in self.tensors)
+
+    @property
     def nbytes(self) -> int:
         """Of all tensors."""
         return sum(tensor.info.nbytes for tensor in self.tensors)

@@ -165,6 +165,14 @@ class Alias:
     """The last names that are looked up."""
 
 
+def renamed(name: str, beginnings: Mapping[str, str]) -> str:
+    """`name` with another beginning: theirs -> own, the first that fits; unchanged where none does."""
+    for theirs, own in beginnings.items():
+        if name.startswith(theirs):
+            return own + name.removeprefix(theirs)
+    return name
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One family of models with a vision tower and a text tower: names as data, blocks as functions of the sizes."""
@@ -296,10 +304,7 @@ class Family:
 
     def checkpoint_name(self, name: str) -> str:
         """What the float checkpoint calls a tensor of an engine's part; other names stay as they are."""
-        for prefix, own in self.engine_prefixes.items():
-            if name.startswith(prefix):
-                return own + name.removeprefix(prefix)
-        return name
+        return renamed(name, self.engine_prefixes)
 
     def short_name(self, name: str) -> str:
         """A name for tables, without what all names share: `layers.3.mlp.down_proj`, `visual.merger.proj`, `lm_head`."""

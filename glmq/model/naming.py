@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from glmq.errors import CheckpointError
-from glmq.model.family import Family
+from glmq.model.family import Family, renamed
 
 _ADAPTER: Final = re.compile(
     r"\.(?:base_layer|lora_[A-Za-z_]+|modules_to_save|original_module|ia3_l|hada_w[12]_[ab])\."
@@ -46,7 +46,7 @@ def find_naming(stored: Collection[str], family: Family, expected: Collection[st
     wanted = set(expected)
     best, most = {name: name for name in stored}, sum(name in wanted for name in stored)
     for wrapped in _wrappers(stored, family):
-        found = {name: _rename(name.removeprefix(wrapped), family.foreign_names) for name in stored}
+        found = {name: renamed(name.removeprefix(wrapped), family.foreign_names) for name in stored}
         count = sum(name in wanted for name in found.values())
         if count > most:
             best, most = found, count
@@ -77,11 +77,3 @@ def _wrappers(stored: Iterable[str], family: Family) -> list[str]:
             return found
         prefix += inner
         found.append(prefix)
-
-
-def _rename(name: str, renamed: Mapping[str, str]) -> str:
-    """`name` with its beginning as the model has it; the first entry that fits counts."""
-    for begins, own in renamed.items():
-        if name.startswith(begins):
-            return own + name.removeprefix(begins)
-    return name

@@ -106,31 +106,33 @@ def round_best(
         weigh: say what the rows lose even if there is nothing to choose.
     """
     rows, columns = weight.shape
-    rounder = _Rounder(factor, columns // choices[0].shape[1], grid)
+    group_size = columns // choices[0].shape[1]
     coupling = factor.coupling() if sweeps else None
     place_of = factor.order.argsort()
     found = Rounded(torch.empty(rows, columns, dtype=torch.int8), torch.zeros(rows).long(), torch.zeros(rows))
-    for start in range(0, rows, ROWS_AT_ONCE):
-        cut = slice(start, min(start + ROWS_AT_ONCE, rows))
-        count = cut.stop - start
-        padded = -(-count // STRIP) * STRIP
-        ordered = torch.zeros(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
-        ordered[:, :count] = weight[cut].T.contiguous()[factor.order]
-        strips: list[_Strip] = []
-        for number, choice in enumerate(choices):
-            steps = torch.ones(choice.shape[1], padded)  # [n, G] -> [G, n]
-            steps[:, :count] = choice[cut].T
-            strips.append(_Strip(ordered, steps))
-            loss = rounder.round_rows(strips[-1], weigh=weigh or len(choices) > 1)[:count]
-            better = loss < found.loss[cut] if number else torch.ones(count, dtype=torch.bool)
-            found.choice[cut][better] = number
-            found.loss[cut][better] = loss[better]
-            if number:
-                strips[0].take(strips.pop(), better)
-        if coupling is not None:
-            for _ in range(sweeps):
-                rounder.sweep(strips[0], coupling)
-        found.q[cut] = strips[0].q[:, :count][place_of].T
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        rounder = _Rounder(factor, group_size, grid, pool)
+        for start in range(0, rows, ROWS_AT_ONCE):
+            cut = slice(start, min(start + ROWS_AT_ONCE, rows))
+            count = cut.stop - start
+            padded = -(-count // STRIP) * STRIP
+            ordered = torch.zeros(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
+            ordered[:, :count] = weight[cut].T.contiguous()[factor.order]
+            strips: list[_Strip] = []
+            for number, choice in enumerate(choices):
+                steps = torch.ones(choice.shape[1], padded)  # [n, G] -> [G, n]
+                steps[:, :count] = choice[cut].T
+                strips.append(_Strip(ordered, steps))
+                loss = rounder.round_rows(strips[-1], weigh=weigh or len(choices) > 1)[:count]
+                better = loss < found.loss[cut] if number else torch.ones(count, dtype=torch.bool)
+                found.choice[cut][better] = number
+                found.loss[cut][better] = loss[better]
+                if number:
+                    strips[0].take(strips.pop(), better)
+            if coupling is not None:
+                for _ in range(sweeps):
+                    rounder.sweep(strips[0], coupling)
+            found.q[cut] = strips[0].q[:, :count][place_of].T
     return found
 
 
@@ -157,12 +159,12 @@ class _Strip:
 class _Rounder:
     """Rounds strips, a wide block of columns at a time, in processing order."""
 
-    def __init__(self, factor: Factor, group_size: int, grid: IntGrid) -> None:
+    def __init__(self, factor: Factor, group_size: int, grid: IntGrid, pool: ThreadPoolExecutor) -> None:
         self._factor, self._grid = factor, grid
         self._group_of = (factor.order // group_size).int()
         columns = len(factor.order)
         self._blocks = [slice(first, min(first + WIDE, columns)) for first in range(0, columns, WIDE)]
-        self._round_block = _round_block if KERNELS else _round_block_in_torch
+        self._round_block = partial(_round_block, pool) if KERNELS else _round_block_in_torch
 
     def round_rows(self, strip: _Strip, *, weigh: bool) -> Tensor:
         """Round each column beside the columns before it. Returns the rows' losses, float32 [n]; zeros without `weigh`."""
@@ -211,7 +213,7 @@ class _BlockJob:
     """int8 [columns, n]: gets the integers."""
 
 
-def _round_block(job: _BlockJob, grid: IntGrid) -> None:
+def _round_block(pool: ThreadPoolExecutor, job: _BlockJob, grid: IntGrid) -> None:
     columns, rows = job.weight.shape
     threads = torch.get_num_threads()
     share = -(-rows // (threads * STRIP)) * STRIP
@@ -231,9 +233,8 @@ def _round_block(job: _BlockJob, grid: IntGrid) -> None:
         grid.qmin,
         grid.qmax,
     )
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(round_cut, firsts, [min(first + share, rows) for first in firsts]):
-            pass
+    for _ in pool.map(round_cut, firsts, [min(first + share, rows) for first in firsts]):
+        pass
 
 
 def _round_block_in_torch(job: _BlockJob, grid: IntGrid) -> None:

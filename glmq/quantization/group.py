@@ -93,6 +93,12 @@ class PreparedGroup:
     shift: Tensor | None
     """float32 [K]: what is taken off the scaled input by the norm's bias; None: nothing."""
 
+    @property
+    def shift_in_steps(self) -> Tensor | None:
+        """The same in steps of the activation, which there must be."""
+        assert self.activation is not None
+        return None if self.shift is None else self.shift / self.activation.scale
+
 
 def prepare_group(
     linears: Sequence[FloatLinear],

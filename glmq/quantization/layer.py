@@ -180,8 +180,7 @@ def _assemble(
         if scheme.bias_correction:
             missing = _mean_error(weight, integers, stats.mean if group.scales is None else stats.mean / group.scales)
             bias = missing if bias is None else bias + missing
-        shift = None if group.shift is None else group.shift / group.activation.scale
-        quant_bias = fold_bias(integers.q, bias, deq_scale, group.activation.offset, shift)
+        quant_bias = fold_bias(integers.q, bias, deq_scale, group.activation.offset, group.shift_in_steps)
     return QuantizedLinear(
         quant_type=scheme.weight.quant_type,
         weight=integers.q,

@@ -81,8 +81,7 @@ def _bias_shift(result: QuantizedLinear, group: PreparedGroup) -> int:
     assert result.activation is not None
     assert result.quant_bias is not None
     assert result.deq_scale is not None
-    shift = None if group.shift is None else group.shift / result.activation.scale
-    plain = fold_bias(result.weight, result.bias, result.deq_scale, result.activation.offset, shift)
+    plain = fold_bias(result.weight, result.bias, result.deq_scale, result.activation.offset, group.shift_in_steps)
     return int((result.quant_bias.long() - plain.long()).abs().max())
 
 

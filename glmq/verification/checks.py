@@ -70,7 +70,7 @@ def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engi
     folder = scan_folder(candidate)
     if folder.kind is Kind.STATISTICS:
         raise CheckpointError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
-    if folder.kind is Kind.FLOAT and folder.tensors and not any(t.info.dtype == "I8" for t in folder.tensors):
+    if folder.kind is Kind.FLOAT and folder.tensors and not folder.has_integers:
         raise CheckpointError(
             f"{candidate}: is a float checkpoint, verify checks quantized ones; give what `glmq quantize` wrote, and this "
             "folder as --reference"

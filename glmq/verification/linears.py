@@ -17,6 +17,7 @@ from glmq.checkpoint.ascend import decode_deq_scale, unpack_int4
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
 from glmq.inspection.scaling import Scaling
+from glmq.numerics.int8_linear import shifted_sums
 from glmq.spec import Activation, FloatDtype, Form, QuantType, assert_never
 from glmq.verification.findings import Check, Finding
 
@@ -322,7 +323,9 @@ def _shifted_sums(subject: Subject, scale: Tensor) -> Tensor:
     if subject.norm is None or bias not in subject.checkpoint:
         return torch.zeros(())
     shift = -subject.checkpoint.read(bias).double() / scale
-    return torch.cat([q.double() @ shift for _, q in _integer_rows(subject)]) if bool(shift.any()) else torch.zeros(())
+    if not bool(shift.any()):
+        return torch.zeros(())
+    return torch.cat([shifted_sums(q, shift) for _, q in _integer_rows(subject)])
 
 
 def _integer_rows(subject: Subject) -> Iterator[tuple[int, Tensor]]:

@@ -174,7 +174,7 @@ def test_the_prompt_and_the_pixels_change_the_samples(small: Path, pictures: Pat
 def test_the_compute_dtype_is_written_down(
     small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glmq.device.CPUINFO", tmp_path / "cpuinfo")  # of a processor without bfloat16 products
+    monkeypatch.setattr("glmq.machine.CPUINFO", tmp_path / "cpuinfo")  # of a processor without bfloat16 products
     images = ("--calib-images", pictures, "--limit", 1)
     for name, wanted in (("auto", "float32"), ("bf16", "bfloat16")):
         glmq(*command(small, tmp_path / name, *images, "--compute-dtype", name))

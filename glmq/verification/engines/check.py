@@ -6,13 +6,14 @@ notes were made; all are emulated here, not run. Values are not read: `check_str
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from glmq.engines import Engine, Place
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
-from glmq.model.config import parse_config
+from glmq.model.config import ModelConfig, parse_config
 from glmq.spec import Form, QuantType, assert_never
+from glmq.verification.engines.linears import Complaint
 from glmq.verification.engines.mindie import check_mindie
 from glmq.verification.engines.sglang import check_sglang
 from glmq.verification.engines.vllm_ascend import check_vllm_ascend
@@ -24,15 +25,7 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
 
     A warning says that it loads, but not as one would think.
     """
-    match engine:
-        case Engine.MINDIE:
-            check, look_up = Check.MINDIE, check_mindie
-        case Engine.VLLM_ASCEND:
-            check, look_up = Check.VLLM_ASCEND, check_vllm_ascend
-        case Engine.SGLANG:
-            check, look_up = Check.SGLANG, check_sglang
-        case other:
-            assert_never(other)
+    check, look_up = _look_ups_of(engine)
     if folder.kind is Kind.STATISTICS:
         yield check.error("", "the folder holds calibration statistics, no model")
         return
@@ -60,11 +53,23 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
         yield Finding(check, "error" if severity else "warning", tensor, message)
 
 
+def _look_ups_of(engine: Engine) -> tuple[Check, Callable[[Folder, ModelConfig | None], Iterator[Complaint]]]:
+    """The check that an engine's findings belong to, and what emulates its look-ups."""
+    match engine:
+        case Engine.MINDIE:
+            found = Check.MINDIE, check_mindie
+        case Engine.VLLM_ASCEND:
+            found = Check.VLLM_ASCEND, check_vllm_ascend
+        case Engine.SGLANG:
+            found = Check.SGLANG, check_sglang
+        case other:
+            assert_never(other)
+    return found
+
+
 def check_chip(folder: Folder, place: Place) -> Iterator[Finding]:
     """That the engine does not load the folder's type on that chip; nothing if it does."""
-    check = {Engine.MINDIE: Check.MINDIE, Engine.VLLM_ASCEND: Check.VLLM_ASCEND, Engine.SGLANG: Check.SGLANG}[
-        place.engine
-    ]
+    check, _ = _look_ups_of(place.engine)
     known = {quant_type.value: quant_type for quant_type in QuantType}
     quant_type = known.get(folder.quant_type or "")
     if quant_type is not None and place.chip is not None and not place.dtypes(quant_type):

@@ -8,6 +8,7 @@ from typing import Final
 from glmq.checkpoint.description import ASCEND_V1
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
+from glmq.model.family import renamed
 from glmq.spec import Form
 from glmq.verification.engines.linears import Complaint
 
@@ -25,16 +26,15 @@ def check_sglang(folder: Folder, config: ModelConfig | None) -> Iterator[Complai
         yield True, "", "the weights are parts of single ranks; SGLang reads the un-sharded checkpoint"
         return
     if folder.form is not Form.ASCEND_V1:
-        if folder.form is not None or any(tensor.info.dtype == "I8" for tensor in folder.tensors):
+        if folder.form is not None or folder.has_integers:
             yield True, "", f"there is no {ASCEND_V1}, which alone tells SGLang that the model is quantized"
         return
     if config is None:
         return
-    has_integers = any(tensor.info.dtype == "I8" for tensor in folder.tensors)
     for module, keys in sglang_modules(config):
         types = [folder.description.get(f"{key}.weight") for key in keys]
         known = [found for found in types if found is not None]
-        if len(known) < len(types) and has_integers:
+        if len(known) < len(types) and folder.has_integers:
             key = f"{keys[types.index(None)]}.weight"
             yield True, key, f"is not in the description, where SGLang looks it up for {module}: integers run as float"
         elif len({str(found) for found in known}) > 1:
@@ -47,7 +47,7 @@ def sglang_modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]
     """Every linear of a text layer by SGLang's name, and the keys that it looks up for it."""
     family = config.family
     for block in family.text_blocks(config):
-        (base,) = (own + block.name.removeprefix(begins) for begins, own in family.short_keys.items())
+        base = renamed(block.name, family.short_keys)
         yield f"{base}.self_attn.qkv_proj", tuple(f"{base}.self_attn.{part}_proj" for part in "qkv")
         yield f"{base}.self_attn.o_proj", (f"{base}.self_attn.o_proj",)
         yield f"{base}.mlp.gate_up_proj", (f"{base}.mlp.gate_proj", f"{base}.mlp.up_proj")

@@ -33,7 +33,7 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
         yield True, "", "the weights are parts for MindIE; vLLM-Ascend reads model-rank-*.safetensors"
         return
     if folder.form is None:
-        if any(tensor.info.dtype == "I8" for tensor in folder.tensors):
+        if folder.has_integers:
             yield True, "", f"there is no {ASCEND_V1}, which alone tells vLLM-Ascend that the model is quantized"
         return
     if folder.form is not Form.ASCEND_V1:
