@@ -1,6 +1,6 @@
-"""README's map of the house is the tree: every module has a line, which is the first sentence of its own docstring.
+"""The map of the house in docs/architecture.md is the tree: every module has a line, which is the first sentence of its own docstring.
 
-`python tests/test_architecture.py` writes the map into README.md.
+`python tests/test_architecture.py` writes the map into it.
 """
 
 import ast
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENT = ROOT / "docs" / "architecture.md"
 SOURCES = ROOT / "glmq"
 ROOMS = (
     "codec", "numerics", "checkpoint", "model", "calibration", "quantization", "compression", "inspection", "verification",
@@ -54,8 +54,8 @@ def draw_map() -> str:
     return line(0, "glmq/", first_sentence(SOURCES / "__init__.py")) + draw(SOURCES, 2)
 
 
-def test_the_map_in_the_readme_is_the_tree() -> None:
-    written = README.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+def test_the_map_is_the_tree() -> None:
+    written = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert written == draw_map()
 
 
@@ -74,7 +74,7 @@ def test_every_package_is_installed() -> None:
 
 
 if __name__ == "__main__":
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     if not rest:
-        sys.exit(f"{README}: has no {BEGIN!r}")
-    README.write_text(before + BEGIN + draw_map() + END + rest.partition(END)[2], encoding="utf-8")
+        sys.exit(f"{DOCUMENT}: has no {BEGIN!r}")
+    DOCUMENT.write_text(before + BEGIN + draw_map() + END + rest.partition(END)[2], encoding="utf-8")

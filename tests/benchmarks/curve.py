@@ -3,7 +3,7 @@
     python tests/benchmarks/curve.py --judge judge.py [--keep FOLDER] \
         [--reference-python vendor/bin/python --reference-runner run_reference.py]
 
-Writes results/curve.json and results/curve.svg beside this file; --draw draws the SVG from the JSON alone. Four series, all
+Writes results/curve.json beside this file and docs/images/bits-against-error.svg; --draw draws the SVG from the JSON alone. Four series, all
 calibrated on the same 16 pictures without answers, all W8A8S, judged as in fidelity.py:
 
     reference    the vendor's package: its sigma rule, and fractions of outliers
@@ -33,6 +33,7 @@ from glmq.quantization.recipe import Options, make_recipe
 from glmq.spec import Method
 
 RESULTS: Final = Path(__file__).parent / "results"
+CHART: Final = Path(__file__).parents[2] / "docs" / "images" / "bits-against-error.svg"
 SPARSE: Final = Options(w_bit=4, is_lowbit=True, torch_dtype="fp16")
 FRACTIONS: Final = (0.01, 0.02, 0.05, 0.1)
 TARGETS: Final = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
@@ -201,7 +202,7 @@ def main() -> None:
             peer = a.reference_python and Peer("reference", a.reference_python, a.reference_runner, keep)
             points = list(measure_points(Judge(a.judge, TINY_CHECKPOINT), peer, folder))
         path.write_text("[\n" + ",\n".join(json.dumps(asdict(point)) for point in points) + "\n]\n")
-    (RESULTS / "curve.svg").write_text(draw(points))
+    CHART.write_text(draw(points))
 
 
 if __name__ == "__main__":

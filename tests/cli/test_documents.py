@@ -12,13 +12,16 @@ import typer
 from glmq.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
+DOCUMENTS = [README, CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SHELL_BLOCK = re.compile(r'^```shell(?: title="([^"]*)")?\n(.*?)^```', flags=re.M | re.S)
 
 
 def blocks() -> Iterator[tuple[str, str]]:
     for document in DOCUMENTS:
-        found = re.findall(r"^```shell\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.M | re.S)
-        yield from ((f"{document.name}:{index}", block) for index, block in enumerate(found))
+        found = SHELL_BLOCK.findall(document.read_text(encoding="utf-8"))
+        name = document.relative_to(ROOT)
+        yield from ((f"{name}:{index}", block) for index, (_, block) in enumerate(found))
 
 
 BLOCKS = dict(blocks())
@@ -43,3 +46,17 @@ def parse(words: list[str]) -> None:
     group = typer.main.get_command(app)
     command = group.commands[words[0]]
     command.make_context(words[0], words[1:])
+
+
+def test_the_chinese_readme_has_the_headings_and_commands_of_the_english_one() -> None:
+    english, chinese = (path.read_text(encoding="utf-8") for path in (README, CHINESE))
+    depths = [[len(depth) for depth in re.findall(r"^(#+) ", text, flags=re.M)] for text in (english, chinese)]
+    assert depths[0] == depths[1]
+    assert SHELL_BLOCK.findall(english) == SHELL_BLOCK.findall(chinese)
+    rows = [len(re.findall(r"^\|", text, flags=re.M)) for text in (english, chinese)]
+    assert rows[0] == rows[1]
+
+
+def test_the_readme_can_be_read_in_one_sitting() -> None:
+    for path in (README, CHINESE):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
