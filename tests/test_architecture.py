@@ -1,4 +1,4 @@
-"""The map of the house in docs/architecture.md is the tree: every module has a line, which is the first sentence of its own docstring.
+"""The map in docs/architecture.md is the tree: every module has a line, which is the first sentence of its own docstring.
 
 `python tests/test_architecture.py` writes the map into it.
 """

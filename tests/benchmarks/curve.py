@@ -3,8 +3,8 @@
     python tests/benchmarks/curve.py --judge judge.py [--keep FOLDER] \
         [--reference-python vendor/bin/python --reference-runner run_reference.py]
 
-Writes results/curve.json beside this file and docs/images/bits-against-error.svg; --draw draws the SVG from the JSON alone. Four series, all
-calibrated on the same 16 pictures without answers, all W8A8S, judged as in fidelity.py:
+Writes results/curve.json beside this file and docs/images/bits-against-error.svg; --draw draws the SVG from the JSON alone.
+Four series, all calibrated on the same 16 pictures without answers, all W8A8S, judged as in fidelity.py:
 
     reference    the vendor's package: its sigma rule, and fractions of outliers
     nearest      the same flags with glmq's smoothing and ranges, --method plain
