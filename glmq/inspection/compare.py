@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from glmq.checkpoint.linears import stored_weight
+from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, Kind, layer_of, plain_name, role_of
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.sums import Sums, sum_rows
 from glmq.inspection.weights import StoredMatrix, column_scales
-from glmq.model.config import parse_config
+from glmq.model.config import ModelConfig, parse_config
 from glmq.model.family import InputGroup
+from glmq.model.naming import find_naming
 from glmq.numerics.metrics import entropy_bits, sqnr_db
 from glmq.threads import run_ahead
 
+_COMPARED: Final = (Kind.FLOAT, Kind.QUANTIZED)
 HISTOGRAM_BINS: Final = 64
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read and compare pieces of a weight: while some wait for the disk, others compute."""
@@ -108,14 +111,14 @@ def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[Wei
         CheckpointError: a weight file cannot be read.
     """
     for folder in (a, b):
-        if folder.kind not in (Kind.FLOAT, Kind.QUANTIZED):
+        if folder.kind not in _COMPARED:
             raise UsageError(
                 f"{folder.directory}: holds {folder.kind.value}; weights of float and un-compressed quantized "
                 "checkpoints can be compared, run `glmq compress --decompress` first"
             )
     groups = _groups(a, b)
     folding = {group.norm for group in groups}
-    with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+    with open_weights(a) as one, open_weights(b) as other:
         scalings = find_scalings(one, other, groups)
         for stored in one:
             name = plain_name(stored)
@@ -128,6 +131,38 @@ def compare_weights(a: Folder, b: Folder, names: Container[str]) -> Iterator[Wei
                 yield _compare(name, one, other, scalings.get(base, UNSCALED), norm)
             except CheckpointError as error:
                 yield Incomparable(name, str(error))
+
+
+def named_as_model(folder: Folder, other: Folder) -> Folder:
+    """The folder with its tensors under the model's own names, as `quantize` reads them, where trainers renamed them.
+
+    Args:
+        folder: any.
+        other: its config.json serves where the folder has none of a GLM-4.1V.
+
+    Raises:
+        CheckpointError: an adapter that is not merged into the weights, or two tensors of one name.
+    """
+    config = _config(folder, other)
+    if config is None or folder.kind not in _COMPARED:
+        return folder
+    try:
+        naming = find_naming([tensor.name for tensor in folder.tensors], config.family, config.family.shapes(config))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder.directory}: {error}") from None
+    if naming.changed is None:
+        return folder
+    own = {stored: name for name, stored in naming.names.items()}
+    tensors = sorted((replace(t, name=own[t.name]) for t in folder.tensors), key=lambda t: natural_key(t.name))
+    return replace(folder, tensors=tuple(tensors), stored=naming.names)
+
+
+def open_weights(folder: Folder) -> Checkpoint:
+    """The folder's weights, under the names that `folder` has for them. Raises CheckpointError as Checkpoint.open."""
+    opened = Checkpoint.open(folder.directory)
+    if folder.stored is None:
+        return opened
+    return opened.selected({name: stored for name, stored in folder.stored.items() if stored in opened})
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +181,7 @@ def weight_histograms(a: Folder, b: Folder, names: Sequence[str]) -> Iterator[Hi
 
     NaN and infinity are left out.
     """
-    with Checkpoint.open(a.directory) as one, Checkpoint.open(b.directory) as other:
+    with open_weights(a) as one, open_weights(b) as other:
         scalings = find_scalings(one, other, _groups(a, b))
         for name in names:
             base = name.removesuffix(".weight")
@@ -183,15 +218,20 @@ def sum_layers(diffs: Iterable[WeightDiff]) -> list[LayerDiff]:
     return [_sum(layer, members) for layer, members in (*layers.items(), ("total", everything)) if members]
 
 
-def _groups(a: Folder, b: Folder) -> list[InputGroup]:
-    """The model's groups, by the first config.json that is a GLM-4.1V's; empty without one."""
-    for folder in (a, b):
+def _config(*folders: Folder) -> ModelConfig | None:
+    """The first config.json that is a GLM-4.1V's."""
+    for folder in folders:
         try:
-            config = parse_config(folder.config, str(folder.directory))
+            return parse_config(folder.config, str(folder.directory))
         except ModelError:
             continue
-        return config.family.groups(config)
-    return []
+    return None
+
+
+def _groups(a: Folder, b: Folder) -> list[InputGroup]:
+    """The model's groups; empty without a config.json of one."""
+    config = _config(a, b)
+    return [] if config is None else config.family.groups(config)
 
 
 def _compare(

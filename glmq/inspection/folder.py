@@ -85,6 +85,8 @@ class Folder:
     """Why something here could not be read, one sentence each."""
     method: ForeignMethod | None = None
     """Of a FOREIGN one."""
+    stored: Mapping[str, str] | None = None
+    """What `tensors` are called here -> as stored; None where that is the same."""
 
     @property
     def has_integers(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from glmq.inspection.compare import named_as_model
 from glmq.inspection.comparison import Comparison, compare_folders
 from glmq.inspection.folder import scan_folder
 from glmq.inspection.listing import choose_rows, tensor_rows
@@ -48,12 +49,21 @@ def compare(
     Raises:
         InputError: nothing that can be compared.
     """
-    one, other = scan_folder(Path(a)), scan_folder(Path(b))
+    watcher = Watcher(watch)
+    scanned = scan_folder(Path(a)), scan_folder(Path(b))
+    one, other = (named_as_model(folder, beside) for folder, beside in zip(scanned, scanned[::-1], strict=True))
+    for folder in (one, other):
+        if folder.stored is not None:
+            own, theirs = next((own, theirs) for own, theirs in folder.stored.items() if own != theirs)
+            watcher.note(
+                f"note: {folder.directory}: tensors are named as trainers leave them: {theirs} is compared as {own}, "
+                "and so on"
+            )
     names = {row.name for row in choose_rows(tensor_rows(one), layer=layer, name=name, sort="name")}
     total = sum(tensor.info.nbytes for tensor in one.tensors if tensor.name in names)
     steps = compare_folders(one, other, names, histograms=PAGE_HISTOGRAMS if histograms else 0)
     with _one_torch_thread():
-        return Watcher(watch).drain("compare weights", total, steps)
+        return watcher.drain("compare weights", total, steps)
 
 
 @contextmanager

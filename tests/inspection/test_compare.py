@@ -9,6 +9,7 @@ import torch
 from helpers import edit_tensors, quantize
 from safetensors.torch import load_file, save_file
 
+import glmq
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, UsageError
 from glmq.inspection import compare
@@ -22,6 +23,7 @@ from glmq.inspection.compare import (
 from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes, description_changes, only_in
 from glmq.inspection.folder import scan_folder
 from glmq.inspection.weights import StoredMatrix
+from glmq.progress import Note
 from glmq.threads import run_ahead
 
 LAYER = "model.language_model.layers.0"
@@ -195,6 +197,31 @@ def test_names_that_only_one_has_are_grouped(small: Path, kinds: dict[str, Path]
     extra = only_in(other, one)
     assert NamePattern("model.language_model.layers.N.input_layernorm.bias", 2) in extra
     assert all(row.pattern.endswith("norm.bias") or ".norm" in row.pattern for row in extra)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_names_of_trainers_are_compared_as_the_models_own(
+    side: int, small: Path, small_copy: Path, kinds: dict[str, Path]
+) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            own = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+            tensors[f"module.{own}"] = tensors.pop(name)
+
+    edit_tensors(small_copy, rename)
+    (small_copy / "model.safetensors.index.json").unlink()
+    pair, renamed = [small, kinds["w8a8"]], [small, kinds["w8a8"]]
+    if side == 1:
+        pair, renamed = pair[::-1], renamed[::-1]
+    renamed[side] = small_copy
+    notes: list[object] = []
+    wanted, found = glmq.compare(*pair), glmq.compare(*renamed, watch=notes.append)
+    assert found.diffs == wanted.diffs
+    assert (found.only_a, found.only_b) == (wanted.only_a, wanted.only_b)
+    assert notes[0] == Note(
+        f"note: {small_copy}: tensors are named as trainers leave them: module.lm_head.weight is compared as "
+        "lm_head.weight, and so on"
+    )
 
 
 def test_changes_of_config_and_description_are_listed(small: Path, kinds: dict[str, Path]) -> None:
