@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -69,20 +69,22 @@ def plan_calibration(
     settings: Settings,
     *,
     element_bytes: int,
+    read: Callable[[int], None] = lambda count: None,
 ) -> CalibrationPlan:
     """Lay out the statistics folder from the samples' tokens and the model's shapes.
 
     Args:
         source: the float checkpoint.
         element_bytes: size of a value of the compute dtype.
+        read: is called after each sample with how many were read.
 
     Raises:
-        SampleError: an image or text that the model cannot take.
+        SampleError: images or texts that the model cannot take.
     """
     if settings.generate is not None:
         longest = GeneratedAnswer((config.vocab_size,) * settings.generate, " " * TOKEN_TEXT * settings.generate)
         samples = [sample if sample.answer else replace(sample, generated=longest) for sample in samples]
-    sizes = [_size(sample, preprocessor) for sample in convergence_order(samples)]
+    sizes = _sizes(convergence_order(samples), preprocessor, read)
     sink = StatsWriter(Path(), source.fingerprint(), samples, settings)
     files = []
     for block in config.family.blocks(config):
@@ -112,11 +114,13 @@ def estimate_seconds(
     Time is taken to grow with the blocks and with the tokens (patches) of all samples; the sample is the one with most tokens.
     """
     started = time.perf_counter()
-    inputs = [_encode(sample, preprocessor) for sample in samples]
-    chosen = max(inputs, key=lambda one: one.tokens)
+    encoded = (_encode(sample, preprocessor) for sample in samples)  # one at a time: their pixels fill memories
+    chosen = next(encoded)
+    patches, tokens = _patches(chosen), chosen.tokens
+    for inputs in encoded:
+        chosen = max(chosen, inputs, key=lambda one: one.tokens)
+        patches, tokens = patches + _patches(inputs), tokens + inputs.tokens
     encoding = 2 * (time.perf_counter() - started)  # the run reads images twice, once per tower
-    patches = sum(_patches(one) for one in inputs)
-    tokens = sum(one.tokens for one in inputs)
     total, config = encoding, model.config
     vision: BlockCall | None = None
     if chosen.pixel_values is not None:
@@ -160,9 +164,29 @@ def _time_block(model: StreamedModel, block: Block, call: BlockCall, settings: S
 
 def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:
     try:
-        return preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+        inputs = preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
+        if sample.generated is not None:
+            preprocessor.check_length(inputs.tokens, generated=len(sample.generated.ids))
+        return inputs
     except SampleError as error:
         raise SampleError(f"{sample.name}: {error}") from error
+
+
+def _sizes(samples: Sequence[Sample], preprocessor: Preprocessor, read: Callable[[int], None]) -> list[SampleSize]:
+    """The size of every sample. Raises SampleError that names those which the model cannot take."""
+    sizes: list[SampleSize] = []
+    bad: list[str] = []
+    for count, sample in enumerate(samples, 1):
+        try:
+            sizes.append(_size(sample, preprocessor))
+        except SampleError as error:
+            bad.append(str(error))
+        read(count)
+    if len(bad) == 1:
+        raise SampleError(bad[0])
+    if bad:
+        raise SampleError(f"{len(bad)} of {len(samples)} samples are none for this model, the first: {bad[0]}")
+    return sizes
 
 
 def _size(sample: Sample, preprocessor: Preprocessor) -> SampleSize:

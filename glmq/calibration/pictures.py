@@ -13,6 +13,7 @@ from typing import Final, TypeAlias
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from glmq.checkpoint.disk import LFS_POINTER, LFS_START
 from glmq.machine import available_memory, is_out_of_memory
 from glmq.model.family import Family
 
@@ -27,7 +28,7 @@ _HEAD: Final = 1024
 """Bytes by which a file is recognised."""
 
 _MAGIC: Final = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the picture; fetch it with git lfs pull"),
+    (LFS_START, LFS_POINTER),
     (b"%PDF", "is a PDF document; save its pages as pictures"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
     (b"\x1f\x8b", "is a gzip archive; unpack it"),

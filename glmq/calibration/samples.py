@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Final
 from PIL import Image
 
 from glmq.calibration.lines import Left, LineError, parse_line, shortened
+from glmq.calibration.picture_folder import list_entries
 from glmq.calibration.pictures import (
     IMAGE_SUFFIXES,
     NO_FILE,
@@ -33,15 +34,6 @@ MAX_LINES_BYTES: Final = 256 * 2**20
 """Of a file of samples."""
 WANTED_IMAGES: Final = 30
 """Calibration images that good accuracy takes: with fewer the command still runs, and says so where it matters."""
-_SYSTEM_ENTRIES: Final = frozenset(
-    {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
-)
-"""What systems and their tools leave in folders of pictures, in small letters; hidden ones aside."""
-_TEXT_SUFFIXES: Final = (
-    *(".aae", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".md5", ".npy", ".npz"),
-    *(".parquet", ".py", ".sh", ".sha256", ".toml", ".tsv", ".txt", ".xml", ".xmp", ".yaml", ".yml"),
-)
-"""Of descriptions, labels and captions beside the pictures."""
 _LISTED: Final = 5
 """Bad files and lines that a message names."""
 _START: Final = 4096
@@ -51,7 +43,6 @@ _FILE_MAGIC: Final = (
     (b"PK\x03\x04", "a zip archive or a spreadsheet"),
     (b"PAR1", "a Parquet file"),
     (b"ARROW1", "an Arrow file"),
-    (b"version https://git-lfs", "a Git LFS pointer, which git lfs pull replaces by the file"),
     (b"\x89PNG", "a picture"),
     (b"\xff\xd8\xff", "a picture"),
 )
@@ -127,13 +118,29 @@ def builtin_texts() -> tuple[Sample, ...]:
 
 
 def list_images(
-    directory: Path, prompt: str, *, skip_bad: bool, limit: int | None, rules: PictureRules = PictureRules()
+    directory: Path,
+    prompt: str,
+    *,
+    skip_bad: bool,
+    limit: int | None,
+    recursive: bool = False,
+    rules: PictureRules = PictureRules(),
+    read: Callable[[int], None] = lambda count: None,
 ) -> SampleSet:
     """One sample per image of the folder, sorted by name, each with the same prompt.
 
     Hidden files, those that systems leave in folders of pictures, and files whose name says that they are text or data are
     passed over silently; anything else that cannot be used is rejected. With a limit no file is read behind the last that
     is needed.
+
+    Args:
+        directory: of the images.
+        prompt: of every sample.
+        skip_bad: leave out what cannot be used, instead of stopping.
+        limit: use only the first images, this many.
+        recursive: enter sub-folders, in their place among the names.
+        rules: for images.
+        read: is called after each file with how many were read.
 
     Raises:
         SampleError: no such folder, no image in it, or a rejected file without `skip_bad`.
@@ -148,14 +155,16 @@ def list_images(
     samples: list[Sample] = []
     rejected: list[Rejected] = []
     deep: list[str] = []
-    entries = sorted(path for path in directory.iterdir() if not _is_beside(path))
-    folders = [path.name for path in entries if path.is_dir()]
-    for path in entries:
-        if len(samples) == limit:
-            break
+    folders: list[str] = []
+    for path in list_entries(directory, recursive=recursive):
+        name = file_text(str(path.relative_to(directory)))
         if path.is_dir():
+            folders.append(name)
             continue
-        name, found = file_text(path.name), examine_picture(path, rules)
+        if len(samples) == limit:
+            continue
+        found = examine_picture(path, rules)
+        read(len(samples) + len(rejected) + 1)
         if found.defect is not None:
             rejected.append(Rejected(name, found.defect))
             continue
@@ -173,7 +182,12 @@ def list_images(
 
 
 def read_samples(
-    path: Path, *, limit: int | None, skip_bad: bool = False, rules: PictureRules = PictureRules()
+    path: Path,
+    *,
+    limit: int | None,
+    skip_bad: bool = False,
+    rules: PictureRules = PictureRules(),
+    read: Callable[[int], None] = lambda count: None,
 ) -> SampleSet:
     """The samples of a file of JSON lines, or of one JSON array, in its order; `lines` says in which layouts.
 
@@ -184,6 +198,7 @@ def read_samples(
         limit: use only the first lines, this many.
         skip_bad: leave out lines whose image cannot be used, instead of stopping.
         rules: for images.
+        read: is called after each line with how many were read.
 
     Raises:
         SampleError: no such file, lines that are no samples, or images that cannot be used.
@@ -196,6 +211,7 @@ def read_samples(
     for name, where, document in _documents(path):
         if len(samples) == limit:
             break
+        read(len(samples) + len(bad) + len(rejected) + 1)
         try:
             if isinstance(document, ValueError):
                 raise LineError(f"is not valid JSON ({document})")
@@ -237,14 +253,6 @@ def digest(samples: Sequence[Sample], generate: int | None) -> str:
     """One hash over all samples in their order, and over how many tokens of answer the model gives to those without one."""
     parts = [s.digest for s in samples] + ([] if generate is None else [f"generate {generate}"])
     return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _is_beside(path: Path) -> bool:
-    """Whether an entry of a folder of pictures is none by its name."""
-    name = path.name.lower()
-    return (
-        name.startswith(".") or name in _SYSTEM_ENTRIES or (path.suffix.lower() in _TEXT_SUFFIXES and not path.is_dir())
-    )
 
 
 def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
@@ -313,7 +321,10 @@ def _why_none(rejected: Sequence[Rejected], folders: Sequence[str]) -> str:
         return f"that can be used: {_reasons(rejected)}"
     kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
     if folders:
-        return f"({kinds} are read); its sub-folders are not entered ({_listed(folders, ', ')}), give one of them"
+        return (
+            f"({kinds} are read); its sub-folders are not entered ({_listed(folders, ', ')}): "
+            "give one of them, or --recursive"
+        )
     return f"({kinds} are read); put some there, {WANTED_IMAGES} are wanted for accuracy"
 
 
@@ -334,7 +345,9 @@ def _counted(count: int, what: str) -> str:
 def _folder_note(folders: Sequence[str]) -> tuple[str, ...]:
     if not folders:
         return ()
-    return (f"{_counted(len(folders), 'sub-folder')} of pictures not entered: {_listed(folders, ', ')}",)
+    return (
+        f"{_counted(len(folders), 'sub-folder')} of pictures not entered: {_listed(folders, ', ')}; --recursive enters them",
+    )
 
 
 def _deep_note(names: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,8 @@ from glmq.errors import CheckpointError, SpaceError
 
 LFS_START: Final = b"version https://git-lfs"
 """How the pointer begins that git leaves in a large file's place."""
+LFS_POINTER: Final = "is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`, or download it"
+"""The end of the sentence that refuses one."""
 FILE_MODE: Final = 0o640
 DIRECTORY_MODE: Final = 0o750
 DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -56,14 +58,22 @@ def read_input(path: Path, limit: int) -> bytes:
     """The contents of the regular file `path`; of one with more than `limit` bytes, its first limit + 1.
 
     Raises:
-        CheckpointError: as open_input, or reading fails.
+        CheckpointError: as open_input, reading fails, or a Git LFS pointer.
     """
     handle = open_input(path)
     try:
         with open(handle, "rb") as file:
-            return file.read(limit + 1)
+            raw = file.read(limit + 1)
     except OSError as error:
         raise _unreadable(path, error) from None
+    refuse_pointer(path, raw)
+    return raw
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """Raise CheckpointError if `path`, which begins like that, is what git left in a file's place."""
+    if start.startswith(LFS_START):
+        raise CheckpointError(f"{path}: {LFS_POINTER}")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

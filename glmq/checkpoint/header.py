@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn, TypeGuard
 
-from glmq.checkpoint.disk import LFS_START, open_input
+from glmq.checkpoint.disk import LFS_START, open_input, refuse_pointer
 from glmq.checkpoint.json_file import parse_json
 from glmq.errors import CheckpointError
 
@@ -86,10 +86,7 @@ def read_header(path: Path) -> Header:
         try:
             file_bytes = os.fstat(file.fileno()).st_size
             raw = file.read(len(LFS_START))
-            if raw == LFS_START:
-                raise CheckpointError(
-                    f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
-                )
+            refuse_pointer(path, raw)
             if len(raw) < 8:
                 _refuse(path, f"{file_bytes} bytes are too few for a safetensors file, which has at least 8")
             length = int.from_bytes(raw[:8], "little")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
-from glmq.checkpoint.disk import FILE_MODE, LFS_START, naming_full_disk, read_input, set_mode
+from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, read_input, set_mode
 from glmq.errors import CheckpointError
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
@@ -128,8 +128,6 @@ def read_json_object(path: Path) -> JsonObject:
         raise CheckpointError(
             f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V checkpoint"
         )
-    if raw.startswith(LFS_START):
-        raise CheckpointError(f"{path}: is a git-lfs pointer; run `git lfs pull` or download the file itself")
     try:
         document = parse_json(raw)
     except ValueError as error:

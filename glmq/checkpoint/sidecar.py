@@ -24,6 +24,8 @@ SIDE_FILES: Final = (
 )  # fmt: skip
 """What engines, transformers and ModelScope read beside the weights of this class, and licences. Nothing else is copied:
 training leaves optimizer states, scripts and logs in the same folder."""
+_START: Final = 64
+"""Bytes by which a file is seen to be readable, and no Git LFS pointer."""
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 """The serving engine refuses larger JSON files, and no tokenizer comes near it."""
 
@@ -112,10 +114,13 @@ def list_side_files(source_dir: Path) -> list[str]:
     config.json (which is edited), not what belongs to other weights (index, description, checksums), nothing above 100 MB.
 
     Raises:
-        CheckpointError: one of them is a link that leads out of the folder.
+        CheckpointError: one of them is a link that leads out of the folder, cannot be read, or is a Git LFS pointer.
     """
     names = {path.name for pattern in SIDE_FILES for path in source_dir.glob(pattern)}
-    return sorted(name for name in names if _is_side_file(source_dir / name))
+    found = sorted(name for name in names if _is_side_file(source_dir / name))
+    for name in found:
+        read_input(source_dir / name, _START)
+    return found
 
 
 def _is_side_file(path: Path) -> bool:

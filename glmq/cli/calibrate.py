@@ -19,6 +19,7 @@ def calibrate(
     chat_template: o.ChatTemplate = None,
     dequantize: o.Dequantize = False,
     calib_images: o.CalibImages = None,
+    recursive: o.Recursive = False,
     calib_samples: o.CalibSamples = None,
     prompt: o.Prompt = "Please describe this picture in detail.",
     texts: o.Texts = True,
@@ -58,6 +59,7 @@ def calibrate(
 
     chosen = CalibrationOptions(
         images=calib_images,
+        recursive=recursive,
         samples_file=calib_samples,
         prompt=prompt,
         texts=texts,

@@ -37,6 +37,14 @@ CalibImages = Annotated[
         show_default=False,
     ),
 ]
+Recursive = Annotated[
+    bool,
+    typer.Option(
+        "--recursive/--no-recursive",
+        help="Also take the images of the sub-folders of --calib-images.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 CalibSamples = Annotated[
     Path | None,
     typer.Option(

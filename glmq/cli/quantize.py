@@ -18,6 +18,7 @@ def quantize(
         typer.Option("--save-directory", help="Folder to write the quantized weights into.", rich_help_panel=o.OUTPUT),
     ],
     calib_images: o.CalibImages = None,
+    recursive: o.Recursive = False,
     chat_template: o.ChatTemplate = None,
     dequantize: o.Dequantize = False,
     keep_extra: Annotated[
@@ -333,6 +334,7 @@ def quantize(
         ),
         CalibrationOptions(
             images=calib_images,
+            recursive=recursive,
             samples_file=calib_samples,
             prompt=prompt,
             texts=texts,

@@ -76,6 +76,7 @@ def verify(
             rich_help_panel=o.CALIBRATION,
         ),
     ] = None,
+    recursive: o.Recursive = False,
     cases: Annotated[
         Path | None,
         typer.Option(
@@ -148,7 +149,7 @@ def verify(
             engines=[] if target is None else [PLACES[target].engine],
             chip=None if target is None else PLACES[target].chip,
             limits=Limits(max_kl=max_kl, min_top1=min_top1, max_error=max_error),
-            cases=CaseOptions(calib_images, cases, prompt, limit, max_pixels),
+            cases=CaseOptions(calib_images, recursive, cases, prompt, limit, max_pixels),
             in_vllm=engine is ServingEngine.VLLM,
             watch=view,
         )

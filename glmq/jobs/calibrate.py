@@ -57,6 +57,8 @@ class CalibrationOptions:
 
     images: Path | None = None
     """Folder of pictures, one sample each; None: the photographs that come with glmq, unless there is a `samples_file`."""
+    recursive: bool = False
+    """Enter the sub-folders of `images`."""
     samples_file: Path | None = None
     """JSON lines of samples with image, prompt and text (answer), each optional."""
     texts: bool = True
@@ -248,7 +250,15 @@ class Calibration:
             trust_remote_code=options.trust_remote_code,
             chat_template=options.chat_template,
         )
-        plan = plan_calibration(config, source, samples, preprocessor, settings, element_bytes=dtype.itemsize)
+        plan = plan_calibration(
+            config,
+            source,
+            samples,
+            preprocessor,
+            settings,
+            element_bytes=dtype.itemsize,
+            read=watcher.counter(f"of {len(samples)} samples brought into tokens and patches"),
+        )
         model = StreamedModel(source, config, device=device, dtype=dtype)
         return cls(model, samples, preprocessor, settings, plan)
 
@@ -313,14 +323,22 @@ def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample,
             options.prompt,
             skip_bad=options.skip_bad,
             limit=options.limit,
+            recursive=options.recursive,
             rules=rules,
+            read=watcher.counter("pictures of the folder read"),
         )
         samples = found.samples
         _note_findings(found, "images", watcher)
         if len(samples) < WANTED_IMAGES:
             watcher.note(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
     if options.samples_file is not None:
-        found = read_samples(options.samples_file, limit=options.limit, skip_bad=options.skip_bad, rules=rules)
+        found = read_samples(
+            options.samples_file,
+            limit=options.limit,
+            skip_bad=options.skip_bad,
+            rules=rules,
+            read=watcher.counter("samples of the file read"),
+        )
         samples += found.samples
         _note_findings(found, "samples", watcher)
     return samples + builtin_texts() if options.texts else samples

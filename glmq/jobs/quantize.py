@@ -296,6 +296,7 @@ def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pa
         (options.prompt != default.prompt and not named, "--prompt"),
         (options.limit is not None and not named, "--limit"),
         (options.skip_bad and not named, "--skip-bad-images"),
+        (options.recursive and options.images is None, "--recursive"),
         (options.texts != default.texts and not named, "--no-texts"),
         (options.generate is not None and not named, "--generate"),
         (options.device_type != default.device_type, f"--device_type {options.device_type}"),

@@ -52,6 +52,8 @@ class CaseOptions:
 
     images: Path | None = None
     """Folder of pictures; at most one of this and `cases`."""
+    recursive: bool = False
+    """Enter the sub-folders of `images`."""
     cases: Path | None = None
     """JSON lines of cases with image, prompt and text (answer)."""
     prompt: str = DEFAULT_PROMPT
@@ -222,7 +224,14 @@ def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
         raise UsageError("--calib-images and --cases: give one of them")
     rules = PictureRules(FAMILY, shrinks=options.max_pixels is not None)
     if options.images is not None:
-        return list_images(options.images, options.prompt, skip_bad=False, limit=options.limit, rules=rules).samples
+        return list_images(
+            options.images,
+            options.prompt,
+            skip_bad=False,
+            limit=options.limit,
+            recursive=options.recursive,
+            rules=rules,
+        ).samples
     return () if options.cases is None else read_samples(options.cases, limit=options.limit, rules=rules).samples
 
 

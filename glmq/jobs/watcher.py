@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from glmq.progress import Event, Note, PassDone, PassStarted, Watch, sum_stages
 from glmq.quoting import visible
@@ -17,6 +17,8 @@ from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 if TYPE_CHECKING:
     from glmq.ranks import Ranks
 
+COUNT_SECONDS: Final = 10.0
+"""What counts and says how far it is, says so this often."""
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,18 @@ class Watcher:
         text = visible(text)
         log.info("%s", text)
         self._tell(Note(text))
+
+    def counter(self, what: str) -> Callable[[int], None]:
+        """What to call with how many of `what` were looked at so far: it becomes a note every COUNT_SECONDS."""
+        due = time.perf_counter() + COUNT_SECONDS
+
+        def count(done: int) -> None:
+            nonlocal due
+            if time.perf_counter() >= due:
+                due = time.perf_counter() + COUNT_SECONDS
+                self.note(f"{done} {what} so far")
+
+        return count
 
     @contextmanager
     def blocks(

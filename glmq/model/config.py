@@ -45,6 +45,8 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
 TEXTS: Final = ("hidden_act", "dtype", "torch_dtype")
 FLAGS: Final = ("attention_bias", "use_cache", "tie_word_embeddings")
 ADAPTER_CONFIG: Final = "adapter_config.json"
+DEFAULT_POSITIONS: Final = 32768
+"""`max_position_embeddings` of transformers' Glm4vTextConfig."""
 MROPE_SECTIONS: Final = 3
 """Of the rotary positions: time, height, width."""
 
@@ -62,6 +64,8 @@ class ModelConfig(Sizes):
     """The file says that lm_head's weight is the embeddings', unless it is stored."""
     family: Family
     image_token_id: int
+    max_tokens: int
+    """Of one sequence: `max_position_embeddings`, or transformers' default for it."""
     eos_token_ids: tuple[int, ...]
 
 
@@ -174,6 +178,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
         image_size=number("vision_config", "image_size", 336),
         in_channels=number("vision_config", "in_channels", 3),
         image_token_id=number("", "image_token_id"),
+        max_tokens=number("text_config", "max_position_embeddings", DEFAULT_POSITIONS),
         eos_token_ids=_token_ids(text.get("eos_token_id", nested.get("eos_token_id")), where),
     )
     _check_consistency(config, number("vision_config", "num_heads", 1), where)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glmq.checkpoint.disk import LFS_START, read_input
+from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import SURROGATE, JsonValue, read_json_object
 from glmq.errors import ModelError, SampleError
 from glmq.machine import is_out_of_memory
@@ -141,8 +141,8 @@ class Preprocessor:
         With neither image nor prompt the answer's text stands alone.
 
         Raises:
-            SampleError: the image is too small or too narrow for the model, a text holds the image placeholder, or the
-                sample has no token.
+            SampleError: the image is too small or too narrow for the model, a text holds the image placeholder, the sample
+                has no token, or more than the model takes.
         """
         head: list[int] = []
         count = 0
@@ -164,12 +164,25 @@ class Preprocessor:
                 f"{found} image placeholders where {count} are needed: {self._image_token} must not be part of a prompt "
                 "or answer, and the chat template must place it once"
             )
+        self.check_length(len(head) + len(tail))
         return ModelInputs(
             ids=torch.tensor([head + tail]),
             answer_start=len(head),
             pixel_values=pixel_values,
             grid=grid,
             image_token_id=self._config.image_token_id,
+        )
+
+    def check_length(self, tokens: int, *, generated: int = 0) -> None:
+        """Raise SampleError if a sequence is longer than the model takes, `generated` tokens of an answer included."""
+        most = self._config.max_tokens
+        if tokens + generated <= most:
+            return
+        answer, shorten = "", "shorten its texts, or its picture with --max-pixels"
+        if tokens <= most:
+            answer, shorten = f" and up to {generated} of an answer", "lower --generate"
+        raise SampleError(
+            f"has {tokens} tokens{answer}, the model takes {most} (max_position_embeddings of config.json); {shorten}"
         )
 
     def _render_once(self, has_image: bool, prompt: str) -> str:
@@ -323,10 +336,6 @@ def _check_tokenizer_file(path: Path, *, has_code: bool) -> None:
             return
         raise ModelError(f"{path.parent}: has no {path.name}, which is the tokenizer; copy it from the model's release")
     raw = read_input(path, MAX_TOKENIZER_BYTES)
-    if raw.startswith(LFS_START):
-        raise ModelError(
-            f"{path}: is a git-lfs pointer, not the tokenizer; run `git lfs pull` or download the file itself"
-        )
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.disk import LFS_START, read_input
+from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_json_object
 from glmq.errors import ModelError
 from glmq.model.family import Family
@@ -152,8 +152,6 @@ def read_template(path: Path) -> str:
         raise ModelError(
             f"{path}: is larger than {MAX_TEMPLATE_BYTES} bytes, which no chat template is; give another file"
         )
-    if raw.startswith(LFS_START):
-        raise ModelError(f"{path}: is a git-lfs pointer; run `git lfs pull` or download the file itself")
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:

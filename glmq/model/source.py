@@ -116,10 +116,7 @@ class _Opening:
                 "needed; give the float release"
             )
         if scale_of(method.tensor, self._stored) is None:
-            raise CheckpointError(
-                f"{self._stored.directory}: tensor {method.tensor!r} is {self._stored[method.tensor].dtype}, but its scales "
-                f"({' or '.join(SCALE_SUFFIXES)}) are not there, without which its values mean nothing; give the float release"
-            )
+            raise self._without_scales(method.tensor)
         if not self._options.dequantize:
             raise CheckpointError(
                 f"{self._stored.directory}: is quantized with {method.title} (tensor {method.tensor!r}); pass --dequantize "
@@ -155,6 +152,14 @@ class _Opening:
                 f"{head} is tied to the embeddings: the output has it as a tensor of its own, and tie_word_embeddings false"
             )
 
+    def _without_scales(self, stored: str) -> CheckpointError:
+        """The sentence for a tensor, by its name in the files, whose integers or FP8 numbers nothing gives a size."""
+        return CheckpointError(
+            f"{self._stored.file_of(stored)}: tensor {stored!r} is {self._stored[stored].dtype}, but its scales "
+            f"({' or '.join(SCALE_SUFFIXES)}) are not there, without which its values mean nothing; "
+            "download the checkpoint again, or give the float release"
+        )
+
     def _scales(self, names: Mapping[str, str], method: ForeignMethod) -> dict[str, Scales]:
         """The scales of every FP8 weight, by the model's name for it."""
         stored, block = self._stored, block_size(self._raw)
@@ -165,11 +170,7 @@ class _Opening:
                 continue
             scale = scale_of(own, stored)
             if scale is None:
-                raise CheckpointError(
-                    f"{stored.file_of(own).name}: tensor {own!r} is {info.dtype}, but its scales "
-                    f"({' or '.join(SCALE_SUFFIXES)}) are not there, without which its values mean nothing; "
-                    "download the checkpoint again"
-                )
+                raise self._without_scales(own)
             found[name] = read_scales(stored, own, scale, block)
         self.notes.append(f"{len(found)} weights are {method.title}: they are multiplied by their scales, in float32")
         return found

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import calibrate, refused
+from helpers import calibrate, edit_json, refused
 from PIL import Image
 
 from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions
@@ -55,6 +55,29 @@ def test_texts_alone_leave_the_vision_towers_files_out(small: Path, tmp_path: Pa
     found = forecast(small, tmp_path / "stats", None, samples_file=tmp_path / "s.jsonl")
     folder = calibrate(small, tmp_path / "stats", None, samples_file=tmp_path / "s.jsonl")
     assert dict(found.plan.files) == sizes_in(folder)
+
+
+def test_samples_that_are_longer_than_the_model_takes_are_refused_together(small_copy: Path, tmp_path: Path) -> None:
+    edit_json(small_copy / "config.json", lambda c: c["text_config"].update(max_position_embeddings=20))
+    rows = [{"text": "word " * 30}, {"text": "Short."}, {"text": "word " * 40}]
+    (tmp_path / "s.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def run(limit: int | None, **options: object) -> tuple[int, str]:
+        chosen = {"samples_file": tmp_path / "s.jsonl", "texts": False, **options}
+        return refused(lambda: forecast(small_copy, tmp_path / "stats", None, limit=limit, **chosen))
+
+    first = (
+        "s.jsonl:1: has 60 tokens, the model takes 20 (max_position_embeddings of config.json); "
+        "shorten its texts, or its picture with --max-pixels"
+    )
+    assert run(1) == (4, first)
+    assert run(None) == (4, f"2 of 3 samples are none for this model, the first: {first}")
+    (tmp_path / "s.jsonl").write_text('{"prompt": "Go"}')
+    assert run(None, generate=30) == (
+        4,
+        "s.jsonl:1: has 8 tokens and up to 30 of an answer, the model takes 20 (max_position_embeddings of config.json); "
+        "lower --generate",
+    )
 
 
 def test_a_disk_without_room_is_refused_before_the_first_block(

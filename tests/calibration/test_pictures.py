@@ -12,6 +12,7 @@ from transformers.image_utils import load_image
 
 from glmq.calibration import pictures
 from glmq.calibration.pictures import InlinePicture, PictureRules, examine_picture, load_picture
+from glmq.checkpoint.disk import LFS_POINTER
 from glmq.model.config import FAMILY
 
 Y, X = np.mgrid[0:40, 0:60]
@@ -166,7 +167,7 @@ TEXT = "carries a text of more than 1 MiB beside its pixels, which Pillow does n
         (b"\x1f\x8b\x08\0", "is a gzip archive; unpack it"),
         (b"Rar!\x1a\x07", "is a rar archive; unpack it"),
         (b"7z\xbc\xaf\x27\x1c", "is a 7z archive; unpack it"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the picture; fetch it with git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\n", LFS_POINTER),
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', SVG),
         (b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg/>', SVG),
         (b"\xef\xbb\xbf\n<!DOCTYPE html><html>404", PAGE),

@@ -325,7 +325,7 @@ def test_folders_of_pictures_that_are_not_entered_are_named(folder: Path) -> Non
     for number in range(7):
         (folder / f"class{number}").mkdir()
     assert list_images(folder, PROMPT, skip_bad=False, limit=None).notes == (
-        "7 sub-folders of pictures not entered: class0, class1, class2, class3, class4 and 2 more",
+        "7 sub-folders of pictures not entered: class0, class1, class2, class3, class4 and 2 more; --recursive enters them",
     )
     for path in folder.glob("*.*"):
         path.unlink()
@@ -333,8 +333,34 @@ def test_folders_of_pictures_that_are_not_entered_are_named(folder: Path) -> Non
         list_images(folder, PROMPT, skip_bad=False, limit=None)
     assert str(caught.value) == (
         f"{folder}: holds no image ({SUFFIXES} are read); "
-        "its sub-folders are not entered (class0, class1, class2, class3, class4 and 2 more), give one of them"
+        "its sub-folders are not entered (class0, class1, class2, class3, class4 and 2 more): give one of them, or --recursive"
     )
+
+
+def test_sub_folders_are_entered_in_their_place_among_the_names(folder: Path) -> None:
+    for name in ("b/2.png", "b/deep/1.png", "b/.cache/no.png", "d/__MACOSX/no.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "c.png", folder / name)
+    (folder / "b" / "link").symlink_to(folder)  # a circle is gone round once
+    (folder / "b" / "bad.png").touch()
+    counted: list[int] = []
+    found = list_images(folder, PROMPT, skip_bad=True, limit=None, recursive=True, read=counted.append)
+    assert [s.name for s in found.samples] == ["B.png", "a.jpg", "b/2.png", "b/deep/1.png", "c.png"]
+    assert found.rejected == (Rejected("b/bad.png", "is empty"),)
+    assert found.notes == ()
+    assert counted == [1, 2, 3, 4, 5, 6]
+    first = list_images(folder, PROMPT, skip_bad=True, limit=3, recursive=True)
+    assert [s.name for s in first.samples] == ["B.png", "a.jpg", "b/2.png"]
+
+
+def test_a_folder_that_may_not_be_listed_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(SampleError) as caught:
+        list_images(folder, PROMPT, skip_bad=False, limit=None)
+    assert str(caught.value) == f"{folder}: cannot be listed (Permission denied); check its permissions"
 
 
 def test_no_file_is_read_behind_the_last_that_a_limit_needs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

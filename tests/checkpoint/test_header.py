@@ -76,7 +76,7 @@ def test_a_git_lfs_pointer_is_called_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_header(path)
     assert str(caught.value) == (
-        f"{path}: is a git-lfs pointer, not the weights; run `git lfs pull` or download the file itself"
+        f"{path}: is a Git LFS pointer, not the file itself; fetch that with `git lfs pull`, or download it"
     )
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from glmq.checkpoint import sidecar
+from glmq.checkpoint.disk import LFS_POINTER
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config, list_side_files
 from glmq.errors import CheckpointError
@@ -168,10 +169,17 @@ def test_a_side_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("glmq.checkpoint.disk.os.open", denied)
     with pytest.raises(CheckpointError) as caught:
-        copy_side_files(tmp_path, tmp_path / "out")
+        list_side_files(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path / 'vocab.json'}: cannot be read (Permission denied); check the path and its permissions"
     )
+
+
+def test_a_side_file_that_git_left_a_pointer_for_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError) as caught:
+        list_side_files(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'vocab.json'}: {LFS_POINTER}"
 
 
 def test_the_embedded_model_has_what_an_engine_needs() -> None:

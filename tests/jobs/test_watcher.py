@@ -5,6 +5,7 @@ import logging
 import pytest
 from helpers import run_ranks
 
+from glmq.jobs import watcher as watcher_module
 from glmq.jobs.watcher import Watcher
 from glmq.progress import Event, Note, PassDone, PassStarted
 from glmq.ranks import Place, Ranks
@@ -42,6 +43,16 @@ def test_a_pass_over_bytes_adds_them_up() -> None:
     end = events[3]
     assert isinstance(end, PassDone)
     assert (end.nbytes, end.time.peak_bytes) == (30, 7)
+
+
+def test_what_is_counted_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Event] = []
+    now = [100.0]
+    monkeypatch.setattr(watcher_module.time, "perf_counter", lambda: now[0])
+    count = Watcher(events.append).counter("pictures of the folder read")
+    for done, now[0] in ((1, 109.0), (2, 110.0), (3, 119.0), (4, 121.0)):
+        count(done)
+    assert events == [Note("2 pictures of the folder read so far"), Note("4 pictures of the folder read so far")]
 
 
 def test_a_pass_that_fails_has_no_end() -> None:

@@ -10,7 +10,8 @@ import transformers
 from helpers import edit_json
 from PIL import Image
 
-from glmq.errors import ModelError
+from glmq.checkpoint.disk import LFS_POINTER
+from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import FAMILY, read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.side_files import check_needed_files, engine_side_files, find_template
@@ -90,22 +91,12 @@ def test_a_chosen_template_is_used_and_written(folder: Path, tmp_path_factory: p
     assert made == {"chat_template.jinja": TEMPLATE.encode()}
 
 
-def test_a_template_that_is_a_git_lfs_pointer_is_named(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(ModelError) as caught:
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_a_file_that_is_a_git_lfs_pointer_is_named(name: str, folder: Path) -> None:
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(CheckpointError) as caught:
         encoded(folder)
-    assert str(caught.value) == (
-        f"{folder}/chat_template.jinja: is a git-lfs pointer; run `git lfs pull` or download the file itself"
-    )
-
-
-def test_a_tokenizer_that_is_a_git_lfs_pointer_is_named(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
-    with pytest.raises(ModelError) as caught:
-        encoded(folder)
-    assert str(caught.value) == (
-        f"{folder}/tokenizer.json: is a git-lfs pointer, not the tokenizer; run `git lfs pull` or download the file itself"
-    )
+    assert str(caught.value) == f"{folder}/{name}: {LFS_POINTER}"
 
 
 def as_version_5(folder: Path) -> None:

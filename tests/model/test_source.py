@@ -202,9 +202,11 @@ def test_fp8_is_dequantized_if_asked_for(scales: str, model: Path) -> None:
 
 def test_fp8_without_its_scales_is_refused(model: Path) -> None:
     make_fp8(model, scales="none")
+    (path,) = model.glob("*.safetensors")
     assert refusal(model, dequantize=True) == (
-        f"FOLDER: tensor '{LAYER}.mlp.down_proj.weight' is F8_E4M3, but its scales (weight_scale_inv or weight_scale) are not "
-        "there, without which its values mean nothing; give the float release"
+        f"FOLDER/{path.name}: tensor '{LAYER}.mlp.down_proj.weight' is F8_E4M3, but its scales "
+        "(weight_scale_inv or weight_scale) are not there, without which its values mean nothing; "
+        "download the checkpoint again, or give the float release"
     )
 
 
