@@ -48,7 +48,7 @@ def compress(
         typer.Option(
             "--codec",
             help="ascend: W8A8SC for the engine, by the vendor's compress program. portable: glmq's own lossless form, for "
-            "storage and transport, which no engine reads. auto: ascend if the program is found, else portable.",
+            "storage and transport, which no engine reads. auto: ascend; without the program it says what to install.",
             rich_help_panel=COMPRESSION,
         ),
     ] = "auto",
@@ -74,7 +74,7 @@ def compress(
         bool,
         typer.Option(
             "--decompress/--no-decompress",
-            help="Restore what a portable folder was made from, bit for bit.",
+            help="Restore the W8A8S checkpoint that a portable folder was made from, bit for bit, from any number of parts.",
             rich_help_panel=COMPRESSION,
         ),
     ] = False,

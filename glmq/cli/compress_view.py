@@ -12,7 +12,6 @@ from rich.table import Table
 from glmq.checkpoint.disk import free_bytes
 from glmq.cli.console import VisibleTable, stdout
 from glmq.cli.render import SHOWN_ROWS, print_json, size
-from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import REPORT, CodecKind
 from glmq.engines import Engine
 from glmq.model.config import FAMILY
@@ -215,8 +214,8 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
         )
         return
     verdict = "" if free >= plan.output_bytes else ", too little: the run would refuse"
-    what = "the W8A8S checkpoint" if plan.layout is Unsharded.SOURCE else f"{plan.world} W8A8S parts"
-    stdout.print(f"{what}: exactly {plan.output_bytes} bytes of weights")
+    parts = "1 part" if plan.world == 1 else f"{plan.world} parts"
+    stdout.print(f"the W8A8S checkpoint, from {parts}: exactly {plan.output_bytes} bytes of weights")
     stdout.print(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}", soft_wrap=True)
 
 
@@ -234,18 +233,11 @@ def show_restored(result: RestoreResult, *, as_json: bool, quiet: bool) -> None:
         )
     elif quiet:
         stdout.print(str(result.folder), soft_wrap=True)
-    elif result.layout is Unsharded.SOURCE:
+    else:
         stdout.print(
             f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
         )
-        stdout.print("Next: compress it for the engine, or look at it:", soft_wrap=True)
-        stdout.print(f"  glmq inspect {quote(str(result.folder))}", soft_wrap=True)
-    else:
         stdout.print(
-            f"{result.world} W8A8S parts, {size(result.weight_bytes)} of weights, restored to {result.folder}",
-            soft_wrap=True,
+            "Next: check it, then compress it for the engine on a host with the vendor's program:", soft_wrap=True
         )
-        stdout.print(
-            "Next: compare or store them. Only an un-sharded W8A8S folder can be compressed, and only W8A8SC parts are served.",
-            soft_wrap=True,
-        )
+        stdout.print(f"  glmq verify {quote(str(result.folder))}", soft_wrap=True)

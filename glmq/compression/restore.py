@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Final
 
@@ -12,12 +13,10 @@ import xxhash
 from torch import Tensor
 
 from glmq.checkpoint.checksums import digest_of
-from glmq.checkpoint.disk import FILE_MODE, check_room, make_directory, naming_full_disk, set_mode, write_at
-from glmq.checkpoint.header import TensorInfo, parse_header, read_header
+from glmq.checkpoint.disk import FILE_MODE, check_room, naming_full_disk, set_mode, write_at
+from glmq.checkpoint.header import Header, TensorInfo, read_header
 from glmq.checkpoint.json_file import write_whole
-from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
-from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import decode
 from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import (
@@ -29,12 +28,20 @@ from glmq.compression.manifest import (
     checked_bytes,
     read_manifest,
 )
-from glmq.compression.split import SPLIT_STEM
-from glmq.compression.stream import HEADER_SUFFIX, SOURCE_FOLDER, Step, describe_rank_file
+from glmq.compression.origin import (
+    HEADER_SUFFIX,
+    KEPT,
+    OWN_FILES,
+    SOURCE_FOLDER,
+    matrix_size,
+    read_headers,
+    read_slices,
+)
+from glmq.compression.shard import Slice
+from glmq.compression.stream import Step
 from glmq.compression.weight_codec import BLOB_SUFFIX
 from glmq.errors import CheckpointError, CodecError
 from glmq.progress import resident_bytes
-from glmq.spec import QuantType
 
 _AGAIN: Final = "the folder is damaged or incomplete, copy it again"
 
@@ -59,18 +66,21 @@ def read_portable_manifest(directory: Path) -> Manifest:
 
 
 def restored_bytes(directory: Path, manifest: Manifest) -> int:
-    """Bytes of the weights that decompress_checkpoint will write, from the parts' headers alone."""
-    total = 0
+    """Bytes of the weights that decompress_checkpoint will write, from the headers of the source's files.
+
+    Raises:
+        CheckpointError: the folder is damaged, or does not say how its parts were cut.
+    """
     for part in manifest.rank_files:
-        with _open_part(directory, part) as checkpoint:
-            total += sum(spec.nbytes for spec in _restored_specs(checkpoint, part))
-    return total
+        with _open_part(directory, part):  # a damaged part is found before anything is written
+            pass
+    if manifest.layout is not Unsharded.SOURCE:
+        read_slices(directory, manifest)
+    return sum(header.file_bytes - len(header.raw) for header in read_headers(directory, manifest).values())
 
 
 def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, jobs: int) -> Generator[Step, None, None]:
-    """Restore into `folder` what a portable folder was made from.
-
-    One rank: the un-sharded checkpoint, file by file. Several: the W8A8S parts in MindIE's layout, uncompressed.
+    """Restore into `folder` the un-sharded checkpoint that a portable folder was made from, whatever its number of parts.
 
     Args:
         directory: the portable folder.
@@ -83,22 +93,25 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
         CodecError: an altered blob; names the tensor and the tile.
         SpaceError: the disk fills up.
     """
-    headers: dict[str, bytes] = {}
     for name, record in manifest.files.items():
-        if name in REPORT_FILES:
+        target = name.removeprefix(f"{SOURCE_FOLDER}/")
+        is_altered = target == name and f"{SOURCE_FOLDER}/{name}" in manifest.files
+        if name in REPORT_FILES or name in OWN_FILES or is_altered:
             continue
         content = checked_bytes(directory, name, record)
-        target = name.removeprefix(f"{SOURCE_FOLDER}/")
-        if target != name and target.endswith(HEADER_SUFFIX):
-            headers[target.removesuffix(HEADER_SUFFIX)] = content
-        else:
+        if target == name or not target.endswith(HEADER_SUFFIX):
             write_whole(folder / target, content)
-    for part in manifest.rank_files:
-        with _open_part(directory, part) as checkpoint:
-            if manifest.layout is Unsharded.SOURCE:
-                yield from _restore_files(checkpoint, part, directory, headers, folder, jobs)
-            else:
-                yield from _restore_part(checkpoint, part, (folder / part.file).parent, jobs)
+    with closing(_SourceFiles(folder, read_headers(directory, manifest))) as files:
+        if manifest.layout is Unsharded.SOURCE:
+            for part in manifest.rank_files:
+                with _open_part(directory, part) as checkpoint:
+                    yield from _restore_rank(checkpoint, part, _whole_slices(checkpoint, part), files, jobs)
+        else:
+            for part, slices in zip(manifest.rank_files, read_slices(directory, manifest)):
+                with _open_part(directory, part) as checkpoint:
+                    yield from _restore_rank(checkpoint, part, slices, files, jobs)
+            yield from _restore_kept(directory, manifest, files)
+        files.finish()
 
 
 def _open_part(directory: Path, part: RankFile) -> Checkpoint:
@@ -114,76 +127,164 @@ def _open_part(directory: Path, part: RankFile) -> Checkpoint:
     return Checkpoint(path.parent, {path: header})
 
 
-def _restored_specs(checkpoint: Checkpoint, part: RankFile) -> list[TensorSpec]:
-    specs = []
-    for name in checkpoint:
-        if name in part.matrices:
-            specs.append(TensorSpec(name.removesuffix(BLOB_SUFFIX), "I8", part.matrices[name]))
-        else:
-            specs.append(TensorSpec(name, checkpoint[name].dtype, checkpoint[name].shape))
-    return specs
+def _whole_slices(checkpoint: Checkpoint, part: RankFile) -> dict[str, tuple[Slice, ...]]:
+    """Of a part that holds the source's own tensors."""
+    slices: dict[str, tuple[Slice, ...]] = {}
+    for stored, info in checkpoint.items():
+        name = stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
+        rows, cols = part.matrices[stored] if stored in part.matrices else matrix_size(info)
+        slices[name] = (Slice(name, 0, rows, 0, cols),)
+    return slices
 
 
-def _restore_part(checkpoint: Checkpoint, part: RankFile, directory: Path, jobs: int) -> Iterator[Step]:
-    """Several ranks: one W8A8S weight file with its description."""
-    make_directory(directory)
-    specs = _restored_specs(checkpoint, part)
-    with ShardWriter(plan_shards(specs, SPLIT_STEM, None), directory) as sink:
-        for stored, spec in zip(checkpoint, specs):
-            row = 0
-            for piece in _restored_pieces(checkpoint, part, stored, jobs):
-                sink.write_rows(spec.name, row, piece)
-                row += piece.shape[0]
-                yield Step(spec.name, part.rank, piece.nbytes, resident_bytes())
-    linears = [name.removesuffix(f".weight{BLOB_SUFFIX}") for name in part.matrices]
-    describe_rank_file(directory, [spec.name for spec in specs], linears, QuantType.W8A8S)
+def _restore_kept(directory: Path, manifest: Manifest, files: _SourceFiles) -> Iterator[Step]:
+    """Write the tensors that no part has."""
+    name = f"{SOURCE_FOLDER}/{KEPT}"
+    if name not in manifest.files:
+        raise CheckpointError(f"{directory}: {MANIFEST} does not list {name}; {_AGAIN}")
+    checked_bytes(directory, name, manifest.files[name])
+    path = directory / name
+    with Checkpoint(path.parent, {path: read_header(path)}) as kept:
+        for tensor, info in kept.items():
+            rows, cols = matrix_size(info)
+            one = Slice(tensor, 0, rows, 0, cols)
+            if files.wants(one, info.dtype, path):
+                count = files.write(one, 0, kept.read(tensor).reshape(rows, cols))
+                yield Step(tensor, 0, count, resident_bytes())
 
 
-def _restore_files(
-    checkpoint: Checkpoint, part: RankFile, directory: Path, headers: dict[str, bytes], folder: Path, jobs: int
+def _restore_rank(
+    checkpoint: Checkpoint, part: RankFile, slices: Mapping[str, tuple[Slice, ...]], files: _SourceFiles, jobs: int
 ) -> Iterator[Step]:
-    """One rank: the weight files of the un-sharded checkpoint, from their own headers."""
-    waiting = set(checkpoint)
-    for file_name, raw in headers.items():
-        path = folder / file_name
-        header = parse_header(directory / SOURCE_FOLDER / f"{file_name}{HEADER_SUFFIX}", raw)
-        check_room(folder, header.file_bytes)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+    """Write what one part holds of the source's tensors."""
+    for stored in checkpoint:
+        name = stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
+        own = _own_slices(checkpoint, part, stored, slices.get(name, ()), files)
+        if not own:
+            continue
+        row = 0
+        for piece in _restored_pieces(checkpoint, part, stored, jobs):
+            block = piece.reshape(piece.shape[0] if piece.dim() else 1, -1)
+            for start, one in own:
+                first, last = max(start - row, 0), min(start + one.rows - row, block.shape[0])
+                if first < last:
+                    count = files.write(one, row + first - start, block[first:last])
+                    yield Step(name, part.rank, count, resident_bytes())
+            row += block.shape[0]
+
+
+def _own_slices(
+    checkpoint: Checkpoint, part: RankFile, stored: str, slices: Sequence[Slice], files: _SourceFiles
+) -> list[tuple[int, Slice]]:
+    """The slices that a stored tensor is the first to give, each with its first row there.
+
+    Raises:
+        CheckpointError: a slice that does not fit the stored tensor or the source's.
+    """
+    where, info = checkpoint.file_of(stored), checkpoint[stored]
+    (rows, cols), dtype = (part.matrices[stored], "I8") if stored in part.matrices else (matrix_size(info), info.dtype)
+    if sum(one.rows for one in slices) != rows or any(one.rows < 1 or not one.cols == cols > 0 for one in slices):
+        raise CheckpointError(f"{where}: {stored!r} has not the size of what it was cut from; {_AGAIN}")
+    own: list[tuple[int, Slice]] = []
+    row = 0
+    for one in slices:
+        if one.name is not None and files.wants(one, dtype, where):
+            own.append((row, one))
+        row += one.rows
+    return own
+
+
+class _SourceFiles:
+    """The source's weight files while they are made: headers first, then the tensors' bytes in any order.
+
+    Args:
+        folder: holds them.
+        headers: of each file, by its name.
+    """
+
+    def __init__(self, folder: Path, headers: Mapping[str, Header]) -> None:
+        self._paths: dict[str, Path] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self._handles: dict[Path, int] = {}
+        self._missing: dict[str, int] = {}
+        """Bytes of each tensor that are still to come."""
+        self._placed: set[Slice] = set()
+        check_room(folder, sum(header.file_bytes for header in headers.values()))
         try:
-            set_mode(handle, FILE_MODE)
-            with naming_full_disk(path, header.file_bytes):
-                os.ftruncate(handle, header.file_bytes)
-            write_at(handle, path, raw, 0)
-            for name, info in header.tensors.items():
-                stored = f"{name}{BLOB_SUFFIX}" if f"{name}{BLOB_SUFFIX}" in part.matrices else name
-                if stored not in waiting:
-                    raise CheckpointError(
-                        f"{checkpoint.directory}: has no tensor {name!r}, which {file_name} needs; {_AGAIN}"
-                    )
-                waiting.remove(stored)
-                yield from _restore_tensor(handle, path, info, part, _restored_pieces(checkpoint, part, stored, jobs))
+            for name, header in headers.items():
+                self._open(folder / name, header)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, header: Header) -> None:
+        handle = self._handles[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+        set_mode(handle, FILE_MODE)
+        with naming_full_disk(path, header.file_bytes):
+            os.ftruncate(handle, header.file_bytes)
+        write_at(handle, path, header.raw, 0)
+        for name, info in header.tensors.items():
+            self._paths[name], self._infos[name], self._missing[name] = path, info, info.nbytes
+
+    def wants(self, part: Slice, dtype: str, where: Path) -> bool:
+        """Whether a slice with values of that dtype is to be written. Asked again it is not: several ranks hold the same ones.
+
+        Raises:
+            CheckpointError: the source has no such slice; the sentence names the file `where` it is.
+        """
+        assert part.name is not None
+        info = self._infos.get(part.name)
+        if info is None:
+            raise CheckpointError(f"{where.parent}: tensor {part.name!r} belongs into no file of the source; {_AGAIN}")
+        rows, cols = matrix_size(info)
+        if part.row_stop > rows or part.col_stop > cols:
+            raise CheckpointError(
+                f"{where}: tensor {part.name!r} has not the size that the source's header says; {_AGAIN}"
+            )
+        if info.dtype != dtype or part in self._placed:
+            return False
+        self._placed.add(part)
+        return True
+
+    def write(self, part: Slice, row: int, block: Tensor) -> int:
+        """Write rows of a slice.
+
+        Args:
+            part: of one of the source's tensors.
+            row: the first of them, counted from the slice's own first.
+            block: [rows, columns of the slice], in the tensor's dtype.
+
+        Returns:
+            Bytes written.
+        """
+        assert part.name is not None
+        info, path = self._infos[part.name], self._paths[part.name]
+        rows, cols = matrix_size(info)
+        unit = info.nbytes // (rows * cols)
+        at = info.start + ((part.row_start + row) * cols + part.col_start) * unit
+        data = raw_bytes(block)
+        if part.cols == cols:
+            write_at(self._handles[path], path, data, at)
+        else:
+            step = part.cols * unit
+            for index in range(block.shape[0]):
+                write_at(self._handles[path], path, data[index * step : (index + 1) * step], at + index * cols * unit)
+        self._missing[part.name] -= len(data)
+        return len(data)
+
+    def finish(self) -> None:
+        """Every byte is there and on the disk. Raises CheckpointError if one is missing."""
+        for name, count in self._missing.items():
+            if count:
+                raise CheckpointError(
+                    f"{self._paths[name].name}: no part has all of tensor {name!r}, {count} bytes differ; {_AGAIN}"
+                )
+        for handle in self._handles.values():
             os.fsync(handle)
-        finally:
+
+    def close(self) -> None:
+        for handle in self._handles.values():
             os.close(handle)
-    if waiting:
-        raise CheckpointError(
-            f"{checkpoint.directory}: tensor {min(waiting)!r} belongs into no file of the source; {_AGAIN}"
-        )
-
-
-def _restore_tensor(
-    handle: int, path: Path, info: TensorInfo, part: RankFile, pieces: Iterator[Tensor]
-) -> Iterator[Step]:
-    at = info.start
-    for piece in pieces:
-        data = raw_bytes(piece)
-        if at + len(data) > info.end:
-            break
-        write_at(handle, path, data, at)
-        at += len(data)
-        yield Step(info.name, part.rank, len(data), resident_bytes())
-    if at != info.end:
-        raise CheckpointError(f"{path.name}: {info.name!r} has not the size that the file's own header says; {_AGAIN}")
 
 
 def _restored_pieces(checkpoint: Checkpoint, part: RankFile, stored: str, jobs: int) -> Iterator[Tensor]:

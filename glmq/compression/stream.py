@@ -13,11 +13,10 @@ A folder of the portable codec, which no engine shall mistake for its own:
 
     config.json and side files, but no description
     part{rank}-of-{world}/glmq_weight_w8a8s.gqsc.safetensors
-    glmq_source/       one rank only: the other files of the un-sharded folder, and the headers of its weight files
+    glmq_source/       what else the un-sharded folder had (origin.py), so that the very same files can be restored
 
-With one rank the portable codec keeps the names and cuts of the un-sharded checkpoint, so that the very same files can be
-restored; with several it holds the parts that MindIE's layout asks for. Every folder also has a manifest (manifest.py) and a
-report (report.py).
+With one rank the portable codec keeps the names and cuts of the un-sharded checkpoint; with several it holds the parts that
+MindIE's layout asks for. Every folder also has a manifest (manifest.py) and a report (report.py).
 """
 
 from __future__ import annotations
@@ -40,11 +39,12 @@ from glmq.checkpoint.disk import make_directory
 from glmq.checkpoint.json_file import write_json, write_whole
 from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
-from glmq.checkpoint.sidecar import copy_side_files, edit_config, list_side_files
+from glmq.checkpoint.sidecar import copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.codec.codec import zero_order_entropy
 from glmq.compression.layouts import Layout, Unsharded, rank_file_types, rank_tensors, vllm_types
 from glmq.compression.manifest import CodecKind, Manifest, RankFile, record_files, write_manifest
+from glmq.compression.origin import keep_origin
 from glmq.compression.shard import RankTensor, check_world, read_matrix, read_pieces
 from glmq.compression.source import Source
 from glmq.compression.weight_codec import BLOB_SUFFIX, Codec, Compressed
@@ -60,8 +60,6 @@ log = logging.getLogger(__name__)
 
 PORTABLE_STEM: Final = f"glmq_weight_w8a8s{BLOB_SUFFIX}"
 ASCEND_STEM: Final = "quant_model_weight_w8a8sc"
-SOURCE_FOLDER: Final = "glmq_source"
-HEADER_SUFFIX: Final = ".header"
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +237,12 @@ def finish_folder(
     copy_side_files(directory, folder)
     if layout is Unsharded.SOURCE:
         write_whole(folder / "config.json", (directory / "config.json").read_bytes())
-        _keep_source_files(source.checkpoint, folder / SOURCE_FOLDER)
+        keep_origin(source.checkpoint, folder, None)
     else:
         edited = edit_config(source.config.nested, dtype=FloatDtype.FP16, quant_type=QuantType.W8A8SC, settings=None)
         write_json(folder / "config.json", edited, indent=4)
+        if codec is CodecKind.PORTABLE:
+            keep_origin(source.checkpoint, folder, list(plan_ranks(source, layout, world, range(world)).values()))
     if layout is Engine.VLLM_ASCEND:
         types = vllm_types(source.description.tensors)
         write_description(folder, Description(QuantType.W8A8SC.value, ASCEND_V1_VERSION, None, types))
@@ -334,15 +334,3 @@ def _part_written(
     path = (directory / file.name).relative_to(folder).as_posix()
     record = RankFile(rank, path, file.nbytes, digest_of(file.header), digests, matrices)
     return RankFileWritten(record, before, after)
-
-
-def _keep_source_files(source: Checkpoint, folder: Path) -> None:
-    """Keep what the un-sharded folder has beside weights, config.json and side files, and its weight files' headers."""
-    make_directory(folder)
-    weights = {path.name for path in source.files()}
-    elsewhere = {"config.json", *list_side_files(source.directory), *weights}
-    for path in sorted(source.directory.iterdir()):
-        if path.is_file() and path.name not in elsewhere and path.suffix != ".safetensors" and path.name[0] != ".":
-            write_whole(folder / path.name, path.read_bytes())
-    for path in source.files():
-        write_whole(folder / f"{path.name}{HEADER_SUFFIX}", source.header(path).raw)

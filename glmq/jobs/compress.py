@@ -149,8 +149,8 @@ def compress(
         source: folder of the W8A8S weights.
         out: folder to write into.
         tp: tensor-parallel size to serve with; None: the processes of torchrun, or 1.
-        codec: `ascend` for the engine, by the vendor's compress program; `portable` for storage and transport, which no
-            engine reads; `auto`: `ascend` if the program is found.
+        codec: `auto` or `ascend` for the engine, by the vendor's compress program; `portable` for storage and transport,
+            which no engine reads.
         options: the vendor's program, the layout, the number of threads.
         overwrite: replace what lies in `out`, once the parts are whole.
         dry_run: only say what it would do; nothing is written.
@@ -326,10 +326,10 @@ def check_folders(model_path: Path, out_path: Path) -> None:
 
 
 def choose_codec(name: CodecName, executor: Path | None, watcher: Watcher) -> Codec:
-    """The codec; with `auto` the engine's if its program is there, else the portable one, with a note.
+    """The codec that was asked for: the engine's, unless it is the portable one by name.
 
     Raises:
-        DeviceError: `ascend`, or --executor, and the program is not there.
+        DeviceError: the engine's, and the vendor's program is not there.
     """
     if name == "portable":
         note_missing_kernels(watcher)
@@ -338,15 +338,10 @@ def choose_codec(name: CodecName, executor: Path | None, watcher: Watcher) -> Co
     if program is not None:
         watcher.note(f"codec ascend: {program}")
         return AscendCodec(program)
-    if name == "ascend":
-        raise DeviceError(f"--codec ascend: {PROGRAM}, the vendor's compress program, was not found; {how_to_build()}")
-    watcher.note(
-        f"note: {PROGRAM}, the vendor's compress program, was not found, so the weights are written in glmq's portable "
-        "form: lossless, for storage and transport, but no serving engine reads it. "
-        f"For the engine's W8A8SC, {how_to_build()}."
+    raise DeviceError(
+        f"--codec {name}: {PROGRAM}, the vendor's compress program, was not found; for the engine's W8A8SC {how_to_build()}; "
+        "for glmq's own lossless form, which is for storage and which no engine reads, pass --codec portable"
     )
-    note_missing_kernels(watcher)
-    return PortableCodec()
 
 
 def note_missing_kernels(watcher: Watcher) -> None:

@@ -78,7 +78,7 @@ def restore(
     dry_run: bool = False,
     watch: Watch | None = None,
 ) -> RestoreResult | RestorationPlan:
-    """Restore what a portable compressed folder was made from, bit for bit.
+    """Restore the un-sharded checkpoint that a portable folder was made from, bit for bit, whatever its number of parts.
 
     >>> import glmq
     >>> packed = glmq.compress("w8a8s", out="packed", codec="portable")

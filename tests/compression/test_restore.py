@@ -1,10 +1,9 @@
-import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import tree
 from random_w8a8s import write_stand_in, write_w8a8s
 from safetensors.torch import load_file, save_file
@@ -12,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from glmq.checkpoint.header import read_header
 from glmq.compression.executor import AscendCodec
 from glmq.compression.layouts import Unsharded
-from glmq.compression.manifest import MANIFEST, read_manifest, write_manifest
+from glmq.compression.manifest import MANIFEST, read_manifest, record_files, write_manifest
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
-from glmq.compression.shard import read_pieces
 from glmq.compression.source import open_source
 from glmq.compression.stream import RankFileWritten, Step, compress_checkpoint, finish_folder, plan_ranks
 from glmq.compression.weight_codec import Codec, PortableCodec
@@ -82,28 +80,57 @@ def test_a_system_that_writes_a_few_bytes_at_a_time_is_no_damage(
     assert tree(tmp_path / "restored") == tree(w8a8s)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_several_ranks_restore_their_w8a8s_parts_bit_for_bit(w8a8s: Path, tmp_path: Path, world: int) -> None:
-    folder = compress(w8a8s, tmp_path / "portable", world)
+@pytest.mark.parametrize("shard_bytes", [None, 200_000])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_number_of_parts_restores_the_un_sharded_checkpoint_bit_for_bit(
+    tmp_path: Path, world: int, shard_bytes: int | None
+) -> None:
+    source = write_w8a8s(tmp_path / "w8a8s", shard_bytes=shard_bytes)
+    folder = compress(source, tmp_path / "portable", world)
     steps = restore(folder, tmp_path / "restored")
-    source = open_source(w8a8s)
-    with source.checkpoint as checkpoint:
-        for rank, tensors in plan_ranks(source, Engine.MINDIE, world, range(world)).items():
-            part = tmp_path / "restored" / f"part{rank}-of-{world}"
-            stored = load_file(part / "quant_model_weight_w8a8s.safetensors")
-            description = json.loads((part / "quant_model_description.json").read_text())
-            for tensor in tensors:
-                assert torch.equal(stored.pop(tensor.spec.name), torch.cat(list(read_pieces(checkpoint, tensor))))
-                is_float = tensor.spec.dtype == "F16" and not tensor.spec.name.endswith("input_scale")
-                assert description.pop(tensor.spec.name) == ("FLOAT" if is_float else "W8A8S")
-            assert not stored
-            assert description == {"version": "1.0.0", "model_quant_type": "W8A8S"}
-    total = restored_bytes(folder, read_manifest(folder))
-    assert sum(step.nbytes for step in steps) == total == sum(
-        file.file_bytes - file.data_start for file in map(read_header, (tmp_path / "restored").glob("*/*.safetensors"))
-    )  # fmt: skip
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
-        assert (tmp_path / "restored" / name).read_bytes() == (w8a8s / name).read_bytes()
+    assert tree(tmp_path / "restored") == tree(source)
+    headers = map(read_header, source.glob("*.safetensors"))
+    total = sum(header.file_bytes - header.data_start for header in headers)
+    assert sum(step.nbytes for step in steps) == total == restored_bytes(folder, read_manifest(folder))
+
+
+def test_two_parts_of_what_quantize_wrote_become_it_again(tiny_seed: Path, tmp_path: Path) -> None:
+    restore(compress(tiny_seed, tmp_path / "portable", 2), tmp_path / "restored")
+    assert tree(tmp_path / "restored") == tree(tiny_seed)
+
+
+def test_parts_that_do_not_say_how_they_were_cut_are_refused(w8a8s: Path, tmp_path: Path) -> None:
+    folder = compress(w8a8s, tmp_path / "portable", 2)
+    manifest = read_manifest(folder)
+    files = {name: record for name, record in manifest.files.items() if not name.startswith("glmq_source/")}
+    write_manifest(folder, replace(manifest, files=files))
+    assert refusal(folder) == (
+        "DIR: does not say how its 2 parts were cut, an older glmq wrote it; compress the W8A8S folder again"
+    )
+
+
+O_PROJ = "model.language_model.layers.1.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("[\n0,\n128,\n64,\n128\n]", "[\n0,\n128,\n64,\n127\n]", "has not the size of what it was cut from"),
+        ("[\n0,\n128,\n64,\n128\n]", "[\n0,\n128,\n65,\n129\n]", "has not the size that the source's header says"),
+        (f'"{O_PROJ}"', '"elsewhere"', "belongs into no file of the source"),
+        ('"glmq.slices/1"', '"glmq.slices/2"', "is not of the schema 'glmq.slices/1'"),
+        ("[\n0,\n128,\n64,\n128\n]", "[\n0,\n128,\n0,\n64\n]", "no part has all of tensor"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(w8a8s: Path, tmp_path: Path, old: str, new: str, sentence: str) -> None:
+    folder = compress(w8a8s, tmp_path / "portable", 2)
+    manifest, name = read_manifest(folder), "glmq_source/glmq_slices.json"
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new))
+    files = {**manifest.files, name: record_files(folder, [])[name]}
+    write_manifest(folder, replace(manifest, files=files))
+    assert sentence in refusal(folder)
 
 
 def weight_file(folder: Path) -> Path:

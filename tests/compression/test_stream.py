@@ -114,7 +114,7 @@ def test_a_portable_folder_cannot_be_mistaken_for_an_engines(
 ) -> None:
     run(source, PortableCodec(), layout, world, tmp_path / "out")
     files = [name for name in tree(tmp_path / "out") if name.endswith((".safetensors", "description.json"))]
-    kept = ["glmq_source/quant_model_description.json"] if world == 1 else []
+    kept = ["glmq_source/quant_model_description.json"]
     assert files == kept + [f"part{rank}-of-{world}/glmq_weight_w8a8s.gqsc.safetensors" for rank in range(world)]
     stored = load_file(tmp_path / "out" / files[-1])
     for tensor in plan_ranks(source, layout, world, [world - 1])[world - 1]:
