@@ -1,13 +1,21 @@
-"""Every shell block of the documents is shell, and every `glmq` in them is a command that parses."""
+"""The documents hold what a reader can do: shell blocks run on the embedded model, links lead somewhere, languages agree.
+
+A block whose fence has a title, like ```` ```shell title="with an NPU" ````, needs what tests do not have; it is parsed alone.
+"""
+
+from __future__ import annotations
 
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import pytest
 import typer
+from cli.command_line import glmq
 
 from glmq.cli.app import app
 
@@ -15,37 +23,127 @@ ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 DOCUMENTS = [README, CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL_BLOCK = re.compile(r'^```shell(?: title="([^"]*)")?\n(.*?)^```', flags=re.M | re.S)
+NEEDS = {"with an NPU", "with several NPUs", "with vLLM", "with a network", "with Docker", "on the serving machine"}
+"""The titles that blocks may have: what a reader must have, and a test has not."""
+OWN_FOLDERS = ("float weights", "folder of images", "statistics", "W8A8 weights", "W8A8S weights")
+"""What is in the kitchen before the first command."""
+PLACEHOLDERS: Final = {name: name.replace(" ", "_") for name in OWN_FOLDERS} | {
+    "TP": "1",
+    "W8A8SC weights": "W8A8SC_weights",
+    "W8A8_DYNAMIC weights": "W8A8_DYNAMIC_weights",
+    "weights": "W8A8_weights",
+    "merged weights": "float_weights",
+}
+"""What a reader puts in, as it is called here."""
 
 
-def blocks() -> Iterator[tuple[str, str]]:
+@dataclass(frozen=True)
+class Block:
+    document: Path
+    title: str
+    """What it needs; empty: nothing that a test has not."""
+    text: str
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of each `glmq` command, without `glmq`; redirections as they are."""
+        for line in _filled(self.text).replace("\\\n", " ").splitlines():
+            words = shlex.shlex(line, posix=True, punctuation_chars=True)
+            words.whitespace_split, words.commenters = True, "#"
+            command: list[str] = []
+            for word in [*words, ";"]:
+                if word in ("&&", ";", "|", "||"):
+                    yield from _arguments(command)
+                    command = []
+                else:
+                    command.append(word)
+
+
+def _filled(text: str) -> str:
+    """A block with its placeholders filled; {"image": 1} is JSON and none."""
+    return re.sub(r"\{([A-Za-z0-9_ -]+)\}", lambda found: PLACEHOLDERS.get(found[1], "other"), text).replace(
+        "...", "--help"
+    )
+
+
+def _arguments(command: list[str]) -> Iterator[list[str]]:
+    words = [word for word in command if not re.fullmatch(r"[A-Z_]+=.*", word)]
+    if words[:1] == ["torchrun"] and "glmq" in words:
+        words = words[words.index("glmq") :]
+    if words[:1] == ["glmq"] and "--help" not in words:
+        yield words[1:]
+
+
+def _blocks() -> Iterator[tuple[str, Block]]:
     for document in DOCUMENTS:
-        found = SHELL_BLOCK.findall(document.read_text(encoding="utf-8"))
-        name = document.relative_to(ROOT)
-        yield from ((f"{name}:{index}", block) for index, (_, block) in enumerate(found))
+        for number, (title, text) in enumerate(SHELL_BLOCK.findall(document.read_text(encoding="utf-8"))):
+            yield f"{document.relative_to(ROOT)}:{number}", Block(document, title, text)
 
 
-BLOCKS = dict(blocks())
+BLOCKS = dict(_blocks())
 
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_is_shell_and_its_commands_parse(name: str) -> None:
-    # {float weights} is what a reader puts in; {"image": 1} is JSON.
-    block = re.sub(r"\{([A-Za-z0-9_ -]+)\}", lambda found: found[1].replace(" ", "_"), BLOCKS[name]).replace(
-        "...", "--help"
-    )
-    subprocess.run(["bash", "-n"], input=block, text=True, check=True)
-    for line in block.replace("\\\n", " ").splitlines():
-        for part in re.split(r"&&|;", line):
-            words = shlex.split(part, comments=True)
-            if words[:1] == ["glmq"] and "--help" not in words:
-                parse(words[1:])
+    block = BLOCKS[name]
+    assert block.title in {"", *NEEDS}
+    subprocess.run(["bash", "-n"], input=_filled(block.text), text=True, check=True)
+    for words in block.commands():
+        if not _runs(block, words):
+            _parse(words)
 
 
-def parse(words: list[str]) -> None:
+def _runs(block: Block, words: list[str]) -> bool:
+    """Whether the embedded model and this machine are enough."""
+    return not block.title and words[0] not in ("demo", "doctor") and "vllm" not in words
+
+
+def _parse(words: list[str]) -> None:
     """Raises what a user would see for an option or value that is none."""
-    group = typer.main.get_command(app)
-    command = group.commands[words[0]]
+    command = typer.main.get_command(app).commands[words[0]]
     command.make_context(words[0], words[1:])
+
+
+@pytest.fixture(scope="module")
+def kitchen(
+    tiny: Path, pictures: Path, tiny_stats: Path, tiny_seed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder in which the blocks run, with what a reader has: weights, pictures, and what earlier steps wrote."""
+    folder = tmp_path_factory.mktemp("documents")
+    images = folder / PLACEHOLDERS["folder of images"]
+    images.mkdir()
+    for picture in sorted(pictures.iterdir())[:2]:
+        (images / picture.name).symlink_to(picture)
+    for name, place in (("float weights", tiny), ("statistics", tiny_stats), ("W8A8S weights", tiny_seed)):
+        (folder / PLACEHOLDERS[name]).symlink_to(place)
+    glmq("quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", folder / "W8A8_weights", "-q")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_blocks_run_on_the_embedded_model(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command once, however often the documents name it: they share what the first has written."""
+    monkeypatch.chdir(kitchen)
+    done: set[str] = set()
+    for block in BLOCKS.values():
+        for words in block.commands():
+            if _runs(block, words) and shlex.join(words) not in done:
+                done.add(shlex.join(words))
+                _run(words)
+    assert len(done) > 5
+
+
+def _run(words: list[str]) -> None:
+    """Run a command; what it writes replaces what an earlier block has written to the same place."""
+    into = words[words.index(">") + 1] if ">" in words else None
+    words = words[: words.index(">")] if into else words
+    for option in ("--save_directory", "--save-directory", "--stats"):
+        place = Path(words[words.index(option) + 1]) if option in words else None
+        if place is not None and place.is_symlink() and (option != "--stats" or words[0] == "calibrate"):
+            place.unlink()  # what the fixtures share stays as it is
+    writes = words[0] in ("calibrate", "quantize", "compress") and "--overwrite" not in words
+    result = glmq(*words, *(["--overwrite"] if writes else []))
+    if into:
+        Path(into).write_text(result.stdout, encoding="utf-8")
 
 
 def test_the_chinese_readme_has_the_headings_and_commands_of_the_english_one() -> None:
