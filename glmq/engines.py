@@ -84,15 +84,20 @@ class EngineSpec:
         """Whether it does not open a folder because of its name."""
         return self.legal_path is not None and re.fullmatch(self.legal_path, path) is None
 
+    def by_release(self, quant_type: QuantType) -> list[str]:
+        """What becomes of the type in which release, as one sentence; none where all that were read are alike."""
+        if quant_type is not QuantType.W4A8_DYNAMIC or not self.releases:
+            return []
+        said = "; ".join(f"{release.versions}: {release.dense_w4a8}" for release in self.releases)
+        return [f"W4A8_DYNAMIC of a dense linear depends on the release of {self.title}: {said}"]
+
     def chips_for(self, quant_type: QuantType) -> tuple[Chip, ...]:
         """The chips on which it loads that type."""
         return tuple(chip for chip, support in self.chips.items() if quant_type in support.dtypes)
 
 
 _MINDIE_W4A8: Final = "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
-_VLLM_W4A8: Final = (
-    "vLLM-Ascend loads it in releases 0.18 to 0.26 only, where activations stay float; main has dropped it"
-)
+_VLLM_310P_W4A8: Final = "its registry for the 300I Duo has no W4A8_DYNAMIC"
 _MINDIE_A16: Final = "its support table for GLM-4.1V has no weight-only types"
 _VLLM_W4A16: Final = "it has the linears of 8-bit weights alone"
 _VLLM_310P_A16: Final = "its registry for the 300I Duo has no weight-only types"
@@ -147,10 +152,10 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                     QuantType.W8A8: (BF16, FP16),
                     QuantType.W8A8_DYNAMIC: (BF16, FP16),
                     QuantType.W8A16: (BF16, FP16),
+                    QuantType.W4A8_DYNAMIC: (BF16, FP16),
                 },
                 refusals={
                     QuantType.W8A8S: _SPARSE_ELSEWHERE,
-                    QuantType.W4A8_DYNAMIC: _VLLM_W4A8,
                     QuantType.W4A16: _VLLM_W4A16,
                 },
             ),
@@ -162,7 +167,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                     QuantType.W8A8SC: (FP16,),
                 },
                 refusals={
-                    QuantType.W4A8_DYNAMIC: _VLLM_W4A8,
+                    QuantType.W4A8_DYNAMIC: _VLLM_310P_W4A8,
                     QuantType.W8A16: _VLLM_310P_A16,
                     QuantType.W4A16: _VLLM_310P_A16,
                 },
@@ -173,7 +178,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                 "0.18 to 0.26",
                 missing_key="KeyError",
                 missing_packed_key="KeyError",
-                dense_w4a8="its activations are not quantized",
+                dense_w4a8="loaded, its activations are not quantized",
             ),
             Release(
                 "main since September 2026",

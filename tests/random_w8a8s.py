@@ -31,7 +31,6 @@ def write_w8a8s(
     vocab: int = 204,
     layers: int = 2,
     quantized: tuple[str, ...] = QUANTIZED,
-    attention_bias: bool | None = None,
     shard_bytes: int | None = None,
 ) -> Path:
     """Write a checkpoint as `glmq quantize` does, but with random integers, scales and biases; sizes divide by 4."""
@@ -42,8 +41,6 @@ def write_w8a8s(
         "rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     config["text_config"]["rope_scaling"] |= {"mrope_section": [1, 1, 2]}  # half of 16, in pairs
-    if attention_bias is not None:
-        config["text_config"]["attention_bias"] = attention_bias
     config["vision_config"] |= {"depth": 2, "hidden_size": 24, "out_hidden_size": 16 * heads, "intermediate_size": 44}
     generator = torch.Generator().manual_seed(5)
     tensors: dict[str, Tensor] = {}

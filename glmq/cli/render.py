@@ -257,9 +257,6 @@ def next_steps(folder: Path, recipe: Recipe) -> list[str]:
             f"Next: serve it with vLLM or SGLang (vllm serve {folder}), or load it with transformers and compressed-tensors."
         ]
     places = [Place(engine, None) for engine in Engine]
-    if not any(place.dtypes(quant_type) for place in places):
-        why = "; ".join(place.why_not(quant_type) for place in places)
-        return [f"Note: no engine of today loads {quant_type.value} for this class ({why})."]
     if not Place(Engine.MINDIE, None).dtypes(quant_type):
         titles = [place.engine.spec.title for place in places if place.dtypes(quant_type)]
         return [f"Next: serve it with {' or '.join(titles)}; MindIE does not load {quant_type.value}."]

@@ -63,8 +63,6 @@ class _Style:
     """Convolution kernels are stored as matrices."""
     split_merger: bool
     """The merger's first linear is split over its rows; else it is whole on every rank."""
-    optional_qkv_bias: bool
-    """The bias of q, k, v is there only if config.json has `attention_bias`; else always."""
 
 
 _STYLES: Final[Mapping[Engine, _Style]] = {
@@ -76,7 +74,6 @@ _STYLES: Final[Mapping[Engine, _Style]] = {
         split_vocabulary=False,
         flat_convolutions=True,
         split_merger=False,
-        optional_qkv_bias=False,
     ),
     Engine.VLLM_ASCEND: _Style(
         text="language_model.model",
@@ -86,7 +83,6 @@ _STYLES: Final[Mapping[Engine, _Style]] = {
         split_vocabulary=True,
         flat_convolutions=False,
         split_merger=True,
-        optional_qkv_bias=True,
     ),
 }
 
@@ -145,10 +141,7 @@ def _text_layer(split: RankSplit, config: ModelConfig, style: _Style, index: int
 
     qkv = [f"{name}.self_attn.{part}_proj" for part in "qkv"]
     _stacked_linear(split, f"{target}.self_attn.{style.qkv}", [partial(heads, linear) for linear in qkv], qkv)
-    if style.optional_qkv_bias and not _has_attention_bias(config):
-        split.drop(*(f"{linear}.bias" for linear in qkv))
-    else:
-        split.put(f"{target}.self_attn.{style.qkv}.bias", *(heads(linear, "bias") for linear in qkv))
+    split.put(f"{target}.self_attn.{style.qkv}.bias", *(heads(linear, "bias") for linear in qkv))
     _row_parallel(split, style, f"{name}.self_attn.o_proj", f"{target}.self_attn.o_proj")
 
     gate_up = f"{name}.mlp.gate_up_proj"
@@ -158,11 +151,6 @@ def _text_layer(split: RankSplit, config: ModelConfig, style: _Style, index: int
 
     _stacked_linear(split, f"{target}.mlp.gate_up_proj", [partial(half, 0), partial(half, 1)], [gate_up])
     _row_parallel(split, style, f"{name}.mlp.down_proj", f"{target}.mlp.down_proj")
-
-
-def _has_attention_bias(config: ModelConfig) -> bool:
-    text = config.nested["text_config"]
-    return isinstance(text, dict) and text.get("attention_bias") is True
 
 
 def _stacked_linear(

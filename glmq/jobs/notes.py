@@ -80,6 +80,11 @@ def describe_large_weights(linears: Iterable[str], beyond_float16: Collection[st
     ]
 
 
+def describe_recipe(recipe: Recipe, config: ModelConfig, out: Path) -> list[str]:
+    """What is to be said of a quantization before it starts."""
+    return [*describe_releases(recipe), *describe_patterns(recipe, config), *describe_path(out, recipe.form)]
+
+
 def describe_path(out: Path, form: Form) -> list[str]:
     """That an engine which reads the form will not open the output where it is written; nothing if all will."""
     path = str(out.resolve())
@@ -88,6 +93,13 @@ def describe_path(out: Path, form: Form) -> list[str]:
         for engine in Engine
         if form in engine.spec.forms and engine.spec.refuses_path(path)
     ]
+
+
+def describe_releases(recipe: Recipe) -> list[str]:
+    """That the type is not loaded alike by all releases of an engine that reads the form; nothing if it is."""
+    readers = [engine.spec for engine in Engine if recipe.form in engine.spec.forms]
+    types = dict.fromkeys((recipe.quant_type, *(rule.quant_type for rule in recipe.rules)))
+    return [f"warning: {said}" for spec in readers for kind in types for said in spec.by_release(kind)]
 
 
 def describe_patterns(recipe: Recipe, config: ModelConfig) -> list[str]:

@@ -37,7 +37,7 @@ from glmq.jobs.calibrate import (
     write_statistics,
 )
 from glmq.jobs.joined_ranks import join_ranks
-from glmq.jobs.notes import describe_large_weights, describe_path, describe_patterns
+from glmq.jobs.notes import describe_large_weights, describe_recipe
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
@@ -170,7 +170,7 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
     place = read_place()
     watcher = Watcher(watch if place.is_first else None)
     with _planned(job, watcher, overwrite=overwrite, resume=resume) as (source, config, plan):
-        for sentence in (*describe_patterns(job.recipe, config), *describe_path(job.out_path, job.recipe.form)):
+        for sentence in describe_recipe(job.recipe, config, job.out_path):
             watcher.note(sentence)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
         output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)

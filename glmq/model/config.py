@@ -5,8 +5,9 @@ nested          `text_config` with `rope_scaling`, `rope_theta`, `partial_rotary
 nested, v5      written by transformers 5: the same with `rope_parameters` in place of the three rope fields.
 
 `nested` is the form that transformers 4.53 and 5.x both read exactly and that the serving engine needs, so it is the
-one that glmq hands on; `rope_parameters`, where the file has it, stays beside the older fields. What cannot be brought into
-that form is refused.
+one that glmq hands on; `rope_parameters`, where the file has it, stays beside the older fields. `attention_bias` is always
+true in it: q, k and v of the family have biases whatever a file says, and vLLM leaves them out, without a word, where it
+does not say so in `text_config`. What cannot be brought into that form is refused.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class ModelConfig(Sizes):
     """A config.json in the nested layout, the sizes that glmq needs from it, and the family that gives them a meaning."""
 
     nested: JsonObject
-    """The nested layout; equal to the file where the file already has it, but `tie_word_embeddings` is never true."""
+    """The nested layout; equal to the file where the file already has it, but `tie_word_embeddings` is never true and
+    `attention_bias` of the text always is."""
     ties_embeddings: bool
     """The file says that lm_head's weight is the embeddings', unless it is stored."""
     family: Family
@@ -156,6 +158,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     vocab_size = number("text_config", "vocab_size")
     for section, fields in sections.items():
         _check_options(fields, f"{where}: {section}." if section else f"{where}: ")
+    text["attention_bias"] = True
     heads, hidden = number("text_config", "num_attention_heads"), number("text_config", "hidden_size")
     config = ModelConfig(
         nested=nested,

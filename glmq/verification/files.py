@@ -43,6 +43,7 @@ REPORT: Final = "glmq_report.json"
 
 _MAX_PATH: Final = 4096
 _MAX_ENTRIES: Final = 1024
+_QKV_BIASES: Final = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 _DTYPE_KEYS: Final = ("torch_dtype", "dtype")
 
 
@@ -197,6 +198,20 @@ def check_config(
     if source is not None:
         yield from check_config_kept(raw, source.directory)
     return config
+
+
+def check_attention_bias(directory: Path, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Check 17: that vLLM builds room for the biases of q, k and v where they are not part of quant_bias."""
+    raw = read_json_object(directory / "config.json")
+    found = _section(raw, "text_config").get("attention_bias")
+    biases = [name for name in checkpoint if name.endswith(_QKV_BIASES) and f"{name[:-5]}.quant_bias" not in checkpoint]
+    if biases and found is not True:
+        at_root = ", and true at the root, where nothing reads it" if raw.get("attention_bias") is True else ""
+        yield Check.CONFIG.warning(
+            "",
+            f"text_config.attention_bias is {found!r}{at_root}: vLLM leaves out {biases[0]} and {len(biases) - 1} more "
+            "without a word; set it to true",
+        )
 
 
 def run_dtype(config: ModelConfig) -> FloatDtype | None:

@@ -29,6 +29,7 @@ from glmq.verification.compressed_linears import (
     check_compressed_linear,
 )
 from glmq.verification.files import (
+    check_attention_bias,
     check_config,
     check_description,
     check_modes,
@@ -109,6 +110,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
             if name in checkpoint and base != name and not base.endswith(".module") and quant_type in _known_types()
         }
         case = _Case(checkpoint, description, config, source, form_by_name(candidate), linears)
+        yield from check_attention_bias(candidate, checkpoint)
         yield from _check_keys(case)
         yield from _check_names(case)
         yield from _check_agreement(case)
@@ -166,6 +168,7 @@ def _check_compressed_tensors(candidate: Path, source: Checkpoint | None) -> Ite
         linears = {linear.name: group.quant_type for linear, group in found if group is not None}
         described = Description(compressed.quant_type.value, None, None, compressed.tensor_types(checkpoint))
         case = _Case(checkpoint, described, config, source, Form.COMPRESSED_TENSORS, linears)
+        yield from check_attention_bias(candidate, checkpoint)
         yield from _check_names(case)
         yield from _check_agreement(case)
         scalings = {} if source is None else find_scalings(source, checkpoint, config.family.groups(config))

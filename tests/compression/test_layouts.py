@@ -118,8 +118,6 @@ def expected_mindie(t: dict[str, Tensor], config: dict, rank: int, world: int) -
 def expected_vllm(t: dict[str, Tensor], config: dict, rank: int, world: int) -> dict[str, Tensor]:
     text = "language_model.model"
     out = expected_linears(t, config, text, "qkv_proj", rank, world, zero_bias=False)
-    if not config["text_config"].get("attention_bias"):
-        out = {name: tensor for name, tensor in out.items() if not name.endswith("qkv_proj.bias")}
     out |= expected_vision(t, config, rank, world)
     out["visual.merger.proj.weight"] = my_share(t[f"{VISION}.merger.proj.weight"], rank, world)
     for target, name in ((f"{text}.embed_tokens", f"{TEXT}.embed_tokens"), ("language_model.lm_head", "lm_head")):
@@ -170,7 +168,7 @@ def test_the_split_of_the_tiny_model_is_the_obvious_one(tiny_seed: Path, layout:
 def test_key_and_value_heads_are_dealt_out_or_repeated(
     tmp_path: Path, layout: Layout, world: int, kv_heads: int
 ) -> None:
-    compare(write_w8a8s(tmp_path, kv_heads=kv_heads, attention_bias=True), layout, world)
+    compare(write_w8a8s(tmp_path, kv_heads=kv_heads), layout, world)
 
 
 def test_a_quantized_down_proj_is_split_like_o_proj(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 from glmq.calibration.convergence import assess
 from glmq.calibration.stats import Statistics
-from glmq.jobs.notes import describe_convergence, describe_large_weights, describe_path
+from glmq.jobs.notes import describe_convergence, describe_large_weights, describe_path, describe_releases
+from glmq.quantization.recipe import Recipe
 from glmq.spec import Form
 
 
@@ -34,3 +36,12 @@ def test_a_path_that_mindie_does_not_open_is_told_before_the_work() -> None:
         assert describe_path(Path(path), Form.MINDIE) == [
             f"note: MindIE opens no path like {path}: letters, digits, _ . / - only; move the output for it"
         ]
+
+
+def test_a_type_that_only_some_releases_load_is_said_with_each_release() -> None:
+    assert describe_releases(Recipe.w4a8_dynamic()) == [
+        "warning: W4A8_DYNAMIC of a dense linear depends on the release of vLLM-Ascend: 0.18 to 0.26: loaded, its "
+        "activations are not quantized; main since September 2026: NotImplementedError"
+    ]
+    assert describe_releases(Recipe.w8a8_dynamic()) == []
+    assert describe_releases(replace(Recipe.w4a8_dynamic(), form=Form.MINDIE)) == []

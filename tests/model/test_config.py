@@ -78,6 +78,17 @@ def test_every_layout_has_the_text_fields_where_the_engine_reads_them(layout: st
     assert ("rope_parameters" in text) is (layout == "version 5")  # the newest transformers reads it
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("said", [None, False])
+def test_the_text_has_the_biases_that_the_family_has_whatever_a_file_says(layout: str, said: bool | None) -> None:
+    document = LAYOUTS[layout]()
+    text = document.get("text_config", document)
+    del text["attention_bias"]
+    if said is not None:
+        text["attention_bias"] = said
+    assert parse_config(document, "config.json").nested["text_config"]["attention_bias"] is True
+
+
 def test_the_flat_layout_leaves_no_text_field_at_the_root() -> None:
     root = parse_config(flat(), "config.json").nested
     assert set(root) == set(NESTED)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import Make, Q, configure, describe, found
+from handmade import K, Make, Q, configure, describe, found
 from safetensors.torch import load_file, save_file
 
 from glmq.checkpoint.reader import Checkpoint
@@ -195,6 +195,31 @@ def test_a_wrong_config_is_found(
     directory = make(label)
     configure(directory, section, changes)
     assert found(directory, source) == [(17, "", message) for message in expected]
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("text_config", {"attention_bias": "-"}, "is None: "),
+        ("text_config", {"attention_bias": False}, "is False: "),
+        ("", {"attention_bias": True}, "is None, and true at the root, where nothing reads it: "),
+    ],
+)
+def test_a_config_with_which_vllm_drops_biases_is_a_warning(
+    make: Make, section: str, changes: dict[str, object], said: str
+) -> None:
+    folded, dynamic = make("w8a8"), make("w4a8")
+    configure(dynamic, "text_config", {"attention_bias": True})
+    assert not list(check_structure(dynamic, None))
+    for directory in (folded, dynamic):
+        configure(directory, "text_config", {"attention_bias": "-"})
+        configure(directory, section, changes)
+    assert not list(check_structure(folded, None))  # quant_bias has them
+    [finding] = check_structure(dynamic, None)
+    assert (finding.check.number, finding.severity) == (17, "warning")
+    assert finding.message == (
+        f"text_config.attention_bias {said}vLLM leaves out {K}.bias and 2 more without a word; set it to true"
+    )
 
 
 def test_a_config_of_another_model_and_none_are_found(make: Make, source: Checkpoint) -> None:

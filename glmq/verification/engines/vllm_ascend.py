@@ -10,7 +10,7 @@ from glmq.checkpoint.json_file import JsonValue
 from glmq.engines import Engine
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
-from glmq.spec import Form
+from glmq.spec import Form, QuantType
 from glmq.verification.engines.linears import DTYPE_NAMES, TYPES, Complaint, check_linear_tensors, section
 
 RELEASES: Final = Engine.VLLM_ASCEND.spec.releases
@@ -45,8 +45,8 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     if folder.kind is not Kind.SHARDED and (folder.directory / "model.safetensors.index.json").exists():
         yield True, "", "model.safetensors.index.json is there; vLLM drops every weight file that it does not name"
     if folder.quant_type == "W4A8_DYNAMIC":
-        said = "; ".join(f"{release.versions}: {release.dense_w4a8}" for release in RELEASES)
-        yield False, "", f"W4A8_DYNAMIC of a dense linear depends on the release of vLLM-Ascend: {said}"
+        for sentence in Engine.VLLM_ASCEND.spec.by_release(QuantType.W4A8_DYNAMIC):
+            yield False, "", sentence
     elif folder.quant_type in ("W8A8S", "W8A8SC"):
         yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only"
     if config is None:
