@@ -21,11 +21,13 @@ import torch
 from openai import APIConnectionError, OpenAI
 from PIL import Image
 from transformers import Glm4vForConditionalGeneration
+from vllm.platforms import current_platform
 
 import glmq
 from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
+from glmq.numerics.int8_product import has_exact_product
 from glmq.quantization.recipe import Options, Recipe, make_recipe
 from glmq.spec import Form
 from glmq.verification.behaviour import whole_model
@@ -51,8 +53,15 @@ RECIPES = {
     "W8A8S": Recipe.w8a8s(),
     "W8A8_DYNAMIC": Recipe.w8a8_dynamic(),
     "W4A8_DYNAMIC": Recipe.w4a8_dynamic(group_size=64),
-    "compressed-tensors": replace(Recipe.w8a8_dynamic(), form=Form.COMPRESSED_TENSORS),
+    "W8A16": make_recipe(Options(a_bit=16)),
 }
+"""What the plugin computes."""
+COMPRESSED = {
+    "compressed W8A8": replace(Recipe.w8a8(), form=Form.COMPRESSED_TENSORS),
+    "compressed W8A8_DYNAMIC": replace(Recipe.w8a8_dynamic(), form=Form.COMPRESSED_TENSORS),
+    "compressed W4A16": Recipe.w4a16(group_size=64),
+}
+"""What vLLM's own kernels compute; for W8A16 it has none on a processor."""
 PICTURES = sorted((TINY_CASES / "images").glob("*.png"))
 
 
@@ -168,28 +177,42 @@ def agreeing(some: list[Said], others: list[Said]) -> int:
     return sum(one.ids[:FIRST] == other.ids[:FIRST] for one, other in zip(some, others, strict=True))
 
 
+def instructions() -> str:
+    """What the kernels may use here: PyTorch's level, and the extension that vLLM loads."""
+    current_platform.import_kernels()
+    extensions = {
+        Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/vllm/_C" in line
+    }
+    exact = "exact" if has_exact_product("cpu") else "not used"
+    return (
+        f"PyTorch: {torch.backends.cpu.get_cpu_capability()}, its int8 product {exact}; vLLM: {', '.join(extensions)}"
+    )
+
+
 def main(folder: Path) -> None:
+    print(instructions(), flush=True)
     stats = glmq.calibrate(TINY_CHECKPOINT, out=folder / "stats", images=TINY_PICTURES)
     served = {}
-    for name, recipe in RECIPES.items():
+    for name, recipe in (RECIPES | COMPRESSED).items():
         glmq.quantize(TINY_CHECKPOINT, stats, out=folder / name, recipe=recipe, overwrite=True)
     floats = captions(TINY_CHECKPOINT, "--dtype", "float32")
     same = sum(one.ids == other for one, other in zip(floats, transformers_captions(), strict=True))
-    print(f"float: {same} of {len(floats)} captions are transformers' own")
+    print(f"float: {same} of {len(floats)} captions are transformers' own", flush=True)
     failures = [] if same == len(floats) else ["float captions differ from transformers'"]
-    for name in RECIPES:
-        # vLLM's own int8 kernel for processors takes half precision alone.
-        served[name] = captions(folder / name, "--dtype", "bfloat16" if name == "compressed-tensors" else "float32")
+    for name in RECIPES | COMPRESSED:
+        # vLLM's own kernels for integers take half precision alone.
+        served[name] = captions(folder / name, "--dtype", "bfloat16" if name in COMPRESSED else "float32")
         count = agreeing(served[name], floats)
-        print(f"{name}: {count} of {len(floats)} captions agree with float in their first {FIRST} tokens")
+        print(f"{name}: {count} of {len(floats)} captions agree with float in their first {FIRST} tokens", flush=True)
         failures += [f"{name}: only {count} captions agree"] if count < AGREE else []
-        if name != "compressed-tensors":
+        if name in RECIPES:
             largest, mean = logit_difference(folder / name, served[name])
             print(
-                f"{name}: log probabilities differ from verify's arithmetic by {largest:.2g} at most, {mean:.2g} on average"
+                f"{name}: log probabilities differ from verify's arithmetic by {largest:.2g} at most, {mean:.2g} on average",
+                flush=True,
             )
             failures += [f"{name}: differs from verify's arithmetic"] if largest > LOGIT_BOUND else []
-    both = agreeing(served["W8A8_DYNAMIC"], served["compressed-tensors"])
+    both = agreeing(served["W8A8_DYNAMIC"], served["compressed W8A8_DYNAMIC"])
     print(f"W8A8_DYNAMIC: {both} captions agree between the plugin and compressed-tensors")
     failures += ["W8A8_DYNAMIC of the plugin and of compressed-tensors differ"] if both < AGREE else []
     sys.exit("; ".join(failures) if failures else 0)
