@@ -60,7 +60,7 @@ def test_the_tiny_models_config_is_read_number_by_number() -> None:
         hidden_size=192, intermediate_size=512, layers=6, heads=6, kv_heads=2, head_dim=32, vocab_size=1536,
         vision_hidden=96, vision_depth=3, vision_out=192, vision_intermediate=512,
         patch_size=14, temporal_patch_size=2, merge_size=2, image_size=112, in_channels=3,
-        family=GLM4V, image_token_id=14, eos_token_ids=(0, 7),
+        family=GLM4V, image_token_id=14, max_tokens=4096, eos_token_ids=(0, 7),
     )  # fmt: skip
 
 
