@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from glmq.errors import LostRanksError, MeetingError, OtherRankError, UsageError
+from glmq.errors import LaunchError, LostRanksError, MeetingError, OtherRankError
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def read_place() -> Place:
         os.environ.get(name) or no for name, no in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
     )
     if not rank.isdecimal() or not world.isdecimal() or not int(rank) < int(world) or not local.isdecimal():
-        raise UsageError(
+        raise LaunchError(
             f"RANK={rank}, WORLD_SIZE={world} and LOCAL_RANK={local}: are not what torchrun sets; unset them or use torchrun"
         )
     return Place(int(rank), int(world), int(local))
@@ -165,7 +165,7 @@ class Ranks:
         for rank, other in enumerate(others, 1):
             for name in sorted({*first, *other}):
                 if first.get(name) != other.get(name):
-                    raise UsageError(
+                    raise LaunchError(
                         f"rank {rank} has {name} {other.get(name)!r}, rank 0 has {first.get(name)!r}; start all ranks alike"
                     )
 
@@ -246,7 +246,7 @@ class _Meeting:
         self._place, self._limit, self._note = place, limit, note
         address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
         if not address or not port.isdecimal() or not 0 < int(port) <= LAST_PORT:
-            raise UsageError(
+            raise LaunchError(
                 f"WORLD_SIZE={place.world} and RANK={place.rank} are set, but MASTER_ADDR={address} and MASTER_PORT={port} are "
                 f"not what torchrun sets; {self._advice()}"
             )

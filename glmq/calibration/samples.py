@@ -27,7 +27,7 @@ from glmq.calibration.pictures import (
 )
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import JsonValue, parse_json
-from glmq.errors import CheckpointError, SampleError
+from glmq.errors import CheckpointError, PictureError, SampleError
 from glmq.quoting import file_text
 
 MAX_LINES_BYTES: Final = 256 * 2**20
@@ -172,7 +172,7 @@ def list_images(
         if found.is_deep:
             deep.append(name)
     if rejected and not skip_bad:
-        raise SampleError(
+        raise PictureError(
             f"{directory}: {len(rejected)} of {len(rejected) + len(samples)} files are not usable images: "
             f"{_reasons(rejected)}; remove them or pass --skip-bad-images"
         )

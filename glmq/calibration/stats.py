@@ -39,7 +39,7 @@ from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, write_whole
 from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import StatisticsError
+from glmq.errors import OtherStatisticsError, StatisticsError
 from glmq.model.config import ModelConfig
 from glmq.model.family import InputGroup
 from glmq.numerics.moments import InputStats
@@ -205,7 +205,7 @@ class Statistics:
         It says nothing of the weights' values: `weights_wanted` does.
         """
         if self.model_fingerprint != fingerprint:
-            raise StatisticsError(
+            raise OtherStatisticsError(
                 f"{self.directory}: these statistics come from another checkpoint "
                 f"(theirs {self.model_fingerprint[:12]}, this model's {fingerprint[:12]}); run `glmq calibrate` on this model"
             )
@@ -220,7 +220,7 @@ class Statistics:
     def check_samples(self, wanted: str) -> None:
         """Raise StatisticsError unless they were taken from the samples with that digest."""
         if self.samples_digest != wanted:
-            raise StatisticsError(
+            raise OtherStatisticsError(
                 f"{self.directory}: these statistics come from other samples, prompt, limit or --generate than the command "
                 f"names (theirs {self.samples_digest[:12]}, the command's {wanted[:12]}); drop --calib_images and "
                 "--calib-samples to use them as they are, or run `glmq calibrate` again"
@@ -231,7 +231,7 @@ class Statistics:
         wanted = {"compute_dtype": ("--compute-dtype", compute_dtype), "max_pixels": ("--max-pixels", max_pixels)}
         for key, (option, value) in wanted.items():
             if value is not None and self.manifest.get(key) != value:
-                raise StatisticsError(
+                raise OtherStatisticsError(
                     f"{self.directory}: these statistics were taken with {option} {self.manifest.get(key)}, the command asks "
                     f"for {value}; drop {option} to use them as they are, or run `glmq calibrate` again"
                 )

@@ -20,7 +20,7 @@ from glmq.calibration.resume import CalibrationJournal, Calls
 from glmq.calibration.samples import Sample, open_image
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
 from glmq.device import release
-from glmq.errors import SampleError
+from glmq.errors import NonFiniteError, SampleError
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
@@ -245,7 +245,7 @@ class _Run:
         except FloatingPointError as error:
             narrow = self.model.dtype is not torch.float32
             advice = "use --compute-dtype fp32, or leave this sample out" if narrow else "leave this sample out"
-            raise SampleError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
+            raise NonFiniteError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
 
     def _watch(self, block: Block) -> Watch:
         place = self._ranks.place

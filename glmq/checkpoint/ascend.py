@@ -15,7 +15,7 @@ from torch import Tensor
 from glmq.checkpoint.description import read_description
 from glmq.checkpoint.layout import TensorSpec
 from glmq.checkpoint.reader import Checkpoint, torch_dtype
-from glmq.errors import CheckpointError, UsageError
+from glmq.errors import CheckpointError, DtypeRangeError, UsageError, WrongFolderError
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import INT4, INT8, TYPES, Activation, FloatDtype, Form, QuantType, assert_never
 
@@ -292,7 +292,7 @@ def _decode_steps(
 def _type_of(name: str, checkpoint: Checkpoint) -> QuantType:
     """The one type whose linears have these scales; of W8A8_DYNAMIC and W8A16, which store the same, the described one."""
     if f"{name}.index" in checkpoint:
-        raise CheckpointError(f"{name}: is compressed (W8A8SC); decompress the checkpoint first")
+        raise WrongFolderError(f"{name}: is compressed (W8A8SC); decompress the checkpoint first")
     found = {suffix for suffix in _TELLING if f"{name}.{suffix}" in checkpoint}
     fitting = [t for t, spec in TYPES.items() if spec.suffixes and found == _TELLING & set(spec.suffixes)]
     if len(fitting) > 1:
@@ -374,7 +374,7 @@ def to_float(name: str, tensor: Tensor, dtype: FloatDtype) -> Tensor:
     stored = tensor.to(torch_dtype(dtype.code))
     if not bool(stored.isfinite().all()):
         worst = float(tensor.abs().max())
-        raise CheckpointError(
+        raise DtypeRangeError(
             f"{name}: its largest magnitude is {worst:g}, which {dtype.value} cannot hold; "
             "pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
         )

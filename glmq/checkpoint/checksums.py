@@ -24,7 +24,7 @@ import xxhash
 from glmq.checkpoint import journal
 from glmq.checkpoint.header import read_header
 from glmq.checkpoint.json_file import Fields, JsonObject, JsonValue, read_json_object, write_json
-from glmq.errors import CheckpointError
+from glmq.errors import DamagedError, UnreadableError, VersionError
 from glmq.version import __version__
 
 CHECKSUMS: Final = "glmq_checksums.json"
@@ -97,7 +97,7 @@ def file_checksum(path: Path) -> str:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     return digest.hexdigest()
 
 
@@ -120,11 +120,11 @@ def read_checksums(folder: Path) -> Checksums:
     document = read_json_object(path)
     digest, schema = document.pop("digest", None), document.get("schema")
     if schema not in (SCHEMA, OLD_SCHEMA):
-        raise CheckpointError(f"{path}: schema is {schema!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
+        raise VersionError(f"{path}: schema is {schema!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
     covers_files = schema == SCHEMA
     if digest != document_digest(document):
-        raise CheckpointError(f"{path}: its digest does not fit its contents; it was altered, copy it again")
-    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; copy it again"))
+        raise DamagedError(f"{path}: its digest does not fit its contents; it was altered, copy it again")
+    fields = Fields(document, str(path), lambda sentence: DamagedError(f"{sentence}; copy it again"))
     tensors = fields.texts("tensors")
     headers, files = (fields.texts("headers"), fields.texts("files")) if covers_files else ({}, {})
     return Checksums(tensors, headers, files, covers_files, digest)

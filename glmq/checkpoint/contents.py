@@ -8,7 +8,7 @@ from typing import Final
 
 import xxhash
 
-from glmq.errors import StatisticsError
+from glmq.errors import OtherStatisticsError
 
 HASH_BYTES: Final = 4 * 2**20
 """Of a tensor, read and hashed at a time."""
@@ -52,7 +52,7 @@ class ContentDigests:
             if name not in self.known:
                 self.known[name] = self._fresh[name] = digest
             elif self.known[name] != digest:
-                raise StatisticsError(f"{path}: tensor {name!r} is not {self._wanted}")
+                raise OtherStatisticsError(f"{path}: tensor {name!r} is not {self._wanted}")
 
     def take_fresh(self) -> dict[str, str]:
         """Digests that were not known when this was last asked."""

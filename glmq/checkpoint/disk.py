@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from glmq.errors import CheckpointError, SpaceError
+from glmq.errors import CheckpointError, DamagedError, SpaceError, UnreadableError
 
 LFS_START: Final = b"version https://git-lfs"
 """How the pointer begins that git leaves in a large file's place."""
@@ -51,7 +51,7 @@ def open_input(path: Path) -> int:
     if stat.S_ISDIR(mode):
         raise _unreadable(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     kind = "a pipe" if stat.S_ISFIFO(mode) else "a device"
-    raise CheckpointError(f"{path}: is {kind}, a regular file is needed; give the file itself")
+    raise UnreadableError(f"{path}: is {kind}, a regular file is needed; give the file itself")
 
 
 def read_input(path: Path, limit: int) -> bytes:
@@ -71,13 +71,13 @@ def read_input(path: Path, limit: int) -> bytes:
 
 
 def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raise CheckpointError if `path`, which begins like that, is what git left in a file's place."""
+    """Raise DamagedError if `path`, which begins like that, is what git left in a file's place."""
     if start.startswith(LFS_START):
-        raise CheckpointError(f"{path}: {LFS_POINTER}")
+        raise DamagedError(f"{path}: {LFS_POINTER}")
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
+    return UnreadableError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
 
 
 def write_at(handle: int, path: Path, data: bytes | memoryview, offset: int) -> None:

@@ -34,7 +34,7 @@ from glmq.checkpoint.workplace import (
     owner_of,
     remove_work,
 )
-from glmq.errors import BusyError, GlmqError, InputError, KeptError, NoLocksError, UsageError
+from glmq.errors import BusyError, GlmqError, InputError, KeptError, NoLocksError, OutputError, ResumeError, UsageError
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
@@ -119,9 +119,9 @@ class OutputFolder:
     def _begin(self) -> None:
         """Under the lock: take back what a killed run left half moved, look at the target, make the work folder."""
         if self.target.resolve() != self._places.place:
-            raise UsageError(f"{self.target}: is a link that was just changed; run the command again")
+            raise OutputError(f"{self.target}: is a link that was just changed; run the command again")
         if settle(self._places) and self._resume and self._places.contents():
-            raise UsageError(
+            raise ResumeError(
                 f"{self.target}: is whole, the interrupted run had put it in its place; what else it left is removed now"
             )
         self._before = self._look()  # this one look decides: between two, somebody could put a file there
@@ -317,7 +317,7 @@ def recover(work: Path, places: Workplace) -> bool:
         take_back(work, [str(name) for name in names], place)
     elif is_folder(replaced):
         if os.path.lexists(place):
-            raise UsageError(
+            raise OutputError(
                 f"{replaced}: holds the former contents of {places.target}, which an interrupted run could not put back; "
                 "move them where they belong first"
             )
@@ -367,6 +367,6 @@ def check_apart(target: Path, option: str, inputs: Mapping[str, Path | None]) ->
     place = target.resolve()
     for what, path in inputs.items():
         if path is not None and place == path.resolve():
-            raise UsageError(f"{target}: is the folder of {what}; choose another {option}")
+            raise OutputError(f"{target}: is the folder of {what}; choose another {option}")
         if path is not None and place in path.resolve().parents:
-            raise UsageError(f"{target}: holds {what} ({path}); choose another {option}")
+            raise OutputError(f"{target}: holds {what} ({path}); choose another {option}")

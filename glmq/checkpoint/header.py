@@ -13,7 +13,7 @@ from typing import Final, NoReturn, TypeGuard
 
 from glmq.checkpoint.disk import LFS_START, open_input, refuse_pointer
 from glmq.checkpoint.json_file import parse_json
-from glmq.errors import CheckpointError
+from glmq.errors import DamagedError, UnreadableError
 
 DTYPE_BITS: Final[dict[str, int]] = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -97,7 +97,7 @@ def read_header(path: Path) -> Header:
             file.seek(0)
             raw = file.read(8 + length)
         except OSError as error:
-            raise CheckpointError(
+            raise UnreadableError(
                 f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
             ) from None
     header = parse_header(path, raw, file_bytes)
@@ -183,4 +183,4 @@ def _is_counts(found: object) -> TypeGuard[list[int]]:
 
 
 def _refuse(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {what}; {_AGAIN}")
+    raise DamagedError(f"{path}: {what}; {_AGAIN}")

@@ -17,7 +17,7 @@ import xxhash
 
 from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, set_mode
 from glmq.checkpoint.json_file import JsonObject, JsonValue
-from glmq.errors import UsageError
+from glmq.errors import ResumeError
 
 NAME: Final = "journal.jsonl"
 CHECKSUM: Final = "xxh3"
@@ -72,7 +72,7 @@ class Journal:
     def _check(self, found: JsonObject, settings: Mapping[str, str]) -> None:
         for key in sorted({*found, *settings}):
             if found.get(key) != settings.get(key):
-                raise UsageError(
+                raise ResumeError(
                     f"--resume: the unfinished run in {self._path.parent} had {key} {found.get(key)!r}, "
                     f"this one has {settings.get(key)!r}; run with the same, or start again with --overwrite"
                 )

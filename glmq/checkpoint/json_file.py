@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
 from glmq.checkpoint.disk import FILE_MODE, naming_full_disk, read_input, set_mode
-from glmq.errors import CheckpointError
+from glmq.errors import DamagedError
 
 JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
 JsonObject: TypeAlias = dict[str, JsonValue]
@@ -125,17 +125,13 @@ def read_json_object(path: Path) -> JsonObject:
     """
     raw = read_input(path, MAX_JSON_BYTES)
     if len(raw) > MAX_JSON_BYTES:
-        raise CheckpointError(
-            f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V checkpoint"
-        )
+        raise DamagedError(f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V checkpoint")
     try:
         document = parse_json(raw)
     except ValueError as error:
-        raise CheckpointError(f"{path}: is not JSON ({error}); download or write it again") from None
+        raise DamagedError(f"{path}: is not JSON ({error}); download or write it again") from None
     if not isinstance(document, dict):
-        raise CheckpointError(
-            f"{path}: wanted a JSON object, found {type(document).__name__}; download or write it again"
-        )
+        raise DamagedError(f"{path}: wanted a JSON object, found {type(document).__name__}; download or write it again")
     return document
 
 

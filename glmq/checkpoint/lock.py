@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.disk import FILE_MODE, naming_full_disk
-from glmq.errors import BusyError, NoLocksError, UsageError
+from glmq.errors import BusyError, NoLocksError, OutputError
 
 _MARK: Final = b"glmq lock: "
 """How the content of a lock file begins; the holder follows."""
@@ -129,8 +129,8 @@ class FolderLock:
             f"{self._target}: is being written by {holder or 'another run'}; wait until it ends, or choose another folder"
         )
 
-    def _foreign(self) -> UsageError:
-        return UsageError(
+    def _foreign(self) -> OutputError:
+        return OutputError(
             f"{self.path}: has the name of the run's lock file, but is none; move it away, or choose another folder"
         )
 

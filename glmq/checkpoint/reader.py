@@ -22,7 +22,7 @@ from glmq.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, Header, TensorInfo,
 from glmq.checkpoint.json_file import MAX_JSON_BYTES
 from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.weight_files import INDEX_SUFFIX, bare_files, check_index, read_index
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, DamagedError, WrongFolderError
 
 FLOAT16_MAX: Final = 65504.0
 AHEAD_BYTES: Final = 2 * 2**20
@@ -119,7 +119,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 files, a damaged header, a tensor in two files.
         """
         if not directory.is_dir():
-            raise CheckpointError(
+            raise WrongFolderError(
                 f"{directory}: is not a folder; give the folder that holds config.json and the weights"
             )
         indexes = sorted(directory.glob(f"*{INDEX_SUFFIX}"))
@@ -241,7 +241,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             self.beyond_float16.add(name)
         if not bool(extremes.isfinite().all()):
             bad = int((~torch.isfinite(values)).sum())
-            raise CheckpointError(
+            raise DamagedError(
                 f"{self.file_of(name).name}: tensor {name!r} holds {bad} NaN or infinite values of {values.numel()}; "
                 "download the file again or repair the checkpoint"
             )
@@ -320,7 +320,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         while done < len(view):
             count = os.preadv(handle, [view[done:]], info.start + skip + done)
             if count == 0:
-                raise CheckpointError(
+                raise DamagedError(
                     f"{path}: ended while tensor {info.name!r} was read; do not change a file that is in use"
                 )
             done += count

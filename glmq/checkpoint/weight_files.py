@@ -9,7 +9,7 @@ from typing import Final
 
 from glmq.checkpoint.header import Header
 from glmq.checkpoint.json_file import Fields, read_json_object
-from glmq.errors import CheckpointError
+from glmq.errors import DamagedError, WrongFolderError
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -39,30 +39,26 @@ def bare_files(directory: Path) -> list[Path]:
         found = f"found {', '.join(others[:3])}; convert them to safetensors" if others else "is this the right folder?"
         for name, what in left_beside(directory).items():
             found = f"found {name} alone: {what}"
-        raise CheckpointError(f"{directory}: wanted *.safetensors weight files, but there are none; {found}")
+        raise WrongFolderError(f"{directory}: wanted *.safetensors weight files, but there are none; {found}")
     return files
 
 
 def read_index(path: Path) -> dict[str, str]:
     """The weight_map of an index: tensor name -> file name, file names without folders."""
-    fields = Fields(
-        read_json_object(path), str(path), lambda sentence: CheckpointError(f"{sentence}; download it again")
-    )
+    fields = Fields(read_json_object(path), str(path), lambda sentence: DamagedError(f"{sentence}; download it again"))
     weight_map = fields.texts("weight_map")
     if not weight_map:
-        raise CheckpointError(f"{path}: its weight_map is empty; download it again")
+        raise DamagedError(f"{path}: its weight_map is empty; download it again")
     for name, file in weight_map.items():
         if not file.endswith(".safetensors") or any(char in file for char in "/\\\0"):
-            raise CheckpointError(
+            raise DamagedError(
                 f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
             )
     for file in sorted(set(weight_map.values())):
         if not (path.parent / file).is_file():
             other = SINGLE if (path.parent / SINGLE).is_file() else ""
             choice = f", or remove the index if {other} is the whole model" if other else ""
-            raise CheckpointError(
-                f"{path}: names {file}, which is not in the folder; download the missing file{choice}"
-            )
+            raise DamagedError(f"{path}: names {file}, which is not in the folder; download the missing file{choice}")
     return weight_map
 
 
@@ -70,10 +66,8 @@ def check_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[Path
     """Index and headers must list the same tensors in the same files."""
     for name, file in weight_map.items():
         if name not in headers[path.parent / file].tensors:
-            raise CheckpointError(f"{path}: says that {name!r} is in {file}, but it is not; download both again")
+            raise DamagedError(f"{path}: says that {name!r} is in {file}, but it is not; download both again")
     for file_path, header in headers.items():
         for name in header.tensors:
             if name not in weight_map:
-                raise CheckpointError(
-                    f"{path}: does not list {name!r}, which is in {file_path.name}; download both again"
-                )
+                raise DamagedError(f"{path}: does not list {name!r}, which is in {file_path.name}; download both again")

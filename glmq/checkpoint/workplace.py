@@ -27,7 +27,7 @@ from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode
 from glmq.checkpoint.filesystem import is_mount, is_writable
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.lock import FolderLock
-from glmq.errors import UsageError
+from glmq.errors import OutputError, ResumeError, UsageError
 
 MARKER: Final = ".glmq-work"
 RESULT: Final = "result"
@@ -208,7 +208,7 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
     """
     places = Workplace.of(target, work_dir)
     if places.place.exists() and not places.place.is_dir():
-        raise UsageError(f"{target}: is a file, a folder is needed; choose another name")
+        raise OutputError(f"{target}: is a file, a folder is needed; choose another name")
     is_left = resume and owner_of(places.work) is Owner.GLMQ
     # Where a run was killed, perhaps while it moved its result, OutputFolder looks when it has the lock.
     if places.contents() and not overwrite and not is_left and not has_remains(places):
@@ -216,12 +216,12 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
     for path in (*places.works(), *places.locks()):
         _check_folder(path.parent, places)
         if len(os.fsencode(path.name)) > LONGEST_NAME:
-            raise UsageError(
+            raise OutputError(
                 f"{target}: has a name of {len(os.fsencode(places.place.name))} bytes, and those of the hidden files of a run "
                 f"are longer than the {LONGEST_NAME} that a name may have; choose a shorter one"
             )
     if places.work_dir is not None and places.place in places.work_dir.parents:
-        raise UsageError(f"--work-dir {work_dir}: lies in the output folder {target}; choose another one")
+        raise OutputError(f"--work-dir {work_dir}: lies in the output folder {target}; choose another one")
     for work in places.works():
         if owner_of(work) is Owner.FOREIGN:
             raise foreign(work)
@@ -231,7 +231,7 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
 
 def not_empty(target: Path) -> UsageError:
     """The output folder has contents, and nobody said that they may go."""
-    return UsageError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
+    return OutputError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
 
 
 def _check_folder(folder: Path, places: Workplace) -> None:
@@ -240,12 +240,12 @@ def _check_folder(folder: Path, places: Workplace) -> None:
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise UsageError(f"{target}: {existing} is no folder; choose another place")
+        raise OutputError(f"{target}: {existing} is no folder; choose another place")
     if is_writable(folder):
         return
     if folder == places.place:
-        raise UsageError(f"{target}: is not writable; choose another folder, or mount it writable")
-    raise UsageError(
+        raise OutputError(f"{target}: is not writable; choose another folder, or mount it writable")
+    raise OutputError(
         f"{target}: {folder} is not writable, where its work folder would lie; make {target} as an empty folder of your "
         "own, or choose another one"
     )
@@ -257,19 +257,19 @@ def _refuse_interrupted(places: Workplace) -> None:
     side = "inside" if places.is_inside else "beside"
     where = f"in {work}" if places.work_dir is not None else f"{side} it, in {work.name}"
     if is_whole(work):
-        raise UsageError(
+        raise ResumeError(
             f"{places.target}: the finished result of an earlier run lies in {work / RESULT}; "
             "move it where you want it, or pass --overwrite to start again"
         )
     advice = "run the same command with --resume to continue it, or with --overwrite to start again"
     if is_folder(work / STATISTICS):
-        raise UsageError(
+        raise ResumeError(
             f"{places.target}: an interrupted run that has finished its calibration lies {where}; {advice}"
         )
     blocks = sum(finished_blocks(folder) for folder in _journals(work))
     if blocks:
         counted = "1 finished block" if blocks == 1 else f"{blocks} finished blocks"
-        raise UsageError(f"{places.target}: an interrupted run of {counted} lies {where}; {advice}")
+        raise ResumeError(f"{places.target}: an interrupted run of {counted} lies {where}; {advice}")
 
 
 def is_whole(work: Path) -> bool:

@@ -26,7 +26,7 @@ from glmq.checkpoint.json_file import JsonObject, write_json
 from glmq.checkpoint.layout import PlannedFile, ShardPlan
 from glmq.checkpoint.reader import dtype_code, raw_bytes
 from glmq.checkpoint.weight_files import INDEX_SUFFIX
-from glmq.errors import CheckpointError
+from glmq.errors import LeftOverError, PlanError
 
 
 class ShardWriter:
@@ -79,7 +79,7 @@ class ShardWriter:
         """
         file, info = self._place(name)
         if dtype_code(tensor.dtype) != info.dtype or tuple(tensor.shape) != info.shape:
-            raise CheckpointError(
+            raise PlanError(
                 f"tensor {name!r} was planned as {info.dtype} {info.shape}, "
                 f"but {dtype_code(tensor.dtype)} {tuple(tensor.shape)} was to be written; this is a bug in the caller"
             )
@@ -99,7 +99,7 @@ class ShardWriter:
         expected = self._next_row.get(name, 0)
         fits = start == expected and start + rows.shape[0] <= total and tuple(rows.shape[1:]) == row_shape
         if dtype_code(rows.dtype) != info.dtype or not fits:
-            raise CheckpointError(
+            raise PlanError(
                 f"tensor {name!r} was planned as {info.dtype} {info.shape} with row {expected} next, "
                 f"but {dtype_code(rows.dtype)} {tuple(rows.shape)} was to be written at row {start}; "
                 "this is a bug in the caller"
@@ -132,7 +132,7 @@ class ShardWriter:
         """
         missing = [name for name in self._places if name not in self.checksums]
         if missing:
-            raise CheckpointError(
+            raise PlanError(
                 f"{self.directory}: {len(missing)} of {len(self._places)} planned tensors were not written, "
                 f"the first is {missing[0]!r}; this is a bug in the caller"
             )
@@ -170,9 +170,9 @@ class ShardWriter:
 
     def _place(self, name: str) -> tuple[PlannedFile, TensorInfo]:
         if name not in self._places:
-            raise CheckpointError(f"tensor {name!r} is not in the plan; this is a bug in the caller")
+            raise PlanError(f"tensor {name!r} is not in the plan; this is a bug in the caller")
         if name in self.checksums:
-            raise CheckpointError(f"tensor {name!r} was already written; this is a bug in the caller")
+            raise PlanError(f"tensor {name!r} was already written; this is a bug in the caller")
         return self._places[name]
 
     def _partial(self, file: PlannedFile) -> Path:
@@ -194,13 +194,13 @@ class ShardWriter:
         try:
             handle = os.open(partial, os.O_RDWR)
         except OSError as error:
-            raise CheckpointError(
+            raise LeftOverError(
                 f"{partial}: cannot be resumed ({error.strerror}); start again without resuming"
             ) from None
         found = os.fstat(handle).st_size
         if found != file.nbytes or os.pread(handle, len(file.header), 0) != file.header:
             os.close(handle)
-            raise CheckpointError(
+            raise LeftOverError(
                 f"{partial}: was begun with other settings ({found} bytes, wanted {file.nbytes} and the same header); "
                 "start again without resuming"
             )

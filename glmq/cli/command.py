@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
-from glmq.errors import GlmqError, SpaceError
+from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, MemoryShortError, SpaceError, UnreadableError, UsageError
 from glmq.machine import is_out_of_memory, logging_to
 from glmq.quoting import visible
 
@@ -97,10 +97,10 @@ class GlmqCommand(TyperCommand):
             _complain(error.code, str(error), json_wanted, debug)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            _complain("interrupted", f"stopped by Ctrl-C; {left}", json_wanted, debug)
+            _complain(INTERRUPTED, f"stopped by Ctrl-C; {left}", json_wanted, debug)
             raise typer.Exit(130) from error
         except Terminated as error:
-            _complain("terminated", f"stopped by SIGTERM; {left}", json_wanted, debug)
+            _complain(TERMINATED, f"stopped by SIGTERM; {left}", json_wanted, debug)
             raise typer.Exit(143) from error
         except BrokenPipeError:
             # The reader of our output went away, as `| head` does.
@@ -126,7 +126,9 @@ def usage_errors(args: Sequence[str], command: str) -> Iterator[None]:
             raise
         message = _usage_sentence(error.format_message(), args)  # type: ignore[attr-defined]
         json_wanted = "--json" in args
-        _complain("usage", message if json_wanted else f"{message}; see `{command} --help`", json_wanted, debug=False)
+        _complain(
+            UsageError.code, message if json_wanted else f"{message}; see `{command} --help`", json_wanted, debug=False
+        )
         raise typer.Exit(2) from error
 
 
@@ -145,16 +147,21 @@ def _usage_sentence(message: str, args: Sequence[str]) -> str:
 
 
 def _describe_failure(error: BaseException) -> tuple[str, str, int]:
-    """The code word, the sentence and the exit code of what is no error of glmq's own."""
+    """The code, the sentence and the exit code of what is no error of glmq's own."""
     if is_out_of_memory(error):
         sentence = "the machine's memory is used up; close other programs, or use a machine with more"
-        return SpaceError.code, sentence, SpaceError.exit_code
+        return MemoryShortError.code, sentence, MemoryShortError.exit_code
     if isinstance(error, OSError):
-        exit_code = SpaceError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else 4
+        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UnreadableError
         what = f"{error.filename}: " if error.filename else ""
-        return "os-error", f"{what}{error.strerror or error}; check the path, its permissions and the disk", exit_code
+        sentence = f"{what}{error.strerror or error}; check the path, its permissions and the disk"
+        return kind.code, sentence, kind.exit_code
     name = type(error).__name__
-    return "failed", f"unexpected failure, {name}: {error}; run again with --debug and report the traceback", 1
+    return (
+        GlmqError.code,
+        f"unexpected failure, {name}: {error}; run again with --debug and report the traceback",
+        GlmqError.exit_code,
+    )
 
 
 @contextmanager
@@ -232,7 +239,7 @@ def _complain(code: str, message: str, json_wanted: bool, debug: bool) -> None:
     if json_wanted:
         typer.echo(json.dumps({"error": {"code": code, "message": message}}, sort_keys=True))
     else:
-        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.secho(f"error[{code}]: ", fg="red", bold=True, err=True, nl=False)
         typer.echo(message, err=True)
 
 

@@ -35,7 +35,7 @@ from glmq.codec.container import (
     write_container,
 )
 from glmq.codec.tables import choose_tables, decoder_table, encoder_table, padded_classes
-from glmq.errors import CodecError, DeviceError, SpaceError
+from glmq.errors import CodecError, KernelError, MemoryShortError
 
 try:
     from glmq.codec import _codec
@@ -249,7 +249,7 @@ def _decode(
     try:
         out = np.empty((rows, cols), dtype=np.int8)
     except (MemoryError, ValueError) as error:
-        raise SpaceError(
+        raise MemoryShortError(
             f"compressed weight: no memory for its {rows} x {cols} = {rows * cols} bytes; free some"
         ) from error
     ids = padded_classes(container.class_of_column, len(container.frequencies))
@@ -294,13 +294,13 @@ def _resolve(backend: Backend) -> str | None:
     if backend == "numpy" or (backend == "auto" and not KERNELS):
         return None
     if not KERNELS:
-        raise DeviceError(
+        raise KernelError(
             f"codec backend {backend!r}: glmq was installed without a C compiler; reinstall with one, or use numpy"
         )
     if backend in ("auto", "c"):
         return KERNELS[0]
     if backend not in KERNELS:
-        raise DeviceError(
+        raise KernelError(
             f"codec backend {backend!r}: this processor does not run it; it runs {', '.join(KERNELS)} and numpy"
         )
     return backend

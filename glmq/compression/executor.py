@@ -23,7 +23,7 @@ from glmq.checkpoint.disk import DISK_FULL
 from glmq.compression.fractal import COLS, ROWS, count_fractals, to_nz
 from glmq.compression.manifest import CodecKind
 from glmq.compression.weight_codec import Compressed, EncodedTensor
-from glmq.errors import CodecError, DeviceError, SpaceError, UsageError
+from glmq.errors import CompressProgramError, DeviceError, SpaceError, TooLargeError, UsageError
 
 PROGRAM: Final = "compress_excutor"
 VARIABLE: Final = "GLMQ_EXECUTOR"
@@ -50,7 +50,7 @@ def find_executor(given: Path | None) -> Path | None:
     if given is not None:
         path = given.absolute()
         if not path.is_file() or not os.access(path, os.X_OK):
-            raise DeviceError(f"--executor {given}: is not a program; {how_to_build()}")
+            raise CompressProgramError(f"--executor {given}: is not a program; {how_to_build()}")
         return path
     spec = find_spec(_PACKAGE)  # finds it without importing it, which would patch torch
     for location in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -90,7 +90,7 @@ class AscendCodec:
     def check(self, name: str, rows: int, cols: int) -> None:
         """See Codec. Raises CodecError for a weight larger than the program takes."""
         if max(rows, cols) > MAX_DIMENSION:
-            raise CodecError(
+            raise TooLargeError(
                 f"{name}: is {rows} x {cols}, the engine's compression ends at {MAX_DIMENSION} per dimension; "
                 "split it over more ranks (--tp) or keep it float"
             )
@@ -148,7 +148,7 @@ class AscendCodec:
                 process.wait()
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
-                raise DeviceError(
+                raise CompressProgramError(
                     f"{name}: {PROGRAM} did not finish in {self._time_limit:g} s{_last_words(log)}; "
                     "is the NPU busy or hung? see `npu-smi info`"
                 ) from None
@@ -156,7 +156,7 @@ class AscendCodec:
                 with self._lock:
                     self._running.discard(process)
         if status != 0:
-            raise DeviceError(
+            raise CompressProgramError(
                 f"{name}: {PROGRAM} failed with exit status {status}{_last_words(log)}; "
                 "source CANN's set_env.sh in this shell and see `npu-smi info`"
             )
@@ -164,14 +164,16 @@ class AscendCodec:
     def _start(self, command: list[str], folder: Path, output: int) -> subprocess.Popen[bytes]:
         with self._lock:
             if self._is_stopped:
-                raise DeviceError(f"{PROGRAM}: was stopped")
+                raise CompressProgramError(f"{PROGRAM}: was stopped")
             try:
                 # Its own session, so that its helpers can be killed with it.
                 process = subprocess.Popen(
                     command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
                 )
             except OSError as error:
-                raise DeviceError(f"{command[0]}: cannot be started ({error.strerror}); {how_to_build()}") from None
+                raise CompressProgramError(
+                    f"{command[0]}: cannot be started ({error.strerror}); {how_to_build()}"
+                ) from None
             self._running.add(process)
         return process
 
@@ -180,7 +182,7 @@ class AscendCodec:
 
         def refuse(what: str) -> DeviceError:
             words = _last_words(info.parent / "log")
-            return DeviceError(
+            return CompressProgramError(
                 f"{name}: {PROGRAM} ended with status 0, but {what}{words}; its result cannot be used, "
                 "check that the program fits this CANN and this NPU"
             )

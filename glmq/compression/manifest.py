@@ -27,7 +27,7 @@ from glmq.checkpoint.checksums import digest_of, document_digest
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import Fields, JsonObject, read_json_object, write_json
 from glmq.compression.layouts import Layout, parse_layout
-from glmq.errors import CheckpointError
+from glmq.errors import DamagedError, VersionError, WrongFolderError
 from glmq.version import __version__
 
 MANIFEST: Final = "glmq_manifest.json"
@@ -130,17 +130,17 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{folder}: has no {MANIFEST}, so it was not written by `glmq compress`; give the folder that was"
         )
     document = read_json_object(path)
     digest = document.pop("digest", None)
     if document.get("schema") != SCHEMA:
         found = document.get("schema")
-        raise CheckpointError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
+        raise VersionError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
     if digest != document_digest(document):
-        raise CheckpointError(f"{path}: its checksum does not fit its contents; {_AGAIN}")
-    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; {_AGAIN}"))
+        raise DamagedError(f"{path}: its checksum does not fit its contents; {_AGAIN}")
+    fields = Fields(document, str(path), lambda sentence: DamagedError(f"{sentence}; {_AGAIN}"))
     files = fields.fields("files")
     return Manifest(
         codec=fields.choice("codec", CodecKind),
@@ -156,10 +156,10 @@ def checked_bytes(folder: Path, name: str, record: FileRecord) -> bytes:
     """The contents of a small file. Raises CheckpointError if they are not what the manifest says."""
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(f"{path}: is no file, but the manifest lists it; {_AGAIN}")
+        raise DamagedError(f"{path}: is no file, but the manifest lists it; {_AGAIN}")
     content = read_input(path, record.nbytes)
     if len(content) != record.nbytes or digest_of(content) != record.digest:
-        raise CheckpointError(f"{path}: its checksum is not the one in {MANIFEST}; {_AGAIN}")
+        raise DamagedError(f"{path}: its checksum is not the one in {MANIFEST}; {_AGAIN}")
     return content
 
 
@@ -180,7 +180,7 @@ def _parse_rank_file(part: Fields, path: Path) -> RankFile:
     for name in shapes:
         rows, cols = shapes.counts(name, 2)
         if not 0 < rows * cols <= MAX_WEIGHTS:
-            raise CheckpointError(f"{path}: {name!a:.200} holds {rows} x {cols} weights, which no linear has; {_AGAIN}")
+            raise DamagedError(f"{path}: {name!a:.200} holds {rows} x {cols} weights, which no linear has; {_AGAIN}")
         matrices[name] = (rows, cols)
     return RankFile(
         rank=part.count("rank"),
@@ -200,5 +200,5 @@ def _local(name: str, path: Path) -> str:
     """A path inside the folder; refuses one that leads out of it."""
     parts = name.split("/")
     if "" in parts or "." in parts or ".." in parts or "\\" in name or not name.isprintable():
-        raise CheckpointError(f"{path}: lists {name!a:.60}, which is no path inside the folder; {_AGAIN}")
+        raise DamagedError(f"{path}: lists {name!a:.60}, which is no path inside the folder; {_AGAIN}")
     return name

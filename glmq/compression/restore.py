@@ -40,7 +40,7 @@ from glmq.compression.origin import (
 from glmq.compression.shard import Slice
 from glmq.compression.stream import Step
 from glmq.compression.weight_codec import BLOB_SUFFIX
-from glmq.errors import CheckpointError, CodecError
+from glmq.errors import CheckpointError, CodecError, DamagedError, WrongFolderError
 from glmq.progress import resident_bytes
 
 _AGAIN: Final = "the folder is damaged or incomplete, copy it again"
@@ -53,15 +53,15 @@ def read_portable_manifest(directory: Path) -> Manifest:
         CheckpointError: not a folder of `glmq compress`, or one with the engine's codec.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a folder; give the folder that `glmq compress` wrote")
+        raise WrongFolderError(f"{directory}: is not a folder; give the folder that `glmq compress` wrote")
     manifest = read_manifest(directory)
     if manifest.codec is not CodecKind.PORTABLE:
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: was compressed by the vendor's program, and only the serving engine reads that; "
             "keep the W8A8S folder, or compress with --codec portable, to have a way back"
         )
     if [part.rank for part in manifest.rank_files] != list(range(manifest.world)):
-        raise CheckpointError(f"{directory}: {MANIFEST} does not list the parts 0 to {manifest.world - 1}; {_AGAIN}")
+        raise DamagedError(f"{directory}: {MANIFEST} does not list the parts 0 to {manifest.world - 1}; {_AGAIN}")
     return manifest
 
 
@@ -123,7 +123,7 @@ def _open_part(directory: Path, part: RankFile) -> Checkpoint:
         or digest_of(header.raw) != part.header
         or set(header.tensors) != set(part.tensors)
     ):
-        raise CheckpointError(f"{path}: is not the file that {MANIFEST} describes; {_AGAIN}")
+        raise DamagedError(f"{path}: is not the file that {MANIFEST} describes; {_AGAIN}")
     return Checkpoint(path.parent, {path: header})
 
 
@@ -184,7 +184,7 @@ def _own_slices(
     where, info = checkpoint.file_of(stored), checkpoint[stored]
     (rows, cols), dtype = (part.matrices[stored], "I8") if stored in part.matrices else (matrix_size(info), info.dtype)
     if sum(one.rows for one in slices) != rows or any(one.rows < 1 or not one.cols == cols > 0 for one in slices):
-        raise CheckpointError(f"{where}: {stored!r} has not the size of what it was cut from; {_AGAIN}")
+        raise DamagedError(f"{where}: {stored!r} has not the size of what it was cut from; {_AGAIN}")
     own: list[tuple[int, Slice]] = []
     row = 0
     for one in slices:
@@ -235,10 +235,10 @@ class _SourceFiles:
         assert part.name is not None
         info = self._infos.get(part.name)
         if info is None:
-            raise CheckpointError(f"{where.parent}: tensor {part.name!r} belongs into no file of the source; {_AGAIN}")
+            raise DamagedError(f"{where.parent}: tensor {part.name!r} belongs into no file of the source; {_AGAIN}")
         rows, cols = matrix_size(info)
         if part.row_stop > rows or part.col_stop > cols:
-            raise CheckpointError(
+            raise DamagedError(
                 f"{where}: tensor {part.name!r} has not the size that the source's header says; {_AGAIN}"
             )
         if info.dtype != dtype or part in self._placed:
@@ -314,6 +314,6 @@ def _decode(checkpoint: Checkpoint, part: RankFile, stored: str, jobs: int) -> T
 
 def _check_digest(checkpoint: Checkpoint, part: RankFile, stored: str, found: str) -> None:
     if found != part.tensors[stored]:
-        raise CheckpointError(
+        raise DamagedError(
             f"{checkpoint.file_of(stored)}: tensor {stored!r} is altered, its checksum is not the one in {MANIFEST}; {_AGAIN}"
         )

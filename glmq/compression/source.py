@@ -13,7 +13,7 @@ from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import check_link
 from glmq.compression.manifest import MANIFEST, read_manifest
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY, ModelConfig, read_config
 from glmq.spec import FloatDtype, Form, QuantType
 
@@ -45,15 +45,15 @@ def open_source(directory: Path) -> Source:
         ModelError: not a GLM-4.1V.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a folder; give the folder of the W8A8S weights")
+        raise WrongFolderError(f"{directory}: is not a folder; give the folder of the W8A8S weights")
     if (directory / MANIFEST).exists():
         manifest = read_manifest(directory)
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: is compressed already ({manifest.codec.value}, world size {manifest.world}); "
             "give the W8A8S folder it was made from, or restore that with --decompress"
         )
     if any(directory.glob("part*-of-*")):
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: holds the parts of single ranks; give the un-sharded W8A8S folder they were made from"
         )
     for path in directory.iterdir():  # all of them are kept in the compressed folder
@@ -74,24 +74,24 @@ def _read_description(directory: Path, config: JsonObject) -> Description:
     description = read_description(directory)
     if description is None:
         dtype = config.get("torch_dtype", config.get("dtype", "dtype unknown"))
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: holds float weights ({dtype}), it has no "
             f"quant_model_description.json; W8A8S weights are needed: {_HOW}"
         )
     quant_type = description.model_quant_type
     if quant_type == QuantType.W8A8SC.value:
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: is W8A8SC, which is compressed already; give the W8A8S folder it was made from"
         )
     if quant_type != QuantType.W8A8S.value:
-        raise CheckpointError(f"{directory}: is {quant_type}, but only W8A8S can be compressed; {_HOW}")
+        raise WrongFolderError(f"{directory}: is {quant_type}, but only W8A8S can be compressed; {_HOW}")
     if description.form is Form.MINDIE:
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: is W8A8S in the older MindIE form; only the ascendV1 form is compressed: "
             "quantize again without --mindie_format"
         )
     if config.get("torch_dtype") != FloatDtype.FP16.value:
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: config.json says {config.get('torch_dtype')!r}, but W8A8S exists in float16 only, as the engine "
             f"needs it; {_HOW}"
         )

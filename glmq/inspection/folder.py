@@ -15,7 +15,7 @@ from glmq.checkpoint.foreign import ForeignMethod, find_method
 from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY
 from glmq.spec import Form, QuantType
 
@@ -115,11 +115,11 @@ def scan_folder(directory: Path) -> Folder:
         CheckpointError: no such folder, or nothing in it that glmq knows.
     """
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a folder; give the folder that holds config.json and the weights")
+        raise WrongFolderError(f"{directory}: is not a folder; give the folder that holds config.json and the weights")
     problems: list[str] = []
     groups = _weight_files(directory)
     if not groups:
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{directory}: has neither safetensors files nor part folders with some; is this the right folder?"
         )
     config = _read(directory / "config.json", problems) if (directory / "config.json").is_file() else {}

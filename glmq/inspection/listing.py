@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from glmq.checkpoint.names import natural_key
-from glmq.errors import UsageError
+from glmq.errors import PatternError
 from glmq.inspection.folder import Folder, Kind, StoredTensor, layer_of, role_of
 from glmq.model.config import FAMILY
 from glmq.model.family import Area
@@ -105,12 +105,12 @@ def choose_rows(rows: Sequence[TensorRow], *, layer: str | None, name: str | Non
         chosen = [row for row in chosen if fnmatchcase(row.layer.rpartition("/")[2], wanted)]
         if not chosen:
             known = sorted({row.layer for row in rows})
-            raise UsageError(f"--layer {layer}: matches no layer; there are {', '.join(known[:8])} and so on")
+            raise PatternError(f"--layer {layer}: matches no layer; there are {', '.join(known[:8])} and so on")
     if name is not None:
         pattern = f"*{name}" if any(mark in name for mark in "*?[") else f"*{name}*"
         chosen = [row for row in chosen if fnmatchcase(row.name, pattern)]
         if not chosen:
-            raise UsageError(f"--name {name}: matches none of {len(rows)} tensors; try a part of a name or use *")
+            raise PatternError(f"--name {name}: matches none of {len(rows)} tensors; try a part of a name or use *")
     return sorted(chosen, key=SORT_KEYS[sort])
 
 

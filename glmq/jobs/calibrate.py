@@ -31,7 +31,7 @@ from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.workplace import check_output
 from glmq.device import default_compute_dtype, resolve
-from glmq.errors import UsageError
+from glmq.errors import LaunchError
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.notes import describe_convergence, describe_generation
 from glmq.jobs.run_log import run_log
@@ -213,7 +213,7 @@ def forecast_calibration(
 ) -> CalibrationForecast:
     """As `calibrate` with `dry_run`."""
     if read_place().world > 1:
-        raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
+        raise LaunchError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
     check_output(stats_path, overwrite=overwrite, resume=True, work_dir=options.work_dir)
     watcher = Watcher(watch)

@@ -44,7 +44,7 @@ from glmq.compression.stream import (
 )
 from glmq.compression.weight_codec import Codec, PortableCodec
 from glmq.engines import Engine
-from glmq.errors import DeviceError, UsageError
+from glmq.errors import CompressProgramError, LaunchError, OutputError, UsageError
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
@@ -196,7 +196,7 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
 def forecast_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None) -> CompressionPlan:
     """As `compress` with `dry_run`: refuse what the run would refuse, and touch nothing."""
     if read_place().world > 1:
-        raise UsageError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
+        raise LaunchError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
     world = job.tp or 1
     check_folders(job.model_path, job.out_path)
     check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
@@ -314,7 +314,7 @@ def settle_world(tp: int | None, place: Place) -> int:
         UsageError: the two disagree.
     """
     if place.world > 1 and tp not in (None, place.world):
-        raise UsageError(f"--tp {tp}: torchrun started {place.world} processes, one per rank; leave --tp out")
+        raise LaunchError(f"--tp {tp}: torchrun started {place.world} processes, one per rank; leave --tp out")
     return place.world if place.world > 1 else tp or 1
 
 
@@ -322,7 +322,7 @@ def check_folders(model_path: Path, out_path: Path) -> None:
     """Raise UsageError if writing `out_path` would touch `model_path`."""
     source, target = model_path.resolve(), out_path.resolve()
     if target == source or target in source.parents:
-        raise UsageError(f"{out_path}: is or holds the folder that is read; choose another --save_directory")
+        raise OutputError(f"{out_path}: is or holds the folder that is read; choose another --save_directory")
 
 
 def choose_codec(name: CodecName, executor: Path | None, watcher: Watcher) -> Codec:
@@ -338,7 +338,7 @@ def choose_codec(name: CodecName, executor: Path | None, watcher: Watcher) -> Co
     if program is not None:
         watcher.note(f"codec ascend: {program}")
         return AscendCodec(program)
-    raise DeviceError(
+    raise CompressProgramError(
         f"--codec {name}: {PROGRAM}, the vendor's compress program, was not found; for the engine's W8A8SC {how_to_build()}; "
         "for glmq's own lossless form, which is for storage and which no engine reads, pass --codec portable"
     )

@@ -22,7 +22,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, stored_bytes
 from glmq.device import resolve
-from glmq.errors import UsageError
+from glmq.errors import LaunchError, ResumeError
 from glmq.jobs.calibrate import (
     COMPUTE_DTYPES,
     Calibration,
@@ -188,7 +188,7 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
 def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch | None) -> RunPlan:
     """As `quantize` with `dry_run`: read config.json and headers, touch nothing."""
     if read_place().world > 1:
-        raise UsageError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
+        raise LaunchError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
     with _planned(job, Watcher(watch), overwrite=overwrite, resume=True) as (source, config, plan):
         if job.stats_path is not None and Workplace.of(job.stats_path).contents():
             statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
@@ -271,7 +271,7 @@ def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settin
     for key, value in wanted.items():
         found = statistics.manifest.get(key)
         if found != value:
-            raise UsageError(
+            raise ResumeError(
                 f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
                 f"this one has {value!r}; run with the same, or start again with --overwrite"
             )

@@ -12,7 +12,7 @@ from glmq.checkpoint.folder import OutputFolder
 from glmq.checkpoint.workplace import check_output
 from glmq.compression.layouts import Layout
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
-from glmq.errors import UsageError
+from glmq.errors import LaunchError
 from glmq.jobs.compress import check_folders, default_jobs, note_missing_kernels
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
@@ -105,7 +105,9 @@ def restore(
     """
     source, out = Path(source), Path(out)
     if read_place().world > 1:
-        raise UsageError("--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself")
+        raise LaunchError(
+            "--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself"
+        )
     check_folders(source, out)
     check_output(out, overwrite=overwrite, work_dir=work_dir)
     manifest = read_portable_manifest(source)

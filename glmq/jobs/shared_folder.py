@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Final
 
 from glmq.checkpoint.folder import OutputFolder
-from glmq.errors import GlmqError, LostRanksError, OtherRankError
+from glmq.errors import LostRanksError, OtherRankError, SharedDiskError
 from glmq.ranks import Ranks
 
 _STOP: Final = ".stop-"
@@ -53,7 +53,7 @@ class SharedFolder:
             self._leave(type(error), error, error.__traceback__)
             raise
         if not self.path.is_dir():
-            raise GlmqError(
+            raise SharedDiskError(
                 f"{self.path}: rank {self._ranks.place.rank} does not see the folder that rank 0 made; "
                 "all ranks must run on one machine or share the disk"
             )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
-from glmq.errors import ModelError
+from glmq.errors import ModelError, OtherModelError
 from glmq.model.family import Family, Sizes
 from glmq.model.glm4v import GLM4V
 
@@ -91,7 +91,7 @@ def read_config(directory: Path) -> ModelConfig:
     path = directory / "config.json"
     if not path.is_file():
         if (directory / ADAPTER_CONFIG).is_file():
-            raise ModelError(_describe_adapter(directory / ADAPTER_CONFIG))
+            raise OtherModelError(_describe_adapter(directory / ADAPTER_CONFIG))
         snapshots = sorted(directory.glob("snapshots/*/config.json"))
         if snapshots:
             raise ModelError(
@@ -132,7 +132,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     family = FAMILY
     if kind != family.model_type:
         why = f": {family.relatives[kind]}" if isinstance(kind, str) and kind in family.relatives else ""
-        raise ModelError(
+        raise OtherModelError(
             f"{where}: model_type is {kind!r:.60}{why}, but glmq needs {family.model_type!r} ({family.members}); "
             f"give the folder of a {family.title}"
         )
@@ -233,7 +233,7 @@ def _nest(raw: JsonObject, where: str) -> JsonObject:
 def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
     value = nested.get(key)
     if not isinstance(value, dict):
-        raise ModelError(f"{where}: has no {key}, so it is not a vision-language GLM-4.1V; restore the file")
+        raise OtherModelError(f"{where}: has no {key}, so it is not a vision-language GLM-4.1V; restore the file")
     return value
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import SURROGATE, JsonValue, read_json_object
-from glmq.errors import ModelError, SampleError
+from glmq.errors import PictureError, SampleError, SideFileError
 from glmq.machine import is_out_of_memory
 from glmq.model.bounded import BoundedError, run_bounded
 from glmq.model.config import ModelConfig
@@ -120,7 +120,7 @@ class Preprocessor:
         self._tokenizer = _load_tokenizer(directory, trust_remote_code=trust_remote_code)
         template = find_template(directory) if chat_template is None else read_template(chat_template)
         if template is None:
-            raise ModelError(
+            raise SideFileError(
                 f"{directory}: has no chat template (a base model comes without); choose one with --chat-template FILE, "
                 "e.g. the chat_template.jinja of GLM-4.1V-9B-Thinking"
             )
@@ -129,7 +129,7 @@ class Preprocessor:
         self._render(True, "")
         image_token: str | None = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
         if image_token is None:
-            raise ModelError(
+            raise SideFileError(
                 f"{directory}: its tokenizer has no token {config.image_token_id}, the image_token_id of config.json; "
                 "take both from the same release"
             )
@@ -199,7 +199,7 @@ class Preprocessor:
         try:
             return run_bounded(render)
         except BoundedError as error:
-            raise ModelError(
+            raise SideFileError(
                 f"{self._directory}: its chat template cannot be used ({error}); copy chat_template.jinja of the release there"
             ) from error
 
@@ -212,7 +212,7 @@ class Preprocessor:
         family, (width, height) = self._config.family, image.size
         defect = family.picture_defect(width, height)
         if defect is not None:
-            raise SampleError(f"its image {defect}")
+            raise PictureError(f"its image {defect}")
         smallest = family.image_processor.smallest_side
         rgb = image.convert("RGB")
         if self._max_pixels is None or width * height <= self._max_pixels:
@@ -237,7 +237,7 @@ def _read_processor_settings(directory: Path) -> _ProcessorSettings:
     size = found.get("size")
     longest = size.get("longest_edge") if isinstance(size, dict) else None
     if not isinstance(size, dict | None) or (longest is not None and (type(longest) is not int or longest < 1)):
-        raise ModelError(
+        raise SideFileError(
             f"{path}: size is {size!r:.60}, an object with a positive longest_edge is needed; copy it again"
         )
     normalization: dict[str, list[float]] = {}
@@ -248,7 +248,7 @@ def _read_processor_settings(directory: Path) -> _ProcessorSettings:
         items = values if isinstance(values, list) else []
         numbers = [float(item) for item in items if type(item) in (int, float)]
         if len(numbers) != CHANNELS or len(items) != CHANNELS or not all(lowest <= v <= 1 for v in numbers):
-            raise ModelError(
+            raise SideFileError(
                 f"{path}: {key} is {values!r:.60}, {CHANNELS} numbers from {lowest:g} to 1 are needed; copy it again"
             )
         normalization[key] = numbers
@@ -260,7 +260,7 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not str(directory).isascii() and SURROGATE.search(str(directory)):
-        raise ModelError(
+        raise SideFileError(
             f"{directory}: has a name that is no UTF-8 here, which the tokenizer's library cannot open; rename the folder, "
             "or give a link to it"
         )
@@ -286,7 +286,7 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
             raise
         _check_tokenizer_file(directory / "tokenizer.json", has_code=trust_remote_code)
         reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
-        raise ModelError(
+        raise SideFileError(
             f"{directory}: its tokenizer cannot be loaded ({reason:.200}); copy the tokenizer files of the release there"
         ) from error
 
@@ -319,7 +319,7 @@ def _check_added_tokens(directory: Path) -> None:
     for token in tokens:
         for setting in token if isinstance(token, dict) else ():
             if setting not in _TOKEN_SETTINGS:
-                raise ModelError(
+                raise SideFileError(
                     f"{directory}: a token of its tokenizer has the setting {setting!a:.60}, which no tokenizer knows; "
                     "copy the tokenizer files of the release there"
                 )
@@ -334,11 +334,13 @@ def _check_tokenizer_file(path: Path, *, has_code: bool) -> None:
     if not path.exists():
         if has_code:
             return
-        raise ModelError(f"{path.parent}: has no {path.name}, which is the tokenizer; copy it from the model's release")
+        raise SideFileError(
+            f"{path.parent}: has no {path.name}, which is the tokenizer; copy it from the model's release"
+        )
     raw = read_input(path, MAX_TOKENIZER_BYTES)
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: is not JSON ({f'{error}':.100}); copy it from the model's release") from error
+        raise SideFileError(f"{path}: is not JSON ({f'{error}':.100}); copy it from the model's release") from error
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
-        raise ModelError(f"{path}: describes no tokenizer; copy it from the model's release")
+        raise SideFileError(f"{path}: describes no tokenizer; copy it from the model's release")

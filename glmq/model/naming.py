@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, ForeignError
 from glmq.model.family import Family, renamed
 
 _ADAPTER: Final = re.compile(
@@ -39,7 +39,7 @@ def find_naming(stored: Collection[str], family: Family, expected: Collection[st
     """
     adapter = next((name for name in stored if _ADAPTER.search(f"{name}.")), None)
     if adapter is not None:
-        raise CheckpointError(
+        raise ForeignError(
             f"tensor {adapter!r} belongs to an adapter (LoRA or its like) that is not merged into the weights; "
             "merge it first, e.g. with peft's merge_and_unload(), and give the merged checkpoint"
         )

@@ -12,7 +12,7 @@ from typing import Final
 
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, read_json_object
-from glmq.errors import ModelError
+from glmq.errors import SideFileError
 from glmq.model.family import Family
 
 TEMPLATE: Final = "chat_template.jinja"
@@ -39,7 +39,9 @@ def check_needed_files(directory: Path) -> None:
         CheckpointError: a file cannot be read.
     """
     if not (directory / TOKENIZER).exists():
-        raise ModelError(f"{directory}: has no {TOKENIZER}, which is the tokenizer; copy it from the model's release")
+        raise SideFileError(
+            f"{directory}: has no {TOKENIZER}, which is the tokenizer; copy it from the model's release"
+        )
     processor_settings(directory)
 
 
@@ -133,7 +135,7 @@ def find_template(directory: Path) -> str | None:
 def _choose(templates: Mapping[str, JsonValue], where: Path) -> str:
     only = next(iter(templates.values())) if len(templates) == 1 else templates.get("default")
     if not isinstance(only, str):
-        raise ModelError(
+        raise SideFileError(
             f"{where}: has the chat templates {', '.join(sorted(templates))!a:.100}, none of them called default; "
             "choose one with --chat-template FILE"
         )
@@ -149,13 +151,13 @@ def read_template(path: Path) -> str:
     """
     raw = read_input(path, MAX_TEMPLATE_BYTES)
     if len(raw) > MAX_TEMPLATE_BYTES:
-        raise ModelError(
+        raise SideFileError(
             f"{path}: is larger than {MAX_TEMPLATE_BYTES} bytes, which no chat template is; give another file"
         )
     try:
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError:
-        raise ModelError(f"{path}: is no UTF-8 text, which a chat template is; give another file") from None
+        raise SideFileError(f"{path}: is no UTF-8 text, which a chat template is; give another file") from None
 
 
 def processor_settings(directory: Path) -> tuple[Path, JsonObject]:
@@ -172,7 +174,7 @@ def processor_settings(directory: Path) -> tuple[Path, JsonObject]:
     inner = _read(whole).get("image_processor")
     if isinstance(inner, dict):
         return whole, inner
-    raise ModelError(f"{directory}: has no {PREPROCESSOR}; copy it from the model's release")
+    raise SideFileError(f"{directory}: has no {PREPROCESSOR}; copy it from the model's release")
 
 
 def _known_classes(document: Mapping[str, JsonValue], family: Family) -> JsonObject:

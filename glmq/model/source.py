@@ -21,7 +21,7 @@ from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import JsonObject, read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.weight_files import left_beside
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, ForeignError
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.naming import find_naming
 
@@ -111,14 +111,14 @@ class _Opening:
                 )
             return None
         if not method.is_fp8:
-            raise CheckpointError(
+            raise ForeignError(
                 f"{self._stored.directory}: is quantized with {method.title} (tensor {method.tensor!r}), float weights are "
                 "needed; give the float release"
             )
         if scale_of(method.tensor, self._stored) is None:
             raise self._without_scales(method.tensor)
         if not self._options.dequantize:
-            raise CheckpointError(
+            raise ForeignError(
                 f"{self._stored.directory}: is quantized with {method.title} (tensor {method.tensor!r}); pass --dequantize "
                 "to take its weights as the float numbers that they stand for, or give the float release"
             )
@@ -154,7 +154,7 @@ class _Opening:
 
     def _without_scales(self, stored: str) -> CheckpointError:
         """The sentence for a tensor, by its name in the files, whose integers or FP8 numbers nothing gives a size."""
-        return CheckpointError(
+        return ForeignError(
             f"{self._stored.file_of(stored)}: tensor {stored!r} is {self._stored[stored].dtype}, but its scales "
             f"({' or '.join(SCALE_SUFFIXES)}) are not there, without which its values mean nothing; "
             "download the checkpoint again, or give the float release"
@@ -202,7 +202,7 @@ def check_source(source: Checkpoint, config: ModelConfig) -> None:
                 f"config.json asks for {shape}; take both from the same release"
             )
         if source.dtype_read(name) not in FLOAT_CODES:
-            raise CheckpointError(
+            raise ForeignError(
                 f"{source.file_of(name).name}: tensor {name!r} is {source[name].dtype}, one of {', '.join(FLOAT_CODES)} "
                 "is needed; give the float weights, not a quantized checkpoint"
             )

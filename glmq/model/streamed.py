@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError, ModelError
+from glmq.errors import CheckpointError, ModelError, SideFileError
 from glmq.machine import is_out_of_memory
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
@@ -124,7 +124,7 @@ class StreamedModel:
         name = f"{self._text}.embed_tokens.weight"
         unique = ids.unique()
         if int(unique[-1]) >= self.source.info(name).shape[0]:
-            raise ModelError(
+            raise SideFileError(
                 f"the tokenizer gives token {int(unique[-1])}, but {name} has {self.source.info(name).shape[0]} rows; "
                 "take tokenizer and weights from the same release"
             )

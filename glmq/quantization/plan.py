@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from glmq.errors import UsageError
+from glmq.errors import PatternError, UsageError
 from glmq.model.config import ModelConfig
 from glmq.model.family import InputGroup
 from glmq.quantization.recipe import Recipe
@@ -38,14 +38,14 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
         if rule.option and not count_matches(rule.pattern, config):
             names = [linear.name for group in groups for linear in group.linears]
             near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
-            raise UsageError(
+            raise PatternError(
                 f"{rule.option} matches none of the model's {len(names)} linears; their names look like {near[0]!r}"
             )
     plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
     for plan in plans.values():
         _check_width(plan, recipe)
     if not any(plan.is_quantized for plan in plans.values()):
-        raise UsageError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
+        raise PatternError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
     return plans
 
 
@@ -74,7 +74,7 @@ def _group_type(group: InputGroup, recipe: Recipe) -> QuantType:
     if len(found) > 1:
         # The type that an option asked for comes before the one that was left as it was.
         (first, (name, option)), (second, (other, _)) = sorted(found.items(), key=lambda item: not item[1][1])[:2]
-        raise UsageError(
+        raise PatternError(
             f"{option} makes {name} {first.value} but leaves {other} {second.value}: the engines load the "
             "linears of one input as one tensor, so they must be of one type; let the pattern match all of them"
         )

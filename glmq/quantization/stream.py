@@ -17,7 +17,7 @@ from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.linears import encode_linear, encode_norm
 from glmq.checkpoint.reader import torch_dtype
 from glmq.checkpoint.writer import ShardWriter
-from glmq.errors import CheckpointError
+from glmq.errors import DtypeRangeError
 from glmq.model.config import FAMILY
 from glmq.model.family import Block
 from glmq.quantization.output import OutputPlan, write_side_files
@@ -194,7 +194,7 @@ class _Job:
             return tensor  # kept as it is: no part of the model
         stored = tensor.to(torch_dtype(self._recipe.dtype.code))
         if stored is not tensor and stored.numel() and not torch.isfinite(torch.stack(torch.aminmax(stored))).all():
-            raise CheckpointError(
+            raise DtypeRangeError(
                 f"{self._source.file_of(name).name}: tensor {name!r} reaches {float(tensor.abs().max()):g}, "
                 f"float16 ends at 65504; pass --torch_dtype bf16 (not for W8A8S) or repair the checkpoint"
             )

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Final
 
 from glmq.engines import Chip, Engine, Place
-from glmq.errors import UsageError
+from glmq.errors import TargetError
 from glmq.spec import FloatDtype, Form, QuantType
 
 
@@ -41,20 +41,20 @@ def refuse_unloadable(target: Target, quant_type: QuantType, dtype: FloatDtype, 
     dtypes = place.dtypes(quant_type)
     if not dtypes:
         known = ", ".join(known.value for known in place.types())
-        raise UsageError(
+        raise TargetError(
             f"--target {target.value} does not load {quant_type.value}: {place.why_not(quant_type)}; it loads {known}"
         )
     if dtype not in dtypes:
-        raise UsageError(
+        raise TargetError(
             f"--target {target.value} loads {quant_type.value} in {dtypes[0].value} only, not {dtype.value}; "
             f"pass --torch_dtype {'fp16' if dtypes[0] is FloatDtype.FP16 else 'bf16'}"
         )
     if form not in place.engine.spec.forms:
         if form is Form.MINDIE:
-            raise UsageError(
+            raise TargetError(
                 f"--mindie_format True with --target {target.value}: it reads the ascendV1 layout alone; drop --mindie_format"
             )
-        raise UsageError(
+        raise TargetError(
             f"--format {form.value} with --target {target.value}: {place.engine.spec.title} does not read it; drop one of them"
         )
 
@@ -63,7 +63,7 @@ def _refuse_dtype(quant_type: QuantType, dtype: FloatDtype) -> None:
     """Raise UsageError if engines load the type, but none in that dtype; a type that none loads yet may have either."""
     dtypes = {known for engine in Engine for known in Place(engine, None).dtypes(quant_type)}
     if dtypes and dtype not in dtypes:
-        raise UsageError(
+        raise TargetError(
             f"--torch_dtype bf16 with a sparse type ({quant_type.value}): no engine loads it, "
             "the 300I Duo has no bfloat16; pass --torch_dtype fp16"
         )

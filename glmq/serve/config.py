@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 
 from glmq.checkpoint.description import ASCEND_V1, parse_description
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, WrongFolderError
 from glmq.serve.linear import GlmqLinearMethod
 from glmq.spec import Activation, FloatDtype, Form, QuantType
 
@@ -48,7 +48,7 @@ class GlmqConfig(QuantizationConfig):
         super().__init__()
         description = parse_description(Path(ASCEND_V1), document)
         if description.form is not Form.ASCEND_V1:
-            raise CheckpointError(
+            raise WrongFolderError(
                 f"{ASCEND_V1}: has no version, so it is of the MindIE form; quantize with `--format ascendv1`"
             )
         for name, kind in description.tensors.items():

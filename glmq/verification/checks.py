@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
-from glmq.errors import CheckpointError, GlmqError
+from glmq.errors import CheckpointError, GlmqError, WrongFolderError
 from glmq.inspection.folder import Folder, Kind, foreign_entries, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
@@ -69,9 +69,9 @@ def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engi
     """
     folder = scan_folder(candidate)
     if folder.kind is Kind.STATISTICS:
-        raise CheckpointError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
+        raise WrongFolderError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
     if folder.kind is Kind.FLOAT and folder.tensors and not folder.has_integers:
-        raise CheckpointError(
+        raise WrongFolderError(
             f"{candidate}: is a float checkpoint, verify checks quantized ones; give what `glmq quantize` wrote, and this "
             "folder as --reference"
         )

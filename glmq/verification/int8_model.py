@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from glmq.checkpoint.linears import decode_linear, integer_linears
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError
+from glmq.errors import WrongFolderError
 from glmq.model.config import ModelConfig
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.int8_linear import run_linear
@@ -99,7 +99,7 @@ def _check_names(source: Checkpoint, config: ModelConfig) -> None:
     known = {linear.name for group in config.family.groups(config) for linear in group.linears}
     for name in integer_linears(source):
         if name not in known:
-            raise CheckpointError(
+            raise WrongFolderError(
                 f"{source.directory}: {name}.weight is int8, but {name} is no linear of the model; "
                 "is this a compressed or sharded checkpoint? Run `glmq compress --decompress` first"
             )

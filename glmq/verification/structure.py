@@ -19,7 +19,7 @@ from glmq.checkpoint.compressed_config import is_compressed_tensors
 from glmq.checkpoint.description import Description, find_descriptions
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, WrongFolderError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
 from glmq.spec import FloatDtype, Form, QuantType
@@ -87,7 +87,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         CheckpointError: `candidate` is not a folder.
     """
     if not candidate.is_dir():
-        raise CheckpointError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
+        raise WrongFolderError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
     if _is_compressed_tensors(candidate):
         yield from _check_compressed_tensors(candidate, source)
         return

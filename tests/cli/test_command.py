@@ -94,7 +94,7 @@ def test_a_flags_word_is_not_taken_from_another_option() -> None:
 def test_another_word_for_a_flag_is_wrong_usage(word: str) -> None:
     attached = call("act", f"--is_lowbit={word}")
     assert attached.exit_code == 2
-    sentence = f"error: --is_lowbit {word}: True or False is needed; see `root act --help`\n"
+    sentence = f"error[GLMQ-E201]: --is_lowbit {word}: True or False is needed; see `root act --help`\n"
     assert attached.stderr == sentence
     apart = call("act", "--is_lowbit", word)
     assert (apart.exit_code, apart.stdout, apart.stderr) == (2, "", sentence)
@@ -103,74 +103,68 @@ def test_another_word_for_a_flag_is_wrong_usage(word: str) -> None:
 def test_a_number_that_is_none_is_wrong_usage() -> None:
     result = call("act", "--w_bit", "four")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: --w_bit: a whole number is needed; see `root act --help`\n"
+    assert result.stderr == "error[GLMQ-E201]: --w_bit: a whole number is needed; see `root act --help`\n"
 
 
-@pytest.mark.parametrize(
-    ("kind", "exit_code", "code"),
-    [
-        (errors.GlmqError, 1, "failed"),
-        (errors.UsageError, 2, "usage"),
-        (errors.InputError, 4, "bad-input"),
-        (errors.CheckpointError, 4, "bad-checkpoint"),
-        (errors.ModelError, 4, "bad-model"),
-        (errors.SampleError, 4, "bad-samples"),
-        (errors.StatisticsError, 4, "bad-statistics"),
-        (errors.CodecError, 4, "bad-compressed-weight"),
-        (errors.ResourceError, 5, "no-resource"),
-        (errors.SpaceError, 5, "no-space"),
-        (errors.DeviceError, 5, "no-device"),
-        (errors.EngineError, 5, "no-engine"),
-    ],
-)
-def test_every_error_is_one_sentence_and_its_exit_code(
-    kind: type[errors.GlmqError], exit_code: int, code: str, monkeypatch: pytest.MonkeyPatch
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and "code" in vars(kind)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_is_its_code_one_sentence_and_its_exit_code(
+    kind: type[errors.GlmqError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raising(monkeypatch, kind("a [red] sentence"))
     result = call("act")
-    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", "error: a [red] sentence\n")
+    assert (result.exit_code, result.stdout) == (kind.exit_code, "")
+    assert result.stderr == f"error[{kind.code}]: a [red] sentence\n"
     result = call("act", "--json")
-    assert (result.exit_code, result.stderr) == (exit_code, "")
-    assert json.loads(result.stdout) == {"error": {"code": code, "message": "a [red] sentence"}}
+    assert (result.exit_code, result.stderr) == (kind.exit_code, "")
+    assert json.loads(result.stdout) == {"error": {"code": kind.code, "message": "a [red] sentence"}}
+    assert kind.code.startswith(f"GLMQ-E{kind.exit_code}")
+
+
+def test_every_kind_of_error_has_its_own_code() -> None:
+    assert len({kind.code for kind in KINDS}) == len(KINDS) > 30
+    assert (errors.UsageError.code, errors.DamagedError.code) == ("GLMQ-E201", "GLMQ-E402")
 
 
 @pytest.mark.parametrize(
-    ("error", "exit_code", "sentence"),
+    ("error", "exit_code", "code", "sentence"),
     [
         (
-            ZeroDivisionError("division by zero"), 1,
+            ZeroDivisionError("division by zero"), 1, "GLMQ-E101",
             "unexpected failure, ZeroDivisionError: division by zero; run again with --debug and report the traceback",
         ),
-        (MemoryError(), 5, "the machine's memory is used up; close other programs, or use a machine with more"),
+        (MemoryError(), 5, "GLMQ-E502", "the machine's memory is used up; close other programs, or use a machine with more"),
         (
-            OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5,
+            OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5, "GLMQ-E501",
             "/data/out: No space left on device; check the path, its permissions and the disk",
         ),
         (
-            OSError(errno.EDQUOT, "Disk quota exceeded"), 5,
+            OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "GLMQ-E501",
             "Disk quota exceeded; check the path, its permissions and the disk",
         ),
         (
-            PermissionError(errno.EACCES, "Permission denied", "/data/out"), 4,
+            PermissionError(errno.EACCES, "Permission denied", "/data/out"), 4, "GLMQ-E406",
             "/data/out: Permission denied; check the path, its permissions and the disk",
         ),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C; nothing half-written was left behind"),
+        (KeyboardInterrupt(), 130, "GLMQ-E130", "stopped by Ctrl-C; nothing half-written was left behind"),
     ],
 )  # fmt: skip
 def test_other_failures_are_one_sentence_too(
-    error: BaseException, exit_code: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, exit_code: int, code: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raising(monkeypatch, error)
     result = call("act")
-    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", f"error: {sentence}\n")
-    assert json.loads(call("act", "--json").stdout)["error"]["message"] == sentence
+    assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", f"error[{code}]: {sentence}\n")
+    assert json.loads(call("act", "--json").stdout) == {"error": {"code": code, "message": sentence}}
 
 
 def test_a_run_that_can_be_resumed_says_so_when_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, KeyboardInterrupt())
     result = call("long-run")
     assert result.exit_code == 130
-    assert result.stderr == "error: stopped by Ctrl-C; --resume continues after the last finished block\n"
+    assert result.stderr == "error[GLMQ-E130]: stopped by Ctrl-C; --resume continues after the last finished block\n"
 
 
 def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +172,7 @@ def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -
     assert "Traceback" not in call("act").stderr
     shown = call("act", "--debug").stderr
     assert shown.startswith("Traceback (most recent call last):\n")
-    assert shown.endswith("glmq.errors.ModelError: no\nerror: no\n")
+    assert shown.endswith("glmq.errors.ModelError: no\nerror[GLMQ-E411]: no\n")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +188,7 @@ def test_wrong_usage_is_one_object_with_json(args: list[str], message: str) -> N
     result = call("act", "--json", *args)
     assert (result.exit_code, result.stderr) == (2, "")
     found = json.loads(result.stdout)["error"]
-    assert found["code"] == "usage"
+    assert found["code"] == "GLMQ-E201"
     assert found["message"].startswith(message)
 
 
@@ -237,7 +231,10 @@ def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: 
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
-    assert stderr == f"cleaned up\nerror: stopped by {name}; --resume continues after the last finished block\n"
+    assert (
+        stderr
+        == f"cleaned up\nerror[GLMQ-E{code}]: stopped by {name}; --resume continues after the last finished block\n"
+    )
 
 
 @pytest.mark.slow
@@ -261,7 +258,7 @@ def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == (
-        f"error: {tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it\n"
+        f"error[GLMQ-E411]: {tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it\n"
     )
 
 
@@ -275,7 +272,7 @@ def test_a_log_file_has_the_machine_each_block_and_the_traceback_of_a_failure(
     assert "versions: glmq " in text
     assert "quantize: 5/6 lm_head, " in text
     assert run(*command, "--log-file", path).exit_code == 2
-    assert f"UsageError: {tmp_path / 'out'}: is not empty" in path.read_text(encoding="utf-8")
+    assert f"OutputError: {tmp_path / 'out'}: is not empty" in path.read_text(encoding="utf-8")
 
 
 def test_a_log_file_that_cannot_be_written_is_one_sentence(small: Path, tmp_path: Path) -> None:

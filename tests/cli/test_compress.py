@@ -61,7 +61,7 @@ def test_without_the_vendors_program_nothing_looks_like_success(
         f"{how_to_build()}; for glmq's own lossless form, which is for storage and which no engine reads, pass --codec portable"
     )
     if "--json" in options:
-        assert json.loads(result.stdout) == {"error": {"code": "no-device", "message": sentence}}
+        assert json.loads(result.stdout) == {"error": {"code": "GLMQ-E512", "message": sentence}}
     else:
         assert result.stderr == f"error: {sentence}\n"
     assert left_over(tmp_path) == []
@@ -260,7 +260,7 @@ def test_what_is_no_w8a8s_is_bad_input(tiny: Path, tmp_path: Path) -> None:
     assert complaint(4, *compress(tiny, tmp_path / "out")).startswith(f"error: {tiny}: holds float weights (bfloat16)")
     result = run(*compress(tiny, tmp_path / "out", "--json"))
     assert result.exit_code == 4
-    assert json.loads(result.stdout)["error"]["code"] == "bad-checkpoint"
+    assert json.loads(result.stdout)["error"]["code"] == "GLMQ-E403"
     assert left_over(tmp_path) == []
 
 

@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_used_is_wrong_usage(content: bytes | None, what: 
     result = run("quantize", "--config", file, "--model_path", "m", "--save_directory", "o", "--json")
     assert (result.exit_code, result.stderr) == (2, "")
     error = json.loads(result.stdout)["error"]
-    assert error["code"] == "usage"
+    assert error["code"] == "GLMQ-E201"
     assert error["message"].startswith(f"--config {file}: {what}")
 
 

@@ -125,7 +125,7 @@ def test_statistics_and_compressed_folders_are_described(small_stats: Path, tiny
 def test_a_wrong_folder_and_contradicting_options_are_refused(tiny: Path, tmp_path: Path) -> None:
     result = run("inspect", tmp_path, "--json")
     assert result.exit_code == 4
-    assert json.loads(result.stdout)["error"]["code"] == "bad-checkpoint"
+    assert json.loads(result.stdout)["error"]["code"] == "GLMQ-E403"
     result = run("inspect", tiny, tiny, "--values")
     assert result.exit_code == 2
     assert "--values and --sort are for one checkpoint" in result.stderr

@@ -67,7 +67,7 @@ def test_a_folder_that_somebody_fills_during_the_run_is_left_alone(
     assert result.exit_code == 5
     error = json.loads(result.stdout)["error"]
     kept = tmp_path / ".out.partial" / "result"
-    assert error["code"] == "kept"
+    assert error["code"] == "GLMQ-E533"
     assert error["message"].startswith(
         f"{out}: was changed by somebody else while the run was at work; the output is finished"
     )
@@ -90,7 +90,7 @@ def test_a_second_run_ends_at_once_with_the_name_of_the_first(
         assert tree(tmp_path) == before
     assert result.exit_code == 5
     error = json.loads(result.stdout)["error"]
-    assert error["code"] == "busy"
+    assert error["code"] == "GLMQ-E531"
     assert f"{out}: is being written by process {os.getpid()} on {os.uname().nodename} since " in error["message"]
 
 
