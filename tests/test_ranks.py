@@ -114,7 +114,7 @@ def test_a_process_alone_with_the_variables_of_another_job_says_what_it_waits_fo
         f"MASTER_ADDR=127.0.0.1 MASTER_PORT={free_port}, where the 2 ranks of WORLD_SIZE meet, "
         f"was not reached by rank {1 - rank} within 3 seconds; {ADVICE}"
     )
-    assert (caught.value.exit_code, caught.value.code) == (5, "no-ranks")
+    assert (caught.value.exit_code, caught.value.code) == (5, "GLMQ-E541")
 
 
 def test_the_others_have_five_minutes_to_come(free_port: str) -> None:
@@ -213,6 +213,6 @@ def test_a_rank_that_differs_is_refused_on_every_rank_with_both_values() -> None
         ranks.check_same({"threads": "1"})
         ranks.check_same({"limit": "2" if ranks.place.rank == 2 else "1", "threads": "1"})
 
-    sentence = "UsageError: rank 2 has limit '2', rank 0 has '1'; start all ranks alike"
+    sentence = "LaunchError: rank 2 has limit '2', rank 0 has '1'; start all ranks alike"
     assert run_ranks(3, rank_main) == [sentence] * 3
     Ranks(Place(0, 1)).check_same({"limit": "1"})

@@ -349,7 +349,7 @@ def test_all_ranks_stop_when_the_sample_of_one_overflows(
         "leave this sample out"
     )
     assert run_ranks(2, work) == [
-        f"OtherRankError: stopped because rank 1 failed: {sentence}", f"SampleError: {sentence}",
+        f"OtherRankError: stopped because rank 1 failed: {sentence}", f"NonFiniteError: {sentence}",
     ]  # fmt: skip
 
 

@@ -646,7 +646,7 @@ def test_a_second_run_stops_before_it_touches_anything(target: Path, options: di
         f"{target}: is being written by process {os.getpid()} on {os.uname().nodename} since 2"
     )
     assert str(caught.value).endswith("; wait until it ends, or choose another folder")
-    assert (caught.value.exit_code, caught.value.code) == (5, "busy")
+    assert (caught.value.exit_code, caught.value.code) == (5, "GLMQ-E531")
     assert tree(target.parent).keys() == {"out", "out/first.txt"}
 
 
