@@ -32,7 +32,8 @@ PLACEHOLDERS: Final = {name: name.replace(" ", "_") for name in OWN_FOLDERS} | {
     "W8A8SC weights": "W8A8SC_weights",
     "W8A8_DYNAMIC weights": "W8A8_DYNAMIC_weights",
     "weights": "W8A8_weights",
-    "merged weights": "float_weights",
+    "packed weights": "packed_weights",
+    "unpacked weights": "unpacked_weights",
 }
 """What a reader puts in, as it is called here."""
 

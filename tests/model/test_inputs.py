@@ -53,7 +53,9 @@ def test_one_placeholder_stands_for_each_merged_patch(width: int, height: int, g
 
 
 def test_an_image_beyond_the_models_limit_is_shrunk_to_6032_tokens() -> None:
-    inputs = preprocessor().encode(Image.new("RGB", (3840, 2160)), PROMPT, None)
+    config = replace(read_config(TINY_CHECKPOINT), max_tokens=65536)
+    preprocessor = Preprocessor(TINY_CHECKPOINT, config, max_pixels=None, trust_remote_code=False)
+    inputs = preprocessor.encode(Image.new("RGB", (3840, 2160)), PROMPT, None)
     assert inputs.grid.tolist() == [[1, 116, 208]]
     assert int((inputs.ids == IMAGE_TOKEN).sum()) == 6032
 
