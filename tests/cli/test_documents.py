@@ -156,6 +156,23 @@ def test_the_chinese_readme_has_the_headings_and_commands_of_the_english_one() -
     assert rows[0] == rows[1]
 
 
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [*DOCUMENTS, ROOT / "SECURITY.md"]:
+        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            target = document.parent / path if path else document
+            if "://" not in link:
+                assert target.exists(), f"{document.name}: {link}"
+                assert not anchor or anchor in _anchors(target), f"{document.name}: {link}"
+
+
+def _anchors(document: Path) -> set[str]:
+    """As GitHub and mkdocs name headings of plain words."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
 def test_the_readme_can_be_read_in_one_sitting() -> None:
     for path in (README, CHINESE):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
