@@ -85,6 +85,7 @@ def workplace(small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path) -> None:
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     for verb in VERBS:
@@ -94,6 +95,7 @@ def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path)
     assert runner.summarize(verbose=False).failed == 0
 
 
+@pytest.mark.slow
 def test_all_verbs_take_less_than_ten_lines_and_nothing_is_printed(
     workplace: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +112,7 @@ def test_all_verbs_take_less_than_ten_lines_and_nothing_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_dry_run_gives_the_plan_and_writes_nothing(workplace: Path) -> None:
     before = sorted(workplace.iterdir())
     forecast = glmq.calibrate("GLM-4.1V", images="photos", out="stats", dry_run=True)
@@ -121,6 +124,7 @@ def test_a_dry_run_gives_the_plan_and_writes_nothing(workplace: Path) -> None:
     assert {path.name: path.stat().st_size for path in (workplace / "stats").iterdir()} == dict(forecast.plan.files)
 
 
+@pytest.mark.slow
 def test_a_run_that_the_watcher_interrupts_is_resumed_to_the_same_result(workplace: Path) -> None:
     glmq.calibrate("GLM-4.1V", images="photos", out="whole")
 

@@ -33,9 +33,13 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for a copy of the package, and the cache of mypy beside it, whose largest part is torch's."""
+    """A folder for a copy of the package, and the cache of mypy beside it, whose largest part is torch's: the project's own, if
+    mypy was run there before."""
     root = tmp_path_factory.mktemp("house")
-    shutil.copy(Path(__file__).parents[1] / "pyproject.toml", root)
+    project = Path(__file__).parents[1]
+    shutil.copy(project / "pyproject.toml", root)
+    if (project / ".mypy_cache").exists():
+        shutil.copytree(project / ".mypy_cache", root / "cache")
     return root
 
 

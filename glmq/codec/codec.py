@@ -215,14 +215,19 @@ def read_info(blob: Blob) -> CodecInfo:
 
 def zero_order_entropy(matrix: NDArray[np.int8]) -> float:
     """Entropy of the histogram of all values of a contiguous matrix, bits per value."""
+    return _entropy_bits(count_bytes(matrix), matrix.size)
+
+
+def count_bytes(matrix: NDArray[np.int8]) -> NDArray[np.int64]:
+    """How often each byte occurs in a contiguous matrix: int64 [256], entry i counts the value i, or i - 256 from 128 on."""
+    counts = np.zeros(256, dtype=np.int64)
     if KERNELS:
-        counts = np.frombuffer(_codec.count_values(matrix), dtype=np.int64)
-    else:
-        flat = matrix.reshape(-1).view(np.uint8)
-        counts = np.zeros(256, dtype=np.int64)
-        for start in range(0, flat.size, _HISTOGRAM_VALUES):
-            counts += np.bincount(flat[start : start + _HISTOGRAM_VALUES], minlength=256)
-    return _entropy_bits(counts, matrix.size)
+        counts += np.frombuffer(_codec.count_values(matrix), dtype=np.int64)
+        return counts
+    flat = matrix.reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, _HISTOGRAM_VALUES):
+        counts += np.bincount(flat[start : start + _HISTOGRAM_VALUES], minlength=256)
+    return counts
 
 
 def at_most_bytes(rows: int, cols: int) -> int:

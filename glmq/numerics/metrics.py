@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-INT8_VALUES = 256
+from glmq.codec.codec import count_bytes
 
 
 def relative_l2(candidate: Tensor, reference: Tensor) -> float:
@@ -33,9 +33,7 @@ def cosine(candidate: Tensor, reference: Tensor) -> float:
 
 def count_int8(q: Tensor) -> Tensor:
     """How often each int8 value occurs: int64 [256], entry i counts the value i - 128."""
-    counts = torch.zeros(INT8_VALUES, dtype=torch.int64)
-    for part in q.reshape(-1).view(torch.uint8).split(1 << 18):  # small enough for a core's cache
-        counts += torch.bincount(part, minlength=INT8_VALUES)
+    counts = torch.from_numpy(count_bytes(q.contiguous().numpy()))
     return counts.roll(128)  # two's complement order -> numeric order
 
 

@@ -124,6 +124,7 @@ def test_the_median_text_input_decides(median: Convergence, is_settled: bool) ->
     assert (found.inputs, found.is_settled, [site for site, _ in found.worst]) == (3, is_settled, ["c", "b", "a"])
 
 
+@pytest.mark.slow
 def test_the_last_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     calibrate(tiny, tmp_path / "two", pictures, limit=2, watch=events.append)
@@ -140,6 +141,7 @@ def test_the_last_notes_say_what_changed_and_what_would_help(tiny: Path, picture
     ]
 
 
+@pytest.mark.slow
 def test_sixteen_pictures_settle_the_tiny_model(tiny_stats: Path) -> None:
     assessment = assess(Statistics.open(tiny_stats).settled())
     assert assessment is not None

@@ -65,6 +65,7 @@ def answered(tiny: Path, samples: tuple[Sample, ...], tmp_path_factory: pytest.T
     return generate(tiny, samples, tmp_path_factory.mktemp("answered"), TOKENS)[1]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_transformers_own_generation(
     tiny: Path, samples: tuple[Sample, ...], answered: tuple[Sample, ...]
 ) -> None:
@@ -92,6 +93,7 @@ def test_answers_are_those_of_transformers_own_generation(
     )
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_read_for_each_token_and_change_nothing(
     tiny: Path,
     samples: tuple[Sample, ...],
@@ -168,6 +170,7 @@ def test_quantize_takes_such_statistics_for_the_same_answers_only(small: Path, p
     assert "other samples, prompt, limit or --generate than the command names" in sentence
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_between_answers_continues_to_the_same_bytes(
     small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -291,6 +291,7 @@ def test_a_run_that_was_stopped_after_any_block_continues_to_the_same_bytes(
     assert tree(out) == tree(statistics.directory)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_several_ranks_write_the_bytes_of_one(
     world: int,

@@ -153,6 +153,7 @@ def test_a_lying_header_is_refused_with_the_reason(tmp_path: Path, header: objec
     assert refusal(write(tmp_path / "a", header)) == message
 
 
+@pytest.mark.slow
 def test_more_tensors_than_any_model_has_are_refused_before_they_are_looked_at(tmp_path: Path) -> None:
     text = b"{" + b",".join(b'"%d":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}' % i for i in range(50_001)) + b"}"
     assert refusal(write(tmp_path / "a", text, b"")) == "50001 tensors are more than any GLM-4.1V has, 50000 are read"
@@ -207,6 +208,7 @@ def small_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_header_is_refused_or_leaves_a_consistent_file(tmp_path: Path, data: st.DataObject) -> None:

@@ -91,6 +91,7 @@ def test_the_json_of_a_dry_run_is_the_librarys_forecast(small: Path, pictures: P
     assert 0 < found["output_bytes"] < found["free_bytes"]
 
 
+@pytest.mark.slow
 def test_underscores_are_the_same_command(small: Path, pictures: Path, tmp_path: Path) -> None:
     for name, dash in (("one", "-"), ("two", "_")):
         options = [f"--model{dash}path", small, f"--calib{dash}images", pictures, f"--device{dash}type", "cpu"]
@@ -222,6 +223,7 @@ def test_a_disk_without_room_stops_the_run_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_named_and_the_run_can_be_resumed(
     small: Path, pictures: Path, small_stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

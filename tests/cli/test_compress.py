@@ -232,6 +232,7 @@ def test_two_folders_are_wanted(arguments: list[str], sentence: str) -> None:
     assert complaint(2, "compress", *arguments).startswith(f"error: {sentence}")
 
 
+@pytest.mark.slow
 def test_the_trained_tiny_model_with_six_heads_is_not_split_over_four(tiny_seed: Path, tmp_path: Path) -> None:
     assert complaint(2, *compress(tiny_seed, tmp_path / "out", "--tp", 4)) == (
         "error: --tp 4: 6 attention heads do not divide by 4; world sizes that work for this model: 1, 2"

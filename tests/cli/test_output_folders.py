@@ -50,6 +50,7 @@ def commands(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_folder_that_somebody_fills_during_the_run_is_left_alone(
     verb: str, commands: dict[str, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -104,6 +105,7 @@ def mount(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", target], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_mount_point_is_as_good_as_a_folder(
     verb: str, commands: dict[str, list], mount: Path, tmp_path: Path
@@ -155,6 +157,7 @@ def test_a_limit_of_file_size_is_named_before_the_work(
     )
 
 
+@pytest.mark.slow
 def test_statistics_that_nobody_named_lie_in_the_work_folder(
     small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +172,7 @@ def test_statistics_that_nobody_named_lie_in_the_work_folder(
     assert Workplace.of(tmp_path / "out").contents() == sorted(path.name for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_work_folder_may_lie_elsewhere(verb: str, commands: dict[str, list], tmp_path: Path) -> None:
     glmq(*commands[verb], tmp_path / "usual", "-q")

@@ -77,6 +77,7 @@ def test_the_sparse_command_runs_as_a_program(
     assert "Warning" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_sparse_command_runs_on_an_npu(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_the_sparse_command_runs_on_an_npu(
     assert tree(tmp_path / "out") == seed_output
 
 
+@pytest.mark.slow
 def test_dashes_and_flags_are_the_same_command(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
@@ -120,6 +122,7 @@ def test_the_screen_shows_errors_bytes_and_the_next_command(small: Path, small_s
     ]
 
 
+@pytest.mark.slow
 def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp_path: Path) -> None:
     result = glmq(
         "quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", pictures, *SEED
@@ -190,6 +193,7 @@ def test_patterns_say_how_many_linears_they_match(small: Path, small_stats: Path
     ]
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_where_they_are_asked_for_and_used_again(
     small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +207,7 @@ def test_statistics_are_kept_where_they_are_asked_for_and_used_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "stats", "two"]
 
 
+@pytest.mark.slow
 def test_overwriting_replaces_an_older_output(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     glmq(*command(small, small_stats, out, *SEED))
@@ -249,6 +254,7 @@ def test_a_dry_run_without_statistics_counts_the_calibration(small: Path, pictur
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_options_written_to_a_file_give_the_same_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     options = command(small, small_stats, out, *SEED, "--keep-float", "*.o_proj")
@@ -471,6 +477,7 @@ def test_bad_input_is_one_sentence_and_leaves_everything_as_it_was(
     assert tree(work) == before
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_and_counted_when_asked_to(small: Path, pictures: Path, tmp_path: Path) -> None:
     shutil.copytree(pictures, tmp_path / "images")
     (tmp_path / "images" / "!.png").write_bytes(b"no image")

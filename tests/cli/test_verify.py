@@ -26,6 +26,7 @@ def copy(tiny_seed: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_good_checkpoint_passes_with_behaviour_and_captions(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     result = glmq("verify", tiny_seed, "--reference", tiny, "--cases", CASES, "--limit", 2, "--html", page)
@@ -39,6 +40,7 @@ def test_a_good_checkpoint_passes_with_behaviour_and_captions(tiny: Path, tiny_s
     assert html.count("<svg") >= 3
 
 
+@pytest.mark.slow
 def test_json_has_findings_linears_blocks_and_predictions(tiny: Path, tiny_seed: Path, pictures: Path) -> None:
     found = json.loads(
         glmq("verify", tiny_seed, "--reference", tiny, "--calib-images", pictures, "--limit", 1, "--json").stdout
@@ -96,6 +98,7 @@ def test_lost_checksums_are_an_error(copy: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
     (copy / "chat_template.jinja").unlink()
@@ -118,6 +121,7 @@ def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
@@ -133,6 +137,7 @@ def test_limits_decide_what_behaviour_is_right(
     assert message in result.stdout
 
 
+@pytest.mark.slow
 def test_a_model_that_says_something_else_fails(tiny: Path, copy: Path) -> None:
     def edit(tensors: dict) -> None:
         for name in list(tensors):
@@ -147,6 +152,7 @@ def test_a_model_that_says_something_else_fails(tiny: Path, copy: Path) -> None:
     assert "is 1 away from the float linear's output, wanted at most 0.3" in result.stdout
 
 
+@pytest.mark.slow
 def test_behaviour_that_cannot_be_measured_is_a_finding(tiny: Path, copy: Path) -> None:
     edit_tensors(copy, lambda tensors: tensors.__delitem__("model.language_model.norm.weight"))
     result = run("verify", copy, "--reference", tiny, "--cases", CASES, "--limit", 1)
@@ -155,6 +161,7 @@ def test_behaviour_that_cannot_be_measured_is_a_finding(tiny: Path, copy: Path) 
     assert "has no tensor 'model.language_model.norm.weight'" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_tool_without_its_config_is_still_run(tiny: Path, copy: Path) -> None:
     (copy / "config.json").unlink()
     result = run("verify", copy, "--reference", tiny, "--cases", CASES, "--limit", 1)
@@ -209,6 +216,7 @@ def test_without_a_folder_a_sentence_asks_for_one() -> None:
     assert "give the folder of a quantized or compressed checkpoint" in re.sub(r"[\s│]+", " ", result.stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["layers.1\u00b2.x", "layers." + "7" * 4301 + ".weight", "layers.\u0663.weight"])
 def test_a_tensor_of_any_name_is_reported_and_stops_nothing(
     small: Path, small_stats: Path, tmp_path: Path, name: str

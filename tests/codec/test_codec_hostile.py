@@ -55,6 +55,7 @@ def test_signing_an_unaltered_file_changes_nothing(blob):
     assert sign(blob) == blob
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_flipped_bit_goes_unnoticed(blob, backend):
     rng = np.random.default_rng(1)

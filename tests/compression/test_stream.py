@@ -50,6 +50,7 @@ def run(source: Source, codec: Codec, layout: Layout, world: int, folder: Path, 
     return records
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_a_mindie_folder_has_exactly_the_files_and_tensors_of_the_format(
     source: Source, tmp_path: Path, world: int

@@ -72,6 +72,7 @@ def real_weight(folder: Path, name: str) -> torch.Tensor:
     return weight.double() * (deq.double() / tensors[f"{name}.input_scale"].double())[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", ["w8a8s", "w8a8", "w4a8"])
 def test_the_difference_is_one_of_the_function_with_smoothing_undone(
     small: Path, kinds: dict[str, Path], label: str

@@ -2,6 +2,7 @@ import os
 import shutil
 from pathlib import Path
 
+import pytest
 from helpers import W8A8S, quantize, tree, without_sensitivity
 
 from glmq.checkpoint.workplace import RESULT, make_work
@@ -10,6 +11,7 @@ from glmq.progress import Note
 from glmq.quantization.recipe import Options, make_recipe
 
 
+@pytest.mark.slow
 def test_what_a_killed_calibration_left_beside_its_whole_statistics_goes(
     tiny: Path, tiny_stats: Path, tmp_path: Path
 ) -> None:
@@ -22,6 +24,7 @@ def test_what_a_killed_calibration_left_beside_its_whole_statistics_goes(
     assert sorted(os.listdir(tmp_path)) == ["out", "stats"]
 
 
+@pytest.mark.slow
 def test_old_statistics_deal_bits_out_by_errors_and_say_so(small: Path, small_stats: Path, tmp_path: Path) -> None:
     old = without_sensitivity(small_stats, tmp_path / "old")
     notes: list[str] = []

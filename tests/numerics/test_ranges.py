@@ -25,6 +25,7 @@ def test_minmax_covers_every_value_after_scaling() -> None:
     assert minmax_range(stats_of(x), scales) == ((x / scales).min().item(), (x / scales).max().item())
 
 
+@pytest.mark.slow
 def test_histogram_range_has_the_least_expected_loss_of_all_candidates() -> None:
     stats = stats_of(inputs(40))
     energy = torch.tensor([1.0, 2.0, 0.5, 3.0, 0.25])

@@ -43,6 +43,7 @@ def test_equal_slopes_mean_losses_in_proportion_to_the_weights() -> None:
     assert max(per_weight) / min(per_weight) < 1.003
 
 
+@pytest.mark.slow
 @given(st.floats(1.6, 5.0), st.lists(st.tuples(st.integers(1, 10**8), st.floats(1e-6, 1e-1)), min_size=1, max_size=6))
 @settings(deadline=None)
 def test_the_mean_is_the_target_and_no_linear_leaves_its_window(target: float, kinds: list[tuple[int, float]]) -> None:

@@ -39,6 +39,7 @@ def written(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFacto
     return {name: quantize(tiny, tiny_stats, folder / name, **options) for name, options in OPTIONS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", OPTIONS)
 def test_what_is_written_passes_verify_and_is_known_to_inspect(
     quant_type: str, written: dict[str, Path], tiny: Path

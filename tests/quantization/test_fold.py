@@ -125,6 +125,7 @@ def test_the_folded_float_model_gives_the_same_logits_bit_for_bit(
     assert torch.equal(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_stored_rows_are_divided_by_what_stored_columns_are_multiplied_with(
     mode: str, outputs: dict[str, Path], loud: Path
@@ -259,6 +260,7 @@ def test_m2_folds_outliers_into_rows(loud: Path, loud_stats: Path, tmp_path: Pat
         assert labels(out)[name].startswith(f"folded into {source.rpartition('.')[2]}, 1 to ")
 
 
+@pytest.mark.slow
 def test_m2_leaves_rows_without_outliers_alone(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
     out = quantize(tiny, tiny_stats, tmp_path / "out", **MODES["W8A8"])
     assert {label for name, label in labels(out).items() if name.endswith("o_proj")} == {"none (no clear gain)"}

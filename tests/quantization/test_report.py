@@ -87,6 +87,7 @@ def test_a_row_becomes_the_record_again(report: LinearReport) -> None:
     assert parse_row(json.loads(json.dumps(report_row(report)))) == report
 
 
+@pytest.mark.slow
 def test_both_files_have_the_same_rows_and_no_time(tmp_path: Path) -> None:
     write_report(tmp_path, document(), [REPORT, PERFECT])
     assert json.loads((tmp_path / "glmq_report.json").read_text()) == document()

@@ -61,6 +61,7 @@ def outputs(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFac
     return {name: quantize(small, small_stats, base / name, **options) for name, options in MODES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_output_has_exactly_the_tensors_that_the_engines_read(
     mode: str, outputs: dict[str, Path], small: Path
@@ -211,6 +212,7 @@ def test_parts_hold_the_same_tensors_each_below_the_limit(
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_the_tiny_models_parts_are_filled_one_after_the_other(
     tiny: Path, tiny_stats: Path, tiny_seed: Path, tmp_path: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_two_runs_write_the_same_bytes(
     assert tree(quantize(small, small_stats, tmp_path / "out", **W8A8S)) == tree(outputs["W8A8S fp16"])
 
 
+@pytest.mark.slow
 def test_statistics_made_on_the_way_give_the_same_bytes_as_stored_ones(
     small: Path, pictures: Path, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -320,6 +323,7 @@ def test_the_older_mindie_layout(small: Path, small_stats: Path, tmp_path: Path)
     assert not (out / "quant_model_description.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "version 5"])
 def test_another_layout_of_the_config_gives_the_same_weights_and_the_nested_config(
     layout: str, small_copy: Path, pictures: Path, outputs: dict[str, Path], tmp_path: Path
@@ -445,6 +449,7 @@ def test_damaged_statistics_are_refused_and_nothing_is_left(small: Path, small_s
     )
 
 
+@pytest.mark.slow
 def test_statistics_without_checksums_are_used_and_named(small: Path, small_stats: Path, tmp_path: Path) -> None:
     older = without_checksums(small_stats, tmp_path / "stats")
     events: list[Event] = []

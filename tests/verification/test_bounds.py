@@ -104,6 +104,7 @@ def in_layer(tensors: dict[str, Tensor], layer: str, damage: Callable[[dict[str,
     tensors.update({name.replace(f"{LAYER}.", f"{layer}."): tensor for name, tensor in own.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [list(DAMAGES)[:4], list(DAMAGES)[4:]], ids=["first", "last"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_small_damage_is_an_error_without_checksums(

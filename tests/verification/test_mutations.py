@@ -471,6 +471,7 @@ MUTATIONS: dict[str, tuple[str, Damage, int, str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", KINDS)
 def test_an_undamaged_checkpoint_has_no_findings(good: Good, label: str) -> None:
     assert findings(good.folders[label], good, label) == []

@@ -81,6 +81,7 @@ def odd_stats(odd: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactor
     return calibrate(odd, tmp_path_factory.mktemp("odd") / "stats", pictures, limit=1, texts=False, dequantize=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["ascendv1", "mindie", "compressed-tensors"])
 def test_an_odd_checkpoint_is_quantized_into_one_that_verify_and_the_engine_accept(
     form: str, odd: Path, odd_stats: Path, pictures: Path, tmp_path: Path
