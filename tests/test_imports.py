@@ -57,7 +57,7 @@ ALLOWED = {
     "inspection": WORDS | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats", "_native"},
 }
 ALLOWED["verification"] = ALLOWED["inspection"] | {"inspection"}
-ALLOWED["serve"] = WORDS | {"checkpoint", "numerics", "model", "verification"}
+ALLOWED["serve"] = WORDS | {"checkpoint", "numerics", "model", "compression", "verification"}
 ALLOWED["reporting"] = ALLOWED["verification"] | {"verification"}
 ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "cann", "device", "ranks", "reporting"}
 ALLOWED["jobs"] |= {"serve"}

@@ -114,6 +114,29 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
         files.finish()
 
 
+def restored_tensors(directory: Path, manifest: Manifest, jobs: int) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a portable folder of one rank was made from, by its name, decoded and checked one at a time.
+
+    Args:
+        directory: the portable folder.
+        manifest: its manifest, from read_portable_manifest.
+        jobs: tiles decoded at a time.
+
+    Raises:
+        CheckpointError: parts of several ranks, or a tensor that is not what the manifest says.
+        CodecError: an altered blob; names the tensor and the tile.
+    """
+    if manifest.layout is not Unsharded.SOURCE:
+        raise CheckpointError(
+            f"{directory}: holds parts of {manifest.world} ranks, not the tensors of a whole model; compress with --tp 1"
+        )
+    for part in manifest.rank_files:
+        with _open_part(directory, part) as checkpoint:
+            for stored in checkpoint:
+                name = stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
+                yield name, torch.cat(list(_restored_pieces(checkpoint, part, stored, jobs)))
+
+
 def _open_part(directory: Path, part: RankFile) -> Checkpoint:
     """One rank's weight file; its size and header are what the manifest says."""
     path = directory / part.file

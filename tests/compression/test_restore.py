@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import tree
 from random_w8a8s import write_stand_in, write_w8a8s
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,7 @@ from glmq.checkpoint.header import read_header
 from glmq.compression.executor import AscendCodec
 from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import MANIFEST, read_manifest, record_files, write_manifest
-from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
+from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes, restored_tensors
 from glmq.compression.source import open_source
 from glmq.compression.stream import RankFileWritten, Step, compress_checkpoint, finish_folder, plan_ranks
 from glmq.compression.weight_codec import Codec, PortableCodec
@@ -55,6 +56,22 @@ def test_one_rank_restores_what_quantize_wrote_file_by_file(tiny_seed: Path, tmp
     compress(tiny_seed, tmp_path / "portable", 1)
     restore(tmp_path / "portable", tmp_path / "restored")
     assert tree(tmp_path / "restored") == tree(tiny_seed)
+
+
+def test_tensors_are_decoded_one_by_one_without_a_file(w8a8s: Path, tmp_path: Path) -> None:
+    folder = compress(w8a8s, tmp_path / "portable", 1)
+    wanted = load_file(w8a8s / "quant_model_weight_w8a8s.safetensors")
+    found = dict(restored_tensors(folder, read_portable_manifest(folder), 2))
+    assert set(found) == set(wanted)
+    for name, tensor in found.items():
+        assert tensor.dtype == wanted[name].dtype
+        assert torch.equal(tensor, wanted[name]), name
+    folder = compress(w8a8s, tmp_path / "two", 2)
+    with pytest.raises(CheckpointError) as caught:
+        next(restored_tensors(folder, read_portable_manifest(folder), 2))
+    assert str(caught.value) == (
+        f"{folder}: holds parts of 2 ranks, not the tensors of a whole model; compress with --tp 1"
+    )
 
 
 def test_numbered_weight_files_are_restored_with_their_index(tmp_path: Path) -> None:

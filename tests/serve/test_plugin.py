@@ -2,11 +2,16 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from random_w8a8s import write_w8a8s
+from safetensors.torch import load_file
 from torch import nn
 
+import glmq
 from glmq.errors import CheckpointError
 from glmq.model.config import read_config
 from glmq.model.tiny import TINY_CHECKPOINT
@@ -62,6 +67,26 @@ def test_a_description_that_is_not_served_is_refused(
     with pytest.raises(CheckpointError) as caught:
         config_of(**changes).type_of(f"{LAYER}.self_attn.{linear}")
     assert sentence.format(LAYER) in str(caught.value)
+
+
+def test_a_portable_folder_is_recognised_and_decoded_while_it_is_loaded(tmp_path: Path) -> None:
+    from vllm.config import LoadConfig, ModelConfig
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.weight_utils import get_quant_config
+
+    from glmq.serve.plugin import register
+
+    register()
+    source = write_w8a8s(tmp_path / "w8a8s")
+    glmq.compress(source, out=tmp_path / "packed", codec="portable")
+    wanted = load_file(source / "quant_model_weight_w8a8s.safetensors")
+    model = ModelConfig(model=str(tmp_path / "packed"), skip_tokenizer_init=True)
+    assert model.quantization == "glmq"
+    load = LoadConfig(load_format="glmq")
+    assert get_quant_config(model, load).type_of(f"{LAYER}.self_attn.qkv_proj") is QuantType.W8A8S
+    found = dict(get_model_loader(load).get_all_weights(model, nn.Module()))
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.slow
