@@ -7,11 +7,10 @@ from dataclasses import asdict
 from shlex import quote
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from glmq.checkpoint.disk import free_bytes
-from glmq.cli.console import VisibleTable, stdout
-from glmq.cli.render import SHOWN_ROWS, print_json, size
+from glmq.cli.console import stdout
+from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, size
+from glmq.cli.tables import Column, FittedTable
 from glmq.compression.manifest import REPORT, CodecKind
 from glmq.engines import Engine
 from glmq.model.config import FAMILY
@@ -34,69 +33,88 @@ def show_compression(result: CompressionResult, *, verbose: bool) -> None:
     what = "W8A8SC" if result.codec is CodecKind.ASCEND else "W8A8S in glmq's portable form"
     stdout.print(f"{what}, world size {result.world}, written to {result.folder}", soft_wrap=True)
     for line in next_steps(result):
-        stdout.print(line, soft_wrap=True)
+        show_line(line)
 
 
-def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bool) -> Table:
+def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bool) -> FittedTable:
     """One row per linear and rank, most bits per weight first; the tail is left out unless `verbose`."""
     largest_first = sorted(linears, key=lambda linear: (-linear.bits_per_weight, linear.name, linear.rank))
     shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
-    table = VisibleTable("Compressed linears, most bits first")
-    table.add_column("linear", no_wrap=True)
-    for header in ("rank", "rows x cols", "bits", "ratio", "entropy", "class gain", "seconds"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for linear in shown:
-        table.add_row(
-            FAMILY.short_name(linear.name),
-            f"{linear.rank}/{world}",
-            f"{linear.rows} x {linear.cols}",
-            f"{linear.bits_per_weight:.3f}",
-            f"{linear.ratio:.2f}",
-            f"{linear.entropy_bits:.3f}",
-            "-" if linear.class_gain_bits is None else f"{linear.class_gain_bits:.3f}",
-            f"{linear.seconds:.2f}",
-        )
-    if len(shown) < len(largest_first):
-        table.caption = (
-            f"{len(largest_first) - len(shown)} smaller ones are left out; -v shows all, {REPORT}.csv has them"
-        )
-        table.caption_justify = "left"
-    return table
+    left = len(largest_first) - len(shown)
+    return FittedTable(
+        "Compressed linears, most bits first",
+        [
+            Column("linear", left=True),
+            Column("rank"),
+            Column("rows x cols", drop=1),
+            Column("bits"),
+            Column("ratio"),
+            Column("entropy", drop=2),
+            Column("class gain", drop=4),
+            Column("seconds", drop=3),
+        ],
+        [
+            [
+                FAMILY.short_name(linear.name),
+                f"{linear.rank}/{world}",
+                f"{linear.rows} x {linear.cols}",
+                f"{linear.bits_per_weight:.3f}",
+                f"{linear.ratio:.2f}",
+                f"{linear.entropy_bits:.3f}",
+                "" if linear.class_gain_bits is None else f"{linear.class_gain_bits:.3f}",
+                f"{linear.seconds:.2f}",
+            ]
+            for linear in shown
+        ],
+        caption=f"{left} smaller ones are left out; -v shows all, {REPORT}.csv has them" if left else "",
+    )
 
 
-def rank_table(ranks: Sequence[RankTotals]) -> Table:
+def rank_table(ranks: Sequence[RankTotals]) -> FittedTable:
     """Each rank's file and its compressed linears together."""
-    table = VisibleTable("Ranks")
-    table.add_column("rank")
-    for header in ("linears", "int8", "compressed", "bits", "ratio", "whole file"):
-        table.add_column(header, justify="right")
-    for rank in ranks:
-        table.add_row(
-            str(rank.rank),
-            str(rank.linears),
-            size(rank.weights),
-            size(rank.stored_bytes),
-            f"{8 * rank.stored_bytes / rank.weights:.3f}",
-            f"{rank.weights / rank.stored_bytes:.2f}",
-            size(rank.file_bytes),
-        )
-    return table
+    return FittedTable(
+        "Ranks",
+        [
+            Column("rank", left=True),
+            Column("linears", drop=2),
+            Column("int8", drop=1),
+            Column("compressed"),
+            Column("bits"),
+            Column("ratio"),
+            Column("whole file"),
+        ],
+        [
+            [
+                str(rank.rank),
+                str(rank.linears),
+                size(rank.weights),
+                size(rank.stored_bytes),
+                f"{8 * rank.stored_bytes / rank.weights:.3f}",
+                f"{rank.weights / rank.stored_bytes:.2f}",
+                size(rank.file_bytes),
+            ]
+            for rank in ranks
+        ],
+    )
 
 
-def size_table(sizes: Sequence[AreaSizes], codec: CodecKind, world: int) -> Table:
+def size_table(sizes: Sequence[AreaSizes], codec: CodecKind, world: int) -> FittedTable:
     """Bytes by area of the model: float, quantized, compressed."""
     last = "W8A8SC" if codec is CodecKind.ASCEND else "portable"
-    table = VisibleTable("Bytes")
-    table.add_column("part")
-    for header in ("float16", "W8A8S", last if world == 1 else f"{last}, {world} ranks", "ratio to float16"):
-        table.add_column(header, justify="right")
     rows = [(s.area.value, s.float16, s.w8a8s, s.compressed) for s in sizes]
     total = ("total", sum(r[1] for r in rows), sum(r[2] for r in rows), sum(r[3] for r in rows))
-    for name, float16, w8a8s, compressed in (*rows, total):
-        table.add_row(
-            name, size(float16), size(w8a8s), size(compressed), f"{compressed / float16:.3f}" if float16 else "-"
-        )
-    return table
+    cells = [
+        [name, size(float16), size(w8a8s), size(compressed), f"{compressed / float16:.3f}" if float16 else "-"]
+        for name, float16, w8a8s, compressed in (*rows, total)
+    ]
+    columns = [
+        Column("part", left=True),
+        Column("float16", drop=2),
+        Column("W8A8S"),
+        Column(last if world == 1 else f"{last}, {world} ranks"),
+        Column("ratio to float16", drop=1),
+    ]
+    return FittedTable("Bytes", columns, cells[:-1], total=cells[-1])
 
 
 def next_steps(result: CompressionResult) -> list[str]:
@@ -150,53 +168,63 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
     stdout.print(_planned_weights(plan, verbose=verbose))
     stdout.print(_planned_areas(plan))
     for file in plan.files:
-        stdout.print(
+        stdout.say(
             f"{file.path}: about {size(file.estimated_bytes)}, at most {file.at_most_bytes} bytes; exactly "
-            f"{file.kept_bytes} of them are kept as they are",
-            soft_wrap=True,
+            f"{file.kept_bytes} of them are kept as they are"
         )
     verdict = "" if free >= plan.disk_bytes else ", too little: the run would refuse"
-    stdout.print(
+    stdout.say(
         f"disk: about {size(plan.estimated_bytes)} output, {size(plan.side_bytes)} side files, {size(plan.disk_bytes)} must "
-        f"be free, {size(free)} are{verdict}",
-        soft_wrap=True,
+        f"be free, {size(free)} are{verdict}"
     )
-    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most")
+    stdout.say(f"memory: about {size(plan.peak_bytes)} resident at most")
     trial = plan.trial
-    stdout.print(
-        f"time: about {plan.seconds:.0f} s, from {trial.name}: {trial.rows} x {trial.cols} in {trial.seconds:.2f} s at "
-        f"{trial.bits_per_weight:.3f} bits; the disk's time to write comes on top",
-        soft_wrap=True,
+    stdout.say(
+        f"time: about {duration(plan.seconds)}, from {trial.name}: {trial.rows} x {trial.cols} in {trial.seconds:.2f} s at "
+        f"{trial.bits_per_weight:.3f} bits; the disk's time to write comes on top"
     )
 
 
-def _planned_weights(plan: CompressionPlan, *, verbose: bool) -> Table:
+def _planned_weights(plan: CompressionPlan, *, verbose: bool) -> FittedTable:
     """One row per weight and rank, most bits first; the tail is left out unless `verbose`."""
     largest_first = sorted(plan.weights, key=lambda weight: (-weight.entropy_bits, weight.name, weight.rank))
     shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
-    table = VisibleTable("Weights, most bits first")
-    for header in ("linear", "rank", "rows x cols", "entropy of a sample", "estimated"):
-        table.add_column(header, justify="left" if header == "linear" else "right", no_wrap=True)
-    for weight in shown:
-        name = FAMILY.short_name(weight.name)
-        shape = f"{weight.rows} x {weight.cols}"
-        rank = f"{weight.rank}/{plan.world}"
-        table.add_row(name, rank, shape, f"{weight.entropy_bits:.3f}", size(weight.estimated_bytes))
-    if len(shown) < len(largest_first):
-        table.caption = f"{len(largest_first) - len(shown)} smaller ones are left out; -v shows all"
-        table.caption_justify = "left"
-    return table
+    left = len(largest_first) - len(shown)
+    return FittedTable(
+        "Weights, most bits first",
+        [
+            Column("linear", left=True),
+            Column("rank"),
+            Column("rows x cols", drop=2),
+            Column("entropy of a sample", drop=1),
+            Column("estimated"),
+        ],
+        [
+            [
+                FAMILY.short_name(weight.name),
+                f"{weight.rank}/{plan.world}",
+                f"{weight.rows} x {weight.cols}",
+                f"{weight.entropy_bits:.3f}",
+                size(weight.estimated_bytes),
+            ]
+            for weight in shown
+        ],
+        caption=f"{left} smaller ones are left out; -v shows all" if left else "",
+    )
 
 
-def _planned_areas(plan: CompressionPlan) -> Table:
+def _planned_areas(plan: CompressionPlan) -> FittedTable:
     """Bytes of each area of the model, before and after."""
-    table = VisibleTable("Bytes")
-    for header in ("part", "W8A8S, exact", "compressed, estimated"):
-        table.add_column(header, justify="left" if header == "part" else "right")
-    for area in plan.areas:
-        table.add_row(area.area.value, size(area.before), size(area.after))
-    table.add_row("total", size(sum(area.before for area in plan.areas)), size(sum(area.after for area in plan.areas)))
-    return table
+    return FittedTable(
+        "Bytes",
+        [Column("part", left=True), Column("W8A8S, exact"), Column("compressed, estimated")],
+        [[area.area.value, size(area.before), size(area.after)] for area in plan.areas],
+        total=[
+            "total",
+            size(sum(area.before for area in plan.areas)),
+            size(sum(area.after for area in plan.areas)),
+        ],
+    )
 
 
 def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool) -> None:

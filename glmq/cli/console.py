@@ -38,6 +38,10 @@ class VisibleConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*map(_visible, objects), **options)
 
+    def say(self, sentence: str | Text, style: str | None = None) -> None:
+        """A sentence: broken between words on a terminal, one line for a file or another program."""
+        self.print(sentence, style=style, soft_wrap=not self.is_terminal)
+
 
 class VisibleTable(Table):
     """A plain table whose title and cells are visible characters."""
@@ -60,7 +64,7 @@ def showing(folder: Path) -> Iterator[None]:
         stderr.print(f"note: the output in {folder} is whole, but memory ran out while it was shown", soft_wrap=True)
 
 
-def _console(stream: TextIO, *, is_stderr: bool) -> Console:
+def _console(stream: TextIO, *, is_stderr: bool) -> VisibleConsole:
     width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
     # Paths and patterns hold brackets and colons, which are neither markup nor emoji.
     return VisibleConsole(stderr=is_stderr, highlight=False, markup=False, emoji=False, width=width)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from shlex import quote
 from typing import TYPE_CHECKING, Final
 
-from rich.table import Table
 from rich.text import Text
 
-from glmq.cli.console import VisibleTable, stdout
-from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, size
+from glmq.cli.console import stdout
+from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, counted, size
+from glmq.cli.tables import Cell, Column, FittedTable
+from glmq.engines import Engine, Place
+from glmq.inspection.folder import Kind
 from glmq.inspection.listing import (
     TensorRow,
     describe_folder,
-    describe_layers,
+    describe_place,
     group_rows,
     tensor_rows,
     totals_by_area,
     totals_by_type,
 )
+from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
+from glmq.spec import QuantType
 from glmq.verification.engines.check import describe_engines
 
 if TYPE_CHECKING:
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
     from glmq.reporting.documents import Inspection
 
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
+INTEGERS: Final = ("INT8", "INT4")
+"""Types of weights that were rounded."""
+REPORT_NAME: Final = "glmq_report.json"
 SHOWN_PROBLEMS: Final = 5
 """Of each engine, before the rest is left to -v."""
 
@@ -42,15 +50,18 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
         verbose: show every row.
     """
     folder = found.folder
-    stdout.print(f"{folder.directory}: {describe_folder(folder)}", style="bold", soft_wrap=True)
-    stdout.print(f"{len(folder.tensors)} tensors, {size(folder.nbytes)}")
+    stdout.say(f"{folder.directory}: {describe_folder(folder)}", style="bold")
+    stdout.say(f"{counted(len(folder.tensors), 'tensor')}, {size(folder.nbytes)}")
     if found.member is not None:
-        stdout.print(f"model: {found.member}", soft_wrap=True)
-    stdout.print(f"for: {describe_engines(folder)}", soft_wrap=True)
+        stdout.say(f"model: {found.member}")
+    stdout.say(f"for: {describe_engines(folder)}")
     for problem in folder.problems:
         _print_mark("error", problem)
     for target, findings in found.engines.items():
-        own = [finding for finding in findings if finding.message not in folder.problems]
+        wanted = ("error", "warning") if verbose else ("error",)  # warnings are for those who ask
+        own = [found for found in findings if found.message not in folder.problems and found.severity in wanted]
+        if not verbose and not _reads(target, folder.quant_type):
+            continue  # the line above says who does
         for finding in own if verbose else own[:SHOWN_PROBLEMS]:
             where = f"{finding.tensor}: " if finding.tensor else ""
             _print_mark(finding.severity, f"{target.value}: {where}{finding.message}")
@@ -60,39 +71,63 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
         stdout.print(_values_table(found))
     elif one_by_one:
         stdout.print(_tensors_table(found.rows))
+    elif folder.kind in (Kind.PARTS, Kind.SHARDED, Kind.PORTABLE):
+        stdout.print(_parts_table(found))
     else:
         stdout.print(_layers_table(found.rows))
     every = tensor_rows(folder)
     for title, totals in (("Bytes by part", totals_by_area(every)), ("Bytes by type", totals_by_type(every))):
-        table = plain_table(title, ("", "tensors", "bytes", "share"), left=1)
-        for total in totals:
-            share = f"{total.nbytes / max(1, folder.nbytes):.1%}"
-            table.add_row(total.label, str(total.tensors), size(total.nbytes), share)
-        stdout.print(table)
+        columns = [Column("", left=True), Column("tensors", drop=1), Column("bytes"), Column("share")]
+        rows = [
+            [total.label, str(total.tensors), size(total.nbytes), f"{total.nbytes / max(1, folder.nbytes):.1%}"]
+            for total in totals
+        ]
+        stdout.print(FittedTable(title, columns, rows))
+
+
+def _reads(engine: Engine, quant_type: str | None) -> bool:
+    """Whether the engine loads that type at all; True for what is no type of ours."""
+    known = {one.value: one for one in QuantType}
+    return quant_type not in known or bool(Place(engine, None).dtypes(known[quant_type]))
 
 
 def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> None:
-    """The differences, worst first, the layers, and what only one of them has."""
-    stdout.print(f"A {found.a.directory}: {describe_folder(found.a)}, {size(found.a.nbytes)}", soft_wrap=True)
-    stdout.print(f"B {found.b.directory}: {describe_folder(found.b)}, {size(found.b.nbytes)}", soft_wrap=True)
+    """The differences, largest first, the layers, and what only one of them has."""
+    stdout.say(f"A {found.a.directory}: {describe_folder(found.a)}, {size(found.a.nbytes)}")
+    stdout.say(f"B {found.b.directory}: {describe_folder(found.b)}, {size(found.b.nbytes)}")
     differing = [diff for diff in found.diffs if not diff.identical]
     shown = differing[: limit or (len(differing) if verbose else SHOWN_ROWS)]
-    table = plain_table("Weights of B against A, worst first", _DIFF_HEADER, left=2)
-    for diff in shown:
-        table.add_row(*_diff_cells(diff))
     left = len(differing) - len(shown)
     identical = f"{len(found.diffs) - len(differing)} of {len(found.diffs)} compared tensors are identical"
-    table.caption = f"{identical}; {left} more differ, -v shows all" if left else identical
-    table.caption_justify = "left"
-    stdout.print(table)
-    layers = plain_table("Layers", ("layer", "tensors", "relative", "worst", ""), left=1)
-    for row in found.layers:
-        if row.relative_l2 > 0 or row.layer == "total":
-            style = "bold" if row.layer == "total" else None
-            worst = marked(row.worst_relative_l2)
-            name = FAMILY.short_name(row.worst)
-            layers.add_row(row.layer, str(row.tensors), marked(row.relative_l2), name, worst, style=style)
-    stdout.print(layers)
+    rows = [_diff_cells(diff) for diff in shown]
+    caption = f"{identical}; {left} more differ, -v shows all" if left else identical
+    stdout.print(FittedTable("Weights of B against A, largest difference first", _DIFF_COLUMNS, rows, caption=caption))
+    layers = [row for row in found.layers if row.relative_l2 > 0 or row.layer == "total"]
+    cells = [
+        [
+            row.layer,
+            str(row.tensors),
+            percent(row.relative_l2),
+            FAMILY.short_name(row.worst),
+            percent(row.worst_relative_l2),
+        ]
+        for row in layers
+    ]
+    columns = [
+        Column("layer", left=True),
+        Column("tensors", drop=3),
+        Column("difference"),
+        Column("largest in", drop=2, left=True),
+        Column("of it"),
+    ]
+    stdout.print(FittedTable("Layers", columns, cells[:-1], total=cells[-1]))
+    if any(diff.type_b in INTEGERS and diff.type_a not in INTEGERS for diff in differing):
+        stdout.say(
+            "What rounding changes in a weight is no verdict on it: output errors are. "
+            f"{REPORT_NAME} of B has those of the calibration, and verify measures them on pictures of yours:"
+        )
+        a, b = quote(str(found.a.directory)), quote(str(found.b.directory))
+        stdout.print(f"  glmq verify {b} --reference {a} --calib-images FOLDER", soft_wrap=True)
     for one in found.incomparable:
         _print_mark("error", f"{one.name}: {one.reason}")
     for title, patterns in (("Only in A", found.only_a), ("Only in B", found.only_b)):
@@ -101,17 +136,28 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
         _show_changes(title, changes, verbose=verbose)
 
 
-_DIFF_HEADER: Final = ("tensor", "types", "relative", "SQNR dB", "max abs", "cosine", "changed", "step ratio", "bits")
+_DIFF_COLUMNS: Final = (
+    Column("tensor", left=True),
+    Column("types", drop=1, left=True),
+    Column("difference"),
+    Column("SQNR dB", drop=2),
+    Column("max abs", drop=4),
+    Column("cosine", drop=5),
+    Column("changed", drop=6),
+    Column("step ratio", drop=7),
+    Column("bits", drop=3),
+)
 
 
-def _diff_cells(diff: WeightDiff) -> list[str | Text]:
+def _diff_cells(diff: WeightDiff) -> list[Cell]:
     bits = "" if diff.entropy_b is None else f"{diff.entropy_b:.2f}"
     if diff.entropy_a is not None and diff.entropy_b is not None:
         bits = f"{diff.entropy_b - diff.entropy_a:+.2f}"
+    coarser = diff.equal_within
     return [
         FAMILY.short_name(diff.name),
         f"{diff.type_a} > {diff.type_b}",
-        marked(diff.relative_l2),
+        percent(diff.relative_l2) if coarser is None else f"equal within {coarser}",
         "inf" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
         f"{diff.max_abs:.3g}",
         f"{diff.cosine:.5f}",
@@ -121,43 +167,106 @@ def _diff_cells(diff: WeightDiff) -> list[str | Text]:
     ]
 
 
-def _layers_table(rows: Sequence[TensorRow]) -> Table:
-    table = plain_table("Layers", ("layers", "role", "type", "tensors", "shape", "bytes each"), left=4)
-    for row in group_rows(rows):
-        shape = " x ".join(map(str, row.shape))
-        table.add_row(describe_layers(row.layers), row.role, row.quant_type, row.dtypes, shape, size(row.nbytes))
-    return table
+def _layers_table(rows: Sequence[TensorRow]) -> FittedTable:
+    return FittedTable(
+        "Layers",
+        [
+            Column("layers and role", left=True),
+            Column("type", left=True),
+            Column("tensors", drop=2, left=True, wraps=True),
+            Column("shape"),
+            Column("bytes each", drop=1),
+        ],
+        [
+            [describe_place(row.layers, row.role), row.quant_type, row.dtypes, _shape(row.shape), size(row.nbytes)]
+            for row in group_rows(rows)
+        ],
+    )
 
 
-def _tensors_table(rows: Sequence[TensorRow]) -> Table:
-    table = plain_table("Tensors", ("tensor", "type", "dtype", "shape", "bytes"), left=3)
-    for row in rows:
-        table.add_row(
-            FAMILY.short_name(row.name), row.quant_type, row.dtype, " x ".join(map(str, row.shape)), size(row.nbytes)
-        )
-    return table
+def _parts_table(found: Inspection) -> FittedTable:
+    """Compressed parts: what is alike over ranks and layers in one line."""
+    return FittedTable(
+        "Parts, all ranks together",
+        [
+            Column("layers and role", left=True),
+            Column("type", drop=3, left=True),
+            Column("ranks", drop=4),
+            Column("shape in a rank", drop=2),
+            Column("bytes"),
+            Column("bits"),
+            Column("ratio", drop=1),
+        ],
+        [
+            [
+                describe_place(row.layers, row.role),
+                row.quant_type,
+                str(row.ranks),
+                _shape(row.shape),
+                size(row.nbytes),
+                "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
+                "" if row.ratio is None else f"{row.ratio:.2f}",
+            ]
+            for row in group_parts(found.rows, found.packed)
+        ],
+        caption="bits: of a weight as it is stored"
+        if found.packed
+        else "without its report nothing says how large the packed weights were",
+    )
 
 
-def _values_table(found: Inspection) -> Table:
-    header = ("tensor", "dtype", "histogram", "min", "max", "std", "bits", "zeros", "outliers")
-    table = plain_table("Values", header, left=3)
+def _tensors_table(rows: Sequence[TensorRow]) -> FittedTable:
+    return FittedTable(
+        "Tensors",
+        [
+            Column("tensor", left=True),
+            Column("type", drop=1, left=True),
+            Column("dtype", left=True),
+            Column("shape"),
+            Column("bytes", drop=2),
+        ],
+        [[FAMILY.short_name(row.name), row.quant_type, row.dtype, _shape(row.shape), size(row.nbytes)] for row in rows],
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _values_table(found: Inspection) -> FittedTable:
+    rows: list[list[Cell]] = []
     for row in found.rows:
         values = found.values[row.name]
         bad = f"!! {values.nonfinite} not finite " if values.nonfinite else ""
-        table.add_row(
-            Text(f"{bad}{FAMILY.short_name(row.name)}", style="bold red" if bad else ""),
-            row.dtype,
-            sparkline(values.histogram),
-            f"{values.minimum:.4g}",
-            f"{values.maximum:.4g}",
-            f"{values.std:.4g}",
-            "" if values.entropy_bits is None else f"{values.entropy_bits:.2f}",
-            f"{values.zero_share:.2%}",
-            f"{values.outlier_share:.3%}",
+        rows.append(
+            [
+                Text(f"{bad}{FAMILY.short_name(row.name)}", style="bold red" if bad else ""),
+                row.dtype,
+                sparkline(values.histogram),
+                f"{values.minimum:.4g}",
+                f"{values.maximum:.4g}",
+                f"{values.std:.4g}",
+                "" if values.entropy_bits is None else f"{values.entropy_bits:.2f}",
+                f"{values.zero_share:.2%}",
+                f"{values.outlier_share:.3%}",
+            ]
         )
-    table.caption = "Histograms run from min to max, their heights are square roots of counts. Outliers: beyond 4 std."
-    table.caption_justify = "left"
-    return table
+    return FittedTable(
+        "Values",
+        [
+            Column("tensor", left=True),
+            Column("dtype", drop=6, left=True),
+            Column("histogram", drop=7, left=True),
+            Column("min"),
+            Column("max"),
+            Column("std", drop=1),
+            Column("bits", drop=2),
+            Column("zeros", drop=4),
+            Column("outliers", drop=3),
+        ],
+        rows,
+        caption="Histograms run from min to max, their heights are square roots of counts. Outliers: beyond 4 std.",
+    )
 
 
 def sparkline(counts: Sequence[int]) -> str:
@@ -170,39 +279,32 @@ def sparkline(counts: Sequence[int]) -> str:
 
 def _show_patterns(title: str, patterns: Sequence[NamePattern]) -> None:
     if patterns:
-        table = plain_table(title, ("tensors", "count"), left=1)
-        for row in patterns:
-            table.add_row(row.pattern, str(row.count))
-        stdout.print(table)
+        rows = [[row.pattern, str(row.count)] for row in patterns]
+        stdout.print(FittedTable(title, [Column("tensors", left=True), Column("count")], rows))
 
 
 def _show_changes(title: str, changes: Sequence[KeyChange], *, verbose: bool) -> None:
     if not changes:
         return
-    table = plain_table(f"Differences of {title}", ("key", "A", "B"), left=3)
-    for change in changes if verbose else changes[:SHOWN_ROWS]:
-        table.add_row(change.key, _or_absent(change.a), _or_absent(change.b))
-    if len(changes) > SHOWN_ROWS and not verbose:
-        table.caption = f"{len(changes) - SHOWN_ROWS} more; -v shows all"
-        table.caption_justify = "left"
-    stdout.print(table)
+    left = 0 if verbose else max(len(changes) - SHOWN_ROWS, 0)
+    columns = [Column("key", left=True), *(Column(side, left=True, wraps=True) for side in "AB")]
+    rows = [[c.key, _or_absent(c.a), _or_absent(c.b)] for c in changes[: len(changes) - left]]
+    caption = f"{left} more; -v shows all" if left else ""
+    stdout.print(FittedTable(f"Differences of {title}", columns, rows, caption=caption))
 
 
 def _or_absent(value: str | None) -> str | Text:
     return Text("absent", style="dim") if value is None else value
 
 
-def plain_table(title: str, header: Sequence[str], *, left: int) -> Table:
-    """A plain table whose first `left` columns are flush left."""
-    table = VisibleTable(title)
-    for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index < left else "right", overflow="fold")
-    return table
+def percent(error: float) -> str:
+    """A relative error: `3.492%`, `1e-09`, `inf`."""
+    return "inf" if math.isinf(error) else f"{error:.3%}" if error >= 1e-5 or error == 0 else f"{error:.0e}"
 
 
 def marked(error: float) -> Text:
-    """A relative error with a colour and, for those who see none, a mark."""
-    text = "inf" if math.isinf(error) else f"{error:.3%}" if error >= 1e-5 or error == 0 else f"{error:.0e}"
+    """The relative error of an output with a colour and, for those who see none, a mark."""
+    text = percent(error)
     if not error < BAD_ERROR:
         return Text(f"!! {text}", style="bold red")
     return Text(f"! {text}", style="yellow") if error >= POOR_ERROR else Text(text, style="green")
@@ -210,4 +312,4 @@ def marked(error: float) -> Text:
 
 def _print_mark(severity: str, message: str) -> None:
     mark, style = ("!!", "bold red") if severity == "error" else ("!", "yellow")
-    stdout.print(Text(f"{mark} {severity}: {message}", style=style), soft_wrap=True)
+    stdout.say(Text(f"{mark} {severity}: {message}", style=style))

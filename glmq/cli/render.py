@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from shlex import quote
 from typing import TYPE_CHECKING, Final
 
-from rich.table import Table
 from rich.text import Text
 
-from glmq.cli.console import VisibleTable, stdout
+from glmq.cli.console import stdout
+from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.engines import Engine, Place
+from glmq.inspection.folder import layer_of, role_of
+from glmq.inspection.listing import describe_place
 from glmq.machine import available_memory
 from glmq.model.config import FAMILY
 from glmq.quoting import visible_json
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from glmq.calibration.manifest import SampleTokens
     from glmq.jobs.calibrate import CalibrationForecast
     from glmq.jobs.quantize import QuantizationResult
-    from glmq.quantization.dry_run import RunPlan
+    from glmq.quantization.dry_run import LinearPlan, RunPlan
     from glmq.quantization.output import AreaBytes
     from glmq.quantization.recipe import Recipe
     from glmq.records import LinearReport
@@ -49,15 +51,6 @@ def print_json(document: dict[str, object]) -> None:
     sys.stdout.write(visible_json(text) + "\n")
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorColumn:
-    """One column of the error table, shown on terminals at least `from_width` characters wide."""
-
-    header: str
-    cell: Callable[[LinearReport], str | Text]
-    from_width: int = 0
-
-
 def _static(report: LinearReport, text: str) -> str:
     match report.quant_type.spec.activation:
         case Activation.STATIC:
@@ -71,58 +64,91 @@ def _static(report: LinearReport, text: str) -> str:
     return shown
 
 
-ERROR_COLUMNS: Final = (
-    ErrorColumn("type", lambda r: r.quant_type.value, 96),
-    ErrorColumn("step", lambda r: f"{r.step_min:.2g}..{r.step_max:.2g}", 124),
-    ErrorColumn("bits", lambda r: f"{r.entropy_bits:.2f}"),
-    ErrorColumn("|q|>7", lambda r: f"{r.outlier_share:.1%}", 84),
-    ErrorColumn("weight", lambda r: f"{r.weight_error:.2%}"),
-    ErrorColumn("output", lambda r: _marked(r.output_error)),
-    ErrorColumn("SQNR dB", lambda r: f"{r.sqnr_db:.1f}"),
-    ErrorColumn("input range", lambda r: _static(r, f"{r.input_low:.3g}..{r.input_high:.3g}"), 110),
-    ErrorColumn("range by", lambda r: _static(r, r.input_range), 152),
-    ErrorColumn("clipped", lambda r: _static(r, f"{r.clipped_share:.3%}"), 74),
+ERROR_COLUMNS: Final[tuple[tuple[Column, Callable[[LinearReport], Cell]], ...]] = (
+    (Column("linear", left=True), lambda r: FAMILY.short_name(r.name)),
+    (Column("type", drop=4, left=True), lambda r: r.quant_type.value),
+    (Column("step", drop=8), lambda r: f"{r.step_min:.2g}..{r.step_max:.2g}"),
+    (Column("bits", drop=1), lambda r: f"{r.entropy_bits:.2f}"),
+    (Column("|q|>7", drop=6), lambda r: f"{r.outlier_share:.1%}"),
+    (Column("weight error", drop=2), lambda r: f"{r.weight_error:.2%}"),
+    (Column("output error"), lambda r: _marked(r.output_error)),
+    (Column("SQNR dB", drop=5), lambda r: f"{r.sqnr_db:.1f}"),
+    (Column("input range", drop=7), lambda r: _static(r, f"{r.input_low:.3g}..{r.input_high:.3g}")),
+    (Column("range by", drop=9), lambda r: _static(r, r.input_range)),
+    (Column("clipped", drop=3), lambda r: _static(r, f"{r.clipped_share:.3%}")),
 )
 
 
-def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> Table:
+def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> FittedTable:
     """One row per linear, worst output error first; the tail is left out unless `verbose`."""
     worst_first = sorted(reports, key=lambda r: (-r.output_error, r.name))
     shown = worst_first if verbose else worst_first[:SHOWN_ROWS]
-    table = VisibleTable("Error per linear, worst first")
-    table.add_column("linear", no_wrap=True, overflow="fold")
-    columns = [column for column in ERROR_COLUMNS if stdout.width >= column.from_width]
-    for column in columns:
-        table.add_column(column.header, justify="right", no_wrap=True)
-    for report in shown:
-        table.add_row(FAMILY.short_name(report.name), *(column.cell(report) for column in columns))
-    if len(shown) < len(worst_first):
-        table.caption = (
-            f"{len(worst_first) - len(shown)} better ones are left out; -v shows all, glmq_report.csv has them"
-        )
-        table.caption_justify = "left"
-    return table
+    left = len(worst_first) - len(shown)
+    return FittedTable(
+        "Error per linear, worst output error first",
+        [column for column, _ in ERROR_COLUMNS],
+        [[cell(report) for _, cell in ERROR_COLUMNS] for report in shown],
+        caption=f"{left} better ones are left out; -v shows all, glmq_report.csv has them" if left else "",
+    )
 
 
-def samples_table(samples: Sequence[SampleTokens]) -> Table:
+def samples_table(samples: Sequence[SampleTokens]) -> FittedTable:
     """Tokens of each calibration sample."""
-    table = VisibleTable("Calibration samples")
-    table.add_column("sample")
-    table.add_column("tokens", justify="right")
-    table.add_column("answer")
-    for sample in samples:
-        table.add_row(sample.name, str(sample.tokens), "yes" if sample.has_answer else "no")
-    table.add_row(f"{len(samples)} samples", str(sum(s.tokens for s in samples)), "", style="bold")
-    return table
+    return FittedTable(
+        "Calibration samples",
+        [Column("sample", left=True), Column("tokens"), Column("answer", drop=1, left=True)],
+        [[sample.name, str(sample.tokens), "yes" if sample.has_answer else "no"] for sample in samples],
+        total=[counted(len(samples), "sample"), str(sum(s.tokens for s in samples)), ""],
+    )
 
 
-def captions_table(picture: str, captions: Mapping[str, str]) -> Table:
-    """What each model says about a picture that calibration did not see, side by side."""
-    table = VisibleTable(f"Captions of {picture}, not used for calibration")
-    for label in captions:
-        table.add_column(label, ratio=1)
-    table.add_row(*captions.values())
-    return table
+def captions_table(picture: str, captions: Mapping[str, str]) -> FittedTable:
+    """What each model says about a picture that calibration did not see."""
+    return FittedTable(
+        f"Captions of {picture}, not used for calibration",
+        [Column("model", left=True), Column("says", left=True, wraps=True)],
+        [[label, text] for label, text in captions.items()],
+    )
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 sample`, `2 samples`."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: `0.4 s`, `34 s`, `46 min`, `1 h 12 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 89.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def planned_linears(linears: Sequence[LinearPlan], *, verbose: bool) -> FittedTable:
+    """What becomes of the linears, a line for those of one role that are alike; float ones only with `verbose`."""
+    grouped: dict[tuple[str, str, str, str], list[str]] = {}
+    for linear in linears:
+        if verbose or linear.quant_type is not QuantType.FLOAT:
+            name = f"{linear.name}.weight"
+            shape = f"{linear.rows} x {linear.cols}"
+            key = (role_of(name), linear.quant_type.value, shape, linear.rule or "default")
+            grouped.setdefault(key, []).append(layer_of(name))
+    floats = sum(linear.quant_type is QuantType.FLOAT for linear in linears)
+    return FittedTable(
+        "Linears",
+        [
+            Column("layers and role", left=True),
+            Column("type", left=True),
+            Column("shape", drop=1),
+            Column("by", drop=2, left=True),
+        ],
+        [[describe_place(layers, role), *others] for (role, *others), layers in grouped.items()],
+        caption=f"{counted(floats, 'linear')} {'stays' if floats == 1 else 'stay'} float; -v lists them"
+        if floats and not verbose
+        else "",
+    )
 
 
 def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) -> None:
@@ -147,27 +173,17 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
             }
         )
         return
-    table = VisibleTable("Linears")
-    for header in ("linear", "type", "shape", "by"):
-        table.add_column(header, no_wrap=True)
-    shown = [linear for linear in plan.linears if verbose or linear.quant_type is not QuantType.FLOAT]
-    for linear in shown:
-        shape = f"{linear.rows} x {linear.cols}"
-        table.add_row(FAMILY.short_name(linear.name), linear.quant_type.value, shape, linear.rule or "default")
-    if len(shown) < len(plan.linears):
-        table.caption = f"{len(plan.linears) - len(shown)} linears stay float; -v lists them"
-        table.caption_justify = "left"
-    stdout.print(table)
+    stdout.print(planned_linears(plan.linears, verbose=verbose))
     stdout.print(areas_table(plan.areas))
     for name, count in plan.files:
         stdout.print(f"{name}: {count} bytes")
-    stdout.print(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
-    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
+    stdout.say(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
+    stdout.say(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
     if plan.quantization_seconds is not None:
-        stdout.print(f"time: about {plan.quantization_seconds / 60:.1f} minutes on this machine as it is now")
+        stdout.say(f"time: about {duration(plan.quantization_seconds)} on this machine as it is now")
     elif plan.calibration_seconds is not None:
-        stdout.print(
-            f"time: calibration about {plan.calibration_seconds / 60:.1f} minutes on this machine as it is now; "
+        stdout.say(
+            f"time: calibration about {duration(plan.calibration_seconds)} on this machine as it is now; "
             "the rest can be foretold once there are statistics (--stats)"
         )
 
@@ -195,14 +211,12 @@ def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_jso
         return
     stdout.print(samples_table(plan.samples))
     most = "" if plan.is_exact else "at most "
-    stdout.print(f"statistics: {most}{plan.output_bytes} bytes in {len(plan.files)} files")
-    stdout.print(
+    stdout.say(f"statistics: {most}{plan.output_bytes} bytes in {len(plan.files)} files")
+    stdout.say(
         f"disk: {size(plan.output_bytes)} statistics, {size(plan.work_bytes)} beside them while it runs, {size(free)} free"
     )
-    stdout.print(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
-    stdout.print(
-        f"time: about {seconds / 60:.1f} minutes on this machine as it is now; one sample went through one block"
-    )
+    stdout.say(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
+    stdout.say(f"time: about {duration(seconds)} on this machine as it is now; one sample went through one block")
 
 
 def _marked(error: float) -> Text:
@@ -214,15 +228,13 @@ def _marked(error: float) -> Text:
     return Text(f"{error:.2%}", style="green")
 
 
-def areas_table(areas: Sequence[AreaBytes]) -> Table:
+def areas_table(areas: Sequence[AreaBytes]) -> FittedTable:
     """Bytes before and after by area of the model."""
-    table = VisibleTable("Bytes")
-    for header in ("part", "float", "quantized", "ratio"):
-        table.add_column(header, justify="left" if header == "part" else "right")
     before, after = sum(p.before for p in areas), sum(p.after for p in areas)
-    for name, b, a in [*((p.area.value, p.before, p.after) for p in areas), ("total", before, after)]:
-        table.add_row(name, size(b), size(a), f"{a / b:.3f}" if b else "-")
-    return table
+    rows = [(p.area.value, p.before, p.after) for p in areas]
+    cells = [[name, size(b), size(a), f"{a / b:.3f}" if b else "-"] for name, b, a in (*rows, ("total", before, after))]
+    columns = [Column("part", left=True), Column("float", drop=1), Column("quantized"), Column("ratio", drop=2)]
+    return FittedTable("Bytes", columns, cells[:-1], total=cells[-1])
 
 
 def size(count: int) -> str:
@@ -241,7 +253,12 @@ def show_quantization(result: QuantizationResult, *, verbose: bool) -> None:
     recipe = result.recipe
     stdout.print(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {result.folder}", soft_wrap=True)
     for line in next_steps(result.folder, recipe):
-        stdout.print(line, soft_wrap=True)
+        show_line(line)
+
+
+def show_line(line: str) -> None:
+    """A sentence, or a command, which starts with blanks and stays one line."""
+    stdout.print(line, soft_wrap=True) if line.startswith("  ") else stdout.say(line)
 
 
 def next_steps(folder: Path, recipe: Recipe) -> list[str]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Final
 
 from rich.text import Text
 
+from glmq.checkpoint.names import natural_key
 from glmq.cli.console import stdout
-from glmq.cli.inspect_view import marked, plain_table
-from glmq.cli.render import SHOWN_ROWS
+from glmq.cli.inspect_view import marked, percent
+from glmq.cli.render import counted
+from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.model.config import FAMILY
 from glmq.reporting.documents import Verification
 from glmq.verification.engines.schemes import group_schemes
@@ -19,27 +22,36 @@ SHOWN_FINDINGS: Final = 3
 
 
 def show_verification(found: Verification, *, quiet: bool, verbose: bool) -> None:
-    """Findings by check, the worst linears and blocks, the predictions, and the verdict last."""
+    """The verdict, what was checked and found, the numbers in short or with `verbose` in tables, and the verdict again."""
     if not quiet:
-        stdout.print(f"{found.candidate}: {found.what}", style="bold", soft_wrap=True)
+        _show_verdict(found)
+        stdout.say(f"{found.candidate}: {found.what}", style="bold")
+        for what in found.checked:
+            stdout.say(f"checked: {what}")
+        for what in found.not_checked:
+            stdout.say(f"not checked: {what}")
         _show_findings(found, verbose=verbose)
         for engine, schemes in found.schemes.items():
-            table = plain_table(f"What {engine.spec.title} will take", ("module", "scheme"), left=2)
-            for modules, scheme in group_schemes(schemes):
-                table.add_row(modules, scheme)
-            stdout.print(table)
-        _show_linears(found, verbose=verbose)
-        _show_blocks(found)
-        _show_predictions(found, verbose=verbose)
-    _show_verdict(found, quiet=quiet)
+            columns = [Column("module", left=True), Column("scheme", left=True, wraps=True)]
+            stdout.print(FittedTable(f"What {engine.spec.title} will take", columns, group_schemes(schemes)))
+        if verbose:
+            _show_linears(found)
+            _show_blocks(found)
+            _show_samples(found)
+        else:
+            _show_in_short(found)
+        _show_predictions(found)
+    _show_verdict(found)
 
 
 def show_checks() -> None:
     """The table of all checks."""
-    table = plain_table("What verify looks for", ("", "check", "findings are"), left=3)
-    for check in Check:
-        table.add_row(str(check.number), check.title, " or ".join(f"{severity}s" for severity in check.severities))
-    stdout.print(table)
+    rows = [
+        [str(check.number), check.title, " or ".join(f"{severity}s" for severity in check.severities)]
+        for check in Check
+    ]
+    columns = [Column("no."), Column("check", left=True, wraps=True), Column("findings are", left=True)]
+    stdout.print(FittedTable("What verify looks for", columns, rows))
 
 
 def _show_findings(found: Verification, *, verbose: bool) -> None:
@@ -49,28 +61,47 @@ def _show_findings(found: Verification, *, verbose: bool) -> None:
     for check, findings in sorted(groups.items(), key=lambda item: item[0].number):
         errors = sum(finding.severity == "error" for finding in findings)
         mark, style = ("!!", "bold red") if errors else ("!", "yellow")
-        count = f"{errors} errors" if errors == len(findings) else f"{errors} errors, {len(findings) - errors} warnings"
-        stdout.print(Text(f"{mark} {check.number} {check.title}: {count}", style=style))
+        stdout.say(Text(f"{mark} {check.number} {check.title}: {_counts(errors, len(findings) - errors)}", style=style))
         shown = findings if verbose else findings[:SHOWN_FINDINGS]
         for finding in shown:
             where = f"{finding.tensor} " if finding.tensor else ""
-            stdout.print(f"     {finding.severity}: {where}{finding.message}", soft_wrap=True)
+            stdout.say(f"     {finding.severity}: {where}{finding.message}")
         if len(shown) < len(findings):
             stdout.print(f"     and {len(findings) - len(shown)} more; -v shows all")
 
 
-def _show_linears(found: Verification, *, verbose: bool) -> None:
+def _show_in_short(found: Verification) -> None:
+    """The numbers of the tables that -v shows, in a line each."""
+    if found.behaviours:
+        worst = max(found.behaviours.values(), key=lambda linear: linear.error)
+        middle = median(linear.error for linear in found.behaviours.values())
+        stdout.say(
+            f"output error of {counted(len(found.behaviours), 'linear')}: {percent(worst.error)} at worst "
+            f"({FAMILY.short_name(worst.name)}), {percent(middle)} in the median; -v shows each"
+        )
+    elif found.linears:
+        stdout.say(f"{counted(len(found.linears), 'integer linear')}; -v shows each")
+    if found.blocks:
+        last = found.blocks[-1]
+        stdout.say(f"hidden states behind {FAMILY.short_name(last.done.name)}: {percent(last.error)} away")
+
+
+def _show_linears(found: Verification) -> None:
     behaviours = found.behaviours
     arithmetic = {linear.name: linear for linear in found.linears}
     distances = {linear.name: linear.against.relative_l2 for linear in found.linears if linear.against is not None}
     names = sorted(
         arithmetic.keys() | behaviours.keys(),
-        key=lambda name: (-behaviours[name].error if name in behaviours else 0, -distances.get(name, 0), name),
+        key=lambda name: (
+            -behaviours[name].error if name in behaviours else 0,
+            -distances.get(name, 0),
+            natural_key(name),
+        ),
     )
     if not names:
         return
-    rows: list[list[str | Text]] = []
-    for name in names if verbose else names[:SHOWN_ROWS]:
+    rows: list[list[Cell]] = []
+    for name in names:
         one, other = behaviours.get(name), arithmetic.get(name)
         against = None if other is None else other.against
         rows.append(
@@ -85,69 +116,96 @@ def _show_linears(found: Verification, *, verbose: bool) -> None:
                 "" if one is None else f"{one.largest_output:.3g}",
             ]
         )
-    header = ("linear", "output error", "weight error", "bits", "clipped", "beyond", "worst sample", "max |y|")
-    used = [column for column in range(len(header)) if any(row[column] for row in rows)]
-    table = plain_table("Integer linears, worst first", [header[column] for column in used], left=1)
-    for row in rows:
-        table.add_row(*(row[column] for column in used))
-    if len(names) > SHOWN_ROWS and not verbose:
-        table.caption = f"{len(names) - SHOWN_ROWS} more; -v shows all"
-        table.caption_justify = "left"
-    stdout.print(table)
+    columns = [
+        Column("linear", left=True),
+        Column("output error"),
+        Column("weight error", drop=1),
+        Column("bits", drop=2),
+        Column("clipped", drop=3),
+        Column("beyond", drop=4),
+        Column("worst sample", drop=5, left=True),
+        Column("max |y|", drop=6),
+    ]
+    order = ", worst output error first" if behaviours else ", largest weight error first" if distances else ""
+    stdout.print(FittedTable(f"Integer linears{order}", columns, rows))
 
 
 def _show_blocks(found: Verification) -> None:
-    if not found.blocks:
-        return
-    table = plain_table("Error built up, block after block", ("block", "hidden states"), left=1)
-    for block in found.blocks:
-        table.add_row(FAMILY.short_name(block.done.name), marked(block.error))
-    stdout.print(table)
+    if found.blocks:
+        rows: list[list[Cell]] = [[FAMILY.short_name(b.done.name), marked(b.error)] for b in found.blocks]
+        columns = [Column("block", left=True), Column("hidden states")]
+        stdout.print(FittedTable("Error built up, block after block", columns, rows))
 
 
-def _show_predictions(found: Verification, *, verbose: bool) -> None:
+def _show_samples(found: Verification) -> None:
     predictions = found.predictions
     if predictions is None:
         return
-    header = ("sample", "positions", "KL nats", "same top token", "NLL float", "NLL candidate")
-    table = plain_table("Predicted tokens, worst first", header, left=1)
-    samples = sorted(predictions.samples, key=lambda sample: (-sample.kl, sample.name))
-    for sample in samples if verbose else samples[:5]:
-        table.add_row(
+    samples = sorted(predictions.samples, key=lambda sample: (-sample.kl, natural_key(sample.name)))
+    rows = [
+        [
             sample.name,
             str(sample.positions),
             f"{sample.kl:.3g}",
             f"{sample.top1:.2%}",
             _nats(sample.nll_float),
             _nats(sample.nll_candidate),
-        )
-    nll = (_nats(predictions.nll_float), _nats(predictions.nll_candidate))
-    row = (f"all {len(samples)}", str(predictions.positions), f"{predictions.kl:.3g}", f"{predictions.top1:.2%}", *nll)
-    table.add_row(*row, style="bold")
-    stdout.print(table)
+        ]
+        for sample in samples
+    ]
+    columns = [
+        Column("sample", left=True),
+        Column("positions", drop=2),
+        Column("KL nats"),
+        Column("same top token", drop=1),
+        Column("NLL float", drop=4),
+        Column("NLL candidate", drop=3),
+    ]
+    total = [
+        f"all {len(samples)}",
+        str(predictions.positions),
+        f"{predictions.kl:.3g}",
+        f"{predictions.top1:.2%}",
+        _nats(predictions.nll_float),
+        _nats(predictions.nll_candidate),
+    ]
+    stdout.print(FittedTable("Predicted tokens, largest KL first", columns, rows, total=total))
+
+
+def _show_predictions(found: Verification) -> None:
+    predictions = found.predictions
+    if predictions is None:
+        return
+    error = "" if predictions.kl_error is None else f" ± {predictions.kl_error:.1g}"
+    positions, samples = counted(predictions.positions, "position"), counted(len(predictions.samples), "sample")
+    stdout.say(
+        f"predicted tokens: KL {predictions.kl:.3g}{error} nats (mean and its standard error over {positions} of {samples}), "
+        f"same top token {predictions.top1:.2%}"
+    )
     for caption in found.captions:
         same = "the same" if caption.reference == caption.candidate else "different"
-        stdout.print(f"{caption.name}: {same}", style="bold")
-        stdout.print(f"  float      {caption.reference}", soft_wrap=True)
-        stdout.print(f"  candidate  {caption.candidate}", soft_wrap=True)
+        stdout.say(f"{caption.name}: {same}", style="bold")
+        stdout.say(f"  float      {caption.reference}")
+        stdout.say(f"  candidate  {caption.candidate}")
 
 
-def _show_verdict(found: Verification, *, quiet: bool) -> None:
+def _show_verdict(found: Verification) -> None:
     errors = sum(finding.severity == "error" for finding in found.findings)
     warnings = len(found.findings) - errors
     what = ["files", "integers"] if found.linears else ["files"]
     what += ["behaviour"] if found.predictions is not None else []
     checked = " and ".join([", ".join(what[:-1]), what[-1]]) if len(what) > 1 else what[0]
     if found.passed:
-        text = f"passed: nothing wrong with {checked}" + (f", {warnings} warnings" if warnings else "")
-        stdout.print(Text(text, style="bold green"))
+        text = f"passed: nothing wrong with {checked}" + (f", {counted(warnings, 'warning')}" if warnings else "")
+        stdout.say(Text(text, style="bold green"))
     else:
-        stdout.print(Text(f"!! failed: {errors} errors, {warnings} warnings in {checked}", style="bold red"))
-    if quiet:
-        return
-    stdout.print(f"checked: {'; '.join(found.checked) or 'nothing'}", soft_wrap=True)
-    if found.not_checked:
-        stdout.print(f"not checked: {'; '.join(found.not_checked)}", soft_wrap=True)
+        stdout.say(Text(f"!! failed: {_counts(errors, warnings)} in {checked}", style="bold red"))
+
+
+def _counts(errors: int, warnings: int) -> str:
+    """`1 error, 2 warnings`, without those that there are none of."""
+    parts = [counted(errors, "error")] if errors else []
+    return ", ".join([*parts, *([counted(warnings, "warning")] if warnings else [])]) or "nothing checked"
 
 
 def _nats(value: float | None) -> str:

@@ -32,6 +32,8 @@ from glmq.threads import run_ahead
 
 _COMPARED: Final = (Kind.FLOAT, Kind.QUANTIZED)
 HISTOGRAM_BINS: Final = 64
+ROUNDING: Final = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+"""The largest relative error of rounding to a dtype."""
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read and compare pieces of a weight: while some wait for the disk, others compute."""
 
@@ -70,6 +72,15 @@ class WeightDiff:
     entropy_a: float | None
     entropy_b: float | None
     """Bits per integer; None for floats."""
+
+    @property
+    def equal_within(self) -> str | None:
+        """The coarser of two float dtypes, if the values differ no more than by being rounded to it; else None."""
+        steps = [(ROUNDING[code], code) for code in (self.type_a, self.type_b) if code in ROUNDING]
+        if len(steps) < 2 or self.type_a == self.type_b:
+            return None
+        step, coarser = max(steps)
+        return coarser if self.relative_l2 <= step else None
 
     @property
     def relative_l2(self) -> float:

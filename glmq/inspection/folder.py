@@ -151,7 +151,7 @@ def scan_folder(directory: Path) -> Folder:
                     )
                     continue
                 seen[name] = file
-                quant = "statistics" if kind is Kind.STATISTICS else _type_of(info, own)
+                quant = "statistics" if kind is Kind.STATISTICS else _type_of(info, own, kind)
                 tensors.append(StoredTensor(f"{prefix}{name}", info, file, quant))
     tensors.sort(key=lambda tensor: natural_key(tensor.name))
     method = find_method({t.name: t.info for t in tensors}, config) if kind is Kind.FLOAT and not description else None
@@ -255,10 +255,12 @@ def _read(path: Path, problems: list[str]) -> JsonObject:
         return {}
 
 
-def _type_of(info: TensorInfo, description: Mapping[str, JsonValue]) -> str:
+def _type_of(info: TensorInfo, description: Mapping[str, JsonValue], kind: Kind) -> str:
     found = description.get(info.name)
     if isinstance(found, str):
         return found
+    if kind is Kind.PORTABLE and info.dtype not in FLOAT_CODES:
+        return QuantType.W8A8S.value
     return QuantType.FLOAT.value if info.dtype in FLOAT_CODES else "?"
 
 

@@ -176,6 +176,12 @@ def describe_layers(layers: Sequence[str]) -> str:
     )
 
 
+def describe_place(layers: Sequence[str], role: str) -> str:
+    """`layers.0-39 mlp.down_proj`; only the layer where the role says the same, as of `lm_head`."""
+    place = describe_layers(layers)
+    return place if place == role or place.endswith(f".{role}") else f"{place} {role}"
+
+
 def describe_folder(folder: Folder) -> str:
     """What the folder is, in one line."""
     floats = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}

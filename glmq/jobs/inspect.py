@@ -11,6 +11,7 @@ from glmq.engines import Engine
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import TensorRow, choose_rows, tensor_rows
+from glmq.inspection.parts import read_packed
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import parse_config
 from glmq.model.members import describe_member
@@ -65,6 +66,7 @@ def inspect(
         rows=rows,
         values=_read_values(rows, watch) if values else {},
         engines={engine: list(check_lookups(scanned, engine)) for engine in Engine} if is_model else {},
+        packed=read_packed(scanned.directory),
         member=_member(scanned),
     )
 

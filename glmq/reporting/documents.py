@@ -13,6 +13,7 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.engines import Engine
 from glmq.inspection.folder import Folder
 from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_area, totals_by_type
+from glmq.inspection.parts import PackedWeight
 from glmq.quoting import csv_text
 from glmq.verification.engines.check import describe_engines
 from glmq.verification.findings import Check, Finding
@@ -45,6 +46,8 @@ class Inspection:
     values: Mapping[str, TensorValues]
     """By tensor name; empty unless asked for."""
     engines: Mapping[Engine, Sequence[Finding]]
+    packed: Mapping[tuple[int, str], PackedWeight]
+    """Of compressed parts, by rank and linear, the weights as they were; empty of others."""
     member: str | None = None
     """Which released model it is or comes from, and what shows it; None where config.json does not say."""
 

@@ -40,6 +40,8 @@ class Predictions:
 
     positions: int
     kl: float
+    kl_error: float | None
+    """Standard error of `kl`, from how far positions differ; None of a single position."""
     top1: float
     nll_float: float | None
     nll_candidate: float | None
@@ -149,4 +151,6 @@ def summarize(sums: HeadSums, names: Sequence[str], counts: Sequence[int]) -> Pr
             rows.append(means(name, slice(start, start + count)))
         start += count
     total = means("", slice(0, start))
-    return Predictions(total.positions, total.kl, total.top1, total.nll_float, total.nll_candidate, tuple(rows))
+    kl = columns[0]
+    error = float(kl.std()) / math.sqrt(kl.numel()) if kl.numel() > 1 else None
+    return Predictions(total.positions, total.kl, error, total.top1, total.nll_float, total.nll_candidate, tuple(rows))

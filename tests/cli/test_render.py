@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,41 +38,28 @@ def text_of(table: object, width: int, monkeypatch: pytest.MonkeyPatch) -> list[
 
 
 def test_the_worst_linear_comes_first_and_bad_ones_have_a_mark(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = text_of(lambda: error_table(reports(0.05, 0.25, 0.1, 0.05), verbose=False), 140, monkeypatch)
-    rows = [line.split() for line in lines if line.lstrip().startswith("layers.")]
+    lines = text_of(lambda: error_table(reports(0.05, 0.25, 0.1, 0.05), verbose=False), 160, monkeypatch)
+    rows = [re.split(r"   +", line.strip()) for line in lines if line.lstrip().startswith("layers.")]
     assert [row[0] for row in rows] == ["layers.1", "layers.2", "layers.0", "layers.3"]
-    assert [" ".join(row[6:-3]) for row in rows] == ["!! 25.00%", "! 10.00%", "5.00%", "5.00%"]
+    assert [row[6] for row in rows] == ["!! 25.00%", "! 10.00%", "5.00%", "5.00%"]
 
 
 def test_every_column_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = text_of(lambda: error_table([REPORT], verbose=False), 140, monkeypatch)
-    assert lines[1].split() == [
-        "linear", "type", "step", "bits", "|q|>7", "weight", "output", "SQNR", "dB", "input", "range", "clipped"
+    lines = text_of(lambda: error_table([REPORT], verbose=False), 160, monkeypatch)
+    assert re.split(r"   +", lines[1].strip()) == [
+        "linear", "type", "step", "bits", "|q|>7", "weight error", "output error", "SQNR dB", "input range", "range by",
+        "clipped",
     ]  # fmt: skip
     assert lines[-1].split() == [
-        "layers.0.self_attn.q_proj", "W8A8S", "0.25..0.5", "3.88", "6.2%", "6.25%", "3.12%", "30.1", "-2.5..3.25", "0.100%"
+        "layers.0.self_attn.q_proj", "W8A8S", "0.25..0.5", "3.88", "6.2%", "6.25%", "3.12%", "30.1", "-2.5..3.25",
+        "histogram", "0.100%",
     ]  # fmt: skip
-
-
-def test_a_wide_terminal_shows_how_the_range_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = text_of(lambda: error_table([REPORT], verbose=False), 152, monkeypatch)
-    assert lines[1].endswith("input range    range by   clipped")
-    assert lines[-1].endswith("-2.5..3.25   histogram    0.100%")
 
 
 def test_dynamic_types_have_no_input_range(monkeypatch: pytest.MonkeyPatch) -> None:
     dynamic = replace(REPORT, quant_type=QuantType.W8A8_DYNAMIC)
-    row = text_of(lambda: error_table([dynamic], verbose=False), 140, monkeypatch)[-1]
-    assert row.endswith("per token   per token")
-
-
-@pytest.mark.parametrize("width", [60, 74, 84, 96, 110, 124, 140, 152])
-def test_a_narrow_terminal_shows_fewer_columns_and_breaks_no_row(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = text_of(lambda: error_table([REPORT], verbose=False), width, monkeypatch)
-    assert len(lines) == 4  # title, heads, rule, row
-    assert all(len(line) <= width for line in lines)
-    assert "output" in lines[1]
-    assert ("clipped" in lines[1]) is (width >= 74)
+    row = text_of(lambda: error_table([dynamic], verbose=False), 160, monkeypatch)[-1]
+    assert row.split()[-6:] == ["per", "token"] * 3
 
 
 def test_a_long_table_is_cut_unless_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

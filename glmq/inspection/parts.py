@@ -1,0 +1,118 @@
+"""Compressed parts by role, over ranks and layers. Neither torch nor transformers is imported here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from glmq.checkpoint.json_file import Fields, read_json_object
+from glmq.errors import CheckpointError
+from glmq.inspection.listing import TensorRow
+
+REPORT: Final = "glmq_compress_report.json"
+_RANK: Final = re.compile(r"(?:part|rank)([0-9]{1,4})(?:-of-[0-9]{1,4})?/")
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """One weight of one rank as it was before it was compressed."""
+
+    rows: int
+    cols: int
+    stored_bytes: int
+    """Of everything that is stored for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartRow:
+    """All tensors of one role that are alike over ranks and layers."""
+
+    layers: tuple[str, ...]
+    role: str
+    quant_type: str
+    ranks: int
+    shape: tuple[int, ...]
+    """Of a rank's weight before it was compressed."""
+    nbytes: int
+    """Of all of them as stored."""
+    weights: int
+    """Those that are compressed; 0 where none is."""
+    stored_bytes: int
+    """Of the compressed weights."""
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """None where nothing is compressed."""
+        return 8 * self.stored_bytes / self.weights if self.weights else None
+
+    @property
+    def ratio(self) -> float | None:
+        """int8 bytes over stored bytes; None where nothing is compressed."""
+        return self.weights / self.stored_bytes if self.stored_bytes else None
+
+
+def read_packed(directory: Path) -> dict[tuple[int, str], PackedWeight]:
+    """By rank and linear, what the report of `glmq compress` says; empty where there is none that can be read."""
+    path = directory / REPORT
+    if not path.is_file():
+        return {}
+    try:
+        document = Fields(read_json_object(path), str(path), CheckpointError)
+        return {
+            (linear.count("rank"), linear.text("name")): PackedWeight(
+                linear.count("rows"), linear.count("cols"), linear.count("stored_bytes")
+            )
+            for linear in document.list_of_fields("linears")
+        }
+    except CheckpointError:  # only what it adds to the headers is lost
+        return {}
+
+
+def group_parts(rows: Sequence[TensorRow], packed: Mapping[tuple[int, str], PackedWeight]) -> list[PartRow]:
+    """One line per role that is alike over ranks and layers, in the order of the rows.
+
+    Args:
+        rows: tensors of a tree of parts.
+        packed: from read_packed.
+    """
+    modules: dict[tuple[int, str], list[TensorRow]] = {}
+    for row in rows:
+        found = _RANK.match(row.name)
+        rank, name = (int(found[1]), row.name[found.end() :]) if found else (0, row.name)
+        modules.setdefault((rank, _module(name, packed, rank)), []).append(row)
+    lines: dict[tuple[object, ...], list[tuple[int, str, list[TensorRow], PackedWeight | None]]] = {}
+    for (rank, module), members in modules.items():
+        weight = packed.get((rank, module))
+        first = next((row for row in members if row.name.endswith(".weight")), members[0])
+        shape = first.shape if weight is None else (weight.rows, weight.cols)
+        role = first.role.removesuffix(".weight")
+        layer = first.layer.rpartition("/")[2]
+        key = (re.sub(r"[0-9]+", "N", layer), role, first.quant_type, shape)
+        lines.setdefault(key, []).append((rank, layer, members, weight))
+    return [_line(key, found) for key, found in lines.items()]
+
+
+def _module(name: str, packed: Mapping[tuple[int, str], PackedWeight], rank: int) -> str:
+    """The module that a tensor belongs to; a packed weight has a suffix more than others."""
+    module = name.rpartition(".")[0]
+    shorter = module.rpartition(".")[0]
+    return shorter if module.endswith(".weight") or (rank, shorter) in packed else module
+
+
+def _line(key: tuple[object, ...], found: Sequence[tuple[int, str, list[TensorRow], PackedWeight | None]]) -> PartRow:
+    _, _, members, weight = found[0]
+    first = next((row for row in members if row.name.endswith(".weight")), members[0])
+    weights = [one for *_, one in found if one is not None]
+    return PartRow(
+        layers=tuple(dict.fromkeys(layer for _, layer, _, _ in found)),
+        role=first.role.removesuffix(".weight"),
+        quant_type=first.quant_type,
+        ranks=len({rank for rank, *_ in found}),
+        shape=first.shape if weight is None else (weight.rows, weight.cols),
+        nbytes=sum(row.nbytes for _, _, own, _ in found for row in own),
+        weights=sum(one.rows * one.cols for one in weights),
+        stored_bytes=sum(one.stored_bytes for one in weights),
+    )

@@ -1,0 +1,112 @@
+"""Every table, at every width: no number is split, and no column vanishes without being named."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cli.command_line import glmq
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+from glmq.cli import console
+from glmq.cli.tables import Column, FittedTable
+from glmq.jobs.compress import compress
+
+WIDTHS = (60, 80, 100, 160)
+
+
+@contextmanager
+def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FittedTable]]:
+    tables: list[FittedTable] = []
+    printed = console.VisibleConsole.print
+
+    def collect(self: console.VisibleConsole, *objects: object, **options: object) -> None:
+        tables.extend(one for one in objects if isinstance(one, FittedTable))
+        printed(self, *objects, **options)
+
+    monkeypatch.setattr(console.VisibleConsole, "print", collect)
+    yield tables
+
+
+def check(table: FittedTable, width: int) -> None:
+    terminal = Console(width=width, legacy_windows=False)
+    with terminal.capture() as capture:
+        terminal.print(table)
+    lines = capture.get().splitlines()
+    assert all(cell_len(line.rstrip()) <= width for line in lines), (table.title, width, lines)
+    shown, left_out = table.layout(width), table.left_out(width)
+    notes = " ".join(" ".join(lines).split())
+    for index, column in enumerate(table.columns):
+        cells = [str(row[index]) for row in table.rows if str(row[index])]
+        if index in shown:
+            first = index == next(iter(shown))
+            for cell in cells:
+                if column.wraps:
+                    assert all(any(word in line for line in lines) for word in cell.split()), (table.title, width, cell)
+                else:
+                    tail = cell[len(cell) - shown[index] + 1 :] if first and len(cell) > shown[index] else cell
+                    assert any(tail in line for line in lines), (table.title, width, cell)
+        elif cells:
+            assert column.header in left_out
+            assert "no room for: " in notes
+            assert column.header in notes
+
+
+def test_every_table_of_every_verb_holds_at_every_width(
+    tiny: Path, tiny_seed: Path, small_stats: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = compress(tiny_seed, out=tmp_path / "parts", codec="portable", tp=2).folder
+    stats, taken = tmp_path / "stats", ["--calib-images", pictures, "--limit", 1]
+    with collected(monkeypatch) as tables:
+        commands: list[list[object]] = [
+            ["compress", tiny_seed, tmp_path / "sc", "--codec", "portable"],
+            ["compress", tiny_seed, tmp_path / "plan", "--codec", "portable", "--tp", 2, "--dry-run"],
+            ["inspect", tiny_seed],
+            ["inspect", tiny_seed, "--layer", 0],
+            ["inspect", tiny_seed, "--layer", 0, "--values"],
+            ["inspect", parts],
+            ["inspect", small_stats],
+            ["inspect", tiny, tiny_seed],
+            ["verify", tiny_seed, "--reference", tiny, *taken, "-v", "--target", "mindie"],
+            ["verify", "--list-checks"],
+            ["calibrate", "--model-path", tiny, *taken, "--stats", stats, "--no-texts"],
+            ["quantize", "--model_path", tiny, "--stats", stats, "--save_directory", tmp_path / "q"],
+            ["quantize", "--model_path", tiny, "--stats", stats, "--save_directory", tmp_path / "r", "--dry-run", "-v"],
+        ]
+        for command in commands:
+            before = len(tables)
+            glmq(*command)
+            assert len(tables) > before, command
+    for table in tables:
+        for width in WIDTHS:
+            check(table, width)
+
+
+def test_columns_go_by_their_number_and_are_named_and_names_lose_their_beginning() -> None:
+    columns = [Column("linear", left=True), Column("type", drop=2), Column("output error"), Column("SQNR dB", drop=1)]
+    table = FittedTable(
+        "T", columns, [["layers.10.self_attn.o_proj", "W8A8S", Text("!! 23.0%"), "11.9"]], caption="and more"
+    )
+
+    def lines(width: int) -> list[str]:
+        terminal = Console(width=width)
+        with terminal.capture() as capture:
+            terminal.print(table)
+        return [line.rstrip() for line in capture.get().splitlines() if line.strip()]
+
+    assert lines(64)[1:] == [
+        " linear                        type   output error   SQNR dB",
+        " " + "─" * 59,
+        " layers.10.self_attn.o_proj   W8A8S       !! 23.0%      11.9",
+        "and more",
+    ]
+    assert lines(50)[-2:] == [
+        " layers.10.self_attn.o_proj       !! 23.0%   11.9",
+        "and more; no room for: type",
+    ]
+    assert lines(36)[-2:] == [
+        " …rs.10.self_attn.o_proj   !! 23.0%",
+        "and more; no room for: type, SQNR dB",
+    ]
