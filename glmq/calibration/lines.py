@@ -30,7 +30,7 @@ _PROMPTS: Final = ("prompt", "query", "question", "instruction")
 _ANSWERS: Final = ("text", "response", "answer", "output")
 _ABOUT: Final = frozenset({"id", "index", "source", "dataset", "category", "width", "height", "metadata"})
 """Keys that say nothing to the model."""
-_SYSTEM, _USER, _ASSISTANT = "system", "user", "assistant"
+_SYSTEM, _USER, _ASSISTANT, _TOOL = "system", "user", "assistant", "tool"
 _ROLES: Final = {
     "system": _SYSTEM,
     "developer": _SYSTEM,
@@ -40,9 +40,15 @@ _ROLES: Final = {
     "gpt": _ASSISTANT,
     "model": _ASSISTANT,
     "bot": _ASSISTANT,
+    "tool": _TOOL,
+    "function": _TOOL,
+    "function_call": _TOOL,
+    "observation": _TOOL,
 }
 PLACEHOLDER: Final = "<image>"
 """Where other tools put the picture into the prompt; glmq's chat template has a place of its own for it."""
+_TAG: Final = re.compile(r"(?:Picture [0-9]+: ?)?<img>(.*?)</img>[ \t]*\n?", re.DOTALL)
+"""Where Qwen-VL's files name a picture within the prompt."""
 _PLACEHOLDER: Final = re.compile(r"<image>[ \t]*\n?|\n<image>(?=$)")
 _BASE64_STARTS: Final = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0")
 """Of JPEG, PNG, GIF, WebP and BMP files."""
@@ -57,9 +63,9 @@ class LineError(Exception):
 class Left(Enum):
     """What of a line is not calibrated on."""
 
-    TURNS = "have more than one question and answer, of which the first are used"
-    IMAGES = "have more than one picture, of which the first is used"
-    SYSTEM = "have a system prompt, which is left out"
+    TURNS = "only the first question and answer are used"
+    IMAGES = "only the first picture is used"
+    SYSTEM = "the system prompt is left out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,8 @@ def parse_line(document: JsonValue) -> Line:
         raise LineError(f"is a JSON {type(document).__name__}, an object is needed")
     turns = next((key for key in _TURNS if key in document), None)
     line = _flat(document) if turns is None else _conversation(document, turns)
+    if not line.images and line.prompt is not None and (tagged := _TAG.findall(line.prompt)):
+        line = Line(tagged, _TAG.sub("", line.prompt), line.text, line.left)
     if not (line.images or line.prompt or line.text):
         raise LineError("has neither image nor prompt nor text; give at least one")
     if len(line.images) > 1:
@@ -115,6 +123,8 @@ def locate_image(named: str, folder: Path) -> PictureFile:
         if scheme.lower() != "file":
             raise LineError(f"image {shortened(named)} lies elsewhere; glmq downloads nothing, save it as a file")
         return Path(unquote(urlsplit(named).path))
+    if "\0" in named:
+        raise LineError(f"image {shortened(named)} has a name that no file can have")
     path = folder / named
     # Lists that were made on Windows.
     return folder / named.replace("\\", "/") if "\\" in named and not _exists(path) else path
@@ -133,7 +143,7 @@ def _exists(path: Path) -> bool:
 
 
 def _decoded(named: str, payload: str) -> InlinePicture:
-    compact = "".join(payload.split()).rstrip("=")
+    compact = "".join(payload.split()).rstrip("=").replace("-", "+").replace("_", "/")  # of addresses, too
     try:
         data = base64.b64decode(compact + "=" * (-len(compact) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -203,7 +213,7 @@ def _conversation(document: JsonObject, key: str) -> Line:
         role = _ROLES.get(named) if isinstance(named, str) else None
         if role is None:
             raise LineError(f"a turn of {key} is by {named!r:.60}; known are {', '.join(_ROLES)}")
-        if text is not None:
+        if text is not None or role == _TOOL:
             left.add(Left.TURNS)
             break
         said, shown = _content(turn.get("content", turn.get("value")))
@@ -213,7 +223,8 @@ def _conversation(document: JsonObject, key: str) -> Line:
         elif role == _USER:
             prompt = said if prompt is None else f"{prompt}\n{said}"
         else:
-            text = said
+            reasons = turn.get("reasoning_content")
+            text = f"<think>{reasons}</think>{said}" if isinstance(reasons, str) and reasons else said
     return Line(images, prompt, text, frozenset(left))
 
 

@@ -39,6 +39,10 @@ _MAGIC: Final = (
     (b"\0\0\0\x0cJXL ", "is a JPEG XL picture, which Pillow does not read; convert it to JPEG or PNG"),
     (b"FUJIFILMCCD-RAW", "is a camera's raw file, which Pillow does not read; convert it to JPEG"),
 )
+_DRAWING: Final = "is a drawing, which has no pixels, and which another program would have to draw; convert it to PNG"
+_DATA: Final = "holds data, of which Pillow makes no picture; convert it to PNG"
+_DRAWINGS: Final = {"EPS": _DRAWING, "WMF": _DRAWING, "BUFR": _DATA, "GRIB": _DATA, "HDF5": _DATA}
+"""What Pillow opens, but does not decode itself."""
 _PICTURES: Final = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 """How pictures begin that Pillow does read, where they are whole."""
 _HEIC_BRANDS: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -87,7 +91,7 @@ def examine_picture(file: PictureFile, rules: PictureRules) -> Examined:
         if isinstance(file, Path) and file.exists() and not file.is_file():
             return Examined("no regular file")  # opening a pipe would wait for somebody to write into it
         with _opened(file) as image:
-            defect = _size_defect(image.width, image.height, rules)
+            defect = _DRAWINGS.get(image.format or "") or _size_defect(image.width, image.height, rules)
             if defect is None:
                 _upright(image)
             return Examined(defect, is_deep=image.mode in _DEEP_MODES)
@@ -183,6 +187,8 @@ def _recognised(head: bytes) -> str | None:
         return "is an HTML page, perhaps what a failed download left; download it again"
     if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text:
         return "is an SVG drawing, which has no pixels; convert it to PNG"
+    if text.startswith((b"{", b"[", b"<?xml")):
+        return "is text (JSON or XML), perhaps what a failed download left; download it again"
     return None
 
 

@@ -38,8 +38,15 @@ _LISTED: Final = 5
 """Bad files and lines that a message names."""
 _START: Final = 4096
 """Bytes by which an encoding is recognised."""
+_UTF16_STARTS: Final = tuple(char.encode(f"utf-16-{order}") for char in "{[ \r\n" for order in ("le", "be"))
+"""How JSON begins in UTF-16 without a mark of its byte order."""
 _FILE_MAGIC: Final = (
     (b"\x1f\x8b", "gzip-compressed"),
+    (b"\x28\xb5\x2f\xfd", "Zstandard-compressed"),
+    (b"\xfd7zXZ", "xz-compressed"),
+    (b"BZh", "bzip2-compressed"),
+    (b"SQLite format 3", "an SQLite database"),
+    (b"\x80\x04", "a Python pickle"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet"),
     (b"PAR1", "a Parquet file"),
     (b"ARROW1", "an Arrow file"),
@@ -228,7 +235,7 @@ def read_samples(
             reason = f"image {named} is not usable ({defect})"
             (rejected if skip_bad else bad).append(Rejected(where, reason))
             continue
-        samples.append(_sample(name, image, line.prompt, line.text))
+        samples.append(_sample(name, image, line.prompt, line.text or None))
         left.update(line.left)
         if found.is_deep:
             deep.append(name)
@@ -240,7 +247,7 @@ def read_samples(
         raise SampleError(f"{path}: {len(bad)} of {total} samples cannot be used: {listed}; correct them")
     if not samples:
         raise SampleError(f"{path}: holds no sample; write one JSON object a line with image, prompt or text")
-    notes = tuple(f"{path.name}: {_counted(count, 'sample')} {what.value}" for what, count in left.items())
+    notes = tuple(f"{path.name}: of {_counted(count, 'sample')} {what.value}" for what, count in left.items())
     return SampleSet(tuple(samples), tuple(rejected), (*notes, *_deep_note(deep)))
 
 
@@ -298,8 +305,12 @@ def _read_text(path: Path) -> str:
         if raw.startswith(magic):
             raise SampleError(f"{path}: is {what}; give a JSON-lines file as --calib-samples")
     convert = f"UTF-8 is needed; convert it: iconv -f {{}} -t UTF-8 {quote(path.name)} > new.jsonl"
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:_START].count(0) * 4 > len(raw[:_START]):
+    if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        raise SampleError(f"{path}: is UTF-32 text, {convert.format('UTF-32')}")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff", *_UTF16_STARTS)):
         raise SampleError(f"{path}: is UTF-16 text, {convert.format('UTF-16')}")
+    if b"\0" in raw[:_START]:
+        raise SampleError(f"{path}: is no text; give a JSON-lines file as --calib-samples")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

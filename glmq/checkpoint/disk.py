@@ -29,6 +29,8 @@ NO_ROOM: Final = (*DISK_FULL, errno.EFBIG)
 """The same, and when a file may not grow any more."""
 NOT_OFFERED: Final = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system says to a request that it has no notion of."""
+REFUSED: Final = (errno.EPERM, errno.EACCES, *NOT_OFFERED)
+"""The same, from FAT and network file systems too, which refuse as if it were a matter of permissions."""
 
 
 def open_input(path: Path) -> int:
@@ -42,6 +44,8 @@ def open_input(path: Path) -> int:
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise UnreadableError(f"{path}: no file can have such a name; give the name of one") from None
     except OSError as error:
         raise _unreadable(path, error) from None
     mode = os.fstat(handle).st_mode
@@ -91,6 +95,7 @@ def write_at(handle: int, path: Path, data: bytes | memoryview, offset: int) -> 
 
     Raises:
         SpaceError: the disk is full, or another limit of `no_room` is met.
+        OSError: another failure of the disk; it names the file.
     """
     view, done = memoryview(data), 0
     try:
@@ -98,7 +103,7 @@ def write_at(handle: int, path: Path, data: bytes | memoryview, offset: int) -> 
             done += os.pwrite(handle, view[done:], offset + done)
     except OSError as error:
         if error.errno not in NO_ROOM:
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise no_room(path, len(view) - done, error) from None
 
 
@@ -144,21 +149,27 @@ def set_mode(file: Path | int, mode: int) -> None:
     try:
         os.chmod(file, mode)
     except OSError as error:
-        if error.errno not in (errno.EPERM, *NOT_OFFERED):
+        if error.errno not in REFUSED:
             raise
 
 
 def free_bytes(directory: Path) -> int:
     """Free bytes on the disk of `directory`, which need not exist yet."""
+    return shutil.disk_usage(_existing(directory)).free
+
+
+def _existing(directory: Path) -> Path:
     existing = directory.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing
 
 
 def check_room(directory: Path, bytes_needed: int) -> None:
     """Raise SpaceError unless the disk of `directory` has `bytes_needed` bytes free."""
     free = free_bytes(directory)
+    if not free and not shutil.disk_usage(_existing(directory)).total:
+        return  # file systems in memory, and some of networks, do not know their size
     if free < bytes_needed:
         raise _no_space(directory, bytes_needed, free)
 
@@ -182,7 +193,7 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EBADF, *NOT_OFFERED):
+        if error.errno not in (errno.EBADF, *REFUSED):
             raise
     finally:
         os.close(handle)

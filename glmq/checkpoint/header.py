@@ -143,6 +143,8 @@ def parse_header(path: Path, raw: bytes, file_bytes: int | None = None) -> Heade
 
 def _metadata(path: Path, found: object) -> dict[str, str]:
     metadata: dict[str, str] = {}
+    if found is None:  # the format's own reader takes it for none
+        return metadata
     if not isinstance(found, dict):
         _refuse(path, "__metadata__ is not a JSON object")
     for key, value in found.items():

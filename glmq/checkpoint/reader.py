@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from glmq.checkpoint.contents import HASH_BYTES, ContentDigests
 from glmq.checkpoint.disk import open_input, read_input
-from glmq.checkpoint.header import DTYPE_BYTES, MAX_TENSORS, Header, TensorInfo, read_header
+from glmq.checkpoint.header import DTYPE_BYTES, FLOAT_CODES, MAX_TENSORS, Header, TensorInfo, read_header
 from glmq.checkpoint.json_file import MAX_JSON_BYTES
 from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.weight_files import INDEX_SUFFIX, bare_files, check_index, read_index
-from glmq.errors import CheckpointError, DamagedError, WrongFolderError
+from glmq.errors import CheckpointError, DamagedError, UnreadableError, WrongFolderError
 
 FLOAT16_MAX: Final = 65504.0
 AHEAD_BYTES: Final = 2 * 2**20
@@ -48,6 +49,8 @@ _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "U64": torch.uint64,
 }
 _CODES: Final = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
+STORED_CODES: Final = tuple(_TORCH_DTYPES)
+"""The dtype codes of tensors that can be written."""
 _TORCH_DTYPES["C64"] = torch.complex64  # read, never stored
 
 
@@ -234,7 +237,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def check_finite(self, name: str, values: Tensor) -> Tensor:
         """Return `values`, read from tensor `name`; raise CheckpointError if they hold NaN or infinity."""
-        if not values.numel():
+        if not values.numel() or self.dtype_read(name) not in FLOAT_CODES:
             return values
         extremes = torch.stack(torch.aminmax(values)).double()
         if float(extremes.abs().max()) > FLOAT16_MAX:
@@ -318,7 +321,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         path = self._files[info.name]
         handle, done = self._handle(path), 0
         while done < len(view):
-            count = os.preadv(handle, [view[done:]], info.start + skip + done)
+            try:
+                count = os.preadv(handle, [view[done:]], info.start + skip + done)
+            except OSError as error:
+                raise UnreadableError(
+                    f"{path}: tensor {info.name!r} cannot be read ({error.strerror}); check its disk or network, "
+                    "and copy the file again if it is damaged"
+                ) from error
             if count == 0:
                 raise DamagedError(
                     f"{path}: ended while tensor {info.name!r} was read; do not change a file that is in use"
@@ -329,6 +338,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
 
 def _read_ahead(ranges: Sequence[tuple[int, TensorInfo]]) -> None:
-    for handle, info in ranges:
-        for start in range(info.start, info.end, AHEAD_BYTES):
-            os.posix_fadvise(handle, start, min(AHEAD_BYTES, info.end - start), os.POSIX_FADV_WILLNEED)
+    with suppress(OSError):  # what cannot be read ahead will be read all the same, or say why not
+        for handle, info in ranges:
+            for start in range(info.start, info.end, AHEAD_BYTES):
+                os.posix_fadvise(handle, start, min(AHEAD_BYTES, info.end - start), os.POSIX_FADV_WILLNEED)

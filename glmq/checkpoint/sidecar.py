@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.disk import make_directory, read_input
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, DamagedError, UnreadableError
 from glmq.spec import Activation, FloatDtype, QuantType, assert_never
 
 SIDE_FILES: Final = (
@@ -24,8 +27,6 @@ SIDE_FILES: Final = (
 )  # fmt: skip
 """What engines, transformers and ModelScope read beside the weights of this class, and licences. Nothing else is copied:
 training leaves optimizer states, scripts and logs in the same folder."""
-_START: Final = 64
-"""Bytes by which a file is seen to be readable, and no Git LFS pointer."""
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 """The serving engine refuses larger JSON files, and no tokenizer comes near it."""
 
@@ -114,19 +115,36 @@ def list_side_files(source_dir: Path) -> list[str]:
     config.json (which is edited), not what belongs to other weights (index, description, checksums), nothing above 100 MB.
 
     Raises:
-        CheckpointError: one of them is a link that leads out of the folder, cannot be read, or is a Git LFS pointer.
+        CheckpointError: one of them is a link that leads nowhere or out of the folder, cannot be read, is a Git LFS pointer,
+            or no JSON by whose name it should be.
     """
-    names = {path.name for pattern in SIDE_FILES for path in source_dir.glob(pattern)}
+    names = [name for name in os.listdir(source_dir) if any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)]
     found = sorted(name for name in names if _is_side_file(source_dir / name))
     for name in found:
-        read_input(source_dir / name, _START)
+        _check_readable(source_dir / name)
     return found
 
 
 def _is_side_file(path: Path) -> bool:
-    if path.is_symlink() and path.exists():
+    if path.is_symlink():
+        if not path.exists():
+            raise UnreadableError(
+                f"{path}: is a link to {os.readlink(path)}, which is not there; download the file again, or remove the link"
+            )
         check_link(path)
     return path.is_file() and path.stat().st_size <= _MAX_SIDE_FILE_BYTES
+
+
+def _check_readable(path: Path) -> None:
+    """Raise CheckpointError for a file that engines could not read either."""
+    raw = read_input(path, _MAX_SIDE_FILE_BYTES)
+    if path.suffix == ".json":
+        try:
+            json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(
+                f"{path}: is not JSON ({f'{error}':.100}); download it again, or remove it if nothing needs it"
+            ) from None
 
 
 def check_link(path: Path) -> None:

@@ -91,6 +91,7 @@ class GlmqCommand(TyperCommand):
         )
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
+            _check_process()
             with _logged(ctx.params.get("log_file")):
                 return super().invoke(ctx)
         except GlmqError as error:
@@ -146,6 +147,18 @@ def _usage_sentence(message: str, args: Sequence[str]) -> str:
     return sentence.rstrip(".")
 
 
+def _check_process() -> None:
+    """Raise UsageError for what would end in a library's failure that nobody understands."""
+    if sys.flags.optimize > 1:
+        raise UsageError(
+            "Python leaves docstrings out here (-OO, PYTHONOPTIMIZE=2), which transformers reads; unset it"
+        )
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the folder that glmq was started in is gone; change to one that exists") from None
+
+
 def _describe_failure(error: BaseException) -> tuple[str, str, int]:
     """The code, the sentence and the exit code of what is no error of glmq's own."""
     if is_out_of_memory(error):
@@ -154,7 +167,10 @@ def _describe_failure(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, OSError):
         kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UnreadableError
         what = f"{error.filename}: " if error.filename else ""
-        sentence = f"{what}{error.strerror or error}; check the path, its permissions and the disk"
+        advice = "check the path, its permissions and the disk"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            advice = "raise the limit of open files (ulimit -n)"
+        sentence = f"{what}{error.strerror or error}; {advice}"
         return kind.code, sentence, kind.exit_code
     name = type(error).__name__
     return (

@@ -36,7 +36,12 @@ class VisibleConsole(Console):
     """A console on which every text is one line of visible characters, whoever wrote it."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        super().print(*map(_visible, objects), **options)
+        try:
+            super().print(*map(_visible, objects), **options)
+        except OSError:
+            if not self.stderr:
+                raise
+            self.quiet = True  # a log on a full disk: what the run makes is worth more than what it says
 
     def say(self, sentence: str | Text, style: str | None = None) -> None:
         """A sentence: broken between words on a terminal, one line for a file or another program."""

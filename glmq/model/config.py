@@ -44,6 +44,8 @@ RANGES: Final[Mapping[str, tuple[float, float]]] = {
 }  # fmt: skip
 """Numbers that may be left out, and what they lie between."""
 TEXTS: Final = ("hidden_act", "dtype", "torch_dtype")
+ACTIVATIONS: Final = ("silu", "swish")
+"""Two names of the function between the linears of an MLP that serving engines compute, whatever config.json says."""
 FLAGS: Final = ("attention_bias", "use_cache", "tie_word_embeddings")
 ADAPTER_CONFIG: Final = "adapter_config.json"
 DEFAULT_POSITIONS: Final = 32768
@@ -137,9 +139,9 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
             f"give the folder of a {family.title}"
         )
     nested = _nest(raw, where)
-    text = _with_rope_fields(_section(nested, "text_config", where), where)
+    text = _with_engine_fields(_section(nested, "text_config", where), where)
     vision = _section(nested, "vision_config", where)
-    nested["text_config"] = text
+    nested |= {"text_config": text, "architectures": [family.model_class]}  # trainers save that of their wrapper
     ties = _untie(text, nested)
     sections = {"text_config": text, "vision_config": vision, "": nested}
 
@@ -237,9 +239,11 @@ def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
     return value
 
 
-def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
-    """A copy of text_config with the three older rope fields, beside `rope_parameters` (transformers 5) if it has that."""
-    text = dict(text)
+def _with_engine_fields(text: JsonObject, where: str) -> JsonObject:
+    """A copy of text_config with the three older rope fields, beside `rope_parameters` (transformers 5) if it has that; and
+    with the biases of q, k and v, which transformers' class has whatever it says, but not vLLM's.
+    """
+    text = dict(text) | {"attention_bias": True}
     if isinstance(text.get("rope_parameters"), dict):
         rope = dict(_section(text, "rope_parameters", where))
         for key in ("rope_theta", "partial_rotary_factor"):
@@ -271,6 +275,8 @@ def _check_options(fields: JsonObject, where: str) -> None:
                 )
         elif key in TEXTS and not isinstance(value, str):
             raise ModelError(f"{where}{key} is {value!r:.60}, a text is needed; restore the file")
+        elif key == "hidden_act" and value not in ACTIVATIONS:
+            raise ModelError(f"{where}hidden_act is {value!r:.60}, but engines compute silu; restore the file")
         elif key in FLAGS and not isinstance(value, bool):
             raise ModelError(f"{where}{key} is {value!r:.60}, true or false is needed; restore the file")
 
@@ -279,15 +285,18 @@ def _check_rope_sections(text: JsonObject, head_dim: int, where: str) -> None:
     """Check that the sections of the rotary positions divide what is rotated of a head, in pairs."""
     rope = text["rope_scaling"]
     assert isinstance(rope, Mapping)
-    sections, factor = rope["mrope_section"], text.get("partial_rotary_factor")
+    sections, factor = (
+        rope["mrope_section"],
+        text.get("partial_rotary_factor") or 1.0,
+    )  # transformers rotates whole heads
     assert isinstance(sections, list)
-    pairs = int(head_dim * factor) // 2 if isinstance(factor, int | float) else None
+    assert isinstance(factor, int | float)
+    pairs = int(head_dim * factor) // 2
     are_counts = len(sections) == MROPE_SECTIONS and all(type(size) is int and size > 0 for size in sections)
-    if not are_counts or (pairs is not None and sum(sections) != pairs):
-        total = "" if pairs is None else f" with the sum {pairs}"
+    if not are_counts or sum(sections) != pairs:
         raise ModelError(
-            f"{where}: rope_scaling.mrope_section is {sections!r:.60}, three positive integers{total} are needed; "
-            "take the config.json that belongs to the weights"
+            f"{where}: rope_scaling.mrope_section is {sections!r:.60}, three positive integers with the sum {pairs} are "
+            "needed; take the config.json that belongs to the weights"
         )
 
 

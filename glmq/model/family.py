@@ -211,6 +211,8 @@ class Family:
     """Patterns of linears that stay float unless they are asked for."""
     wrappers: tuple[str, ...]
     """What modules of trainers that wrap the model put before every name."""
+    inner_wrappers: frozenset[str]
+    """The same, around modules within the model."""
     foreign_names: Mapping[str, str]
     """How names begin in checkpoints of trainers -> how they begin here; the first that fits holds."""
     engine_prefixes: Mapping[str, str]

@@ -217,7 +217,8 @@ GLM4V: Final = Family(
     vision_tail=tuple(f"{VISION}.{part}" for part in ("post_layernorm", "downsample", "merger")),
     row_parallel=(".o_proj", ".down_proj", ".attn.proj"),
     float_by_default=(f"{VISION}.*", "*.mlp.down_proj", LM_HEAD),
-    wrappers=("base_model.model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "pretrained_model.", "model."),
+    wrappers=("base_model.model.", "module.", "pretrained_model.", "model."),
+    inner_wrappers=frozenset({"_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."}),
     foreign_names={
         "visual.": "model.visual.",
         "language_model.lm_head.": "lm_head.",

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHANNELS: Final = 3
+_PIXEL_STEPS: Final = ("do_resize", "do_rescale", "do_normalize")
+"""What the image processor does to every picture, by its settings."""
 SMALLEST_DEVIATION: Final = 1e-3
 _TOKEN_SETTINGS: Final = frozenset({"__type", "content", "single_word", "lstrip", "rstrip", "normalized", "special"})
 """Of one token in the tokenizer's files."""
@@ -102,7 +104,7 @@ class Preprocessor:
 
             processor_class = getattr(transformers, processor.class_name)  # imports its module
         self._config = config
-        settings = _read_processor_settings(directory)
+        settings = _read_processor_settings(directory, config)
         frames = config.temporal_patch_size
         longest = processor.max_pixels if settings.longest_edge is None else settings.longest_edge
         own_limit = min(longest, processor.max_pixels) // frames
@@ -117,8 +119,8 @@ class Preprocessor:
             **settings.normalization,
         )
         self._directory = directory
-        self._tokenizer = _load_tokenizer(directory, trust_remote_code=trust_remote_code)
         template = find_template(directory) if chat_template is None else read_template(chat_template)
+        self._tokenizer = _load_tokenizer(directory, trust_remote_code=trust_remote_code)
         if template is None:
             raise SideFileError(
                 f"{directory}: has no chat template (a base model comes without); choose one with --chat-template FILE, "
@@ -143,6 +145,7 @@ class Preprocessor:
         Raises:
             SampleError: the image is too small or too narrow for the model, a text holds the image placeholder, the sample
                 has no token, or more than the model takes.
+            ModelError: the tokenizer gives a token that the model does not have.
         """
         head: list[int] = []
         count = 0
@@ -165,6 +168,12 @@ class Preprocessor:
                 "or answer, and the chat template must place it once"
             )
         self.check_length(len(head) + len(tail))
+        largest = max(head + tail)
+        if largest >= self._config.vocab_size:
+            raise SideFileError(
+                f"{self._directory}: its tokenizer gives token {largest}, but the model has {self._config.vocab_size} "
+                "(vocab_size of config.json); take tokenizer and weights from the same release"
+            )
         return ModelInputs(
             ids=torch.tensor([head + tail]),
             answer_start=len(head),
@@ -232,8 +241,20 @@ class _ProcessorSettings:
     """`image_mean` and `image_std`, one number per channel."""
 
 
-def _read_processor_settings(directory: Path) -> _ProcessorSettings:
+def _read_processor_settings(directory: Path, config: ModelConfig) -> _ProcessorSettings:
     path, found = processor_settings(directory)
+    wanted: dict[str, JsonValue] = dict.fromkeys(_PIXEL_STEPS, True)
+    wanted |= {
+        "patch_size": config.patch_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "merge_size": config.merge_size,
+    }
+    for key, value in wanted.items():
+        if found.get(key) not in (None, value):
+            raise SideFileError(
+                f"{path}: {key} is {found[key]!r:.60}, the model needs {value!r}: engines would show it other pixels than "
+                "those that it is calibrated on; restore the file"
+            )
     size = found.get("size")
     longest = size.get("longest_edge") if isinstance(size, dict) else None
     if not isinstance(size, dict | None) or (longest is not None and (type(longest) is not int or longest < 1)):
@@ -281,8 +302,7 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
             )
         return tokenizer
     except BaseException as error:  # whatever a damaged file trips transformers or its compiled tokenizer over
-        is_panic = type(error).__name__ == "PanicException"
-        if is_out_of_memory(error) or not (isinstance(error, Exception) or is_panic):
+        if not _is_of_a_file(error):
             raise
         _check_tokenizer_file(directory / "tokenizer.json", has_code=trust_remote_code)
         reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
@@ -344,3 +364,19 @@ def _check_tokenizer_file(path: Path, *, has_code: bool) -> None:
         raise SideFileError(f"{path}: is not JSON ({f'{error}':.100}); copy it from the model's release") from error
     if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
         raise SideFileError(f"{path}: describes no tokenizer; copy it from the model's release")
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        PreTrainedTokenizerFast(tokenizer_file=str(path))
+    except BaseException as error:
+        if not _is_of_a_file(error):
+            raise
+        raise SideFileError(
+            f"{path}: describes no tokenizer ({f'{error}':.100}); copy it from the model's release"
+        ) from error
+
+
+def _is_of_a_file(error: BaseException) -> bool:
+    """Whether a tokenizer's library fails by what it reads: not by the memory, and not because the run was stopped."""
+    is_panic = type(error).__name__ == "PanicException"
+    return (isinstance(error, Exception) or is_panic) and not is_out_of_memory(error)

@@ -45,8 +45,9 @@ def find_naming(stored: Collection[str], family: Family, expected: Collection[st
         )
     wanted = set(expected)
     best, most = {name: name for name in stored}, sum(name in wanted for name in stored)
-    for wrapped in _wrappers(stored, family):
-        found = {name: renamed(name.removeprefix(wrapped), family.foreign_names) for name in stored}
+    bare = {name: _unwrapped(name, family) for name in stored}
+    for wrapped in _wrappers(bare.values(), family):
+        found = {name: renamed(bare[name].removeprefix(wrapped), family.foreign_names) for name in stored}
         count = sum(name in wanted for name in found.values())
         if count > most:
             best, most = found, count
@@ -65,10 +66,23 @@ def _naming(renamed: Mapping[str, str]) -> Naming:
     return Naming(names, changed)
 
 
+def _shared_start(first: str, last: str) -> str:
+    """What two names have in common up to a dot; of the first and the last in order, what all names have."""
+    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[: first.rfind(".", 0, length) + 1]
+
+
+def _unwrapped(name: str, family: Family) -> str:
+    """A name without the modules that wrap some of the model's own: sharded, recomputed or compiled layers."""
+    return ".".join(part for part in name.split(".") if f"{part}." not in family.inner_wrappers)
+
+
 def _wrappers(stored: Iterable[str], family: Family) -> list[str]:
-    """What wrapping modules may have put before every name: nothing, one of the family's, or several."""
+    """What wrapping modules may have put before every name: nothing, one of the family's or several, what all names share."""
     names = list(stored)
     found, prefix = [""], ""
+    if names and (shared := _shared_start(min(names), max(names))):
+        found.append(shared)
     while True:
         inner = next(
             (w for w in family.wrappers if sum(n.startswith(prefix + w) for n in names) > len(names) // 2), None

@@ -19,7 +19,7 @@ from glmq.checkpoint.foreign import (
 )
 from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import JsonObject, read_json_object
-from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.reader import STORED_CODES, Checkpoint
 from glmq.checkpoint.weight_files import left_beside
 from glmq.errors import CheckpointError, ForeignError
 from glmq.model.config import ModelConfig, read_config
@@ -96,7 +96,13 @@ class _Opening:
         left_out = spent if self._options.keep_extra else {*spent, *extra}
         selected = stored.selected({name: own for name, own in names.items() if name not in left_out})
         found = DequantizedCheckpoint(selected, scales) if scales else selected
-        check_source(found, config)
+        check_source(found, config, [names[name] for name in extra])
+        for name in extra if self._options.keep_extra else ():
+            if stored[names[name]].dtype not in STORED_CODES:
+                raise CheckpointError(
+                    f"{stored.file_of(names[name]).name}: tensor {names[name]!r} is {stored[names[name]].dtype}, which glmq "
+                    "does not write; leave out what is no part of the model, without --keep-extra"
+                )
         _refuse_parts_of_modules(stored, {name: names[name] for name in extra}, config)
         return found
 
@@ -176,8 +182,13 @@ class _Opening:
         return found
 
 
-def check_source(source: Checkpoint, config: ModelConfig) -> None:
+def check_source(source: Checkpoint, config: ModelConfig, others: Sequence[str]) -> None:
     """Check that every tensor of the model is there, float, with the shape that config.json asks for.
+
+    Args:
+        source: of the tensors that are used.
+        config: of the model.
+        others: names of the tensors that the model does not have.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is not float.
@@ -190,9 +201,14 @@ def check_source(source: Checkpoint, config: ModelConfig) -> None:
             "tie_word_embeddings to true in text_config if the model does, or save the model with its head"
         )
     if missing:
+        found = ""
+        if others:
+            count = "1 that is" if len(others) == 1 else f"{len(others)} that are"
+            found = f" (it has {count} no part of a {config.family.title}, {_listed(others)})"
         raise CheckpointError(
             f"{source.directory}: {len(missing)} of the model's {len(expected)} tensors are missing, "
-            f"the first is {missing[0]!r}; download the checkpoint again"
+            f"the first is {missing[0]!r}{found}; "
+            + ("give the checkpoint with the names of the release" if found else "download the checkpoint again")
         )
     _check_vocabulary(source, config)
     for name, shape in expected.items():

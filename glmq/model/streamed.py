@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from glmq.model.inputs import ModelInputs
 from glmq.model.lean import lean_transformers
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
+
+DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
+"""What transformers builds a model in, as config.json calls it."""
 
 
 @dataclass(slots=True)
@@ -264,13 +267,13 @@ class StreamedModel:
 
 def _of_the_model(section: JsonObject) -> JsonObject:
     """A deep copy without what has nothing to do with the float model: the classes of a classifier, of which transformers makes
-    as many as it is told to; a quantization; the dtype "auto", which is none.
+    as many as it is told to; a quantization; a dtype that is none of weights.
     """
     return {
         key: _of_the_model(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in section.items()
         if key not in ("num_labels", "id2label", "label2id", "quantization_config")
-        and not (key in ("dtype", "torch_dtype") and value == "auto")
+        and not (key in ("dtype", "torch_dtype") and value not in DTYPE_NAMES)
     }
 
 

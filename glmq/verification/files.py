@@ -284,6 +284,10 @@ def _flatten(raw: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
 
 def check_side_files(directory: Path, source_dir: Path | None) -> Iterator[Finding]:
     """Check 18: the tokenizer, processor and template files are there, as in the source or as the engines read them."""
+    try:
+        list_side_files(directory)
+    except CheckpointError as error:
+        yield Check.SIDE_FILES.error("", f"{error}")
     expected = [] if source_dir is None else list_side_files(source_dir)
     if source_dir is not None:
         changed = _changed_side_files(source_dir)

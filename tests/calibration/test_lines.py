@@ -47,6 +47,8 @@ def shares(value: str, *more: object, **beside: object) -> dict[str, object]:
         (shares("What?\n<image>", images=["a.png"]), ["a.png"]),
         (shares("What?"), []),
         (shares("What?", image=None), []),
+        (shares("Picture 1: <img>a.png</img>\nWhat?"), ["a.png"]),
+        ({"query": "<img>a.png</img>What?", "response": "A chart."}, ["a.png"]),
     ],
 )  # fmt: skip
 def test_layouts_of_other_tools_say_the_same(document: object, images: list[str]) -> None:
@@ -61,6 +63,7 @@ SYSTEM = {"role": "system", "content": "Be brief."}
     ("document", "left"),
     [
         (messages("What?", {"role": "user", "content": "And?"}), {Left.TURNS}),
+        (messages("What?", {"role": "tool", "content": "7"}), {Left.TURNS}),
         (shares("What?", {"from": "human", "value": "And?"}, {"from": "gpt", "value": "No."}), {Left.TURNS}),
         ({"messages": [SYSTEM, *messages("What?")["messages"]]}, {Left.SYSTEM}),
         ({"query": "What?", "response": "A chart.", "history": [["Who?", "Me."]], "system": "x"}, {*Left} - {Left.IMAGES}),
@@ -78,6 +81,12 @@ def test_an_answer_alone_and_a_question_alone_are_samples() -> None:
     assert parse_line({"messages": [{"role": "user", "content": "What?"}]}).text is None
 
 
+def test_reasons_are_a_part_of_the_answer() -> None:
+    answer = {"role": "assistant", "content": "A chart.", "reasoning_content": "It has bars."}
+    line = parse_line({"messages": [{"role": "user", "content": "What?"}, answer]})
+    assert line.text == "<think>It has bars.</think>A chart."
+
+
 def test_a_placeholder_in_a_text_without_image_is_text() -> None:
     assert parse_line({"prompt": "What does <image> mean in XML?"}).prompt == "What does <image> mean in XML?"
 
@@ -89,8 +98,8 @@ def test_a_placeholder_in_a_text_without_image_is_text() -> None:
         ({"messages": "What?"}, "messages is 'What?', a list of turns is needed"),
         ({"messages": []}, "has neither image nor prompt nor text; give at least one"),
         ({"messages": ["What?"]}, "a turn of messages is 'What?', an object is needed"),
-        ({"messages": [{"role": "tool", "content": "1"}]}, "a turn of messages is by 'tool'; known are system, developer, "
-         "user, human, assistant, gpt, model, bot"),
+        ({"messages": [{"role": "critic", "content": "1"}]}, "a turn of messages is by 'critic'; known are system, developer, "
+         "user, human, assistant, gpt, model, bot, tool, function, function_call, observation"),
         (messages([{"type": "video", "video": "a.mp4"}]), "a part of a turn is 'video'; texts and images are calibrated on"),
         (messages(3), "the content of a turn is 3, a string or a list of parts is needed"),
         ({"image": {"mime": "x"}}, "image is {'mime': 'x'}, a string or null is needed"),
@@ -254,5 +263,5 @@ def test_the_notes_of_a_file_count_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_text("\n".join(json.dumps(messages("What?", ANSWER)) for _ in range(3)))
     assert read_samples(path, limit=None).notes == (
-        "s.jsonl: 3 samples have more than one question and answer, of which the first are used",
+        "s.jsonl: of 3 samples only the first question and answer are used",
     )

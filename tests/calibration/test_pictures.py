@@ -18,6 +18,8 @@ from glmq.model.config import FAMILY
 Y, X = np.mgrid[0:40, 0:60]
 RGB = Image.fromarray(np.stack([X * 4, Y * 6, (X * Y) % 256], -1).astype(np.uint8))
 TAKES = PictureRules(FAMILY)
+DOWNLOAD = "is text (JSON or XML), perhaps what a failed download left; download it again"
+DRAWING = "is a drawing, which has no pixels, and which another program would have to draw; convert it to PNG"
 NOT_READ = f"is no picture that Pillow {PIL.__version__} reads"
 
 
@@ -171,7 +173,10 @@ TEXT = "carries a text of more than 1 MiB beside its pixels, which Pillow does n
         (b'<svg xmlns="http://www.w3.org/2000/svg"/>', SVG),
         (b'<?xml version="1.0"?>\n<!-- made by hand -->\n<svg/>', SVG),
         (b"\xef\xbb\xbf\n<!DOCTYPE html><html>404", PAGE),
-        (b'{"error": "not found"}', NOT_READ),
+        (b'{"error": "not found"}', DOWNLOAD),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', DOWNLOAD),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n", DRAWING),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "holds data, of which Pillow makes no picture; convert it to PNG"),
         (b"\x93NUMPY\x01\0", NOT_READ),
     ],
 )  # fmt: skip

@@ -245,7 +245,9 @@ def test_only_line_feeds_separate_lines_and_a_byte_order_mark_is_skipped(
         ('{"text": "a", "text": "b"}', "is not valid JSON (the key 'text' appears twice)"),
         ('{"image": "none.png"}', "image none.png is not usable (no such file in FOLDER, from where names of images are "
          "followed)"),
-        ('{"image": "s.jsonl"}', f"image s.jsonl is not usable (is no picture that Pillow {PIL.__version__} reads)"),
+        ('{"image": "a\\u0000.png"}', "image a\\x00.png has a name that no file can have"),
+        ('{"image": "s.jsonl"}', "image s.jsonl is not usable (is text (JSON or XML), perhaps what a failed "
+         "download left; download it again)"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named_by_its_number(line: str, what: str, tmp_path: Path) -> None:
@@ -389,3 +391,29 @@ def test_names_that_are_no_utf_8_are_text_in_samples(folder: Path) -> None:
     with open(named + b".jsonl", "w") as file:
         file.write('{"text": "a"}')
     assert read_samples(Path(os.fsdecode(named + b".jsonl")), limit=None).samples[0].name == r"\xce\xca\xcc\xe2.jsonl:1"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x28\xb5\x2f\xfd" + bytes(20), "is Zstandard-compressed; give"),
+        (b"SQLite format 3\0" + bytes(100), "is an SQLite database; give"),
+        (b"\x80\x04\x95" + bytes(20), "is a Python pickle; give"),
+        (b"\1\2\0\3", "is no text; give a JSON-lines file as --calib-samples"),
+        ('{"text": "a"}'.encode("utf-32"), "is UTF-32 text, UTF-8 is needed; convert it: iconv -f UTF-32"),
+        ('{"text": "a"}'.encode("utf-16-le"), "is UTF-16 text, UTF-8 is needed; convert it: iconv -f UTF-16"),
+        (' [{"text": "a"}]'.encode("utf-16-be"), "is UTF-16 text, UTF-8 is needed; convert it: iconv -f UTF-16"),
+    ],
+)
+def test_a_file_that_is_no_utf8_text_is_called_by_its_kind(content: bytes, what: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(SampleError) as caught:
+        read_samples(path, limit=None)
+    assert str(caught.value).startswith(f"{path}: {what}")
+
+
+def test_a_name_that_no_file_can_have_is_refused() -> None:
+    with pytest.raises(SampleError) as caught:
+        read_samples(Path("a\0b"), limit=None)
+    assert str(caught.value) == "a\\x00b: no file can have such a name; give the name of one"

@@ -870,19 +870,23 @@ def other_disk(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystem, "_rename2", lambda one, two, how: (check(one, two), real_rename2(one, two, how))[1])
 
 
-def test_file_systems_without_modes_and_folder_syncs_will_do(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FAT refuses chmod by EPERM; CIFS and FUSE refuse to sync a folder by EINVAL."""
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES])
+def test_file_systems_without_modes_and_folder_syncs_will_do(
+    code: int, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT refuses chmod by EPERM; CIFS and FUSE refuse to sync a folder by EINVAL, others as they like."""
     real = os.fsync
 
-    def chmod(path: object, mode: int) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
 
     def fsync(handle: int) -> None:
         if os.path.isdir(f"/proc/self/fd/{handle}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
+            refuse()
         real(handle)
 
-    monkeypatch.setattr(os, "chmod", chmod)
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "fsync", fsync)
     write(target)
     assert tree(target.parent).keys() == {"out", "out/new.txt"}

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -282,3 +283,26 @@ def test_loading_with_the_formats_own_reader_agrees(single: Path) -> None:
     with Checkpoint.open(single) as checkpoint:
         for name, tensor in load_file(single / "model.safetensors").items():
             assert torch.equal(checkpoint.read(name), tensor)
+
+
+def test_a_disk_that_fails_is_named_with_the_tensor(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with Checkpoint.open(single) as checkpoint, pytest.raises(CheckpointError) as caught:
+        checkpoint.read("mask")
+    assert str(caught.value) == (
+        f"{single / 'model.safetensors'}: tensor 'mask' cannot be read (Input/output error); check its disk or network, "
+        "and copy the file again if it is damaged"
+    )
+
+
+def test_nothing_depends_on_reading_ahead(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fadvise", fail)
+    with Checkpoint.open(single) as checkpoint:
+        checkpoint.prefetch(["mask"])  # a failure of its thread would be a warning, which is an error here
+        assert torch.equal(checkpoint.read("mask"), TENSORS["mask"])

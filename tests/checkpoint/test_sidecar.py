@@ -114,11 +114,11 @@ def test_small_files_are_copied_and_weights_index_description_and_config_are_not
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
     for name in KEPT + LEFT:
-        (source / name).write_text(name)
+        (source / name).write_text(f'"{name}"')
     (source / "folder.json").mkdir()
     assert copy_side_files(source, out) == KEPT
     assert sorted(path.name for path in out.iterdir()) == KEPT
-    assert all((out / name).read_text() == name for name in KEPT)
+    assert all((out / name).read_text() == f'"{name}"' for name in KEPT)
     assert out.stat().st_mode & 0o777 == 0o750
     assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
 
@@ -130,7 +130,6 @@ def test_links_of_a_hub_cache_become_files(tmp_path: Path) -> None:
     blobs.mkdir()
     (blobs / "c3d4").write_text("{}")
     (source / "tokenizer.json").symlink_to("../../blobs/c3d4")
-    (source / "merges.txt").symlink_to("../../blobs/none")
     (source / "vocab.json").symlink_to("tokenizer.json")
     assert copy_side_files(source, tmp_path / "out") == ["tokenizer.json", "vocab.json"]
     for copied in (tmp_path / "out").iterdir():
@@ -172,6 +171,23 @@ def test_a_side_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch:
         list_side_files(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path / 'vocab.json'}: cannot be read (Permission denied); check the path and its permissions"
+    )
+
+
+def test_a_side_file_that_an_engine_could_not_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "generation_config.json"
+    for content, why in ((b"", "Expecting value"), (b"[" * 99999, "maximum recursion depth")):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError) as caught:
+            list_side_files(tmp_path)
+        assert str(caught.value).startswith(f"{path}: is not JSON ({why}")
+        assert str(caught.value).endswith("); download it again, or remove it if nothing needs it")
+    path.unlink()
+    path.symlink_to("../../blobs/abc")
+    with pytest.raises(CheckpointError) as caught:
+        list_side_files(tmp_path)
+    assert str(caught.value) == (
+        f"{path}: is a link to ../../blobs/abc, which is not there; download the file again, or remove the link"
     )
 
 

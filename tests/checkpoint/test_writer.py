@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,6 +388,15 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_system_that_does_not_know_its_size_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"total": 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=sizes["total"], free=0))
+    check_room(tmp_path, 10**15)
+    sizes["total"] = 100
+    with pytest.raises(SpaceError):
+        check_room(tmp_path, 1)
+
+
 def test_a_disk_that_fills_up_is_reported_with_its_free_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     real = os.pwrite
@@ -417,6 +427,7 @@ def test_other_write_errors_are_passed_on(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "pwrite", broken)
-    with pytest.raises(OSError, match="Input/output error"), sink:
+    with pytest.raises(OSError, match="Input/output error") as caught, sink:
         sink.write("a", torch.zeros(8, dtype=torch.int8))
+    assert Path(caught.value.filename).parent == tmp_path
     assert list(tmp_path.iterdir()) == []

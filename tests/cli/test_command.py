@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
@@ -14,6 +15,7 @@ from helpers import PACKAGES
 from typer.testing import CliRunner, Result
 
 from glmq import errors
+from glmq.cli import command
 from glmq.cli.command import CONTEXT, GlmqCommand
 
 
@@ -148,6 +150,10 @@ def test_every_kind_of_error_has_its_own_code() -> None:
             PermissionError(errno.EACCES, "Permission denied", "/data/out"), 4, "GLMQ-E406",
             "/data/out: Permission denied; check the path, its permissions and the disk",
         ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "/data/out"), 4, "GLMQ-E406",
+            "/data/out: Too many open files; raise the limit of open files (ulimit -n)",
+        ),
         (KeyboardInterrupt(), 130, "GLMQ-E130", "stopped by Ctrl-C; nothing half-written was left behind"),
     ],
 )  # fmt: skip
@@ -158,6 +164,23 @@ def test_other_failures_are_one_sentence_too(
     result = call("act")
     assert (result.exit_code, result.stdout, result.stderr) == (exit_code, "", f"error[{code}]: {sentence}\n")
     assert json.loads(call("act", "--json").stdout) == {"error": {"code": code, "message": sentence}}
+
+
+def test_a_folder_that_is_gone_and_python_without_docstrings_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> Path:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "cwd", gone)
+        result = call("act")
+    assert result.exit_code == 2
+    assert result.stderr.endswith("the folder that glmq was started in is gone; change to one that exists\n")
+    monkeypatch.setattr(command, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    result = call("act")
+    assert result.exit_code == 2
+    assert result.stderr.endswith(
+        "Python leaves docstrings out here (-OO, PYTHONOPTIMIZE=2), which transformers reads; unset it\n"
+    )
 
 
 def test_a_run_that_can_be_resumed_says_so_when_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

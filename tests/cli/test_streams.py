@@ -1,3 +1,4 @@
+import errno
 import io
 import subprocess
 import sys
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from glmq.cli.console import VisibleConsole
 from glmq.cli.streams import mend_streams
 
 CODE = (
@@ -33,3 +35,18 @@ def test_characters_that_a_stream_cannot_write_are_escapes(monkeypatch: pytest.M
     mend_streams()
     print("照片.png", flush=True)
     assert written.getvalue() == b"\\u7167\\u7247.png\n"
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_on_a_full_disk_does_not_end_the_run() -> None:
+    talk = VisibleConsole(file=Full(), stderr=True)
+    talk.print("calibrate: 1/5")
+    talk.print("calibrate: 2/5")
+    with pytest.raises(OSError, match="No space left on device"):
+        VisibleConsole(file=Full()).print("the result")

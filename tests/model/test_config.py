@@ -377,10 +377,50 @@ def test_a_config_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 
 def test_a_config_that_transformers_cannot_build_is_refused_with_its_reason(small_copy: Path) -> None:
-    edit_json(small_copy / "config.json", lambda c: c["text_config"].update(hidden_act="no-such-function"))
+    edit_json(small_copy / "config.json", lambda c: c["text_config"].update(pad_token_id=10**9))
     config = read_config(small_copy)
     with Checkpoint.open(small_copy) as source, pytest.raises(ModelError) as caught:
         StreamedModel(source, config, device=torch.device("cpu"), dtype=torch.float32)
     assert str(caught.value) == (
-        "config.json: transformers cannot build a GLM-4.1V or GLM-4.6V-Flash from it (KeyError: 'no-such-function')"
+        "config.json: transformers cannot build a GLM-4.1V or GLM-4.6V-Flash from it (AssertionError: Padding_idx must be "
+        "within num_embeddings)"
     )
+
+
+@pytest.mark.parametrize("section", ["text_config", "vision_config"])
+def test_a_function_that_engines_do_not_compute_is_refused(section: str, small_copy: Path) -> None:
+    edit_json(small_copy / "config.json", lambda c: c[section].update(hidden_act="gelu"))
+    with pytest.raises(ModelError) as caught:
+        read_config(small_copy)
+    assert str(caught.value) == (
+        f"{small_copy}/config.json: {section}.hidden_act is 'gelu', but engines compute silu; restore the file"
+    )
+
+
+def test_without_a_share_of_rotation_the_whole_head_is_rotated(small_copy: Path) -> None:
+    edit_json(small_copy / "config.json", lambda c: c["text_config"].pop("partial_rotary_factor"))
+    with pytest.raises(ModelError) as caught:
+        read_config(small_copy)
+    assert str(caught.value).startswith(
+        f"{small_copy}/config.json: rope_scaling.mrope_section is [1, 1, 2], three positive integers with the sum 8 are needed;"
+    )
+
+
+def test_what_engines_look_up_first_is_as_the_tensors_are(small_copy: Path) -> None:
+    wanted = read_config(small_copy).nested
+
+    def edit(config: dict) -> None:
+        config["architectures"] = ["Glm4vForSequenceClassification"]
+        config["text_config"]["attention_bias"] = False
+
+    edit_json(small_copy / "config.json", edit)
+    assert read_config(small_copy).nested == wanted
+    assert wanted["architectures"] == ["Glm4vForConditionalGeneration"]
+    assert wanted["text_config"]["attention_bias"] is True
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "auto", "float8_e4m3fn", None])
+def test_a_dtype_that_none_is_does_not_keep_the_model_from_being_built(dtype: str | None, small_copy: Path) -> None:
+    edit_json(small_copy / "config.json", lambda c: (c.update(torch_dtype=dtype), c["text_config"].update(dtype=dtype)))
+    with Checkpoint.open(small_copy) as source:
+        StreamedModel(source, read_config(small_copy), device=torch.device("cpu"), dtype=torch.bfloat16)

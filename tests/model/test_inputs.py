@@ -52,11 +52,10 @@ def test_one_placeholder_stands_for_each_merged_patch(width: int, height: int, g
     assert inputs.pixel_values.dtype is torch.float32
 
 
-@pytest.mark.slow
 def test_an_image_beyond_the_models_limit_is_shrunk_to_6032_tokens() -> None:
     config = replace(read_config(TINY_CHECKPOINT), max_tokens=65536)
-    preprocessor = Preprocessor(TINY_CHECKPOINT, config, max_pixels=None, trust_remote_code=False)
-    inputs = preprocessor.encode(Image.new("RGB", (3840, 2160)), PROMPT, None)
+    large = Preprocessor(TINY_CHECKPOINT, config, max_pixels=None, trust_remote_code=False)
+    inputs = large.encode(Image.new("RGB", (3840, 2160)), PROMPT, None)
     assert inputs.grid.tolist() == [[1, 116, 208]]
     assert int((inputs.ids == IMAGE_TOKEN).sum()) == 6032
 
@@ -276,7 +275,7 @@ def test_a_tokenizer_that_is_json_but_no_tokenizer_is_one_line(side_files: Path)
     edit_json(side_files / "tokenizer.json", lambda t: t["model"].update(vocab=7, merges="x"))
     with pytest.raises(ModelError) as caught:
         preprocessor(side_files)
-    assert str(caught.value).startswith(f"{side_files}: its tokenizer cannot be loaded (")
+    assert str(caught.value).startswith(f"{side_files}/tokenizer.json: describes no tokenizer (data did not match any ")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -327,7 +326,6 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_a_template_that_fails_or_never_ends_is_one_sentence(
     template: str, side_files: Path, monkeypatch: pytest.MonkeyPatch
@@ -390,3 +388,37 @@ def test_memory_that_is_used_up_is_no_damage_of_the_tokenizer(tiny: Path, monkey
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", used_up)
     with pytest.raises(RuntimeError, match="memory allocation of"):
         Preprocessor(tiny, read_config(tiny), max_pixels=None, trust_remote_code=False)
+
+
+def test_a_token_that_the_model_does_not_have_is_refused() -> None:
+    largest = max(preprocessor().encode(None, PROMPT, None).ids[0].tolist())
+    config = replace(read_config(TINY_CHECKPOINT), vocab_size=largest)
+    with pytest.raises(ModelError) as caught:
+        Preprocessor(TINY_CHECKPOINT, config, max_pixels=None, trust_remote_code=False).encode(None, PROMPT, None)
+    assert str(caught.value) == (
+        f"{TINY_CHECKPOINT}: its tokenizer gives token {largest}, but the model has {largest} (vocab_size of config.json); "
+        "take tokenizer and weights from the same release"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [("do_normalize", False, True), ("do_resize", False, True), ("patch_size", 16, 14), ("merge_size", 1, 2)],
+)
+def test_other_pixels_than_the_engines_are_refused(key: str, value: object, wanted: object, side_files: Path) -> None:
+    edit_json(side_files / "preprocessor_config.json", lambda c: c.update({key: value}))
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == (
+        f"{side_files}/preprocessor_config.json: {key} is {value!r}, the model needs {wanted!r}: engines would show it other "
+        "pixels than those that it is calibrated on; restore the file"
+    )
+
+
+def test_a_template_that_is_no_text_is_named_and_not_the_tokenizer(side_files: Path) -> None:
+    (side_files / "chat_template.jinja").write_bytes("{{ x }}".encode("utf-16"))
+    with pytest.raises(ModelError) as caught:
+        preprocessor(side_files)
+    assert str(caught.value) == (
+        f"{side_files}/chat_template.jinja: is no UTF-8 text, which a chat template is; give another file"
+    )

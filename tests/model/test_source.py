@@ -58,6 +58,11 @@ TRAINERS = {
     "compiled, then wrapped": lambda n: f"module._orig_mod.{n}",
     "a trainer's wrapper of an older class": lambda n: f"module.{n.replace(VISION, 'visual.').replace(TEXT, 'model.')}",
     "model. twice": lambda n: f"model.{n}",
+    "sharded layers": lambda n: n.replace("layers.", "layers._fsdp_wrapped_module."),
+    "recomputed and compiled layers": lambda n: n.replace(
+        ".self_attn.", "._checkpoint_wrapped_module._orig_mod.self_attn."
+    ),
+    "a prefix that nobody knows": lambda n: f"actor.student.{n}",
 }
 
 
@@ -258,3 +263,30 @@ def test_paths_that_are_no_model_folder_say_what_to_give(
             read_config(path)
         assert wanted in str(caught.value)
     shutil.rmtree(cache)
+
+
+def test_of_missing_tensors_those_that_are_there_instead_are_named(model: Path) -> None:
+    def split(tensors: dict[str, Tensor]) -> None:
+        both = tensors.pop(f"{LAYER}.mlp.gate_up_proj.weight")
+        tensors[f"{LAYER}.mlp.gate_proj.weight"], tensors[f"{LAYER}.mlp.up_proj.weight"] = (
+            both[:96].clone(),
+            both[96:].clone(),
+        )
+
+    edit_tensors(model, split)
+    assert refusal(model) == (
+        f"FOLDER: 1 of the model's 49 tensors are missing, the first is '{LAYER}.mlp.gate_up_proj.weight' (it has 2 that are "
+        f"no part of a GLM-4.1V or GLM-4.6V-Flash, {LAYER}.mlp.gate_proj.weight, {LAYER}.mlp.up_proj.weight); "
+        "give the checkpoint with the names of the release"
+    )
+
+
+def test_what_cannot_be_kept_is_refused_before_the_work(model: Path) -> None:
+    edit_tensors(model, lambda t: t.update({"freqs_cis": torch.ones(3, dtype=torch.complex64)}))
+    (path,) = model.glob("*.safetensors")
+    with pytest.raises(GlmqError) as caught:
+        open_source(model, SourceOptions(keep_extra=True))
+    assert str(caught.value) == (
+        f"{path.name}: tensor 'freqs_cis' is C64, which glmq does not write; leave out what is no part of the model, "
+        "without --keep-extra"
+    )

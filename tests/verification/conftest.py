@@ -21,7 +21,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpoint]:
     save_file(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(small_config()))
     for name in SIDE_FILES:
-        (directory / name).write_text(name)
+        (directory / name).write_text(json.dumps({"name": name}))
     with Checkpoint.open(directory) as checkpoint:
         yield checkpoint
 
