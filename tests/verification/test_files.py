@@ -246,7 +246,7 @@ def test_a_source_without_config_is_a_warning(make: Make, source: Checkpoint, tm
 
 def test_missing_and_changed_side_files_are_found(make: Make, source: Checkpoint) -> None:
     directory = make("w8a8")
-    (directory / "tokenizer.json").write_text("other")
+    (directory / "tokenizer.json").write_text("{}")
     (directory / "preprocessor_config.json").unlink()
     (directory / "chat_template.jinja").unlink()
     assert found(directory, source) == [
