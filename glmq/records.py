@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from glmq.spec import QuantType
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+REPORT: Final = "glmq_report"
+"""Stem of the files beside the weights that say what quantizing did."""
+COMPRESS_REPORT: Final = "glmq_compress_report"
+"""Of those that say what compressing did."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from glmq.checkpoint.disk import free_bytes
 from glmq.cli.console import stdout
 from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, size
 from glmq.cli.tables import Column, FittedTable
-from glmq.compression.manifest import REPORT, CodecKind
+from glmq.compression.manifest import CodecKind
 from glmq.engines import Engine
 from glmq.model.config import FAMILY
+from glmq.records import COMPRESS_REPORT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,7 +67,7 @@ def linear_table(linears: Sequence[CompressedLinear], world: int, *, verbose: bo
             ]
             for linear in shown
         ],
-        caption=f"{left} smaller ones are left out; -v shows all, {REPORT}.csv has them" if left else "",
+        caption=f"{left} smaller ones are left out; -v shows all, {COMPRESS_REPORT}.csv has them" if left else "",
     )
 
 

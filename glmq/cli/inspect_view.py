@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from glmq.cli.console import stdout
-from glmq.cli.render import BAD_ERROR, POOR_ERROR, SHOWN_ROWS, counted, size
+from glmq.cli.render import SHOWN_ROWS, counted, size
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.engines import Engine, Place
 from glmq.inspection.folder import Kind
@@ -25,6 +25,7 @@ from glmq.inspection.listing import (
 )
 from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
+from glmq.records import REPORT
 from glmq.spec import QuantType
 from glmq.verification.engines.check import describe_engines
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
 INTEGERS: Final = ("INT8", "INT4")
 """Types of weights that were rounded."""
-REPORT_NAME: Final = "glmq_report.json"
 SHOWN_PROBLEMS: Final = 5
 """Of each engine, before the rest is left to -v."""
 
@@ -124,7 +124,7 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
     if any(diff.type_b in INTEGERS and diff.type_a not in INTEGERS for diff in differing):
         stdout.say(
             "What rounding changes in a weight is no verdict on it: output errors are. "
-            f"{REPORT_NAME} of B has those of the calibration, and verify measures them on pictures of yours:"
+            f"{REPORT}.json of B has those of the calibration, and verify measures them on pictures of yours:"
         )
         a, b = quote(str(found.a.directory)), quote(str(found.b.directory))
         stdout.print(f"  glmq verify {b} --reference {a} --calib-images FOLDER", soft_wrap=True)
@@ -300,14 +300,6 @@ def _or_absent(value: str | None) -> str | Text:
 def percent(error: float) -> str:
     """A relative error: `3.492%`, `1e-09`, `inf`."""
     return "inf" if math.isinf(error) else f"{error:.3%}" if error >= 1e-5 or error == 0 else f"{error:.0e}"
-
-
-def marked(error: float) -> Text:
-    """The relative error of an output with a colour and, for those who see none, a mark."""
-    text = percent(error)
-    if not error < BAD_ERROR:
-        return Text(f"!! {text}", style="bold red")
-    return Text(f"! {text}", style="yellow") if error >= POOR_ERROR else Text(text, style="green")
 
 
 def _print_mark(severity: str, message: str) -> None:

@@ -19,7 +19,7 @@ from glmq.inspection.listing import describe_place
 from glmq.machine import available_memory
 from glmq.model.config import FAMILY
 from glmq.quoting import visible_json
-from glmq.records import PassTime
+from glmq.records import REPORT, PassTime
 from glmq.spec import Activation, Form, QuantType, assert_never
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ ERROR_COLUMNS: Final[tuple[tuple[Column, Callable[[LinearReport], Cell]], ...]] 
     (Column("bits", drop=1), lambda r: f"{r.entropy_bits:.2f}"),
     (Column("|q|>7", drop=6), lambda r: f"{r.outlier_share:.1%}"),
     (Column("weight error", drop=2), lambda r: f"{r.weight_error:.2%}"),
-    (Column("output error"), lambda r: _marked(r.output_error)),
+    (Column("output error"), lambda r: marked(r.output_error, f"{r.output_error:.2%}")),
     (Column("SQNR dB", drop=5), lambda r: f"{r.sqnr_db:.1f}"),
     (Column("input range", drop=7), lambda r: _static(r, f"{r.input_low:.3g}..{r.input_high:.3g}")),
     (Column("range by", drop=9), lambda r: _static(r, r.input_range)),
@@ -88,7 +88,7 @@ def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> FittedTabl
         "Error per linear, worst output error first",
         [column for column, _ in ERROR_COLUMNS],
         [[cell(report) for _, cell in ERROR_COLUMNS] for report in shown],
-        caption=f"{left} better ones are left out; -v shows all, glmq_report.csv has them" if left else "",
+        caption=f"{left} better ones are left out; -v shows all, {REPORT}.csv has them" if left else "",
     )
 
 
@@ -219,13 +219,11 @@ def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_jso
     stdout.say(f"time: about {duration(seconds)} on this machine as it is now; one sample went through one block")
 
 
-def _marked(error: float) -> Text:
-    """An error with a colour and, for those who see none, a mark."""
-    if error >= BAD_ERROR:
-        return Text(f"!! {error:.2%}", style="bold red")
-    if error >= POOR_ERROR:
-        return Text(f"! {error:.2%}", style="yellow")
-    return Text(f"{error:.2%}", style="green")
+def marked(error: float, text: str) -> Text:
+    """The relative error of an output, as `text` says it, with a colour and, for those who see none, a mark."""
+    if not error < BAD_ERROR:
+        return Text(f"!! {text}", style="bold red")
+    return Text(f"! {text}", style="yellow") if error >= POOR_ERROR else Text(text, style="green")
 
 
 def areas_table(areas: Sequence[AreaBytes]) -> FittedTable:

@@ -127,7 +127,9 @@ def _line(widths: Iterable[int]) -> int:
 def shortened(name: Cell, length: int) -> Cell:
     """A name without its beginning, which dots at its place stand for, if it is longer than `length`."""
     text = str(name)
-    if len(text) <= length:
+    if cell_len(text) <= length:
         return name
-    short = "…" + text[len(text) - length + 1 :]
+    while cell_len(text) >= length:
+        text = text[1:]
+    short = f"…{text}"
     return short if isinstance(name, str) else Text(short, style=name.style)

@@ -9,8 +9,8 @@ from rich.text import Text
 
 from glmq.checkpoint.names import natural_key
 from glmq.cli.console import stdout
-from glmq.cli.inspect_view import marked, percent
-from glmq.cli.render import counted
+from glmq.cli.inspect_view import percent
+from glmq.cli.render import counted, marked
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.model.config import FAMILY
 from glmq.reporting.documents import Verification
@@ -107,7 +107,7 @@ def _show_linears(found: Verification) -> None:
         rows.append(
             [
                 FAMILY.short_name(name),
-                "" if one is None else marked(one.error),
+                "" if one is None else marked(one.error, percent(one.error)),
                 "" if against is None else f"{against.relative_l2:.2%}",
                 "" if other is None else f"{other.entropy_bits:.2f}",
                 "" if one is None or one.covered_high == one.covered_low else f"{one.clipped_share:.3%}",
@@ -132,7 +132,9 @@ def _show_linears(found: Verification) -> None:
 
 def _show_blocks(found: Verification) -> None:
     if found.blocks:
-        rows: list[list[Cell]] = [[FAMILY.short_name(b.done.name), marked(b.error)] for b in found.blocks]
+        rows: list[list[Cell]] = [
+            [FAMILY.short_name(b.done.name), marked(b.error, percent(b.error))] for b in found.blocks
+        ]
         columns = [Column("block", left=True), Column("hidden states")]
         stdout.print(FittedTable("Error built up, block after block", columns, rows))
 

@@ -28,16 +28,16 @@ from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import Fields, JsonObject, read_json_object, write_json
 from glmq.compression.layouts import Layout, parse_layout
 from glmq.errors import DamagedError, VersionError, WrongFolderError
+from glmq.records import COMPRESS_REPORT
 from glmq.version import __version__
 
 MANIFEST: Final = "glmq_manifest.json"
 SCHEMA: Final = "glmq.compress/1"
-REPORT: Final = "glmq_compress_report"
-"""Stem of the report; the only files of the folder, with the manifest, that are not made from the source's."""
-REPORT_FILES: Final = (f"{REPORT}.json", f"{REPORT}.csv")
+REPORT_FILES: Final = (f"{COMPRESS_REPORT}.json", f"{COMPRESS_REPORT}.csv")
+"""The only files of the folder, with the manifest, that are not made from the source's."""
 MAX_WEIGHTS: Final = 2**40
 """Of one linear: a thousand times the largest."""
-_AGAIN: Final = "the folder is damaged or incomplete, copy it again"
+AGAIN: Final = "the folder is damaged or incomplete, copy it again"
 
 
 class CodecKind(Enum):
@@ -139,8 +139,8 @@ def read_manifest(folder: Path) -> Manifest:
         found = document.get("schema")
         raise VersionError(f"{path}: schema is {found!r}, this glmq reads {SCHEMA!r}; use the glmq that wrote it")
     if digest != document_digest(document):
-        raise DamagedError(f"{path}: its checksum does not fit its contents; {_AGAIN}")
-    fields = Fields(document, str(path), lambda sentence: DamagedError(f"{sentence}; {_AGAIN}"))
+        raise DamagedError(f"{path}: its checksum does not fit its contents; {AGAIN}")
+    fields = Fields(document, str(path), lambda sentence: DamagedError(f"{sentence}; {AGAIN}"))
     files = fields.fields("files")
     return Manifest(
         codec=fields.choice("codec", CodecKind),
@@ -156,10 +156,10 @@ def checked_bytes(folder: Path, name: str, record: FileRecord) -> bytes:
     """The contents of a small file. Raises CheckpointError if they are not what the manifest says."""
     path = folder / name
     if not path.is_file():
-        raise DamagedError(f"{path}: is no file, but the manifest lists it; {_AGAIN}")
+        raise DamagedError(f"{path}: is no file, but the manifest lists it; {AGAIN}")
     content = read_input(path, record.nbytes)
     if len(content) != record.nbytes or digest_of(content) != record.digest:
-        raise DamagedError(f"{path}: its checksum is not the one in {MANIFEST}; {_AGAIN}")
+        raise DamagedError(f"{path}: its checksum is not the one in {MANIFEST}; {AGAIN}")
     return content
 
 
@@ -180,7 +180,7 @@ def _parse_rank_file(part: Fields, path: Path) -> RankFile:
     for name in shapes:
         rows, cols = shapes.counts(name, 2)
         if not 0 < rows * cols <= MAX_WEIGHTS:
-            raise DamagedError(f"{path}: {name!a:.200} holds {rows} x {cols} weights, which no linear has; {_AGAIN}")
+            raise DamagedError(f"{path}: {name!a:.200} holds {rows} x {cols} weights, which no linear has; {AGAIN}")
         matrices[name] = (rows, cols)
     return RankFile(
         rank=part.count("rank"),
@@ -200,5 +200,5 @@ def _local(name: str, path: Path) -> str:
     """A path inside the folder; refuses one that leads out of it."""
     parts = name.split("/")
     if "" in parts or "." in parts or ".." in parts or "\\" in name or not name.isprintable():
-        raise DamagedError(f"{path}: lists {name!a:.60}, which is no path inside the folder; {_AGAIN}")
+        raise DamagedError(f"{path}: lists {name!a:.60}, which is no path inside the folder; {AGAIN}")
     return name

@@ -20,9 +20,9 @@ from glmq.checkpoint.header import Header, TensorInfo, parse_header
 from glmq.checkpoint.json_file import Fields, JsonObject, parse_json, write_json, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
-from glmq.compression.manifest import Manifest, checked_bytes
+from glmq.compression.manifest import AGAIN, Manifest, checked_bytes
 from glmq.compression.shard import RankTensor, Slice
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, DamagedError
 
 SOURCE_FOLDER: Final = "glmq_source"
 HEADER_SUFFIX: Final = ".header"
@@ -31,8 +31,6 @@ KEPT: Final = "glmq_kept.tensors"
 SCHEMA: Final = "glmq.slices/1"
 OWN_FILES: Final = frozenset({f"{SOURCE_FOLDER}/{name}" for name in (SLICES, KEPT)})
 """Those that no checkpoint had."""
-
-_AGAIN: Final = "the folder is damaged or incomplete, copy it again"
 
 
 def keep_origin(source: Checkpoint, folder: Path, ranks: Sequence[Sequence[RankTensor]] | None) -> None:
@@ -109,15 +107,17 @@ def read_slices(directory: Path, manifest: Manifest) -> list[Mapping[str, tuple[
     try:
         document = parse_json(content)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; {_AGAIN}") from None
+        raise CheckpointError(f"{path}: {error}; {AGAIN}") from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise CheckpointError(
             f"{path}: is not of the schema {SCHEMA!r}, which this glmq reads; use the glmq that wrote it"
         )
-    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; {_AGAIN}"))
+    fields = Fields(document, str(path), lambda sentence: CheckpointError(f"{sentence}; {AGAIN}"))
+    parts = fields.list_of_fields("parts")
+    if len(parts) != manifest.world:
+        raise DamagedError(f"{path}: is of {len(parts)} parts, the folder has {manifest.world}; {AGAIN}")
     return [
-        {tensor: tuple(_parse_slice(one) for one in part.list_of_fields(tensor)) for tensor in part}
-        for part in fields.list_of_fields("parts")
+        {tensor: tuple(_parse_slice(one) for one in part.list_of_fields(tensor)) for tensor in part} for part in parts
     ]
 
 

@@ -10,11 +10,12 @@ from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_whole
 from glmq.compression.layouts import Layout
-from glmq.compression.manifest import REPORT, CodecKind, RankFile
+from glmq.compression.manifest import CodecKind, RankFile
 from glmq.compression.source import Source
 from glmq.compression.stream import CompressedLinear, RankFileWritten
 from glmq.model.family import Area
 from glmq.quoting import csv_text
+from glmq.records import COMPRESS_REPORT
 from glmq.version import __version__
 
 SCHEMA: Final = "glmq.compress-report/1"
@@ -124,8 +125,8 @@ def linear_row(linear: CompressedLinear) -> dict[str, JsonValue]:
 
 def write_report(folder: Path, document: Mapping[str, JsonValue], linears: Sequence[CompressedLinear]) -> None:
     """Write both files into `folder`. Raises SpaceError if the disk is full."""
-    write_json(folder / f"{REPORT}.json", document, indent=1)
-    write_whole(folder / f"{REPORT}.csv", csv_text(_COLUMNS, map(linear_row, linears)).encode())
+    write_json(folder / f"{COMPRESS_REPORT}.json", document, indent=1)
+    write_whole(folder / f"{COMPRESS_REPORT}.csv", csv_text(_COLUMNS, map(linear_row, linears)).encode())
 
 
 def pack_results(linears: Sequence[CompressedLinear], parts: Sequence[RankFileWritten]) -> str:

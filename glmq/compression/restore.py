@@ -6,7 +6,6 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Final
 
 import torch
 import xxhash
@@ -20,6 +19,7 @@ from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.codec.codec import decode
 from glmq.compression.layouts import Unsharded
 from glmq.compression.manifest import (
+    AGAIN,
     MANIFEST,
     REPORT_FILES,
     CodecKind,
@@ -43,8 +43,6 @@ from glmq.compression.weight_codec import BLOB_SUFFIX
 from glmq.errors import CheckpointError, CodecError, DamagedError, WrongFolderError
 from glmq.progress import resident_bytes
 
-_AGAIN: Final = "the folder is damaged or incomplete, copy it again"
-
 
 def read_portable_manifest(directory: Path) -> Manifest:
     """The manifest of a folder that can be restored.
@@ -61,7 +59,7 @@ def read_portable_manifest(directory: Path) -> Manifest:
             "keep the W8A8S folder, or compress with --codec portable, to have a way back"
         )
     if [part.rank for part in manifest.rank_files] != list(range(manifest.world)):
-        raise DamagedError(f"{directory}: {MANIFEST} does not list the parts 0 to {manifest.world - 1}; {_AGAIN}")
+        raise DamagedError(f"{directory}: {MANIFEST} does not list the parts 0 to {manifest.world - 1}; {AGAIN}")
     return manifest
 
 
@@ -102,14 +100,13 @@ def decompress_checkpoint(directory: Path, manifest: Manifest, folder: Path, job
         if target == name or not target.endswith(HEADER_SUFFIX):
             write_whole(folder / target, content)
     with closing(_SourceFiles(folder, read_headers(directory, manifest))) as files:
-        if manifest.layout is Unsharded.SOURCE:
-            for part in manifest.rank_files:
-                with _open_part(directory, part) as checkpoint:
-                    yield from _restore_rank(checkpoint, part, _whole_slices(checkpoint, part), files, jobs)
-        else:
-            for part, slices in zip(manifest.rank_files, read_slices(directory, manifest)):
-                with _open_part(directory, part) as checkpoint:
-                    yield from _restore_rank(checkpoint, part, slices, files, jobs)
+        is_whole = manifest.layout is Unsharded.SOURCE
+        cuts = [] if is_whole else read_slices(directory, manifest)
+        for part in manifest.rank_files:
+            with _open_part(directory, part) as checkpoint:
+                slices = _whole_slices(checkpoint, part) if is_whole else cuts[part.rank]
+                yield from _restore_rank(checkpoint, part, slices, files, jobs)
+        if not is_whole:
             yield from _restore_kept(directory, manifest, files)
         files.finish()
 
@@ -133,7 +130,7 @@ def restored_tensors(directory: Path, manifest: Manifest, jobs: int) -> Iterator
     for part in manifest.rank_files:
         with _open_part(directory, part) as checkpoint:
             for stored in checkpoint:
-                name = stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
+                name = _name_of(stored, part)
                 yield name, torch.cat(list(_restored_pieces(checkpoint, part, stored, jobs)))
 
 
@@ -146,15 +143,20 @@ def _open_part(directory: Path, part: RankFile) -> Checkpoint:
         or digest_of(header.raw) != part.header
         or set(header.tensors) != set(part.tensors)
     ):
-        raise DamagedError(f"{path}: is not the file that {MANIFEST} describes; {_AGAIN}")
+        raise DamagedError(f"{path}: is not the file that {MANIFEST} describes; {AGAIN}")
     return Checkpoint(path.parent, {path: header})
+
+
+def _name_of(stored: str, part: RankFile) -> str:
+    """The name of a tensor that is stored, which has a suffix more where it is a blob."""
+    return stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
 
 
 def _whole_slices(checkpoint: Checkpoint, part: RankFile) -> dict[str, tuple[Slice, ...]]:
     """Of a part that holds the source's own tensors."""
     slices: dict[str, tuple[Slice, ...]] = {}
     for stored, info in checkpoint.items():
-        name = stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
+        name = _name_of(stored, part)
         rows, cols = part.matrices[stored] if stored in part.matrices else matrix_size(info)
         slices[name] = (Slice(name, 0, rows, 0, cols),)
     return slices
@@ -164,7 +166,7 @@ def _restore_kept(directory: Path, manifest: Manifest, files: _SourceFiles) -> I
     """Write the tensors that no part has."""
     name = f"{SOURCE_FOLDER}/{KEPT}"
     if name not in manifest.files:
-        raise CheckpointError(f"{directory}: {MANIFEST} does not list {name}; {_AGAIN}")
+        raise CheckpointError(f"{directory}: {MANIFEST} does not list {name}; {AGAIN}")
     checked_bytes(directory, name, manifest.files[name])
     path = directory / name
     with Checkpoint(path.parent, {path: read_header(path)}) as kept:
@@ -181,7 +183,7 @@ def _restore_rank(
 ) -> Iterator[Step]:
     """Write what one part holds of the source's tensors."""
     for stored in checkpoint:
-        name = stored.removesuffix(BLOB_SUFFIX) if stored in part.matrices else stored
+        name = _name_of(stored, part)
         own = _own_slices(checkpoint, part, stored, slices.get(name, ()), files)
         if not own:
             continue
@@ -207,7 +209,7 @@ def _own_slices(
     where, info = checkpoint.file_of(stored), checkpoint[stored]
     (rows, cols), dtype = (part.matrices[stored], "I8") if stored in part.matrices else (matrix_size(info), info.dtype)
     if sum(one.rows for one in slices) != rows or any(one.rows < 1 or not one.cols == cols > 0 for one in slices):
-        raise DamagedError(f"{where}: {stored!r} has not the size of what it was cut from; {_AGAIN}")
+        raise DamagedError(f"{where}: {stored!r} has not the size of what it was cut from; {AGAIN}")
     own: list[tuple[int, Slice]] = []
     row = 0
     for one in slices:
@@ -258,12 +260,10 @@ class _SourceFiles:
         assert part.name is not None
         info = self._infos.get(part.name)
         if info is None:
-            raise DamagedError(f"{where.parent}: tensor {part.name!r} belongs into no file of the source; {_AGAIN}")
+            raise DamagedError(f"{where.parent}: tensor {part.name!r} belongs into no file of the source; {AGAIN}")
         rows, cols = matrix_size(info)
         if part.row_stop > rows or part.col_stop > cols:
-            raise DamagedError(
-                f"{where}: tensor {part.name!r} has not the size that the source's header says; {_AGAIN}"
-            )
+            raise DamagedError(f"{where}: tensor {part.name!r} has not the size that the source's header says; {AGAIN}")
         if info.dtype != dtype or part in self._placed:
             return False
         self._placed.add(part)
@@ -300,7 +300,7 @@ class _SourceFiles:
         for name, count in self._missing.items():
             if count:
                 raise CheckpointError(
-                    f"{self._paths[name].name}: no part has all of tensor {name!r}, {count} bytes differ; {_AGAIN}"
+                    f"{self._paths[name].name}: no part has all of tensor {name!r}, {count} bytes differ; {AGAIN}"
                 )
         for handle in self._handles.values():
             os.fsync(handle)
@@ -327,16 +327,16 @@ def _decode(checkpoint: Checkpoint, part: RankFile, stored: str, jobs: int) -> T
     try:
         matrix = decode(blob, threads=jobs)
     except CodecError as error:
-        raise CodecError(f"{checkpoint.file_of(stored)}: {stored!r}: {error}; {_AGAIN}") from None
+        raise CodecError(f"{checkpoint.file_of(stored)}: {stored!r}: {error}; {AGAIN}") from None
     _check_digest(checkpoint, part, stored, xxhash.xxh3_128_hexdigest(blob.data))
     if matrix.shape != part.matrices[stored]:
         wanted = part.matrices[stored]
-        raise CodecError(f"{checkpoint.file_of(stored)}: {stored!r} holds {matrix.shape}, wanted {wanted}; {_AGAIN}")
+        raise CodecError(f"{checkpoint.file_of(stored)}: {stored!r} holds {matrix.shape}, wanted {wanted}; {AGAIN}")
     return torch.from_numpy(matrix)
 
 
 def _check_digest(checkpoint: Checkpoint, part: RankFile, stored: str, found: str) -> None:
     if found != part.tensors[stored]:
         raise DamagedError(
-            f"{checkpoint.file_of(stored)}: tensor {stored!r} is altered, its checksum is not the one in {MANIFEST}; {_AGAIN}"
+            f"{checkpoint.file_of(stored)}: tensor {stored!r} is altered, its checksum is not the one in {MANIFEST}; {AGAIN}"
         )

@@ -11,8 +11,8 @@ from typing import Final
 from glmq.checkpoint.json_file import Fields, read_json_object
 from glmq.errors import CheckpointError
 from glmq.inspection.listing import TensorRow
+from glmq.records import COMPRESS_REPORT
 
-REPORT: Final = "glmq_compress_report.json"
 _RANK: Final = re.compile(r"(?:part|rank)([0-9]{1,4})(?:-of-[0-9]{1,4})?/")
 
 
@@ -56,7 +56,7 @@ class PartRow:
 
 def read_packed(directory: Path) -> dict[tuple[int, str], PackedWeight]:
     """By rank and linear, what the report of `glmq compress` says; empty where there is none that can be read."""
-    path = directory / REPORT
+    path = directory / f"{COMPRESS_REPORT}.json"
     if not path.is_file():
         return {}
     try:
@@ -71,6 +71,18 @@ def read_packed(directory: Path) -> dict[tuple[int, str], PackedWeight]:
         return {}
 
 
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """What one rank stores of one module."""
+
+    rank: int
+    layer: str
+    kind: tuple[str, str, str, tuple[int, ...]]
+    """Layer without numbers, role, type, shape: what modules of one line have in common."""
+    nbytes: int
+    weight: PackedWeight | None
+
+
 def group_parts(rows: Sequence[TensorRow], packed: Mapping[tuple[int, str], PackedWeight]) -> list[PartRow]:
     """One line per role that is alike over ranks and layers, in the order of the rows.
 
@@ -78,41 +90,44 @@ def group_parts(rows: Sequence[TensorRow], packed: Mapping[tuple[int, str], Pack
         rows: tensors of a tree of parts.
         packed: from read_packed.
     """
-    modules: dict[tuple[int, str], list[TensorRow]] = {}
+    tensors: dict[tuple[int, str], list[TensorRow]] = {}
     for row in rows:
         found = _RANK.match(row.name)
         rank, name = (int(found[1]), row.name[found.end() :]) if found else (0, row.name)
-        modules.setdefault((rank, _module(name, packed, rank)), []).append(row)
-    lines: dict[tuple[object, ...], list[tuple[int, str, list[TensorRow], PackedWeight | None]]] = {}
-    for (rank, module), members in modules.items():
-        weight = packed.get((rank, module))
-        first = next((row for row in members if row.name.endswith(".weight")), members[0])
-        shape = first.shape if weight is None else (weight.rows, weight.cols)
-        role = first.role.removesuffix(".weight")
-        layer = first.layer.rpartition("/")[2]
-        key = (re.sub(r"[0-9]+", "N", layer), role, first.quant_type, shape)
-        lines.setdefault(key, []).append((rank, layer, members, weight))
-    return [_line(key, found) for key, found in lines.items()]
+        tensors.setdefault((rank, _module_of(name, packed, rank)), []).append(row)
+    lines: dict[tuple[str, str, str, tuple[int, ...]], list[_Module]] = {}
+    for (rank, name), members in tensors.items():
+        module = _module(rank, members, packed.get((rank, name)))
+        lines.setdefault(module.kind, []).append(module)
+    return [_line(modules) for modules in lines.values()]
 
 
-def _module(name: str, packed: Mapping[tuple[int, str], PackedWeight], rank: int) -> str:
+def _module_of(name: str, packed: Mapping[tuple[int, str], PackedWeight], rank: int) -> str:
     """The module that a tensor belongs to; a packed weight has a suffix more than others."""
     module = name.rpartition(".")[0]
     shorter = module.rpartition(".")[0]
     return shorter if module.endswith(".weight") or (rank, shorter) in packed else module
 
 
-def _line(key: tuple[object, ...], found: Sequence[tuple[int, str, list[TensorRow], PackedWeight | None]]) -> PartRow:
-    _, _, members, weight = found[0]
+def _module(rank: int, members: Sequence[TensorRow], weight: PackedWeight | None) -> _Module:
     first = next((row for row in members if row.name.endswith(".weight")), members[0])
-    weights = [one for *_, one in found if one is not None]
+    layer = first.layer.rpartition("/")[2]
+    shape = first.shape if weight is None else (weight.rows, weight.cols)
+    kind = (re.sub(r"[0-9]+", "N", layer), first.role.removesuffix(".weight"), first.quant_type, shape)
+    return _Module(rank, layer, kind, sum(row.nbytes for row in members), weight)
+
+
+def _line(modules: Sequence[_Module]) -> PartRow:
+    """Modules of one kind together."""
+    _, role, quant_type, shape = modules[0].kind
+    weights = [module.weight for module in modules if module.weight is not None]
     return PartRow(
-        layers=tuple(dict.fromkeys(layer for _, layer, _, _ in found)),
-        role=first.role.removesuffix(".weight"),
-        quant_type=first.quant_type,
-        ranks=len({rank for rank, *_ in found}),
-        shape=first.shape if weight is None else (weight.rows, weight.cols),
-        nbytes=sum(row.nbytes for _, _, own, _ in found for row in own),
-        weights=sum(one.rows * one.cols for one in weights),
-        stored_bytes=sum(one.stored_bytes for one in weights),
+        layers=tuple(dict.fromkeys(module.layer for module in modules)),
+        role=role,
+        quant_type=quant_type,
+        ranks=len({module.rank for module in modules}),
+        shape=shape,
+        nbytes=sum(module.nbytes for module in modules),
+        weights=sum(weight.rows * weight.cols for weight in weights),
+        stored_bytes=sum(weight.stored_bytes for weight in weights),
     )

@@ -139,7 +139,7 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
             f"give the folder of a {family.title}"
         )
     nested = _nest(raw, where)
-    text = _with_engine_fields(_section(nested, "text_config", where), where)
+    text = _with_rope_fields(_section(nested, "text_config", where), where)
     vision = _section(nested, "vision_config", where)
     nested |= {"text_config": text, "architectures": [family.model_class]}  # trainers save that of their wrapper
     ties = _untie(text, nested)
@@ -239,11 +239,9 @@ def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
     return value
 
 
-def _with_engine_fields(text: JsonObject, where: str) -> JsonObject:
-    """A copy of text_config with the three older rope fields, beside `rope_parameters` (transformers 5) if it has that; and
-    with the biases of q, k and v, which transformers' class has whatever it says, but not vLLM's.
-    """
-    text = dict(text) | {"attention_bias": True}
+def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
+    """A copy of text_config with the three older rope fields, beside `rope_parameters` (transformers 5) if it has that."""
+    text = dict(text)
     if isinstance(text.get("rope_parameters"), dict):
         rope = dict(_section(text, "rope_parameters", where))
         for key in ("rope_theta", "partial_rotary_factor"):
@@ -285,10 +283,8 @@ def _check_rope_sections(text: JsonObject, head_dim: int, where: str) -> None:
     """Check that the sections of the rotary positions divide what is rotated of a head, in pairs."""
     rope = text["rope_scaling"]
     assert isinstance(rope, Mapping)
-    sections, factor = (
-        rope["mrope_section"],
-        text.get("partial_rotary_factor") or 1.0,
-    )  # transformers rotates whole heads
+    sections = rope["mrope_section"]
+    factor = text.get("partial_rotary_factor") or 1.0  # without one transformers rotates whole heads
     assert isinstance(sections, list)
     assert isinstance(factor, int | float)
     pairs = int(head_dim * factor) // 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 from glmq.errors import CheckpointError, ForeignError
@@ -68,8 +69,8 @@ def _naming(renamed: Mapping[str, str]) -> Naming:
 
 def _shared_start(first: str, last: str) -> str:
     """What two names have in common up to a dot; of the first and the last in order, what all names have."""
-    length = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[: first.rfind(".", 0, length) + 1]
+    pairs = zip(first.split(".")[:-1], last.split(".")[:-1], strict=False)
+    return "".join(f"{part}." for part, other in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _unwrapped(name: str, family: Family) -> str:

@@ -11,11 +11,10 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_w
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Recipe
 from glmq.quoting import csv_text
-from glmq.records import LinearReport, report_row
+from glmq.records import REPORT, LinearReport, report_row
 from glmq.version import __version__
 
 SCHEMA: Final = "glmq.quantize/1"
-NAME: Final = "glmq_report"
 
 
 def report_document(
@@ -49,9 +48,9 @@ def report_document(
 
 def write_report(folder: Path, document: JsonObject, reports: Sequence[LinearReport]) -> None:
     """Write both files into `folder`, mode 0640."""
-    write_json(folder / f"{NAME}.json", document, indent=1)
+    write_json(folder / f"{REPORT}.json", document, indent=1)
     columns = [field.name for field in fields(LinearReport) if field.name != "seconds"]
-    write_whole(folder / f"{NAME}.csv", csv_text(columns, map(_row, reports)).encode())
+    write_whole(folder / f"{REPORT}.csv", csv_text(columns, map(_row, reports)).encode())
 
 
 def _row(report: LinearReport) -> dict[str, JsonValue]:

@@ -31,6 +31,7 @@ from glmq.engines import Engine
 from glmq.errors import CheckpointError, InputError, ModelError
 from glmq.model.config import FAMILY, ModelConfig, parse_config
 from glmq.model.side_files import PREPROCESSOR, TEMPLATE, engine_side_files, processor_settings
+from glmq.records import REPORT
 from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.findings import Check, Finding
 
@@ -39,7 +40,6 @@ GROUP_SIZES: Final = (64, 128, 256)
 NEEDED_FILES: Final = ("tokenizer.json", "preprocessor_config.json")
 """Without these the engine cannot build its processor."""
 
-REPORT: Final = "glmq_report.json"
 
 _MAX_PATH: Final = 4096
 _MAX_ENTRIES: Final = 1024
@@ -360,7 +360,7 @@ def check_modes(directory: Path) -> Iterator[Finding]:
 
 def read_report(directory: Path) -> JsonObject:
     """glmq_report.json, empty where there is none that can be read."""
-    path = directory / REPORT
+    path = directory / f"{REPORT}.json"
     try:
         return read_json_object(path) if path.is_file() else {}
     except CheckpointError:

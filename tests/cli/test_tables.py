@@ -110,3 +110,12 @@ def test_columns_go_by_their_number_and_are_named_and_names_lose_their_beginning
         " …rs.10.self_attn.o_proj   !! 23.0%",
         "and more; no room for: type, SQNR dB",
     ]
+
+
+def test_a_name_in_wide_characters_is_shortened_to_the_width_that_it_takes() -> None:
+    name = "layers." + "量" * 20
+    table = FittedTable("T", [Column("linear", left=True), Column("bits")], [[name, "3.81"]])
+    terminal = Console(width=30)
+    with terminal.capture() as capture:
+        terminal.print(table)
+    assert capture.get().splitlines()[-2].rstrip() == " …" + "量" * 10 + "   3.81"

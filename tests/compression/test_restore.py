@@ -135,6 +135,7 @@ O_PROJ = "model.language_model.layers.1.self_attn.o_proj.weight"
         ("[\n0,\n128,\n64,\n128\n]", "[\n0,\n128,\n64,\n127\n]", "has not the size of what it was cut from"),
         ("[\n0,\n128,\n64,\n128\n]", "[\n0,\n128,\n65,\n129\n]", "has not the size that the source's header says"),
         (f'"{O_PROJ}"', '"elsewhere"', "belongs into no file of the source"),
+        ('"parts": [', '"parts": [\n{},', "is of 3 parts, the folder has 2"),
         ('"glmq.slices/1"', '"glmq.slices/2"', "is not of the schema 'glmq.slices/1'"),
         ("[\n0,\n128,\n64,\n128\n]", "[\n0,\n128,\n0,\n64\n]", "no part has all of tensor"),
     ],
