@@ -50,6 +50,7 @@ from glmq.progress import Watch
 from glmq.quantization.bits import needs_curves, settle_allocation, spread_bits
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
 from glmq.quantization.fallback import with_fallback, worst_groups
+from glmq.quantization.fold import RowFolds
 from glmq.quantization.measure import measure_checkpoint, rate_checkpoint
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
@@ -337,9 +338,8 @@ def _write_weights(
         "rounding": gptq.rounding_kernel(),
         **machine_settings(),
     }
-    work = QuantizationRun(
-        source, config, statistics, Journal(folder.work, settings, writes=ranks.place.is_first), ranks
-    )
+    journal = Journal(folder.work, settings, writes=ranks.place.is_first)
+    work = QuantizationRun(source, config, RowFolds(source, statistics), journal, ranks)
     recipe, note = settle_allocation(recipe, plan.groups, statistics)
     if note:
         watcher.note(note)

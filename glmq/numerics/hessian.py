@@ -71,8 +71,12 @@ class Factor:
         return Factor(self.order, (self.feedback * r[:, None]).div_(r), self.curvature * r.square())
 
 
-def factor_inputs(stats: InputStats) -> Factor | None:
+def factor_inputs(stats: InputStats, order: Tensor | None = None) -> Factor | None:
     """The factor of the input's second moment, shrunk towards its diagonal, with a floor under the diagonal.
+
+    Args:
+        stats: of the input, [K].
+        order: int64 [K], of an earlier factor of the same moment; None: it is searched for.
 
     Returns:
         The factor, for the unscaled input; None where the statistics hold no second moment.
@@ -83,7 +87,7 @@ def factor_inputs(stats: InputStats) -> Factor | None:
     if stats.second_moment is None:
         return None
     deviation = _deviation(stats)
-    return factor(shrunk_correlation(stats.second_moment, deviation)).scaled(deviation)
+    return factor(shrunk_correlation(stats.second_moment, deviation), order).scaled(deviation)
 
 
 def shrunk_correlation(second_moment: Tensor, deviation: Tensor) -> Tensor:
@@ -100,7 +104,7 @@ def _deviation(stats: InputStats) -> Tensor:
     return stats.square_mean.clamp_min(floor).sqrt()
 
 
-def factor(moment: Tensor) -> Factor:
+def factor(moment: Tensor, order: Tensor | None = None) -> Factor:
     """Order and factor a positive definite second moment; `moment` is not changed.
 
     The upper-times-lower form is the ordinary Cholesky factor of the matrix with rows and columns reversed, reversed
@@ -108,11 +112,12 @@ def factor(moment: Tensor) -> Factor:
 
     Args:
         moment: float32 [K, K] from `shrunk_correlation`.
+        order: int64 [K], from an earlier factor of it; None: `rounding_order` searches for it.
 
     Raises:
         StatisticsError: not positive definite: the statistics hold NaN, or are no second moment at all.
     """
-    order = rounding_order(moment)
+    order = rounding_order(moment) if order is None else order
     backwards = order.flip(0)
     lower, info = torch.linalg.cholesky_ex(moment[backwards][:, backwards])
     if info.item() != 0 or not bool(lower.diagonal().isfinite().all()):

@@ -67,6 +67,8 @@ def histogram_range(
     low, high = min(low, 0.0), max(high, 0.0)
     values = scaled_values(stats, scales, shift).double().reshape(-1)
     weights = (stats.histogram.double() * column_energy.double()[:, None]).reshape(-1)
+    filled = weights > 0  # most bins are empty
+    values, weights = values[filled], weights[filled]
     share = torch.linspace(1.0, 0.0, CANDIDATES, dtype=torch.float64)
     highs, lows = share * high, share * low
     loss_high = _overshoot(values, weights, highs)

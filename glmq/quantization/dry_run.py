@@ -10,6 +10,7 @@ from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.progress import Stopwatch
+from glmq.quantization.fold import RowFolds
 from glmq.quantization.layer import quantize_group
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
 from glmq.quantization.passes import read_group
@@ -103,7 +104,7 @@ def _estimate_seconds(source: Checkpoint, statistics: Statistics, recipe: Recipe
     clock = Stopwatch()
     copied = sum(source.nbytes(name) for name in source if name.rpartition(".")[0] not in plan.linears)
     smallest = min(groups, key=_weights)
-    linears, norm, stats, fold = read_group(source, statistics, recipe, plan.groups, smallest.group, clock)
+    linears, norm, stats, fold = read_group(RowFolds(source, statistics), recipe, plan.groups, smallest.group, clock)
     scheme = recipe.scheme_of(smallest.quant_type)
     started = time.perf_counter()
     quantize_group(linears, stats, scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold)

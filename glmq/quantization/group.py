@@ -90,6 +90,10 @@ class PreparedGroup:
     """How the activation's range was chosen; empty without one."""
     factor: Factor | None
     """None: no compensation asked for, or no second moment to do it with."""
+    order: Tensor | None
+    """int64 [K]: that of the factor, which takes longer to find than the factor itself; None without one."""
+    clipped_share: float
+    """Share of the calibration values that round to an end of the activation's range; 0 without one."""
     shift: Tensor | None
     """float32 [K]: what is taken off the scaled input by the norm's bias; None: nothing."""
 
@@ -107,6 +111,7 @@ def prepare_group(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
     fold: RowFold,
+    known: PreparedGroup | None = None,
 ) -> PreparedGroup:
     """Choose the channel scales, the activation's range, and decompose the input's second moment if errors are compensated.
 
@@ -117,11 +122,15 @@ def prepare_group(
         norm_weight: [K], of the RMSNorm in front, or None.
         dtype: of the checkpoint to be written.
         fold: of a group without a norm.
+        known: what was chosen for the same arguments before: only the factor is made, if errors are compensated.
 
     Raises:
         StatisticsError: a second moment that is not positive definite.
     """
-    found = factor_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
+    order = None if known is None else known.order
+    found = factor_inputs(stats, order) if scheme.weight.method is Method.COMPENSATED else None
+    if known is not None:
+        return replace(known, factor=_scaled(found, known.scales))
     shift: Tensor | None = None
     seen = stats
     is_static = scheme.weight.quant_type.spec.activation is Activation.STATIC
@@ -137,14 +146,30 @@ def prepare_group(
         case Activation.STATIC:
             weights = [linear.weight for linear in linears]
             activation, input_range = _activation(weights, stats, scheme, scales, shift, dtype)
+            low, high = affine.covered_range(activation)
+            reach = activation.scale / 2  # a value half a step outside still rounds to the last integer
+            clipped = ranges.clipped_share(stats, scales, low - reach, high + reach, shift)
         case Activation.PER_TOKEN | Activation.NONE:
-            activation, input_range = None, ""
+            activation, input_range, clipped = None, "", 0.0
         case other:
             assert_never(other)
-    if found is not None and scales is not None:
-        found = found.scaled(1 / scales)
     label = smoothed.label if shift is None else f"{smoothed.label}, shifted"
-    return PreparedGroup(smoothed.norm_weight, scales, label, activation, input_range, found, shift)
+    return PreparedGroup(
+        norm_weight=smoothed.norm_weight,
+        scales=scales,
+        label=label,
+        activation=activation,
+        input_range=input_range,
+        factor=_scaled(found, scales),
+        order=None if found is None else found.order,
+        clipped_share=clipped,
+        shift=shift,
+    )
+
+
+def _scaled(factor: Factor | None, scales: Tensor | None) -> Factor | None:
+    """The factor of the input whose channels are divided by the scales."""
+    return factor if factor is None or scales is None else factor.scaled(1 / scales)
 
 
 @dataclass(frozen=True, slots=True)

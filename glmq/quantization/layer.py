@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class GroupResult:
     """float32 [K]: what the input channels were divided by; None where nothing was scaled."""
     stages: tuple[StageTime, ...]
     """Smoothing, rounding, report."""
+    prepared: PreparedGroup
+    """What was chosen, without the factor."""
 
 
 def quantize_group(
@@ -55,6 +57,7 @@ def quantize_group(
     dtype: FloatDtype,
     fold: RowFold = NO_FOLD,
     bits: Sequence[float] | None = None,
+    known: PreparedGroup | None = None,
 ) -> GroupResult:
     """Quantize the linears that share one input.
 
@@ -68,6 +71,7 @@ def quantize_group(
         bits: entropy that the integers of each linear may have, bits per weight, from `spread_bits` over the whole model.
             None: no limit for types that are not sparse. Sparse linears then get the steps of the scheme's rule with the
             plain and reference methods, and with the compensated method share what the rule would spend on this group.
+        known: `prepared` of an earlier result for the same arguments: nothing is chosen anew.
 
     Raises:
         StatisticsError: a second moment that is not positive definite.
@@ -75,7 +79,7 @@ def quantize_group(
     started = time.perf_counter()
     clock = Stopwatch()
     with clock.stage("smoothing"):
-        group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold)
+        group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold, known)
     if bits is None and scheme.weight.quant_type.spec.is_sparse and scheme.weight.method is Method.COMPENSATED:
         with clock.stage("rate"):
             curves = _curves(linears, stats, scheme, group)
@@ -98,7 +102,8 @@ def quantize_group(
             reports.append(report_linear(linear, weight, result, stats, scheme, group, method, seconds))
         clock.count("report", flops=4 * stats.sample.shape[0] * weight.numel())
     norm_bias = None if group.shift is None else -group.shift
-    return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take())
+    chosen = replace(group, factor=None)
+    return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take(), chosen)
 
 
 def _round(
@@ -129,12 +134,16 @@ def rate_curves(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
     fold: RowFold = NO_FOLD,
-) -> list[RateCurve]:
+) -> tuple[list[RateCurve], PreparedGroup]:
     """What each linear of a group loses at how many bits, and how many bits the flags' rule would spend.
 
     The first pass over a sparse model: give the curves of all groups to `solve_bits`. Arguments as for `quantize_group`.
+
+    Returns:
+        The curve of each linear, and what was chosen for the group, without the factor.
     """
-    return _curves(linears, stats, scheme, prepare_group(linears, stats, scheme, norm_weight, dtype, fold))
+    group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold)
+    return _curves(linears, stats, scheme, group), replace(group, factor=None)
 
 
 def _curves(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glmq.numerics import affine, lowbit, metrics, ranges
+from glmq.numerics import affine, lowbit, metrics
 from glmq.numerics.grouped import expand_groups
 from glmq.numerics.int8_linear import fold_bias, run_linear
 from glmq.numerics.moments import InputStats
@@ -42,13 +42,11 @@ def report_linear(
             (weight[rows] > (grid.qmax + 0.5) * step).sum() + (weight[rows] < (grid.qmin - 0.5) * step).sum()
         )
     sample = moved_input(stats.sample, group.scales, group.shift)
-    low = high = clipped = 0.0
+    low = high = 0.0
     shift = 0
     if result.activation is not None:
         shift = _bias_shift(result, group) if scheme.bias_correction else 0
         low, high = affine.covered_range(result.activation)
-        reach = result.activation.scale / 2  # a value half a step outside still rounds to the last integer
-        clipped = ranges.clipped_share(stats, group.scales, low - reach, high + reach, group.shift)
     y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
     output_error = metrics.relative_l2(run_linear(sample, result) * times[:, 0], y)
     return LinearReport(
@@ -69,7 +67,7 @@ def report_linear(
         input_low=low,
         input_high=high,
         input_range=group.input_range,
-        clipped_share=clipped,
+        clipped_share=group.clipped_share,
         bias_shift=shift,
         smoothing=group.label,
         seconds=seconds,

@@ -59,11 +59,13 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         curves: list[RateCurve] = []
         for group in block.groups:
             if groups[group.site].quant_type.spec.is_sparse:
-                linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, group, run.clock)
+                linears, norm, stats, fold = read_group(run.folds, recipe, groups, group, run.clock)
                 with run.clock.stage("rate"):
-                    curves += rate_curves(
+                    own, prepared = rate_curves(
                         linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold
                     )
+                curves += own
+                run.prepared[group.site, recipe.scheme, fold.label] = prepared
         return {"curves": [asdict(curve) for curve in curves]}
 
     for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "rate ", rate)):

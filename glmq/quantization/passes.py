@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from glmq.calibration.stats import Statistics
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
@@ -18,8 +17,8 @@ from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import is_one_number
 from glmq.progress import Stopwatch, resident_bytes
-from glmq.quantization.fold import fold_into_rows, row_divisors
-from glmq.quantization.group import FloatLinear, RowFold
+from glmq.quantization.fold import RowFolds
+from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, RowFold
 from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
@@ -34,12 +33,14 @@ class QuantizationRun:
 
     source: Checkpoint
     config: ModelConfig
-    statistics: Statistics
+    folds: RowFolds
     journal: Journal
     ranks: Ranks
     """They divide the blocks among themselves."""
     clock: Stopwatch = field(default_factory=Stopwatch)
     """Of this rank's work."""
+    prepared: dict[tuple[str, GroupScheme, str], PreparedGroup] = field(default_factory=dict)
+    """What an earlier pass of this process chose, by site, scheme and label of the row fold; without the factors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +82,26 @@ def quantize_plan(
     run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], plan: GroupPlan, bits: Mapping[str, float]
 ) -> GroupResult:
     """Read one group's weights and quantize them."""
-    linears, norm, stats, fold = read_group(run.source, run.statistics, recipe, groups, plan.group, run.clock)
+    linears, norm, stats, fold = read_group(run.folds, recipe, groups, plan.group, run.clock)
+    scheme = recipe.scheme_of(plan.quant_type)
+    key = plan.group.site, scheme, fold.label
     result = quantize_group(
         linears,
         stats,
-        recipe.scheme_of(plan.quant_type),
+        scheme,
         norm_weight=norm,
         dtype=recipe.dtype,
         fold=fold,
         bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
+        known=run.prepared.get(key),
     )
+    run.prepared[key] = result.prepared
     run.clock.include(result.stages)
     return result
 
 
 def read_group(
-    source: Checkpoint,
-    statistics: Statistics,
+    folds: RowFolds,
     recipe: Recipe,
     groups: Mapping[str, GroupPlan],
     group: InputGroup,
@@ -115,8 +119,9 @@ def read_group(
     """
     with clock.stage("read"):
         # First, so that the weights of only one group are in memory at a time.
-        divisors = row_divisors(source, statistics, recipe, groups, group)
-        fold = fold_into_rows(source, statistics, recipe, groups, group)
+        divisors = folds.divisors(recipe, groups, group)
+        fold = folds.fold(recipe, groups, group)
+        source = folds.source
         norm = None if group.norm is None else source.read_finite(f"{group.norm}.weight")
         linears = [
             FloatLinear(
@@ -127,7 +132,7 @@ def read_group(
             )
             for shape in group.linears
         ]
-        stats = statistics.input(group.site)
+        stats = folds.statistics.input(group.site)
         if recipe.allocation is Allocation.ANSWER and stats.sensitivity is not None:
             parts = stats.sensitivity.split([shape.rows for shape in group.linears])
             linears = [  # rows of one number stay alike, and exact

@@ -246,7 +246,8 @@ class Quantizer:
         if type_.spec.is_sparse:
             curves: list[RateCurve] = []
             for linears, stats, norm, fold in prepared:
-                curves += rate_curves(linears, stats, self._scheme, norm_weight=norm, dtype=FloatDtype.FP16, fold=fold)
+                own, _ = rate_curves(linears, stats, self._scheme, norm_weight=norm, dtype=FloatDtype.FP16, fold=fold)
+                curves += own
             shares = solve_bits(curves, mean_rule_bits(curves))
             bits = {curve.name: share for curve, share in zip(curves, shares, strict=True)}
         tensors: dict[str, Tensor] = {}

@@ -20,7 +20,7 @@ from glmq.inspection.compare import WeightDiff, compare_weights
 from glmq.inspection.folder import scan_folder
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
-from glmq.quantization.fold import fold_into_rows, row_divisors
+from glmq.quantization.fold import RowFolds
 from glmq.quantization.plan import plan_groups
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.verification.arithmetic import LinearArithmetic
@@ -103,12 +103,13 @@ def test_the_folded_float_model_gives_the_same_logits_bit_for_bit(
     shutil.copytree(loud, folded)
 
     def fold(tensors: dict[str, Tensor]) -> None:
+        folds = RowFolds(source, statistics)
         for plan in groups.values():
-            scales = fold_into_rows(source, statistics, recipe, groups, plan.group).scales
+            scales = folds.fold(recipe, groups, plan.group).scales
             if scales is not None:
                 changed.add(plan.group.site)
                 tensors[f"{plan.group.site}.weight"].mul_(scales)
-            for name, divisor in row_divisors(source, statistics, recipe, groups, plan.group).items():
+            for name, divisor in folds.divisors(recipe, groups, plan.group).items():
                 changed.add(name)
                 tensors[f"{name}.weight"].div_(divisor)
                 if f"{name}.bias" in tensors:

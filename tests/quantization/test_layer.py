@@ -11,11 +11,13 @@ from reference import stats_of
 from torch import Tensor
 
 from glmq.errors import StatisticsError
+from glmq.numerics import hessian, ranges
 from glmq.numerics.affine import activation_qparams
 from glmq.numerics.int8_linear import run_linear
 from glmq.numerics.metrics import relative_l2
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import mean_rule_bits, solve_bits
+from glmq.quantization import group
 from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, RowFold
 from glmq.quantization.layer import GroupResult, quantize_group, rate_curves
 from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
@@ -197,7 +199,7 @@ def test_integers_of_fixed_types_stay_below_the_bits_asked_for(mode: str, limit:
 
 def test_a_group_by_itself_divides_what_the_rule_spends_on_it() -> None:
     linears, stats = problem()
-    curves = rate_curves(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)
+    curves, _ = rate_curves(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)
     assert [c.name for c in curves] == ["q", "k", "v"]
     assert [c.weights for c in curves] == [48 * K, 16 * K, 16 * K]
     entropies = [r.entropy_bits for r in quantized(SIGMA).reports]
@@ -206,6 +208,26 @@ def test_a_group_by_itself_divides_what_the_rule_spends_on_it() -> None:
     # The curves use the curvature before smoothing, the group its own: what they divide differs a little.
     assert entropies == pytest.approx(solve_bits(curves, mean_rule_bits(curves)), abs=0.1)
     assert entropies[1] > entropies[0]  # the smaller linear buys more accuracy for its bits
+
+
+def test_what_the_rating_pass_chose_is_not_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears, stats = problem()
+    _, known = rate_curves(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)
+    assert known.factor is None  # K x K, of every group, would fill the memory
+    fresh = quantized(SIGMA)
+
+    def again(*_: object, **__: object) -> None:
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(hessian, "rounding_order", again)
+    monkeypatch.setattr(group, "choose_scales", again)
+    monkeypatch.setattr(ranges, "histogram_range", again)
+    result = quantize_group(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16, known=known)
+    for one, other in zip(result.linears, fresh.linears, strict=True):
+        assert torch.equal(one.weight, other.weight)
+        assert torch.equal(one.weight_scale, other.weight_scale)
+        assert one.activation == other.activation
+    assert [replace(r, seconds=0) for r in result.reports] == [replace(r, seconds=0) for r in fresh.reports]
 
 
 def test_no_outlier_is_lost_and_the_reference_says_what_it_cuts() -> None:

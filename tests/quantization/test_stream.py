@@ -20,6 +20,7 @@ from glmq.model.config import FAMILY, read_config
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
 from glmq.progress import Event, Note
+from glmq.quantization.fold import RowFolds
 from glmq.quantization.group import FloatLinear
 from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.measure import rate_checkpoint
@@ -599,7 +600,7 @@ def quantize_by_ranks(small: Path, small_stats: Path, out: Path, ranks: Ranks, *
     with Checkpoint.open(small) as source:
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), None, {})
         journal = Journal(out, {}, writes=ranks.place.is_first)
-        work = QuantizationRun(source, config, Statistics.open(small_stats), journal, ranks)
+        work = QuantizationRun(source, config, RowFolds(source, Statistics.open(small_stats)), journal, ranks)
         curves: list[RateCurve] = [c for block in rate_checkpoint(work, recipe, plan.groups) for c in block.curves]
         bits = solve_bits(curves, mean_rule_bits(curves))
         planned = {curve.name: wanted for curve, wanted in zip(curves, bits, strict=True)}
