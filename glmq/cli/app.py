@@ -12,7 +12,7 @@ import typer
 
 from glmq.cann import AUTOLOAD
 from glmq.cli.calibrate import calibrate
-from glmq.cli.command import CONTEXT, EXIT_CODES, GlmqCommand, GlmqGroup
+from glmq.cli.command import CONTEXT, GlmqCommand, GlmqGroup
 from glmq.cli.compress import compress
 from glmq.cli.demo import demo
 from glmq.cli.doctor import doctor
@@ -30,15 +30,13 @@ os.environ[AUTOLOAD] = "0"
 app = typer.Typer(
     cls=GlmqGroup,
     help="Quantize and compress GLM-4.1V and GLM-4.6V-Flash for Huawei Ascend NPUs.",
-    epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings=CONTEXT,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
 
 for command in (calibrate, quantize, compress, inspect, verify, demo, doctor):
-    app.command(cls=GlmqCommand, epilog=EXIT_CODES, context_settings=CONTEXT)(command)
+    app.command(cls=GlmqCommand, context_settings=CONTEXT)(command)
 
 
 def _print_version(wanted: bool) -> None:

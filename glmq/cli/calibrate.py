@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from glmq.cli import options as o
+from glmq.cli.help import Tier
 
 
 def calibrate(
@@ -41,7 +42,10 @@ def calibrate(
             help="Print exact output bytes, disk, memory and time needed (one block is run); touch nothing.",
             rich_help_panel=o.RUN,
         ),
+        Tier.USUAL,
     ] = False,
+    config: o.ConfigFile = None,
+    dump_config: o.DumpConfig = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     log_file: o.LogFile = None,
@@ -49,7 +53,9 @@ def calibrate(
 ) -> None:
     """Run calibration samples through the float model, one block in memory at a time, and keep the statistics.
 
-    [bold]glmq calibrate --model-path GLM-4.1V-9B-Thinking --calib-images photos --stats stats[/]
+    The statistics serve every recipe of `glmq quantize`:
+
+        glmq calibrate --model-path FLOAT --calib-images PHOTOS --stats STATS
     """
     from glmq.cli.console import showing, stdout
     from glmq.cli.progress import ProgressView

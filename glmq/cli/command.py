@@ -20,6 +20,8 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
+from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
+from glmq.cli.presets import defaults_of
 from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, MemoryShortError, SpaceError, UnreadableError, UsageError
 from glmq.machine import is_out_of_memory, logging_to
 from glmq.quoting import visible
@@ -37,6 +39,8 @@ WANTED: Final = {
 }
 """What pydantic says of a value -> what the user is told."""
 
+LAST_WORD: Final = "glmq.last_word"
+"""Key of typer's context: the last complete word of the command line, while a shell asks for completions."""
 CONTEXT: Final = {
     # --model_path and --model-path are one option.
     "token_normalize_func": lambda token: token.replace("_", "-"),
@@ -60,8 +64,20 @@ class GlmqGroup(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
+        if args[:1] == [HELP_ALL]:
+            args = ["--help"]
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            raise typer.Exit(2)
         with usage_errors(args, ctx.command_path):
             return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        verbs = {name: (self.commands[name].help or "").partition("\n\n")[0] for name in self.list_commands(ctx)}
+        options = [
+            (", ".join(sorted(one.opts, key=len)), getattr(one, "help", None) or "") for one in self.get_params(ctx)
+        ]
+        formatter.write(help_of_group(ctx.command_path, self.help or "", verbs, options, EXIT_CODES))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         with usage_errors(args, ctx.command_path):
@@ -73,12 +89,36 @@ class GlmqCommand(TyperCommand):
 
     # Any: the base class is typed with classes of typer's vendored click, which have no public name.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[LAST_WORD] = args[-1:]
+        if ctx.resilient_parsing:  # a shell asks what could come next
+            return super().parse_args(ctx, args)
+        if HELP_ALL in map(_dashed, args):
+            typer.echo(self._help(ctx, everything=True), nl=False)
+            raise typer.Exit
         with usage_errors(args, ctx.command_path):
             args = _spell_dtypes(_spell_booleans(args, self.params))
-            file = _config_file(args)
-            if file is not None:
-                ctx.default_map = read_config_file(file, self.params)
+            file = _value_of("--config", args)
+            chosen = read_config_file(file, self.params) if file is not None else {}
+            ctx.default_map = {**defaults_of(_value_of("--preset", args) or chosen.get("preset")), **chosen}
             return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(self._help(ctx, everything=False))
+
+    def _help(self, ctx: Any, *, everything: bool) -> str:
+        assert self.callback is not None
+        return help_of_verb(ctx.command_path, self.callback, EXIT_CODES, everything=everything)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """What may come next, options spelled with underscores where the word so far is: the vendor's spelling."""
+        before = [_dashed(word) for word in ctx.meta.get(LAST_WORD, [])]
+        for param in self.params if not incomplete.startswith("-") else ():
+            if isinstance(param, TyperOption) and not param.is_flag and before[:1] and before[0] in param.opts:
+                return param.shell_complete(ctx, incomplete)
+        found = super().shell_complete(ctx, _dashed(incomplete))
+        for item in found if "_" in incomplete else ():
+            item.value = "--" + item.value[2:].replace("-", "_")
+        return found
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.params.get("dump_config"):
@@ -200,12 +240,17 @@ def _is_usage_error(error: BaseException) -> bool:
     return type(error).__module__.startswith("typer.") and not isinstance(error, typer.Exit | typer.Abort)
 
 
-def _config_file(args: Sequence[str]) -> str | None:
-    """The value of --config, before the options are parsed: it supplies their defaults."""
+def _dashed(word: str) -> str:
+    """`--model-path` of `--model_path`; what is no option as it is."""
+    return word.replace("_", "-") if word.startswith("--") else word
+
+
+def _value_of(option: str, args: Sequence[str]) -> str | None:
+    """The value of an option that supplies the others' defaults, before they are parsed."""
     for index, arg in enumerate(args):
-        if arg == "--config" and index + 1 < len(args):
+        if arg == option and index + 1 < len(args):
             return args[index + 1]
-        if arg.startswith("--config="):
+        if arg.startswith(f"{option}="):
             return arg.partition("=")[2]
     return None
 

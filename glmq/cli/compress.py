@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from glmq.cli import options as o
+from glmq.cli.help import Tier
 from glmq.engines import Engine
 from glmq.errors import UsageError
 
@@ -28,20 +29,23 @@ def compress(
             rich_help_panel=o.MODEL,
             show_default=False,
         ),
+        Tier.USUAL,
     ] = None,
     save_directory: Annotated[
         Path | None,
         typer.Option("--save-directory", help="Folder to write into.", rich_help_panel=o.OUTPUT, show_default=False),
+        Tier.USUAL,
     ] = None,
     tp: Annotated[
         int | None,
         typer.Option(
             "--tp",
             min=1,
-            help="Tensor-parallel size to serve with: one part per rank, 1, 2 or 4.  \\[default: 1, or torchrun's processes]",
+            help="Tensor-parallel size to serve with: one part per rank, 1, 2 or 4.",
             rich_help_panel=COMPRESSION,
-            show_default=False,
+            show_default="1, or torchrun's processes",
         ),
+        Tier.USUAL,
     ] = None,
     codec: Annotated[
         Literal["auto", "portable", "ascend"],
@@ -51,15 +55,16 @@ def compress(
             "storage and transport, which no engine reads. auto: ascend; without the program it says what to install.",
             rich_help_panel=COMPRESSION,
         ),
+        Tier.USUAL,
     ] = "auto",
     executor: Annotated[
         Path | None,
         typer.Option(
             "--executor",
             envvar="GLMQ_EXECUTOR",
-            help="Path of the vendor's program compress_excutor.  \\[default: where msmodelslim builds it]",
+            help="Path of the vendor's program compress_excutor.",
             rich_help_panel=COMPRESSION,
-            show_default=False,
+            show_default="where msmodelslim builds it",
         ),
     ] = None,
     layout: Annotated[
@@ -77,6 +82,7 @@ def compress(
             help="Restore the W8A8S checkpoint that a portable folder was made from, bit for bit, from any number of parts.",
             rich_help_panel=COMPRESSION,
         ),
+        Tier.USUAL,
     ] = False,
     jobs: Annotated[
         int | None,
@@ -84,9 +90,9 @@ def compress(
             "--jobs",
             "--multiprocess-num",
             min=1,
-            help="Weights worked on at a time; each needs a few times its own size in memory.  \\[default: the cores]",
+            help="Weights worked on at a time; each needs a few times its own size in memory.",
             rich_help_panel=o.RUN,
-            show_default=False,
+            show_default="the cores",
         ),
     ] = None,
     save_split_w8a8s_dir: Annotated[
@@ -115,7 +121,10 @@ def compress(
             help="Print the bytes to write, exact or estimated, the disk, memory and time needed; touch nothing.",
             rich_help_panel=o.RUN,
         ),
+        Tier.USUAL,
     ] = False,
+    config: o.ConfigFile = None,
+    dump_config: o.DumpConfig = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -125,14 +134,17 @@ def compress(
     """Compress W8A8S weights to W8A8SC for the Atlas 300I Duo, one part per tensor-parallel rank.
 
     In one process, or one process per rank; the bytes are the same:
-    [bold]glmq compress --model_path W8A8S --save_directory OUT --tp 2[/]
-    [bold]torchrun --nproc_per_node 2 -m glmq compress --model_path W8A8S --save_directory OUT[/]
+
+        glmq compress --model_path W8A8S --save_directory OUT --tp 2
+        torchrun --nproc_per_node 2 -m glmq compress W8A8S OUT
 
     The engine's own command, examples.convert.model_slim.sparse_compressor, has the options --multiprocess_num,
     --trust_remote_code and --save_split_w8a8s_dir; they mean the same here.
 
-    The way back from the portable form:
-    [bold]glmq compress --decompress OUT W8A8S[/]
+    To the portable form, which needs no program of the vendor's, and back:
+
+        glmq compress W8A8S PACKED --codec portable
+        glmq compress --decompress PACKED UNPACKED
     """
     from glmq.cli.compress_view import (
         show_compression,

@@ -63,11 +63,13 @@ def dump_config(params: Mapping[str, object]) -> str:
     for name, value in sorted(params.items()):
         if name in NOT_IN_FILES or value is None:
             continue
-        plain = str(value) if isinstance(value, Path) else value.value if isinstance(value, Enum) else value
-        lines.append(f"{name} = {_toml(plain)}\n")
+        lines.append(f"{name} = {_toml(value)}\n")
     return "".join(lines)
 
 
 def _toml(value: object) -> str:
-    # JSON's booleans, numbers, strings and lists of them are TOML's too.
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_toml, value))}]"
+    plain = str(value) if isinstance(value, Path) else value.value if isinstance(value, Enum) else value
+    # JSON's booleans, numbers and strings are TOML's too.
+    return json.dumps(plain, ensure_ascii=False)

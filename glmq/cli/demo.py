@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from glmq.cli import options as o
+from glmq.cli.help import Tier
 
 HELD_OUT_PICTURE = "000.png"
 MAX_TOKENS = 64
@@ -21,10 +22,11 @@ def demo(
         Path | None,
         typer.Option(
             "--out",
-            help="Folder to keep the results in.  \\[default: a temporary one, removed at the end]",
+            help="Folder to keep the results in.",
             rich_help_panel=o.OUTPUT,
-            show_default=False,
+            show_default="a temporary one, removed at the end",
         ),
+        Tier.USUAL,
     ] = None,
     overwrite: o.Overwrite = False,
     log_file: o.LogFile = None,

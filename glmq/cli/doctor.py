@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from glmq.cli import options as o
+from glmq.cli.help import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,7 +16,7 @@ GIB: Final = 2**30
 
 
 def doctor(
-    json_output: o.JsonOutput = False,
+    json_output: Annotated[o.JsonOutput, Tier.USUAL] = False,
     debug: o.Debug = False,
 ) -> None:
     """Say what of this machine glmq depends on, and what stands in its way: the first thing for a bug report."""

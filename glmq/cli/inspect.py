@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from glmq.cli import options as o
+from glmq.cli.help import Tier
 from glmq.errors import UsageError
 
 CHOICE = "Choice of tensors"
@@ -17,6 +18,7 @@ CHOICE = "Choice of tensors"
 Html = Annotated[
     Path | None,
     typer.Option("--html", help="Also write one self-contained page to this file.", rich_help_panel=o.OUTPUT),
+    Tier.USUAL,
 ]
 
 
@@ -26,6 +28,7 @@ def inspect(
     layer: Annotated[
         str | None,
         typer.Option("--layer", help="Only this text layer (3), or layers like visual.*", rich_help_panel=CHOICE),
+        Tier.USUAL,
     ] = None,
     name: Annotated[
         str | None,
@@ -34,13 +37,17 @@ def inspect(
             help="Only tensors whose name ends in this pattern (*, ?) or contains this text.",
             rich_help_panel=CHOICE,
         ),
+        Tier.USUAL,
     ] = None,
     sort: Annotated[
         Literal["name", "bytes", "type", "role"],
         typer.Option("--sort", help="Order of tensors.", rich_help_panel=CHOICE),
+        Tier.USUAL,
     ] = "name",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Show at most this many rows.", rich_help_panel=CHOICE)
+        int | None,
+        typer.Option("--limit", min=1, help="Show at most this many rows.", rich_help_panel=CHOICE),
+        Tier.USUAL,
     ] = None,
     values: Annotated[
         bool,
@@ -49,9 +56,12 @@ def inspect(
             help="Read the weights: range, spread, entropy, zeros, outliers, histogram.",
             rich_help_panel=CHOICE,
         ),
+        Tier.USUAL,
     ] = False,
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="Also write the rows to this file.", rich_help_panel=o.OUTPUT)
+        Path | None,
+        typer.Option("--csv", help="Also write the rows to this file.", rich_help_panel=o.OUTPUT),
+        Tier.USUAL,
     ] = None,
     html: Html = None,
     json_output: o.JsonOutput = False,
@@ -62,9 +72,10 @@ def inspect(
 ) -> None:
     """Look into a checkpoint without loading it, or compare two weight by weight, worst first.
 
-    [bold]glmq inspect W8A8S --layer 3 --values[/]
+    One layer with the values of its weights, and two checkpoints against each other:
 
-    [bold]glmq inspect FLOAT W8A8S --html report.html[/]
+        glmq inspect W8A8S --layer 1 --values
+        glmq inspect FLOAT W8A8S --html report.html
     """
     from glmq.cli.inspect_view import show_comparison, show_inspection
     from glmq.cli.malloc import keep_freed_memory

@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 
 import typer
 
+from glmq.cli.help import Tier
 from glmq.errors import UsageError
 
 MODEL: Final = "Model"
@@ -24,7 +25,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code/--no-trust-remote-code",
-        help="Let the tokenizer run code that lies in the model folder. GLM-4.1V and GLM-4.6V-Flash need none.",
+        help="Let the tokenizer run code of the model folder. GLM-4.1V and GLM-4.6V-Flash need none.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -32,10 +33,11 @@ CalibImages = Annotated[
     Path | None,
     typer.Option(
         "--calib-images",
-        help="Folder of calibration images, one sample each; 30 are wanted.  \\[default: the photographs that come with glmq]",
+        help="Folder of calibration images, 30 are wanted. Each is one sample.",
         rich_help_panel=CALIBRATION,
-        show_default=False,
+        show_default="the photographs that come with glmq",
     ),
+    Tier.USUAL,
 ]
 Recursive = Annotated[
     bool,
@@ -49,19 +51,19 @@ CalibSamples = Annotated[
     Path | None,
     typer.Option(
         "--calib-samples",
-        help="JSON-lines file of samples with image, prompt and text (answer), each optional; messages (OpenAI) and "
+        help="JSON-lines file of samples: image, prompt, text. Each is optional, text is the answer; messages (OpenAI) and "
         "conversations (ShareGPT, LLaVA) are read too. Alone, or beside --calib-images.",
         rich_help_panel=CALIBRATION,
     ),
+    Tier.USUAL,
 ]
 ChatTemplate = Annotated[
     Path | None,
     typer.Option(
         "--chat-template",
-        help="File of the chat template, for a base model that comes without one; quantize writes it beside the weights.  "
-        "\\[default: the model folder's own]",
+        help="File of the chat template, for a base model that comes without one; quantize writes it beside the weights.",
         rich_help_panel=MODEL,
-        show_default=False,
+        show_default="the model folder's own",
     ),
 ]
 Dequantize = Annotated[
@@ -124,9 +126,10 @@ Resume = Annotated[
     bool,
     typer.Option(
         "--resume/--no-resume",
-        help="Continue an interrupted run after its last finished block; the output has the same bytes as an unbroken one.",
+        help="Continue an interrupted run after its last block. The output has the same bytes as that of an unbroken one.",
         rich_help_panel=RUN,
     ),
+    Tier.USUAL,
 ]
 DeviceType = Annotated[
     Literal["cpu", "npu"], typer.Option("--device-type", help="Where the model runs.", rich_help_panel=RUN)
@@ -144,9 +147,10 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite/--no-overwrite",
-        help="Replace what is in the output folder, once the new output is whole.",
+        help="Replace the output folder once the new one is whole.",
         rich_help_panel=OUTPUT,
     ),
+    Tier.USUAL,
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -169,14 +173,16 @@ JsonOutput = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors and the final path only.", rich_help_panel=RUN)
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every row of every table.", rich_help_panel=RUN)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Print every row of every table.", rich_help_panel=RUN), Tier.USUAL
+]
 WorkDir = Annotated[
     Path | None,
     typer.Option(
         "--work-dir",
-        help="Folder in which the output grows until it is whole.  \\[default: beside the output folder]",
+        help="Folder in which the output grows until it is whole.",
         rich_help_panel=OUTPUT,
-        show_default=False,
+        show_default="beside the output folder",
     ),
 ]
 LogFile = Annotated[

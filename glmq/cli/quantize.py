@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import typer
 
 from glmq.cli import options as o
+from glmq.cli import vendor_options as v
+from glmq.cli.help import Tier
+from glmq.cli.presets import PRESETS, PresetName, flags_of, overridden
 from glmq.quantization.targets import Target
+
+
+def _list_presets(wanted: bool) -> None:
+    if wanted:
+        for name, preset in PRESETS.items():
+            typer.echo(f"{name}: {preset.what}\n    {flags_of(name)}")
+        raise typer.Exit
 
 
 def quantize(
@@ -17,7 +27,27 @@ def quantize(
         Path,
         typer.Option("--save-directory", help="Folder to write the quantized weights into.", rich_help_panel=o.OUTPUT),
     ],
-    calib_images: o.CalibImages = None,
+    preset: Annotated[
+        PresetName | None,
+        typer.Option(
+            "--preset",
+            help="The vendor's flags for a chip, see --list-presets. Other options count more.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+        Tier.USUAL,
+    ] = None,
+    list_presets: Annotated[
+        bool,
+        typer.Option(
+            "--list-presets",
+            help="Print the flags of every preset, and stop.",
+            rich_help_panel=o.QUANTIZATION,
+            callback=_list_presets,
+            is_eager=True,
+        ),
+        Tier.USUAL,
+    ] = False,
+    calib_images: v.CalibImages = None,
     recursive: o.Recursive = False,
     chat_template: o.ChatTemplate = None,
     dequantize: o.Dequantize = False,
@@ -41,102 +71,25 @@ def quantize(
         Path | None,
         typer.Option(
             "--stats",
-            help="Statistics folder of `glmq calibrate`; written first if it does not exist. Without it they are temporary.",
+            help="Statistics folder of `glmq calibrate`. It is written first if it does not exist; without it statistics are "
+            "temporary.",
             rich_help_panel=o.CALIBRATION,
         ),
+        Tier.USUAL,
     ] = None,
-    w_bit: Annotated[int, typer.Option("--w-bit", help="Weight bits: 4 or 8.", rich_help_panel=o.QUANTIZATION)] = 8,
-    a_bit: Annotated[
-        int,
-        typer.Option(
-            "--a-bit",
-            help="Activation bits: 8, or 16 for float activations (W8A16; W4A16 with --format compressed-tensors).",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = 8,
-    is_lowbit: Annotated[
-        bool,
-        typer.Option(
-            "--is-lowbit/--no-is-lowbit",
-            help="The low-bit sparse algorithm: W8A8S, or W4A8_DYNAMIC with --is_dynamic.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = False,
-    co_sparse: Annotated[
-        bool,
-        typer.Option(
-            "--co-sparse/--no-co-sparse",
-            help="W8A8S with outliers chosen over the whole tensor.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = False,
-    is_dynamic: Annotated[
-        bool,
-        typer.Option(
-            "--is-dynamic/--no-is-dynamic",
-            help="Activation scales per token at run time.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = False,
-    anti_method: Annotated[
-        Literal["m2", "none"],
-        typer.Option(
-            "--anti-method", help="Outlier suppression before the norms' linears.", rich_help_panel=o.QUANTIZATION
-        ),
-    ] = "m2",
-    act_method: Annotated[
-        int,
-        typer.Option(
-            "--act-method",
-            help="Activation range: 1 min-max, 2 histogram, 3 the better of both per input.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = 2,
-    open_outlier: Annotated[
-        bool,
-        typer.Option(
-            "--open-outlier/--no-open-outlier",
-            help="Split weight outliers off in sparse types; off: the step covers the largest weight.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = True,
-    fraction: Annotated[
-        float,
-        typer.Option(
-            "--fraction",
-            help="Share of weight outliers that sparse types protect, 0.01 to 0.1.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = 0.01,
-    use_sigma: Annotated[
-        bool,
-        typer.Option(
-            "--use-sigma/--no-use-sigma",
-            help="Choose outliers by standard deviations instead of --fraction.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = False,
-    sigma_factor: Annotated[
-        float,
-        typer.Option("--sigma-factor", help="How many, 1.0 to 3.0, with --use_sigma.", rich_help_panel=o.QUANTIZATION),
-    ] = 3.0,
-    do_smooth: Annotated[
-        bool,
-        typer.Option(
-            "--do-smooth/--no-do-smooth",
-            help="SmoothQuant scales instead of m2's.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = False,
-    group_size: Annotated[
-        int,
-        typer.Option(
-            "--group-size",
-            help="Input columns per step of W4A8_DYNAMIC: 64, 128, 256 or 512; of W8A16 and W4A16 in compressed-tensors: "
-            "32, 64 or 128.",
-            rich_help_panel=o.QUANTIZATION,
-        ),
-    ] = 64,
+    w_bit: v.WBit = 8,
+    a_bit: v.ABit = 8,
+    is_lowbit: v.IsLowbit = False,
+    co_sparse: v.CoSparse = False,
+    is_dynamic: v.IsDynamic = False,
+    anti_method: v.AntiMethod = "m2",
+    act_method: v.ActMethod = 2,
+    open_outlier: v.OpenOutlier = True,
+    fraction: v.Fraction = 0.01,
+    use_sigma: v.UseSigma = False,
+    sigma_factor: v.SigmaFactor = 3.0,
+    do_smooth: v.DoSmooth = False,
+    group_size: v.GroupSize = 64,
     method: Annotated[
         Literal["compensated", "plain", "reference"],
         typer.Option(
@@ -166,7 +119,8 @@ def quantize(
         list[str] | None,
         typer.Option(
             "--layer",
-            help="PATTERN=TYPE, e.g. '*.mlp.down_proj=W8A8' or '*.layers.0.*=FLOAT'; repeatable, the last match counts.",
+            help="PATTERN=TYPE, e.g. '*.layers.0.*=FLOAT', or, but for W8A8S, '*.mlp.down_proj=W8A8'. Repeatable, the last "
+            "match counts.",
             rich_help_panel=o.QUANTIZATION,
             show_default=False,
         ),
@@ -230,38 +184,22 @@ def quantize(
     target: Annotated[
         Target,
         typer.Option("--target", help="Refuse what this engine on this chip does not load.", rich_help_panel=o.OUTPUT),
+        Tier.USUAL,
     ] = Target.GENERIC,
-    torch_dtype: Annotated[
-        Literal["bf16", "fp16"],
-        typer.Option("--torch-dtype", help="Dtype of the stored float weights.", rich_help_panel=o.OUTPUT),
-    ] = "bf16",
-    mindie_format: Annotated[
-        bool,
-        typer.Option(
-            "--mindie-format/--no-mindie-format",
-            help="Write the older MindIE layout instead of ascendV1, as --format mindie does.",
-            rich_help_panel=o.OUTPUT,
-        ),
-    ] = False,
+    torch_dtype: v.TorchDtype = "bf16",
+    mindie_format: v.MindieFormat = False,
     form: Annotated[
         Literal["ascendv1", "mindie", "compressed-tensors"] | None,
         typer.Option(
             "--format",
-            help="Layout of the checkpoint: ascendv1 or mindie for Ascend engines; compressed-tensors for vLLM, SGLang and "
-            "transformers (W8A8, W8A8_DYNAMIC, W8A16, W4A16).  \\[default: ascendv1]",
+            help="Layout of the checkpoint. The first two are for Ascend engines; compressed-tensors for vLLM, SGLang and "
+            "transformers (W8A8, W8A8_DYNAMIC, W8A16, W4A16).",
             rich_help_panel=o.OUTPUT,
-            show_default=False,
+            show_default="ascendv1",
         ),
+        Tier.USUAL,
     ] = None,
-    part_file_size: Annotated[
-        str | None,
-        typer.Option(
-            "--part-file-size",
-            help="Upper size of one weight file: GB as a whole number, or 4GB, 500MB.  \\[default: one file]",
-            rich_help_panel=o.OUTPUT,
-            show_default=False,
-        ),
-    ] = None,
+    part_file_size: v.PartFileSize = None,
     overwrite: o.Overwrite = False,
     work_dir: o.WorkDir = None,
     resume: o.Resume = False,
@@ -269,14 +207,15 @@ def quantize(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the plan per linear, exact output bytes, disk, memory and time; touch nothing.",
+            help="Print plan, exact bytes, disk, memory and time; touch nothing.",
             rich_help_panel=o.RUN,
         ),
+        Tier.USUAL,
     ] = False,
     config: o.ConfigFile = None,
     dump_config: o.DumpConfig = False,
-    device_type: o.DeviceType = "cpu",
-    trust_remote_code: o.TrustRemoteCode = False,
+    device_type: v.DeviceType = "cpu",
+    trust_remote_code: v.TrustRemoteCode = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -285,14 +224,14 @@ def quantize(
 ) -> None:
     """Quantize a float GLM-4.1V or GLM-4.6V-Flash for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
 
-    Sparse W8A8S for the Atlas 300I Duo:
-    [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos
-    --w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16[/]
+    Sparse W8A8S for the Atlas 300I Duo, and W8A8 for the Atlas 800I A2:
 
-    W8A8 for the Atlas 800I A2:
-    [bold]glmq quantize --model_path FLOAT --save_directory OUT --calib_images photos[/]
+        glmq quantize --model_path FLOAT --save_directory OUT --preset 300i-duo
+        glmq quantize --model_path FLOAT --save_directory OUT --preset 800i-a2
     """
-    from glmq.cli.console import showing, stdout
+    from dataclasses import asdict
+
+    from glmq.cli.console import showing, stderr, stdout
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.jobs.calibrate import CalibrationOptions
@@ -300,38 +239,39 @@ def quantize(
     from glmq.quantization.recipe import Options, make_recipe
     from glmq.ranks import read_place
 
+    options = Options(
+        w_bit=w_bit,
+        a_bit=a_bit,
+        anti_method=anti_method,
+        act_method=act_method,
+        open_outlier=open_outlier,
+        is_dynamic=is_dynamic,
+        is_lowbit=is_lowbit,
+        co_sparse=co_sparse,
+        fraction=fraction,
+        do_smooth=do_smooth,
+        use_sigma=use_sigma,
+        sigma_factor=sigma_factor,
+        torch_dtype=torch_dtype,
+        group_size=group_size,
+        mindie_format=mindie_format,
+        format=form,
+        method=method,
+        target_bits=target_bits,
+        target_ratio=target_ratio,
+        allocate=allocate,
+        bias_correction=bias_correction,
+        channel_shift=channel_shift,
+        keep_float=tuple(keep_float or ()),
+        layer=tuple(layer or ()),
+        target=target.value,
+    )
+    if preset and read_place().is_first and not (quiet or json_output):
+        stderr.say(f"preset {preset}: {flags_of(preset)}{overridden(preset, asdict(options))}")
     job = QuantizationJob(
         model_path,
         save_directory,
-        make_recipe(
-            Options(
-                w_bit=w_bit,
-                a_bit=a_bit,
-                anti_method=anti_method,
-                act_method=act_method,
-                open_outlier=open_outlier,
-                is_dynamic=is_dynamic,
-                is_lowbit=is_lowbit,
-                co_sparse=co_sparse,
-                fraction=fraction,
-                do_smooth=do_smooth,
-                use_sigma=use_sigma,
-                sigma_factor=sigma_factor,
-                torch_dtype=torch_dtype,
-                group_size=group_size,
-                mindie_format=mindie_format,
-                format=form,
-                method=method,
-                target_bits=target_bits,
-                target_ratio=target_ratio,
-                allocate=allocate,
-                bias_correction=bias_correction,
-                channel_shift=channel_shift,
-                keep_float=tuple(keep_float or ()),
-                layer=tuple(layer or ()),
-                target=target.value,
-            )
-        ),
+        make_recipe(options),
         CalibrationOptions(
             images=calib_images,
             recursive=recursive,

@@ -9,6 +9,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from glmq.cli import options as o
+from glmq.cli.help import Tier
 from glmq.cli.inspect import Html
 from glmq.engines import Chip, Engine, Place
 
@@ -48,6 +49,7 @@ def verify(
             help="Folder of the float weights it was made from; of a compressed checkpoint, of its W8A8S weights.",
             rich_help_panel=o.MODEL,
         ),
+        Tier.USUAL,
     ] = None,
     target: Annotated[
         Literal["mindie", "mindie-300i-duo", "mindie-800i-a2", "vllm-ascend", "sglang"] | None,
@@ -58,6 +60,7 @@ def verify(
             rich_help_panel=o.MODEL,
             show_default=False,
         ),
+        Tier.USUAL,
     ] = None,
     engine: Annotated[
         ServingEngine | None,
@@ -67,6 +70,7 @@ def verify(
             rich_help_panel=o.MODEL,
             show_default=False,
         ),
+        Tier.USUAL,
     ] = None,
     calib_images: Annotated[
         Path | None,
@@ -75,6 +79,7 @@ def verify(
             help="Folder of images to run both models on; needs --reference.",
             rich_help_panel=o.CALIBRATION,
         ),
+        Tier.USUAL,
     ] = None,
     recursive: o.Recursive = False,
     cases: Annotated[
@@ -84,6 +89,7 @@ def verify(
             help="JSON-lines file of cases with image, prompt and text (answer) to run both models on; needs --reference.",
             rich_help_panel=o.CALIBRATION,
         ),
+        Tier.USUAL,
     ] = None,
     prompt: o.Prompt = "Please describe this picture in detail.",
     limit: o.LimitImages = None,
@@ -119,9 +125,10 @@ def verify(
 ) -> None:
     """Check files, arithmetic and behaviour of a checkpoint; exit code 3 if something is wrong.
 
-    [bold]glmq verify W8A8S --reference FLOAT --calib-images photos --html verify.html[/]
+    Against the float weights, and by the look-ups of an engine:
 
-    [bold]glmq verify W8A8 --target mindie[/]
+        glmq verify W8A8S --reference FLOAT --calib-images PHOTOS
+        glmq verify W8A8S --target mindie-300i-duo
     """
     from glmq.cli.console import stderr
     from glmq.cli.progress import ProgressView

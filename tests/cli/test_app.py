@@ -69,7 +69,7 @@ def test_the_help_of_quantize_lists_every_parameter_of_the_vendors_tool() -> Non
         "trust-remote-code", "anti-method", "act-method", "open-outlier", "is-dynamic", "is-lowbit", "co-sparse",
         "fraction", "do-smooth", "use-sigma", "sigma-factor", "torch-dtype", "group-size", "mindie-format",
     ):  # fmt: skip
-        assert f"--{name}" in text
+        assert f"--{name}" in text or f"--[no-]{name}" in text
 
 
 def test_the_version_comes_with_those_of_the_libraries() -> None:
