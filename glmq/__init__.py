@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from glmq.compression.dry_run import CompressionPlan
     from glmq.errors import GlmqError, InputError, ResourceError, UsageError
     from glmq.inspection.comparison import Comparison
+    from glmq.jobs.ask import ask
     from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions, CalibrationResult, calibrate
     from glmq.jobs.compare import compare
     from glmq.jobs.compress import CompressionOptions, CompressionResult, compress
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
     from glmq.quantization.dry_run import RunPlan
     from glmq.quantization.recipe import Recipe
     from glmq.records import BlockDone, BytesDone, LinearReport, PassTime
-    from glmq.reporting.documents import Inspection, Verification
+    from glmq.reporting.documents import Answer, Inspection, Verification
     from glmq.verification.checks import Limits
     from glmq.verification.findings import Finding
 
 _HOMES = {
     "glmq.compression.dry_run": ("CompressionPlan",),
     "glmq.errors": ("GlmqError", "InputError", "ResourceError", "UsageError"),
+    "glmq.jobs.ask": ("ask",),
     "glmq.jobs.calibrate": ("CalibrationForecast", "CalibrationOptions", "CalibrationResult", "calibrate"),
     "glmq.jobs.compare": ("compare",),
     "glmq.jobs.compress": ("CompressionOptions", "CompressionResult", "compress"),
@@ -53,7 +55,7 @@ _HOMES = {
     "glmq.quantization.recipe": ("Recipe",),
     "glmq.records": ("BlockDone", "BytesDone", "LinearReport", "PassTime"),
     "glmq.inspection.comparison": ("Comparison",),
-    "glmq.reporting.documents": ("Inspection", "Verification"),
+    "glmq.reporting.documents": ("Answer", "Inspection", "Verification"),
     "glmq.verification.checks": ("Limits",),
     "glmq.verification.findings": ("Finding",),
 }
@@ -61,6 +63,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Answer",
     "BlockDone",
     "BytesDone",
     "CalibrationForecast",
@@ -92,6 +95,7 @@ __all__ = [
     "UsageError",
     "Verification",
     "__version__",
+    "ask",
     "calibrate",
     "compare",
     "compress",

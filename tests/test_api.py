@@ -12,13 +12,13 @@ from helpers import PACKAGES
 
 import glmq
 
-VERBS = ("calibrate", "quantize", "compress", "restore", "inspect", "compare", "verify")
+VERBS = ("calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "verify")
 NAMES = [
-    "BlockDone", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult", "CaseOptions", "Choice",
-    "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding", "GlmqError", "InputError",
-    "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassStarted", "PassTime", "QuantizationResult", "Recipe",
-    "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "UsageError", "Verification", "__version__", "calibrate",
-    "compare", "compress", "inspect", "quantize", "restore", "verify",
+    "Answer", "BlockDone", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult", "CaseOptions",
+    "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding", "GlmqError",
+    "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassStarted", "PassTime",
+    "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "UsageError",
+    "Verification", "__version__", "ask", "calibrate", "compare", "compress", "inspect", "quantize", "restore", "verify",
 ]  # fmt: skip
 
 

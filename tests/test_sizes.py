@@ -15,7 +15,9 @@ LONG_MODULES = {"checkpoint/ascend.py", "codec/container.py", "codec/codec.py"}
 MODULE_LINES = 400
 FUNCTION_LINES = 60
 PARAMETERS = 8
-COMMANDS = {f"cli/{verb}.py": verb for verb in ("calibrate", "quantize", "compress", "inspect", "verify", "demo")}
+COMMANDS = {
+    f"cli/{verb}.py": verb for verb in ("ask", "calibrate", "quantize", "compress", "inspect", "verify", "demo")
+}
 """Typer reads a command's options from its signature."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from glmq.cann import AUTOLOAD
+from glmq.cli.ask import ask
 from glmq.cli.calibrate import calibrate
 from glmq.cli.command import CONTEXT, GlmqCommand, GlmqGroup
 from glmq.cli.compress import compress
@@ -35,7 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (calibrate, quantize, compress, inspect, verify, demo, doctor):
+for command in (calibrate, quantize, compress, inspect, verify, ask, demo, doctor):
     app.command(cls=GlmqCommand, context_settings=CONTEXT)(command)
 
 

@@ -18,7 +18,7 @@ from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.machine import available_memory
 from glmq.model.config import FAMILY
-from glmq.quoting import visible_json
+from glmq.quoting import visible, visible_json
 from glmq.records import REPORT, PassTime
 from glmq.spec import Activation, Form, QuantType, assert_never
 
@@ -49,6 +49,12 @@ def print_json(document: dict[str, object]) -> None:
     """One JSON object on stdout: sorted keys, no NaN, a newline at the end."""
     text = json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1)
     sys.stdout.write(visible_json(text) + "\n")
+
+
+def print_piece(text: str) -> None:
+    """A piece of a longer text on stdout, at once; lines end where its own do."""
+    sys.stdout.write("\n".join(visible(line) for line in text.split("\n")))
+    sys.stdout.flush()
 
 
 def _static(report: LinearReport, text: str) -> str:

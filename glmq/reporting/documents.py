@@ -1,4 +1,4 @@
-"""What inspect and verify found: the records that their tables and pages are drawn from, and as JSON and CSV."""
+"""What inspect, verify and ask found: the records that their tables and pages are drawn from, and as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from glmq.inspection.compare import WeightDiff
     from glmq.inspection.comparison import Comparison
     from glmq.inspection.values import TensorValues
+    from glmq.verification.answering import AnswerPlan
     from glmq.verification.arithmetic import LinearArithmetic
     from glmq.verification.behaviour import BlockBehaviour, LinearBehaviour
     from glmq.verification.checks import Limits
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 INSPECT_SCHEMA: Final = "glmq.inspect/1"
 COMPARE_SCHEMA: Final = "glmq.compare/1"
 VERIFY_SCHEMA: Final = "glmq.verify/1"
+ASK_SCHEMA: Final = "glmq.ask/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,31 @@ class Inspection:
     """Of compressed parts, by rank and linear, the weights as they were; empty of others."""
     member: str | None = None
     """Which released model it is or comes from, and what shows it; None where config.json does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, and how fast."""
+
+    folder: Path
+    model: str
+    """What the folder is, in one line."""
+    image: Path | None
+    prompt: str
+    text: str
+    """Without special tokens."""
+    tokens: int
+    """Of the answer, the one that ends it left out."""
+    is_complete: bool
+    """The model ended it by itself, rather than by reaching the longest answer that was allowed."""
+    prompt_tokens: int
+    """Of the picture and the prompt together."""
+    prompt_seconds: float
+    """To read them."""
+    seconds: float
+    """To write the answer."""
+    plan: AnswerPlan
+    """What a token was expected to take, and what stayed in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +287,24 @@ def verification_document(found: Verification) -> JsonObject:
         "predictions": None if found.predictions is None else to_json(found.predictions),
         "captions": [to_json(caption) for caption in found.captions],
         "limits": to_json(found.limits),
+    }
+
+
+def answer_document(found: Answer) -> JsonObject:
+    """`glmq ask --json`."""
+    return {
+        "schema": ASK_SCHEMA,
+        "folder": str(found.folder),
+        "model": found.model,
+        "image": None if found.image is None else str(found.image),
+        "prompt": found.prompt,
+        "text": found.text,
+        "tokens": found.tokens,
+        "is_complete": found.is_complete,
+        "prompt_tokens": found.prompt_tokens,
+        "prompt_seconds": found.prompt_seconds,
+        "seconds": found.seconds,
+        "plan": to_json(found.plan),
     }
 
 

@@ -49,16 +49,23 @@ class Predictions:
 
 
 class Head:
-    """lm_head of one checkpoint, read a few rows at a time."""
+    """lm_head of one checkpoint, read a few rows at a time.
 
-    def __init__(self, source: Checkpoint, name: str) -> None:
-        self._source, self._name = source, name
+    Args:
+        source: the checkpoint.
+        name: of lm_head in it.
+        keeps: hold the float rows in memory once they are read; integers are held in any case.
+    """
+
+    def __init__(self, source: Checkpoint, name: str, *, keeps: bool = False) -> None:
+        self._source, self._name, self._keeps = source, name, keeps
         self._int8 = decode_linear(name, source) if name in integer_linears(source) else None
+        self._kept: dict[tuple[int, int], Tensor] = {}
 
     def logits(self, x: Tensor, start: int, stop: int) -> Tensor:
         """float32 [T, stop - start] from float32 [T, width]."""
         if self._int8 is None:
-            return x @ self._source.read_rows(f"{self._name}.weight", start, stop).float().T
+            return x @ self._rows(start, stop).T
         cut = slice(start, stop)
         whole = self._int8
         part = replace(
@@ -71,6 +78,14 @@ class Head:
             weight_scale_second=None if whole.weight_scale_second is None else whole.weight_scale_second[cut],
         )
         return run_linear(x, part)
+
+    def _rows(self, start: int, stop: int) -> Tensor:
+        rows = self._kept.get((start, stop))
+        if rows is None:
+            rows = self._source.read_rows(f"{self._name}.weight", start, stop).float()
+        if self._keeps:
+            self._kept[start, stop] = rows
+        return rows
 
 
 class HeadSums:

@@ -1,0 +1,112 @@
+"""`glmq ask`: the answer on stdout, its speed on stderr, and a sentence for what cannot answer."""
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pytest
+from cli.command_line import glmq, run
+
+import glmq as library
+from glmq.cli.ask import _Question
+from glmq.jobs.ask import describe_plan, open_asker
+from glmq.verification.answering import AnswerPlan
+
+
+@pytest.fixture
+def picture(pictures: Path) -> Path:
+    return pictures / "00.png"
+
+
+def test_the_answer_goes_to_stdout_piece_by_piece_and_is_the_librarys(tiny: Path, picture: Path) -> None:
+    pieces: list[str] = []
+    answer = library.ask(tiny, image=picture, max_new_tokens=10, tell=pieces.append)
+    assert answer.text == "The background is sky. There is one object:"
+    assert len(pieces) > 5
+    assert "".join(pieces) == answer.text
+    assert (answer.tokens, answer.is_complete, answer.image) == (10, False, picture)
+    shown = glmq("ask", tiny, "--image", picture, "--max-new-tokens", 10)
+    assert shown.stdout == f"{answer.text}\n"
+    first, *_, last = shown.stderr.splitlines()
+    assert first.startswith("expect about ")
+    assert first.endswith(f": its {answer.plan.token_bytes / 2**20:.0f} MiB of weights stay in memory")
+    assert last.startswith(f"{answer.prompt_tokens} tokens read in ")
+    assert last.endswith(" tokens per second); cut off there, --max-new-tokens allows more")
+
+
+def test_json_says_how_it_ended(tiny_seed: Path, picture: Path) -> None:
+    shown = glmq("ask", tiny_seed, "--image", picture, "--json")
+    document = json.loads(shown.stdout)
+    assert document["schema"] == "glmq.ask/1"
+    assert document["is_complete"]
+    assert document["text"].startswith("The background is sky. ")
+    assert document["prompt"] == "Please describe this picture in detail."
+    assert document["model"] == "quantized checkpoint, W8A8S (ascendV1), float16 floats"
+    assert shown.stderr == ""
+
+
+def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
+    tiny: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["Describe it.", "", "stop", "Describe it."])
+
+    def type_in(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_in)
+    with open_asker(tiny) as asker:
+        ask = asker.ask
+
+        def interrupted(prompt: str, *args: object, **options: object) -> object:
+            if prompt == "stop":
+                raise KeyboardInterrupt
+            return ask(prompt, *args, **options)
+
+        monkeypatch.setattr(asker, "ask", interrupted)
+        view: AbstractContextManager[object] = nullcontext()
+        _Question(asker, picture, 5, shrinks=False).answer_lines(view)
+    out, err = capsys.readouterr()
+    assert out == "The background is sky.\n" * 2
+    assert err.startswith(
+        f"Ask about {picture}, a question a line, each on its own; Ctrl-C ends an answer, Ctrl-D ends.\n"
+    )
+
+
+def test_what_cannot_answer_is_said(
+    tiny: Path, tiny_stats: Path, tiny_seed: Path, picture: Path, tmp_path: Path
+) -> None:
+    def said(*args: object) -> tuple[int, str]:
+        result = run("ask", *args)
+        return result.exit_code, result.stderr.splitlines()[-1]
+
+    assert said(tiny) == (2, "error: give a question with --prompt, a picture with --image, or both")
+    assert said(tiny_stats, "--prompt", "What?") == (
+        4,
+        f"error: {tiny_stats}: holds calibration statistics, no weights; give a checkpoint",
+    )
+    glmq(
+        "compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "packed", "--tp", 1, "--codec", "portable"
+    )
+    assert said(tmp_path / "packed", "--prompt", "What?") == (
+        4,
+        f"error: {tmp_path / 'packed'}: is compressed; restore it first: `glmq compress --decompress IN OUT`",
+    )
+    (tmp_path / "empty.png").touch()
+    assert said(tiny, "--image", tmp_path / "empty.png") == (4, f"error: {tmp_path / 'empty.png'}: is empty")
+    assert said(tiny, "--image", picture, "--max-new-tokens", 5000) == (
+        2,
+        "error: --max-new-tokens 5000: the question has 38 tokens, and the model takes 4096 with its answer; allow fewer, or "
+        "shrink the picture with --max-pixels",
+    )
+
+
+def test_a_model_that_does_not_fit_says_how_slow_it_will_be() -> None:
+    assert describe_plan(AnswerPlan(2**30, 2**29, 48.2)) == (
+        "expect about 48 s per token: 512 MiB of its 1.0 GiB of weights do not fit into memory and are read again for each"
+    )
+    assert describe_plan(AnswerPlan(2**30, 2**30, 0.25)) == (
+        "expect about 4.0 tokens per second: its 1.0 GiB of weights stay in memory"
+    )
