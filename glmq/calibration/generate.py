@@ -204,11 +204,13 @@ class _Round:
         """The first text layer's call of every sample, and the position of its first answer token, int64 [S]."""
         model = self._model
         vision: dict[int, BlockCall] = {}
+        read: dict[int, ModelInputs] = {}
         pictured = any(sample.image is not None for sample in self._samples)
         with model.placed(*(self._family.vision_stem if pictured else ())):
             for index, sample in enumerate(self._samples):
                 if sample.image is not None:
-                    vision[index] = model.vision_call(_encode(self._preprocessor, sample))
+                    inputs = _encode(self._preprocessor, sample)
+                    vision[index], read[index] = model.vision_call(inputs), inputs.without_pixels()
         for block in range(model.config.vision_depth) if vision else ():
             name = f"{self._family.vision}.blocks.{block}"
             with model.placed(name):
@@ -218,7 +220,7 @@ class _Round:
         positions: list[int] = []
         with model.placed(*((*self._family.vision_stem, *self._family.vision_tail) if vision else ())):
             for index, sample in enumerate(self._samples):
-                inputs = _encode(self._preprocessor, sample)
+                inputs = read.pop(index) if index in read else _encode(self._preprocessor, sample)
                 with model.embedding_rows(inputs.ids):
                     call, position = model.prompt_call(inputs, vision.pop(index, None))
                 calls.append(call)

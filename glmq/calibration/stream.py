@@ -144,6 +144,8 @@ class _Run:
         rounds = -(-len(samples) // place.world)
         self._turns = range(place.rank, place.rank + rounds * place.world, place.world)
         """The same, and one past the end where other ranks have one sample more."""
+        self._read: dict[int, ModelInputs] = {}
+        """By sample with an image: its inputs, without pixels, from the vision tower to the text layers."""
         self._keep_rows = max(1, SAMPLE_ROWS // len(samples))
 
     def start_vision(self) -> Calls:
@@ -153,6 +155,7 @@ class _Run:
             for index in self._own:
                 if self._samples[index].image is not None:
                     inputs = self._inputs(self._samples[index])
+                    self._read[index] = inputs.without_pixels()
                     with self._clock.stage("vision"):
                         calls[index] = self.model.vision_call(inputs)
         return calls
@@ -170,7 +173,7 @@ class _Run:
                     watched.skip_turn()
                 if index in self._own:
                     sample = self._samples[index]
-                    inputs = self._inputs(sample)
+                    inputs = self._read.pop(index) if index in self._read else self._inputs(sample)
                     tokens[index] = inputs.tokens
                     vision = vision_calls.pop(index, None)
                     with self._clock.stage("vision"), model.embedding_rows(inputs.ids), self._blaming(sample):

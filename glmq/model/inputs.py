@@ -71,6 +71,10 @@ class ModelInputs:
         """The same inputs followed by these answer tokens."""
         return replace(self, ids=torch.cat([self.ids, torch.tensor([ids])], dim=1))
 
+    def without_pixels(self) -> ModelInputs:
+        """The same inputs for `StreamedModel.text_call`, which takes what the vision tower has made of the pixels instead."""
+        return replace(self, pixel_values=None if self.pixel_values is None else self.pixel_values[:0].clone())
+
 
 class Preprocessor:
     """Makes ModelInputs with the tokenizer and processor settings of a model folder.
