@@ -31,6 +31,7 @@ _SUFFIXES: Final[Mapping[str, str]] = {
     "weight_packed": "compressed-tensors",
     "_scale": "quanto",
     "weight_blocks": "MXFP4",
+    "biases": "MLX",
 }
 """The last part of names that only checkpoints of one method have; the first that is found counts."""
 _TITLES: Final[Mapping[str, str]] = {
@@ -74,7 +75,7 @@ def find_method(tensors: Mapping[str, TensorInfo], config: Mapping[str, JsonValu
     for suffix, title in _SUFFIXES.items():
         name = next((name for name in tensors if name.rpartition(".")[2] == suffix), None)
         if name is not None:
-            return ForeignMethod(said or title, name, is_fp8=False)
+            return ForeignMethod(_named_method(config) or title, name, is_fp8=False)
     fp8 = _first_weight(tensors, FP8_CODES)
     if fp8 is not None:
         return ForeignMethod("FP8" if said in (None, "FP8") else f"{said} (FP8)", fp8, is_fp8=True)
@@ -86,11 +87,16 @@ def find_method(tensors: Mapping[str, TensorInfo], config: Mapping[str, JsonValu
 
 def said_method(config: Mapping[str, JsonValue]) -> str | None:
     """The method that `quantization_config` names, as people call it; None without one."""
+    return _named_method(config) or (
+        "a method without a name" if isinstance(config.get("quantization_config"), Mapping) else None
+    )
+
+
+def _named_method(config: Mapping[str, JsonValue]) -> str | None:
+    """The same, and None too where it gives no name."""
     section = config.get("quantization_config")
-    if not isinstance(section, Mapping):
-        return None
-    method = section.get("quant_method")
-    return _TITLES.get(method, f"{method:.40}") if isinstance(method, str) else "a method without a name"
+    method = section.get("quant_method") if isinstance(section, Mapping) else None
+    return _TITLES.get(method, f"{method:.40}") if isinstance(method, str) else None
 
 
 def block_size(config: Mapping[str, JsonValue]) -> tuple[int, int]:

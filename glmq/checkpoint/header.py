@@ -129,7 +129,7 @@ def parse_header(path: Path, raw: bytes, file_bytes: int | None = None) -> Heade
         _refuse(path, "the header is not a JSON object")
     metadata = _metadata(path, document.pop("__metadata__", {}))
     if len(document) > MAX_TENSORS:
-        _refuse(path, f"{len(document)} tensors are more than any GLM-4.1V has, {MAX_TENSORS} are read")
+        _refuse(path, f"{len(document)} tensors are more than a GLM-4.1V or GLM-4.6V-Flash has, {MAX_TENSORS} are read")
     infos = [_tensor(path, name, entry, len(raw)) for name, entry in document.items()]
     infos.sort(key=lambda info: (info.start, info.end))
     at = len(raw)

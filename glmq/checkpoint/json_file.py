@@ -125,7 +125,9 @@ def read_json_object(path: Path) -> JsonObject:
     """
     raw = read_input(path, MAX_JSON_BYTES)
     if len(raw) > MAX_JSON_BYTES:
-        raise DamagedError(f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V checkpoint")
+        raise DamagedError(
+            f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V or GLM-4.6V-Flash"
+        )
     try:
         document = parse_json(raw)
     except ValueError as error:

@@ -94,7 +94,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         count = sum(len(header.tensors) for header in headers.values())
         if count > MAX_TENSORS:
             raise CheckpointError(
-                f"{directory}: {count} tensors are more than any GLM-4.1V has, {MAX_TENSORS} are read"
+                f"{directory}: {count} tensors are more than a GLM-4.1V or GLM-4.6V-Flash has, {MAX_TENSORS} are read"
             )
         for path, header in headers.items():
             for name in header.tensors:

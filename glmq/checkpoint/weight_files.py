@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.header import Header
 from glmq.checkpoint.json_file import Fields, read_json_object
+from glmq.checkpoint.names import natural_key
 from glmq.errors import DamagedError, WrongFolderError
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -20,6 +21,8 @@ BESIDE: Final[Mapping[str, str]] = {
     "optimizer*.safetensors": "the state of a trainer, which no engine reads",
 }
 """Weight files that trainers leave beside a checkpoint's own, and what each is."""
+MOST_FOLDERS: Final = 3
+"""So many sub-folders are named, of more the first and the last."""
 
 
 def left_beside(directory: Path) -> dict[str, str]:
@@ -35,12 +38,44 @@ def bare_files(directory: Path) -> list[Path]:
         if not path.name.startswith(".") and not any(fnmatchcase(path.name, pattern) for pattern in BESIDE)
     )
     if not files:
-        others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
-        found = f"found {', '.join(others[:3])}; convert them to safetensors" if others else "is this the right folder?"
-        for name, what in left_beside(directory).items():
-            found = f"found {name} alone: {what}"
-        raise WrongFolderError(f"{directory}: wanted *.safetensors weight files, but there are none; {found}")
+        raise WrongFolderError(
+            f"{directory}: wanted *.safetensors weight files, but there are none; {_found_instead(directory)}"
+        )
+    check_downloaded(files)
     return files
+
+
+def check_downloaded(files: Iterable[Path]) -> None:
+    """Raise DamagedError if aria2 has not finished one of the files: it gives them their full size at once."""
+    for path in files:
+        control = path.with_name(f"{path.name}.aria2")
+        if control.exists():
+            raise DamagedError(
+                f"{control}: says that aria2 has not finished {path.name}; start the same download again, or remove the "
+                "file if another program has fetched it whole"
+            )
+
+
+def folders_below(directory: Path, pattern: str) -> str:
+    """Which sub-folders hold files like `pattern`, as part of a sentence; empty where none does."""
+    holders = {path.parent.name for path in directory.glob(f"*/{pattern}")}
+    names = sorted((name for name in holders if not name.startswith(".")), key=natural_key)
+    if not names:
+        return ""
+    shown = names if len(names) <= MOST_FOLDERS else [names[0], "...", names[-1]]
+    return f"its sub-folder{'s' * (len(names) > 1)} {', '.join(shown)} may be meant; give {directory / names[-1]}"
+
+
+def _found_instead(directory: Path) -> str:
+    """What a folder without weight files has in their place, and what to do."""
+    for name, what in left_beside(directory).items():
+        return f"found {name} alone: {what}"
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in {".bin", ".pt", ".pth", ".gguf"})
+    if others and others[0].endswith(".gguf"):
+        return f"found {others[0]}, which llama.cpp's tools have made; give the float release that it was made from"
+    if others:
+        return f"found {', '.join(others[:3])}; convert them to safetensors"
+    return folders_below(directory, "*.safetensors") or "is this the right folder?"
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -59,6 +94,7 @@ def read_index(path: Path) -> dict[str, str]:
             other = SINGLE if (path.parent / SINGLE).is_file() else ""
             choice = f", or remove the index if {other} is the whole model" if other else ""
             raise DamagedError(f"{path}: names {file}, which is not in the folder; download the missing file{choice}")
+    check_downloaded(path.parent / file for file in sorted(set(weight_map.values())))
     return weight_map
 
 

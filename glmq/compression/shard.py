@@ -204,7 +204,7 @@ class RankSplit:
             first = min(self._unused)
             raise CheckpointError(
                 f"{self.source.directory}: {len(self._unused)} tensors have no place in the engine's layout, the first is "
-                f"{first!r}; is this a GLM-4.1V in the ascendV1 form?"
+                f"{first!r}; is this a GLM-4.1V or GLM-4.6V-Flash in the ascendV1 form?"
             )
         return self.tensors
 

@@ -15,6 +15,7 @@ from glmq.checkpoint.foreign import ForeignMethod, find_method
 from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
+from glmq.checkpoint.weight_files import folders_below
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY
 from glmq.spec import Form, QuantType
@@ -119,9 +120,8 @@ def scan_folder(directory: Path) -> Folder:
     problems: list[str] = []
     groups = _weight_files(directory)
     if not groups:
-        raise WrongFolderError(
-            f"{directory}: has neither safetensors files nor part folders with some; is this the right folder?"
-        )
+        advice = folders_below(directory, "*.safetensors") or "is this the right folder?"
+        raise WrongFolderError(f"{directory}: has neither safetensors files nor part folders with some; {advice}")
     config = _read(directory / "config.json", problems) if (directory / "config.json").is_file() else {}
     kind = _kind(directory, groups, config)
     if not config and kind is not Kind.STATISTICS and not problems:

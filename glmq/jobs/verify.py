@@ -240,7 +240,7 @@ def _behave(
 ) -> tuple[list[BlockBehaviour], Predictions | None]:
     config = usable_config(candidate, source)
     if config is None:
-        raise CheckpointError(f"{source.directory}: has no config.json of a GLM-4.1V; restore it")
+        raise CheckpointError(f"{source.directory}: has no config.json of a GLM-4.1V or GLM-4.6V-Flash; restore it")
     preprocessor = _preprocessor(source, candidate, config, max_pixels)
     cases = [Case(s.name, s.image is not None, partial(_encode, preprocessor, s)) for s in samples]
     blocks: list[BlockBehaviour] = []

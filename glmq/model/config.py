@@ -1,4 +1,4 @@
-"""The three layouts of GLM-4.1V's config.json, brought into one.
+"""The three layouts of config.json in GLM-4.1V and GLM-4.6V-Flash, brought into one.
 
 flat            before 2025-10-25: the text fields lie at the root.
 nested          `text_config` with `rope_scaling`, `rope_theta`, `partial_rotary_factor` and (since 2025-10-25) `dtype`.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
+from glmq.checkpoint.weight_files import folders_below
 from glmq.errors import ModelError, OtherModelError
 from glmq.model.family import Family, Sizes
 from glmq.model.glm4v import GLM4V
@@ -37,7 +38,7 @@ LARGEST: Final[Mapping[str, int]] = {
     "depth": 512, "out_hidden_size": 2**15, "num_heads": 512, "patch_size": 112, "temporal_patch_size": 16,
     "spatial_merge_size": 16, "image_size": 2**13, "in_channels": 16,
 }  # fmt: skip
-"""Sizes that no model of the family comes near (GLM-4.1V has about a tenth of each): a larger one is damage."""
+"""Sizes that no model of the family comes near (the releases have about a tenth of each): a larger one is damage."""
 RANGES: Final[Mapping[str, tuple[float, float]]] = {
     "rms_norm_eps": (1e-12, 1e-2), "rope_theta": (1.0, 1e12), "partial_rotary_factor": (1e-2, 1.0),
     "attention_dropout": (0.0, 1.0), "initializer_range": (0.0, 10.0),
@@ -85,7 +86,7 @@ def read_config(directory: Path) -> ModelConfig:
     """Read `config.json` of a checkpoint folder.
 
     Raises:
-        ModelError: no such folder or file, not a GLM-4.1V, or a layout that glmq does not know.
+        ModelError: no such folder or file, not one of the family, or a layout that glmq does not know.
         CheckpointError: the file is not a JSON object.
     """
     if not directory.is_dir():
@@ -99,7 +100,8 @@ def read_config(directory: Path) -> ModelConfig:
             raise ModelError(
                 f"{directory}: is a model's folder in a hub cache; give its snapshot {snapshots[-1].parent}"
             )
-        raise ModelError(f"{directory}: has no config.json, so it is not a model folder; give the folder that holds it")
+        advice = folders_below(directory, "config.json") or "give the folder that holds it"
+        raise ModelError(f"{directory}: has no config.json, so it is not a model folder; {advice}")
     return parse_config(read_json_object(path), str(path))
 
 
@@ -235,7 +237,9 @@ def _nest(raw: JsonObject, where: str) -> JsonObject:
 def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
     value = nested.get(key)
     if not isinstance(value, dict):
-        raise OtherModelError(f"{where}: has no {key}, so it is not a vision-language GLM-4.1V; restore the file")
+        raise OtherModelError(
+            f"{where}: has no {key}, so it is no {FAMILY.title}, which see pictures; restore the file"
+        )
     return value
 
 
@@ -256,7 +260,7 @@ def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
         )
     kind = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
     if kind not in ("default", "mrope"):
-        raise ModelError(f"{where}: rope_type {kind!r:.60} is unknown, GLM-4.1V uses 'default'")
+        raise ModelError(f"{where}: rope_type {kind!r:.60} is unknown, a {FAMILY.title} uses 'default'")
     return text
 
 

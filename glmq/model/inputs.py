@@ -83,7 +83,7 @@ class Preprocessor:
         directory: the model folder.
         config: its configuration.
         max_pixels: images with more pixels are shrunk first, keeping their shape; None leaves the model's own limit.
-        trust_remote_code: let the tokenizer run code from the folder. GLM-4.1V needs none.
+        trust_remote_code: let the tokenizer run code from the folder. The family needs none.
         chat_template: file of the chat template; None: the folder's own.
 
     Raises:

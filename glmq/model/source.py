@@ -88,6 +88,7 @@ class _Opening:
             f"{name.removesuffix('weight')}{suffix}" for name in scales for suffix in (*SCALE_SUFFIXES, *COMPANIONS)
         }
         extra = [name for name in names if name not in expected and name not in spent]
+        _refuse_other_layers(stored.directory, extra, config)
         if extra and not self._options.keep_extra:
             count = "1 tensor is" if len(extra) == 1 else f"{len(extra)} tensors are"
             self.notes.append(
@@ -241,6 +242,30 @@ def _check_vocabulary(source: Checkpoint, config: ModelConfig) -> None:
         f"{source.directory}: of embeddings and lm_head only one was resized ({listed} rows, vocab_size {config.vocab_size} "
         "in config.json); save the model again with resize_token_embeddings"
     )
+
+
+def _refuse_other_layers(directory: Path, extra: Sequence[str], config: ModelConfig) -> None:
+    """Raise CheckpointError where the weights have whole layers that config.json does not count.
+
+    A layer with tensors of its own beside them predicts further tokens; like any other extra tensor it is left out.
+    """
+    family, expected = config.family, config.family.shapes(config)
+    for prefix, key, count in (
+        (f"{family.text}.layers.", "text_config.num_hidden_layers", config.layers),
+        (f"{family.vision}.blocks.", "vision_config.depth", config.vision_depth),
+    ):
+        wanted = {name.removeprefix(f"{prefix}0.") for name in expected if name.startswith(f"{prefix}0.")}
+        layers: dict[str, set[str]] = {}
+        for name in extra:
+            if name.startswith(prefix):
+                number, _, rest = name.removeprefix(prefix).partition(".")
+                layers.setdefault(number, set()).add(rest)
+        more = sum(found == wanted for found in layers.values())
+        if more:
+            raise CheckpointError(
+                f"{directory}: the weights have {count + more} whole {prefix.rstrip('.')}, config.json says {key} {count}; "
+                "take both from the same release"
+            )
 
 
 def _refuse_parts_of_modules(stored: Checkpoint, extra: Mapping[str, str], config: ModelConfig) -> None:

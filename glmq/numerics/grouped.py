@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from glmq.numerics.rows import row_chunks
+from glmq.numerics.rows import LEAST_STEP, row_chunks
 from glmq.spec import IntGrid
 
 SHRINKS: Final = tuple(1 - less / 20 for less in range(5))
@@ -24,7 +24,7 @@ whole steps (0.0521 rounded to nearest), and smaller shares gain nothing more. 8
 
 
 def group_max_steps(weight: Tensor, group_size: int, grid: IntGrid) -> Tensor:
-    """The step that just reaches the largest magnitude of each group; 1 for a group of zeros.
+    """The step that just reaches the largest magnitude of each group; 1 for a group of zeros, or below LEAST_STEP.
 
     Args:
         weight: float32 [N, K], K a multiple of group_size.
@@ -36,7 +36,7 @@ def group_max_steps(weight: Tensor, group_size: int, grid: IntGrid) -> Tensor:
     """
     low, high = weight.reshape(weight.shape[0], -1, group_size).aminmax(dim=2)  # [N, K] -> [N, G, g] -> [N, G]
     steps = torch.maximum(-low, high) / ((grid.qmax - grid.qmin) / 2)
-    return torch.where(steps > 0, steps, 1.0)
+    return torch.where(steps >= LEAST_STEP, steps, 1.0)
 
 
 def fit_group_steps(weight: Tensor, importance: Tensor, group_size: int, grid: IntGrid) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from glmq.errors import UsageError
 from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
-from glmq.numerics.rows import fill_dead_rows, row_chunks, row_max
+from glmq.numerics.rows import LEAST_STEP, fill_dead_rows, row_chunks, row_max
 from glmq.spec import INT4, INT8, INT8_SYMMETRIC, FloatDtype, IntGrid, StepRule, WeightScheme
 
 BULK: Final = 7
@@ -130,7 +130,7 @@ def quantize_in_storage_dtype(weight: Tensor, dtype: FloatDtype) -> tuple[Tensor
     """
     half = weight.to(TORCH_DTYPE[dtype])
     step = half.abs().amax(1, keepdim=True) / INT8.qmax
-    step = torch.where(step > 0, step, torch.ones_like(step))
+    step = torch.where(step.float() >= LEAST_STEP, step, torch.ones_like(step))
     return quantize_weight(half, step, INT8), step.float()
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 CHUNK_WEIGHTS = 1 << 20
 """Weights handled at once, so that temporaries stay in the processor's cache however large the matrix: 4 MiB in float32."""
+LEAST_STEP = 2.0**-100
+"""A row with a smaller step counts as zeros: times the smallest input scale, 2^-23, it must be a normal float32 number."""
 
 
 def row_chunks(weight: Tensor) -> Iterator[slice]:
@@ -50,6 +52,6 @@ def column_energy(weight: Tensor) -> Tensor:
 
 
 def fill_dead_rows(steps: Tensor) -> Tensor:
-    """Give rows with a zero step (all-zero rows) the largest of the others, or 1 if there is none. [N, 1], both."""
+    """Give rows with a step below LEAST_STEP (all-zero rows) the largest of the others, or 1 if there is none. [N, 1], both."""
     largest = steps.max()
-    return torch.where(steps > 0, steps, largest if largest > 0 else torch.ones(()))
+    return torch.where(steps >= LEAST_STEP, steps, largest if largest >= LEAST_STEP else torch.ones(()))

@@ -21,7 +21,7 @@ from glmq.numerics.affine import TORCH_DTYPE, quantize_weight
 from glmq.numerics.gptq import Rounded, round_best, round_compensated
 from glmq.numerics.hessian import Factor
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.numerics.rows import even_rows, fill_dead_rows, row_chunks, row_max
+from glmq.numerics.rows import LEAST_STEP, even_rows, fill_dead_rows, row_chunks, row_max
 from glmq.spec import INT4, INT8, FloatDtype, IntGrid, Method, WeightScheme
 
 RATE_ROWS: Final = 512
@@ -166,7 +166,7 @@ def reference(job: WeightJob) -> Integers:
     step = lowbit.rule_steps(job.weight, job.scheme)
     # A row without a bulk has step 0, and the vendor divides by it. Its own maximum keeps the row.
     step = torch.where(step > 0, step, row_max(job.weight) / lowbit.BULK)
-    step = torch.where(step > 0, step, 1.0)
+    step = torch.where(step >= LEAST_STEP, step, 1.0)
     return Integers(nearest(job.weight, step, job.scheme), step)
 
 
@@ -253,7 +253,7 @@ def _storable(step: Tensor, job: WeightJob) -> Tensor:
     if not job.scheme.quant_type.spec.step_in_model_dtype:
         return step
     if job.dtype is FloatDtype.FP16:
-        step = step + FP16_SPACING / 2
+        step = (step + FP16_SPACING / 2).clamp_min(FP16_SPACING)  # half a spacing alone would be rounded down, to 0
     return step.to(TORCH_DTYPE[job.dtype]).float()
 
 

@@ -286,13 +286,13 @@ class _Against:
     size_steps: float
     """Root mean square of W / step."""
     is_zeroed: bool
-    """All integers are 0 and the float weights are not."""
+    """All integers are 0, and a float weight is a whole step or more."""
 
 
 def _sum_and_compare(subject: Subject) -> tuple[Tensor, _Against | None]:
     """Row sums of the integers, float64 [N], and their distance from the source's weight, None without a source."""
     step, second = _steps(subject), _second(subject)
-    sums, square, size, elements, is_zero = [], 0.0, 0.0, 0, True
+    sums, square, size, elements, largest, is_zero = [], 0.0, 0.0, 0, 0.0, True
     for row, q in _integer_rows(subject):
         sums.append(q.sum(1, dtype=torch.int64).double())
         if subject.source is not None:
@@ -305,11 +305,12 @@ def _sum_and_compare(subject: Subject) -> tuple[Tensor, _Against | None]:
             square += float((q.float() - wanted).square().sum(dtype=torch.float64))
             size += float(wanted.square().sum(dtype=torch.float64))
             elements += q.numel()
+            largest = max(largest, float(wanted.abs().max()))
             is_zero = is_zero and not bool(q.any())
     if subject.source is None:
         return torch.cat(sums), None
     distance, own = (math.sqrt(total / max(1, elements)) for total in (square, size))
-    return torch.cat(sums), _Against(distance, own, is_zeroed=is_zero and own > 0)
+    return torch.cat(sums), _Against(distance, own, is_zeroed=is_zero and largest >= 1)
 
 
 def _shifted_sums(subject: Subject, scale: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def test_other_contents_than_a_json_object_are_refused(tmp_path: Path, content: 
 def test_an_oversized_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.json").write_bytes(b'{"a":123456}')
     monkeypatch.setattr(json_file, "MAX_JSON_BYTES", 10)
-    assert refusal(tmp_path / "a.json") == ("is larger than 10 bytes; it is not a file of a GLM-4.1V checkpoint")
+    assert refusal(tmp_path / "a.json") == ("is larger than 10 bytes; it is not a file of a GLM-4.1V or GLM-4.6V-Flash")
 
 
 def test_what_a_json_file_may_hold_at_most_is_read(tmp_path: Path) -> None:

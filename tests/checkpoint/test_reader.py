@@ -170,8 +170,45 @@ def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     (tmp_path / ".a.safetensors").touch()
     assert refusal(tmp_path) == f"{tmp_path}: {advice}found pytorch_model.bin; convert them to safetensors"
+    (tmp_path / "GLM-Q4_K_M.gguf").touch()
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: {advice}found GLM-Q4_K_M.gguf, which llama.cpp's tools have made; give the float release that it was "
+        "made from"
+    )
     assert refusal(tmp_path / "none") == (
         f"{tmp_path / 'none'}: is not a folder; give the folder that holds config.json and the weights"
+    )
+
+
+def test_a_folder_of_folders_with_weights_names_them(tmp_path: Path) -> None:
+    advice = "wanted *.safetensors weight files, but there are none; its sub-folder"
+    for name, said in {
+        "._____temp": None,  # what ModelScope has not downloaded yet
+        "checkpoint-500": "checkpoint-500",
+        "checkpoint-1500": "s checkpoint-500, checkpoint-1500",
+        "checkpoint-1000": "s checkpoint-500, checkpoint-1000, checkpoint-1500",
+        "checkpoint-900": "s checkpoint-500, ..., checkpoint-1500",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        if said is not None:
+            newest = said.rpartition(" ")[2]
+            said = said if said.startswith("s ") else f" {said}"
+            assert refusal(tmp_path) == f"{tmp_path}: {advice}{said} may be meant; give {tmp_path / newest}"
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_a_file_that_aria2_has_not_finished_is_refused(shards: bool, sharded: Path) -> None:
+    if not shards:
+        next(sharded.glob("*.index.json")).unlink()
+    path = min(sharded.glob("*.safetensors"))
+    (sharded / "README.md.aria2").touch()
+    assert Checkpoint.open(sharded)
+    control = sharded / f"{path.name}.aria2"
+    control.touch()
+    assert refusal(sharded) == (
+        f"{control}: says that aria2 has not finished {path.name}; start the same download again, or remove the file if "
+        "another program has fetched it whole"
     )
 
 

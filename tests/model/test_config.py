@@ -183,7 +183,7 @@ def test_a_model_without_a_vision_tower_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         parse_config(without("vision_config")(), "config.json")
     assert str(caught.value) == (
-        "config.json: has no vision_config, so it is not a vision-language GLM-4.1V; restore the file"
+        "config.json: has no vision_config, so it is no GLM-4.1V or GLM-4.6V-Flash, which see pictures; restore the file"
     )
 
 
@@ -203,7 +203,7 @@ def test_a_rope_type_of_another_model_is_refused() -> None:
     rope = {"rope_type": "yarn", "mrope_section": [2, 3, 3]}
     with pytest.raises(ModelError) as caught:
         parse_config(with_value("text_config", "rope_scaling", rope), "config.json")
-    assert str(caught.value) == "config.json: rope_type 'yarn' is unknown, GLM-4.1V uses 'default'"
+    assert str(caught.value) == "config.json: rope_type 'yarn' is unknown, a GLM-4.1V or GLM-4.6V-Flash uses 'default'"
 
 
 @pytest.mark.parametrize(
@@ -364,6 +364,14 @@ def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
         read_config(tmp_path)
     assert str(caught.value) == (
         f"{tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it"
+    )
+    (tmp_path / "GLM-4.6V-Flash").mkdir()
+    (tmp_path / "GLM-4.6V-Flash" / "config.json").touch()
+    with pytest.raises(ModelError) as caught:
+        read_config(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: has no config.json, so it is not a model folder; its sub-folder GLM-4.6V-Flash may be meant; give "
+        f"{tmp_path / 'GLM-4.6V-Flash'}"
     )
 
 

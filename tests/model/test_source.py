@@ -162,6 +162,32 @@ def test_a_resized_vocabulary_says_which_of_both_is_right(model: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "said"),
+    [
+        ("text_config", "num_hidden_layers", "model.language_model.layers"),
+        ("vision_config", "depth", "model.visual.blocks"),
+    ],
+)
+def test_whole_layers_that_the_config_does_not_count_are_refused(
+    section: str, key: str, said: str, model: Path
+) -> None:
+    def grow(tensors: dict[str, Tensor]) -> None:
+        last = "layers.1." if section == "text_config" else "blocks.0."
+        further = f"{last[:-2]}{int(last[-2]) + 1}."
+        tensors.update({n.replace(last, further): t.clone() for n, t in tensors.items() if last in n})
+
+    edit_tensors(model, grow)
+    count = 2 if section == "text_config" else 1
+    assert refusal(model) == (
+        f"FOLDER: the weights have {count + 1} whole {said}, config.json says {section}.{key} {count}; take both from the "
+        "same release"
+    )
+    if section == "text_config":  # a layer that predicts further tokens has more than the others
+        edit_tensors(model, lambda t: t.update({f"{TEXT}layers.2.eh_proj.weight": torch.zeros(2, 2)}))
+        assert "14 tensors are no part of the model" in open_source(model).notes[0]
+
+
 def make_fp8(folder: Path, *, scales: str) -> dict[str, Tensor]:
     """Text linears in FP8; returns what they stand for."""
     stands_for: dict[str, Tensor] = {}
@@ -222,6 +248,8 @@ def test_fp8_without_its_scales_is_refused(model: Path) -> None:
         ("qweight", "awq", "AWQ"),
         ("qweight", "gptq", "GPTQ"),
         ("weight_packed", "compressed-tensors", "compressed-tensors"),
+        ("biases", None, "MLX"),
+        ("biases", "", "MLX"),
         ("qweight", None, "AWQ or GPTQ"),
     ],
 )
@@ -230,8 +258,9 @@ def test_other_quantized_checkpoints_are_refused_by_their_method(
 ) -> None:
     name = f"{LAYER}.mlp.down_proj.{suffix}"
     edit_tensors(model, lambda t: t.update({name: torch.zeros(4, dtype=torch.uint8)}))
-    if method:
-        edit_json(model / "config.json", lambda c: c.update(quantization_config={"quant_method": method}))
+    if method is not None:
+        section = {"quant_method": method} if method else {"group_size": 64, "bits": 4}
+        edit_json(model / "config.json", lambda c: c.update(quantization_config=section))
     assert refusal(model) == (
         f"FOLDER: is quantized with {title} (tensor '{name}'), float weights are needed; give the float release"
     )

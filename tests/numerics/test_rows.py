@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from glmq.numerics import rows
-from glmq.numerics.rows import column_energy, column_max, even_rows, is_one_number, row_energy, row_max
+from glmq.numerics.rows import column_energy, column_max, even_rows, fill_dead_rows, is_one_number, row_energy, row_max
 
 
 def test_sums_and_maxima_of_rows_and_columns_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +27,9 @@ def test_a_matrix_of_one_number_is_known() -> None:
         weight = torch.full((3, 4), 0.02)
         weight[row, column] = 0.03
         assert not is_one_number(weight)
+
+
+def test_a_row_whose_step_no_engine_could_hold_counts_as_zeros() -> None:
+    steps = torch.tensor([[0.25], [0.0], [1e-38], [2.0**-100]])
+    assert fill_dead_rows(steps).tolist() == [[0.25], [0.25], [0.25], [2.0**-100]]
+    assert fill_dead_rows(torch.tensor([[1e-38], [0.0]])).tolist() == [[1.0], [1.0]]

@@ -261,3 +261,16 @@ def test_a_chip_that_does_not_load_the_type_is_an_error(copy: Path) -> None:
         "MindIE on the Atlas 300I Duo does not load W8A8_DYNAMIC: the 300I Duo recipe is W8A8S, then W8A8SC"
     ]
     assert list(check_chip(scan_folder(copy), Place(Engine.MINDIE, None))) == []
+
+
+def test_vllm_ascend_loads_w8a16_and_mindie_does_not(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    out = quantize(small, small_stats, tmp_path / "out", a_bit=16)
+    assert errors(out, Engine.VLLM_ASCEND) == []
+    assert (
+        f"{LAYER}.mlp.gate_up_proj.weight: is stored as I8 but described as W8A16: its integers run as float"
+        in errors(out, Engine.MINDIE)
+    )
+    edit_tensors(out, lambda tensors: tensors.pop(f"{LAYER}.mlp.gate_up_proj.weight_offset"))
+    assert errors(out, Engine.VLLM_ASCEND) == [
+        f"{LAYER}.mlp.gate_up_proj.weight_offset: does not exist; a W8A16 linear needs it"
+    ]

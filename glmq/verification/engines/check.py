@@ -98,7 +98,7 @@ def describe_engines(folder: Folder) -> str:
         case "W4A8_DYNAMIC", _:
             return "vLLM-Ascend 0.18 to 0.26, where activations stay float; neither its main nor MindIE loads it"
         case _, Kind.FLOAT:
-            return "any engine for float GLM-4.1V; the input of `glmq quantize`"
+            return "any engine for float GLM-4.1V and GLM-4.6V-Flash; the input of `glmq quantize`"
         case _, Kind.FOREIGN:
             takes = folder.method is not None and folder.method.is_fp8
             use = "; `glmq quantize --dequantize` takes it" if takes else "; not for glmq, which needs float weights"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Final, TypeAlias
 
 from glmq.checkpoint.header import FLOAT_CODES
@@ -11,13 +11,17 @@ from glmq.inspection.folder import Folder, StoredTensor
 
 STATIC: Final = ("W8A8", "W8A8S")
 TYPES: Final = ("FLOAT", *STATIC, "W8A8SC", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
+"""The types that MindIE's loader knows."""
+VLLM_TYPES: Final = (*TYPES, "W8A16")
+"""Those of vLLM-Ascend."""
 SUFFIXES: Final[Mapping[str, tuple[str, ...]]] = {
     "W8A8": ("input_scale", "input_offset", "quant_bias", "deq_scale"),
     "W8A8S": ("input_scale", "input_offset", "quant_bias", "deq_scale"),
     "W8A8SC": ("input_scale", "input_offset", "quant_bias", "deq_scale", "index"),
     "W8A8_DYNAMIC": ("weight_scale", "weight_offset"),
+    "W8A16": ("weight_scale", "weight_offset"),
 }
-"""What both engines read beside `.weight`."""
+"""What the engines that know the type read beside `.weight`."""
 DTYPE_NAMES: Final = {"float16": "F16", "bfloat16": "BF16"}
 
 Complaint: TypeAlias = tuple[bool, str, str]
@@ -25,9 +29,9 @@ Complaint: TypeAlias = tuple[bool, str, str]
 
 
 def check_linear_tensors(
-    stored: Mapping[str, StoredTensor], name: str, folder: Folder, dtype: str | None
+    stored: Mapping[str, StoredTensor], name: str, folder: Folder, dtype: str | None, types: Container[str]
 ) -> Iterator[Complaint]:
-    """What both engines need of one linear of an un-sharded checkpoint."""
+    """What an engine that knows `types` needs of one linear of an un-sharded checkpoint."""
     weight = stored.get(f"{name}.weight")
     if weight is None:
         return
@@ -36,7 +40,7 @@ def check_linear_tensors(
         if described != "FLOAT":
             yield False, weight.name, f"is described as {described} but stored as {weight.info.dtype}; it runs as float"
         return
-    if described == "FLOAT" or described not in TYPES:
+    if described == "FLOAT" or described not in types:
         yield (
             True,
             weight.name,

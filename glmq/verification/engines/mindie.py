@@ -189,7 +189,7 @@ def _check_tensors(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
             yield True, name, "does not exist; MindIE stops when it loads it"
     for group in config.family.groups(config):
         for linear in group.linears:
-            yield from check_linear_tensors(stored, linear.name, folder, dtype)
+            yield from check_linear_tensors(stored, linear.name, folder, dtype, TYPES)
 
 
 def _check_parts(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:

@@ -11,7 +11,7 @@ from glmq.engines import Engine
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig
 from glmq.spec import Form, QuantType
-from glmq.verification.engines.linears import DTYPE_NAMES, TYPES, Complaint, check_linear_tensors, section
+from glmq.verification.engines.linears import DTYPE_NAMES, VLLM_TYPES, Complaint, check_linear_tensors, section
 
 RELEASES: Final = Engine.VLLM_ASCEND.spec.releases
 
@@ -61,7 +61,7 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     dtype = DTYPE_NAMES.get(str(section(folder.config, "text_config").get("dtype")))
     for group in config.family.groups(config):
         for linear in group.linears:
-            yield from check_linear_tensors(stored, linear.name, folder, dtype)
+            yield from check_linear_tensors(stored, linear.name, folder, dtype, VLLM_TYPES)
 
 
 def _check_foreign(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
@@ -118,5 +118,5 @@ def _check_type(description: Mapping[str, JsonValue], module: str, members: tupl
         listed = ", ".join(str(found) for found in types)
         yield True, module, f"is packed from linears of different types ({listed}): ValueError"
     for found in types:
-        if found not in TYPES:
+        if found not in VLLM_TYPES:
             yield True, module, f"is described as {found!r}, which vLLM-Ascend does not know"
