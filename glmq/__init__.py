@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from glmq.compression.dry_run import CompressionPlan
     from glmq.errors import GlmqError, InputError, ResourceError, UsageError
     from glmq.inspection.comparison import Comparison
+    from glmq.inspection.statistics import StatisticsComparison, StatisticsSummary
     from glmq.jobs.ask import ask
     from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions, CalibrationResult, calibrate
-    from glmq.jobs.compare import compare
+    from glmq.jobs.compare import compare, compare_statistics
     from glmq.jobs.compress import CompressionOptions, CompressionResult, compress
     from glmq.jobs.inspect import Choice, inspect
     from glmq.jobs.quantize import QuantizationResult, quantize
@@ -44,7 +45,7 @@ _HOMES = {
     "glmq.errors": ("GlmqError", "InputError", "ResourceError", "UsageError"),
     "glmq.jobs.ask": ("ask",),
     "glmq.jobs.calibrate": ("CalibrationForecast", "CalibrationOptions", "CalibrationResult", "calibrate"),
-    "glmq.jobs.compare": ("compare",),
+    "glmq.jobs.compare": ("compare", "compare_statistics"),
     "glmq.jobs.compress": ("CompressionOptions", "CompressionResult", "compress"),
     "glmq.jobs.inspect": ("Choice", "inspect"),
     "glmq.jobs.quantize": ("QuantizationResult", "quantize"),
@@ -55,6 +56,7 @@ _HOMES = {
     "glmq.quantization.recipe": ("Recipe",),
     "glmq.records": ("BlockDone", "BytesDone", "LinearReport", "PassTime"),
     "glmq.inspection.comparison": ("Comparison",),
+    "glmq.inspection.statistics": ("StatisticsComparison", "StatisticsSummary"),
     "glmq.reporting.documents": ("Answer", "Inspection", "Verification"),
     "glmq.verification.checks": ("Limits",),
     "glmq.verification.findings": ("Finding",),
@@ -92,12 +94,15 @@ __all__ = [
     "RestorationPlan",
     "RestoreResult",
     "RunPlan",
+    "StatisticsComparison",
+    "StatisticsSummary",
     "UsageError",
     "Verification",
     "__version__",
     "ask",
     "calibrate",
     "compare",
+    "compare_statistics",
     "compress",
     "inspect",
     "quantize",

@@ -12,13 +12,14 @@ from helpers import PACKAGES
 
 import glmq
 
-VERBS = ("calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "verify")
+VERBS = ("calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "compare_statistics", "verify")
 NAMES = [
     "Answer", "BlockDone", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult", "CaseOptions",
-    "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding", "GlmqError",
-    "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassStarted", "PassTime",
-    "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "UsageError",
-    "Verification", "__version__", "ask", "calibrate", "compare", "compress", "inspect", "quantize", "restore", "verify",
+    "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding",
+    "GlmqError", "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassStarted", "PassTime",
+    "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan",
+    "StatisticsComparison", "StatisticsSummary", "UsageError", "Verification", "__version__", "ask", "calibrate",
+    "compare", "compare_statistics", "compress", "inspect", "quantize", "restore", "verify",
 ]  # fmt: skip
 
 

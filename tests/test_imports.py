@@ -54,7 +54,9 @@ ALLOWED = {
     "calibration": WORDS | {"model", "numerics", "checkpoint", "device", "ranks"},
     "quantization": WORDS | {"model", "numerics", "checkpoint", "device", "ranks", "calibration.stats"},
     "compression": WORDS | {"checkpoint", "model", "ranks", "codec"},
-    "inspection": WORDS | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats", "_native"},
+    "inspection": WORDS
+    | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats", "_native"}
+    | {"calibration.convergence"},
 }
 ALLOWED["verification"] = ALLOWED["inspection"] | {"inspection"}
 ALLOWED["serve"] = WORDS | {"checkpoint", "numerics", "model", "compression", "verification"}

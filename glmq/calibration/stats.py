@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import torch
 import xxhash
@@ -244,6 +244,24 @@ class Statistics:
     def settled(self) -> dict[str, Convergence]:
         """By site, how much the second half of the samples changed; no site that one half alone reached."""
         return {name: site.settled for name, site in self._sites.items() if site.settled is not None}
+
+    def sites(self) -> list[str]:
+        """The names of all inputs, in natural order."""
+        return sorted(self._sites, key=natural_key)
+
+    def tokens(self, site: str) -> int:
+        """How many tokens reached an input."""
+        return self._sites[site].tokens
+
+    def channels(self, site: str, field: Literal["minimum", "maximum", "square_mean"]) -> Tensor:
+        """One number of each channel of an input: float32 [K].
+
+        Raises:
+            StatisticsError: the field is not as it was written, or of another shape.
+            CheckpointError: it is missing.
+        """
+        self._checked_fields(site, self._sites[site])
+        return self._tensors.read(f"{site}.{field}")
 
     def __contains__(self, site: str) -> bool:
         return site in self._sites

@@ -24,7 +24,7 @@ Html = Annotated[
 
 def inspect(
     a: Annotated[Path, typer.Argument(help="Folder of a checkpoint of any kind, or of statistics.", metavar="A")],
-    b: Annotated[Path | None, typer.Argument(help="Another checkpoint, to compare with A.", metavar="[B]")] = None,
+    b: Annotated[Path | None, typer.Argument(help="Another of its kind, to compare with A.", metavar="[B]")] = None,
     layer: Annotated[
         str | None,
         typer.Option("--layer", help="Only this text layer (3), or layers like visual.*", rich_help_panel=CHOICE),
@@ -81,16 +81,21 @@ def inspect(
     from glmq.cli.malloc import keep_freed_memory
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json
+    from glmq.cli.statistics_view import show_statistics_comparison
+    from glmq.inspection.folder import is_statistics
     from glmq.reporting.comparison_page import comparison_page
     from glmq.reporting.documents import (
         comparison_csv,
         comparison_document,
         inspection_csv,
         inspection_document,
+        statistics_comparison_csv,
+        statistics_comparison_document,
         write_csv,
     )
     from glmq.reporting.inspection_page import inspection_page
     from glmq.reporting.page import write_page
+    from glmq.reporting.statistics_page import statistics_comparison_page
 
     with ProgressView(quiet=quiet or json_output or not sys.stderr.isatty()) as view:
         if b is None:
@@ -101,6 +106,17 @@ def inspect(
             rows, document, page = inspection_csv(found), inspection_document(found), partial(inspection_page, found)
             one_by_one = layer is not None or name is not None or limit is not None
             show = partial(show_inspection, found, one_by_one=one_by_one, verbose=verbose)
+        elif is_statistics(a) and is_statistics(b):
+            from glmq.jobs.compare import compare_statistics
+
+            if values or sort != "name" or layer is not None or name is not None:
+                raise UsageError(
+                    "--layer, --name, --values and --sort: two statistics folders are compared as a whole; drop them"
+                )
+            found_both = compare_statistics(a, b, watch=view)
+            rows, document = statistics_comparison_csv(found_both), statistics_comparison_document(found_both)
+            page = partial(statistics_comparison_page, found_both)
+            show = partial(show_statistics_comparison, found_both, limit=limit, verbose=verbose)
         elif values or sort != "name":
             raise UsageError("--values and --sort are for one checkpoint; two are compared by value, worst first")
         else:

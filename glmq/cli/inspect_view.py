@@ -11,6 +11,7 @@ from rich.text import Text
 
 from glmq.cli.console import stdout
 from glmq.cli.render import SHOWN_ROWS, counted, size
+from glmq.cli.statistics_view import show_statistics
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.engines import Engine, Place
 from glmq.inspection.folder import Kind
@@ -50,6 +51,10 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
         verbose: show every row.
     """
     folder = found.folder
+    if found.statistics is not None and not found.values:
+        sites = {row.name.rpartition(".")[0] for row in found.rows}
+        show_statistics(found.statistics, folder.nbytes, sites, one_by_one=one_by_one or verbose)
+        return
     stdout.say(f"{folder.directory}: {describe_folder(folder)}", style="bold")
     stdout.say(f"{counted(len(folder.tensors), 'tensor')}, {size(folder.nbytes)}")
     if found.member is not None:

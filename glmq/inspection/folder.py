@@ -173,6 +173,11 @@ def scan_folder(directory: Path) -> Folder:
     )
 
 
+def is_statistics(directory: Path) -> bool:
+    """Whether a folder holds finished calibration statistics."""
+    return (directory / STATISTICS).is_file()
+
+
 def foreign_entries(folder: Folder) -> list[str]:
     """Names of what belongs to a checkpoint of another kind than the folder is: engines and people take one for the other."""
     patterns = {
@@ -215,7 +220,7 @@ def _rank(path: Path) -> int:
 
 
 def _kind(directory: Path, groups: Mapping[str, list[Path]], config: JsonObject) -> Kind:
-    if (directory / STATISTICS).is_file():
+    if is_statistics(directory):
         return Kind.STATISTICS
     prefix = next(iter(groups))
     if any(path.name.endswith(PORTABLE_FILE) for files in groups.values() for path in files):

@@ -13,6 +13,8 @@ from glmq.inspection.compare import named_as_model
 from glmq.inspection.comparison import Comparison, compare_folders
 from glmq.inspection.folder import scan_folder
 from glmq.inspection.listing import choose_rows, tensor_rows
+from glmq.inspection.statistics import StatisticsComparison
+from glmq.inspection.statistics import compare_statistics as compare_folders_of_statistics
 from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
 
@@ -64,6 +66,28 @@ def compare(
     steps = compare_folders(one, other, names, histograms=PAGE_HISTOGRAMS if histograms else 0)
     with _one_torch_thread():
         return watcher.drain("compare weights", total, steps)
+
+
+def compare_statistics(a: str | Path, b: str | Path, *, watch: Watch | None = None) -> StatisticsComparison:
+    """Compare two statistics folders input by input: ranges, mean squares, outlier channels, samples and settings.
+
+    >>> import glmq
+    >>> glmq.compare_statistics("stats", "stats").same_samples
+    True
+
+    Args:
+        a, b: folders that `calibrate` wrote.
+        watch: is called with the events of the run.
+
+    Returns:
+        The inputs in both, the largest change of mean squares first, and what else differs.
+
+    Raises:
+        InputError: not finished statistics folders, or damaged ones.
+    """
+    one, other = Path(a), Path(b)
+    total = sum(tensor.info.nbytes for tensor in scan_folder(one).tensors if tensor.name.endswith(".square_mean"))
+    return Watcher(watch).drain("compare statistics", 2 * total, compare_folders_of_statistics(one, other))
 
 
 @contextmanager

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from glmq.engines import Engine
-from glmq.errors import ModelError
+from glmq.errors import CheckpointError, ModelError, StatisticsError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import TensorRow, choose_rows, tensor_rows
 from glmq.inspection.parts import read_packed
@@ -20,6 +20,7 @@ from glmq.reporting.documents import Inspection
 from glmq.verification.engines.check import check_lookups
 
 if TYPE_CHECKING:
+    from glmq.inspection.statistics import StatisticsSummary
     from glmq.inspection.values import TensorValues
 
 
@@ -58,7 +59,7 @@ def inspect(
     Raises:
         InputError: nothing that can be inspected.
     """
-    scanned = scan_folder(Path(folder))
+    scanned, statistics = _with_statistics(scan_folder(Path(folder)))
     rows = choose_rows(tensor_rows(scanned), layer=choice.layer, name=choice.name, sort=choice.sort)[: choice.limit]
     is_model = scanned.kind in (Kind.QUANTIZED, Kind.PARTS, Kind.SHARDED)
     return Inspection(
@@ -68,7 +69,20 @@ def inspect(
         engines={engine: list(check_lookups(scanned, engine)) for engine in Engine} if is_model else {},
         packed=read_packed(scanned.directory),
         member=_member(scanned),
+        statistics=statistics,
     )
+
+
+def _with_statistics(folder: Folder) -> tuple[Folder, StatisticsSummary | None]:
+    """The folder and what its statistics say, if it holds some; a damaged one has a problem more."""
+    if folder.kind is not Kind.STATISTICS:
+        return folder, None
+    from glmq.inspection.statistics import summarize_statistics  # imports torch, which headers are read without
+
+    try:
+        return folder, summarize_statistics(folder.directory)
+    except (CheckpointError, StatisticsError) as error:
+        return replace(folder, problems=(*folder.problems, str(error))), None
 
 
 def _member(folder: Folder) -> str | None:

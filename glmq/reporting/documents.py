@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from glmq.inspection.compare import WeightDiff
     from glmq.inspection.comparison import Comparison
+    from glmq.inspection.statistics import StatisticsComparison, StatisticsSummary
     from glmq.inspection.values import TensorValues
     from glmq.verification.answering import AnswerPlan
     from glmq.verification.arithmetic import LinearArithmetic
@@ -52,6 +53,8 @@ class Inspection:
     """Of compressed parts, by rank and linear, the weights as they were; empty of others."""
     member: str | None = None
     """Which released model it is or comes from, and what shows it; None where config.json does not say."""
+    statistics: StatisticsSummary | None = None
+    """Of a statistics folder; None of others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +176,7 @@ def inspection_document(found: Inspection) -> JsonObject:
         },
         "parts": [to_json(total) for total in totals_by_area(every)],
         "types": [to_json(total) for total in totals_by_type(every)],
+        "statistics": None if found.statistics is None else to_json(found.statistics),
         "tensors": [_row_document(row, found.values.get(row.name)) for row in found.rows],
     }
 
@@ -257,6 +261,32 @@ def comparison_csv(found: Comparison) -> list[JsonObject]:
         document |= {"step_ratio_min": smallest, "step_ratio_median": median, "step_ratio_max": largest}
         rows.append(document)
     return rows
+
+
+def statistics_comparison_document(found: StatisticsComparison) -> JsonObject:
+    """`glmq inspect STATS_A STATS_B --json`."""
+    return {
+        "schema": COMPARE_SCHEMA,
+        "same_model": found.same_model,
+        "same_samples": found.same_samples,
+        **to_json(found),
+    }
+
+
+def statistics_comparison_csv(found: StatisticsComparison) -> list[JsonObject]:
+    """One row per input that both folders have."""
+    return [
+        {
+            "site": change.site,
+            "mean_squares": change.mean_squares,
+            "widened": _json(change.widened),
+            "outliers_a": change.outliers[0],
+            "outliers_b": change.outliers[1],
+            "tokens_a": change.tokens[0],
+            "tokens_b": change.tokens[1],
+        }
+        for change in found.changes
+    ]
 
 
 def verification_document(found: Verification) -> JsonObject:

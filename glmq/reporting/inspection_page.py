@@ -25,6 +25,7 @@ from glmq.reporting.charts import (
 )
 from glmq.reporting.documents import Inspection
 from glmq.reporting.page import Cell, card, cards, cell, page, section, split_table, table
+from glmq.reporting.statistics_page import statistics_sections
 from glmq.reporting.words import (
     percent,
     size,
@@ -64,6 +65,8 @@ def inspection_page(found: Inspection) -> str:
             ),
         ),
     ]  # fmt: skip
+    if found.statistics is not None:
+        sections += statistics_sections(found.statistics)
     if found.values:
         ranges = _stored_ranges(found)
         if ranges:

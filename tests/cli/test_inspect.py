@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from cli.command_line import glmq, run
 from helpers import PACKAGES, edit_tensors
 from safetensors.torch import load_file
+
+from glmq.version import __version__
 
 Q = "model.language_model.layers.0.self_attn.q_proj"
 
@@ -118,6 +121,53 @@ def test_csv_and_html_are_written_beside_the_table(two: bool, tiny: Path, tiny_s
     assert html.startswith("<!doctype html>")
     assert html.count("<svg") > 3
     assert "http" not in html
+
+
+def test_statistics_say_what_they_were_taken_from_and_what_the_inputs_look_like(small_stats: Path) -> None:
+    shown = glmq("inspect", small_stats).stdout
+    lines = shown.splitlines()
+    assert lines[0].startswith(f"{small_stats}: calibration statistics of glmq {__version__}, ")
+    assert lines[1] == "for: the input of `glmq quantize --stats`"
+    assert re.fullmatch(r"10 samples, [0-9,]+ tokens, \w+; answers: 8", lines[2])
+    assert "not settled: against half of the samples, ranges changed by" in lines[3]
+    assert "layers.0-1 self_attn.q_proj" in shown
+    assert "outliers: channels whose largest magnitude is beyond 8 times the median channel's" in shown
+    one = glmq("inspect", small_stats, "--layer", 1).stdout
+    assert "layers.1 self_attn.o_proj" in one
+    assert "layers.0 " not in one
+    found = document(small_stats)["statistics"]
+    assert (found["samples"], found["answered"], found["generated"]) == (10, 8, 0)
+    assert {entry["site"] for entry in found["inputs"]} >= {"lm_head", "model.language_model.layers.0.self_attn.q_proj"}
+
+
+def test_two_statistics_folders_are_compared(small_stats: Path, tmp_path: Path) -> None:
+    table, page = tmp_path / "rows.csv", tmp_path / "page.html"
+    lines = glmq("inspect", small_stats, small_stats, "--csv", table, "--html", page).stdout.splitlines()
+    assert lines[0].startswith(f"A {small_stats}: 10 samples, ")
+    assert lines[0].endswith("; answers: 8; not settled")
+    assert lines[2:4] == ["of the same float model", "from the same samples"]
+    assert lines[4] == "Inputs of B against A, largest change of mean squares first".ljust(len(lines[4]))
+    found = json.loads(glmq("inspect", small_stats, small_stats, "--json").stdout)
+    assert (found["same_model"], found["only_a"]) == (True, [])
+    assert {change["mean_squares"] for change in found["changes"]} == {0.0}
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(found["changes"])
+    assert "largest change of mean squares first" in page.read_text(encoding="utf-8")
+    result = run("inspect", small_stats, small_stats, "--layer", 0)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: --layer, --name, --values and --sort: two statistics folders are compared as a whole; drop them\n",
+    )
+
+
+def test_damaged_statistics_are_listed_with_what_is_wrong(small_stats: Path, tmp_path: Path) -> None:
+    for path in small_stats.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = (tmp_path / "statistics.json").read_text(encoding="utf-8")
+    (tmp_path / "statistics.json").write_text(text.replace('"max_pixels": null', '"max_pixels": 784'), encoding="utf-8")
+    shown = glmq("inspect", tmp_path).stdout
+    assert "!! error: " in shown
+    assert "its digest does not fit its contents, so it was altered" in shown
+    assert "layers.0-1 self_attn.q_proj" in shown
 
 
 def test_statistics_and_compressed_folders_are_described(small_stats: Path, tiny_seed: Path, tmp_path: Path) -> None:

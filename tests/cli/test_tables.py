@@ -1,8 +1,11 @@
 """Every table, at every width: no number is split, and no column vanishes without being named."""
 
+import ast
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.command_line import glmq
@@ -11,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from glmq.cli import console
+from glmq.cli.render import captions_table
 from glmq.cli.tables import Column, FittedTable
 from glmq.jobs.compress import compress
 
@@ -18,16 +22,36 @@ WIDTHS = (60, 80, 100, 160)
 
 
 @contextmanager
-def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FittedTable]]:
+def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[list[FittedTable], set[tuple[str, str]]]]:
+    """The tables that are printed meanwhile, and the module and function that each was made in."""
     tables: list[FittedTable] = []
-    printed = console.VisibleConsole.print
+    places: set[tuple[str, str]] = set()
+    printed, made = console.VisibleConsole.print, FittedTable.__init__
 
     def collect(self: console.VisibleConsole, *objects: object, **options: object) -> None:
         tables.extend(one for one in objects if isinstance(one, FittedTable))
         printed(self, *objects, **options)
 
+    def make(self: FittedTable, *args: Any, **options: Any) -> None:
+        code = sys._getframe(1).f_code
+        places.add((Path(code.co_filename).name, code.co_name))
+        made(self, *args, **options)
+
     monkeypatch.setattr(console.VisibleConsole, "print", collect)
-    yield tables
+    monkeypatch.setattr(FittedTable, "__init__", make)
+    yield tables, places
+
+
+def places_in_the_source() -> set[tuple[str, str]]:
+    """The module and function of every table in the sources of the shell."""
+    return {
+        (path.name, function.name)
+        for path in Path(console.__file__).parent.glob("*.py")
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "FittedTable"
+    }
 
 
 def check(table: FittedTable, width: int) -> None:
@@ -54,12 +78,14 @@ def check(table: FittedTable, width: int) -> None:
             assert column.header in notes
 
 
+@pytest.mark.slow
 def test_every_table_of_every_verb_holds_at_every_width(
     tiny: Path, tiny_seed: Path, small_stats: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = compress(tiny_seed, out=tmp_path / "parts", codec="portable", tp=2).folder
     stats, taken = tmp_path / "stats", ["--calib-images", pictures, "--limit", 1]
-    with collected(monkeypatch) as tables:
+    with collected(monkeypatch) as (tables, places):
+        console.stdout.print(captions_table("000.png", {"float": "A red car on a long road. " * 6, "W8A8S": "A car."}))
         commands: list[list[object]] = [
             ["compress", tiny_seed, tmp_path / "sc", "--codec", "portable"],
             ["compress", tiny_seed, tmp_path / "plan", "--codec", "portable", "--tp", 2, "--dry-run"],
@@ -68,10 +94,12 @@ def test_every_table_of_every_verb_holds_at_every_width(
             ["inspect", tiny_seed, "--layer", 0, "--values"],
             ["inspect", parts],
             ["inspect", small_stats],
+            ["inspect", small_stats, "--layer", 0],
             ["inspect", tiny, tiny_seed],
             ["verify", tiny_seed, "--reference", tiny, *taken, "-v", "--target", "mindie"],
             ["verify", "--list-checks"],
             ["calibrate", "--model-path", tiny, *taken, "--stats", stats, "--no-texts"],
+            ["inspect", small_stats, stats],
             ["quantize", "--model_path", tiny, "--stats", stats, "--save_directory", tmp_path / "q"],
             ["quantize", "--model_path", tiny, "--stats", stats, "--save_directory", tmp_path / "r", "--dry-run", "-v"],
         ]
@@ -79,6 +107,7 @@ def test_every_table_of_every_verb_holds_at_every_width(
             before = len(tables)
             glmq(*command)
             assert len(tables) > before, command
+    assert places_in_the_source() - places == set()
     for table in tables:
         for width in WIDTHS:
             check(table, width)
