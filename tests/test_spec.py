@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import PIL
 import pytest
 
 import glmq
@@ -29,6 +30,12 @@ PLACES = {
     "verification/linears.py": 2,
 }
 """Where the arithmetic, the stored tensors or the words depend on what becomes of a linear's input."""
+
+
+typed = pytest.mark.skipif(
+    not (Path(PIL.__file__).parent / "py.typed").exists(),
+    reason="types are checked against the tested versions; this Pillow has none",
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,7 @@ def run_mypy(root: Path) -> str:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
 
 
+@typed
 @pytest.mark.slow
 def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(copied: Path) -> None:
     spec = copied / "glmq/spec.py"
@@ -83,6 +91,7 @@ def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit(copied:
     assert [line for line in lines if ": error:" in line and not refused.match(line)] == []
 
 
+@typed
 @pytest.mark.slow
 def test_a_type_with_float_activations_is_one_row(small: Path, small_stats: Path, copied: Path, tmp_path: Path) -> None:
     """A copy of the package gets W8A16N, which then may be asked for by layer."""

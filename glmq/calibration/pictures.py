@@ -155,7 +155,7 @@ def _reason(file: PictureFile, error: Exception) -> str:
     text = f"{error}".partition("\n")[0]
     if "truncated" in text.lower() or "unexpected end" in text.lower():
         return "is cut off, its end is missing; copy or download it again"
-    if "MAX_TEXT" in text:
+    if "MAX_TEXT" in text or text == "Decompressed Data Too Large":  # the second up to Pillow 10
         return "carries a text of more than 1 MiB beside its pixels, which Pillow does not read; save it without"
     return f"is damaged ({type(error).__name__}: {text:.100})"
 

@@ -1,5 +1,6 @@
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -157,9 +158,8 @@ def test_an_image_within_its_line_is_decoded(named: str) -> None:
         ("http://h/a.png", "image http://h/a.png lies elsewhere; glmq downloads nothing, save it as a file"),
         ("s3://bucket/a.png", "image s3://bucket/a.png lies elsewhere; glmq downloads nothing, save it as a file"),
         ("data:image/png,abc", "image data:image/png,abc is a data URI without ;base64, which is needed"),
-        ("data:image/png;base64,@@@@", "image data:image/png;base64,@@@@ is no base64 (Only base64 data is allowed)"),
-        ("data:image/png;base64,A", "image data:image/png;base64,A is no base64 (Invalid base64-encoded string: number of data "
-         "characters (1) cannot be 1 more than a multiple of 4)"),
+        ("data:image/png;base64,@@@@", "image data:image/png;base64,@@@@ is no base64 (PYTHON)"),
+        ("data:image/png;base64,A", "image data:image/png;base64,A is no base64 (PYTHON)"),
         ("https://h/" + "a" * 10**6, "image https://h/" + "a" * 50 + "... (1000010 characters) lies elsewhere; "
          "glmq downloads nothing, save it as a file"),
     ],
@@ -167,7 +167,7 @@ def test_an_image_within_its_line_is_decoded(named: str) -> None:
 def test_an_image_that_cannot_be_had_is_named_shortly(named: str, why: str) -> None:
     with pytest.raises(LineError) as caught:
         locate_image(named, Path("folder"))
-    assert str(caught.value) == why
+    assert re.sub(r"base64 \(.+\)$", "base64 (PYTHON)", str(caught.value)) == why
 
 
 def test_a_picture_in_a_message_does_not_appear_in_its_text() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from transformers.image_utils import load_image
 
 from glmq.calibration import pictures
@@ -105,7 +105,10 @@ def test_every_kind_of_picture_has_the_pixels_that_the_engines_see(kind: str) ->
     data = PICTURES[kind]
     with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
         warnings.simplefilter("ignore")
-        wanted = load_image(image)
+        try:
+            wanted = load_image(image)
+        except OSError as error:
+            pytest.skip(f"Pillow {PIL.__version__} does not read it: {error}")
     found = load_picture(InlinePicture(data))
     assert (found.mode, found.size) == ("RGB", wanted.size)
     assert np.array_equal(np.asarray(found), np.asarray(wanted))
@@ -121,8 +124,17 @@ def ftyp(brand: bytes, *compatible: bytes) -> bytes:
     return struct.pack(">I", 16 + 4 * len(compatible)) + b"ftyp" + brand + b"\0\0\0\0" + b"".join(compatible)
 
 
+def is_opened(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except UnidentifiedImageError:
+        return False
+    return True
+
+
 BROKEN = "begins like a picture, but is damaged or cut off; copy or download it again"
 JPEG = encoded(RGB, "JPEG")
+HALF = JPEG[: len(JPEG) // 2]  # within its tables, which some versions of Pillow read at once
 PNG = encoded(RGB, "PNG")
 BIG_TEXT = PngImagePlugin.PngInfo()
 BIG_TEXT.add_text("workflow", "z" * 2_000_000, zip=True)
@@ -144,7 +156,7 @@ TEXT = "carries a text of more than 1 MiB beside its pixels, which Pillow does n
         (bytes(5000), "holds only zeros, as an interrupted copy leaves it; copy it again"),
         (JPEG[:-200], CUT),
         (JPEG[:-2], CUT),
-        (JPEG[: len(JPEG) // 2], "is damaged (OSError: cannot load this image)"),  # within its tables
+        (HALF, "is damaged (OSError: cannot load this image)" if is_opened(HALF) else BROKEN),
         (PNG[: len(PNG) // 2], CUT),
         (encoded(RGB, "BMP")[:500], CUT),
         (encoded(RGB, "TIFF")[:500], CUT),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import PACKAGES
 
 from glmq.model import lean
@@ -14,6 +15,10 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.utils.checkpoint
+
+if "torch._inductor" in sys.modules:
+    sys.exit("torch.utils.checkpoint, which transformers needs, imports the compiler")
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.streamed import StreamedModel
@@ -39,7 +44,10 @@ with no_compiler():
 @pytest.mark.slow
 def test_a_model_is_built_without_the_compiler_which_is_real_for_whoever_asks() -> None:
     command = [sys.executable, "-c", PROGRAM, str(TINY_CHECKPOINT)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGES).stdout.splitlines()
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PACKAGES)
+    if result.stderr.startswith("torch.utils.checkpoint"):  # torch 2.4
+        pytest.skip(f"torch {torch.__version__}: {result.stderr}")
+    lines = result.stdout.splitlines()
     assert lines == ["[]", "False True", "ConfigModuleInstance", "True"]
 
 

@@ -29,7 +29,7 @@ def model(small_copy: Path) -> Path:
 
 def stored(folder: Path) -> dict[str, Tensor]:
     (path,) = folder.glob("model*.safetensors")
-    return load_file(path)
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}  # loaded, they lie in the file
 
 
 def rename(folder: Path, renamed: Callable[[str], str]) -> None:
@@ -311,6 +311,7 @@ def test_of_missing_tensors_those_that_are_there_instead_are_named(model: Path) 
 
 
 def test_what_cannot_be_kept_is_refused_before_the_work(model: Path) -> None:
+    pytest.importorskip("safetensors", "0.7", reason="writes complex numbers")
     edit_tensors(model, lambda t: t.update({"freqs_cis": torch.ones(3, dtype=torch.complex64)}))
     (path,) = model.glob("*.safetensors")
     with pytest.raises(GlmqError) as caught:
