@@ -14,7 +14,7 @@ if platform.system() == "Linux" and platform.machine() == "x86_64":
 # The two that sum floats fuse multiply and add where a target has both; the codec has no floats.
 FUSED = [*FLAGS, "-ffp-contract=fast"]
 SHARED = ["glmq/_native.h"]
-CODEC = ["glmq/codec/_count.h", "glmq/codec/_rans.h", "glmq/codec/_tables.h"]
+CODEC = ["glmq/codec/_count.h", "glmq/codec/_rans.h", "glmq/codec/_rans_neon.h", "glmq/codec/_tables.h"]
 
 setup(
     ext_modules=[

@@ -24,6 +24,16 @@
 #else
 #define GLMQ_X86 0
 #endif
+/* Every 64-bit ARM processor has its 128-bit vectors (Advanced SIMD, "NEON"), so their kernels need no question. */
+#if defined(__aarch64__) && defined(__ARM_NEON)
+#define GLMQ_NEON 1
+#else
+#define GLMQ_NEON 0
+#endif
+
+/* Floats in one vector of the generic kernels: no more than a register has, since compilers keep wider vectors in memory (on
+ * aarch64 six loads and stores beside each multiplication). */
+enum { REGISTER_FLOATS = GLMQ_X86 ? 8 : 4 };
 
 #define INLINE static inline __attribute__((always_inline))
 

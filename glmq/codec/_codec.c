@@ -7,6 +7,7 @@
 
 #include "_count.h"
 #include "_rans.h"
+#include "_rans_neon.h"
 #include "_tables.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -37,6 +38,9 @@ static Kernel kernels[] = {
     {{"avx512-gather", has_avx512}, encode_one_avx512_gather, encode_pair_avx512_gather, decode_one_avx512_gather,
      decode_pair_avx512_gather},
     {{"avx2", has_avx2}, encode_one_avx2, encode_pair_avx2, decode_one_avx2, decode_pair_avx2},
+#endif
+#if GLMQ_NEON
+    {{"neon", runs_anywhere}, encode_neon, NULL, decode_neon, NULL},
 #endif
     {{"scalar", runs_anywhere}, encode_scalar, NULL, decode_scalar, NULL},
 };
@@ -330,7 +334,7 @@ static struct PyModuleDef module = {
 PyMODINIT_FUNC PyInit__codec(void) {
     fill_tables();
     fill_reciprocals();
-#if GLMQ_X86
+#if GLMQ_X86 || GLMQ_NEON
     fill_shuffles();
 #endif
     prefer_gathers();

@@ -47,7 +47,7 @@ else:
 KERNELS: Final = _kernels
 """The kernels of the compiled coder that this processor runs, fastest first; empty without one."""
 
-Backend: TypeAlias = Literal["auto", "c", "numpy", "avx512", "avx512-gather", "avx2", "scalar"]
+Backend: TypeAlias = Literal["auto", "c", "numpy", "avx512", "avx512-gather", "avx2", "neon", "scalar"]
 """`auto`: the compiled coder if it is there, else numpy. `c`: its fastest kernel. The others: that kernel."""
 Blob: TypeAlias = bytes | bytearray | memoryview | NDArray[np.uint8]
 """A whole GQSC file."""

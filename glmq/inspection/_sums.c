@@ -1,19 +1,19 @@
 /* The compiled half of sums.py: two pieces of a weight, each as it is stored, in one pass and without the interpreter lock.
  *
  * A run of columns is widened to float32 on the stack, where the sums find it in the first-level cache. Sums are float32 over a
- * run, in eight lanes, and double between runs.
+ * run, in eight lanes (of one or two vectors), and double between runs.
  */
 #include "../_native.h"
 
 #include "../codec/_count.h"
 
-enum { LANES = 8, RUN = 512, BYTES = 32 };
+enum { LANES = 8, WIDTH = REGISTER_FLOATS, PARTS = LANES / WIDTH, RUN = 512, BYTES = 4 * WIDTH };
 enum { INT8, BFLOAT16, FLOAT16, FLOAT32, KINDS };
-static const int64_t WIDTH[KINDS] = {1, 2, 2, 4};
+static const int64_t KIND_BYTES[KINDS] = {1, 2, 2, 4};
 
-typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
+typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef signed char Bytes __attribute__((vector_size(BYTES)));
-typedef int32_t Words __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef int32_t Words __attribute__((vector_size(WIDTH * sizeof(int32_t))));
 
 typedef struct {
     const void *data; /* [rows, columns] */
@@ -65,28 +65,29 @@ INLINE void widen(const Side *side, int64_t row, int64_t columns, int64_t first,
 }
 
 INLINE void add_lanes(double *sum, const Vector *values) {
-    for (int lane = 0; lane < LANES; lane++) *sum += (*values)[lane];
+    for (int lane = 0; lane < LANES; lane++) *sum += values[lane / WIDTH][lane % WIDTH];
 }
 
 /* Adds a run, zeros behind it up to whole vectors. */
 INLINE void sum_run(const float *x, const float *y, int64_t count, Sums *sums) {
-    Vector a = {0}, b = {0}, noise = {0}, largest = {0};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Vector p, q;
-        memcpy(&p, x + i, sizeof p);
-        memcpy(&q, y + i, sizeof q);
-        const Vector d = q - p, size = (Vector)((Words)d & 0x7fffffff);
-        a += p * p;
-        b += q * q;
-        noise += d * d;
-        const Words more = size > largest;
-        largest = (Vector)((more & (Words)size) | (~more & (Words)largest));
-    }
-    add_lanes(&sums->a, &a);
-    add_lanes(&sums->b, &b);
-    add_lanes(&sums->noise, &noise);
-    for (int i = 0; i < LANES; i++)
-        if (largest[i] > sums->largest) sums->largest = largest[i];
+    Vector a[PARTS] = {{0}}, b[PARTS] = {{0}}, noise[PARTS] = {{0}}, largest[PARTS] = {{0}};
+    for (int64_t i = 0; i < count; i += LANES)
+        for (int part = 0; part < PARTS; part++) {
+            Vector p, q;
+            memcpy(&p, x + i + part * WIDTH, sizeof p);
+            memcpy(&q, y + i + part * WIDTH, sizeof q);
+            const Vector d = q - p, size = (Vector)((Words)d & 0x7fffffff);
+            a[part] += p * p;
+            b[part] += q * q;
+            noise[part] += d * d;
+            const Words more = size > largest[part];
+            largest[part] = (Vector)((more & (Words)size) | (~more & (Words)largest[part]));
+        }
+    add_lanes(&sums->a, a);
+    add_lanes(&sums->b, b);
+    add_lanes(&sums->noise, noise);
+    for (int lane = 0; lane < LANES; lane++)
+        if (largest[lane / WIDTH][lane % WIDTH] > sums->largest) sums->largest = largest[lane / WIDTH][lane % WIDTH];
 }
 
 INLINE int64_t count_changed(const char *one, const char *other, int64_t count) {
@@ -119,7 +120,7 @@ INLINE void sum_pair(const Pair *p, Sums *sums) {
             for (int64_t i = count; i < padded; i++) x[i] = y[i] = 0;
             sum_run(x, y, padded, sums);
             if (p->a.kind == p->b.kind) {
-                const int64_t width_bytes = WIDTH[p->a.kind], at = (row * p->columns + first) * width_bytes;
+                const int64_t width_bytes = KIND_BYTES[p->a.kind], at = (row * p->columns + first) * width_bytes;
                 const char *one = (const char *)p->a.data + at, *other = (const char *)p->b.data + at;
                 sums->changed += p->a.kind == INT8 ? count_changed(one, other, count)
                                                    : memcmp(one, other, (size_t)(count * width_bytes)) != 0;
@@ -145,7 +146,9 @@ static const Kernel kernels[] = {
 #if GLMQ_X86
     {{"avx2-fma", has_avx2}, sum_pair_avx2},
 #endif
-#if defined(__FP_FAST_FMAF)
+#if GLMQ_NEON
+    {{"neon-fma", runs_anywhere}, sum_pair_baseline},
+#elif defined(__FP_FAST_FMAF)
     {{"baseline-fma", runs_anywhere}, sum_pair_baseline},
 #else
     {{"baseline", runs_anywhere}, sum_pair_baseline},
@@ -165,7 +168,7 @@ static int is_side(const Py_buffer *data, const Py_buffer *steps, const Side *si
         PyErr_SetString(PyExc_ValueError, "no such kind, or groups that do not divide the columns");
         return 0;
     }
-    const int64_t width = WIDTH[side->kind];
+    const int64_t width = KIND_BYTES[side->kind];
     if (!buffer_fits(data, "data", product(product(rows, columns), width), (size_t)width)) return 0;
     return (!steps->buf && side->kind != INT8) || buffer_fits(steps, "steps", product(product(rows, side->groups), 4), 4);
 }

@@ -7,7 +7,7 @@
  */
 #include "../_native.h"
 
-enum { LANES = 8, VECTORS = 8, STRIP = LANES * VECTORS };
+enum { LANES = REGISTER_FLOATS, STRIP = 64, VECTORS = STRIP / LANES };
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef signed char Bytes __attribute__((vector_size(LANES)));
@@ -80,7 +80,9 @@ static const Kernel kernels[] = {
 #if GLMQ_X86
     {{"avx2-fma", has_avx2}, round_strip_avx2},
 #endif
-#if defined(__FP_FAST_FMAF)
+#if GLMQ_NEON
+    {{"neon-fma", runs_anywhere}, round_strip_baseline},
+#elif defined(__FP_FAST_FMAF)
     {{"baseline-fma", runs_anywhere}, round_strip_baseline},
 #else
     {{"baseline", runs_anywhere}, round_strip_baseline},
