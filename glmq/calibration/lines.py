@@ -26,6 +26,7 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue
 OWN_KEYS: Final = ("image", "prompt", "text")
 _TURNS: Final = ("messages", "conversations")
 _IMAGES: Final = ("image", "images")
+_NOT_CALIBRATED: Final = ("video", "videos", "audio", "audios")
 _PROMPTS: Final = ("prompt", "query", "question", "instruction")
 _ANSWERS: Final = ("text", "response", "answer", "output")
 _ABOUT: Final = frozenset({"id", "index", "source", "dataset", "category", "width", "height", "metadata"})
@@ -88,6 +89,9 @@ def parse_line(document: JsonValue) -> Line:
     """What a line says. Raises LineError for what is none of the layouts."""
     if not isinstance(document, dict):
         raise LineError(f"is a JSON {type(document).__name__}, an object is needed")
+    for key in _NOT_CALIBRATED:
+        if document.get(key):
+            raise LineError(f"has {key}; texts and images are calibrated on")
     turns = next((key for key in _TURNS if key in document), None)
     line = _flat(document) if turns is None else _conversation(document, turns)
     if not line.images and line.prompt is not None and (tagged := _TAG.findall(line.prompt)):
@@ -193,7 +197,7 @@ def _names(key: str, value: JsonValue) -> list[str]:
             return [value]
         case list():
             return [name for item in value for name in _names(key, item)]
-        case dict() if found := [k for k in ("path", "url", "image", "bytes") if isinstance(value.get(k), str)]:
+        case dict() if found := [k for k in ("path", "url", "image", "bytes", "data") if isinstance(value.get(k), str)]:
             return _names(key, value[found[0]])
     raise LineError(f"{key} is {value!r:.60}, a string or null is needed")
 
@@ -203,7 +207,7 @@ def _conversation(document: JsonObject, key: str) -> Line:
     turns = document[key]
     if not isinstance(turns, list):
         raise LineError(f"{key} is {turns!r:.60}, a list of turns is needed")
-    images, left = _images_of(document), set[Left]()
+    images, left, marks = _images_of(document), set[Left](), 0
     prompt: str | None = None
     text: str | None = None
     for turn in turns:
@@ -216,8 +220,9 @@ def _conversation(document: JsonObject, key: str) -> Line:
         if text is not None or role == _TOOL:
             left.add(Left.TURNS)
             break
-        said, shown = _content(turn.get("content", turn.get("value")))
+        said, shown, parts = _content(turn.get("content", turn.get("value")))
         images += shown
+        marks += parts
         if role == _SYSTEM:
             left.add(Left.SYSTEM)
         elif role == _USER:
@@ -225,34 +230,38 @@ def _conversation(document: JsonObject, key: str) -> Line:
         else:
             reasons = turn.get("reasoning_content")
             text = f"<think>{reasons}</think>{said}" if isinstance(reasons, str) and reasons else said
+    if marks and not images:
+        raise LineError("has a part that is an image, but names none")
     return Line(images, prompt, text, frozenset(left))
 
 
-def _content(content: JsonValue) -> tuple[str, list[str]]:
-    """Text and pictures of one turn."""
+def _content(content: JsonValue) -> tuple[str, list[str], int]:
+    """Text and pictures of one turn, and how many parts stand for a picture, be it named there or elsewhere."""
     if content is None or isinstance(content, str):
-        return content or "", []
+        return content or "", [], 0
     if not isinstance(content, list):
         raise LineError(f"the content of a turn is {content!r:.60}, a string or a list of parts is needed")
     texts: list[str] = []
     images: list[str] = []
+    marks = 0
     for part in content:
         match part:
             case str():
                 texts.append(part)
-            case {"type": "text", "text": str(text)}:
+            case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
                 texts.append(text)
             case {"type": "image" | "image_url" | "input_image"}:
                 images += _part_images(part)
+                marks += 1
             case _:
                 kind = part.get("type") if isinstance(part, dict) else part
                 raise LineError(f"a part of a turn is {kind!r:.60}; texts and images are calibrated on")
-    return "\n".join(texts), images
+    return "\n".join(texts), images, marks
 
 
 def _part_images(part: Mapping[str, JsonValue]) -> list[str]:
     """Of one part; none if it only marks the place of a picture that is named elsewhere."""
-    for key in ("image", "image_url", "url", "path"):
+    for key in ("image", "image_url", "url", "path", "source"):
         if part.get(key) is not None:
             return _names(key, part[key])
     return []

@@ -11,7 +11,8 @@ from glmq.errors import SampleError
 _SYSTEM_ENTRIES: Final = frozenset(
     {"thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "icon\r", "__macosx", "@eadir", "$recycle.bin"}
 )
-"""What systems and their tools leave in folders of pictures, in small letters; hidden ones aside."""
+"""What systems and their tools leave in folders of pictures, in small letters; hidden ones aside.
+Windows' attachments of them have a colon on other systems' disks: Thumbs.db:encryptable."""
 _TEXT_SUFFIXES: Final = (
     *(".aae", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".jsonl", ".log", ".md", ".md5", ".npy", ".npz"),
     *(".parquet", ".py", ".sh", ".sha256", ".toml", ".tsv", ".txt", ".xml", ".xmp", ".yaml", ".yml"),
@@ -43,6 +44,5 @@ def list_entries(directory: Path, *, recursive: bool, above: frozenset[Path] = f
 def _is_beside(path: Path) -> bool:
     """Whether an entry of a folder of pictures is none by its name."""
     name = path.name.lower()
-    return (
-        name.startswith(".") or name in _SYSTEM_ENTRIES or (path.suffix.lower() in _TEXT_SUFFIXES and not path.is_dir())
-    )
+    is_system = name.startswith(".") or name.split(":")[0] in _SYSTEM_ENTRIES
+    return is_system or (path.suffix.lower() in _TEXT_SUFFIXES and not path.is_dir())

@@ -27,6 +27,10 @@ _DEEP_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I", "F"})
 _HEAD: Final = 1024
 """Bytes by which a file is recognised."""
 
+_RAW_SUFFIXES: Final = (".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".rw2", ".srw")
+"""Raw files of cameras, of which Pillow reads the thumbnail at most."""
+_RAW: Final = "is a camera's raw file, which Pillow does not read; convert it to JPEG"
+
 _MAGIC: Final = (
     (LFS_START, LFS_POINTER),
     (b"%PDF", "is a PDF document; save its pages as pictures"),
@@ -37,7 +41,7 @@ _MAGIC: Final = (
     (b"\x1aE\xdf\xa3", "is a video; take pictures out of it"),
     (b"\xff\x0a", "is a JPEG XL picture, which Pillow does not read; convert it to JPEG or PNG"),
     (b"\0\0\0\x0cJXL ", "is a JPEG XL picture, which Pillow does not read; convert it to JPEG or PNG"),
-    (b"FUJIFILMCCD-RAW", "is a camera's raw file, which Pillow does not read; convert it to JPEG"),
+    (b"FUJIFILMCCD-RAW", _RAW),
 )
 _DRAWING: Final = "is a drawing, which has no pixels, and which another program would have to draw; convert it to PNG"
 _DATA: Final = "holds data, of which Pillow makes no picture; convert it to PNG"
@@ -90,6 +94,8 @@ def examine_picture(file: PictureFile, rules: PictureRules) -> Examined:
     try:
         if isinstance(file, Path) and file.exists() and not file.is_file():
             return Examined("no regular file")  # opening a pipe would wait for somebody to write into it
+        if isinstance(file, Path) and file.suffix.lower() in _RAW_SUFFIXES:
+            return Examined(_RAW)
         with _opened(file) as image:
             defect = _DRAWINGS.get(image.format or "") or _size_defect(image.width, image.height, rules)
             if defect is None:
@@ -199,5 +205,5 @@ def _recognised_box(brand: bytes, compatible: bytes) -> str:
     if brand in _HEIC_BRANDS:
         return "is a HEIC picture, as phones make them, which Pillow does not read; convert it to JPEG"
     if brand == b"crx ":
-        return "is a camera's raw file, which Pillow does not read; convert it to JPEG"
+        return _RAW
     return "is a video; take pictures out of it"

@@ -184,7 +184,7 @@ def list_images(
             f"{_reasons(rejected)}; remove them or pass --skip-bad-images"
         )
     if not samples:
-        raise SampleError(f"{directory}: holds no image {_why_none(rejected, folders)}")
+        raise SampleError(f"{directory}: holds no image {_why_none(directory, rejected, folders)}")
     return SampleSet(tuple(samples), tuple(rejected), (*_folder_note(folders), *_deep_note(deep)))
 
 
@@ -282,7 +282,7 @@ def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
     for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), 1):
         if line.strip():
             try:
-                document = parse_json(line)
+                document = parse_json(line.removeprefix("\ufeff"))  # of files written one behind the other
             except ValueError as error:
                 yield f"{file}:{number}", f"line {number}", error
             else:
@@ -326,7 +326,7 @@ def _read_text(path: Path) -> str:
         ) from None
 
 
-def _why_none(rejected: Sequence[Rejected], folders: Sequence[str]) -> str:
+def _why_none(directory: Path, rejected: Sequence[Rejected], folders: Sequence[str]) -> str:
     """What to do about a folder without a usable image."""
     if rejected:
         return f"that can be used: {_reasons(rejected)}"
@@ -336,6 +336,8 @@ def _why_none(rejected: Sequence[Rejected], folders: Sequence[str]) -> str:
             f"({kinds} are read); its sub-folders are not entered ({_listed(folders, ', ')}): "
             "give one of them, or --recursive"
         )
+    for table in sorted(directory.glob("*.parquet")):
+        return f"({kinds} are read) but {table.name}, a table of a data set; save its pictures as files of their own"
     return f"({kinds} are read); put some there, {WANTED_IMAGES} are wanted for accuracy"
 
 

@@ -132,12 +132,18 @@ class Preprocessor:
             )
         self._tokenizer.chat_template = template
         self._render = functools.cache(self._render_once)  # pictures of a folder share their prompt
-        self._render(True, "")
+        rendered = self._render(True, "")
         image_token: str | None = self._tokenizer.convert_ids_to_tokens(config.image_token_id)
         if image_token is None:
             raise SideFileError(
                 f"{directory}: its tokenizer has no token {config.image_token_id}, the image_token_id of config.json; "
                 "take both from the same release"
+            )
+        if (found := rendered.count(image_token)) != 1:
+            raise SideFileError(
+                f"{chat_template or directory}: the chat template puts {found} {image_token} (image_token_id "
+                f"{config.image_token_id} of config.json) where a picture belongs, not one; take template, tokenizer "
+                "and config.json from the same release"
             )
         self._image_token = image_token
 
@@ -169,7 +175,7 @@ class Preprocessor:
         if found != count:
             raise SampleError(
                 f"{found} image placeholders where {count} are needed: {self._image_token} must not be part of a prompt "
-                "or answer, and the chat template must place it once"
+                "or answer"
             )
         self.check_length(len(head) + len(tail))
         largest = max(head + tail)
@@ -253,6 +259,8 @@ def _read_processor_settings(directory: Path, config: ModelConfig) -> _Processor
         "temporal_patch_size": config.temporal_patch_size,
         "merge_size": config.merge_size,
     }
+    processor, kind = config.family.image_processor.class_name, found.get("image_processor_type")
+    wanted["image_processor_type"] = kind if kind in {f"{processor}Fast", *config.family.older_classes} else processor
     for key, value in wanted.items():
         if found.get(key) not in (None, value):
             raise SideFileError(
@@ -261,9 +269,10 @@ def _read_processor_settings(directory: Path, config: ModelConfig) -> _Processor
             )
     size = found.get("size")
     longest = size.get("longest_edge") if isinstance(size, dict) else None
-    if not isinstance(size, dict | None) or (longest is not None and (type(longest) is not int or longest < 1)):
+    edges = isinstance(size, dict) and "shortest_edge" in size and type(longest) is int and longest > 0
+    if size is not None and not edges:
         raise SideFileError(
-            f"{path}: size is {size!r:.60}, an object with a positive longest_edge is needed; copy it again"
+            f"{path}: size is {size!r:.60}, an object with shortest_edge and a positive longest_edge is needed; copy it again"
         )
     normalization: dict[str, list[float]] = {}
     for key, lowest in (("image_mean", 0.0), ("image_std", SMALLEST_DEVIATION)):

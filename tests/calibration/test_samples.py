@@ -17,7 +17,7 @@ from glmq.calibration.samples import (
     open_image,
     read_samples,
 )
-from glmq.errors import SampleError
+from glmq.errors import PictureError, SampleError
 
 PROMPT = "What is it?"
 SUFFIXES = "bmp, gif, jpeg, jpg, png, tif, tiff, webp"
@@ -314,6 +314,7 @@ def test_memory_that_is_used_up_is_no_defect_of_a_picture(
 
 def test_what_systems_leave_beside_pictures_is_passed_over(folder: Path) -> None:
     beside = ("Thumbs.db", "desktop.ini", "labels.CSV", "a.xml", "._a.jpg", "IMG_1.AAE", "data.yaml", "Icon\r")
+    beside += ("Thumbs.db:encryptable",)
     for name in beside:
         (folder / name).write_bytes(b"\0\1")
     (folder / "__MACOSX").mkdir()
@@ -321,6 +322,23 @@ def test_what_systems_leave_beside_pictures_is_passed_over(folder: Path) -> None
     found = list_images(folder, PROMPT, skip_bad=False, limit=None)
     assert [sample.name for sample in found.samples] == ["B.png", "a.jpg", "c.png"]
     assert found.notes == ()
+
+
+def test_a_table_of_pictures_and_a_cameras_raw_file_are_called_by_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "train-00000-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(SampleError) as caught:
+        list_images(tmp_path, PROMPT, skip_bad=False, limit=None)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds no image ({SUFFIXES} are read) but train-00000-of-00002.parquet, a table of a data set; save its "
+        "pictures as files of their own"
+    )
+    Image.new("RGB", (160, 120)).save(tmp_path / "IMG_1.DNG", format="TIFF")  # as Pillow sees one
+    with pytest.raises(PictureError) as raw:
+        list_images(tmp_path, PROMPT, skip_bad=False, limit=None)
+    assert str(raw.value) == (
+        f"{tmp_path}: 1 of 1 files are not usable images: IMG_1.DNG (is a camera's raw file, which Pillow does not read; "
+        "convert it to JPEG); remove them or pass --skip-bad-images"
+    )
 
 
 def test_folders_of_pictures_that_are_not_entered_are_named(folder: Path) -> None:

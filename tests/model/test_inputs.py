@@ -125,8 +125,7 @@ def test_a_text_with_the_image_placeholder_is_refused(
     with pytest.raises(SampleError) as caught:
         preprocessor().encode(*sample)
     assert str(caught.value) == (
-        f"{found} image placeholders where {wanted} are needed: <|image|> must not be part of a prompt or answer, "
-        "and the chat template must place it once"
+        f"{found} image placeholders where {wanted} are needed: <|image|> must not be part of a prompt or answer"
     )
 
 
@@ -214,6 +213,21 @@ def test_a_missing_chat_template_is_named(side_files: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["", "\n", "{{ messages[0].role }}", "<|image|><|image|>"])
+def test_a_template_that_does_not_place_one_picture_is_refused(text: str, side_files: Path, tmp_path: Path) -> None:
+    (side_files / "chat_template.jinja").write_text(text)
+    (tmp_path / "own.jinja").write_text(text)
+    for given, named in ((None, side_files), (tmp_path / "own.jinja", tmp_path / "own.jinja")):
+        with pytest.raises(ModelError) as caught:
+            Preprocessor(
+                side_files, read_config(side_files), max_pixels=None, trust_remote_code=False, chat_template=given
+            )
+        assert str(caught.value) == (
+            f"{named}: the chat template puts {text.count('image')} <|image|> (image_token_id 14 of config.json) where a "
+            "picture belongs, not one; take template, tokenizer and config.json from the same release"
+        )
+
+
 def test_a_tokenizer_without_the_image_token_is_refused() -> None:
     config = replace(read_config(TINY_CHECKPOINT), image_token_id=151343)
     with pytest.raises(ModelError) as caught:
@@ -237,9 +251,9 @@ def test_a_missing_processor_file_is_named(side_files: Path) -> None:
         (b"{", "is not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
                "download or write it again"),
         (b"[]", "wanted a JSON object, found list; download or write it again"),
-        (b'{"size": 5}', "size is 5, an object with a positive longest_edge is needed; copy it again"),
+        (b'{"size": 5}', "size is 5, an object with shortest_edge and a positive longest_edge is needed; copy it again"),
         (b'{"size": {"longest_edge": "x"}}',
-         "size is {'longest_edge': 'x'}, an object with a positive longest_edge is needed; copy it again"),
+         "size is {'longest_edge': 'x'}, an object with shortest_edge and a positive longest_edge is needed; copy it again"),
         (b'{"image_mean": 0.5}', "image_mean is 0.5, 3 numbers from 0 to 1 are needed; copy it again"),
         (b'{"image_mean": [1, null, 1]}', "image_mean is [1, None, 1], 3 numbers from 0 to 1 are needed; copy it again"),
         (b'{"image_std": [0, 1, 1]}', "image_std is [0, 1, 1], 3 numbers from 0.001 to 1 are needed; copy it again"),
@@ -403,7 +417,13 @@ def test_a_token_that_the_model_does_not_have_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
-    [("do_normalize", False, True), ("do_resize", False, True), ("patch_size", 16, 14), ("merge_size", 1, 2)],
+    [
+        ("do_normalize", False, True),
+        ("do_resize", False, True),
+        ("patch_size", 16, 14),
+        ("merge_size", 1, 2),
+        ("image_processor_type", "Qwen2VLImageProcessor", "Glm4vImageProcessor"),
+    ],
 )
 def test_other_pixels_than_the_engines_are_refused(key: str, value: object, wanted: object, side_files: Path) -> None:
     edit_json(side_files / "preprocessor_config.json", lambda c: c.update({key: value}))
