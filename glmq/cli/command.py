@@ -36,10 +36,8 @@ DTYPE_WORDS: Final = {"float16": "fp16", "bfloat16": "bf16"}
 WANTED: Final = {
     r"Input should be a valid integer.*": "a whole number is needed",
     r"Input should be a valid number.*": "a number is needed",
-    r"'.*' is not a valid integer": "a whole number is needed",
-    r"'.*' is not a valid float": "a number is needed",
 }
-"""What typer says of a value, in the words of pydantic or (before 0.29) of click -> what the user is told."""
+"""What pydantic says of a value -> what the user is told."""
 
 LAST_WORD: Final = "glmq.last_word"
 """Key of typer's context: the last complete word of the command line, while a shell asks for completions."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -67,11 +67,9 @@ class Entry:
 
 def entries(verb: Callable[..., object]) -> list[Entry]:
     """The options and arguments of a verb, in the order of its signature."""
-    hints = get_type_hints(inspect.unwrap(verb), include_extras=True)
-    return [
-        _entry(name, hints[name], parameter.default)
-        for name, parameter in inspect.signature(inspect.unwrap(verb)).parameters.items()
-    ]
+    # Not typing.get_type_hints, which Python 3.10 lets wrap what has None as its default into Optional.
+    parameters = inspect.signature(inspect.unwrap(verb), eval_str=True).parameters
+    return [_entry(name, parameter.annotation, parameter.default) for name, parameter in parameters.items()]
 
 
 def _entry(name: str, hint: object, default: object) -> Entry:
