@@ -17,6 +17,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,7 +28,7 @@ from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode
 from glmq.checkpoint.filesystem import is_mount, is_writable
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.lock import FolderLock
-from glmq.errors import OutputError, ResumeError, UsageError
+from glmq.errors import BusyError, OutputError, ResumeError, SpaceError, UsageError
 
 MARKER: Final = ".glmq-work"
 RESULT: Final = "result"
@@ -184,6 +185,15 @@ def foreign(work: Path) -> UsageError:
     return UsageError(
         f"{work}: has the name of the run's work folder, but glmq did not write it; move it away, or choose another folder"
     )
+
+
+@contextmanager
+def foreseen(obstacles: list[str]) -> Iterator[None]:
+    """Remember what a check of an output folder refuses, instead of raising it: a dry run says so and goes on."""
+    try:
+        yield
+    except (OutputError, ResumeError, BusyError, SpaceError) as error:
+        obstacles.append(str(error))
 
 
 def check_output(target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 from glmq.checkpoint.disk import free_bytes
 from glmq.cli.console import stdout
-from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, size
+from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, show_obstacles, size
 from glmq.cli.tables import Column, FittedTable
 from glmq.compression.manifest import CodecKind
 from glmq.engines import Engine
+from glmq.inspection.folder import layer_of, role_of
+from glmq.inspection.listing import describe_place
 from glmq.model.config import FAMILY
 from glmq.records import COMPRESS_REPORT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from glmq.compression.dry_run import CompressionPlan
+    from glmq.compression.dry_run import CompressionPlan, WeightEstimate
     from glmq.compression.report import AreaSizes, RankTotals
     from glmq.compression.stream import CompressedLinear
     from glmq.jobs.compress import CompressionResult
@@ -163,6 +165,7 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
                 "peak_bytes": plan.peak_bytes,
                 "trial": asdict(plan.trial),
                 "estimated_seconds": round(plan.seconds, 3),
+                "obstacles": list(plan.obstacles),
             }
         )
         return
@@ -184,33 +187,40 @@ def show_compression_plan(plan: CompressionPlan, folder: Path, *, as_json: bool,
         f"time: about {duration(plan.seconds)}, from {trial.name}: {trial.rows} x {trial.cols} in {trial.seconds:.2f} s at "
         f"{trial.bits_per_weight:.3f} bits; the disk's time to write comes on top"
     )
+    show_obstacles(plan.obstacles)
 
 
 def _planned_weights(plan: CompressionPlan, *, verbose: bool) -> FittedTable:
-    """One row per weight and rank, most bits first; the tail is left out unless `verbose`."""
-    largest_first = sorted(plan.weights, key=lambda weight: (-weight.entropy_bits, weight.name, weight.rank))
-    shown = largest_first if verbose else largest_first[:SHOWN_ROWS]
-    left = len(largest_first) - len(shown)
+    """A line for the weights of one role that are alike, over layers and ranks; with `verbose` one per weight and rank."""
+    grouped: dict[tuple[object, ...], list[WeightEstimate]] = {}
+    for weight in plan.weights:
+        alike = (weight.name, weight.rank) if verbose else role_of(f"{weight.name}.weight")
+        grouped.setdefault((alike, weight.rows, weight.cols), []).append(weight)
+    rows: list[list[str]] = []
+    for weights in grouped.values():
+        first, bits = weights[0], [weight.entropy_bits for weight in weights]
+        layers = list(dict.fromkeys(layer_of(f"{weight.name}.weight") for weight in weights))
+        low, high = f"{min(bits):.3f}", f"{max(bits):.3f}"
+        rows.append(
+            [
+                describe_place(layers, role_of(f"{first.name}.weight")),
+                f"{first.rank}/{plan.world}" if verbose else str(plan.world),
+                f"{first.rows} x {first.cols}",
+                low if low == high else f"{low}..{high}",
+                size(sum(weight.estimated_bytes for weight in weights)),
+            ]
+        )
     return FittedTable(
-        "Weights, most bits first",
+        "Weights",
         [
-            Column("linear", left=True),
-            Column("rank"),
+            Column("layers and role", left=True),
+            Column("rank" if verbose else "ranks", drop=3),
             Column("rows x cols", drop=2),
             Column("entropy of a sample", drop=1),
             Column("estimated"),
         ],
-        [
-            [
-                FAMILY.short_name(weight.name),
-                f"{weight.rank}/{plan.world}",
-                f"{weight.rows} x {weight.cols}",
-                f"{weight.entropy_bits:.3f}",
-                size(weight.estimated_bytes),
-            ]
-            for weight in shown
-        ],
-        caption=f"{left} smaller ones are left out; -v shows all" if left else "",
+        rows,
+        caption="" if verbose else "-v shows each weight and rank",
     )
 
 
@@ -239,6 +249,7 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
                 "world_size": plan.world,
                 "output_bytes": plan.output_bytes,
                 "free_bytes": free,
+                "obstacles": list(plan.obstacles),
             }
         )
         return
@@ -246,6 +257,7 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
     parts = "1 part" if plan.world == 1 else f"{plan.world} parts"
     stdout.print(f"the W8A8S checkpoint, from {parts}: exactly {plan.output_bytes} bytes of weights")
     stdout.print(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}", soft_wrap=True)
+    show_obstacles(plan.obstacles)
 
 
 def show_restored(result: RestoreResult, *, as_json: bool, quiet: bool) -> None:

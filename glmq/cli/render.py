@@ -176,6 +176,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
                 "available_bytes": memory,
                 "calibration_seconds": plan.calibration_seconds,
                 "quantization_seconds": plan.quantization_seconds,
+                "obstacles": list(plan.obstacles),
             }
         )
         return
@@ -192,6 +193,13 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
             f"time: calibration about {duration(plan.calibration_seconds)} on this machine as it is now; "
             "the rest can be foretold once there are statistics (--stats)"
         )
+    show_obstacles(plan.obstacles)
+
+
+def show_obstacles(obstacles: Sequence[str]) -> None:
+    """What would stop a real run."""
+    for sentence in obstacles:
+        stdout.say(Text(f"!! this would stop a real run: {sentence}", style="bold red"))
 
 
 def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_json: bool) -> None:
@@ -212,6 +220,7 @@ def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_jso
                 "peak_bytes": plan.peak_bytes,
                 "available_bytes": memory,
                 "seconds": seconds,
+                "obstacles": list(forecast.obstacles),
             }
         )
         return
@@ -223,6 +232,7 @@ def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_jso
     )
     stdout.say(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
     stdout.say(f"time: about {duration(seconds)} on this machine as it is now; one sample went through one block")
+    show_obstacles(forecast.obstacles)
 
 
 def marked(error: float, text: str) -> Text:

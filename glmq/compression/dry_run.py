@@ -99,6 +99,8 @@ class CompressionPlan:
     trial: Trial
     seconds: float
     """Estimated, beside the time that the disk takes to write."""
+    obstacles: tuple[str, ...] = ()
+    """What lies where the output would, and stops a real run: a sentence each."""
 
     @property
     def estimated_bytes(self) -> int:

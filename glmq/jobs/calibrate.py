@@ -29,7 +29,7 @@ from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.workplace import check_output
+from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.device import default_compute_dtype, resolve
 from glmq.errors import LaunchError
 from glmq.jobs.joined_ranks import join_ranks
@@ -107,6 +107,8 @@ class CalibrationForecast:
     plan: CalibrationPlan
     seconds: float
     """Estimated, from one sample through one block of each tower."""
+    obstacles: tuple[str, ...] = ()
+    """What lies where the output would, and stops a real run: a sentence each."""
 
 
 @overload
@@ -214,15 +216,19 @@ def forecast_calibration(
     """As `calibrate` with `dry_run`."""
     if read_place().world > 1:
         raise LaunchError("--dry-run: needs no torchrun, one process plans for all; run `glmq calibrate` itself")
-    check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
-    check_output(stats_path, overwrite=overwrite, resume=True, work_dir=options.work_dir)
+    obstacles: list[str] = []
+    with foreseen(obstacles):
+        check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
+        check_output(stats_path, overwrite=overwrite, resume=True, work_dir=options.work_dir)
     watcher = Watcher(watch)
     opened = open_source(model_path, SourceOptions(options.dequantize))
     with opened.checkpoint as source:
         for sentence in opened.notes:
             watcher.note(f"note: {sentence}")
         work = Calibration.prepare(source, opened.config, options, Place(0, 1), watcher)
-        return CalibrationForecast(work.plan, work.seconds())
+        with foreseen(obstacles):
+            check_room(stats_path, work.plan.output_bytes + work.plan.work_bytes)
+        return CalibrationForecast(work.plan, work.seconds(), tuple(obstacles))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, overload
 
@@ -13,7 +13,7 @@ from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.sidecar import list_side_files
-from glmq.checkpoint.workplace import check_output
+from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.codec.codec import KERNELS
 from glmq.compression.dry_run import CompressionPlan, disk_bytes, make_compression_plan
 from glmq.compression.executor import PROGRAM, AscendCodec, find_executor, how_to_build
@@ -194,16 +194,18 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
 
 
 def forecast_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None) -> CompressionPlan:
-    """As `compress` with `dry_run`: refuse what the run would refuse, and touch nothing."""
+    """As `compress` with `dry_run`: refuse what the run would refuse but for the output folder, and touch nothing."""
     if read_place().world > 1:
         raise LaunchError("--dry-run: needs no torchrun, one process plans every rank; run `glmq compress --tp` itself")
-    world = job.tp or 1
-    check_folders(job.model_path, job.out_path)
-    check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
-    check_split(job, overwrite=overwrite)
+    world, obstacles = job.tp or 1, list[str]()
+    with foreseen(obstacles):
+        check_folders(job.model_path, job.out_path)
+        check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
+        check_split(job, overwrite=overwrite)
     with _prepared(job, world, range(world), Watcher(watch)) as work:
         threads = job.options.jobs or default_jobs(1)
-        return make_compression_plan(work.source, work.plans, work.codec, work.layout, world, threads)
+        plan = make_compression_plan(work.source, work.plans, work.codec, work.layout, world, threads)
+    return replace(plan, obstacles=tuple(obstacles))
 
 
 @dataclass(frozen=True, slots=True)

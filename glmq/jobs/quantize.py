@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
@@ -20,7 +20,7 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
-from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, stored_bytes
+from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
 from glmq.device import resolve
 from glmq.errors import LaunchError, ResumeError
 from glmq.jobs.calibrate import (
@@ -170,7 +170,8 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
     """As `quantize`, on one rank of all. Everything that can be refused is refused before the first weight is read."""
     place = read_place()
     watcher = Watcher(watch if place.is_first else None)
-    with _planned(job, watcher, overwrite=overwrite, resume=resume) as (source, config, plan):
+    _check_places(job, overwrite=overwrite, resume=resume)
+    with _planned(job, watcher) as (source, config, plan):
         for sentence in describe_recipe(job.recipe, config, job.out_path):
             watcher.note(sentence)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
@@ -190,21 +191,29 @@ def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch
     """As `quantize` with `dry_run`: read config.json and headers, touch nothing."""
     if read_place().world > 1:
         raise LaunchError("--dry-run: needs no torchrun, one process plans for all; run `glmq quantize` itself")
-    with _planned(job, Watcher(watch), overwrite=overwrite, resume=True) as (source, config, plan):
-        if job.stats_path is not None and Workplace.of(job.stats_path).contents():
-            statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
-            return make_run_plan(source, config, job.recipe, plan, statistics)
-        work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
-        disk = work.plan.output_bytes + work.plan.work_bytes
-        needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
-        return make_run_plan(source, config, job.recipe, plan, needs)
+    obstacles: list[str] = []
+    with foreseen(obstacles):
+        _check_places(job, overwrite=overwrite, resume=True)
+    with _planned(job, Watcher(watch)) as (source, config, plan):
+        with foreseen(obstacles):
+            check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
+        return replace(_forecast(job, source, config, plan, watch), obstacles=tuple(obstacles))
 
 
-@contextmanager
-def _planned(
-    job: QuantizationJob, watcher: Watcher, *, overwrite: bool, resume: bool
-) -> Iterator[tuple[Checkpoint, ModelConfig, OutputPlan]]:
-    """The open source and the plan of the whole output, from options, config.json and headers."""
+def _forecast(
+    job: QuantizationJob, source: Checkpoint, config: ModelConfig, plan: OutputPlan, watch: Watch | None
+) -> RunPlan:
+    if job.stats_path is not None and Workplace.of(job.stats_path).contents():
+        statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
+        return make_run_plan(source, config, job.recipe, plan, statistics)
+    work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
+    disk = work.plan.output_bytes + work.plan.work_bytes
+    needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
+    return make_run_plan(source, config, job.recipe, plan, needs)
+
+
+def _check_places(job: QuantizationJob, *, overwrite: bool, resume: bool) -> None:
+    """Refuse output folders that cannot be written, or hold what is read."""
     inputs = {"the float weights": job.model_path, **sources_of(job.calibration), "the statistics": job.stats_path}
     check_apart(job.out_path, "--save_directory", inputs)
     if job.stats_path is not None:
@@ -212,6 +221,11 @@ def _planned(
     check_output(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)
     if job.stats_path is not None and not Workplace.of(job.stats_path).contents():
         check_output(job.stats_path, overwrite=False, resume=resume, work_dir=job.work_dir)
+
+
+@contextmanager
+def _planned(job: QuantizationJob, watcher: Watcher) -> Iterator[tuple[Checkpoint, ModelConfig, OutputPlan]]:
+    """The open source and the plan of the whole output, from options, config.json and headers."""
     opened = open_source(job.model_path, SourceOptions(job.calibration.dequantize, job.keep_extra))
     config = opened.config
     with opened.checkpoint as source:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
 
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder
-from glmq.checkpoint.workplace import check_output
+from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.compression.layouts import Layout
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
 from glmq.errors import LaunchError
@@ -31,6 +31,8 @@ class RestorationPlan:
     """Number of parts."""
     output_bytes: int
     """Exactly, of the restored tensors."""
+    obstacles: tuple[str, ...] = ()
+    """What lies where the output would, and stops a real run: a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,14 @@ def restore(
         raise LaunchError(
             "--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself"
         )
-    check_folders(source, out)
-    check_output(out, overwrite=overwrite, work_dir=work_dir)
+    obstacles: list[str] = []
+    with foreseen(obstacles) if dry_run else nullcontext():
+        check_folders(source, out)
+        check_output(out, overwrite=overwrite, work_dir=work_dir)
     manifest = read_portable_manifest(source)
     total = restored_bytes(source, manifest)
     if dry_run:
-        return RestorationPlan(manifest.layout, manifest.world, total)
+        return RestorationPlan(manifest.layout, manifest.world, total, tuple(obstacles))
     watcher = Watcher(watch)
     check_room(out, total)
     note_missing_kernels(watcher)

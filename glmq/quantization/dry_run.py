@@ -54,6 +54,8 @@ class RunPlan:
     """Estimated time of the rest; None without statistics to try it with."""
     peak_bytes: int
     """Estimated resident memory: the process, and the largest norm group in float32 three times with its second moment."""
+    obstacles: tuple[str, ...] = ()
+    """What lies where the output would, and stops a real run: a sentence each."""
 
 
 @dataclass(frozen=True, slots=True)

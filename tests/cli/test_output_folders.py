@@ -127,16 +127,46 @@ def test_a_dry_run_says_that_nothing_can_be_written_there(
 
     monkeypatch.setattr(os, "access", access)
     monkeypatch.setattr(os, "supports_effective_ids", {access})
-    for extra in ([], ["--dry-run"]):
-        result = run(*commands[verb], tmp_path / "out", *extra)
-        assert result.exit_code == 2
-        assert result.stderr == (
-            f"error: {tmp_path / 'out'}: {tmp_path} is not writable, where its work folder would lie; "
-            f"make {tmp_path / 'out'} as an empty folder of your own, or choose another one\n"
-        )
+    sentence = (
+        f"{tmp_path / 'out'}: {tmp_path} is not writable, where its work folder would lie; "
+        f"make {tmp_path / 'out'} as an empty folder of your own, or choose another one"
+    )
+    result = run(*commands[verb], tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (2, f"error: {sentence}\n")
+    shown = glmq(*commands[verb], tmp_path / "out", "--dry-run").stdout
+    assert shown.splitlines()[-1] == f"!! this would stop a real run: {sentence}"
     (tmp_path / "out").mkdir()
     glmq(*commands[verb], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_dry_run_goes_on_whatever_lies_in_the_output_folder(
+    verb: str, commands: dict[str, list], tmp_path: Path
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    read = Path(commands[verb][commands[verb].index("--model_path") + 1])
+    itself = "is or holds the folder that is read; choose another --save_directory"
+    if verb in ("calibrate", "quantize"):
+        option = "--stats" if verb == "calibrate" else "--save_directory"
+        itself = f"is the folder of the float weights; choose another {option}"
+    for place, why in (
+        (tmp_path / "full", "is not empty; choose another folder, or pass --overwrite to replace its contents"),
+        (tmp_path / "full" / "thesis.txt", "is a file, a folder is needed; choose another name"),
+        (read, itself),
+    ):
+        before = tree(read)
+        assert json.loads(glmq(*commands[verb], place, "--dry-run", "--json").stdout)["obstacles"] == [
+            f"{place}: {why}"
+        ]
+        assert tree(read) == before
+        assert run(*commands[verb], place).exit_code == 2
+    assert (
+        json.loads(glmq(*commands[verb], tmp_path / "full", "--dry-run", "--json", "--overwrite").stdout)["obstacles"]
+        == []
+    )
 
 
 @pytest.mark.parametrize(("verb", "options"), [("quantize", ["--dry-run"]), ("calibrate", ["-q"])])
