@@ -36,8 +36,10 @@ DTYPE_WORDS: Final = {"float16": "fp16", "bfloat16": "bf16"}
 WANTED: Final = {
     r"Input should be a valid integer.*": "a whole number is needed",
     r"Input should be a valid number.*": "a number is needed",
+    r"Input should be greater than or equal to (.*)": r"at least \1 is needed",
+    r"Input should be less than or equal to (.*)": r"at most \1 is needed",
 }
-"""What pydantic says of a value -> what the user is told."""
+"""What pydantic says of a value -> what the user is told, for re.sub."""
 
 LAST_WORD: Final = "glmq.last_word"
 """Key of typer's context: the last complete word of the command line, while a shell asks for completions."""
@@ -178,13 +180,17 @@ def _usage_sentence(message: str, args: Sequence[str]) -> str:
     sentence = re.sub(
         r"^Invalid value(?: for '([^']+)')?: (?:Value error, )?", lambda m: f"{m[1]}: " if m[1] else "", message
     )
+    sentence = sentence.rstrip(".")
     for words, wanted in WANTED.items():
-        sentence = re.sub(words, wanted, sentence)
+        option, colon, said = sentence.partition(": ")
+        if colon and re.fullmatch(words, said):
+            found = _value_of(option, [_dashed(arg) for arg in args])
+            sentence = f"{option}{'' if found is None else f' {found}'}: {re.sub(words, wanted, said)}"
     for arg in args:
         spelled = arg.partition("=")[0]
         if spelled.startswith("--") and "_" in spelled:
             sentence = re.sub(rf"{re.escape(spelled.replace('_', '-'))}\b", spelled, sentence)
-    return sentence.rstrip(".")
+    return sentence
 
 
 def _check_process() -> None:

@@ -23,7 +23,12 @@ Html = Annotated[
 
 
 def inspect(
-    a: Annotated[Path, typer.Argument(help="Folder of a checkpoint of any kind, or of statistics.", metavar="A")],
+    a: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a checkpoint of any kind or of statistics, or a .safetensors file.", metavar="A"
+        ),
+    ],
     b: Annotated[Path | None, typer.Argument(help="Another of its kind, to compare with A.", metavar="[B]")] = None,
     layer: Annotated[
         str | None,

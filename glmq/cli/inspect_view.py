@@ -59,7 +59,8 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
     stdout.say(f"{counted(len(folder.tensors), 'tensor')}, {size(folder.nbytes)}")
     if found.member is not None:
         stdout.say(f"model: {found.member}")
-    stdout.say(f"for: {describe_engines(folder)}")
+    if folder.directory.is_dir():
+        stdout.say(f"for: {describe_engines(folder)}")
     for problem in folder.problems:
         _print_mark("error", problem)
     for target, findings in found.engines.items():

@@ -12,6 +12,7 @@ from glmq.cli import options as o
 from glmq.cli.help import Tier
 from glmq.cli.inspect import Html
 from glmq.engines import Chip, Engine, Place
+from glmq.errors import UsageError
 
 LIMITS = "Limits"
 PLACES: Final = {
@@ -148,7 +149,7 @@ def verify(
             show_checks()
         return
     if candidate is None:
-        raise typer.BadParameter("give the folder of a quantized or compressed checkpoint", param_hint="CANDIDATE")
+        raise UsageError("CANDIDATE: missing; give the folder of a quantized or compressed checkpoint")
     with ProgressView(quiet=quiet or json_output) as view:
         found = verify_folder(
             candidate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.weight_files import folders_below
 from glmq.errors import CheckpointError, WrongFolderError
-from glmq.model.config import FAMILY
+from glmq.model.config import FAMILY, how_to_fetch
 from glmq.spec import Form, QuantType
 
 STATISTICS: Final = "statistics.json"
@@ -71,6 +71,7 @@ class Folder:
     """A folder's tensors and JSON files."""
 
     directory: Path
+    """Of one weight file alone: the file."""
     kind: Kind
     quant_type: str | None
     """model_quant_type of the description, or what quantization_config says instead; None without either."""
@@ -116,12 +117,30 @@ def scan_folder(directory: Path) -> Folder:
         CheckpointError: no such folder, or nothing in it that glmq knows.
     """
     if not directory.is_dir():
-        raise WrongFolderError(f"{directory}: is not a folder; give the folder that holds config.json and the weights")
-    problems: list[str] = []
+        raise WrongFolderError(
+            f"{directory}: is not a folder; give the folder that holds config.json and the weights{how_to_fetch(directory)}"
+        )
     groups = _weight_files(directory)
     if not groups:
         advice = folders_below(directory, "*.safetensors") or "is this the right folder?"
         raise WrongFolderError(f"{directory}: has neither safetensors files nor part folders with some; {advice}")
+    return _scan(directory, groups)
+
+
+def scan_file(path: Path) -> Folder:
+    """Read the header of one weight file, and config.json and the description beside it, which say what its tensors are.
+
+    Raises:
+        CheckpointError: it is no safetensors file.
+    """
+    read_header(path)
+    found = _scan(path.parent, {f"rank{_rank(path)}/" if _RANK.fullmatch(path.name) else "": [path]})
+    return replace(found, directory=path, problems=())
+
+
+def _scan(directory: Path, groups: Mapping[str, list[Path]]) -> Folder:
+    """What lies in the files of some groups, described by the JSON files in `directory`."""
+    problems: list[str] = []
     config = _read(directory / "config.json", problems) if (directory / "config.json").is_file() else {}
     kind = _kind(directory, groups, config)
     if not config and kind is not Kind.STATISTICS and not problems:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, ModelError, StatisticsError
-from glmq.inspection.folder import Folder, Kind, scan_folder
+from glmq.inspection.folder import Folder, Kind, scan_file, scan_folder
 from glmq.inspection.listing import TensorRow, choose_rows, tensor_rows
 from glmq.inspection.parts import read_packed
 from glmq.jobs.watcher import Watcher
@@ -48,7 +48,7 @@ def inspect(
     'FLOAT'
 
     Args:
-        folder: with weights or statistics.
+        folder: with weights or statistics, or one safetensors file.
         choice: the tensors to look at.
         values: also read them: range, spread, entropy, zeros, outliers, histogram.
         watch: is called with the events of the run.
@@ -59,9 +59,10 @@ def inspect(
     Raises:
         InputError: nothing that can be inspected.
     """
-    scanned, statistics = _with_statistics(scan_folder(Path(folder)))
+    place = Path(folder)
+    scanned, statistics = _with_statistics(scan_file(place) if place.is_file() else scan_folder(place))
     rows = choose_rows(tensor_rows(scanned), layer=choice.layer, name=choice.name, sort=choice.sort)[: choice.limit]
-    is_model = scanned.kind in (Kind.QUANTIZED, Kind.PARTS, Kind.SHARDED)
+    is_model = place.is_dir() and scanned.kind in (Kind.QUANTIZED, Kind.PARTS, Kind.SHARDED)
     return Inspection(
         folder=scanned,
         rows=rows,
@@ -75,7 +76,7 @@ def inspect(
 
 def _with_statistics(folder: Folder) -> tuple[Folder, StatisticsSummary | None]:
     """The folder and what its statistics say, if it holds some; a damaged one has a problem more."""
-    if folder.kind is not Kind.STATISTICS:
+    if folder.kind is not Kind.STATISTICS or not folder.directory.is_dir():
         return folder, None
     from glmq.inspection.statistics import summarize_statistics  # imports torch, which headers are read without
 

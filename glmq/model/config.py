@@ -74,7 +74,7 @@ class ModelConfig(Sizes):
     eos_token_ids: tuple[int, ...]
 
 
-def _fetching(path: Path) -> str:
+def how_to_fetch(path: Path) -> str:
     """How to fetch what looks like the name of a model on a hub, as the end of a sentence; empty for other paths."""
     name = str(path)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or path.parent.exists():
@@ -116,7 +116,7 @@ def _why_no_folder(path: Path) -> str:
         return (
             f"{path}: no such folder: the shell leaves ~ as it is after =; put a space there, or write the whole path"
         )
-    return f"{path}: no such folder; give the folder of the float weights as --model-path{_fetching(path)}"
+    return f"{path}: no such folder; give the folder of the float weights as --model-path{how_to_fetch(path)}"
 
 
 def _describe_adapter(path: Path) -> str:

@@ -24,7 +24,6 @@ from glmq.reporting.page import Cell, card, cards, cell, figure, grid, page, sec
 from glmq.reporting.words import (
     percent,
     size,
-    tone_of,
 )
 
 if TYPE_CHECKING:
@@ -87,13 +86,12 @@ def _cards(found: Comparison) -> str:
             card(
                 "Worst",
                 percent(total.worst_relative_l2),
-                tone_of(total.worst_relative_l2),
-                FAMILY.short_name(total.worst),
+                note=FAMILY.short_name(total.worst),
             ),
         )
     )
     return cards(
-        card("Difference", percent(error), tone_of(error), "||B - A|| / ||A|| over all tensors"),
+        card("Difference", percent(error), note="||B - A|| / ||A|| over all tensors"),
         card("Tensors that differ", f"{changed:,} of {len(found.diffs):,}"),
         worst,
         card("Only in one of them", str(names_differ), note="patterns of names"),
@@ -130,7 +128,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
     return [
         cell(FAMILY.short_name(diff.name), code=True),
         f"{diff.type_a} → {diff.type_b}",
-        cell(percent(diff.relative_l2), tone_of(diff.relative_l2)),
+        percent(diff.relative_l2),
         "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
         f"{diff.max_abs:.3g}",
         f"{diff.cosine:.5f}",

@@ -102,6 +102,13 @@ def test_the_version_has_a_short_option() -> None:
         (("quantise",), "No such command 'quantise'"),
         (("--fast",), "No such option: --fast"),
         (("quantize",), "Missing option '--model-path'"),
+        (("compress", "a", "b", "--tp", 0), "--tp 0: at least 1 is needed"),
+        (
+            ("quantize", "--model_path", "m", "--save_directory", "o", "--fraction", "x"),
+            "--fraction x: a number is needed",
+        ),
+        (("compress", "a", "b", "--codec", "zip"), "--codec: 'zip' is not one of 'auto', 'portable', 'ascend'"),
+        (("verify",), "CANDIDATE: missing; give the folder of a quantized or compressed checkpoint"),
     ],
 )
 def test_wrong_usage_is_one_sentence(args: tuple[str, ...], sentence: str) -> None:
@@ -125,6 +132,20 @@ def test_the_name_of_a_model_on_a_hub_is_told_how_to_fetch_it() -> None:
         "error: zai-org/GLM-4.1V-9B-Thinking: no such folder; give the folder of the float weights as --model-path (glmq "
         "downloads nothing: `hf download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR` or `modelscope download "
         "zai-org/GLM-4.1V-9B-Thinking --local_dir DIR`)\n",
+    )
+    for verb in ("inspect", "verify"):
+        assert run(verb, "zai-org/GLM").stderr == (
+            "error: zai-org/GLM: is not a folder; give the folder that holds config.json and the weights (glmq downloads "
+            "nothing: `hf download zai-org/GLM --local-dir DIR` or `modelscope download zai-org/GLM --local_dir DIR`)\n"
+        )
+
+
+def test_verify_of_statistics_says_so(small_stats: Path) -> None:
+    result = run("verify", small_stats)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert (
+        result.stderr
+        == f"error: {small_stats}: holds calibration statistics, no weights; give a quantized checkpoint\n"
     )
 
 

@@ -105,7 +105,7 @@ def test_another_word_for_a_flag_is_wrong_usage(word: str) -> None:
 def test_a_number_that_is_none_is_wrong_usage() -> None:
     result = call("act", "--w_bit", "four")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error[GLMQ-E201]: --w_bit: a whole number is needed; see `root act --help`\n"
+    assert result.stderr == "error[GLMQ-E201]: --w_bit four: a whole number is needed; see `root act --help`\n"
 
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and "code" in vars(kind)]
@@ -201,7 +201,7 @@ def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--w_bit", "four"], "--w_bit: a whole number is needed"),
+        (["--w_bit", "four"], "--w_bit four: a whole number is needed"),
         (["--is_lowbit=maybe"], "--is_lowbit maybe: True or False is needed"),
         (["--no-such-option"], "No such option: --no-such-option"),
         (["surplus"], "Got unexpected extra argument"),
@@ -361,3 +361,18 @@ def test_memory_that_ends_when_the_output_is_whole_is_no_failure(
         result.stderr.splitlines()[-1] == f"note: the output in {out} is whole, but memory ran out while it was shown"
     )
     assert (out / "quant_model_description.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        ("Invalid value for '--tp': Input should be greater than or equal to 1", "--tp 0: at least 1 is needed"),
+        ("Invalid value for '--tp': Input should be less than or equal to 8", "--tp 0: at most 8 is needed"),
+        (
+            "Invalid value for '--jobs': Input should be a valid integer, unable to parse",
+            "--jobs: a whole number is needed",
+        ),
+    ],
+)
+def test_what_typer_says_of_a_value_is_said_in_our_words(said: str, sentence: str) -> None:
+    assert command._usage_sentence(said, ["compress", "--tp", "0"]) == sentence

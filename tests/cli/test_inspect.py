@@ -179,6 +179,36 @@ def test_statistics_and_compressed_folders_are_described(small_stats: Path, tiny
     )  # fmt: skip
 
 
+def test_one_weight_file_is_described_by_what_lies_beside_it(tiny_seed: Path, tmp_path: Path) -> None:
+    (file,) = tiny_seed.glob("*.safetensors")
+    shown = glmq("inspect", file).stdout
+    assert shown.startswith(f"{file}: quantized checkpoint, W8A8S (ascendV1), float16 floats\n")
+    assert "layers.0-5 mlp.gate_up_proj" in shown
+    assert "for: " not in shown
+    found = document(file)
+    assert {row["quant_type"] for row in found["tensors"]} == {"FLOAT", "W8A8S"}
+    assert (found["tensors_total"], found["problems"], found["engines"]) == (len(load_file(file)), [], {})
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes(file.read_bytes())
+    assert document(alone)["kind"] == "quantized"
+    assert document(alone, "--layer", 0, "--name", "q_proj.weight", "--values")["tensors"][0]["values"]["minimum"] < 0
+    other = tmp_path / "adapter.bin"
+    other.write_bytes(b"PK")
+    result = run("inspect", other)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr == (
+        f"error: {other}: 2 bytes are too few for a safetensors file, which has at least 8; the file is damaged or incomplete, "
+        "download or copy it again\n"
+    )
+
+
+def test_a_page_of_a_comparison_has_no_verdict(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    glmq("inspect", tiny, tiny_seed, "--html", page)
+    body = page.read_text(encoding="utf-8").partition("<body>")[2]
+    assert not re.findall(r'class="[^"]*\b(?:bad|warn|good)\b', body)
+
+
 def test_a_wrong_folder_and_contradicting_options_are_refused(tiny: Path, tmp_path: Path) -> None:
     result = run("inspect", tmp_path, "--json")
     assert result.exit_code == 4

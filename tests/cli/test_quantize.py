@@ -522,7 +522,7 @@ def test_a_missing_torch_npu_stops_the_run(
 def test_a_value_of_another_kind_is_wrong_usage(option: str, small: Path, tmp_path: Path) -> None:
     result = run("quantize", "--model_path", small, "--save_directory", tmp_path / "out", option, "cuda")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {option}: ")
+    assert re.match(rf"error: {option}(?: cuda)?: ", result.stderr)
     assert result.stderr.endswith("; see `root quantize --help`\n")
     assert result.stderr.count("\n") == 1
 
