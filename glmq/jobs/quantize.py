@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
-from glmq.calibration.samples import (
-    Sample,
-    digest,
-)
-from glmq.calibration.stats import Settings, Statistics
+from glmq.calibration.stats import Statistics
 from glmq.checkpoint.checksums import cover_new_files, read_checksums
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, tidy_up
@@ -22,13 +18,11 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
 from glmq.device import resolve
-from glmq.errors import LaunchError, ResumeError
+from glmq.errors import LaunchError
 from glmq.jobs.calibrate import (
-    COMPUTE_DTYPES,
     Calibration,
     CalibrationOptions,
     CalibrationResult,
-    dtype_name,
     load_samples,
     machine_settings,
     note_convergence,
@@ -36,6 +30,7 @@ from glmq.jobs.calibrate import (
     sources_of,
     write_statistics,
 )
+from glmq.jobs.given_statistics import check_calibration, open_statistics
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.notes import describe_large_weights, describe_recipe
 from glmq.jobs.run_log import run_log
@@ -204,7 +199,7 @@ def _forecast(
     job: QuantizationJob, source: Checkpoint, config: ModelConfig, plan: OutputPlan, watch: Watch | None
 ) -> RunPlan:
     if job.stats_path is not None and Workplace.of(job.stats_path).contents():
-        statistics = _open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
+        statistics = open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
         return make_run_plan(source, config, job.recipe, plan, statistics)
     work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
     disk = work.plan.output_bytes + work.plan.work_bytes
@@ -262,11 +257,11 @@ def _statistics(
         if stats_path is None:
             statistics = Statistics.open(place)
             statistics.check_model(source.fingerprint())
-            _check_calibration(
+            check_calibration(
                 statistics, load_samples(options, Watcher(None)), settings_of(options, resolve(options.device_type))
             )
         else:
-            statistics = _open_statistics(source, options, stats_path, watcher)
+            statistics = open_statistics(source, options, stats_path, watcher)
     else:
         work = Calibration.prepare(source, config, options, ranks.place, watcher)
         work_dir = job.work_dir if stats_path else None  # others grow in the work folder already
@@ -277,57 +272,6 @@ def _statistics(
         statistics = Statistics.open(place)
         note_convergence(statistics, watcher)
     source.contents = statistics.weights_wanted()
-    return statistics
-
-
-def _check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
-    """Raise UsageError unless an interrupted run was calibrated as this one would be."""
-    wanted = {"samples_sha256": digest(samples, settings.generate), **asdict(settings)}
-    for key, value in wanted.items():
-        found = statistics.manifest.get(key)
-        if found != value:
-            raise ResumeError(
-                f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
-                f"this one has {value!r}; run with the same, or start again with --overwrite"
-            )
-
-
-def _open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, watcher: Watcher) -> Statistics:
-    """The finished statistics that --stats names.
-
-    What contradicts them is refused; what asks for nothing else, but cannot have an effect any more, is said.
-    """
-    statistics = Statistics.open(folder)
-    statistics.check_model(source.fingerprint())
-    named = options.images is not None or options.samples_file is not None
-    if named:
-        statistics.check_samples(digest(load_samples(options, Watcher(None)), options.generate))
-    statistics.check_settings(
-        compute_dtype=None if options.compute_dtype == "auto" else dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
-        max_pixels=options.max_pixels,
-    )
-    default = CalibrationOptions()
-    idle = [
-        (options.prompt != default.prompt and not named, "--prompt"),
-        (options.limit is not None and not named, "--limit"),
-        (options.skip_bad and not named, "--skip-bad-images"),
-        (options.recursive and options.images is None, "--recursive"),
-        (options.texts != default.texts and not named, "--no-texts"),
-        (options.generate is not None and not named, "--generate"),
-        (options.device_type != default.device_type, f"--device_type {options.device_type}"),
-        (options.trust_remote_code, "--trust_remote_code True"),
-    ]
-    if not statistics.has_checksums:
-        watcher.note(
-            f"note: the statistics in {folder} have no checksums, an older glmq wrote them: only damage that makes them "
-            "impossible is found, and not whether the weights are those that they come from"
-        )
-    given = [name for is_given, name in idle if is_given]
-    if given:
-        verb = "has" if len(given) == 1 else "have"
-        watcher.note(
-            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run"
-        )
     return statistics
 
 

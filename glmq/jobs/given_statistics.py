@@ -1,0 +1,65 @@
+"""Statistics that a quantization has not made: those that --stats names, and those of an interrupted run; held to the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from glmq.calibration.samples import Sample, digest
+from glmq.calibration.stats import Settings, Statistics
+from glmq.checkpoint.reader import Checkpoint
+from glmq.errors import ResumeError
+from glmq.jobs.calibrate import COMPUTE_DTYPES, CalibrationOptions, dtype_name, load_samples
+from glmq.jobs.watcher import Watcher
+
+
+def check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
+    """Raise UsageError unless an interrupted run was calibrated as this one would be."""
+    wanted = {"samples_sha256": digest(samples, settings.generate), **asdict(settings)}
+    for key, value in wanted.items():
+        found = statistics.manifest.get(key)
+        if found != value:
+            raise ResumeError(
+                f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
+                f"this one has {value!r}; run with the same, or start again with --overwrite"
+            )
+
+
+def open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, watcher: Watcher) -> Statistics:
+    """The finished statistics that --stats names.
+
+    What contradicts them is refused; what asks for nothing else, but cannot have an effect any more, is said.
+    """
+    statistics = Statistics.open(folder)
+    statistics.check_model(source.fingerprint())
+    named = options.images is not None or options.samples_file is not None
+    if named:
+        statistics.check_samples(digest(load_samples(options, Watcher(None)), options.generate))
+    statistics.check_settings(
+        compute_dtype=None if options.compute_dtype == "auto" else dtype_name(COMPUTE_DTYPES[options.compute_dtype]),
+        max_pixels=options.max_pixels,
+    )
+    default = CalibrationOptions()
+    idle = [
+        (options.prompt != default.prompt and not named, "--prompt"),
+        (options.limit is not None and not named, "--limit"),
+        (options.skip_bad and not named, "--skip-bad-images"),
+        (options.recursive and options.images is None, "--recursive"),
+        (options.texts != default.texts and not named, "--no-texts"),
+        (options.generate is not None and not named, "--generate"),
+        (options.device_type != default.device_type, f"--device_type {options.device_type}"),
+        (options.trust_remote_code, "--trust_remote_code True"),
+    ]
+    if not statistics.has_checksums:
+        watcher.note(
+            f"note: the statistics in {folder} have no checksums, an older glmq wrote them: only damage that makes them "
+            "impossible is found, and not whether the weights are those that they come from"
+        )
+    given = [name for is_given, name in idle if is_given]
+    if given:
+        verb = "has" if len(given) == 1 else "have"
+        watcher.note(
+            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run"
+        )
+    return statistics
