@@ -1,4 +1,4 @@
-"""Statistics that a quantization has not made: those that --stats names, and those of an interrupted run; held to the command."""
+"""Statistics that a quantization has not made: those of --stats and of an interrupted run, held to what the command asks."""
 
 from __future__ import annotations
 
