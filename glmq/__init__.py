@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from glmq.jobs.quantize import QuantizationResult, quantize
     from glmq.jobs.restore import RestorationPlan, RestoreResult, restore
     from glmq.jobs.verify import CaseOptions, verify
-    from glmq.progress import Event, Note, PassDone, PassStarted
+    from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, StepPlan
     from glmq.quantization.dry_run import RunPlan
     from glmq.quantization.recipe import Recipe
     from glmq.records import BlockDone, BytesDone, LinearReport, PassTime
@@ -51,7 +51,7 @@ _HOMES = {
     "glmq.jobs.quantize": ("QuantizationResult", "quantize"),
     "glmq.jobs.restore": ("RestorationPlan", "RestoreResult", "restore"),
     "glmq.jobs.verify": ("CaseOptions", "verify"),
-    "glmq.progress": ("Event", "Note", "PassDone", "PassStarted"),
+    "glmq.progress": ("BlockStep", "Event", "Note", "PassDone", "PassPlan", "PassStarted", "RunPlanned", "StepPlan"),
     "glmq.quantization.dry_run": ("RunPlan",),
     "glmq.quantization.recipe": ("Recipe",),
     "glmq.records": ("BlockDone", "BytesDone", "LinearReport", "PassTime"),
@@ -67,6 +67,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Answer",
     "BlockDone",
+    "BlockStep",
     "BytesDone",
     "CalibrationForecast",
     "CalibrationOptions",
@@ -86,6 +87,7 @@ __all__ = [
     "LinearReport",
     "Note",
     "PassDone",
+    "PassPlan",
     "PassStarted",
     "PassTime",
     "QuantizationResult",
@@ -94,8 +96,10 @@ __all__ = [
     "RestorationPlan",
     "RestoreResult",
     "RunPlan",
+    "RunPlanned",
     "StatisticsComparison",
     "StatisticsSummary",
+    "StepPlan",
     "UsageError",
     "Verification",
     "__version__",

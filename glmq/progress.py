@@ -14,6 +14,35 @@ from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
 
 @dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One block of a pass, before the pass begins."""
+
+    name: str
+    """The block's module name."""
+    kind: str
+    """Blocks of one kind take about equally long for their `seconds`: vision, merger, text, head, other."""
+    seconds: float
+    """Expected; 0 for what takes no time worth counting."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """One pass of a run, before the run begins."""
+
+    title: str
+    """As PassStarted will have it."""
+    steps: tuple[StepPlan, ...]
+    """In their order; of a pass that counts tokens or bytes a single one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlanned:
+    """The passes that a run will take, with the time that each block of them is expected to need."""
+
+    passes: tuple[PassPlan, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PassStarted:
     """A pass over a model or over files begins."""
 
@@ -23,6 +52,26 @@ class PassStarted:
     """What is counted."""
     total: int
     """How many of them the pass has."""
+    done: int = 0
+    """How many of them an interrupted run has finished, which are not done again."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStep:
+    """A block is under way."""
+
+    name: str
+    """The block's module name."""
+    index: int
+    """Of this block among all of the pass, from 0."""
+    done: int
+    """Parts of it that are finished; 0 when it begins."""
+    parts: int
+    """All of them."""
+    what: Literal["samples", "inputs"]
+    """What the parts are: calibration samples that go through it, or inputs whose linears are quantized."""
+    share: float
+    """Of the block's work that is finished, 0 to 1: parts are of different sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +91,15 @@ class Note:
     """One sentence."""
 
 
-Event: TypeAlias = PassStarted | BlockDone | BytesDone | PassDone | Note
+Event: TypeAlias = RunPlanned | PassStarted | BlockStep | BlockDone | BytesDone | PassDone | Note
 Watch: TypeAlias = Callable[[Event], None]
 """Receives the events of a run in the thread that runs it. What it raises ends the run as Ctrl-C does."""
+Step: TypeAlias = Callable[[BlockStep], None]
+"""Receives how far the block is that is under way."""
+
+
+def no_step(_: BlockStep) -> None:
+    """For whom nobody watches."""
 
 
 def resident_bytes() -> int:

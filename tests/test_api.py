@@ -14,11 +14,11 @@ import glmq
 
 VERBS = ("calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "compare_statistics", "verify")
 NAMES = [
-    "Answer", "BlockDone", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult", "CaseOptions",
-    "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding",
-    "GlmqError", "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassStarted", "PassTime",
-    "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan",
-    "StatisticsComparison", "StatisticsSummary", "UsageError", "Verification", "__version__", "ask", "calibrate",
+    "Answer", "BlockDone", "BlockStep", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult",
+    "CaseOptions", "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding",
+    "GlmqError", "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassPlan", "PassStarted",
+    "PassTime", "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "RunPlanned",
+    "StatisticsComparison", "StatisticsSummary", "StepPlan", "UsageError", "Verification", "__version__", "ask", "calibrate",
     "compare", "compare_statistics", "compress", "inspect", "quantize", "restore", "verify",
 ]  # fmt: skip
 

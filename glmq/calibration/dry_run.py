@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import Convergence, convergence_order
+from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.manifest import MANIFEST, SampleTokens, SiteShape, field_specs, site_entry
 from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
@@ -21,14 +22,16 @@ from glmq.model.config import ModelConfig
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
-from glmq.numerics.moments import BINS, InputAccumulator
-from glmq.progress import Stopwatch
+from glmq.numerics.moments import BINS, InputAccumulator, InputStats
+from glmq.progress import StepPlan, Stopwatch
 from glmq.ranks import Place, Ranks
 
 NO_DIGEST: Final = "0" * 32
 """As long as a checksum."""
 PROCESS_BYTES: Final = 430 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
+USUAL_RATE: Final = 1e10
+"""Weights times tokens a second."""
 TOKEN_TEXT: Final = 16
 """Bytes in the manifest that the text of a generated token takes at most, on average."""
 WIDE_COPIES: Final = 3
@@ -59,6 +62,20 @@ class CalibrationPlan:
     """Hidden states that lie beside them while it runs, for a resume."""
     peak_bytes: int
     """Estimated resident memory."""
+    patches: int
+    """Of all images."""
+    encoding_seconds: float
+    """Time that reading all samples has taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationTrial:
+    """What one sample shows that has gone through one block of each tower."""
+
+    steps: tuple[StepPlan, ...]
+    """The time that each block of the calibration takes, scaled to all samples."""
+    inputs: Mapping[str, InputStats]
+    """Statistics of the first text layer's inputs over that sample, by site."""
 
 
 def plan_calibration(
@@ -84,7 +101,9 @@ def plan_calibration(
     if settings.generate is not None:
         longest = GeneratedAnswer((config.vocab_size,) * settings.generate, " " * TOKEN_TEXT * settings.generate)
         samples = [sample if sample.answer else replace(sample, generated=longest) for sample in samples]
+    started = time.perf_counter()
     sizes = _sizes(convergence_order(samples), preprocessor, read)
+    encoding = time.perf_counter() - started
     sink = StatsWriter(Path(), source.fingerprint(), samples, settings)
     files = []
     for block in config.family.blocks(config):
@@ -103,63 +122,102 @@ def plan_calibration(
         output_bytes=sum(count for _, count in files),
         work_bytes=2 * _state_bytes(config, sizes, element_bytes),  # the new ones are there before the old ones go
         peak_bytes=PROCESS_BYTES + _peak_beside_process(config, settings, sizes, element_bytes),
+        patches=sum(size.patches for size in sizes),
+        encoding_seconds=encoding,
     )
 
 
-def estimate_seconds(
-    model: StreamedModel, samples: Sequence[Sample], preprocessor: Preprocessor, settings: Settings
-) -> float:
-    """Run one sample through one block of each tower and scale: seconds that the whole calibration takes.
+def try_calibration(
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    preprocessor: Preprocessor,
+    settings: Settings,
+    plan: CalibrationPlan,
+) -> CalibrationTrial:
+    """Run one sample through one block of each tower and scale: the seconds that each block of the calibration takes.
 
-    Time is taken to grow with the blocks and with the tokens (patches) of all samples; the sample is the one with most tokens.
+    Time is taken to grow with the tokens (patches) of all samples; the sample is the one with most tokens among those with an
+    image, or among all where none has one.
     """
-    started = time.perf_counter()
-    encoded = (_encode(sample, preprocessor) for sample in samples)  # one at a time: their pixels fill memories
-    chosen = next(encoded)
-    patches, tokens = _patches(chosen), chosen.tokens
-    for inputs in encoded:
-        chosen = max(chosen, inputs, key=lambda one: one.tokens)
-        patches, tokens = patches + _patches(inputs), tokens + inputs.tokens
-    encoding = time.perf_counter() - started
-    total, config = encoding, model.config
-    vision: BlockCall | None = None
-    if chosen.pixel_values is not None:
-        share = patches / _patches(chosen)
-        read, run, vision = _time_vision_start(model, chosen)
-        total += read + share * run
-        read, run = _time_block(model, config.family.vision_block(config, 0), vision, settings)
-        total += config.vision_depth * (read + share * run)
-    started = time.perf_counter()
-    with model.placed(*(() if vision is None else config.family.vision_tail)), model.embedding_rows(chosen.ids):
-        read, started = time.perf_counter() - started, time.perf_counter()
-        call = model.text_call(chosen, vision)
-        total += read + (time.perf_counter() - started) * tokens / chosen.tokens
-    read, run = _time_block(model, config.family.text_block(config, 0), call, settings)
-    return total + config.layers * (read + run * tokens / chosen.tokens)
+    config, family = model.config, model.config.family
+    sizes = {size.name: size.tokens for size in plan.samples}
+    chosen = max(samples, key=lambda one: (one.image is not None, sizes[one.name]))
+    inputs = _encode(chosen, preprocessor)
+    shares = plan.patches / max(_patches(inputs), 1), sum(sizes.values()) / inputs.tokens
+    start, block, vision = 0.0, 0.0, None
+    if inputs.pixel_values is not None:
+        start, vision = _time_vision_start(model, inputs, shares[0])
+        start += plan.encoding_seconds
+        block, _ = _time_block(model, family.vision_block(config, 0), vision, settings, shares[0])
+    merger, call = _time_merger(model, inputs, vision, shares[1])
+    layer, inputs_seen = _time_block(model, family.text_block(config, 0), call, settings, shares[1])
+    steps = [StepPlan(b.name, "vision", block) for b in family.vision_blocks(config)[:-1]]
+    if steps:
+        steps[0] = replace(steps[0], seconds=block + start)
+    steps.append(StepPlan(family.merger_block(config).name, "merger", merger))
+    steps += [StepPlan(b.name, "text", layer) for b in family.text_blocks(config)]
+    # The head is not run: its input is one of a layer's four.
+    steps.append(StepPlan(family.lm_head, "head", layer / 4))
+    return CalibrationTrial(tuple(steps), inputs_seen)
 
 
-def _time_vision_start(model: StreamedModel, inputs: ModelInputs) -> tuple[float, float, BlockCall]:
+def guess_steps(config: ModelConfig, plan: CalibrationPlan) -> tuple[StepPlan, ...]:
+    """The same without a trial, for small models: by the size of the blocks and the rate of a small machine."""
+    tokens = sum(sample.tokens for sample in plan.samples)
+    return tuple(
+        StepPlan(
+            block.name,
+            kind,
+            sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
+            * (plan.patches if kind == "vision" else 0 if kind == "head" else tokens)
+            / USUAL_RATE,
+        )
+        for block in config.family.blocks(config)
+        for kind in (config.family.kind_of(block.name),)
+    )
+
+
+def _time_vision_start(model: StreamedModel, inputs: ModelInputs, share: float) -> tuple[float, BlockCall]:
     started = time.perf_counter()
     with model.placed(*model.config.family.vision_stem):
         read, started = time.perf_counter() - started, time.perf_counter()
         call = model.vision_call(inputs)
-        return read, time.perf_counter() - started, call
+        return read + share * (time.perf_counter() - started), call
 
 
-def _time_block(model: StreamedModel, block: Block, call: BlockCall, settings: Settings) -> tuple[float, float]:
-    """Seconds to read a block, and to run it over one call with statistics."""
+def _time_merger(
+    model: StreamedModel, inputs: ModelInputs, vision: BlockCall | None, share: float
+) -> tuple[float, BlockCall]:
+    started = time.perf_counter()
+    with model.placed(*(() if vision is None else model.config.family.vision_tail)), model.embedding_rows(inputs.ids):
+        read, started = time.perf_counter() - started, time.perf_counter()
+        call = model.text_call(inputs, vision)
+        return read + share * (time.perf_counter() - started), call
+
+
+def _time_block(
+    model: StreamedModel, block: Block, call: BlockCall, settings: Settings, share: float
+) -> tuple[float, dict[str, InputStats]]:
+    """Seconds of a block: to read it, to run it with statistics over `share` times as much as one call, to finish these."""
     accumulators = {
         group.site: InputAccumulator(
             group.site, group.width, with_moment=has_moment(group, model.config, wide_moments=settings.wide_moments)
         )
         for group in block.groups
     }
-    watched = Watch(block, accumulators, Ranks(Place(0, 1)), Stopwatch(), keep_rows=1, own=1)
+    ranks = Ranks(Place(0, 1))
+    watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=1, own=1)
+    layer = LayerWatch(block, model.config, ranks, Stopwatch())
     started = time.perf_counter()
-    with model.placed(block.name), watched.hooked(model):
+    with model.placed(block.name), watched.hooked(model), layer.hooked(model):
         read, started = time.perf_counter() - started, time.perf_counter()
-        call.hidden = model.replay(block.name, call)
-        return read, time.perf_counter() - started
+        hidden = model.replay(block.name, call)
+        layer.take_turn()
+        run, started = time.perf_counter() - started, time.perf_counter()
+        layer.finish(model)
+    seen = {stats.name: stats for stats, _ in watched.finish()}
+    call.hidden = hidden
+    return read + share * run + time.perf_counter() - started, seen
 
 
 def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:

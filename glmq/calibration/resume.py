@@ -26,7 +26,7 @@ from glmq.calibration.samples import GeneratedAnswer
 from glmq.calibration.stats import StoredBlock
 from glmq.checkpoint.checksums import file_checksum
 from glmq.checkpoint.contents import ContentDigests
-from glmq.checkpoint.journal import NAME, Journal
+from glmq.checkpoint.journal import NAME, NO_OPTIONS, Journal
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.family import Family
@@ -61,6 +61,7 @@ class CalibrationJournal:
         source: the float checkpoint; its `contents` are set.
         family: that it belongs to.
         ranks: the processes that share the samples.
+        options: what the user chose, by option.
 
     Raises:
         UsageError: the interrupted run had other settings.
@@ -68,10 +69,17 @@ class CalibrationJournal:
     """
 
     def __init__(
-        self, work: Path, out: Path, settings: Mapping[str, str], source: Checkpoint, family: Family, ranks: Ranks
+        self,
+        work: Path,
+        out: Path,
+        settings: Mapping[str, str],
+        source: Checkpoint,
+        family: Family,
+        ranks: Ranks,
+        options: Mapping[str, str] = NO_OPTIONS,
     ) -> None:
         self._work, self._out, self._source, self._ranks = work, out, source, ranks
-        self._journal = Journal(work, settings, writes=ranks.place.is_first)
+        self._journal = Journal(work, settings, writes=ranks.place.is_first, options=options)
         self.is_resumed: Final = bool(self._journal.finished)
         self.note = ""
         """What of the interrupted run is lost, as a sentence for the user; empty if nothing is."""

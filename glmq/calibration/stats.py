@@ -227,6 +227,16 @@ class Statistics:
                 "--calib-samples to use them as they are, or run `glmq calibrate` again"
             )
 
+    def settings(self) -> Settings:
+        """What they depend on, beside the model and the samples."""
+        pixels, generate = self.manifest.get("max_pixels"), self.manifest.get("generate")
+        return Settings(
+            str(self.manifest.get("compute_dtype")),
+            pixels if isinstance(pixels, int) else None,
+            self.manifest.get("wide_moments") is True,
+            generate if isinstance(generate, int) else None,
+        )
+
     def check_settings(self, *, compute_dtype: str | None, max_pixels: int | None) -> None:
         """Raise StatisticsError unless they were taken with these settings; None accepts any."""
         wanted = {"compute_dtype": ("--compute-dtype", compute_dtype), "max_pixels": ("--max-pixels", max_pixels)}

@@ -25,7 +25,7 @@ from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.moments import InputAccumulator
-from glmq.progress import Stopwatch, resident_bytes
+from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
 from glmq.ranks import Ranks
 from glmq.records import BlockDone
 
@@ -43,6 +43,7 @@ def calibrate_checkpoint(
     settings: Settings,
     journal: CalibrationJournal,
     ranks: Ranks,
+    step: Step = no_step,
 ) -> Iterator[BlockDone]:
     """Run the samples through the model, one block in memory at a time, and write the statistics of every linear input.
 
@@ -61,6 +62,7 @@ def calibrate_checkpoint(
         settings: of this run.
         journal: of the same checkpoint; finished blocks of an interrupted run are in it.
         ranks: the processes that share the samples.
+        step: is told when a block begins, and how many of this rank's samples have gone through it.
 
     Yields:
         A record after each block.
@@ -73,6 +75,7 @@ def calibrate_checkpoint(
     """
     clock = Stopwatch()
     run = _Run(model, convergence_order(samples), preprocessor, sink, settings, ranks, clock)
+    run.step = step
     for block in journal.finished:
         sink.restore(block.stored.inputs)
     first = len(journal.finished)
@@ -102,10 +105,11 @@ def _steps(run: _Run, journal: CalibrationJournal) -> Iterator[tuple[str, Stored
     if 0 < first <= depth:
         journal.load_states(calls)
     for index in range(first, depth):
-        block = family.vision_block(config, index)
+        block, run.index = family.vision_block(config, index), index
         run.prefetch(family.vision_block(config, index + 1) if index + 1 < depth else family.merger_block(config))
         stored = run.replay_block(block, calls)
         yield block.name, stored, calls
+    run.index = depth
     # On a resume past this point the text calls are made anew, but for their hidden states, which come from the folder.
     stored, calls = run.start_text(calls, watch=first <= depth)
     if first <= depth:
@@ -114,6 +118,7 @@ def _steps(run: _Run, journal: CalibrationJournal) -> Iterator[tuple[str, Stored
         journal.load_states(calls)
     blocks = family.text_blocks(config)[max(0, first - depth - 1) :]
     for block, after in zip(blocks, (*blocks[1:], None)):
+        run.index = depth + 1 + config.layers - len(blocks) + blocks.index(block)
         if after is not None:
             run.prefetch(after)
         stored = run.replay_block(block, calls)
@@ -147,6 +152,10 @@ class _Run:
         self._read: dict[int, ModelInputs] = {}
         """By sample with an image: its inputs, without pixels, from the vision tower to the text layers."""
         self._keep_rows = max(1, SAMPLE_ROWS // len(samples))
+        self.step: Step = no_step
+        """Is told how far the block is that is under way."""
+        self.index = 0
+        """Of that block."""
 
     def start_vision(self) -> Calls:
         """The first vision block's call of every sample with an image."""
@@ -168,7 +177,9 @@ class _Run:
         tokens: dict[int, int] = {}
         parts = self._family.vision_tail if vision_calls else ()
         with self._placed(*parts), watched.hooked(model) if watch else nullcontext():
-            for index in self._turns:
+            for done, index in enumerate(self._turns):
+                if watch:
+                    self._tell(block, done, len(self._turns), done / len(self._turns))
                 if watch and index not in vision_calls:
                     watched.skip_turn()
                 if index in self._own:
@@ -191,13 +202,16 @@ class _Run:
         model, watched = self.model, self._watch(block)
         layer = LayerWatch(block, model.config, self._ranks, self._clock)
         stage = "forward" if block.name.startswith(self._family.text) else "vision"
+        tokens, passed, done = sum(map(_tokens, calls.values())), 0, 0
         with self._placed(*([block.name] if calls else [])), watched.hooked(model), layer.hooked(model):
             for index in self._turns:
                 if index in calls:
+                    self._tell(block, done, len(calls), passed / tokens)
                     with self._clock.stage(stage), self._blaming(self._samples[index]):
                         calls[index].hidden = model.replay(block.name, calls[index])
                         _check_finite(calls[index].hidden, block.name)
                     self._clock.count(stage, flops=_flops(block, _tokens(calls[index])))
+                    passed, done = passed + _tokens(calls[index]), done + 1
                 else:
                     watched.skip_turn()
                 layer.take_turn()
@@ -217,6 +231,9 @@ class _Run:
                 else:
                     watched.skip_turn()
         return self._write(block, watched)
+
+    def _tell(self, block: Block, done: int, parts: int, share: float) -> None:
+        self.step(BlockStep(block.name, self.index, done, parts, "samples", share))
 
     def prefetch(self, block: Block) -> None:
         """Have the block's weights read ahead."""

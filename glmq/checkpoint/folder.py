@@ -17,6 +17,7 @@ from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode, sync_direc
 from glmq.checkpoint.filesystem import exchange, is_writable, rename_new
 from glmq.checkpoint.json_file import json_bytes, read_json_object, write_whole
 from glmq.checkpoint.lock import FolderLock
+from glmq.checkpoint.run_note import RunNote, write_note
 from glmq.checkpoint.workplace import (
     REPLACED,
     RESULT,
@@ -54,6 +55,7 @@ class OutputFolder:
         overwrite: a non-empty `target` is replaced at `finish`, and stays untouched until then.
         resume: continue in the work folder of an interrupted run.
         work_dir: where the work folder lies, if not beside the target; from another file system the result is copied.
+        run: is noted in the work folder.
 
     Raises:
         UsageError: see `check_place`.
@@ -61,7 +63,15 @@ class OutputFolder:
         NoLocksError: on entering, nothing can keep another run out.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool, resume: bool = False, work_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        target: Path,
+        *,
+        overwrite: bool,
+        resume: bool = False,
+        work_dir: Path | None = None,
+        run: RunNote | None = None,
+    ) -> None:
         check_place(target, overwrite=overwrite, resume=resume, work_dir=work_dir)
         self.target: Final = target
         self._places = Workplace.of(target, work_dir)
@@ -69,7 +79,7 @@ class OutputFolder:
         """The work folder, for what is needed on the way: it goes when the output is in its place."""
         self.path: Final = self.work / RESULT
         """Where to write the output until `finish`."""
-        self._overwrite, self._resume = overwrite, resume
+        self._overwrite, self._resume, self._run = overwrite, resume, run
         self._lock: FolderLock | None = None
         self._before = Contents(None, ())
         self._is_in_place = False
@@ -133,6 +143,8 @@ class OutputFolder:
                 remove_work(work)
         (self.work / WHOLE).unlink(missing_ok=True)  # from here on the result changes
         make_work(self.work)
+        if self._run is not None:
+            write_note(self.work, self._run, self._places.place, self._places.locks())
 
     def _look(self) -> Contents:
         return look(self._places.place, self._places.contents())

@@ -2,6 +2,7 @@
 
 .{name}.partial             the work folder, normally beside the output
     .glmq-work              marks it as glmq's; without it nothing here is touched
+    run.json                which run it is of
     journal.jsonl           what is finished, for a resume
     result/                 what gets the output's name at the end
     result.json             `result` is whole, and is being put in its place: what that takes back if it is interrupted
@@ -17,7 +18,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -328,4 +329,13 @@ def stored_bytes(target: Path, work_dir: Path | None = None) -> int:
     work = Workplace.of(target, work_dir).work
     if owner_of(work) is not Owner.GLMQ:
         return 0
-    return sum(path.lstat().st_blocks * 512 for path in work.rglob("*"))
+    return taken_bytes(work)
+
+
+def taken_bytes(work: Path) -> int:
+    """What a folder takes on the disk; holes in files take nothing. A run may be at work in it."""
+    total = 0
+    for path in work.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * 512
+    return total

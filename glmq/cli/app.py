@@ -13,6 +13,7 @@ import typer
 from glmq.cann import AUTOLOAD
 from glmq.cli.ask import ask
 from glmq.cli.calibrate import calibrate
+from glmq.cli.clean import clean
 from glmq.cli.command import CONTEXT, GlmqCommand, GlmqGroup
 from glmq.cli.compress import compress
 from glmq.cli.demo import demo
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (calibrate, quantize, compress, inspect, verify, ask, demo, doctor):
+for command in (calibrate, quantize, compress, inspect, verify, ask, demo, doctor, clean):
     app.command(cls=GlmqCommand, context_settings=CONTEXT)(command)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
@@ -48,7 +47,9 @@ def calibrate(
     dump_config: o.DumpConfig = False,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
     log_file: o.LogFile = None,
+    events: o.Events = None,
     debug: o.Debug = False,
 ) -> None:
     """Run calibration samples through the float model, one block in memory at a time, and keep the statistics.
@@ -59,7 +60,8 @@ def calibrate(
     """
     from glmq.cli.console import showing, stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import print_json, samples_table, show_calibration_plan, times_json
+    from glmq.cli.render import is_settled, print_json, show_calibration, show_calibration_plan, times_json
+    from glmq.cli.stopped import resuming_command
     from glmq.jobs.calibrate import CalibrationOptions, forecast_calibration, run_calibration
     from glmq.ranks import read_place
 
@@ -82,23 +84,28 @@ def calibrate(
         chat_template=chat_template,
     )
     if dry_run:
-        with ProgressView(quiet=quiet or json_output) as view:
+        with ProgressView(quiet=quiet or json_output, verbose=verbose, events=events, verb="calibrate") as view:
             forecast = forecast_calibration(model_path, stats, chosen, overwrite=overwrite, watch=view)
         show_calibration_plan(forecast, stats, as_json=json_output)
         return
-    with ProgressView(quiet=quiet or json_output) as view:
-        result = run_calibration(model_path, stats, chosen, overwrite=overwrite, resume=resume, watch=view)
+    with ProgressView(quiet=quiet or json_output, verbose=verbose, events=events, verb="calibrate") as view:
+        result = run_calibration(
+            model_path, stats, chosen, overwrite=overwrite, resume=resume, watch=view, command=resuming_command()
+        )
     if not read_place().is_first:
         return
     with showing(stats):
         if json_output:
-            print_json({**result.statistics.manifest, "folder": str(stats), "passes": times_json(result.times)})
+            print_json(
+                {
+                    **result.statistics.manifest,
+                    "folder": str(stats),
+                    "passes": times_json(result.times),
+                    "seconds": result.seconds,
+                    "settled": is_settled(result.settled),
+                }
+            )
         elif quiet:
             stdout.print(str(stats), soft_wrap=True)
         else:
-            stdout.print(samples_table(result.statistics.samples()))
-            stdout.print(f"Statistics: {stats}", soft_wrap=True)
-            stdout.print(
-                f"Next: glmq quantize --model_path {quote(str(model_path))} --stats {quote(str(stats))} --save_directory ...",
-                soft_wrap=True,
-            )
+            show_calibration(result, model_path, verbose=verbose)

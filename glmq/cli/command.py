@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
 from glmq.cli.presets import defaults_of
+from glmq.cli.stopped import describe_rest, describe_stop, find_unfinished, remember_command, resuming_command
 from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, MemoryShortError, SpaceError, UnreadableError, UsageError
 from glmq.machine import is_out_of_memory, logging_to
 from glmq.quoting import visible
@@ -53,6 +54,11 @@ EXIT_CODES: Final = (
     "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage, 3 verify found problems, 4 bad input "
     "(model, images, statistics), 5 disk, memory or device missing, 130 Ctrl-C, 143 terminated."
 )
+
+
+NOTHING_MORE: Final[Mapping[str, object]] = {}
+ARGUMENTS: Final = "glmq.arguments"
+"""Key of a context's `meta`: the arguments as they were typed."""
 
 
 class Terminated(BaseException):
@@ -97,6 +103,9 @@ class GlmqCommand(TyperCommand):
         if HELP_ALL in map(_dashed, args):
             typer.echo(self._help(ctx, everything=True), nl=False)
             raise typer.Exit
+        ctx.meta[ARGUMENTS] = list(args)
+        can_resume = any(isinstance(param, TyperOption) and param.name == "resume" for param in self.params)
+        remember_command(ctx.command_path.split(), args, can_resume=can_resume)
         with usage_errors(args, ctx.command_path):
             args = _spell_dtypes(_spell_booleans(args, self.params))
             file = _value_of("--config", args)
@@ -127,23 +136,19 @@ class GlmqCommand(TyperCommand):
             typer.echo(dump_config(ctx.params), nl=False)
             raise typer.Exit
         json_wanted, debug = bool(ctx.params.get("json_output")), bool(ctx.params.get("debug"))
-        can_resume = "resume" in ctx.params
-        left = (
-            "--resume continues after the last finished block" if can_resume else "nothing half-written was left behind"
-        )
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             _check_process()
             with _logged(ctx.params.get("log_file")):
                 return super().invoke(ctx)
         except GlmqError as error:
-            _complain(error.code, str(error), json_wanted, debug)
+            _complain(error.code, _as_spelled(str(error), ctx.meta[ARGUMENTS]), json_wanted, debug)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            _complain(INTERRUPTED, f"stopped by Ctrl-C; {left}", json_wanted, debug)
+            _say_stopped(INTERRUPTED, "Ctrl-C", ctx.params, json_wanted, debug)
             raise typer.Exit(130) from error
         except Terminated as error:
-            _complain(TERMINATED, f"stopped by SIGTERM; {left}", json_wanted, debug)
+            _say_stopped(TERMINATED, "SIGTERM", ctx.params, json_wanted, debug)
             raise typer.Exit(143) from error
         except BrokenPipeError:
             # The reader of our output went away, as `| head` does.
@@ -186,10 +191,16 @@ def _usage_sentence(message: str, args: Sequence[str]) -> str:
         if colon and re.fullmatch(words, said):
             found = _value_of(option, [_dashed(arg) for arg in args])
             sentence = f"{option}{'' if found is None else f' {found}'}: {re.sub(words, wanted, said)}"
+    return _as_spelled(sentence, args).rstrip(".")
+
+
+def _as_spelled(sentence: str, args: Sequence[str]) -> str:
+    """The sentence with each option as the user spelled it: with underscores or hyphens."""
     for arg in args:
         spelled = arg.partition("=")[0]
-        if spelled.startswith("--") and "_" in spelled:
-            sentence = re.sub(rf"{re.escape(spelled.replace('_', '-'))}\b", spelled, sentence)
+        if spelled.startswith("--"):
+            either = re.sub("[-_]", "[-_]", spelled[2:])
+            sentence = re.sub(rf"--{either}(?![-_\w])", spelled, sentence)
     return sentence
 
 
@@ -298,16 +309,30 @@ def _spell_dtypes(args: Sequence[str]) -> list[str]:
     return rewritten
 
 
-def _complain(code: str, message: str, json_wanted: bool, debug: bool) -> None:
-    """One sentence on stderr, or an object on stdout with --json; the traceback first with --debug."""
+def _complain(
+    code: str, message: str, json_wanted: bool, debug: bool, more: Mapping[str, object] = NOTHING_MORE
+) -> None:
+    """One sentence on stderr, or an object on stdout with --json, with `more` in it; the traceback first with --debug."""
     if debug:
         traceback.print_exc()
     message = visible(message)
     if json_wanted:
-        typer.echo(json.dumps({"error": {"code": code, "message": message}}, sort_keys=True))
+        typer.echo(json.dumps({"error": {"code": code, "message": message, **more}}, sort_keys=True))
     else:
         typer.secho(f"error[{code}]: ", fg="red", bold=True, err=True, nl=False)
         typer.echo(message, err=True)
+
+
+def _say_stopped(code: str, by: str, params: Mapping[str, object], json_wanted: bool, debug: bool) -> None:
+    """How far the run came, where its unfinished output lies, and the command that continues it."""
+    left = find_unfinished(params) if resuming_command() else []
+    message, rest = describe_stop(by, left), describe_rest(left)
+    unfinished = [{"path": str(one.path), "bytes": one.nbytes} for one in left]
+    more = {"unfinished": unfinished, "resume": resuming_command()} if left else {}
+    _complain(code, message, json_wanted, debug, more)
+    if not json_wanted:
+        for line in rest:
+            typer.echo(visible(line), err=True)
 
 
 def _raise_terminated(_: int, __: FrameType | None) -> None:

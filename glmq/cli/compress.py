@@ -129,6 +129,7 @@ def compress(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     log_file: o.LogFile = None,
+    events: o.Events = None,
     debug: o.Debug = False,
 ) -> None:
     """Compress W8A8S weights to W8A8SC for the Atlas 300I Duo, one part per tensor-parallel rank.
@@ -167,25 +168,25 @@ def compress(
             "--decompress: takes no --tp, --codec, --layout or --save_split_w8a8s_dir, the folder says what it is; "
             "leave them out"
         )
-    with ProgressView(quiet=quiet or json_output) as view:
-        if decompress and dry_run:
-            planned = restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, dry_run=True)
-            show_restoration_plan(planned, target, as_json=json_output)
-            return
+    options = CompressionOptions(executor, Engine(layout), jobs, work_dir, save_split_w8a8s_dir)
+    job = CompressionJob(source, target, tp, codec, options)
+    if decompress and dry_run:
+        planned = restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, dry_run=True)
+        show_restoration_plan(planned, target, as_json=json_output)
+        return
+    with ProgressView(quiet=quiet or json_output, verbose=verbose, events=events, verb="compress") as view:
         if decompress:
-            show_restored(
-                restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, watch=view),
-                as_json=json_output,
-                quiet=quiet,
-            )
-            return
-        options = CompressionOptions(executor, Engine(layout), jobs, work_dir, save_split_w8a8s_dir)
-        job = CompressionJob(source, target, tp, codec, options)
-        if dry_run:
+            restored = restore(source, out=target, jobs=jobs, overwrite=overwrite, work_dir=work_dir, watch=view)
+        elif dry_run:
             plan = forecast_compression(job, overwrite=overwrite, watch=view)
-            show_compression_plan(plan, target, as_json=json_output, verbose=verbose)
-            return
-        result = run_compression(job, overwrite=overwrite, watch=view)
+        else:
+            result = run_compression(job, overwrite=overwrite, watch=view)
+    if decompress:
+        show_restored(restored, as_json=json_output, quiet=quiet)
+        return
+    if dry_run:
+        show_compression_plan(plan, target, as_json=json_output, verbose=verbose)
+        return
     if not read_place().is_first:
         return
     with showing(result.folder):

@@ -23,7 +23,7 @@ else:
 MAX_BYTES: Final = 1_000_000
 """Of a file of options; more is none."""
 NOT_IN_FILES: Final = frozenset(
-    {"config", "dump_config", "help", "debug", "log_file", "json_output", "quiet", "verbose", "dry_run"}
+    {"config", "dump_config", "help", "debug", "log_file", "events", "json_output", "quiet", "verbose", "dry_run"}
 )
 """Options of one run, not of a recipe."""
 

@@ -65,7 +65,7 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
         )
         recipe = glmq.Recipe.w8a8s(sigma=3.0, dtype="fp16")
         result = glmq.quantize(model, stats, out=quantized, recipe=recipe, overwrite=overwrite, watch=view)
-        show_quantization(result, verbose=False)
+        show_quantization(result, model, verbose=False)
         _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
         compression = glmq.compress(quantized, out=packed, tp=1, codec="portable", overwrite=overwrite, watch=view)
         stdout.print(size_table(compression.sizes, compression.codec, compression.world))

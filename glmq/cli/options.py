@@ -193,6 +193,14 @@ LogFile = Annotated[
         rich_help_panel=RUN,
     ),
 ]
+Events = Annotated[
+    Path | None,
+    typer.Option(
+        "--events",
+        help="Append what happens to this file as JSON lines, for programs that watch the run.",
+        rich_help_panel=RUN,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks.", rich_help_panel=RUN)]
 
 _SIZE = re.compile(r"([0-9]{1,15})\s*(GB|MB|GiB|MiB)?", re.IGNORECASE)

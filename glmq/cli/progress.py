@@ -1,144 +1,239 @@
-"""The events of a run, drawn on stderr: a bar where it is a terminal, plain lines where not, and the notes."""
+"""The events of a run, drawn on stderr: two lines that move on a terminal, time-stamped lines elsewhere; and the notes."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal
+from typing import Final
 
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
 
 from glmq.cli.console import stderr
-from glmq.cli.render import MIB, size
-from glmq.progress import Event, Note, PassDone, PassStarted
+from glmq.cli.events import EventFile
+from glmq.cli.remaining import Remaining
+from glmq.cli.render import MIB, duration, size
+from glmq.cli.stopped import remember_reached
+from glmq.model.config import FAMILY
+from glmq.progress import BlockStep, Event, Note, PassDone, PassStarted, RunPlanned
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
-RECENT_BLOCKS: Final = 8
-"""The remaining time is estimated from the last few blocks: early ones (vision) differ from later ones (text)."""
-BYTE_LINES: Final = 20
-"""Lines of a pass over bytes where stderr is no terminal."""
+LINE_SECONDS: Final = 10.0
+"""Between two lines of one pass where stderr is no terminal."""
+SHORTEST: Final = 0.5
+"""Seconds left that are still told."""
+REFRESHES: Final = 8
+"""A second, of the two lines on a terminal."""
 
 
 class ProgressView:
-    """Draws the events that it is called with. A context manager, so that no bar is left when a run fails.
+    """Draws the events that it is called with. A context manager, so that nothing goes on moving when a run fails.
 
     Args:
         quiet: draw nothing.
+        verbose: say of each pass where its time went.
+        events: file that the events are appended to as JSON lines; None: none.
+        verb: the command, for that file.
+        clock: seconds.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    def __init__(
+        self,
+        *,
+        quiet: bool,
+        verbose: bool = False,
+        events: Path | None = None,
+        verb: str = "",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._quiet, self._verbose, self._clock = quiet, verbose, clock
+        self._file = _open_events(events, verb)
+        self._remaining = Remaining(clock)
         self._pass = PassStarted("", "blocks", 0)
-        self._started = 0.0
-        self._recent: deque[float] = deque(maxlen=RECENT_BLOCKS)
-        self._bytes_done = 0
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._done = 0
+        """Of the pass, in its unit."""
+        self._at = ""
+        """What is under way in it."""
+        self._resident_bytes = 0
+        self._line_due = 0.0
+        self._shown_share = 0.0
+        self._live: Live | None = None
+        self._spinner = Spinner("line" if stderr.options.ascii_only else "dots")
 
     def __enter__(self) -> ProgressView:
+        self._move()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_bar()
+        self._stop()
+        if error is not None:
+            remember_reached(self.reached())
+        if self._file is not None:
+            self._file.close(error, elapsed=self._remaining.elapsed())
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""
+        self._remaining.see(event)
+        self._remember(event)
+        if self._file is not None:
+            self._file.write(event, elapsed=self._remaining.elapsed(), left=self._remaining.left())
         if self._quiet:
             return
         match event:
             case PassStarted():
-                self._start(event)
-            case BlockDone():
-                self._show_block(event)
-            case BytesDone():
-                self._show_bytes(event)
+                self._start()
+            case BlockDone() | BytesDone():
+                self._line()
             case PassDone():
-                self._stop_bar()
-                for line in done_lines(event, self._pass.unit):
-                    stderr.print(line, soft_wrap=True)
+                self._stop()
+                for line in done_lines(event, self._pass.unit, verbose=self._verbose):
+                    self._say(line)
             case Note():
                 stderr.print(event.text, soft_wrap=True)
+            case BlockStep() | RunPlanned():
+                pass
 
-    def _start(self, started: PassStarted) -> None:
-        self._pass, self._started, self._bytes_done = started, time.perf_counter(), 0
-        self._recent.clear()
-        # rich takes FORCE_COLOR for a terminal, so ask the stream too before drawing a live bar; TERM=dumb can show none.
-        if sys.stderr.isatty() and stderr.is_interactive:
-            columns: list[ProgressColumn] = [
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[count]}  {task.fields[left]}  {task.fields[memory]}"),
-            ]
-            self._bar = Progress(*columns, console=stderr, transient=True)
-            count = self._count(0)
-            self._task = self._bar.add_task(started.title, total=started.total, count=count, left="", memory="")
-            self._bar.start()
+    def reached(self) -> str:
+        """How far the run has come: `calibrate (pass 1 of 3): 12 of 66 blocks are finished`; empty before the first pass."""
+        return f"{self._title()}: {self._count()} are finished" if self._pass.title else ""
 
-    def _stop_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+    def _remember(self, event: Event) -> None:
+        match event:
+            case PassStarted():
+                self._pass, self._done, self._at = event, event.done, ""
+            case BlockStep():
+                parts = f", {event.what.removesuffix('s')} {event.done + 1} of {event.parts}"
+                self._at = FAMILY.short_name(event.name) + parts
+            case BlockDone():
+                self._done, self._at = event.index + 1, FAMILY.short_name(event.name)
+                self._resident_bytes = event.resident_bytes
+            case BytesDone():
+                self._done, self._at = self._done + event.nbytes, FAMILY.short_name(event.name)
+                self._resident_bytes = event.resident_bytes
+            case _:
+                pass
 
-    def _count(self, done: int) -> str:
+    def _start(self) -> None:
+        self._move()
+        if self._live is None:
+            self._line_due = self._clock() + LINE_SECONDS
+            place = self._remaining.place
+            words = ", about {} for the whole run" if place is not None and place[0] == 1 else ", about {} left"
+            self._say(f"{self._title()}: {self._count_all()}{self._times(words)}")
+
+    def _move(self) -> None:
+        """Begin to draw what moves, where it can be seen."""
+        if self._live is None and not self._quiet and _is_moving():
+            self._live = Live(
+                get_renderable=self._draw, console=stderr, transient=True, refresh_per_second=REFRESHES
+            )  # fmt: skip
+            self._live.start(refresh=True)
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line(self) -> None:
+        if self._live is not None or self._clock() < self._line_due:
+            return
+        self._line_due = self._clock() + LINE_SECONDS
+        share = f"{self._remaining.share():.0%}, {duration(self._remaining.elapsed())} gone"
+        memory = f"{self._resident_bytes / MIB:.0f} MiB"
+        self._say(f"{self._title()}: {self._count()}, {self._at}; {share}{self._times(', about {} left')}, {memory}")
+
+    def _say(self, line: str) -> None:
+        """A line of progress; with the time where there may be hours between two, and nobody looks on."""
+        stamp = "" if _is_moving() else f"{datetime.now():%H:%M:%S} "
+        stderr.print(stamp + line, soft_wrap=True)
+
+    def _title(self) -> str:
+        place = self._remaining.place
+        return self._pass.title if place is None else f"{self._pass.title} (pass {place[0]} of {place[1]})"
+
+    def _count(self) -> str:
         if self._pass.unit == "bytes":
-            return f"{size(done)} of {size(self._pass.total)}"
-        return f"{done}/{self._pass.total} {self._pass.unit}"
+            return f"{size(self._done)} of {size(self._pass.total)}"
+        return f"{self._done} of {self._pass.total} {self._pass.unit}"
 
-    def _show_block(self, block: BlockDone) -> None:
-        self._recent.append(block.seconds)
-        left = f"{(block.total - block.index - 1) * sum(self._recent) / len(self._recent):.0f} s left"
-        memory = f"{block.resident_bytes / MIB:.0f} MiB"
-        if self._bar is not None:
-            self._bar.update(
-                self._task,
-                total=block.total,
-                completed=block.index + 1,
-                count=self._count(block.index + 1),
-                left=left,
-                memory=memory,
-            )
-        else:
-            stderr.print(
-                f"{self._pass.title}: {block.index + 1}/{block.total} {block.name} {block.seconds:.1f} s, {left}, {memory}",
-                soft_wrap=True,
-            )
+    def _count_all(self) -> str:
+        rest = f", {self._pass.done} of them finished before" if self._pass.done else ""
+        if self._pass.unit == "bytes":
+            return size(self._pass.total)
+        return f"{self._pass.total} {self._pass.unit}{rest}"
 
-    def _show_bytes(self, step: BytesDone) -> None:
-        total = max(self._pass.total, 1)
-        line_before, self._bytes_done = self._bytes_done * BYTE_LINES // total, self._bytes_done + step.nbytes
-        seconds = time.perf_counter() - self._started
-        left = f"{seconds * (self._pass.total - self._bytes_done) / max(self._bytes_done, 1):.0f} s left"
-        memory = f"{step.resident_bytes / MIB:.0f} MiB"
-        count = self._count(self._bytes_done)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._bytes_done, count=count, left=left, memory=memory)
-        elif self._bytes_done * BYTE_LINES // total > line_before:
-            stderr.print(f"{self._pass.title}: {count}, {step.name}, {left}, {memory}", soft_wrap=True)
+    def _times(self, words: str) -> str:
+        left = self._remaining.left()
+        return "" if left is None or left < SHORTEST else words.format(duration(left))
+
+    def _draw(self) -> Group:
+        """Where the run is, and how much of it is done: two lines that fit the terminal."""
+        where = Table.grid(padding=(0, 1))
+        if not self._pass.title:
+            where.add_row(self._spinner, Text("getting ready"))
+            return Group(where)
+        where.add_row(
+            self._spinner, Text(f"{self._title()}: {self._count()}  {self._at}", no_wrap=True, overflow="ellipsis")
+        )
+        self._shown_share = max(self._shown_share, self._remaining.share())
+        times = f"{self._shown_share:4.0%}  {duration(self._remaining.elapsed())} gone" + self._times(", about {} left")
+        memory = f", {self._resident_bytes / MIB:.0f} MiB" if self._resident_bytes else ""
+        if len(times) + len(memory) + 12 <= stderr.width:
+            times += memory
+        much = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=1.0, completed=self._shown_share, width=max(stderr.width - len(times) - 5, 4))
+        much.add_row(bar, Text(times, no_wrap=True, overflow="ellipsis"))
+        return Group(where, much)
 
 
-def done_lines(event: PassDone, unit: Literal["blocks", "tokens", "bytes"]) -> list[str]:
+def _is_moving() -> bool:
+    """Whether stderr is a terminal that can show what moves.
+
+    rich takes FORCE_COLOR for a terminal, so the stream is asked too; TERM=dumb can show nothing that moves.
+    """
+    return sys.stderr.isatty() and stderr.is_interactive
+
+
+def _open_events(path: Path | None, verb: str) -> EventFile | None:
+    """The file of `--events`, on the rank that is told of the events."""
+    if path is None:
+        return None
+    from glmq.ranks import read_place  # imports torch, which `glmq inspect` starts without
+
+    return EventFile(path, verb) if read_place().is_first else None
+
+
+def done_lines(event: PassDone, unit: str, *, verbose: bool) -> list[str]:
     """What a finished pass took."""
     if unit != "bytes":
-        return pass_lines(event.time)
+        return pass_lines(event.time, verbose=verbose)
     done = event.time
-    return [
-        f"{done.title}: {size(event.nbytes)} in {done.seconds:.1f} s, peak {done.peak_bytes / MIB:.0f} MiB resident"
-    ]
+    return [f"{done.title}: {size(event.nbytes)} in {duration(done.seconds)}, peak {_resident(done)}"]
 
 
-def pass_lines(done: PassTime) -> list[str]:
-    """How long a pass took and how much memory; then the stages that took more than a hundredth of it, with their rates."""
-    lines = [f"{done.title}: {done.seconds:.1f} s, peak {done.peak_bytes / MIB:.0f} MiB resident"]
+def pass_lines(done: PassTime, *, verbose: bool) -> list[str]:
+    """How long a pass took and how much memory; with `verbose` the stages that took more than a hundredth of it, with rates."""
+    lines = [f"{done.title}: {duration(done.seconds)}, peak {_resident(done)}"]
     shown = [stage for stage in done.stages if stage.seconds > done.seconds / 100]
-    if shown:
+    if shown and verbose:
         other = done.seconds - sum(stage.seconds for stage in shown)
-        parts = [f"{stage.stage} {stage.seconds:.1f} s{_rate(stage)}" for stage in shown]
-        lines.append(f"{done.title}, of these: {', '.join(parts)}, other {other:.1f} s")
+        parts = [f"{stage.stage} {duration(stage.seconds)}{_rate(stage)}" for stage in shown]
+        lines.append(f"{done.title}, of these: {', '.join(parts)}, other {duration(other)}")
     return lines
+
+
+def _resident(done: PassTime) -> str:
+    return f"{done.peak_bytes / MIB:.0f} MiB resident"
 
 
 def _rate(stage: StageTime) -> str:

@@ -220,6 +220,7 @@ def quantize(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     log_file: o.LogFile = None,
+    events: o.Events = None,
     debug: o.Debug = False,
 ) -> None:
     """Quantize a float GLM-4.1V or GLM-4.6V-Flash for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
@@ -233,7 +234,8 @@ def quantize(
 
     from glmq.cli.console import showing, stderr, stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
+    from glmq.cli.render import is_settled, print_json, show_quantization, show_run_plan, times_json
+    from glmq.cli.stopped import resuming_command
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
     from glmq.quantization.recipe import Options, make_recipe
@@ -294,19 +296,30 @@ def quantize(
         max_error=max_error,
         work_dir=work_dir,
         keep_extra=keep_extra,
+        command=resuming_command(),
     )
-    with ProgressView(quiet=quiet or json_output) as view:
+    with ProgressView(quiet=quiet or json_output, verbose=verbose, events=events, verb="quantize") as view:
         if dry_run:
             plan = forecast_quantization(job, overwrite=overwrite, watch=view)
-            show_run_plan(plan, save_directory, as_json=json_output, verbose=verbose)
-            return
-        result = run_quantization(job, overwrite=overwrite, resume=resume, watch=view)
+        else:
+            result = run_quantization(job, overwrite=overwrite, resume=resume, watch=view)
+    if dry_run:
+        show_run_plan(plan, save_directory, as_json=json_output, verbose=verbose)
+        return
     if not read_place().is_first:
         return
     with showing(result.folder):
         if json_output:
-            print_json({**result.document, "folder": str(result.folder), "passes": times_json(result.times)})
+            print_json(
+                {
+                    **result.document,
+                    "folder": str(result.folder),
+                    "passes": times_json(result.times),
+                    "seconds": result.seconds,
+                    "settled": is_settled(result.settled),
+                }
+            )
         elif quiet:
             stdout.print(str(result.folder), soft_wrap=True)
         else:
-            show_quantization(result, verbose=verbose)
+            show_quantization(result, model_path, verbose=verbose)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from shlex import quote
+from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from glmq.calibration.manifest import SampleTokens
-    from glmq.jobs.calibrate import CalibrationForecast
+    from glmq.jobs.calibrate import CalibrationForecast, CalibrationResult
     from glmq.jobs.quantize import QuantizationResult
+    from glmq.jobs.settled import Settled
     from glmq.quantization.dry_run import LinearPlan, RunPlan
     from glmq.quantization.output import AreaBytes
     from glmq.quantization.recipe import Recipe
@@ -38,6 +40,19 @@ MIB: Final = 2**20
 BAD_ERROR: Final = 0.2
 POOR_ERROR: Final = 0.1
 SHOWN_ROWS: Final = 24
+
+
+def show_calibration(result: CalibrationResult, model: Path, *, verbose: bool) -> None:
+    """Tokens of the samples, and how the run ended: where the statistics lie, whether they have settled, what to do next."""
+    stdout.print(samples_table(result.statistics.samples()))
+    folder = result.folder
+    stdout.print(f"Statistics written to {folder} in {duration(result.seconds)}", soft_wrap=True)
+    stdout.print(f"  size: {size(sum(path.stat().st_size for path in folder.iterdir()))}", soft_wrap=True)
+    show_settled(result.settled, verbose=verbose)
+    stdout.print(
+        f"Next: glmq quantize --model_path {quote(str(model))} --stats {quote(str(folder))} --save_directory ...",
+        soft_wrap=True,
+    )
 
 
 def times_json(times: Sequence[PassTime]) -> list[dict[str, object]]:
@@ -260,14 +275,41 @@ def size(count: int) -> str:
     return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
 
 
-def show_quantization(result: QuantizationResult, *, verbose: bool) -> None:
-    """The error table, the bytes, where the output lies, and what to do next."""
+def show_quantization(result: QuantizationResult, model: Path, *, verbose: bool) -> None:
+    """The error table, the bytes, and how the run ended: where the output lies, what it is worth, and what to do next."""
     stdout.print(error_table(result.reports, verbose=verbose))
     stdout.print(areas_table(result.areas))
-    recipe = result.recipe
-    stdout.print(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {result.folder}", soft_wrap=True)
+    recipe, folder = result.recipe, result.folder
+    stdout.print(
+        f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {folder} in {duration(result.seconds)}",
+        soft_wrap=True,
+    )
+    before, after = sum(part.before for part in result.areas), sum(part.after for part in result.areas)
+    stdout.print(f"  size: {size(before)} before, {size(after)} after", soft_wrap=True)
+    errors = sorted(report.output_error for report in result.reports)
+    worst = max(result.reports, key=lambda report: report.output_error)
+    stdout.print(
+        f"  output error: median {median(errors):.2%}, worst {errors[-1]:.2%} at {FAMILY.short_name(worst.name)}",
+        soft_wrap=True,
+    )
+    show_settled(result.settled, verbose=verbose)
+    stdout.print(f"  check it: glmq verify {quote(str(folder))} --reference {quote(str(model))}", soft_wrap=True)
     for line in next_steps(result.folder, recipe):
         show_line(line)
+
+
+def is_settled(settled: Settled) -> bool | None:
+    """The verdict for JSON; None where one sample alone does not show it."""
+    return None if settled.assessment is None else settled.assessment.is_settled
+
+
+def show_settled(settled: Settled, *, verbose: bool) -> None:
+    """Whether the statistics have settled: the verdict, with `verbose` what moved."""
+    from glmq.jobs.notes import convergence_verdict, describe_convergence
+
+    stdout.print(f"  statistics: {convergence_verdict(settled.assessment)}", soft_wrap=True)
+    for line in describe_convergence(settled.assessment, unanswered=settled.unanswered) if verbose else ():
+        stdout.say(f"    {line.strip()}")
 
 
 def show_line(line: str) -> None:

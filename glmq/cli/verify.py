@@ -122,6 +122,7 @@ def verify(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
     log_file: o.LogFile = None,
+    events: o.Events = None,
     debug: o.Debug = False,
 ) -> None:
     """Check files, arithmetic and behaviour of a checkpoint; exit code 3 if something is wrong.
@@ -150,7 +151,7 @@ def verify(
         return
     if candidate is None:
         raise UsageError("CANDIDATE: missing; give the folder of a quantized or compressed checkpoint")
-    with ProgressView(quiet=quiet or json_output) as view:
+    with ProgressView(quiet=quiet or json_output, verbose=verbose, events=events, verb="verify") as view:
         found = verify_folder(
             candidate,
             reference=reference,

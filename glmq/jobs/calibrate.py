@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal, overload
 
 import torch
 
-from glmq.calibration.convergence import assess
-from glmq.calibration.dry_run import CalibrationPlan, estimate_seconds, plan_calibration
+from glmq.calibration.dry_run import CalibrationPlan, plan_calibration, try_calibration
 from glmq.calibration.generate import generate_answers, plan_generation, with_answers
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
@@ -29,26 +28,29 @@ from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.workplace import check_output, foreseen
-from glmq.device import default_compute_dtype, resolve
+from glmq.device import resolve
 from glmq.errors import LaunchError
+from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.joined_ranks import join_ranks
-from glmq.jobs.notes import describe_convergence, describe_generation
+from glmq.jobs.notes import describe_generation
 from glmq.jobs.run_log import run_log
+from glmq.jobs.settings import calibration_settings, compute_dtype, dtype_name, machine_settings
+from glmq.jobs.settled import Settled, assess_settled
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.source import SourceOptions, open_source
 from glmq.model.streamed import StreamedModel
-from glmq.progress import Watch
+from glmq.numerics.moments import InputStats
+from glmq.progress import PassPlan, Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
-from glmq.version import __version__
 
 LISTED: Final = 20
 """Files left out that are named."""
-COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,18 @@ class CalibrationOptions:
     chat_template: Path | None = None
     """File of the chat template to use; None: the model folder's own."""
 
+    def chosen(self) -> dict[str, str]:
+        """Where the samples come from, by option; empty text for what is not given."""
+        return {
+            "--calib_images": "" if self.images is None else str(self.images),
+            "--recursive": str(self.recursive),
+            "--calib-samples": "" if self.samples_file is None else str(self.samples_file),
+            "--prompt": self.prompt,
+            "--texts": str(self.texts),
+            "--limit": "" if self.limit is None else str(self.limit),
+            "--generate": "" if self.generate is None else str(self.generate),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
@@ -98,6 +112,9 @@ class CalibrationResult:
     statistics: Statistics
     times: tuple[PassTime, ...]
     """Of each pass over the model, on rank 0."""
+    settled: Settled
+    seconds: float
+    """Of the whole run, on rank 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +203,9 @@ def run_calibration(
     overwrite: bool,
     resume: bool,
     watch: Watch | None,
+    command: str = "",
 ) -> CalibrationResult:
-    """As `calibrate`, on one rank of all."""
+    """As `calibrate`, on one rank of all; `command` is what resumes it, for whom finds it interrupted."""
     place = read_place()
     watcher = Watcher(watch if place.is_first else None)
     check_apart(stats_path, "--stats", {"the float weights": model_path, **sources_of(options)})
@@ -197,17 +215,20 @@ def run_calibration(
         for sentence in opened.notes:
             watcher.note(f"note: {sentence}")
         work = Calibration.prepare(source, opened.config, options, place, watcher)
-        output = OutputFolder(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
+        if watcher.is_watched:
+            watcher.plan(work.forecast()[0])
+        run = RunNote("calibrate", command, {"--model_path": str(model_path), **options.chosen()})
+        output = OutputFolder(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir, run=run)
         arguments = {"model": model_path, "out": stats_path, "options": options}
         arguments |= {"overwrite": overwrite, "resume": resume}
         with join_ranks(place, arguments) as ranks, SharedFolder(output, ranks) as folder:
             with run_log(folder.work, stats_path, options, ranks, watcher):
-                write_statistics(work, folder, ranks, watcher)
+                write_statistics(work, folder, ranks, watcher, run)
             times = watcher.times(ranks)
             folder.finish()
+            seconds = watcher.seconds(ranks)
     statistics = Statistics.open(stats_path)
-    note_convergence(statistics, watcher)
-    return CalibrationResult(stats_path, statistics, times)
+    return CalibrationResult(stats_path, statistics, times, assess_settled(statistics), seconds)
 
 
 def forecast_calibration(
@@ -270,11 +291,16 @@ class Calibration:
 
     def seconds(self) -> float:
         """About how long it takes: one sample is run through one block of each tower; and reading weights for answers."""
-        seconds = estimate_seconds(self.model, self.samples, self.preprocessor, self.settings)
+        trial = try_calibration(self.model, self.samples, self.preprocessor, self.settings, self.plan)
+        seconds = sum(step.seconds for step in trial.steps)
         if self.settings.generate is None:
             return seconds
         plan = plan_generation(self.model, self.samples, self.preprocessor, self.settings.generate)
         return seconds + plan.read_seconds
+
+    def forecast(self) -> tuple[tuple[PassPlan, ...], Mapping[str, InputStats]]:
+        """The passes with the time that each block is expected to take, and statistics of some inputs over one sample."""
+        return forecast_calibration_passes(self.model, self.samples, self.preprocessor, self.settings, self.plan)
 
     def answered(self, journal: CalibrationJournal, ranks: Ranks, watcher: Watcher) -> Calibration:
         """The same with the model's own answers to samples that have none, where they are asked for."""
@@ -289,7 +315,7 @@ class Calibration:
         return replace(self, samples=with_answers(samples, plan, journal))
 
 
-def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watcher: Watcher) -> None:
+def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watcher: Watcher, run: RunNote) -> None:
     """Calibrate into `folder`, block by block."""
     settings, fingerprint = work.settings, work.model.source.fingerprint()
     journal = CalibrationJournal(
@@ -297,15 +323,13 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
         folder.path,
         {
             "model": fingerprint,
-            "samples": digest(work.samples, settings.generate),
-            "compute dtype": settings.compute_dtype,
-            "max pixels": str(settings.max_pixels),
-            "wide moments": str(settings.wide_moments),
+            **calibration_settings(digest(work.samples, settings.generate), settings),
             **machine_settings(),
         },
         work.model.source,
         work.model.config.family,
         ranks,
+        run.options,
     )
     if journal.note:
         watcher.note(f"note: {journal.note}")
@@ -314,8 +338,12 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
         check_file_size(folder.path, max(size for _, size in work.plan.files))
     work = work.answered(journal, ranks, watcher)
     sink = StatsWriter(folder.path, fingerprint, work.samples, settings)
-    with watcher.blocks("calibrate", len(work.model.config.family.blocks(work.model.config))) as advance:
-        for done in calibrate_checkpoint(work.model, work.samples, work.preprocessor, sink, settings, journal, ranks):
+    model, config = work.model, work.model.config
+    total, finished = len(config.family.blocks(config)), len(journal.finished)
+    with watcher.blocks("calibrate", total, finished=finished) as advance:
+        for done in calibrate_checkpoint(
+            model, work.samples, work.preprocessor, sink, settings, journal, ranks, watcher.step
+        ):
             advance(done)
 
 
@@ -368,29 +396,3 @@ def sources_of(options: CalibrationOptions) -> dict[str, Path | None]:
 def settings_of(options: CalibrationOptions, device: torch.device) -> Settings:
     dtype = compute_dtype(options.compute_dtype, device)
     return Settings(dtype_name(dtype), options.max_pixels, options.wide_moments, options.generate)
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype that --compute-dtype names."""
-    return default_compute_dtype(device) if name == "auto" else COMPUTE_DTYPES[name]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def machine_settings() -> dict[str, str]:
-    """What the last bits of a float32 product depend on, beside its inputs."""
-    return {
-        "glmq": __version__,
-        "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def note_convergence(statistics: Statistics, watcher: Watcher) -> None:
-    """Note whether the samples were enough."""
-    unanswered = sum(not sample.has_answer for sample in statistics.samples())
-    for line in describe_convergence(assess(statistics.settled()), unanswered=unanswered):
-        watcher.note(line)

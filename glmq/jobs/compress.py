@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, overload
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.codec.codec import KERNELS
@@ -178,7 +179,8 @@ def run_compression(job: CompressionJob, *, overwrite: bool, watch: Watch | None
     check_folders(job.model_path, job.out_path)
     check_output(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
     check_split(job, overwrite=overwrite)
-    output = OutputFolder(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir)
+    run = RunNote("compress", "", {})
+    output = OutputFolder(job.out_path, overwrite=overwrite, work_dir=job.options.work_dir, run=run)
     numbers = range(world) if place.world == 1 else range(place.rank, place.rank + 1)
     with _prepared(job, world, numbers, watcher) as work:
         # Every rank writes about as much as this one.
@@ -299,7 +301,7 @@ def _write_split(
     source, world = work.source, work.world
     plans = plan_ranks(source, Engine.MINDIE, world, numbers)
     check_room(split, planned_bytes(plans) * ranks.place.world)
-    with SharedFolder(OutputFolder(split, overwrite=overwrite), ranks) as folder:
+    with SharedFolder(OutputFolder(split, overwrite=overwrite, run=RunNote("compress", "", {})), ranks) as folder:
         with watcher.bytes("split", planned_bytes(plans)) as advance:
             for rank, tensors in plans.items():
                 for step in split_checkpoint(source, rank, world, tensors, folder.path):

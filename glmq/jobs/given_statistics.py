@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from glmq.calibration.samples import Sample, digest
 from glmq.calibration.stats import Settings, Statistics
+from glmq.checkpoint.journal import changed_error
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import ResumeError
-from glmq.jobs.calibrate import COMPUTE_DTYPES, CalibrationOptions, dtype_name, load_samples
+from glmq.jobs.calibrate import CalibrationOptions, load_samples
+from glmq.jobs.settings import COMPUTE_DTYPES, calibration_settings, dtype_name
 from glmq.jobs.watcher import Watcher
 
 
-def check_calibration(statistics: Statistics, samples: Sequence[Sample], settings: Settings) -> None:
-    """Raise UsageError unless an interrupted run was calibrated as this one would be."""
-    wanted = {"samples_sha256": digest(samples, settings.generate), **asdict(settings)}
-    for key, value in wanted.items():
-        found = statistics.manifest.get(key)
-        if found != value:
-            raise ResumeError(
-                f"--resume: the calibration of the unfinished run had {key.replace('_', ' ')} {found!r}, "
-                f"this one has {value!r}; run with the same, or start again with --overwrite"
-            )
+def check_calibration(
+    statistics: Statistics, samples: Sequence[Sample], settings: Settings, work: Path, options: Mapping[str, str]
+) -> None:
+    """Check that an interrupted run was calibrated as this one would be.
+
+    Args:
+        statistics: of the interrupted run.
+        samples: of this run, like the rest.
+        work: the work folder.
+        options: what the user chose, by option.
+
+    Raises:
+        ResumeError: it was not.
+    """
+    manifest = statistics.manifest
+    had = calibration_settings(manifest.get("samples_sha256"), statistics.settings())
+    has = calibration_settings(digest(samples, settings.generate), settings)
+    changed = [key for key in had if had[key] != has[key]]
+    if changed:
+        raise changed_error(work, changed, had, has, options)
 
 
 def open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, watcher: Watcher) -> Statistics:

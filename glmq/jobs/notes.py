@@ -18,6 +18,13 @@ from glmq.spec import Form
 GIB: Final = 2**30
 
 
+def convergence_verdict(assessment: Assessment | None) -> str:
+    """Whether the statistics have settled, in a few words."""
+    if assessment is None:
+        return "not known to have settled, one sample does not show it; more images would help"
+    return "settled" if assessment.is_settled else "not settled; more images would help, -v says what moved"
+
+
 def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
     """Whether the statistics have settled, their worst inputs, and what would help."""
     if assessment is None:

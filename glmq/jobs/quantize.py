@@ -15,6 +15,7 @@ from glmq.checkpoint.folder import OutputFolder, check_apart, tidy_up
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
 from glmq.device import resolve
@@ -24,29 +25,29 @@ from glmq.jobs.calibrate import (
     CalibrationOptions,
     CalibrationResult,
     load_samples,
-    machine_settings,
-    note_convergence,
     settings_of,
     sources_of,
     write_statistics,
 )
+from glmq.jobs.forecast import forecast_weight_passes
 from glmq.jobs.given_statistics import check_calibration, open_statistics
 from glmq.jobs.joined_ranks import join_ranks
+from glmq.jobs.measured import deal_bits, fall_back
 from glmq.jobs.notes import describe_large_weights, describe_recipe
 from glmq.jobs.run_log import run_log
+from glmq.jobs.settings import machine_settings
+from glmq.jobs.settled import Settled, assess_settled
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files, engine_side_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.numerics import gptq
-from glmq.numerics.rate import RateCurve
-from glmq.progress import Watch
-from glmq.quantization.bits import needs_curves, settle_allocation, spread_bits
+from glmq.numerics.moments import InputStats
+from glmq.progress import PassPlan, Watch
+from glmq.quantization.bits import settle_allocation
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
-from glmq.quantization.fallback import with_fallback, worst_groups
 from glmq.quantization.fold import RowFolds
-from glmq.quantization.measure import measure_checkpoint, rate_checkpoint
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.plan import plan_groups
@@ -78,6 +79,30 @@ class QuantizationJob:
     keep_extra: bool = False
     """Also copy tensors that are no part of the model."""
 
+    command: str = ""
+    """That resumes it, for whom finds it interrupted."""
+
+    def settings(self) -> dict[str, str]:
+        """What the weight files depend on beside the recipe, by option; empty text for what is not given."""
+        size = self.shard_bytes
+        in_units = "" if size is None else f"{size // 2**30}GB" if size % 2**30 == 0 else f"{size // 2**20}MB"
+        return {
+            "--fallback-topk": str(self.fallback_topk),
+            "--max-error": "" if self.max_error is None else f"{self.max_error:g}",
+            "--part_file_size": in_units,
+            "--keep-extra": str(self.keep_extra),
+        }
+
+    def chosen(self) -> dict[str, str]:
+        """Where everything comes from, by option; empty text for what is not given."""
+        stats = "" if self.stats_path is None else str(self.stats_path)
+        return {"--model_path": str(self.model_path), "--stats": stats, **self.calibration.chosen()}
+
+    @property
+    def measures(self) -> bool:
+        """Every group is quantized once before, to see which stay float."""
+        return bool(self.fallback_topk) or self.max_error is not None
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizationResult:
@@ -91,6 +116,10 @@ class QuantizationResult:
     """As glmq_report.json holds it."""
     times: tuple[PassTime, ...]
     """Of each pass over the model, on rank 0."""
+    settled: Settled
+    """Of the statistics."""
+    seconds: float
+    """Of the whole run, on rank 0."""
 
 
 @overload
@@ -170,16 +199,17 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
         for sentence in describe_recipe(job.recipe, config, job.out_path):
             watcher.note(sentence)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
-        output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir)
+        run = RunNote("quantize", job.command, job.chosen())
+        output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir, run=run)
         with (
             join_ranks(place, {"job": job, "overwrite": overwrite, "resume": resume}) as ranks,
             SharedFolder(output, ranks) as folder,
         ):
             with run_log(folder.work, job.out_path, job, ranks, watcher):
-                statistics = _statistics(source, config, job, folder, ranks, watcher, resume=resume)
+                statistics = _statistics(source, config, plan, job, folder, ranks, watcher, resume=resume)
                 result = _write_weights(source, config, plan, statistics, job, folder, ranks, watcher)
             folder.finish()
-    return result
+            return replace(result, seconds=watcher.seconds(ranks))
 
 
 def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch | None) -> RunPlan:
@@ -200,11 +230,11 @@ def _forecast(
 ) -> RunPlan:
     if job.stats_path is not None and Workplace.of(job.stats_path).contents():
         statistics = open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
-        return make_run_plan(source, config, job.recipe, plan, statistics)
+        return make_run_plan(source, config, job.recipe, plan, statistics, measures=job.measures)
     work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
     disk = work.plan.output_bytes + work.plan.work_bytes
     needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
-    return make_run_plan(source, config, job.recipe, plan, needs)
+    return make_run_plan(source, config, job.recipe, plan, needs, measures=job.measures)
 
 
 def _check_places(job: QuantizationJob, *, overwrite: bool, resume: bool) -> None:
@@ -239,6 +269,7 @@ def _planned(job: QuantizationJob, watcher: Watcher) -> Iterator[tuple[Checkpoin
 def _statistics(
     source: Checkpoint,
     config: ModelConfig,
+    plan: OutputPlan,
     job: QuantizationJob,
     folder: SharedFolder,
     ranks: Ranks,
@@ -257,22 +288,37 @@ def _statistics(
         if stats_path is None:
             statistics = Statistics.open(place)
             statistics.check_model(source.fingerprint())
-            check_calibration(
-                statistics, load_samples(options, Watcher(None)), settings_of(options, resolve(options.device_type))
-            )
+            settings = settings_of(options, resolve(options.device_type))
+            samples = load_samples(options, Watcher(None))
+            check_calibration(statistics, samples, settings, folder.work, job.chosen())
         else:
             statistics = open_statistics(source, options, stats_path, watcher)
+        if watcher.is_watched:
+            watcher.plan(_weight_passes(source, config, plan, job, statistics))
     else:
         work = Calibration.prepare(source, config, options, ranks.place, watcher)
+        if watcher.is_watched:
+            first, seen = work.forecast()
+            watcher.plan([*first, *_weight_passes(source, config, plan, job, seen)])
         work_dir = job.work_dir if stats_path else None  # others grow in the work folder already
-        output = OutputFolder(place, overwrite=False, resume=resume, work_dir=work_dir)
+        run = RunNote("quantize", job.command, job.chosen())
+        output = OutputFolder(place, overwrite=False, resume=resume, work_dir=work_dir, run=run)
         with SharedFolder(output, ranks) as own:
-            write_statistics(work, own, ranks, watcher)
+            write_statistics(work, own, ranks, watcher, run)
             own.finish()
         statistics = Statistics.open(place)
-        note_convergence(statistics, watcher)
     source.contents = statistics.weights_wanted()
     return statistics
+
+
+def _weight_passes(
+    source: Checkpoint,
+    config: ModelConfig,
+    plan: OutputPlan,
+    job: QuantizationJob,
+    seen: Statistics | Mapping[str, InputStats],
+) -> tuple[PassPlan, ...]:
+    return forecast_weight_passes(source, config, job.recipe, plan, seen, measures=job.measures)
 
 
 def _write_weights(
@@ -290,24 +336,24 @@ def _write_weights(
     settings = {
         "model": source.fingerprint(),
         "statistics": statistics.digest,
-        "recipe": str(recipe),
-        "fallback": f"{job.fallback_topk} worst, errors above {job.max_error}",
-        "files": ", ".join(f"{file.name} {file.nbytes}" for file in plan.shards.files),
+        **recipe.settings(),
+        **job.settings(),
         "rounding": gptq.rounding_kernel(),
         **machine_settings(),
     }
-    journal = Journal(folder.work, settings, writes=ranks.place.is_first)
-    work = QuantizationRun(source, config, RowFolds(source, statistics), journal, ranks)
+    journal = Journal(folder.work, settings, writes=ranks.place.is_first, options=job.chosen())
+    work = QuantizationRun(source, config, RowFolds(source, statistics), journal, ranks, step=watcher.step)
     recipe, note = settle_allocation(recipe, plan.groups, statistics)
     if note:
         watcher.note(note)
-    bits = _spread_bits(work, recipe, plan, watcher)
-    if job.fallback_topk or job.max_error is not None:
-        recipe = _fall_back(work, recipe, plan, bits, job, watcher)
+    bits = deal_bits(work, recipe, plan, watcher)
+    if job.measures:
+        recipe = fall_back(work, recipe, plan, bits, watcher, topk=job.fallback_topk, max_error=job.max_error)
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes, plan.side_files)
-        bits = _spread_bits(work, recipe, plan, watcher)
+        bits = deal_bits(work, recipe, plan, watcher)
     reports: list[LinearReport] = []
-    with watcher.blocks("quantize", len(config.family.blocks(config)) + 1) as advance:
+    blocks = [block.name for block in config.family.blocks(config)]
+    with watcher.blocks("quantize", len(blocks) + 1, finished=sum(map(journal.has, blocks))) as advance:
         for block in quantize_checkpoint(work, recipe, plan, folder.path, bits=bits):
             reports += block.reports
             advance(block.done)
@@ -322,37 +368,5 @@ def _write_weights(
         write_report(folder.path, document, reports)
         cover_new_files(folder.path)
     times = watcher.times(ranks)
-    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times)
-
-
-def _spread_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher) -> dict[str, float]:
-    """Bits per weight of each linear, after a pass that measures what the sparse ones lose where that is needed."""
-    curves: list[RateCurve] = []
-    if needs_curves(recipe):
-        with watcher.blocks("rate", len(work.config.family.blocks(work.config))) as advance:
-            for block in rate_checkpoint(work, recipe, plan.groups):
-                curves += block.curves
-                advance(block.done)
-    return spread_bits(recipe, plan.linears, curves)
-
-
-def _fall_back(
-    work: QuantizationRun,
-    recipe: Recipe,
-    plan: OutputPlan,
-    bits: Mapping[str, float],
-    job: QuantizationJob,
-    watcher: Watcher,
-) -> Recipe:
-    """Measure every group first, then keep the worst float."""
-    reports: list[LinearReport] = []
-    with watcher.blocks("measure", len(work.config.family.blocks(work.config))) as advance:
-        for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
-            reports += block.reports
-            advance(block.done)
-    kept = worst_groups(reports, plan.groups, topk=job.fallback_topk, max_error=job.max_error)
-    names = [linear.name for group in kept for linear in group.group.linears]
-    watcher.note(f"{len(names)} linears stay float; the same by hand:")
-    for name in names:
-        watcher.note(f"  --keep-float {name}")
-    return with_fallback(recipe, kept)
+    settled = assess_settled(statistics)
+    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, 0.0)

@@ -9,6 +9,7 @@ from typing import Literal, overload
 
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.compression.layouts import Layout
 from glmq.compression.restore import decompress_checkpoint, read_portable_manifest, restored_bytes
@@ -121,9 +122,10 @@ def restore(
     watcher = Watcher(watch)
     check_room(out, total)
     note_missing_kernels(watcher)
+    output = OutputFolder(out, overwrite=overwrite, work_dir=work_dir, run=RunNote("compress", "", {}))
     with (
         Ranks(read_place()) as ranks,
-        SharedFolder(OutputFolder(out, overwrite=overwrite, work_dir=work_dir), ranks) as folder,
+        SharedFolder(output, ranks) as folder,
     ):
         with (
             run_log(folder.work, out, {"source": source, "jobs": jobs}, ranks, watcher),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
-from glmq.progress import Event, Note, PassDone, PassStarted, Watch, sum_stages
+from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Watch, sum_stages
 from glmq.quoting import visible
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
@@ -33,12 +33,26 @@ class Watcher:
     def __init__(self, watch: Watch | None) -> None:
         self._watch = watch
         self._times: list[PassTime] = []
+        self._started = time.perf_counter()
 
     def note(self, text: str) -> None:
         """Something that the user should know, one sentence."""
         text = visible(text)
         log.info("%s", text)
         self._tell(Note(text))
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether anybody receives the events, so that a forecast is worth its time."""
+        return self._watch is not None
+
+    def plan(self, passes: Sequence[PassPlan]) -> None:
+        """What the run will do, before its first pass."""
+        self._tell(RunPlanned(tuple(passes)))
+
+    def step(self, step: BlockStep) -> None:
+        """How far the block is that is under way."""
+        self._tell(step)
 
     def counter(self, what: str) -> Callable[[int], None]:
         """What to call with how many of `what` were looked at so far: it becomes a note every COUNT_SECONDS."""
@@ -54,10 +68,14 @@ class Watcher:
 
     @contextmanager
     def blocks(
-        self, title: str, total: int, unit: Literal["blocks", "tokens"] = "blocks"
+        self, title: str, total: int, unit: Literal["blocks", "tokens"] = "blocks", *, finished: int = 0
     ) -> Iterator[Callable[[BlockDone], None]]:
-        """A pass over blocks; call what it gives after each. Its time counts if it ends without an error."""
-        started, peak, stages = self._start(title, unit, total), 0, list[StageTime]()
+        """A pass over blocks; call what it gives after each. Its time counts if it ends without an error.
+
+        Args:
+            finished: how many an interrupted run has done.
+        """
+        started, peak, stages = self._start(title, unit, total, finished), 0, list[StageTime]()
 
         def done(block: BlockDone) -> None:
             nonlocal peak
@@ -75,7 +93,7 @@ class Watcher:
     @contextmanager
     def bytes(self, title: str, total: int) -> Iterator[Callable[[str, int, int], None]]:
         """A pass over bytes; call what it gives with a tensor's name, the bytes done and the resident memory."""
-        started, peak, count = self._start(title, "bytes", total), 0, 0
+        started, peak, count = self._start(title, "bytes", total, 0), 0, 0
 
         def done(name: str, nbytes: int, resident_bytes: int) -> None:
             nonlocal peak, count
@@ -106,9 +124,13 @@ class Watcher:
             for done in json.loads(ranks.all_gather(own)[0])
         )
 
-    def _start(self, title: str, unit: Literal["blocks", "tokens", "bytes"], total: int) -> float:
-        log.info("%s: %d %s to do", title, total, unit)
-        self._tell(PassStarted(title, unit, total))
+    def seconds(self, ranks: Ranks) -> float:
+        """The time of the run so far on rank 0, which every rank gets: all must call it."""
+        return float(ranks.all_gather(repr(time.perf_counter() - self._started))[0])
+
+    def _start(self, title: str, unit: Literal["blocks", "tokens", "bytes"], total: int, finished: int) -> float:
+        log.info("%s: %d %s to do", title, total - finished, unit)
+        self._tell(PassStarted(title, unit, total, finished))
         return time.perf_counter()
 
     def _end(self, done: PassTime, nbytes: int) -> None:

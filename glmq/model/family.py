@@ -258,6 +258,14 @@ class Family:
         """Every block in the order of the forward pass: vision tower, text layers, lm_head."""
         return (*self.vision_blocks(sizes), *self.text_blocks(sizes), self.head_block(sizes))
 
+    def kind_of(self, block: str) -> str:
+        """What kind of block that is, by its name: `vision`, `merger`, `text` or `head`."""
+        if block == self.lm_head:
+            return "head"
+        if block.startswith(f"{self.text}."):
+            return "text"
+        return "vision" if block.startswith(f"{self.vision}.blocks.") else "merger"
+
     def groups(self, sizes: Sizes) -> list[InputGroup]:
         """The input groups of all blocks, in the same order."""
         return [group for block in self.blocks(sizes) for group in block.groups]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
-from glmq.progress import Stopwatch
-from glmq.quantization.fold import RowFolds
-from glmq.quantization.layer import quantize_group
+from glmq.model.family import Block
+from glmq.numerics.moments import InputStats
+from glmq.progress import PassPlan, StepPlan
+from glmq.quantization.bits import needs_curves
+from glmq.quantization.group import FloatLinear
+from glmq.quantization.layer import quantize_group, rate_curves
+from glmq.quantization.measure import measured_blocks, rated_blocks
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
-from glmq.quantization.passes import read_group
+from glmq.quantization.passes import effort
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
-from glmq.quantization.stream import COPY_BYTES
+from glmq.quantization.stream import COPY_BYTES, REST
 from glmq.spec import QuantType
 
 PROCESS_BYTES = 450 * 2**20
@@ -73,16 +78,21 @@ def make_run_plan(
     recipe: Recipe,
     plan: OutputPlan,
     first: CalibrationNeeds | Statistics,
+    *,
+    measures: bool,
 ) -> RunPlan:
     """Collect what is known before the run; with statistics, the smallest group is quantized to see how long it takes.
 
     Args:
         first: the statistics to quantize with, or what making them needs.
+        measures: every group is quantized once before, to see which stay float.
     """
     disk, peak, calibration, rest = 0, PROCESS_BYTES + _largest_group_bytes(plan), None, None
     match first:
         case Statistics():
-            rest = _estimate_seconds(source, first, recipe, plan)
+            site = min((g.group for g in plan.groups.values() if g.is_quantized), key=effort).site
+            speed = try_speed(source, {site: first.input(site)}, recipe, plan)
+            rest = seconds_of(plan_passes(source, config, recipe, plan, speed, measures=measures))
         case CalibrationNeeds():
             disk, peak, calibration = first.disk_bytes, max(peak, first.peak_bytes), first.seconds
     return RunPlan(
@@ -97,24 +107,86 @@ def make_run_plan(
     )
 
 
-def _estimate_seconds(source: Checkpoint, statistics: Statistics, recipe: Recipe, plan: OutputPlan) -> float:
-    """Seconds that quantizing and copying take, by those of the smallest group.
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How fast this machine quantizes: seconds for each unit of `effort`, and for each byte of a tensor that is copied."""
 
-    Time is taken to grow with the weights of the quantized linears, and with the bytes of tensors that are copied.
+    rate: float
+    """Of the pass that measures what sparse linears lose at how many bits."""
+    quantize: float
+    copy: float
+
+
+USUAL_SPEED: Final = Speed(1e-7, 1e-7, 4e-9)
+"""Of a small machine: for small models, where a trial would take as long as the run."""
+
+
+def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Recipe, plan: OutputPlan) -> Speed:
+    """Read and quantize one group, the one with the least effort of those whose statistics are given; nothing is written.
+
+    Args:
+        inputs: statistics of some quantized inputs, by site.
     """
-    groups = [group for group in plan.groups.values() if group.is_quantized]
-    clock = Stopwatch()
-    copied = sum(source.nbytes(name) for name in source if name.rpartition(".")[0] not in plan.linears)
-    smallest = min(groups, key=_weights)
-    linears, norm, stats, fold = read_group(RowFolds(source, statistics), recipe, plan.groups, smallest.group, clock)
-    scheme = recipe.scheme_of(smallest.quant_type)
+    groups = [group for group in plan.groups.values() if group.is_quantized and group.group.site in inputs]
+    chosen = min(groups, key=lambda one: effort(one.group))
+    scheme, shapes, norm = recipe.scheme_of(chosen.quant_type), chosen.group.linears, chosen.group.norm
     started = time.perf_counter()
-    quantize_group(linears, stats, scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold)
-    quantizing = time.perf_counter() - started
-    (read,) = clock.take()
-    share = sum(map(_weights, groups)) / _weights(smallest)
-    # What is copied is read and written, at about the same rate.
-    return share * (quantizing + read.seconds) + 2 * copied * read.seconds / read.nbytes
+    linears = [FloatLinear(shape.name, source.read_finite(f"{shape.name}.weight").float(), None) for shape in shapes]
+    norm_weight = None if norm is None else source.read_finite(f"{norm}.weight")
+    copy = (time.perf_counter() - started) / sum(source.nbytes(f"{shape.name}.weight") for shape in shapes)
+    stats, size, rate, known = inputs[chosen.group.site], effort(chosen.group), 0.0, None
+    started = time.perf_counter()
+    if needs_curves(recipe) and chosen.quant_type.spec.is_sparse:
+        _, known = rate_curves(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype)
+        rate, started = (time.perf_counter() - started) / size, time.perf_counter()
+    quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known)
+    return Speed(rate, (time.perf_counter() - started) / size, 2 * copy)  # what is copied is read and written
+
+
+def plan_passes(
+    source: Checkpoint, config: ModelConfig, recipe: Recipe, plan: OutputPlan, speed: Speed, *, measures: bool
+) -> tuple[PassPlan, ...]:
+    """The passes over the weights, each block with the time that it is expected to take.
+
+    Time is taken to grow with `effort`, and with the bytes of tensors that are copied.
+
+    Args:
+        measures: every group is quantized once before, to see which stay float.
+    """
+    blocks = config.family.blocks(config)
+    kinds = {block.name: config.family.kind_of(block.name) for block in blocks}
+    copied = dict.fromkeys([*kinds, ""], 0)
+    for name in source:
+        if name.rpartition(".")[0] not in plan.linears:
+            copied[next((block for block in kinds if name.startswith(f"{block}.")), "")] += source.nbytes(name)
+
+    def pass_over(title: str, chosen: Sequence[Block], seconds: float, copy: float) -> PassPlan:
+        return PassPlan(
+            title,
+            tuple(
+                StepPlan(
+                    block.name,
+                    kinds[block.name],
+                    copy * copied[block.name]
+                    + seconds * sum(effort(g) for g in block.groups if plan.groups[g.site].is_quantized),
+                )
+                for block in chosen
+            ),
+        )
+
+    passes = []
+    if needs_curves(recipe):
+        passes.append(pass_over("rate", rated_blocks(config, plan.groups), speed.rate, 0.0))
+    if measures:
+        passes.append(pass_over("measure", measured_blocks(config, plan.groups), speed.quantize, 0.0))
+    last = pass_over("quantize", blocks, speed.quantize, speed.copy)
+    rest = StepPlan(REST, "other", speed.copy * copied[""])
+    return (*passes, PassPlan(last.title, (*last.steps, rest)))
+
+
+def seconds_of(passes: Iterable[PassPlan]) -> float:
+    """The time that all these passes are expected to take."""
+    return sum(step.seconds for one in passes for step in one.steps)
 
 
 def _weights(plan: GroupPlan) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from glmq.checkpoint.json_file import JsonObject
+from glmq.model.config import ModelConfig
 from glmq.model.family import Block
 from glmq.numerics.rate import RateCurve
 from glmq.quantization.layer import rate_curves
@@ -15,6 +16,7 @@ from glmq.quantization.passes import (
     QuantizedBlock,
     block_done,
     each_block,
+    each_group,
     parse_reports,
     quantize_plan,
     read_group,
@@ -36,12 +38,11 @@ def measure_checkpoint(
     run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
     """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
-    every = run.config.family.blocks(run.config)
-    blocks = [b for b in every if any(groups[g.site].is_quantized for g in b.groups)]
+    blocks = measured_blocks(run.config, groups)
 
-    def measure(block: Block) -> JsonObject:
+    def measure(index: int, block: Block) -> JsonObject:
         plans = [groups[g.site] for g in block.groups if groups[g.site].is_quantized]
-        results = [quantize_plan(run, recipe, groups, plan, bits) for plan in plans]
+        results = [quantize_plan(run, recipe, groups, plan, bits) for plan in each_group(run, index, block, plans)]
         return {"reports": [report_row(report) for result in results for report in result.reports]}
 
     for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "measure ", measure)):
@@ -50,22 +51,21 @@ def measure_checkpoint(
 
 def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan]) -> Iterator[RatedBlock]:
     """Measure what each sparse linear loses at how many bits: the first pass over a model of a sparse type."""
-    every = run.config.family.blocks(run.config)
-    blocks = [b for b in every if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
+    blocks = rated_blocks(run.config, groups)
     plans = [plan for plan in groups.values() if plan.quant_type.spec.is_sparse]
     sparse = {linear.name for plan in plans for linear in plan.group.linears}
 
-    def rate(block: Block) -> JsonObject:
+    def rate(index: int, block: Block) -> JsonObject:
         curves: list[RateCurve] = []
-        for group in block.groups:
-            if groups[group.site].quant_type.spec.is_sparse:
-                linears, norm, stats, fold = read_group(run.folds, recipe, groups, group, run.clock)
-                with run.clock.stage("rate"):
-                    own, prepared = rate_curves(
-                        linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold
-                    )
-                curves += own
-                run.prepared[group.site, recipe.scheme, fold.label] = prepared
+        rated = [groups[group.site] for group in block.groups if groups[group.site].quant_type.spec.is_sparse]
+        for plan in each_group(run, index, block, rated):
+            linears, norm, stats, fold = read_group(run.folds, recipe, groups, plan.group, run.clock)
+            with run.clock.stage("rate"):
+                own, prepared = rate_curves(
+                    linears, stats, recipe.scheme, norm_weight=norm, dtype=recipe.dtype, fold=fold
+                )
+            curves += own
+            run.prepared[plan.group.site, recipe.scheme, fold.label] = prepared
         return {"curves": [asdict(curve) for curve in curves]}
 
     for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "rate ", rate)):
@@ -74,6 +74,17 @@ def rate_checkpoint(run: QuantizationRun, recipe: Recipe, groups: Mapping[str, G
         # The journal may have rated more than stays sparse after a fallback.
         curves = tuple(curve for curve in map(_parse_curve, rows) if curve.name in sparse)
         yield RatedBlock(block_done(block.name, index, len(blocks), seconds, run), curves)
+
+
+def measured_blocks(config: ModelConfig, groups: Mapping[str, GroupPlan]) -> list[Block]:
+    """The blocks that `measure_checkpoint` goes through."""
+    return [b for b in config.family.blocks(config) if any(groups[g.site].is_quantized for g in b.groups)]
+
+
+def rated_blocks(config: ModelConfig, groups: Mapping[str, GroupPlan]) -> list[Block]:
+    """The blocks that `rate_checkpoint` goes through."""
+    every = config.family.blocks(config)
+    return [b for b in every if any(groups[g.site].quant_type.spec.is_sparse for g in b.groups)]
 
 
 def _parse_curve(row: Mapping[str, Any]) -> RateCurve:

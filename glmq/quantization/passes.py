@@ -16,7 +16,7 @@ from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import is_one_number
-from glmq.progress import Stopwatch, resident_bytes
+from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
 from glmq.quantization.fold import RowFolds
 from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, RowFold
 from glmq.quantization.layer import GroupResult, quantize_group
@@ -41,6 +41,8 @@ class QuantizationRun:
     """Of this rank's work."""
     prepared: dict[tuple[str, GroupScheme, str], PreparedGroup] = field(default_factory=dict)
     """What an earlier pass of this process chose, by site, scheme and label of the row fold; without the factors."""
+    step: Step = no_step
+    """Is told how far the block is that this rank works on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class QuantizedBlock:
 
 
 def each_block(
-    run: QuantizationRun, blocks: Sequence[Block], pass_name: str, work: Callable[[Block], JsonObject]
+    run: QuantizationRun, blocks: Sequence[Block], pass_name: str, work: Callable[[int, Block], JsonObject]
 ) -> Iterator[tuple[Block, JsonObject, float]]:
     """Do the work of each block on one of the ranks, unless the journal has it already, and journal what it returned.
 
@@ -69,13 +71,30 @@ def each_block(
         if rank < len(row) and pass_name + row[rank].name not in run.journal.finished:
             after = blocks[first + world + rank : first + world + rank + 1]
             run.source.prefetch(name for block in after for name in run.source if name.startswith(f"{block.name}."))
-            own = json.dumps(work(row[rank]))
+            own = json.dumps(work(first + rank, row[rank]))
         texts = run.ranks.all_gather(own)
         for block, text in zip(row, texts):
             key = pass_name + block.name
             if key not in run.journal.finished:
                 run.journal.record(key, json.loads(text))
             yield block, run.journal.finished[key], (time.perf_counter() - started) / len(row)
+
+
+def each_group(run: QuantizationRun, index: int, block: Block, plans: Sequence[GroupPlan]) -> Iterator[GroupPlan]:
+    """These groups of block `index` in turn, telling the run's `step` of each when it begins."""
+    efforts = [effort(plan.group) for plan in plans]
+    for done, plan in enumerate(plans):
+        share = sum(efforts[:done]) / sum(efforts)
+        run.step(BlockStep(block.name, index, done, len(plans), "inputs", share))
+        yield plan
+
+
+def effort(group: InputGroup) -> float:
+    """What quantizing a group takes, up to a factor: its weights, and what depends on its width alone.
+
+    Measured at a width of 1024: choosing scales and factoring the second moment take as long as four square weights do.
+    """
+    return group.width * (sum(linear.rows for linear in group.linears) + 4 * group.width)
 
 
 def quantize_plan(

@@ -12,7 +12,7 @@ from typing import Final
 from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY
-from glmq.quantization.forms import choose_form, why_not_in_form
+from glmq.quantization.forms import FORMATS, choose_form, why_not_in_form
 from glmq.quantization.group import GroupScheme
 from glmq.quantization.rules import LayerRule, parse_rule
 from glmq.quantization.targets import Target, refuse_unloadable
@@ -149,6 +149,37 @@ class Recipe:
         """The rule that decides about a linear: the last one that matches."""
         matching = [rule for rule in self.rules if fnmatchcase(name, rule.pattern)]
         return matching[-1] if matching else None
+
+    def settings(self) -> dict[str, str]:
+        """What the integers depend on, by the option of `glmq quantize` that decides it; empty text for what is not given."""
+        weight, kind = self.scheme.weight, self.quant_type
+        is_tensor_wide = weight.step_rule is StepRule.TENSOR_FRACTION
+        few_bits = kind in (QuantType.W4A8_DYNAMIC, QuantType.W4A16) or (kind.spec.is_sparse and not is_tensor_wide)
+        smoothquant = self.scheme.smoothing is Smoothing.SMOOTHQUANT
+        return {
+            "--w_bit": "4" if few_bits else "8",
+            "--a_bit": "16" if kind in (QuantType.W8A16, QuantType.W4A16) else "8",
+            "--is_lowbit": str(few_bits and kind is not QuantType.W4A16),
+            "--co_sparse": str(is_tensor_wide),
+            "--is_dynamic": str(kind.spec.activation is Activation.PER_TOKEN),
+            "--use_sigma": str(weight.step_rule is StepRule.SIGMA),
+            "--sigma_factor": f"{weight.sigma_factor:g}",
+            "--fraction": f"{weight.fraction:g}",
+            "--open_outlier": str(weight.keep_outliers),
+            "--group_size": str(weight.group_size or self.group_size),
+            "--method": weight.method.value,
+            "--do_smooth": str(smoothquant),
+            "--anti_method": "" if smoothquant else self.scheme.smoothing.value,
+            "--act_method": str(self.scheme.act_range.value),
+            "--bias-correction": str(self.scheme.bias_correction),
+            "--channel-shift": str(self.scheme.channel_shift),
+            "--torch_dtype": "fp16" if self.dtype is FloatDtype.FP16 else "bf16",
+            "--format": next(name for name, form in FORMATS.items() if form is self.form),
+            "--layer": " ".join(rule.option for rule in self.rules if rule.option.startswith("--layer")),
+            "--keep-float": " ".join(rule.option for rule in self.rules if rule.option.startswith("--keep-float")),
+            "--target-bits": "" if self.target_bits is None else f"{self.target_bits:g}",
+            "--allocate": self.allocation.value,
+        }
 
     def scheme_of(self, quant_type: QuantType) -> GroupScheme:
         """The scheme of linears of that type."""

@@ -26,6 +26,7 @@ from glmq.quantization.passes import (
     QuantizedBlock,
     block_done,
     each_block,
+    each_group,
     parse_reports,
     quantize_plan,
 )
@@ -35,6 +36,8 @@ from glmq.records import LinearReport, report_row
 
 log = logging.getLogger(__name__)
 
+REST: Final = "embeddings and side files"
+"""What the last record of the pass speaks of."""
 COPY_BYTES: Final = 64 * 2**20
 """Float tensors are copied in pieces of about this size."""
 
@@ -70,8 +73,9 @@ def quantize_checkpoint(
         if is_begun:
             log.info("resumed: %d blocks are in the journal", len(run.journal.finished))
 
-        def write(block: Block) -> JsonObject:
-            reports = [r for group in block.groups for r in job.quantize(plan.groups[group.site])]
+        def write(index: int, block: Block) -> JsonObject:
+            plans = [plan.groups[group.site] for group in block.groups if plan.groups[group.site].is_quantized]
+            reports = [r for group in each_group(run, index, block, plans) for r in job.quantize(group)]
             job.copy_rest(f"{block.name}.")
             with run.clock.stage("write"):
                 sink.sync()
@@ -96,9 +100,7 @@ def quantize_checkpoint(
     if is_first:
         write_side_files(run.source, run.config, recipe, plan, folder)
         write_checksums(folder, sink.checksums)
-    yield QuantizedBlock(
-        block_done("embeddings and side files", total - 1, total, time.perf_counter() - started, run), ()
-    )
+    yield QuantizedBlock(block_done(REST, total - 1, total, time.perf_counter() - started, run), ())
 
 
 class _Job:
@@ -139,9 +141,7 @@ class _Job:
         return parse_reports(payload)
 
     def quantize(self, plan: GroupPlan) -> list[LinearReport]:
-        """Quantize and write one group with its norm; nothing for a group that stays float."""
-        if not plan.is_quantized:
-            return []
+        """Quantize and write one group with its norm."""
         recipe, group = self._recipe, plan.group
         result = quantize_plan(self._run, recipe, self._groups, plan, self._bits)
         for shape, linear in zip(group.linears, result.linears):

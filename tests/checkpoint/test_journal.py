@@ -7,9 +7,10 @@ import pytest
 import xxhash
 
 from glmq.checkpoint.journal import NAME, Journal
-from glmq.errors import SpaceError, UsageError
+from glmq.checkpoint.run_note import RunNote, write_note
+from glmq.errors import ResumeError, SpaceError, UsageError
 
-SETTINGS = {"model": "ab", "recipe": "W8A8S"}
+SETTINGS = {"model": "ab", "--format": "W8A8S"}
 
 
 def finished(folder: Path, *blocks: str) -> Path:
@@ -86,25 +87,41 @@ def test_blocks_that_are_dropped_are_to_be_done_again(tmp_path: Path) -> None:
     assert list(Journal(tmp_path, SETTINGS).finished) == ["a"]
 
 
+OPTIONS = {"--model_path": "a", "--calib_images": "photos", "--limit": "", "--texts": "True"}
+
+
 @pytest.mark.parametrize(
-    ("settings", "key", "found", "given"),
+    ("settings", "options", "told"),
     [
-        ({"model": "cd", "recipe": "W8A8S"}, "model", "'ab'", "'cd'"),
-        ({"model": "ab"}, "recipe", "'W8A8S'", "None"),
-        ({"model": "ab", "recipe": "W8A8S", "threads": "2"}, "threads", "None", "'2'"),
+        ({"model": "ab"}, {}, "the unfinished run in {} had --format W8A8S, this one has no --format"),
+        (
+            {"model": "ab", "--format": "W8A8S", "threads": "2", "--use_sigma": "True"}, {},
+            "the unfinished run in {} had no --use_sigma, no threads, this one has --use_sigma True, threads 2",
+        ),
+        (
+            {"model": "ab", "--format": "x" * 61}, {},
+            f"the unfinished run in {{}} had --format W8A8S, this one has --format {'x' * 57}...",
+        ),
+        (
+            {"model": "cd", "--format": "W8A8S"}, {"--model_path": "b"},
+            "the unfinished run in {} had --model_path a, this one has --model_path b",
+        ),
+        (
+            {"model": "ab", "--format": "W8A8S", "samples": "2"}, {"--limit": "4", "--texts": "False"},
+            "the unfinished run in {} had --texts, no --limit, this one has --no-texts, --limit 4",
+        ),
+        ({"model": "cd", "--format": "W8A8S"}, {}, "the float weights are not those of the unfinished run in {}"),
     ],
-)
-def test_other_settings_are_refused_with_both_values(
-    settings: dict[str, str], key: str, found: str, given: str, tmp_path: Path
+)  # fmt: skip
+def test_other_settings_are_refused_by_option_with_both_values(
+    settings: dict[str, str], options: dict[str, str], told: str, tmp_path: Path
 ) -> None:
     path = finished(tmp_path, "a")
+    write_note(tmp_path, RunNote("quantize", "", OPTIONS), tmp_path / "out", [])
     before = path.read_bytes()
-    with pytest.raises(UsageError) as caught:
-        Journal(tmp_path, settings)
-    assert str(caught.value) == (
-        f"--resume: the unfinished run in {tmp_path} had {key} {found}, this one has {given}; "
-        "run with the same, or start again with --overwrite"
-    )
+    with pytest.raises(ResumeError) as caught:
+        Journal(tmp_path, settings, options=OPTIONS | options)
+    assert str(caught.value) == f"--resume: {told.format(tmp_path)}; run with the same, or start again with --overwrite"
     assert path.read_bytes() == before
 
 

@@ -129,7 +129,7 @@ def test_the_name_of_a_model_on_a_hub_is_told_how_to_fetch_it() -> None:
     result = run("quantize", "--model_path", "zai-org/GLM-4.1V-9B-Thinking", "--save_directory", "o")
     assert (result.exit_code, result.stderr) == (
         4,
-        "error: zai-org/GLM-4.1V-9B-Thinking: no such folder; give the folder of the float weights as --model-path (glmq "
+        "error: zai-org/GLM-4.1V-9B-Thinking: no such folder; give the folder of the float weights as --model_path (glmq "
         "downloads nothing: `hf download zai-org/GLM-4.1V-9B-Thinking --local-dir DIR` or `modelscope download "
         "zai-org/GLM-4.1V-9B-Thinking --local_dir DIR`)\n",
     )

@@ -32,22 +32,33 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
         ["01.png", "38", "no"],
         ["2", "samples", "76"],
     ]
-    assert lines[6:] == [
-        f"Statistics: {stats}",
+    assert re.fullmatch(rf"Statistics written to {stats} in \d+\.\d s", lines[6])
+    assert re.fullmatch(r"  size: \d\.\d MiB", lines[7])
+    assert lines[8:] == [
+        "  statistics: not settled; more images would help, -v says what moved",
         f"Next: glmq quantize --model_path {small} --stats '{stats}' --save_directory ...",
     ]
-    progress = result.stderr.splitlines()
-    assert progress[0] == "note: 2 calibration images; 30 are wanted for accuracy"
-    assert [line.split(" ")[:3] for line in progress[1:6]] == [
-        ["calibrate:", f"{i}/5", name]
-        for i, name in enumerate(
-            ["model.visual.blocks.0", "model.visual.merger", "model.language_model.layers.0",
-             "model.language_model.layers.1", "lm_head"], 1,
-        )
-    ]  # fmt: skip
-    assert re.fullmatch(r"calibrate: \d+\.\d s, peak \d+ MiB resident", progress[6])
-    assert re.fullmatch(r"calibrate, of these: ([a-z]+ \d+\.\d s( \([\d.]+ \w+/s\))?, )+other \d+\.\d s", progress[7])
-    assert progress[8].startswith("warning: the statistics have not settled: ")
+    note, *progress = result.stderr.splitlines()
+    assert note == "note: 2 calibration images; 30 are wanted for accuracy"
+    assert [line[9:].split(",")[0] for line in progress] == [
+        "calibrate (pass 1 of 1): 5 blocks",
+        progress[1][9:].split(",")[0],
+    ]
+    assert re.fullmatch(r"\d\d:\d\d:\d\d calibrate: \d+\.\d s, peak \d+ MiB resident", progress[1])
+
+
+def test_with_v_the_screen_says_what_has_not_settled_and_where_the_time_went(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    result = glmq(*command(small, tmp_path / "stats", "--calib-images", pictures, "--limit", 2, "-v"))
+    assert (
+        "\n    warning: the statistics have not settled: against half of the samples, ranges changed by "
+        in result.stdout
+    )
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d calibrate, of these: ([a-z]+ \d+\.\d s( \([\d.]+ \w+/s\))?, )+other \d+\.\d s",
+        result.stderr.splitlines()[-1],
+    )
 
 
 def test_a_dry_run_shows_tokens_disk_memory_and_time(small: Path, pictures: Path, tmp_path: Path) -> None:
@@ -123,6 +134,8 @@ def test_json_is_the_manifest_and_the_folder(small: Path, pictures: Path, tmp_pa
     tokens = [sample["tokens"] for sample in found["samples"]]
     attention = 2 * 4 * 64  # two layers; scores and their products with the values, all heads together
     assert times["forward"]["flops"] == sum(2 * n * layers + n * n * attention for n in tokens)
+    assert done["seconds"] <= found.pop("seconds")
+    assert found.pop("settled") is None
     assert found == json.loads((stats / "statistics.json").read_text())
 
 

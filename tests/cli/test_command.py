@@ -1,9 +1,11 @@
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
@@ -15,8 +17,11 @@ from helpers import PACKAGES
 from typer.testing import CliRunner, Result
 
 from glmq import errors
+from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.journal import Journal
 from glmq.cli import command
 from glmq.cli.command import CONTEXT, GlmqCommand
+from glmq.cli.stopped import remember_reached
 
 
 def work() -> None:
@@ -40,7 +45,11 @@ def make_app() -> typer.Typer:
         typer.echo(f"{is_lowbit} {open_outlier} {w_bit} {prompt!r}")
 
     @app.command(cls=GlmqCommand, context_settings=CONTEXT)
-    def long_run(resume: Annotated[bool, typer.Option("--resume/--no-resume")] = False) -> None:
+    def long_run(
+        out: Path | None = None,
+        json_output: Annotated[bool, typer.Option("--json")] = False,
+        resume: Annotated[bool, typer.Option("--resume/--no-resume")] = False,
+    ) -> None:
         work()
 
     return app
@@ -183,11 +192,37 @@ def test_a_folder_that_is_gone_and_python_without_docstrings_are_said(monkeypatc
     )
 
 
-def test_a_run_that_can_be_resumed_says_so_when_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    raising(monkeypatch, KeyboardInterrupt())
-    result = call("long-run")
-    assert result.exit_code == 130
-    assert result.stderr == "error[GLMQ-E130]: stopped by Ctrl-C; --resume continues after the last finished block\n"
+@pytest.mark.parametrize(
+    ("error", "code", "name"), [(KeyboardInterrupt(), 130, "Ctrl-C"), (command.Terminated(), 143, "SIGTERM")]
+)
+def test_a_stopped_run_says_how_far_it_came_where_it_lies_and_what_continues_it(
+    error: BaseException, code: int, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def work() -> None:
+        remember_reached("calibrate (pass 1 of 3): 12 of 66 blocks are finished")
+        raise error
+
+    monkeypatch.setattr(__name__ + ".work", work)
+    arguments = ["long-run", "--out", str(tmp_path / "my out"), "--no-resume"]
+    result = call(*arguments)
+    assert result.exit_code == code
+    assert result.stderr == f"error[GLMQ-E{code}]: stopped by {name}; nothing half-written was left behind\n"
+    unfinished = tmp_path / ".my out.partial"
+    with suppress(KeyboardInterrupt), OutputFolder(tmp_path / "my out", overwrite=False) as folder:
+        Journal(folder.work, {}).record("a block", {})
+        (folder.work / "states").write_bytes(bytes(2**20))
+        raise KeyboardInterrupt
+    (size,) = re.findall(r"1\.\d MiB", (result := call(*arguments)).stderr)
+    assert result.exit_code == code
+    assert result.stderr == (
+        f"error[GLMQ-E{code}]: stopped by {name}; calibrate (pass 1 of 3): 12 of 66 blocks are finished\n"
+        f"  unfinished: {unfinished}, {size}\n"
+        f"  to continue: root long-run --out '{tmp_path}/my out' --resume\n"
+        f"  to remove: glmq clean --yes {tmp_path}\n"
+    )
+    shown = json.loads(call(*arguments, "--json").stdout)["error"]
+    assert shown["resume"] == f"root long-run --out '{tmp_path}/my out' --json --resume"
+    assert [one["path"] for one in shown["unfinished"]] == [str(unfinished)]
 
 
 def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +289,7 @@ def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: 
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
-    assert (
-        stderr
-        == f"cleaned up\nerror[GLMQ-E{code}]: stopped by {name}; --resume continues after the last finished block\n"
-    )
+    assert stderr == f"cleaned up\nerror[GLMQ-E{code}]: stopped by {name}; nothing half-written was left behind\n"
 
 
 @pytest.mark.slow

@@ -1,17 +1,28 @@
-"""The events of a run on a pipe and on a terminal."""
+"""The events of a run on a pipe, on a terminal and in a file."""
 
 import io
+import json
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from glmq.cli import console
 from glmq.cli.progress import ProgressView, pass_lines
-from glmq.progress import Note, PassDone, PassStarted
+from glmq.progress import BlockStep, Note, PassDone, PassPlan, PassStarted, RunPlanned, StepPlan
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
 STARTED = PassStarted("quantize", "blocks", 4)
+PLANNED = RunPlanned(
+    (
+        PassPlan(
+            "calibrate", (StepPlan("a", "vision", 10.0), StepPlan("b", "text", 40.0), StepPlan("c", "text", 50.0))
+        ),
+        PassPlan("quantize", (StepPlan("b", "text", 100.0),)),
+    )
+)
 
 
 class Terminal(io.StringIO):
@@ -19,47 +30,53 @@ class Terminal(io.StringIO):
         return True
 
 
+class Clock(SimpleNamespace):
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def done(index: int, seconds: float, *, total: int = 4, megabytes: int = 100) -> BlockDone:
     return BlockDone(f"block {index}", index, total, seconds, megabytes * 2**20)
 
 
-def test_progress_on_a_pipe_is_a_line_per_block(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressView(quiet=False) as view:
-        view(STARTED)
-        view(done(0, 2.0))
-        view(done(1, 4.0, megabytes=300))
-        view(done(2, 0.06, megabytes=200))
-        view(PassDone(PassTime("quantize", 6.06, 300 * 2**20, ()), 0))
+def without_times(shown: str) -> list[str]:
+    """The lines without the time that each begins with."""
+    lines = shown.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d ", line) for line in lines)
+    return [line[9:] for line in lines]
+
+
+def test_progress_on_a_pipe_is_time_stamped_lines_ten_seconds_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with ProgressView(quiet=False, clock=clock) as view:
+        view(PLANNED)
+        view(PassStarted("calibrate", "blocks", 3))
+        for index, clock.now in enumerate((9.0, 58.0, 60.0)):
+            view(done(index, (9.0, 49.0, 2.0)[index], total=3))
+        view(PassDone(PassTime("calibrate", 60.0, 300 * 2**20, ()), 0))
     out, err = capsys.readouterr()
     assert out == ""
-    lines = err.splitlines()
-    assert lines[:3] == [
-        "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB",
-        "quantize: 2/4 block 1 4.0 s, 6 s left, 300 MiB",
-        "quantize: 3/4 block 2 0.1 s, 2 s left, 200 MiB",
+    assert without_times(err) == [
+        "calibrate (pass 1 of 2): 3 blocks, about 3 min for the whole run",
+        "calibrate (pass 1 of 2): 2 of 3 blocks, block 1; 26%, 58 s gone, about 3 min left, 100 MiB",
+        "calibrate: 60 s, peak 300 MiB resident",
     ]
-    assert lines[3:] == ["quantize: 6.1 s, peak 300 MiB resident"]
 
 
-def test_stages_come_in_a_line_with_their_rates_and_small_ones_are_summed_up() -> None:
+def test_stages_come_with_their_rates_when_asked_for_and_small_ones_are_summed_up() -> None:
     stages = (
         StageTime("read", 2.0, 0, 3 * 10**9),
         StageTime("forward", 90.0, 18 * 10**12, 0),
         StageTime("images", 1.5, 0, 0),
         StageTime("write", 0.25, 0, 10**9),
     )
-    assert pass_lines(PassTime("calibrate", 100.0, 300 * 2**20, stages)) == [
-        "calibrate: 100.0 s, peak 300 MiB resident",
-        "calibrate, of these: read 2.0 s (1.50 GB/s), forward 90.0 s (200 GFLOP/s), images 1.5 s, other 6.5 s",
+    time = PassTime("calibrate", 100.0, 300 * 2**20, stages)
+    assert pass_lines(time, verbose=False) == ["calibrate: 2 min, peak 300 MiB resident"]
+    assert pass_lines(time, verbose=True)[1:] == [
+        "calibrate, of these: read 2.0 s (1.50 GB/s), forward 2 min (200 GFLOP/s), images 1.5 s, other 6.5 s",
     ]
-
-
-def test_the_rest_is_estimated_from_the_last_eight_blocks(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressView(quiet=False) as view:
-        view(STARTED)
-        for index in range(10):
-            view(done(index, 100.0 if index < 2 else 1.0, total=20))
-    assert capsys.readouterr().err.splitlines()[9] == "quantize: 10/20 block 9 1.0 s, 10 s left, 100 MiB"
 
 
 def test_quiet_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,56 +91,116 @@ def test_a_run_that_fails_shows_no_total(capsys: pytest.CaptureFixture[str]) -> 
     view(PassStarted("quantize", "blocks", 4))
     with pytest.raises(ZeroDivisionError), view:
         print(1 / 0)
-    assert capsys.readouterr() == ("", "")
+    out, err = capsys.readouterr()
+    assert (out, without_times(err)) == ("", ["quantize: 4 blocks"])
 
 
-def test_progress_on_a_terminal_is_one_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
+def drawn(terminal: Terminal) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+
+
+def test_progress_on_a_terminal_is_two_lines_that_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, clock = Terminal(), Clock()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(console.stderr, "is_interactive", True)  # rich asks when the console is made
-    with ProgressView(quiet=False) as view:
-        view(STARTED)
-        view(done(0, 2.0))
-        view(done(1, 2.0))
-        assert view._bar is not None
-        view._bar.refresh()
+    monkeypatch.setattr(console.stderr, "_width", 80)
+    with ProgressView(quiet=False, clock=clock) as view:
+        assert "getting ready" in drawn(terminal)
+        view(PLANNED)
+        view(PassStarted("calibrate", "blocks", 3))
+        clock.now = 12.0
+        view(done(0, 12.0, total=3, megabytes=300))
+        view(BlockStep("model.language_model.layers.3", 1, 6, 12, "samples", 0.5))
+        clock.now = 32.0
+        assert view._live is not None
+        view._live.refresh()
         view(Note("note: half of it is done"))
-        view(PassDone(PassTime("quantize", 4.0, 100 * 2**20, ()), 0))
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    assert "2/4 blocks  4 s left  100 MiB" in plain
-    assert "quantize: 1/4" not in plain
+        view(PassDone(PassTime("calibrate", 65.0, 100 * 2**20, ()), 0))
+    plain = drawn(terminal)
+    assert "calibrate (pass 1 of 2): 1 of 3 blocks  layers.3, sample 7 of 12\n" in plain
+    assert "32 s gone, about 3 min left, 300 MiB" in plain
+    assert max(map(len, plain.splitlines())) <= 81  # with the carriage return
     assert "note: half of it is done\n" in plain
-    assert plain.endswith("quantize: 4.0 s, peak 100 MiB resident\n")
+    assert plain.endswith("calibrate: 65 s, peak 100 MiB resident\n")
 
 
-def test_a_terminal_that_can_draw_nothing_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(console.stderr, "is_interactive", False)  # TERM=dumb
-    with ProgressView(quiet=False) as view:
-        view(STARTED)
-        view(done(0, 2.0))
-    assert "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB" in terminal.getvalue()
-
-
-def test_forced_colour_makes_no_bar_out_of_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_interactive", [True, False])
+def test_a_stream_that_can_draw_nothing_gets_lines(
+    is_interactive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes no terminal out of a pipe
+    monkeypatch.setattr(console.stderr, "is_interactive", is_interactive)
+    if not is_interactive:  # TERM=dumb
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with ProgressView(quiet=False) as view:
         view(STARTED)
-        view(done(0, 2.0))
-        assert view._bar is None
-    assert "quantize: 1/4 block 0 2.0 s, 6 s left, 100 MiB" in capsys.readouterr().err
+        assert view._live is None
+    assert without_times(capsys.readouterr().err) == ["quantize: 4 blocks"]
 
 
-def test_bytes_on_a_pipe_are_a_line_for_each_twentieth(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressView(quiet=False) as view:
+def test_bytes_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with ProgressView(quiet=False, clock=clock) as view:
         view(PassStarted("compress", "bytes", 40 * 2**20))
         for number in range(40):
+            clock.now += 1.0
             view(BytesDone(f"tensor {number}", 2**20, 100 * 2**20))
-        view(PassDone(PassTime("compress", 2.5, 100 * 2**20, ()), 40 * 2**20))
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 21
-    assert re.fullmatch(r"compress: 2\.0 MiB of 40\.0 MiB, tensor 1, \d+ s left, 100 MiB", lines[0])
-    assert lines[-1] == "compress: 40.0 MiB in 2.5 s, peak 100 MiB resident"
+        view(PassDone(PassTime("compress", 40.0, 100 * 2**20, ()), 40 * 2**20))
+    assert without_times(capsys.readouterr().err) == [
+        "compress: 40.0 MiB",
+        "compress: 10.0 MiB of 40.0 MiB, tensor 9; 25%, 10 s gone, about 30 s left, 100 MiB",
+        "compress: 20.0 MiB of 40.0 MiB, tensor 19; 50%, 20 s gone, about 20 s left, 100 MiB",
+        "compress: 30.0 MiB of 40.0 MiB, tensor 29; 75%, 30 s gone, about 10 s left, 100 MiB",
+        "compress: 40.0 MiB of 40.0 MiB, tensor 39; 100%, 40 s gone, 100 MiB",
+        "compress: 40.0 MiB in 40 s, peak 100 MiB resident",
+    ]
+
+
+def test_how_far_a_run_has_come_is_one_sentence() -> None:
+    view = ProgressView(quiet=True)
+    assert view.reached() == ""
+    view(PLANNED)
+    view(PassStarted("calibrate", "blocks", 3, 1))
+    assert view.reached() == "calibrate (pass 1 of 2): 1 of 3 blocks are finished"
+    view(done(1, 1.0, total=3))
+    assert view.reached() == "calibrate (pass 1 of 2): 2 of 3 blocks are finished"
+
+
+def test_a_file_of_events_has_a_line_for_each(tmp_path: Path) -> None:
+    path, clock = tmp_path / "events.jsonl", Clock()
+    path.write_text("{}\n")
+    with ProgressView(quiet=True, events=path, verb="quantize", clock=clock) as view:
+        view(PLANNED)
+        view(PassStarted("calibrate", "blocks", 3))
+        view(BlockStep("a", 0, 1, 2, "samples", 0.5))
+        clock.now = 10.0
+        view(done(0, 10.0, total=3))
+        view(Note("so it is"))
+        view(PassDone(PassTime("calibrate", 65.0, 100, ()), 0))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[0] == {}  # what is there stays
+    times = [line.pop("time") for line in lines[1:]]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", time) for time in times)
+    started, planned, first, step, block, note, finished, ended = lines[1:]
+    assert started == {"event": "run_started", "schema": "glmq.events/1", "verb": "quantize"}
+    assert planned["passes"][1] == {"title": "quantize", "steps": [{"name": "b", "kind": "text", "seconds": 100.0}]}
+    assert planned["remaining_seconds"] == 200.0
+    assert (first["event"], first["title"], first["unit"], first["total"]) == ("pass_started", "calibrate", "blocks", 3)
+    assert (step["event"], step["done"], step["parts"], step["share"]) == ("block_step", 1, 2, 0.5)
+    assert (block["event"], block["name"], block["resident_bytes"]) == ("block_done", "block 0", 100 * 2**20)
+    assert (block["elapsed_seconds"], block["remaining_seconds"]) == (10.0, 190.0)
+    assert (note["event"], note["text"]) == ("note", "so it is")
+    assert finished["pass"] == {"title": "calibrate", "seconds": 65.0, "peak_bytes": 100, "stages": []}
+    assert ended == {"event": "run_ended", "how": "done", "reason": None, "elapsed_seconds": 10.0}
+
+
+def test_a_file_of_events_tells_why_a_run_ended(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for error, how, reason in (
+        (KeyboardInterrupt(), "stopped", "KeyboardInterrupt"),
+        (ValueError("no"), "failed", "no"),
+    ):
+        with pytest.raises(type(error)), ProgressView(quiet=True, events=path, verb="verify"):
+            raise error
+        last = json.loads(path.read_text().splitlines()[-1])
+        assert (last["event"], last["how"], last["reason"]) == ("run_ended", how, reason)

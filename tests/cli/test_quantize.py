@@ -73,7 +73,7 @@ def test_the_sparse_command_runs_as_a_program(
     assert done.returncode == 0, done.stderr
     assert tree(out) == seed_output
     assert "Error per linear, worst output error first" in done.stdout
-    assert "\nquantize: 6/6 embeddings and side files" in done.stderr
+    assert " quantize (pass 3 of 3): 6 blocks" in done.stderr
     assert "Warning" not in done.stderr
 
 
@@ -115,39 +115,43 @@ def test_the_screen_shows_errors_bytes_and_the_next_command(small: Path, small_s
     errors = [float(error.lstrip("! ")) for _, error in rows]
     assert errors == sorted(errors, reverse=True)
     assert re.search(r"^ text linears +96\.5 KiB +57\.\d KiB +0\.59\d *$", text, re.MULTILINE)
-    assert text.splitlines()[-3:] == [
-        f"W8A8S (float16) written to {out}",
+    written, size, error, settled, check, *following = text.splitlines()[-7:]
+    assert re.fullmatch(rf"W8A8S \(float16\) written to {re.escape(str(out))} in \d+\.\d s", written)
+    assert re.fullmatch(r"  size: \d+\.\d KiB before, \d+\.\d KiB after", size)
+    worst = f"{errors[0]:.2f}% at {rows[0][0]}"
+    assert re.fullmatch(rf"  output error: median \d+\.\d\d%, worst {re.escape(worst)}", error)
+    assert settled == "  statistics: not settled; more images would help, -v says what moved"
+    assert check == f"  check it: glmq verify '{out}' --reference {small}"
+    assert following == [
         "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
         f"  glmq compress --model_path '{out}' --save_directory '{out}-sc' --tp 1",
     ]
 
 
 @pytest.mark.slow
-def test_progress_is_a_line_per_block_on_stderr(small: Path, pictures: Path, tmp_path: Path) -> None:
-    result = glmq(
-        "quantize", "--model_path", small, "--save_directory", tmp_path / "out", "--calib_images", pictures, *SEED
-    )
-    notes, lines = [], []
-    for line in result.stderr.splitlines():
-        (lines if line.startswith(("calibrate", "rate", "quantize")) else notes).append(line)
-    assert notes[0] == "note: 16 calibration images; 30 are wanted for accuracy"
-    assert notes[1].startswith("settled: against half of the samples, ranges changed by ")
-    blocks = [
-        "model.visual.blocks.0",
-        "model.visual.merger",
-        *(f"model.language_model.layers.{i}" for i in (0, 1)),
-        "lm_head",
-    ]
-    wanted = [f"calibrate: {i}/5 {name}" for i, name in enumerate(blocks, 1)] + ["calibrate:", "calibrate, "]
-    layers = [name for name in blocks if ".layers." in name]
-    wanted += [f"rate: {i}/2 {name}" for i, name in enumerate(layers, 1)] + ["rate:", "rate, "]
-    blocks.append("embeddings and side files")
-    wanted += [f"quantize: {i}/6 {name}" for i, name in enumerate(blocks, 1)] + ["quantize:", "quantize, "]
-    stage = r"\w+ \d+\.\d s( \(\d+ GFLOP/s\)| \(\d+\.\d\d GB/s\))?, "
-    summary = {":": r" \d+\.\d s, peak \d+ MiB resident", " ": f"of these: ({stage})+other \\d+\\.\\d s"}
-    ends = [r" \d+\.\d s, \d+ s left, \d+ MiB" if "/" in start else summary[start[-1]] for start in wanted]
-    for line, start, end in zip(lines, wanted, ends, strict=True):
-        assert re.fullmatch(re.escape(start) + end, line)
+def test_the_passes_of_a_whole_run_are_counted_on_stderr_and_in_the_file_of_events(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    out, events = tmp_path / "out", tmp_path / "events.jsonl"
+    options = ["--calib_images", pictures, "--events", events, *SEED]
+    result = glmq("quantize", "--model_path", small, "--save_directory", out, *options)
+    note, *lines = result.stderr.splitlines()
+    assert note == "note: 16 calibration images; 30 are wanted for accuracy"
+    assert [re.sub(r"(, about| \d+\.\d s).*", "", line[9:]) for line in lines] == [
+        "calibrate (pass 1 of 3): 5 blocks", "calibrate:",
+        "rate (pass 2 of 3): 2 blocks", "rate:",
+        "quantize (pass 3 of 3): 6 blocks", "quantize:",
+    ]  # fmt: skip
+    told = [json.loads(line) for line in events.read_text().splitlines()]
+    (planned,) = [line for line in told if line["event"] == "run_planned"]
+    done = [line["name"] for line in told if line["event"] == "block_done"]
+    assert done == [step["name"] for one in planned["passes"] for step in one["steps"]]
+    kinds = [step["kind"] for step in planned["passes"][2]["steps"]]
+    assert kinds == ["vision", "merger", "text", "text", "head", "other"]
+    steps = [(line["name"], line["done"], line["parts"]) for line in told if line["event"] == "block_step"]
+    assert ("model.language_model.layers.1", 15, 24) in steps  # samples: pictures and texts
+    assert ("model.language_model.layers.1", 2, 3) in steps  # inputs
+    assert all(0.0 <= line["share"] < 1.0 for line in told if line["event"] == "block_step")
 
 
 def test_quiet_prints_the_folder_and_nothing_else(small: Path, small_stats: Path, tmp_path: Path) -> None:
@@ -170,6 +174,8 @@ def test_json_is_the_report_and_the_folder(small: Path, small_stats: Path, tmp_p
     assert 0 < sum(stage["seconds"] for stage in times.values()) <= done["seconds"]
     weights = 2 * (128 * 64 + 64 * 64 + 2 * 96 * 64)  # of two layers: q, k, v; o; gate and up, float types are 16 bits
     assert times["rounding"]["flops"] == 64 * weights
+    assert done["seconds"] <= found.pop("seconds")
+    assert found.pop("settled") is False
     assert found == json.loads((out / "glmq_report.json").read_text())
     assert (found["schema"], found["quant_type"]) == ("glmq.quantize/1", "W8A8")
 
@@ -309,7 +315,7 @@ def no_weights(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str
 
 
 def no_model(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
-    sentence = f"{work / 'none'}: no such folder; give the folder of the float weights as --model-path"
+    sentence = f"{work / 'none'}: no such folder; give the folder of the float weights as --model_path"
     return command(work / "none", stats, work / "out"), 4, sentence
 
 
@@ -513,7 +519,7 @@ def test_a_missing_torch_npu_stops_the_run(
     monkeypatch.setitem(sys.modules, "torch_npu", None)
     result = run("quantize", *the_sparse_command(small, tmp_path / "out", pictures, "npu"), "-q")
     assert result.exit_code == 5
-    assert result.stderr.startswith("error: --device-type npu: ")
+    assert result.stderr.startswith("error: --device_type npu: ")
     assert "torch_npu cannot be imported (import of torch_npu halted; None in sys.modules)" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -544,7 +550,7 @@ def test_ctrl_c_before_the_first_block_leaves_nothing(
     stats = tmp_path / "stats"
     result = run(*command(small, stats, tmp_path / "out", "--calib_images", pictures, "--limit", 1, "-q"))
     assert result.exit_code == 130
-    assert result.stderr == "error: stopped by Ctrl-C; --resume continues after the last finished block\n"
+    assert result.stderr == "error: stopped by Ctrl-C; nothing half-written was left behind\n"
     assert [path.name for path in tmp_path.iterdir()] == (["stats"] if engine.startswith("quantize") else [])
 
 

@@ -114,12 +114,12 @@ def test_a_plain_run_after_a_kill_in_the_second_pass_does_not_drop_the_calibrati
     other = run(*arguments, "--resume", "--max_pixels", 4000)
     assert other.exit_code == 2
     assert other.stderr == (
-        "error: --resume: the calibration of the unfinished run had max pixels None, this one has 4000; "
-        "run with the same, or start again with --overwrite\n"
+        f"error: --resume: the unfinished run in {tmp_path / '.out.partial'} had no --max_pixels, this one has "
+        "--max_pixels 4000; run with the same, or start again with --overwrite\n"
     )
     fewer = run(*arguments, "--resume", "--limit", 1)
     assert fewer.exit_code == 2
-    assert "had samples sha256 '" in fewer.stderr
+    assert f"the unfinished run in {tmp_path / '.out.partial'} had --limit 2, this one has --limit 1; " in fewer.stderr
     assert (tmp_path / ".out.partial" / "statistics").is_dir()
 
 
@@ -130,10 +130,16 @@ def test_a_resume_with_another_recipe_is_refused_with_both_values(
     out = tmp_path / "out"
     paths = ["--model_path", small, "--save_directory", out, "--stats", small_stats]
     run_and_die(["quantize", *paths, *SEED], 1, after=True)
+    begin = f"error: --resume: the unfinished run in {tmp_path / '.out.partial'} had "
+    end = "; run with the same, or start again with --overwrite\n"
     result = run("quantize", *paths, *SEED, "--resume", "--part_file_size", 1)
     assert result.exit_code == 2
-    assert "had files 'quant_model_weight_w8a8s.safetensors" in result.stderr
-    assert "this one has 'quant_model_weight_w8a8s-00001-of-00001.safetensors" in result.stderr
+    assert result.stderr == f"{begin}no --part_file_size, this one has --part_file_size 1GB{end}"
+    result = run("quantize", *paths, *SEED, "--resume", "--use_sigma=False", "--act-method", 1)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"{begin}--act-method 2, --use_sigma True, this one has --act-method 1, --use_sigma False{end}"
+    )
 
 
 @pytest.mark.slow

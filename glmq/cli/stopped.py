@@ -1,0 +1,83 @@
+"""What is told of a run that was stopped: how far it came, what lies where, and the command that resumes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join
+from typing import Final
+
+OUTPUTS: Final = ("save_directory", "stats", "out")
+"""Parameters of the verbs that name an output folder."""
+
+_command: ContextVar[str] = ContextVar("command", default="")
+_reached: ContextVar[str] = ContextVar("reached", default="")
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A work folder with something to resume."""
+
+    path: Path
+    nbytes: int
+    """That it takes on the disk."""
+
+
+def remember_command(program: Sequence[str], args: Sequence[str], *, can_resume: bool) -> None:
+    """Keep the command line that this process serves, as the one that resumes it; empty for what cannot be resumed."""
+    _reached.set("")
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["torchrun", "--nproc_per_node", processes, "-m"] if processes != "1" else []
+    resuming = [*launcher, *program, *(arg for arg in args if arg not in ("--resume", "--no-resume")), "--resume"]
+    _command.set(join(resuming) if can_resume else "")
+
+
+def resuming_command() -> str:
+    """The command that resumes the run, quoted for a shell; empty where there is none."""
+    return _command.get()
+
+
+def remember_reached(sentence: str) -> None:
+    """Keep how far the run had come when it was stopped."""
+    _reached.set(sentence)
+
+
+def find_unfinished(params: Mapping[str, object]) -> list[Unfinished]:
+    """The work folders of a command's outputs that a resumed run would go on from."""
+    from glmq.checkpoint.workplace import Workplace, has_progress, stored_bytes
+
+    work_dir = params.get("work_dir")
+    found = []
+    for target in (params.get(name) for name in OUTPUTS):
+        if isinstance(target, Path):
+            own = work_dir if isinstance(work_dir, Path) else None
+            work = Workplace.of(target, own).work
+            if has_progress(work):
+                found.append(Unfinished(work, stored_bytes(target, own)))
+    return found
+
+
+def describe_stop(by: str, left: Sequence[Unfinished]) -> str:
+    """One sentence: what stopped the run and how far it came."""
+    reached = _reached.get()
+    if not left:
+        return f"stopped by {by}; nothing half-written was left behind"
+    return f"stopped by {by}; {reached or 'what is finished stays'}"
+
+
+def describe_rest(left: Sequence[Unfinished]) -> list[str]:
+    """Lines below it: where the unfinished output lies, and what continues or removes it."""
+    if not left:
+        return []
+    from glmq.cli.render import size  # imports what draws tables, which --help starts without
+
+    lines = [f"  unfinished: {one.path}, {size(one.nbytes)}" for one in left]
+    folders = dict.fromkeys(str(one.path.parent) for one in left)
+    return [
+        *lines,
+        f"  to continue: {resuming_command()}",
+        f"  to remove: {join(['glmq', 'clean', '--yes', *folders])}",
+    ]

@@ -1,0 +1,75 @@
+"""What a run will do, pass by pass, with the time that each block is expected to take: told before the first pass begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from glmq.calibration.dry_run import CalibrationPlan, guess_steps, try_calibration
+from glmq.calibration.generate import plan_generation
+from glmq.calibration.samples import Sample
+from glmq.calibration.stats import Settings, Statistics
+from glmq.checkpoint.reader import Checkpoint
+from glmq.model.config import ModelConfig
+from glmq.model.inputs import Preprocessor
+from glmq.model.streamed import StreamedModel
+from glmq.numerics.moments import InputStats
+from glmq.progress import PassPlan, StepPlan
+from glmq.quantization.dry_run import USUAL_SPEED, plan_passes, try_speed
+from glmq.quantization.output import OutputPlan
+from glmq.quantization.passes import effort
+from glmq.quantization.recipe import Recipe
+
+TRIED_BYTES: Final = 100 * 2**20
+"""Of the float weights: a smaller model is done before a trial would be."""
+NOTHING_SEEN: Final[Mapping[str, InputStats]] = {}
+
+
+def is_large(source: Checkpoint) -> bool:
+    """Whether one block is a small part of the run, so that it may be run once beforehand."""
+    return sum(source.nbytes(name) for name in source) >= TRIED_BYTES
+
+
+def forecast_calibration_passes(
+    model: StreamedModel,
+    samples: Sequence[Sample],
+    preprocessor: Preprocessor,
+    settings: Settings,
+    plan: CalibrationPlan,
+) -> tuple[tuple[PassPlan, ...], Mapping[str, InputStats]]:
+    """The passes of a calibration, and the statistics of some inputs over one sample; of a small model without a trial."""
+    if is_large(model.source):
+        trial = try_calibration(model, samples, preprocessor, settings, plan)
+        steps, seen = trial.steps, trial.inputs
+    else:
+        steps, seen = guess_steps(model.config, plan), NOTHING_SEEN
+    passes = (PassPlan("calibrate", steps),)
+    if settings.generate is None:
+        return passes, seen
+    seconds = plan_generation(model, samples, preprocessor, settings.generate).read_seconds
+    return (PassPlan("generate", (StepPlan("answers", "other", seconds),)), *passes), seen
+
+
+def forecast_weight_passes(
+    source: Checkpoint,
+    config: ModelConfig,
+    recipe: Recipe,
+    plan: OutputPlan,
+    seen: Statistics | Mapping[str, InputStats],
+    *,
+    measures: bool,
+) -> tuple[PassPlan, ...]:
+    """The passes of a quantization over the weights.
+
+    Args:
+        seen: the statistics, or those of a few inputs over one sample, to try one group with.
+        measures: every group is quantized once before, to see which stay float.
+    """
+    speed = USUAL_SPEED
+    if is_large(source):
+        quantized = sorted((g.group for g in plan.groups.values() if g.is_quantized), key=effort)
+        if isinstance(seen, Statistics):
+            seen = {quantized[0].site: seen.input(quantized[0].site)}
+        if any(group.site in seen for group in quantized):
+            speed = try_speed(source, seen, recipe, plan)
+    return plan_passes(source, config, recipe, plan, speed, measures=measures)

@@ -1,0 +1,52 @@
+"""The passes that come before the one that writes: how many bits sparse linears may spend, and which groups stay float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from glmq.jobs.watcher import Watcher
+from glmq.numerics.rate import RateCurve
+from glmq.quantization.bits import needs_curves, spread_bits
+from glmq.quantization.fallback import with_fallback, worst_groups
+from glmq.quantization.measure import measure_checkpoint, measured_blocks, rate_checkpoint, rated_blocks
+from glmq.quantization.output import OutputPlan
+from glmq.quantization.passes import QuantizationRun
+from glmq.quantization.recipe import Recipe
+from glmq.records import LinearReport
+
+
+def deal_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher) -> dict[str, float]:
+    """Bits per weight of each linear, after a pass that measures what the sparse ones lose where that is needed."""
+    curves: list[RateCurve] = []
+    if needs_curves(recipe):
+        blocks = [f"rate {block.name}" for block in rated_blocks(work.config, plan.groups)]
+        with watcher.blocks("rate", len(blocks), finished=sum(map(work.journal.has, blocks))) as advance:
+            for block in rate_checkpoint(work, recipe, plan.groups):
+                curves += block.curves
+                advance(block.done)
+    return spread_bits(recipe, plan.linears, curves)
+
+
+def fall_back(
+    work: QuantizationRun,
+    recipe: Recipe,
+    plan: OutputPlan,
+    bits: Mapping[str, float],
+    watcher: Watcher,
+    *,
+    topk: int,
+    max_error: float | None,
+) -> Recipe:
+    """Measure every group first, then keep the worst float."""
+    reports: list[LinearReport] = []
+    blocks = [f"measure {block.name}" for block in measured_blocks(work.config, plan.groups)]
+    with watcher.blocks("measure", len(blocks), finished=sum(map(work.journal.has, blocks))) as advance:
+        for block in measure_checkpoint(work, recipe, plan.groups, bits=bits):
+            reports += block.reports
+            advance(block.done)
+    kept = worst_groups(reports, plan.groups, topk=topk, max_error=max_error)
+    names = [linear.name for group in kept for linear in group.group.linears]
+    watcher.note(f"{len(names)} linears stay float; the same by hand:")
+    for name in names:
+        watcher.note(f"  --keep-float {name}")
+    return with_fallback(recipe, kept)
