@@ -279,4 +279,4 @@ def test_a_missing_torch_npu_stops_the_run(
 def test_values_out_of_range_are_wrong_usage(option: str, value: object, small: Path, tmp_path: Path) -> None:
     result = run(*command(small, tmp_path / "stats", option, value))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {option}: ")
+    assert result.stderr.startswith(f"error: {option} {value}: ")
