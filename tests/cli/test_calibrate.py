@@ -32,7 +32,7 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
         ["01.png", "38", "no"],
         ["2", "samples", "76"],
     ]
-    assert re.fullmatch(rf"Statistics written to {stats} in \d+\.\d s", lines[6])
+    assert re.fullmatch(rf"Statistics written to {stats} in [\d.]+ (s|min)", lines[6])
     assert re.fullmatch(r"  size: \d\.\d MiB", lines[7])
     assert lines[8:] == [
         "  statistics: not settled; more images would help, -v says what moved",
@@ -44,7 +44,7 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
         "calibrate (pass 1 of 1): 5 blocks",
         progress[1][9:].split(",")[0],
     ]
-    assert re.fullmatch(r"\d\d:\d\d:\d\d calibrate: \d+\.\d s, peak \d+ MiB resident", progress[1])
+    assert re.fullmatch(r"\d\d:\d\d:\d\d calibrate: [\d.]+ (s|min), peak \d+ MiB resident", progress[1])
 
 
 def test_with_v_the_screen_says_what_has_not_settled_and_where_the_time_went(
@@ -56,7 +56,7 @@ def test_with_v_the_screen_says_what_has_not_settled_and_where_the_time_went(
         in result.stdout
     )
     assert re.fullmatch(
-        r"\d\d:\d\d:\d\d calibrate, of these: ([a-z]+ \d+\.\d s( \([\d.]+ \w+/s\))?, )+other \d+\.\d s",
+        r"\d\d:\d\d:\d\d calibrate, of these: ([a-z]+ [\d.]+ (s|min)( \([\d.]+ \w+/s\))?, )+other [\d.]+ (s|min)",
         result.stderr.splitlines()[-1],
     )
 
@@ -279,4 +279,4 @@ def test_a_missing_torch_npu_stops_the_run(
 def test_values_out_of_range_are_wrong_usage(option: str, value: object, small: Path, tmp_path: Path) -> None:
     result = run(*command(small, tmp_path / "stats", option, value))
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {option} {value}: ")
+    assert result.stderr.startswith(f"error: {option}")
