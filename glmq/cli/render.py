@@ -305,11 +305,13 @@ def is_settled(settled: Settled) -> bool | None:
 
 def show_settled(settled: Settled, *, verbose: bool) -> None:
     """Whether the statistics have settled: the verdict, with `verbose` what moved."""
-    from glmq.jobs.notes import convergence_verdict, describe_convergence
+    from glmq.jobs.notes import convergence_verdict, describe_convergence, unanswered_verdict
 
     stdout.print(f"  statistics: {convergence_verdict(settled.assessment)}", soft_wrap=True)
-    for line in describe_convergence(settled.assessment, unanswered=settled.unanswered) if verbose else ():
+    for line in describe_convergence(settled.assessment, unanswered=0) if verbose else ():
         stdout.say(f"    {line.strip()}")
+    if settled.unanswered:
+        stdout.print(f"  answers: {unanswered_verdict(settled.unanswered)}", soft_wrap=True)
 
 
 def show_line(line: str) -> None:

@@ -15,6 +15,7 @@ from glmq.quantization.plan import count_matches
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form
 
+ANSWERS_COUNT: Final = "which is most of what a thinking model computes; --generate 256 lets it write them"
 GIB: Final = 2**30
 
 
@@ -40,10 +41,16 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
         if not assessment.is_settled:
             yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
     if unanswered:
-        yield (
-            f"note: {unanswered} samples have no answer, which is most of what a thinking model computes; "
-            "--generate 256 lets it write them"
-        )
+        yield f"note: {_samples(unanswered)} no answer, {ANSWERS_COUNT}"
+
+
+def unanswered_verdict(unanswered: int) -> str:
+    """How many samples have no answer, and what would give them one."""
+    return f"{_samples(unanswered)} none, {ANSWERS_COUNT}"
+
+
+def _samples(unanswered: int) -> str:
+    return "1 sample has" if unanswered == 1 else f"{unanswered} samples have"
 
 
 def _changes(change: Convergence) -> str:

@@ -36,15 +36,13 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
     assert re.fullmatch(r"  size: \d\.\d MiB", lines[7])
     assert lines[8:] == [
         "  statistics: not settled; more images would help, -v says what moved",
+        "  answers: 2 samples have none, which is most of what a thinking model computes; --generate 256 lets it write them",
         f"Next: glmq quantize --model_path {small} --stats '{stats}' --save_directory ...",
     ]
     note, *progress = result.stderr.splitlines()
     assert note == "note: 2 calibration images; 30 are wanted for accuracy"
-    assert [line[9:].split(",")[0] for line in progress] == [
-        "calibrate (pass 1 of 1): 5 blocks",
-        progress[1][9:].split(",")[0],
-    ]
-    assert re.fullmatch(r"\d\d:\d\d:\d\d calibrate: [\d.]+ (s|min), peak \d+ MiB resident", progress[1])
+    assert progress[0][9:].startswith("calibrate (pass 1 of 1): 5 blocks")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d calibrate: [\d.]+ (s|min), peak \d+ MiB resident", progress[-1])
 
 
 def test_with_v_the_screen_says_what_has_not_settled_and_where_the_time_went(
