@@ -108,7 +108,7 @@ class SampleSet:
 
 
 def default_images() -> Path:
-    """The folder of photographs that comes with glmq, installed or in a source checkout."""
+    """The folder of 30 pictures that comes with glmq, installed or in a source checkout."""
     package = Path(__file__).parents[1]
     installed = package / "calibImages"
     return installed if installed.is_dir() else package.parent / "calibImages"

@@ -35,7 +35,7 @@ CalibImages = Annotated[
         "--calib-images",
         help="Folder of calibration images, 30 are wanted. Each is one sample.",
         rich_help_panel=CALIBRATION,
-        show_default="the photographs that come with glmq",
+        show_default="the 30 pictures that come with glmq",
     ),
     Tier.USUAL,
 ]

@@ -58,7 +58,7 @@ class CalibrationOptions:
     """Where calibration samples come from and how the float model runs them."""
 
     images: Path | None = None
-    """Folder of pictures, one sample each; None: the photographs that come with glmq, unless there is a `samples_file`."""
+    """Folder of pictures, one sample each; None: the 30 pictures that come with glmq, unless there is a `samples_file`."""
     recursive: bool = False
     """Enter the sub-folders of `images`."""
     samples_file: Path | None = None

@@ -167,7 +167,7 @@ def quantize(
     Args:
         model: folder of the float weights.
         stats: what `calibrate` gave, or its folder, which is written first if it does not exist; None takes statistics
-            of the photographs that come with glmq and keeps none.
+            of the 30 pictures that come with glmq and keeps none.
         out: folder to write the quantized weights into.
         recipe: the quantization type and how to get there; None is W8A8 in bfloat16, for the Atlas 800I A2.
         overwrite: replace what lies in `out`, once the new weights are whole.

@@ -18,9 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from make_checkpoint import make_checkpoint, text_size
+from photographs import link_photographs
 from process import SEED, measure
-
-from glmq.calibration.samples import default_images
 
 VENDOR_SEED = {"w_bit": 4, "is_lowbit": True, "fraction": 0.01, "use_sigma": True}
 
@@ -33,9 +32,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
-    images = default_images().resolve()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        images = link_photographs(folder / "images")
         model = folder / "model"
         make_checkpoint(model, text_size(a.hidden, a.layers))
         runner = Path(__file__).with_name("vendor_runner.py").resolve()

@@ -11,9 +11,8 @@ import tempfile
 from pathlib import Path
 
 from make_checkpoint import make_checkpoint, text_size
+from photographs import link_photographs
 from process import SEED, measure
-
-from glmq.calibration.samples import default_images
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
             make_checkpoint(folder / "model", text_size(a.hidden, layers))
             weights = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
             paths = ["--model_path", str(folder / "model"), "--save_directory", str(folder / "out")]
-            images = ["--calib_images", str(default_images().resolve()), "--limit", str(a.images)]
+            images = ["--calib_images", str(link_photographs(folder / "images")), "--limit", str(a.images)]
             ours = measure([sys.executable, "-m", "glmq", "quantize", *paths, *images, *SEED], folder)
             print(f"{layers:8}{weights / 2**20:14.0f}{ours.wall_s:10.1f}{ours.peak_mib:10.0f}")
 

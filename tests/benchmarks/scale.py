@@ -7,7 +7,7 @@ the stages reached.
     python tests/benchmarks/scale.py WORK --hidden 512 --peers VENDOR_PYTHON VENDOR_RUNNER LLMC_PYTHON LLMC_RUNNER
 
 WORK is a folder with room: about 20 GB for the float stand-in of 9b, 14 for the W8A8S, 12 for the compressed one, 10 for the
-statistics. What is made there is removed again. Images are 640x480 copies of the default photographs. The rates of the
+statistics. What is made there is removed again. Images are 640x480 copies of eight photographs. The rates of the
 machine are measured in the same run: F.linear on the model's own shapes, and a plain read and write of a file.
 
 --fit runs 2 and 4 layers, then 2 and 4 images, and prints the seconds of one layer and of one image. --peers runs the vendor's
@@ -31,10 +31,10 @@ from pathlib import Path
 import torch
 from inspect_rate import drop_from_cache
 from make_checkpoint import SIZES, Size, make_checkpoint, text_size
+from photographs import photographs
 from PIL import Image
 from process import SEED, Measured, best_seconds, measure
 
-from glmq.calibration.samples import IMAGE_SUFFIXES, default_images
 from glmq.model.config import read_config
 
 GLMQ = [sys.executable, "-m", "glmq"]
@@ -46,10 +46,10 @@ PLAIN_BYTES = 4 * 2**30
 def make_images(folder: Path, count: int) -> Path:
     """`count` different images of 640 x 480 pixels."""
     folder.mkdir()
-    photographs = sorted(p for p in default_images().iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    originals = photographs()
     for number in range(count):
-        turn, index = divmod(number, len(photographs))
-        image = Image.open(photographs[index]).convert("RGB").resize((640, 480))
+        turn, index = divmod(number, len(originals))
+        image = Image.open(originals[index]).convert("RGB").resize((640, 480))
         image.rotate(7 * turn).save(folder / f"{number:03d}.png")
     return folder
 

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from glmq.calibration.samples import (
+    WANTED_IMAGES,
     Rejected,
     Sample,
     default_images,
@@ -186,10 +188,13 @@ def test_a_folder_of_which_everything_is_left_out_says_why(tmp_path: Path) -> No
     assert str(caught.value) == f"{tmp_path}: holds no image that can be used: bad.png (is empty)"
 
 
-def test_glmqs_own_photographs_are_found() -> None:
-    assert [s.name for s in list_images(default_images(), PROMPT, skip_bad=False, limit=None).samples] == [
-        f"{name}.jpg" for name in ("astronaut", "cat", "clock", "coffee", "deep_field", "flower", "rocket", "temple")
-    ]
+def test_glmqs_own_pictures_are_as_many_as_are_wanted_small_and_each_with_its_source() -> None:
+    found = list_images(default_images(), PROMPT, skip_bad=False, limit=None).samples
+    assert len(found) == WANTED_IMAGES
+    sources = (default_images() / "SOURCES.md").read_text(encoding="utf-8")
+    assert [sample.name for sample in found] == sorted(re.findall(r"^\| (\S+\.jpg) \|", sources, flags=re.MULTILINE))
+    assert all(sample.image is not None and max(open_image(sample).size) <= 640 for sample in found)
+    assert sum(path.stat().st_size for path in default_images().iterdir()) < 6 * 2**20
 
 
 def test_lines_keep_their_order_and_may_leave_fields_out(folder: Path) -> None:
