@@ -166,6 +166,7 @@ def test_the_examples_of_the_help_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On small models and one picture, each example after the other in one folder."""
+    (tmp_path / "OUTPUTS").mkdir()
     (tmp_path / "PHOTOS").mkdir()
     shutil.copy(min(pictures.iterdir()), tmp_path / "PHOTOS")
     (tmp_path / "W8A8S").symlink_to(tiny_seed)
