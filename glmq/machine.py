@@ -31,12 +31,32 @@ CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
 
 
+class LogFile(logging.FileHandler):
+    """A file for log lines. What its disk does not take is lost, which is no reason to end a run."""
+
+    failure: OSError | None = None
+    """Why lines were lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging calls it so)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.failure = error
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            self.failure = error
+
+
 @contextmanager
-def logging_to(path: Path, level: int) -> Iterator[None]:
+def logging_to(path: Path, level: int) -> Iterator[LogFile]:
     """Append what the loggers of glmq say, at `level` and above, to a file, which begins with the machine."""
     logger = logging.getLogger("glmq")
     before = logger.level
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.addHandler(handler)
     if not logger.isEnabledFor(level):
@@ -44,7 +64,7 @@ def logging_to(path: Path, level: int) -> Iterator[None]:
     try:
         for line in describe_machine():
             log.info(line)
-        yield
+        yield handler
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)

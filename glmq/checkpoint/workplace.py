@@ -39,8 +39,8 @@ STATISTICS: Final = "statistics"
 
 LONGEST_NAME: Final = 255
 """Bytes of a file's name, on every file system that Linux writes."""
-_NOT_CONTENTS: Final = frozenset({"lost+found"})
-"""What lies in an empty file system."""
+OF_FILE_SYSTEM: Final = frozenset({"lost+found"})
+"""What an empty file system has; engines do not open it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,11 @@ class Workplace:
         return f"{self.place.name}-{hashlib.sha256(os.fsencode(self.place)).hexdigest()[:8]}"
 
     def contents(self) -> list[str]:
-        """What lies in the output folder, glmq's own hidden files and an empty file system's own left out; sorted."""
-        own = {self.staging.name, self.lock.name} if self.is_inside else set()
+        """What lies in the output folder; where only its contents are renamed, without glmq's own hidden files and what an
+        empty file system has. Sorted."""
+        own = {self.staging.name, self.lock.name, *OF_FILE_SYSTEM} if self.is_inside else set()
         found = os.listdir(self.place) if self.place.is_dir() else []
-        return sorted(name for name in found if name not in own | _NOT_CONTENTS)
+        return sorted(name for name in found if name not in own)
 
     def works(self) -> tuple[Path, ...]:
         """The work folder, and the one in `home` through which the result goes if they are two."""

@@ -227,6 +227,8 @@ def _describe_failure(error: BaseException) -> tuple[str, str, int]:
         advice = "check the path, its permissions and the disk"
         if error.errno in (errno.EMFILE, errno.ENFILE):
             advice = "raise the limit of open files (ulimit -n)"
+        elif kind is SpaceError:
+            advice = "make room there, for bytes and for files (df -h, df -i)"
         sentence = f"{what}{error.strerror or error}; {advice}"
         return kind.code, sentence, kind.exit_code
     name = type(error).__name__
@@ -243,13 +245,15 @@ def _logged(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with logging_to(path, logging.DEBUG):
+    with logging_to(path, logging.DEBUG) as file:
         try:
             yield
         except BaseException as error:
             if not isinstance(error, typer.Exit):
                 log.exception("stopped by %s", type(error).__name__)
             raise
+    if file.failure is not None:
+        typer.echo(f"warning: {visible(str(path))}: lines are missing in the log ({file.failure.strerror})", err=True)
 
 
 def _is_usage_error(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ from glmq.compression.report import (
     unpack_results,
     write_report,
 )
-from glmq.compression.shard import RankTensor
+from glmq.compression.shard import RankTensor, check_world
 from glmq.compression.source import Source, open_source
 from glmq.compression.split import finish_split, split_checkpoint
 from glmq.compression.stream import (
@@ -227,6 +227,8 @@ def _prepared(job: CompressionJob, world: int, numbers: Sequence[int], watcher: 
     source = open_source(job.model_path)
     with source.checkpoint:
         list_side_files(job.model_path)  # refuses what could not be copied at the end
+        if world > 1:  # wrong wherever it runs, so it is said before what this machine lacks
+            check_world(source.config, world, job.options.layout)
         codec = choose_codec(job.codec_name, job.options.executor, watcher)
         layout = choose_layout(codec.kind, job.options.layout, world)
         yield _Work(source, codec, layout, world, plan_ranks(source, layout, world, numbers))

@@ -27,6 +27,7 @@ from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.weight_files import INDEX_SUFFIX
+from glmq.checkpoint.workplace import OF_FILE_SYSTEM
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, InputError, ModelError
 from glmq.model.config import FAMILY, ModelConfig, parse_config
@@ -342,7 +343,7 @@ def check_modes(directory: Path) -> Iterator[Finding]:
     entries = sorted(directory.iterdir())
     if len(entries) > _MAX_ENTRIES:
         yield Check.FILE_MODES.error("", f"the folder has {len(entries)} entries, the engine stops at {_MAX_ENTRIES}")
-    for path in (directory, *entries):
+    for path in (directory, *(entry for entry in entries if entry.name not in OF_FILE_SYSTEM)):
         mode = path.stat().st_mode
         if mode & stat.S_IWOTH:
             yield Check.FILE_MODES.error(

@@ -714,6 +714,13 @@ def test_an_empty_file_system_is_empty(mount: Path) -> None:
     assert tree(mount).keys() == {"lost+found", "new.txt"}
 
 
+def test_a_folder_that_is_no_mount_point_but_has_what_they_have_is_not_empty(tmp_path: Path) -> None:
+    (tmp_path / "out" / "lost+found").mkdir(parents=True)
+    with pytest.raises(UsageError, match="is not empty"):  # a rename over it would fail, with the whole output made
+        write(tmp_path / "out")
+    assert tree(tmp_path).keys() == {"out", "out/lost+found"}
+
+
 def test_a_mount_point_that_somebody_fills_during_the_run_is_left_alone(mount: Path) -> None:
     with pytest.raises(KeptError, match=CHANGED):
         write(mount, meanwhile=(mount / "thesis.txt").touch)

@@ -149,11 +149,11 @@ def test_every_kind_of_error_has_its_own_code() -> None:
         (MemoryError(), 5, "GLMQ-E502", "the machine's memory is used up; close other programs, or use a machine with more"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5, "GLMQ-E501",
-            "/data/out: No space left on device; check the path, its permissions and the disk",
+            "/data/out: No space left on device; make room there, for bytes and for files (df -h, df -i)",
         ),
         (
             OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "GLMQ-E501",
-            "Disk quota exceeded; check the path, its permissions and the disk",
+            "Disk quota exceeded; make room there, for bytes and for files (df -h, df -i)",
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/data/out"), 4, "GLMQ-E406",
@@ -336,6 +336,13 @@ def test_a_log_file_that_cannot_be_written_is_one_sentence(small: Path, tmp_path
     assert result.stderr == (
         f"error: {tmp_path / 'none' / 'run.log'}: No such file or directory; check the path, its permissions and the disk\n"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_log_file_on_a_full_disk_ends_no_run_and_is_said(small: Path) -> None:
+    result = run("inspect", small, "--log-file", "/dev/full")
+    assert result.exit_code == 0
+    assert result.stderr == "warning: /dev/full: lines are missing in the log (No space left on device)\n"
 
 
 class PanicException(BaseException):

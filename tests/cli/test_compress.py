@@ -234,9 +234,10 @@ def test_two_folders_are_wanted(arguments: list[str], sentence: str) -> None:
 
 @pytest.mark.slow
 def test_the_trained_tiny_model_with_six_heads_is_not_split_over_four(tiny_seed: Path, tmp_path: Path) -> None:
-    assert complaint(2, *compress(tiny_seed, tmp_path / "out", "--tp", 4)) == (
-        "error: --tp 4: 6 attention heads do not divide by 4; world sizes that work for this model: 1, 2"
-    )
+    for codec in ("portable", "auto"):  # without the vendor's program, too: no machine changes that
+        assert complaint(2, *compress(tiny_seed, tmp_path / "out", "--tp", 4, "--codec", codec)) == (
+            "error: --tp 4: 6 attention heads do not divide by 4; world sizes that work for this model: 1, 2"
+        )
 
 
 def test_the_source_is_never_written_over(w8a8s: Path) -> None:

@@ -264,6 +264,7 @@ def test_modes_and_names_that_the_engine_refuses_are_found(make: Make, monkeypat
     (directory / "config.json").chmod(0o666)
     (directory / "a b.txt").touch(mode=0o600)
     (directory / "tokenizer.json").chmod(0o040)
+    (directory / "lost+found").mkdir(0o700)  # of the file system, where the folder is a whole disk
     assert found(directory, None) == [
         (19, "", "'a b.txt': the engine refuses such a name; use letters, digits, _ . - only"),
         (19, "", "config.json is writable by everyone (mode 666); the engine refuses that"),

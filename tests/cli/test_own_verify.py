@@ -1,0 +1,340 @@
+"""Nothing that a documented option of quantize and compress writes, nor what quantize makes of an odd source, fails verify."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+import torch
+from cli.command_line import glmq as cli
+from helpers import calibrate, edit_json, edit_tensors
+from make_checkpoint import Size, make_checkpoint
+from random_w8a8s import write_stand_in
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.main import get_command
+
+import glmq
+from glmq.cli.app import app
+from glmq.engines import Engine
+
+pytestmark = pytest.mark.slow  # some seventy checkpoints of one layer, 15 s
+
+Options: TypeAlias = Mapping[str, object]
+"""Of the command line, as they are documented; True and False stand for a flag that is on or off."""
+
+DYNAMIC: Options = {"is_dynamic": True}
+SPARSE: Options = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
+W4A8: Options = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True}
+W8A16: Options = {"a_bit": 16}
+PACKED: Options = {"format": "compressed-tensors"}
+W4A16: Options = {**PACKED, "w_bit": 4, "a_bit": 16}
+TYPES: Mapping[str, Options] = {
+    "W8A8": {},
+    "W8A8S": SPARSE,
+    "W8A8_DYNAMIC": DYNAMIC,
+    "W4A8_DYNAMIC": W4A8,
+    "W8A16": W8A16,
+    "W8A8, mindie": {"format": "mindie"},
+    "W8A8S, mindie": {**SPARSE, "mindie_format": True},
+    "W8A8_DYNAMIC, mindie": {**DYNAMIC, "format": "mindie"},
+    "W4A8_DYNAMIC, mindie": {**W4A8, "mindie_format": True, "torch_dtype": "fp16"},
+    "W8A8, packed": PACKED,
+    "W8A8_DYNAMIC, packed": {**PACKED, **DYNAMIC},
+    "W8A16, packed": {**PACKED, **W8A16},
+    "W4A16, packed": W4A16,
+}
+"""Every type in every form that it has."""
+
+ROWS: Mapping[str, Options] = {
+    **TYPES,
+    **{
+        f"{name}, {method}": {**TYPES[name], "method": method}
+        for name, method in (
+            ("W8A16", "plain"),
+            ("W4A16, packed", "plain"),
+            ("W8A8, packed", "reference"),
+            ("W8A8_DYNAMIC, packed", "reference"),
+        )
+    },
+    "float16": {"torch_dtype": "fp16"},
+    "float16, packed": {**PACKED, **W8A16, "torch_dtype": "fp16"},
+    "no smoothing": {"anti_method": "none"},
+    "SmoothQuant, shifted": {"do_smooth": True, "channel_shift": True},
+    "SmoothQuant, packed": {**PACKED, "do_smooth": True},
+    "shifted, min-max, corrected": {"channel_shift": True, "act_method": 1, "bias_correction": True},
+    "shifted, sparse, the older form": {**SPARSE, "channel_shift": True, "mindie_format": True},
+    "the better range, packed": {**PACKED, "act_method": 3},
+    "corrected, plain": {"bias_correction": True, "method": "plain"},
+    "sigma": {**SPARSE, "use_sigma": True, "sigma_factor": 2.0},
+    "fraction": {**SPARSE, "fraction": 0.05},
+    "over the whole tensor": {"co_sparse": True, "torch_dtype": "fp16"},
+    "no outliers": {**SPARSE, "open_outlier": False},
+    "no outliers, reference": {**SPARSE, "use_sigma": True, "open_outlier": False, "method": "reference"},
+    "two bits by error": {**SPARSE, "target_bits": 2.0, "allocate": "error"},
+    "two bits, shifted": {**SPARSE, "target_bits": 2.0, "channel_shift": True, "do_smooth": True},
+    "a ratio": {**SPARSE, "target_ratio": 0.3},
+    "three bits, packed": {**PACKED, **DYNAMIC, "target_bits": 3.0},
+    "groups of 32": {**W4A16, "group_size": 32},
+    "groups of 32 of 8 bits": {**PACKED, **W8A16, "group_size": 32},
+    "float o_proj": {"keep_float": "*.o_proj"},
+    "float o_proj, packed": {**PACKED, "keep_float": "*.o_proj"},
+    "down_proj too": {"layer": "*.mlp.down_proj=W8A8", "channel_shift": True},
+    "all linears, packed": {**PACKED, **DYNAMIC, "layer": "*=W8A8_DYNAMIC"},
+    "mixed with floats": {**SPARSE, "layer": "*.o_proj=FLOAT"},
+    "the worst float": {"fallback_topk": 1},
+    "the worst float, packed": {**W4A16, "fallback_topk": 1},
+    "large errors float": {**SPARSE, "max_error": 0.05},
+    "300I Duo": {**SPARSE, "target": "mindie-300i-duo"},
+    "800I A2": {"target": "mindie-800i-a2"},
+    "vLLM-Ascend": {**W4A8, "target": "vllm-ascend"},
+    "numbered files": {"part_file_size": "1MB"},
+    "numbered files, the older form": {"mindie_format": True, "part_file_size": "1MB", "torch_dtype": "fp16"},
+}
+
+WRITES_NOTHING_ELSE = (
+    *("model_path", "save_directory", "overwrite", "work_dir", "stats", "resume", "dry_run", "config", "dump_config"),
+    *("device_type", "json", "quiet", "verbose", "log_file", "debug", "trust_remote_code", "events", "list_presets"),
+    *("calib_images", "recursive", "calib_samples", "prompt", "texts", "limit", "generate", "max_pixels"),
+    *("skip_bad_images", "compute_dtype"),
+)
+"""Options on which the bytes of a checkpoint depend through the statistics alone, or not at all."""
+OF_SOURCES = frozenset({"keep_extra", "dequantize", "chat_template"})
+"""Options of the sources below."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smallest model that has every kind of linear and more than a megabyte, in one file."""
+    folder = tmp_path_factory.mktemp("one") / "model"
+    make_checkpoint(folder, Size(layers=1, vocab=4096))
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stats(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(model, tmp_path_factory.mktemp("one") / "stats", pictures, limit=1, texts=False, wide_moments=True)
+
+
+def words(options: Options) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def assert_passes(folder: Path, reference: Path, engines: list[Engine] | None = None) -> None:
+    for against in (None, reference):
+        found = glmq.verify(folder, reference=against, engines=engines or [])
+        assert found.passed, found.findings
+
+
+def test_every_option_that_changes_an_output_has_a_row() -> None:
+    defaults = {p.opts[0][2:].replace("-", "_"): p.default for p in get_command(app).commands["quantize"].params}
+    tried = {name for row in ROWS.values() for name, value in row.items() if value != defaults[name]}
+    assert set(defaults) - set(WRITES_NOTHING_ELSE) - OF_SOURCES == tried
+    of_sources = {name for _, options in SOURCES.values() for name in options}
+    assert of_sources & OF_SOURCES == OF_SOURCES
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_an_option_writes_passes(row: str, model: Path, stats: Path, tmp_path: Path) -> None:
+    options = ROWS[row]
+    out = tmp_path / "out"
+    cli("quantize", "--model_path", model, "--stats", stats, "--save_directory", out, *words(options), "-q")
+    place = str(options.get("target", ""))
+    engines = [engine for engine in Engine if place.startswith(engine.value)]
+    assert_passes(out, model, engines)
+
+
+COMPRESSIONS: Mapping[str, Options] = {
+    "portable": {"codec": "portable"},
+    "portable, two parts": {"codec": "portable", "tp": 2, "jobs": 1},
+    "the engine's form": {"tp": 2, "multiprocess_num": 2},
+    "the engine's form, with what it is made from": {"tp": 2, "save_split_w8a8s_dir": "split"},
+    "the engine's form, for vLLM-Ascend": {"tp": 2, "layout": "vllm-ascend"},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "made"),
+    [
+        *((row, "W8A8S") for row in COMPRESSIONS),
+        ("portable, two parts", "two bits, shifted"),
+        ("the engine's form", "two bits, shifted"),
+        ("portable", "numbered"),
+    ],
+)
+def test_what_compress_writes_passes(
+    row: str, made: str, sparse: Mapping[str, Path], model: Path, tmp_path: Path
+) -> None:
+    options = dict(COMPRESSIONS[row])
+    if "save_split_w8a8s_dir" in options:
+        options["save_split_w8a8s_dir"] = tmp_path / "split"
+    if "codec" not in options:
+        options["executor"] = write_stand_in(tmp_path)
+    out = tmp_path / "out"
+    cli("compress", "--model_path", sparse[made], "--save_directory", out, *words(options), "-q")
+    is_for_engine = "codec" not in options
+    engine = Engine.VLLM_ASCEND if "layout" in options else Engine.MINDIE
+    assert_passes(out, sparse[made], [engine] if is_for_engine else [])
+    if "save_split_w8a8s_dir" in options:
+        assert_passes(tmp_path / "split", sparse[made])
+    if not is_for_engine:
+        cli("compress", "--decompress", out, tmp_path / "back", "-q")
+        assert_passes(tmp_path / "back", model)
+
+
+@pytest.fixture(scope="module")
+def sparse(model: Path, stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """W8A8S checkpoints to compress."""
+    root = tmp_path_factory.mktemp("sparse")
+    rows = {**ROWS, "numbered": {**SPARSE, "part_file_size": "1MB"}}
+    for name in ("W8A8S", "two bits, shifted", "numbered"):
+        cli(
+            "quantize",
+            "--model_path",
+            model,
+            "--stats",
+            stats,
+            "--save_directory",
+            root / name,
+            *words(rows[name]),
+            "-q",
+        )
+    return {path.name: path for path in root.iterdir()}
+
+
+LAYER = "model.language_model.layers.0"
+
+
+def tensors(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    return lambda folder: edit_tensors(folder, edit)  # type: ignore[arg-type,return-value]
+
+
+def config(**changes: object) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(changes))
+
+
+def text(edit: Callable[[dict], object]) -> Callable[[Path], object]:
+    return lambda folder: edit_json(folder / "config.json", lambda c: edit(c["text_config"]))
+
+
+def renamed(rename: Callable[[str], str]) -> Callable[[Path], object]:
+    return tensors(lambda t: [t.update({rename(name): t.pop(name)}) for name in list(t)])
+
+
+def cast(dtype_of: Callable[[str], torch.dtype]) -> Callable[[Path], object]:
+    return tensors(lambda t: t.update({name: tensor.to(dtype_of(name)) for name, tensor in t.items()}))
+
+
+def tie(folder: Path) -> None:
+    text(lambda c: c.update(tie_word_embeddings=True))(folder)
+    tensors(lambda t: t.pop("lm_head.weight"))(folder)
+
+
+def to_fp8(folder: Path) -> None:
+    def edit(stored: dict[str, Tensor]) -> None:
+        name = f"{LAYER}.mlp.gate_up_proj.weight"
+        stored[name] = stored[name].to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv"] = torch.full((2, 1), 0.5)
+
+    tensors(edit)(folder)
+    config(quantization_config={"quant_method": "fp8"})(folder)
+
+
+def of_transformers_5(folder: Path) -> None:
+    def edit(section: dict) -> None:
+        rope = {"rope_theta": section.pop("rope_theta"), "partial_rotary_factor": section.pop("partial_rotary_factor")}
+        section["rope_parameters"] = section.pop("rope_scaling") | rope
+
+    text(edit)(folder)
+    edit_json(folder / "config.json", lambda c: c.update(dtype=c.pop("torch_dtype")))
+    edit_json(folder / "tokenizer_config.json", lambda c: c.update(tokenizer_class="TokenizersBackend"))
+    parts = {}
+    for key in ("image", "video"):
+        name = "preprocessor_config.json" if key == "image" else "video_preprocessor_config.json"
+        parts[f"{key}_processor"] = json.loads((folder / name).read_text())
+        (folder / name).unlink()
+    (folder / "processor_config.json").write_text(json.dumps({**parts, "processor_class": "Glm46VProcessor"}))
+
+
+def move_template(name: str, key: str) -> Callable[[Path], object]:
+    def move(folder: Path) -> None:
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").unlink()
+        path = folder / name
+        document = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(document | {key: template}))
+
+    return move
+
+
+def leave_beside(folder: Path) -> None:
+    save_file({"x.lora_A.weight": torch.zeros(8, 64)}, folder / "adapter_model.safetensors")
+    for name in ("zero_to_fp32.py", "trainer_state.json", "pytorch_model.bin", "README.md", "tokenizer.model"):
+        (folder / name).write_text("{}")
+
+
+def with_other_files(folder: Path) -> None:
+    leave_beside(folder)
+    config(quantization_config={"quant_method": "bitsandbytes"}, torch_dtype="auto")(folder)
+    (folder / "video_preprocessor_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+
+
+def split(folder: Path) -> None:
+    """Two files without an index."""
+    (path,) = folder.glob("*.safetensors")
+    stored = load_file(path)
+    path.unlink()
+    for number, names in enumerate((sorted(stored)[:20], sorted(stored)[20:]), 1):
+        save_file({name: stored[name] for name in names}, folder / f"model-0000{number}-of-00002.safetensors")
+
+
+EXTRA = {"score.weight": torch.ones(2, 64), "position_ids": torch.arange(3), "rotary_emb.inv_freq": torch.ones(2)}
+SOURCES: Mapping[str, tuple[Callable[[Path], object], Options]] = {
+    "older names": (
+        renamed(lambda n: n.replace("model.visual.", "visual.").replace("model.language_model.", "model.")), {},
+    ),
+    "one wrapped process": (renamed("module.{}".format), {}),
+    "a tied head": (tie, {}),
+    "a head beside the flag": (text(lambda c: c.update(tie_word_embeddings=True)), {}),
+    "extra tensors": (tensors(lambda t: t.update(EXTRA)), {}),
+    "extra tensors kept": (tensors(lambda t: t.update(EXTRA)), {"keep_extra": True}),
+    "extra tensors kept, packed": (tensors(lambda t: t.update(EXTRA)), {**PACKED, "keep_extra": True}),
+    "float16": (cast(lambda name: torch.float16), SPARSE),
+    "float64": (cast(lambda name: torch.float64), {}),
+    "mixed": (cast(lambda name: torch.float32 if "norm" in name or name.endswith("bias") else torch.float16), {}),
+    "FP8": (to_fp8, {"dequantize": True}),
+    "FP8, shifted": (to_fp8, {**SPARSE, "dequantize": True, "channel_shift": True}),
+    "transformers 5": (of_transformers_5, {}),
+    "a template in tokenizer_config": (move_template("tokenizer_config.json", "chat_template"), {}),
+    "a template in JSON": (move_template("chat_template.json", "chat_template"), {}),
+    "a given template": (lambda folder: shutil.move(folder / "chat_template.jinja", folder.parent / "own.jinja"),
+                         {"chat_template": "own.jinja"}),
+    "other files and settings": (with_other_files, {}),
+    "two files without an index": (split, {}),
+    "rows as good as dead": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-30)), {}),
+    "rows as good as dead, sparse": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-30)), SPARSE),
+    "rows as good as dead, float16": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-30)),
+                                      {**DYNAMIC, "torch_dtype": "fp16"}),
+    "rows as good as dead, packed": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-38)), W8A16 | PACKED),
+    "a norm of zeros and negative numbers": (tensors(lambda t: t[f"{LAYER}.input_layernorm.weight"].neg_()[:8].zero_()), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_made_of_an_odd_source_passes(source: str, model: Path, pictures: Path, tmp_path: Path) -> None:
+    change, options = SOURCES[source]
+    odd = tmp_path / "model"
+    shutil.copytree(model, odd)
+    change(odd)
+    options = {name: tmp_path / "own.jinja" if name == "chat_template" else value for name, value in options.items()}
+    out = tmp_path / "out"
+    cli("quantize", "--model_path", odd, "--calib_images", pictures, "--limit", 1, "--no-texts", "--save_directory", out,
+        *words(options), "-q")  # fmt: skip
+    is_packed = options.get("format") == "compressed-tensors"
+    assert_passes(out, odd, [] if is_packed else [Engine.MINDIE])
