@@ -89,6 +89,8 @@ ROWS: Mapping[str, Options] = {
     "the worst float": {"fallback_topk": 1},
     "the worst float, packed": {**W4A16, "fallback_topk": 1},
     "large errors float": {**SPARSE, "max_error": 0.05},
+    "the 300I Duo's preset": {"preset": "300i-duo"},
+    "a preset, packed": {"preset": "800i-a2-w8a16", "format": "compressed-tensors"},
     "300I Duo": {**SPARSE, "target": "mindie-300i-duo"},
     "800I A2": {"target": "mindie-800i-a2"},
     "vLLM-Ascend": {**W4A8, "target": "vllm-ascend"},
