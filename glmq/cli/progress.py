@@ -64,7 +64,6 @@ class ProgressView:
         """What is under way in it."""
         self._resident_bytes = 0
         self._line_due = 0.0
-        self._shown_share = 0.0
         self._live: Live | None = None
         self._spinner = Spinner("line" if stderr.options.ascii_only else "dots")
 
@@ -185,13 +184,13 @@ class ProgressView:
         where.add_row(
             self._spinner, Text(f"{self._title()}: {self._count()}  {self._at}", no_wrap=True, overflow="ellipsis")
         )
-        self._shown_share = max(self._shown_share, self._remaining.share())
-        times = f"{self._shown_share:4.0%}  {duration(self._remaining.elapsed())} gone" + self._times(", about {} left")
+        share = self._remaining.share()
+        times = f"{share:4.0%}  {duration(self._remaining.elapsed())} gone" + self._times(", about {} left")
         memory = f", {self._resident_bytes / MIB:.0f} MiB" if self._resident_bytes else ""
         if len(times) + len(memory) + 12 <= stderr.width:
             times += memory
         much = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=1.0, completed=self._shown_share, width=max(stderr.width - len(times) - 5, 4))
+        bar = ProgressBar(total=1.0, completed=share, width=max(stderr.width - len(times) - 5, 4))
         much.add_row(bar, Text(times, no_wrap=True, overflow="ellipsis"))
         return Group(where, much)
 
