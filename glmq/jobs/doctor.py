@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Final
 
 import psutil
 
@@ -15,6 +16,9 @@ from glmq.cann import AscendState, find_ascend
 from glmq.checkpoint.disk import free_bytes
 from glmq.machine import PACKAGES, available_memory, processor_features, processor_name, version_of
 from glmq.version import __version__
+
+SLOWER: Final = {"rounding": "1.5", "codec": "20 to 30", "comparison": "2"}
+"""How many times as long numpy and torch take, as measured on a 2048 x 2048 weight with one thread of an x86_64 server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +61,8 @@ def diagnose() -> Diagnosis:
     except Exception as error:  # whatever a broken torch fails with is what the user needs to hear
         problems.append(f"torch cannot be imported ({type(error).__name__}: {f'{error}'.partition(chr(10))[0]:.200})")
     problems += [
-        f"no compiled kernel for {what}: {kernel} computes it, slowly; install a C compiler and install glmq again"
+        f"no compiled kernel for {what}: {kernel} computes it and takes {SLOWER[what]} times as long; install a C compiler "
+        "and install glmq again"
         for what, kernel in kernels.items()
         if kernel in ("numpy", "torch")
     ]

@@ -11,6 +11,7 @@ from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import WANTED_IMAGES
 from glmq.engines import Engine
 from glmq.model.config import FAMILY, ModelConfig
+from glmq.numerics import gptq
 from glmq.quantization.plan import count_matches
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form
@@ -96,7 +97,15 @@ def describe_large_weights(linears: Iterable[str], beyond_float16: Collection[st
 
 def describe_recipe(recipe: Recipe, config: ModelConfig, out: Path) -> list[str]:
     """What is to be said of a quantization before it starts."""
-    return [*describe_releases(recipe), *describe_patterns(recipe, config), *describe_path(out, recipe.form)]
+    path, patterns = describe_path(out, recipe.form), describe_patterns(recipe, config)
+    return [*describe_releases(recipe), *patterns, *path, *describe_kernel()]
+
+
+def describe_kernel() -> list[str]:
+    """That rounding was not compiled, and what that costs; nothing if it was."""
+    if gptq.KERNELS:
+        return []
+    return ["note: this glmq has no compiled rounding: torch does it, in 1.5 times the time; see glmq doctor"]
 
 
 def describe_path(out: Path, form: Form) -> list[str]:

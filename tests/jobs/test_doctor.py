@@ -21,7 +21,8 @@ def test_missing_kernels_and_a_torch_npu_of_another_torch_are_problems(monkeypat
     state = AscendState("2.13.0", "2.9.0", "/", None, Path("/d"), ("davinci0",))
     monkeypatch.setattr(doctor, "find_ascend", lambda: state)
     assert doctor.diagnose().problems == (
-        "no compiled kernel for rounding: torch computes it, slowly; install a C compiler and install glmq again",
+        "no compiled kernel for rounding: torch computes it and takes 1.5 times as long; install a C compiler and install glmq "
+        "again",
         "no NPU can be used: torch_npu 2.9.0 belongs to torch 2.9.0, found torch 2.13.0; pip install torch==2.9.0, "
         "or the torch_npu of 2.13.0",
     )

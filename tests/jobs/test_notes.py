@@ -1,9 +1,17 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from glmq.calibration.convergence import assess
 from glmq.calibration.stats import Statistics
-from glmq.jobs.notes import describe_convergence, describe_large_weights, describe_path, describe_releases
+from glmq.jobs.notes import (
+    describe_convergence,
+    describe_kernel,
+    describe_large_weights,
+    describe_path,
+    describe_releases,
+)
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form
 
@@ -27,6 +35,15 @@ def test_weights_that_float16_cannot_hold_are_told_with_the_reason_why_they_may_
         "note: a.q_proj.weight and 1 more goes beyond 65504, where float16 ends: integers and their float32 scales hold it"
     ]
     assert describe_large_weights(["a.o_proj"], beyond) == []
+
+
+def test_rounding_that_was_not_compiled_is_told_with_its_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kernels, told in (
+        (("avx2-fma",), []),
+        ((), ["note: this glmq has no compiled rounding: torch does it, in 1.5 times the time; see glmq doctor"]),
+    ):
+        monkeypatch.setattr("glmq.numerics.gptq.KERNELS", kernels)
+        assert describe_kernel() == told
 
 
 def test_a_path_that_mindie_does_not_open_is_told_before_the_work() -> None:
