@@ -6,6 +6,7 @@ import errno
 import functools
 import logging
 import platform
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,6 +85,13 @@ def describe_machine() -> list[str]:
         f"{available_memory() / 2**30:.1f} of {total / 2**30:.1f} GiB of memory available",
         f"command: {sys.argv}",
     ]
+
+
+def command_line() -> str:
+    """The command that this process was started by, as a shell would take it."""
+    program = Path(sys.argv[0])
+    name = "glmq" if program.name == "__main__.py" else program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 @functools.cache

@@ -89,11 +89,15 @@ class LinearReport:
     smoothing: str
     """How the input channels were scaled, e.g. `m2 (threshold 3.1, 12 channels)`, or `none`."""
     seconds: float
+    first_integer: int = 0
+    """Smallest of the stored integers."""
+    integers: tuple[int, ...] = ()
+    """How often each occurs, from the smallest to the largest; empty in what an older glmq left to be resumed."""
 
 
-def report_row(report: LinearReport) -> dict[str, str | int | float | None]:
+def report_row(report: LinearReport) -> dict[str, str | int | float | list[int] | None]:
     """A report as JSON values. The decibels of a perfect linear, infinity, become None."""
-    row = asdict(report) | {"quant_type": report.quant_type.value}
+    row = asdict(report) | {"quant_type": report.quant_type.value, "integers": list(report.integers)}
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
@@ -101,6 +105,7 @@ def parse_row(row: Mapping[str, Any]) -> LinearReport:
     """The inverse of report_row."""
     values: dict[str, Any] = {key: math.inf if value is None else value for key, value in row.items()}
     values["quant_type"] = QuantType(row["quant_type"])
+    values["integers"] = tuple(row.get("integers", ()))
     return LinearReport(**values)
 
 

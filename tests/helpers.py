@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmq
-from glmq.checkpoint.checksums import document_digest
+from glmq.checkpoint.checksums import CHECKSUMS, document_digest
 from glmq.errors import GlmqError, LostRanksError
 from glmq.ranks import Place, Ranks
 
@@ -155,11 +155,30 @@ def without_sensitivity(stats: Path, out: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file under a folder with its sha256, hidden ones included; folders with an empty string."""
+    """Every file under a folder with its sha256, hidden ones included; folders with an empty string.
+
+    What a quantization says of its own run, which no two share, is left out.
+    """
     return {
-        str(path.relative_to(folder)): "" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): "" if path.is_dir() else hashlib.sha256(_shared(path)).hexdigest()
         for path in sorted(folder.rglob("*"))
     }
+
+
+def _shared(path: Path) -> bytes:
+    """The bytes of a file that equal runs share: of the report all but `run`, nothing of its page, no checksums of either."""
+    if path.name == "glmq_report.html":
+        return b""
+    content = path.read_bytes()
+    if path.name == "glmq_report.json":
+        document = json.loads(content)
+        return json.dumps({key: value for key, value in document.items() if key != "run"}).encode()
+    if path.name == CHECKSUMS:
+        document = json.loads(content)
+        for name in ("glmq_report.json", "glmq_report.html"):
+            document.get("files", {}).pop(name, None)
+        return json.dumps({key: value for key, value in document.items() if key != "digest"}).encode()
+    return content
 
 
 def streamed_logits(folder: Path, config: ModelConfig, inputs: ModelInputs, dtype: torch.dtype) -> Tensor:

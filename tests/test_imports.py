@@ -52,7 +52,8 @@ ALLOWED = {
     "checkpoint": WORDS,
     "model": WORDS | {"checkpoint", "device"},
     "calibration": WORDS | {"model", "numerics", "checkpoint", "device", "ranks"},
-    "quantization": WORDS | {"model", "numerics", "checkpoint", "device", "ranks", "calibration.stats"},
+    "quantization": WORDS
+    | {"model", "numerics", "checkpoint", "device", "ranks", "calibration.stats", "calibration.manifest"},
     "compression": WORDS | {"checkpoint", "model", "ranks", "codec"},
     "inspection": WORDS
     | {"checkpoint", "numerics", "model", "compression", "codec", "calibration.stats", "_native"}
@@ -60,7 +61,7 @@ ALLOWED = {
 }
 ALLOWED["verification"] = ALLOWED["inspection"] | {"inspection"}
 ALLOWED["serve"] = WORDS | {"checkpoint", "numerics", "model", "compression", "verification"}
-ALLOWED["reporting"] = ALLOWED["verification"] | {"verification"}
+ALLOWED["reporting"] = ALLOWED["verification"] | {"verification", "quantization"}
 ALLOWED["jobs"] = ALLOWED["reporting"] | {"calibration", "quantization", "cann", "device", "ranks", "reporting"}
 ALLOWED["jobs"] |= {"serve"}
 ALLOWED["cli"] = ALLOWED["jobs"] | {"jobs"}

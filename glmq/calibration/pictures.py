@@ -22,6 +22,7 @@ MOST_PIXELS: Final = 178_956_970
 """Pictures with more are taken for an attack on the memory by Pillow, and so by the serving engines."""
 BYTES_PER_PIXEL: Final = 8
 """While a picture is turned upright and brought into RGB."""
+THUMBNAIL: Final = 160
 NO_FILE: Final = "no such file"
 _DEEP_MODES: Final = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I", "F"})
 _HEAD: Final = 1024
@@ -87,6 +88,15 @@ def load_picture(file: PictureFile) -> Image.Image:
     """The decoded picture in RGB, upright: the pixels of transformers' `load_image`. Of an animation the first frame."""
     with _opened(file) as image:
         return _upright(image)
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """A picture of at most THUMBNAIL pixels a side, for a page: the bytes of a JPEG file."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85)
+    return data.getvalue()
 
 
 def examine_picture(file: PictureFile, rules: PictureRules) -> Examined:

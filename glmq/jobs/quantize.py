@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 from glmq.calibration.stats import Statistics
-from glmq.checkpoint.checksums import cover_new_files, read_checksums
+from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, tidy_up
 from glmq.checkpoint.journal import Journal
@@ -35,6 +35,7 @@ from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.measured import deal_bits, fall_back
 from glmq.jobs.notes import describe_large_weights, describe_recipe
 from glmq.jobs.run_log import run_log
+from glmq.jobs.run_report import calibration_facts, run_facts, write_reports
 from glmq.jobs.settings import machine_settings
 from glmq.jobs.settled import Settled, assess_settled
 from glmq.jobs.shared_folder import SharedFolder
@@ -52,7 +53,7 @@ from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_
 from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.plan import plan_groups
 from glmq.quantization.recipe import Recipe
-from glmq.quantization.report import report_document, write_report
+from glmq.quantization.report import Report, kept_float
 from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import LinearReport, PassTime
@@ -362,11 +363,11 @@ def _write_weights(
             watcher.note(sentence)
     areas = bytes_by_area(source, plan.shards)
     ranks.barrier()  # rank 0 has written the checksums
-    checksums = read_checksums(folder.path).tensors_digest
-    document = report_document(reports, areas, recipe, statistics.samples_digest, checksums)
-    if ranks.place.is_first:
-        write_report(folder.path, document, reports)
-        cover_new_files(folder.path)
     times = watcher.times(ranks)
+    checksums = read_checksums(folder.path).tensors_digest
+    kept = kept_float(plan.groups, recipe, job.recipe)
+    run = run_facts(job.model_path, job.stats_path, job.out_path, times)
+    report = Report(recipe, tuple(reports), tuple(areas), kept, checksums, calibration_facts(statistics), run)
+    document = write_reports(folder.path, report, ranks)
     settled = assess_settled(statistics)
     return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, 0.0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from glmq.calibration.pictures import thumbnail
 from glmq.calibration.samples import Sample, open_image
 from glmq.errors import UsageError
 from glmq.model.config import read_config
@@ -49,7 +50,16 @@ def verify_served(reference: Path, candidate: Path, samples: Sequence[Sample], l
         agreement = compare_answers(reference, candidate, questions)
     except RefusalError as error:
         return Served([Check.SERVED.error("", str(error))])
-    return judge(agreement, limits)
+    served = judge(agreement, limits)
+    pictures = {f"{sample.name} ({agreement.engine})": sample for sample in samples}
+    captions = [replace(caption, picture=small_picture(pictures[caption.name])) for caption in served.captions]
+    return replace(served, captions=captions)
+
+
+def small_picture(sample: Sample) -> bytes | None:
+    """The sample's picture for a page; None without one."""
+    image = open_image(sample)
+    return None if image is None else thumbnail(image)
 
 
 def ask_questions(reference: Path, samples: Sequence[Sample]) -> list[Question]:

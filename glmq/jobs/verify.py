@@ -16,7 +16,7 @@ from glmq.engines import Chip, Engine, Place
 from glmq.errors import CheckpointError, ModelError, SampleError, UsageError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import describe_folder
-from glmq.jobs.served import verify_served
+from glmq.jobs.served import small_picture, verify_served
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import FAMILY, ModelConfig, parse_config
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
@@ -265,11 +265,14 @@ def _captions(source: Checkpoint, candidate: Path, samples: Sequence[Sample], ma
     preprocessor = _preprocessor(source, candidate, config, max_pixels)
     questions = [preprocessor.encode(open_image(sample), sample.prompt, None) for sample in pictures]
     with Checkpoint.open(candidate) as other:
-        said = [
+        of_float, of_candidate = (
             [preprocessor.decode(ids) for ids in caption(checkpoint, config, questions, CAPTION_TOKENS)]
             for checkpoint in (source, other)
-        ]
-    return [Caption(sample.name, *texts) for sample, *texts in zip(pictures, *said, strict=True)]
+        )
+    return [
+        Caption(sample.name, first, second, small_picture(sample))
+        for sample, first, second in zip(pictures, of_float, of_candidate, strict=True)
+    ]
 
 
 def _preprocessor(source: Checkpoint, candidate: Path, config: ModelConfig, max_pixels: int | None) -> Preprocessor:

@@ -71,6 +71,8 @@ def report_linear(
         bias_shift=shift,
         smoothing=group.label,
         seconds=seconds,
+        first_integer=int(values[counts > 0].min()),
+        integers=tuple(int(count) for count in counts[counts.nonzero().min() : counts.nonzero().max() + 1]),
     )
 
 

@@ -1,6 +1,7 @@
 """Inline SVG charts for the HTML page: text that a browser draws without scripts or a network.
 
-Colours are classes of the page's style sheet, so that charts follow its light and dark themes. Each mark has a <title>,
+Colours are classes of the page's style sheet, so that charts follow its light and dark themes; those of heat maps are the same
+in both. Each mark has a <title>,
 which browsers show when it is pointed at.
 """
 
@@ -17,6 +18,12 @@ from glmq.reporting.words import percent, size
 WIDTH: Final = 960
 LABEL_WIDTH: Final = 170
 HEAT_SPAN: Final = 20.0
+SHADES: Final = ((255, 244, 214), (250, 199, 120), (222, 110, 52), (122, 22, 22))
+"""From light to dark; the same in both themes, so that darker is larger in each."""
+DARK_SHARE: Final = 0.6
+"""From where on a cell's number is white."""
+NARROW: Final = 320
+"""Width of a chart that stands beside others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +37,24 @@ class RangeBar:
     seen_high: float | None
 
 
-def heat_map(columns: Sequence[str], rows: Sequence[str], values: Mapping[tuple[str, str], float], what: str) -> str:
-    """Cells by (column, row), darker for larger values; numbers in them where there is room.
+def heat_map(
+    columns: Sequence[str],
+    rows: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    what: str,
+    links: Mapping[tuple[str, str], str] | None = None,
+) -> str:
+    """Cells by (column, row), darker for larger values in both themes; numbers in them where there is room.
 
-    The scale is logarithmic over the largest value's last HEAT_SPAN; smaller values are all as light as can be.
+    The scale is logarithmic over the largest value's last HEAT_SPAN; smaller values are all as light as can be. A value of zero
+    is an empty cell with a broken frame.
+
+    Args:
+        columns: what stands side by side, e.g. layers.
+        rows: what stands one below the other, e.g. roles of linears.
+        values: shares of one.
+        what: the values are.
+        links: anchors of the page that cells lead to.
     """
     positive = [value for value in values.values() if 0 < value < math.inf]
     if not positive:
@@ -52,34 +73,67 @@ def heat_map(columns: Sequence[str], rows: Sequence[str], values: Mapping[tuple[
                 continue
             share = 0.0 if value <= 0 else min(1.0, max(0.0, math.log(min(value, high) / low) / span))
             left = LABEL_WIDTH + x * cell_w
-            parts.append(
-                f"<g><title>{escape(f'{column} {row}: {percent(value)}')}</title>"
-                f'<rect class="heat" x="{left + 1:.1f}" y="{top + 1}" width="{cell_w - 2:.1f}" height="{cell_h - 2}" '
-                f'rx="3" fill-opacity="{0.08 + 0.92 * share:.3f}"/>'
+            made = f"<title>{escape(f'{column} {row}: {percent(value)}')}</title>" + _heat_cell(
+                left + 1, top + 1, cell_w - 2, cell_h - 2, None if value == 0 else share
             )
             if cell_w > 46:
-                shade = "on-dark" if share > 0.55 else "on-light"
-                parts.append(
-                    _text(left + cell_w / 2, top + cell_h / 2 + 4, percent(value), anchor="middle", kind=shade)
-                )
-            parts.append("</g>")
+                shade = "on-none" if value == 0 else "on-dark" if share > DARK_SHARE else "on-light"
+                made += _text(left + cell_w / 2, top + cell_h / 2 + 4, percent(value), anchor="middle", kind=shade)
+            link = (links or {}).get((column, row))
+            parts.append(f"<g>{made}</g>" if link is None else f'<a href="#{link}">{made}</a>')
     every = max(1, math.ceil(len(columns) / 20))
     for x, column in enumerate(columns):
         if x % every == 0:
             parts.append(_text(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
     parts.append(_text(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
-    return _svg(22 + len(rows) * cell_h + 4, parts, what)
+    parts += _heat_legend(22 + len(rows) * cell_h + 12, low, high, what, has_zero=0.0 in values.values())
+    return _svg(22 + len(rows) * cell_h + 34, parts, what)
 
 
-def columns_chart(labels: Sequence[str], values: Sequence[float], what: str) -> str:
-    """Upright columns from zero, with a grid."""
-    height, top, bottom = 190, 10, 34
+def _heat_cell(x: float, y: float, width: float, height: float, share: float | None) -> str:
+    """One cell, `share` of the way from light to dark; None: for a value of zero."""
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="3"'
+    return f'<rect class="nothing" {place}/>' if share is None else f'<rect fill="{_shade(share)}" {place}/>'
+
+
+def _shade(share: float) -> str:
+    """A colour between the first of SHADES and the last."""
+    at = share * (len(SHADES) - 1)
+    index = min(int(at), len(SHADES) - 2)
+    mixed = (round(a + (b - a) * (at - index)) for a, b in zip(SHADES[index], SHADES[index + 1], strict=True))
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def _heat_legend(top: float, low: float, high: float, what: str, *, has_zero: bool) -> list[str]:
+    """What the colours mean: from light to dark, with the values at both ends."""
+    x, steps, width = float(LABEL_WIDTH), 12, 14
+    parts = [_text(x - 8, top + 11, what, anchor="end"), _text(x, top + 11, f"up to {percent(low)}")]
+    x += 20 + 6.5 * len(f"up to {percent(low)}")
+    parts += [_heat_cell(x + width * step, top, width + 0.5, 14, step / (steps - 1)) for step in range(steps)]
+    x += width * steps + 8
+    parts.append(_text(x, top + 11, f"{percent(high)}, logarithmic; darker is larger"))
+    if has_zero:
+        x += 20 + 6.2 * len(f"{percent(high)}, logarithmic; darker is larger")
+        parts += [_heat_cell(x, top, 22, 14, None), _text(x + 28, top + 11, "exactly 0")]
+    return parts
+
+
+def columns_chart(labels: Sequence[str], values: Sequence[float], what: str, across: str = "block") -> str:
+    """Upright columns from zero, with a grid. A value of zero is a ring on the line, so that no small one is taken for it.
+
+    Args:
+        labels: below the columns.
+        values: shares of one.
+        what: the values are; stands at the upright axis.
+        across: what a column stands for; stands at the level axis.
+    """
+    height, top, bottom = 214, 26, 42
     finite = [value for value in values if math.isfinite(value)]
     limit = _round_up(max(finite, default=0.0))
     if limit == 0:
         return _note(f"No {what} above zero.")
     left, plot_h = 64, height - top - bottom
-    parts: list[str] = []
+    parts: list[str] = [_text(0, 12, what), _text(WIDTH, height - 4, across, anchor="end")]
     for tick in range(5):
         value = limit * tick / 4
         y = top + plot_h * (1 - tick / 4)
@@ -90,13 +144,17 @@ def columns_chart(labels: Sequence[str], values: Sequence[float], what: str) -> 
     every = max(1, math.ceil(len(labels) * 44 / (WIDTH - left)))
     for x, (label, value) in enumerate(zip(labels, values, strict=True)):
         tall = plot_h * min(1.0, value / limit) if math.isfinite(value) else plot_h
-        centre = left + (x + 0.5) * step
-        parts.append(
-            f'<rect class="bar" x="{centre - width / 2:.1f}" y="{top + plot_h - tall:.1f}" width="{width:.1f}" '
-            f'height="{max(tall, 0.5):.1f}" rx="2"><title>{escape(f"{label}: {percent(value)}")}</title></rect>'
-        )
+        centre, title = left + (x + 0.5) * step, f"<title>{escape(f'{label}: {percent(value)}')}</title>"
+        if value == 0:
+            parts.append(f'<circle class="nothing" cx="{centre:.1f}" cy="{top + plot_h}" r="3">{title}</circle>')
+        else:
+            tall = max(tall, 1.5)
+            parts.append(
+                f'<rect class="bar" x="{centre - width / 2:.1f}" y="{top + plot_h - tall:.1f}" width="{width:.1f}" '
+                f'height="{tall:.1f}" rx="2">{title}</rect>'
+            )
         if x % every == 0:
-            parts.append(_text(centre, height - 14, _short(label), anchor="middle"))
+            parts.append(_text(centre, height - 24, _short(label), anchor="middle"))
     return _svg(height, parts, what)
 
 
@@ -129,7 +187,7 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:
 
 def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high: float, what: str) -> str:
     """Two histograms over the same bins: the first filled, the second a line; heights are square roots of counts."""
-    height, top, bottom, width = 150, 8, 22, 460
+    height, top, bottom, width = 168, 8, 40, NARROW
     limit = math.sqrt(max((*before, *after), default=0)) or 1.0
     plot_h, step = height - top - bottom, width / max(1, len(before))
 
@@ -144,14 +202,42 @@ def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high
     parts = [
         f'<polygon class="area" points="0,{base} {filled} {width},{base}"/>',
         f'<polyline class="line" points="{line}"/>',
-        f'<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/>',
-        _text(0, height - 6, f"{low:.3g}"),
-        _text(width, height - 6, f"{high:.3g}", anchor="end"),
+        *_value_axis(base, low, high, "weight"),
+    ]
+    return _svg(height, parts, what, width)
+
+
+def integer_histogram(counts: Sequence[int], first: int, what: str) -> str:
+    """How often each integer occurs, from `first` on; heights are square roots of counts. An integer that never occurs among
+    others that do has no column.
+    """
+    height, top, bottom, width = 138, 8, 40, NARROW
+    limit = math.sqrt(max(counts, default=0)) or 1.0
+    plot_h, step = height - top - bottom, width / max(1, len(counts))
+    base, gap = top + plot_h, 1.0 if step > 5 else 0.0
+    bars = "".join(
+        f"M{x * step:.1f} {base}v{-max(1.0, plot_h * math.sqrt(count) / limit):.1f}h{step - gap:.2f}V{base}z"
+        for x, count in enumerate(counts)
+        if count
+    )
+    last = first + len(counts) - 1
+    parts = [f'<path class="bar" d="{bars}"/>', *_value_axis(base, first, last, "integer")]
+    return _svg(height, parts, what, width)
+
+
+def _value_axis(base: float, low: float, high: float, what: str) -> list[str]:
+    """The level axis of a narrow histogram: both ends, zero where it lies apart from them, and what is counted."""
+    parts = [
+        f'<line class="axis" x1="0" x2="{NARROW}" y1="{base}" y2="{base}"/>',
+        _text(0, base + 15, f"{low:.3g}"),
+        _text(NARROW, base + 15, f"{high:.3g}", anchor="end"),
+        _text(0, base + 32, f"{what}; height: square root of the count"),
     ]
     if low < 0 < high:
-        zero = width * -low / (high - low)
-        parts.append(_text(zero, height - 6, "0", anchor="middle"))
-    return _svg(height, parts, what, width)
+        zero = NARROW * -low / (high - low)
+        if NARROW / 8 < zero < NARROW * 7 / 8:
+            parts.append(_text(zero, base + 15, "0", anchor="middle"))
+    return parts
 
 
 def sparkline(counts: Sequence[int]) -> str:
@@ -199,7 +285,8 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
             if bar.seen_high > bar.high:
                 parts.append(_line("clip", place(bar.high), place(bar.seen_high), y_line))
         parts.append("</g>")
-    return _svg(bottom + 22, parts, what)
+    parts.append(_text(WIDTH, bottom + 32, f"{what}; logarithmic away from zero", anchor="end"))
+    return _svg(bottom + 40, parts, what)
 
 
 def _decades(largest: float) -> list[float]:
@@ -239,7 +326,8 @@ def _note(text: str) -> str:
 
 def _svg(height: float, parts: Iterable[str], what: str, width: int = WIDTH) -> str:
     body = "\n".join(parts)
+    kind = "chart wide" if width == WIDTH else "chart"
     return (
-        f'<svg class="chart" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
-        f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg>'
+        f'<div class="plot"><svg class="{kind}" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
+        f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg></div>'
     )

@@ -20,7 +20,7 @@ from glmq.reporting.charts import (
     histogram_pair,
     stacked_bars,
 )
-from glmq.reporting.page import Cell, card, cards, cell, figure, grid, page, section, split_table, table
+from glmq.reporting.page import Cell, anchor_of, card, cards, cell, figure, grid, page, section, split_table, table
 from glmq.reporting.words import (
     percent,
     size,
@@ -40,7 +40,11 @@ def comparison_page(found: Comparison) -> str:
     sections = [_cards(found), *_charts(found)]
     if found.histograms:
         pairs = [
-            figure(f"{FAMILY.short_name(pair.name)}", histogram_pair(pair.a, pair.b, pair.low, pair.high, pair.name))
+            figure(
+                FAMILY.short_name(pair.name),
+                histogram_pair(pair.a, pair.b, pair.low, pair.high, pair.name),
+                anchor=anchor_of("histogram", pair.name),
+            )
             for pair in found.histograms
         ]
         sections.append(
@@ -109,15 +113,18 @@ def _charts(found: Comparison) -> list[str]:
     sections = [
         section(
             "Error by layer",
-            columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative error"),
+            columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative error", "layer"),
             note=f"{rest} others differ by less than a millionth, or not at all.",
         ),
         section("Bytes by part", stacked_bars({"A": _area_bytes(found.a), "B": _area_bytes(found.b)}, "bytes by part")),
     ]
     if not columns:
         return sections
-    chart = heat_map(columns, roles, errors, "relative error")
-    note = "||B - A|| / ||A|| of each weight, darker is worse, logarithmic."
+    drawn = {pair.name for pair in found.histograms}
+    links = {(d.layer, d.role): anchor_of("histogram" if d.name in drawn else "tensor", d.name) for d in matrices}
+    chart = heat_map(columns, roles, errors, "relative error", links)
+    note = "||B - A|| / ||A|| of each weight, darker is worse, logarithmic. A cell leads to the histogram or the row of that "
+    note += "weight."
     return [section("Error by layer and linear", chart, note=note), *sections]
 
 
@@ -126,7 +133,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
     if diff.entropy_a is not None and diff.entropy_b is not None:
         bits = f"{diff.entropy_a:.2f} → {diff.entropy_b:.2f}"
     return [
-        cell(FAMILY.short_name(diff.name), code=True),
+        cell(FAMILY.short_name(diff.name), code=True, anchor=anchor_of("tensor", diff.name)),
         f"{diff.type_a} → {diff.type_b}",
         percent(diff.relative_l2),
         "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -89,6 +89,8 @@ class Caption:
     name: str
     reference: str
     candidate: str
+    picture: bytes | None = field(default=None, repr=False)
+    """The picture itself, small, as a JPEG file; None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +317,7 @@ def verification_document(found: Verification) -> JsonObject:
         "linears": [to_json(linear) for linear in found.linears],
         "blocks": [to_json(block) for block in found.blocks],
         "predictions": None if found.predictions is None else to_json(found.predictions),
-        "captions": [to_json(caption) for caption in found.captions],
+        "captions": [{"name": c.name, "reference": c.reference, "candidate": c.candidate} for c in found.captions],
         "limits": to_json(found.limits),
     }
 

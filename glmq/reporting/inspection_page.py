@@ -73,7 +73,7 @@ def inspection_page(found: Inspection) -> str:
             sections.append(
                 section(
                     "Input ranges",
-                    range_chart(ranges, "input ranges"),
+                    range_chart(ranges, "input value"),
                     note="What the static int8 activation of each linear covers, logarithmic away from zero.",
                 )
             )

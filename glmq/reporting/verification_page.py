@@ -13,7 +13,7 @@ from glmq.reporting.charts import (
     range_chart,
 )
 from glmq.reporting.documents import Verification
-from glmq.reporting.page import Cell, card, cards, cell, page, section, split_table, table
+from glmq.reporting.page import Cell, anchor_of, card, cards, cell, page, picture, section, split_table, table
 from glmq.reporting.words import (
     or_empty,
     percent,
@@ -39,10 +39,12 @@ def verification_page(found: Verification) -> str:
     if found.predictions is not None:
         sections.append(section("Samples, worst first", _samples_table(found.predictions)))
     if found.captions:
-        captions = [(c.name, c.reference, c.candidate) for c in found.captions]
-        sections.append(
-            section("Captions side by side", table(("picture", "float", "candidate"), captions, text_columns=3))
-        )
+        captions = [
+            ("" if c.picture is None else picture(c.picture, c.name), c.name, c.reference, c.candidate)
+            for c in found.captions
+        ]
+        header = ("picture", "name", "float", "candidate")
+        sections.append(section("Captions side by side", table(header, captions, text_columns=4)))
     subtitle = [f"{found.candidate} ({found.what})"]
     if found.reference is not None:
         subtitle.append(f"against {found.reference}")
@@ -91,12 +93,14 @@ def _behaviour_charts(found: Verification) -> list[str]:
     if not behaviours:
         return sections
     cells = {place_of(linear.name): linear.error for linear in behaviours}
+    links = {place_of(linear.name): anchor_of("linear", linear.name) for linear in behaviours}
     roles = list(dict.fromkeys(role for _, role in cells))
     sections.append(
         section(
             "Error of each linear",
-            heat_map(list(dict.fromkeys(layer for layer, _ in cells)), roles, cells, "output error"),
-            note="||y_q - y|| / ||y|| in the NPU's arithmetic, both fed the float model's hidden states.",
+            heat_map(list(dict.fromkeys(layer for layer, _ in cells)), roles, cells, "output error", links),
+            note="||y_q - y|| / ||y|| in the NPU's arithmetic, both fed the float model's hidden states. "
+            "A cell leads to the row of that linear.",
         )
     )
     bars = _seen_ranges(behaviours)
@@ -104,7 +108,7 @@ def _behaviour_charts(found: Verification) -> list[str]:
         sections.append(
             section(
                 "Input ranges",
-                range_chart(bars, "input ranges"),
+                range_chart(bars, "input value"),
                 note="Wide: what the int8 activation covers. Line: what was seen, red where it lies outside.",
             )
         )
@@ -156,7 +160,7 @@ def _linears_table(found: Verification) -> str:
         against = None if other is None else other.against
         rows.append(
             [
-                cell(FAMILY.short_name(name), code=True),
+                cell(FAMILY.short_name(name), code=True, anchor=anchor_of("linear", name)),
                 "" if one is None else cell(percent(one.error), tone_of(one.error)),
                 "" if against is None else percent(against.relative_l2),
                 "" if other is None else f"{other.entropy_bits:.2f}",

@@ -183,7 +183,7 @@ def test_the_side_files_are_copied_and_everything_has_the_modes_that_the_engine_
 ) -> None:
     out = outputs["W8A8S fp16"]
     made = {"config.json", "quant_model_description.json", "quant_model_weight_w8a8s.safetensors"}
-    reports = {"glmq_report.json", "glmq_report.csv", "glmq_checksums.json"}
+    reports = {"glmq_report.json", "glmq_report.csv", "glmq_report.html", "glmq_checksums.json", "README.md"}
     copied = {path.name for path in small.iterdir()} - {"config.json", FILE, "model.safetensors.index.json"}
     assert {
         "tokenizer.json",
@@ -630,7 +630,7 @@ def test_several_ranks_write_the_bytes_of_one_whoever_began(
         assert begun == [""] * before
     assert run_ranks(world, lambda group: quantize_by_ranks(small, small_stats, out, group)) == [""] * world
     wanted = tree(outputs["W8A8S fp16"])
-    reports = {name for name in wanted if name.startswith("glmq_report")}  # the command writes these
+    reports = {name for name in wanted if name.startswith(("glmq_report", "README"))}  # the command writes these
     assert reports
     again, whole = read_checksums(out), read_checksums(outputs["W8A8S fp16"])
     assert (again.tensors, again.headers) == (whole.tensors, whole.headers)
