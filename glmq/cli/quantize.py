@@ -216,6 +216,14 @@ def quantize(
     dump_config: o.DumpConfig = False,
     device_type: v.DeviceType = "cpu",
     trust_remote_code: v.TrustRemoteCode = False,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Also write the page of the run, glmq_report.html of the output, to this file.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = None,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -232,12 +240,14 @@ def quantize(
     """
     from dataclasses import asdict
 
+    from glmq.checkpoint.json_file import write_whole
     from glmq.cli.console import showing, stderr, stdout
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import is_settled, print_json, show_quantization, show_run_plan, times_json
     from glmq.cli.stopped import resuming_command
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
+    from glmq.jobs.run_report import PAGE
     from glmq.quantization.recipe import Options, make_recipe
     from glmq.ranks import read_place
 
@@ -308,6 +318,8 @@ def quantize(
         return
     if not read_place().is_first:
         return
+    if html is not None:
+        write_whole(html, (result.folder / PAGE).read_bytes())
     with showing(result.folder):
         if json_output:
             print_json(

@@ -181,6 +181,36 @@ def test_json_is_the_report_and_the_folder(small: Path, small_stats: Path, tmp_p
     assert (found["schema"], found["quant_type"]) == ("glmq.quantize/1", "W8A8")
 
 
+def test_the_output_describes_itself_and_equal_runs_differ_in_one_key_alone(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    for name in ("a", "b"):
+        glmq(*command(small, small_stats, tmp_path / name / "out", "-q", "--html", page))
+    first, second = (json.loads((tmp_path / name / "out" / "glmq_report.json").read_text()) for name in ("a", "b"))
+    runs = [document.pop("run") for document in (first, second)]
+    assert first == second
+    assert runs[0]["output"] == str(tmp_path / "a" / "out")
+    assert runs[0]["note"].startswith("of this run alone: ")
+    assert [done["title"] for done in runs[0]["passes"]] == ["quantize"]
+    assert first["recipe"]["quant_type"] == "W8A8"
+    assert {kept["name"]: kept["why"] for kept in first["kept_float"]}["lm_head"] == "by default (lm_head)"
+    assert len(first["calibration"]["samples"]) == 10
+    for linear in first["linears"]:
+        assert sum(linear["integers"]) == linear["rows"] * linear["cols"]
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert page.read_bytes() == (tmp_path / "b" / "out" / "glmq_report.html").read_bytes()
+    shown = page.read_text()
+    for linear in first["linears"]:
+        anchor = f"integers-{linear['name']}"
+        assert shown.count(f'<figure id="{anchor}">') == 1
+        assert shown.count(f'<a href="#{anchor}">') >= 2  # a square of the map, and a row
+    assert "by default (*.mlp.down_proj)" in shown
+    card = (tmp_path / "a" / "out" / "README.md").read_text()
+    assert "GLM-4.6V-Flash quantized to W8A8 (ascendV1, bfloat16) by glmq from\n`small`." in card
+    assert "- MindIE (Atlas 800I A2): set `modelWeightPath` to this folder" in card
+
+
 def test_patterns_say_how_many_linears_they_match(small: Path, small_stats: Path, tmp_path: Path) -> None:
     result = glmq(
         *command(small, small_stats, tmp_path / "out", "--keep-float", "*.o_proj"),
