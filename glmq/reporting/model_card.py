@@ -5,7 +5,6 @@ It holds nothing that two equal runs do not share.
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from statistics import median
 from typing import Final
 
@@ -26,7 +25,6 @@ SERVING: Final = {
 def model_card(report: Report) -> str:
     """The card, as Markdown with the header that model hubs read."""
     recipe = report.recipe
-    name = PurePath(report.run.output).name
     before, after = sum(area.before for area in report.areas), sum(area.after for area in report.areas)
     errors = sorted(report.linears, key=lambda linear: (-linear.output_error, linear.name))
     samples = report.calibration.samples
@@ -42,10 +40,10 @@ pipeline_tag: image-text-to-text
 tags: [glmq, {recipe.quant_type.value.lower()}, {recipe.form.value.lower()}]
 ---
 
-# {name}
+# {FAMILY.title}, {recipe.quant_type.value}
 
-{FAMILY.title} quantized to {recipe.quant_type.value} ({recipe.form.value}, {recipe.dtype.value}) by glmq from
-`{PurePath(report.run.model).name}`. The terms of the float model hold for it too.
+Quantized to {recipe.quant_type.value} ({recipe.form.value}, {recipe.dtype.value}) by glmq.
+The terms of the float model hold for it too; `glmq_report.html` says which folder that was.
 
 | part | float model | here |
 |---|---|---|

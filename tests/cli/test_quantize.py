@@ -186,11 +186,11 @@ def test_the_output_describes_itself_and_equal_runs_differ_in_one_key_alone(
 ) -> None:
     page = tmp_path / "page.html"
     for name in ("a", "b"):
-        glmq(*command(small, small_stats, tmp_path / name / "out", "-q", "--html", page))
-    first, second = (json.loads((tmp_path / name / "out" / "glmq_report.json").read_text()) for name in ("a", "b"))
+        glmq(*command(small, small_stats, tmp_path / name, "-q", "--html", page))
+    first, second = (json.loads((tmp_path / name / "glmq_report.json").read_text()) for name in ("a", "b"))
     runs = [document.pop("run") for document in (first, second)]
     assert first == second
-    assert runs[0]["output"] == str(tmp_path / "a" / "out")
+    assert runs[0]["output"] == str(tmp_path / "a")
     assert runs[0]["note"].startswith("of this run alone: ")
     assert [done["title"] for done in runs[0]["passes"]] == ["quantize"]
     assert first["recipe"]["quant_type"] == "W8A8"
@@ -199,16 +199,16 @@ def test_the_output_describes_itself_and_equal_runs_differ_in_one_key_alone(
     for linear in first["linears"]:
         assert sum(linear["integers"]) == linear["rows"] * linear["cols"]
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    assert page.read_bytes() == (tmp_path / "b" / "out" / "glmq_report.html").read_bytes()
+    assert page.read_bytes() == (tmp_path / "b" / "glmq_report.html").read_bytes()
     shown = page.read_text().replace("<wbr>", "")
     for linear in first["linears"]:
         anchor = f"integers-{linear['name']}"
         assert shown.count(f'<figure id="{anchor}">') == 1
         assert shown.count(f'<a href="#{anchor}">') >= 2  # a square of the map, and a row
     assert "by default (*.mlp.down_proj)" in shown
-    card = (tmp_path / "a" / "out" / "README.md").read_text()
-    assert "GLM-4.6V-Flash quantized to W8A8 (ascendV1, bfloat16) by glmq from\n`small`." in card
-    assert "- MindIE (Atlas 800I A2): set `modelWeightPath` to this folder" in card
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "\nQuantized to W8A8 (ascendV1, bfloat16) by glmq.\n" in card
+    assert re.search(r"^- MindIE.*: set `modelWeightPath` to this folder", card, re.MULTILINE)
 
 
 def test_patterns_say_how_many_linears_they_match(small: Path, small_stats: Path, tmp_path: Path) -> None:
