@@ -8,7 +8,6 @@ from typing import Final
 
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
-from glmq.calibration.samples import WANTED_IMAGES
 from glmq.engines import Engine
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.numerics import gptq
@@ -40,7 +39,7 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
         worst = "; ".join(f"{FAMILY.short_name(site)}: {_changes(change)}" for site, change in assessment.worst)
         yield f"  most at {worst}"
         if not assessment.is_settled:
-            yield f"  more images would help ({WANTED_IMAGES} are wanted), and samples with answers"
+            yield "  more images would help, of the kind that the model will be asked about, and samples with answers"
     if unanswered:
         yield f"note: {_samples(unanswered)} no answer, {ANSWERS_COUNT}"
 

@@ -135,7 +135,7 @@ def test_the_last_notes_say_what_changed_and_what_would_help(tiny: Path, picture
     assert lines[0].endswith("(medians over 25 text inputs)")
     assert lines[1].startswith("  most at layers.")
     assert lines[2:] == [
-        "  more images would help (30 are wanted), and samples with answers",
+        "  more images would help, of the kind that the model will be asked about, and samples with answers",
         "note: 2 samples have no answer, which is most of what a thinking model computes; "
         "--generate 256 lets it write them",
     ]
