@@ -206,7 +206,7 @@ def _time_block(
         for group in block.groups
     }
     ranks = Ranks(Place(0, 1))
-    watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=1, own=1)
+    watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=SAMPLE_ROWS, own=1)
     layer = LayerWatch(block, model.config, ranks, Stopwatch())
     started = time.perf_counter()
     with model.placed(block.name), watched.hooked(model), layer.hooked(model):

@@ -133,14 +133,15 @@ def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Reci
     started = time.perf_counter()
     linears = [FloatLinear(shape.name, source.read_finite(f"{shape.name}.weight").float(), None) for shape in shapes]
     norm_weight = None if norm is None else source.read_finite(f"{norm}.weight")
-    copy = (time.perf_counter() - started) / sum(source.nbytes(f"{shape.name}.weight") for shape in shapes)
+    read = time.perf_counter() - started
+    copy = read / sum(source.nbytes(f"{shape.name}.weight") for shape in shapes)
     stats, size, rate, known = inputs[chosen.group.site], effort(chosen.group), 0.0, None
     started = time.perf_counter()
     if needs_curves(recipe) and chosen.quant_type.spec.is_sparse:
         _, known = rate_curves(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype)
-        rate, started = (time.perf_counter() - started) / size, time.perf_counter()
+        rate, started = (read + time.perf_counter() - started) / size, time.perf_counter()
     quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known)
-    return Speed(rate, (time.perf_counter() - started) / size, 2 * copy)  # what is copied is read and written
+    return Speed(rate, (read + time.perf_counter() - started) / size, 2 * copy)  # what is copied is read and written
 
 
 def plan_passes(
