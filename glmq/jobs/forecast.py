@@ -15,9 +15,8 @@ from glmq.model.inputs import Preprocessor
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, StepPlan
-from glmq.quantization.dry_run import USUAL_SPEED, plan_passes, try_speed
+from glmq.quantization.dry_run import USUAL_SPEED, plan_passes, trial_order, try_speed
 from glmq.quantization.output import OutputPlan
-from glmq.quantization.passes import effort
 from glmq.quantization.recipe import Recipe
 
 TRIED_BYTES: Final = 100 * 2**20
@@ -67,7 +66,7 @@ def forecast_weight_passes(
     """
     speed = USUAL_SPEED
     if is_large(source):
-        quantized = sorted((g.group for g in plan.groups.values() if g.is_quantized), key=effort)
+        quantized = sorted((g.group for g in plan.groups.values() if g.is_quantized), key=trial_order)
         if isinstance(seen, Statistics):
             seen = {quantized[0].site: seen.input(quantized[0].site)}
         if any(group.site in seen for group in quantized):

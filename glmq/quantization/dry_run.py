@@ -10,7 +10,7 @@ from typing import Final
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
-from glmq.model.family import Block
+from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, StepPlan
 from glmq.quantization.bits import needs_curves
@@ -90,7 +90,7 @@ def make_run_plan(
     disk, peak, calibration, rest = 0, PROCESS_BYTES + _largest_group_bytes(plan), None, None
     match first:
         case Statistics():
-            site = min((g.group for g in plan.groups.values() if g.is_quantized), key=effort).site
+            site = min((g.group for g in plan.groups.values() if g.is_quantized), key=trial_order).site
             speed = try_speed(source, {site: first.input(site)}, recipe, plan)
             rest = seconds_of(plan_passes(source, config, recipe, plan, speed, measures=measures))
         case CalibrationNeeds():
@@ -121,14 +121,19 @@ USUAL_SPEED: Final = Speed(1e-7, 1e-7, 4e-9)
 """Of a small machine: for small models, where a trial would take as long as the run."""
 
 
+def trial_order(group: InputGroup) -> tuple[bool, float]:
+    """The first in this order is tried: behind a norm, as most of the weights are, and of the least effort."""
+    return group.norm is None, effort(group)
+
+
 def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Recipe, plan: OutputPlan) -> Speed:
-    """Read and quantize one group, the one with the least effort of those whose statistics are given; nothing is written.
+    """Read and quantize one group, the first in `trial_order` of those whose statistics are given; nothing is written.
 
     Args:
         inputs: statistics of some quantized inputs, by site.
     """
     groups = [group for group in plan.groups.values() if group.is_quantized and group.group.site in inputs]
-    chosen = min(groups, key=lambda one: effort(one.group))
+    chosen = min(groups, key=lambda one: trial_order(one.group))
     scheme, shapes, norm = recipe.scheme_of(chosen.quant_type), chosen.group.linears, chosen.group.norm
     started = time.perf_counter()
     linears = [FloatLinear(shape.name, source.read_finite(f"{shape.name}.weight").float(), None) for shape in shapes]
