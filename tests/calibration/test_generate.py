@@ -135,6 +135,13 @@ def test_a_model_that_keeps_talking_stops_at_the_limit_and_never_says_the_image_
     )
     monkeypatch.setattr("glmq.calibration.generate.open_image", lambda _: None)  # no placeholder in the prompt then
     monkeypatch.setattr(f"{__name__}.read_config", lambda _: changed)
+    render = Preprocessor._render_once
+
+    def place_favourite(self: Preprocessor, has_image: bool, prompt: str) -> str:
+        """A template whose pictures have that placeholder."""
+        return self._tokenizer.convert_ids_to_tokens(first[0]) if has_image else render(self, has_image, prompt)
+
+    monkeypatch.setattr(Preprocessor, "_render_once", place_favourite)
     textual = tuple(Sample("q", None, "Why?", None, "") for _ in range(1))
     found = ids(generate(small, textual, tmp_path / "two", 3)[1])[0]
     assert found is not None

@@ -100,7 +100,18 @@ ROWS: Mapping[str, Options] = {
 
 WRITES_NOTHING_ELSE = (
     *("model_path", "save_directory", "overwrite", "work_dir", "stats", "resume", "dry_run", "config", "dump_config"),
-    *("device_type", "json", "quiet", "verbose", "log_file", "debug", "trust_remote_code", "events", "list_presets"),
+    *(
+        "device_type",
+        "json",
+        "quiet",
+        "verbose",
+        "log_file",
+        "debug",
+        "trust_remote_code",
+        "events",
+        "html",
+        "list_presets",
+    ),
     *("calib_images", "recursive", "calib_samples", "prompt", "texts", "limit", "generate", "max_pixels"),
     *("skip_bad_images", "compute_dtype"),
 )

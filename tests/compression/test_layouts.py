@@ -290,7 +290,7 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path) -> None:
     edit_source(folder, model__language_model__extra__weight=torch.zeros(2).half())
     assert refusal(folder) == (
         f"{folder}: 1 tensors have no place in the engine's layout, the first is 'model.language_model.extra.weight'; is this "
-        "a GLM-4.1V in the ascendV1 form?"
+        "a GLM-4.1V or GLM-4.6V-Flash in the ascendV1 form?"
     )
 
 
