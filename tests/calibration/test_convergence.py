@@ -12,8 +12,9 @@ from torch import Tensor
 from glmq.calibration.convergence import Convergence, Halfway, assess, convergence_order
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import Statistics
+from glmq.jobs.notes import describe_convergence
+from glmq.jobs.settled import assess_settled
 from glmq.numerics.moments import InputAccumulator
-from glmq.progress import Event, Note
 
 
 def halve(
@@ -125,10 +126,9 @@ def test_the_median_text_input_decides(median: Convergence, is_settled: bool) ->
 
 
 @pytest.mark.slow
-def test_the_last_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Path, tmp_path: Path) -> None:
-    events: list[Event] = []
-    calibrate(tiny, tmp_path / "two", pictures, limit=2, watch=events.append)
-    lines = [event.text if isinstance(event, Note) else "" for event in events[-4:]]
+def test_the_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    settled = assess_settled(Statistics.open(calibrate(tiny, tmp_path / "two", pictures, limit=2)))
+    lines = list(describe_convergence(settled.assessment, unanswered=settled.unanswered))
     assert lines[0].startswith(
         "warning: the statistics have not settled: against half of the samples, ranges changed by 12%, mean squares 1"
     )
