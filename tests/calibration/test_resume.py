@@ -88,7 +88,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "last block altered": (lambda f: flip(f / "result" / f"{LAYER}.0.safetensors"), f"{LAYER}.0.safetensors"),
     "journal removed": (lambda f: (f / "journal.jsonl").unlink(), "journal.jsonl"),
     "journal's settings altered": (
-        lambda f: (f / "journal.jsonl").write_text((f / "journal.jsonl").read_text().replace("fl", "fL", 1)), "journal.jsonl",
+        lambda f: (f / "journal.jsonl").write_text((f / "journal.jsonl").read_text().replace('"', '"x', 1)), "journal.jsonl",
     ),
 }  # fmt: skip
 

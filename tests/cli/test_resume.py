@@ -215,7 +215,7 @@ def test_a_rank_of_torchrun_that_is_killed_stops_the_other_and_one_process_resum
     assert died.returncode == 1
     assert "Signal 9 (SIGKILL)" in died.stderr
     (told,) = [line for line in died.stderr.splitlines() if line.startswith("error[GLMQ-E")]
-    assert "stopped by SIGTERM; --resume continues" in told or "rank 0 of 2: lost the other ranks" in told
+    assert "stopped by SIGTERM; quantize (pass 3 of 3)" in told or "rank 0 of 2: lost the other ranks" in told
     assert sorted(path.name for path in tmp_path.iterdir()) in (
         [".out.partial", "dying.py"],
         [".out.glmq-lock", ".out.partial", "dying.py"],
