@@ -240,3 +240,9 @@ class Place:
     def _supports(self) -> tuple[ChipSupport, ...]:
         chips = self.engine.spec.chips
         return tuple(chips.values()) if self.chip is None else (chips[self.chip],)
+
+
+def reads_type(engine: Engine, name: str | None) -> bool:
+    """Whether the engine loads the quantization type of that name on any chip; True for a name that is no type of ours."""
+    known = {one.value: one for one in QuantType}
+    return name not in known or bool(Place(engine, None).dtypes(known[name]))

@@ -13,7 +13,7 @@ from glmq.cli.console import stdout
 from glmq.cli.render import SHOWN_ROWS, counted, size
 from glmq.cli.statistics_view import show_statistics
 from glmq.cli.tables import Cell, Column, FittedTable
-from glmq.engines import Engine, Place
+from glmq.engines import reads_type
 from glmq.inspection.folder import Kind
 from glmq.inspection.listing import (
     TensorRow,
@@ -27,7 +27,6 @@ from glmq.inspection.listing import (
 from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
 from glmq.records import REPORT
-from glmq.spec import QuantType
 from glmq.verification.engines.check import describe_engines
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
     for target, findings in found.engines.items():
         wanted = ("error", "warning") if verbose else ("error",)  # warnings are for those who ask
         own = [found for found in findings if found.message not in folder.problems and found.severity in wanted]
-        if not verbose and not _reads(target, folder.quant_type):
+        if not verbose and not reads_type(target, folder.quant_type):
             continue  # the line above says who does
         for finding in own if verbose else own[:SHOWN_PROBLEMS]:
             where = f"{finding.tensor}: " if finding.tensor else ""
@@ -89,12 +88,6 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
             for total in totals
         ]
         stdout.print(FittedTable(title, columns, rows))
-
-
-def _reads(engine: Engine, quant_type: str | None) -> bool:
-    """Whether the engine loads that type at all; True for what is no type of ours."""
-    known = {one.value: one for one in QuantType}
-    return quant_type not in known or bool(Place(engine, None).dtypes(known[quant_type]))
 
 
 def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from glmq.engines import Engine
+from glmq.engines import Engine, reads_type
 from glmq.inspection.listing import (
     TensorRow,
     describe_folder,
@@ -43,6 +43,8 @@ def inspection_page(found: Inspection) -> str:
     problems = [cell(problem, "bad") for problem in folder.problems]
     errors = len(problems)
     for target, findings in found.engines.items():
+        if not reads_type(target, folder.quant_type):
+            continue  # the sentence above the list says who does
         own = [finding for finding in findings if finding.message not in folder.problems]
         errors += sum(finding.severity == "error" for finding in own)
         problems += [_engine_cell(target, finding) for finding in own]
