@@ -16,7 +16,7 @@ from typing import Final
 from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode, sync_directory
 from glmq.checkpoint.filesystem import exchange, is_writable, rename_new
 from glmq.checkpoint.json_file import json_bytes, read_json_object, write_whole
-from glmq.checkpoint.lock import FolderLock
+from glmq.checkpoint.lock import FolderLock, acquire_first
 from glmq.checkpoint.run_note import RunNote, write_note
 from glmq.checkpoint.workplace import (
     REPLACED,
@@ -268,15 +268,7 @@ def acquire(places: Workplace) -> FolderLock:
     Raises:
         BusyError, NoLocksError, UsageError: see `FolderLock.acquire`.
     """
-    lock, *elsewhere = (FolderLock(path, places.target) for path in places.locks())
-    try:
-        lock.acquire()
-    except NoLocksError:
-        if not elsewhere:
-            raise
-        (lock,) = elsewhere
-        lock.acquire()
-    return lock
+    return acquire_first(places.locks(), places.target)
 
 
 def tidy_up(target: Path, work_dir: Path | None = None) -> None:

@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -133,6 +134,23 @@ class FolderLock:
         return OutputError(
             f"{self.path}: has the name of the run's lock file, but is none; move it away, or choose another folder"
         )
+
+
+def acquire_first(paths: Iterable[Path], target: Path) -> FolderLock:
+    """Take the lock of an output folder at the first path, or at the second if the first one's file system has no locks.
+
+    Raises:
+        BusyError, NoLocksError, UsageError, SpaceError: see `FolderLock.acquire`.
+    """
+    lock, *elsewhere = (FolderLock(path, target) for path in paths)
+    try:
+        lock.acquire()
+    except NoLocksError:
+        if not elsewhere:
+            raise
+        (lock,) = elsewhere
+        lock.acquire()
+    return lock
 
 
 def _is_at(handle: int, path: Path) -> bool:

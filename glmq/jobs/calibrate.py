@@ -10,7 +10,7 @@ from typing import Final, Literal, overload
 import torch
 
 from glmq.calibration.dry_run import CalibrationPlan, plan_calibration, try_calibration
-from glmq.calibration.generate import generate_answers, plan_generation, with_answers
+from glmq.calibration.generate import GenerationPlan, generate_answers, plan_generation, with_answers
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import (
@@ -261,6 +261,8 @@ class Calibration:
     preprocessor: Preprocessor
     settings: Settings
     plan: CalibrationPlan
+    generation: GenerationPlan | None
+    """How samples without an answer get one; None: they stay as they are."""
 
     @classmethod
     def prepare(
@@ -287,27 +289,27 @@ class Calibration:
             read=watcher.counter(f"of {len(samples)} samples brought into tokens and patches"),
         )
         model = StreamedModel(source, config, device=device, dtype=dtype)
-        return cls(model, samples, preprocessor, settings, plan)
+        most = settings.generate
+        generation = None if most is None else plan_generation(model, samples, preprocessor, most)
+        return cls(model, samples, preprocessor, settings, plan, generation)
 
     def seconds(self) -> float:
         """About how long it takes: one sample is run through one block of each tower; and reading weights for answers."""
         trial = try_calibration(self.model, self.samples, self.preprocessor, self.settings, self.plan)
         seconds = sum(step.seconds for step in trial.steps)
-        if self.settings.generate is None:
-            return seconds
-        plan = plan_generation(self.model, self.samples, self.preprocessor, self.settings.generate)
-        return seconds + plan.read_seconds
+        return seconds if self.generation is None else seconds + self.generation.read_seconds
 
     def forecast(self) -> tuple[tuple[PassPlan, ...], Mapping[str, InputStats]]:
         """The passes with the time that each block is expected to take, and statistics of some inputs over one sample."""
-        return forecast_calibration_passes(self.model, self.samples, self.preprocessor, self.settings, self.plan)
+        return forecast_calibration_passes(
+            self.model, self.samples, self.preprocessor, self.settings, self.plan, self.generation
+        )
 
     def answered(self, journal: CalibrationJournal, ranks: Ranks, watcher: Watcher) -> Calibration:
         """The same with the model's own answers to samples that have none, where they are asked for."""
-        if self.settings.generate is None:
+        plan, model, samples, preprocessor = self.generation, self.model, self.samples, self.preprocessor
+        if plan is None:
             return self
-        model, samples, preprocessor = self.model, self.samples, self.preprocessor
-        plan = plan_generation(model, samples, preprocessor, self.settings.generate)
         watcher.note(describe_generation(plan))
         with watcher.blocks("generate", len(plan.rounds) * plan.max_tokens, "tokens") as advance:
             for done in generate_answers(model, samples, preprocessor, plan, journal, ranks):

@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Final
 
-from glmq.checkpoint.lock import FolderLock
+from glmq.checkpoint.lock import FolderLock, acquire_first
 from glmq.checkpoint.run_note import FoundRun, read_note
 from glmq.checkpoint.workplace import (
     REPLACED,
@@ -25,7 +25,7 @@ from glmq.checkpoint.workplace import (
     remove_work,
     taken_bytes,
 )
-from glmq.errors import BusyError, NoLocksError, UnreadableError
+from glmq.errors import BusyError, UnreadableError
 
 _WORK: Final = re.compile(r"\.(.+)\.partial")
 _ELSEWHERE: Final = re.compile(r".+-[0-9a-f]{8}")
@@ -89,7 +89,7 @@ def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
     for one in found:
         if one.state is State.UNFINISHED:
             try:
-                lock = _acquire(one.path)
+                lock = acquire_first(_locks(one.path), one.path)
             except BusyError:
                 continue
             try:
@@ -145,19 +145,6 @@ def _is_held(work: Path) -> bool:
     except BusyError:
         return True
     return False
-
-
-def _acquire(work: Path) -> FolderLock:
-    """Take the lock of the run's output folder, which lies under --work-dir where the output's disk has no locks."""
-    lock, *elsewhere = (FolderLock(path, work) for path in _locks(work))
-    try:
-        lock.acquire()
-    except NoLocksError:
-        if not elsewhere:
-            raise
-        (lock,) = elsewhere
-        lock.acquire()
-    return lock
 
 
 def _command_from_here(run: FoundRun) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from glmq.calibration.dry_run import CalibrationPlan, guess_steps, try_calibration
-from glmq.calibration.generate import plan_generation
+from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.reader import Checkpoint
@@ -35,6 +35,7 @@ def forecast_calibration_passes(
     preprocessor: Preprocessor,
     settings: Settings,
     plan: CalibrationPlan,
+    generation: GenerationPlan | None,
 ) -> tuple[tuple[PassPlan, ...], Mapping[str, InputStats]]:
     """The passes of a calibration, and the statistics of some inputs over one sample; of a small model without a trial."""
     if is_large(model.source):
@@ -43,10 +44,9 @@ def forecast_calibration_passes(
     else:
         steps, seen = guess_steps(model.config, plan), NOTHING_SEEN
     passes = (PassPlan("calibrate", steps),)
-    if settings.generate is None:
+    if generation is None:
         return passes, seen
-    seconds = plan_generation(model, samples, preprocessor, settings.generate).read_seconds
-    return (PassPlan("generate", (StepPlan("answers", "other", seconds),)), *passes), seen
+    return (PassPlan("generate", (StepPlan("answers", "other", generation.read_seconds),)), *passes), seen
 
 
 def forecast_weight_passes(
