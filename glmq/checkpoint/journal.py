@@ -149,6 +149,11 @@ def changed_error(
     )
 
 
+def number_text(number: float) -> str:
+    """A number among the settings, as it is typed, with all its digits: two runs whose numbers differ anywhere are two."""
+    return repr(float(number)).removesuffix(".0")
+
+
 def _said(name: str, value: str) -> str:
     """`--limit 4`, or `no --limit`; of a flag without a value itself, or `--no-texts`."""
     if not value:

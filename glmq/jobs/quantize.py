@@ -12,7 +12,7 @@ from glmq.calibration.stats import Statistics
 from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, tidy_up
-from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.journal import Journal, number_text
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
@@ -85,11 +85,13 @@ class QuantizationJob:
 
     def settings(self) -> dict[str, str]:
         """What the weight files depend on beside the recipe, by option; empty text for what is not given."""
-        size = self.shard_bytes
-        in_units = "" if size is None else f"{size // 2**30}GB" if size % 2**30 == 0 else f"{size // 2**20}MB"
+        size, in_units = self.shard_bytes, ""
+        if size is not None:
+            unit, bytes_each = next((u for u in (("GB", 2**30), ("MB", 2**20)) if size % u[1] == 0), (" bytes", 1))
+            in_units = f"{size // bytes_each}{unit}"
         return {
             "--fallback-topk": str(self.fallback_topk),
-            "--max-error": "" if self.max_error is None else f"{self.max_error:g}",
+            "--max-error": "" if self.max_error is None else number_text(self.max_error),
             "--part_file_size": in_units,
             "--keep-extra": str(self.keep_extra),
         }

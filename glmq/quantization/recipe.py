@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Final
 
+from glmq.checkpoint.journal import number_text
 from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY
@@ -163,8 +164,8 @@ class Recipe:
             "--co_sparse": str(is_tensor_wide),
             "--is_dynamic": str(kind.spec.activation is Activation.PER_TOKEN),
             "--use_sigma": str(weight.step_rule is StepRule.SIGMA),
-            "--sigma_factor": f"{weight.sigma_factor:g}",
-            "--fraction": f"{weight.fraction:g}",
+            "--sigma_factor": number_text(weight.sigma_factor),
+            "--fraction": number_text(weight.fraction),
             "--open_outlier": str(weight.keep_outliers),
             "--group_size": str(weight.group_size or self.group_size),
             "--method": weight.method.value,
@@ -177,7 +178,7 @@ class Recipe:
             "--format": next(name for name, form in FORMATS.items() if form is self.form),
             "--layer": " ".join(rule.option for rule in self.rules if rule.option.startswith("--layer")),
             "--keep-float": " ".join(rule.option for rule in self.rules if rule.option.startswith("--keep-float")),
-            "--target-bits": "" if self.target_bits is None else f"{self.target_bits:g}",
+            "--target-bits": "" if self.target_bits is None else number_text(self.target_bits),
             "--allocate": self.allocation.value,
         }
 

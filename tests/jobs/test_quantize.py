@@ -6,6 +6,8 @@ import pytest
 from helpers import W8A8S, quantize, tree, without_sensitivity
 
 from glmq.checkpoint.workplace import RESULT, make_work
+from glmq.jobs.calibrate import CalibrationOptions
+from glmq.jobs.quantize import QuantizationJob
 from glmq.jobs.quantize import quantize as quantize_job
 from glmq.progress import Note
 from glmq.quantization.recipe import Options, make_recipe
@@ -52,3 +54,12 @@ def test_sparse_linears_outside_the_text_layers_deal_bits_out_by_errors(
         "note: bits are dealt out as with --allocate error: what model.visual.merger.proj counts for the answer is not "
         "known, only the text layers' linears are rated"
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(None, ""), (4 * 2**30, "4GB"), (500 * 2**20, "500MB"), (2**20 + 1, "1048577 bytes"), (2**20, "1MB")],
+)
+def test_sizes_of_weight_files_are_told_apart_to_the_byte(size: int | None, shown: str) -> None:
+    job = QuantizationJob(Path("float"), Path("out"), make_recipe(Options()), CalibrationOptions(), shard_bytes=size)
+    assert job.settings()["--part_file_size"] == shown

@@ -387,3 +387,13 @@ def test_linears_of_another_type_are_scaled_by_their_row_maximum() -> None:
 )  # fmt: skip
 def test_a_rule_that_cannot_be_followed_is_refused(options: dict[str, object], sentence: str) -> None:
     assert refusal(**options) == sentence
+
+
+def test_settings_tell_numbers_apart_that_differ_in_the_last_digit() -> None:
+    """A resumed run goes on only with the settings that it began with, whatever of them fits a line."""
+    numbers = (0.012345678, 0.0123456785)
+    first, second = (
+        recipe(**FP16, w_bit=4, is_lowbit=True, fraction=number).settings()["--fraction"] for number in numbers
+    )
+    assert (first, second) == ("0.012345678", "0.0123456785")
+    assert recipe(**FP16, w_bit=4, is_lowbit=True, use_sigma=True, sigma_factor=2.0).settings()["--sigma_factor"] == "2"
