@@ -33,7 +33,10 @@ class EventFile:
     """
 
     def __init__(self, path: Path, verb: str) -> None:
+        self.path: Final = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
+        self.failure: OSError | None = None
+        """Why lines were lost: what a full disk does not take is no reason to end a run."""
         self._write("run_started", {"schema": SCHEMA, "verb": verb})
 
     def write(self, event: Event, *, elapsed: float, left: float | None) -> None:
@@ -54,12 +57,15 @@ class EventFile:
         ended = "done" if error is None else "failed" if isinstance(error, Exception) else "stopped"
         reason = None if error is None else str(error) or type(error).__name__
         self._write("run_ended", {"how": ended, "reason": reason, "elapsed_seconds": round(elapsed, 3)})
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as failure:  # of what it still held back
+            self.failure = failure
 
     def _write(self, name: str, values: dict[str, object]) -> None:
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         line = json.dumps({"event": name, "time": now, **values})
         try:
             self._file.write(line + "\n")
-        except OSError:  # a full disk: what the run makes is worth more than what it says
-            return
+        except OSError as error:
+            self.failure = error

@@ -79,6 +79,8 @@ class ProgressView:
             remember_reached(self.reached())
         if self._file is not None:
             self._file.close(error, elapsed=self._remaining.elapsed())
+            if self._file.failure is not None:
+                stderr.say(f"warning: {self._file.path}: events are missing ({self._file.failure.strerror})")
 
     def __call__(self, event: Event) -> None:
         """Draw one event."""

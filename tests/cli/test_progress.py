@@ -204,3 +204,9 @@ def test_a_file_of_events_tells_why_a_run_ended(tmp_path: Path) -> None:
             raise error
         last = json.loads(path.read_text().splitlines()[-1])
         assert (last["event"], last["how"], last["reason"]) == ("run_ended", how, reason)
+
+
+def test_events_that_a_full_disk_does_not_take_end_no_run_and_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressView(quiet=True, events=Path("/dev/full"), verb="quantize") as view:
+        view(PassStarted("quantize", "blocks", 4))
+    assert capsys.readouterr().err == "warning: /dev/full: events are missing (No space left on device)\n"
