@@ -13,7 +13,6 @@ from torch import Tensor
 import glmq
 from glmq.engines import Engine
 from glmq.progress import Event, Note
-from glmq.verification.checks import Limits
 
 EXTRA = {
     "model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.tensor([1.0, 0.5]),
@@ -98,9 +97,7 @@ def test_an_odd_checkpoint_is_quantized_into_one_that_verify_and_the_engine_acce
     engines = [] if form == "compressed-tensors" else [Engine.MINDIE]
     for reference in (None, odd):
         cases = glmq.CaseOptions(images=pictures, limit=1) if reference and form == "ascendv1" else glmq.CaseOptions()
-        # Six positions of a made-up model: which of two likely tokens is first depends on torch's order of sums.
-        limits = Limits(max_kl=0.3, min_top1=0.6)
-        report = glmq.verify(out, reference=reference, engines=engines, cases=cases, limits=limits)
+        report = glmq.verify(out, reference=reference, engines=engines, cases=cases)
         assert [f for f in report.findings if f.severity == "error"] == []
     found = {name for path in out.glob("*.safetensors") for name in load_file(path)}
     assert "lm_head.weight" in found
