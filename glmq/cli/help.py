@@ -204,7 +204,7 @@ def _page(
     blocks = [_filled(part, width) for part in head]
     for title, rows in sections.items():
         if rows:
-            blocks.append("\n".join([_styled(title, fg="", bold=True), *_rows(rows, width)]))
+            blocks.append("\n".join([_styled(title), *_rows(rows, width)]))
     blocks += [_filled(part, width) for part in foot]
     return "\n\n".join(blocks) + "\n"
 
@@ -215,7 +215,7 @@ def _rows(rows: Sequence[tuple[str, str]], width: int) -> Iterator[str]:
     beside = max(fitting, default=2) + 4 if width >= 2 * WIDEST_LABEL else 6
     for label, text in rows:
         lines = _wrapped(text, width - beside)
-        first = "  " + _styled(label, fg="cyan", bold=True)
+        first = "  " + _styled(label, "cyan")
         if len(label) + 4 <= beside:
             yield first + " " * (beside - 2 - len(label)) + lines.pop(0)
         else:
@@ -232,9 +232,9 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
-def _styled(text: str, *, fg: str, bold: bool) -> str:
-    """With colours, which typer leaves out again where the output is no terminal."""
-    return text if os.environ.get("NO_COLOR") else typer.style(text, fg=fg or None, bold=bold)
+def _styled(text: str, colour: str | None = None) -> str:
+    """Bold and with a colour, which typer leaves out again where the output is no terminal."""
+    return text if os.environ.get("NO_COLOR") else typer.style(text, fg=colour, bold=True)
 
 
 def _width() -> int:
