@@ -278,7 +278,5 @@ def show_restored(result: RestoreResult, *, as_json: bool, quiet: bool) -> None:
         stdout.print(
             f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
         )
-        stdout.print(
-            "Next: check it, then compress it for the engine on a host with the vendor's program:", soft_wrap=True
-        )
+        stdout.say("Next: check it, then compress it for the engine on a host with the vendor's program:")
         stdout.print(f"  glmq verify {quote(str(result.folder))}", soft_wrap=True)

@@ -34,7 +34,7 @@ def doctor(
     for name, value in _lines(found):
         stdout.print(f"{name:<14}{value}", soft_wrap=True)
     for problem in found.problems:
-        stdout.print(f"warning: {problem}", soft_wrap=True)
+        stdout.say(f"warning: {problem}")
 
 
 def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:

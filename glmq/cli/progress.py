@@ -100,7 +100,7 @@ class ProgressView:
                 for line in done_lines(event, self._pass.unit, verbose=self._verbose):
                     self._say(line)
             case Note():
-                stderr.print(event.text, soft_wrap=True)
+                stderr.say(event.text)
             case BlockStep() | RunPlanned():
                 pass
 

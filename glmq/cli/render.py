@@ -307,11 +307,11 @@ def show_settled(settled: Settled, *, verbose: bool) -> None:
     """Whether the statistics have settled: the verdict, with `verbose` what moved."""
     from glmq.jobs.notes import convergence_verdict, describe_convergence, unanswered_verdict
 
-    stdout.print(f"  statistics: {convergence_verdict(settled.assessment)}", soft_wrap=True)
+    stdout.say(f"  statistics: {convergence_verdict(settled.assessment)}")
     for line in describe_convergence(settled.assessment, unanswered=0) if verbose else ():
         stdout.say(f"    {line.strip()}")
     if settled.unanswered:
-        stdout.print(f"  answers: {unanswered_verdict(settled.unanswered)}", soft_wrap=True)
+        stdout.say(f"  answers: {unanswered_verdict(settled.unanswered)}")
 
 
 def show_line(line: str) -> None:
