@@ -291,7 +291,8 @@ def _read_processor_settings(directory: Path, config: ModelConfig) -> _Processor
 
 def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ModelError that names the file that is to blame, where one is."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    with lean_transformers():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not str(directory).isascii() and SURROGATE.search(str(directory)):
         raise SideFileError(

@@ -30,8 +30,8 @@ HEAVY = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy"
 
 folder = Path(sys.argv[1])
 config = read_config(folder)
+Preprocessor(folder, config, max_pixels=None, trust_remote_code=False)  # the first to import transformers, as in a calibration
 model = StreamedModel(Checkpoint.open(folder), config, device=torch.device("cpu"), dtype=torch.bfloat16)
-Preprocessor(folder, config, max_pixels=None, trust_remote_code=False)
 print([name for name in HEAVY if name in sys.modules])
 print("_dynamo" in vars(torch), torch.distributed.is_available())
 
