@@ -1,36 +1,53 @@
-"""Fixtures that many rooms share: the tiny trained model, a smaller random one, their statistics, a quantized checkpoint."""
+"""Fixtures that many rooms share: the tiny trained model, a smaller random one, their statistics, a quantized checkpoint.
+
+Libraries are imported where they are used: pytest-xdist's first process reads this file too and needs none of them.
+"""
+
+from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import os
 import platform
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from helpers import W8A8S, calibrate, load_full, quantize
-from make_checkpoint import Size, make_checkpoint
 
-from glmq.model.inputs import Preprocessor
-from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
+if TYPE_CHECKING:
+    import torch
 
 # A shell's background job ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if platform.libc_ver()[0] == "glibc":  # keep what small models free for the next one, as glmq/cli/malloc.py does
     ctypes.CDLL(None).mallopt(-1, 2**30)
-torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(name, None)  # they change how typer and rich draw
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers looks at it when it is imported
+# Containers like to forbid it, but each process would compile glmq and the tests again, which takes it five seconds.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def pytest_collection_finish() -> None:
+    """Imported modules and collected tests stay: the garbage collector need not look at them again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_files_and_prompts() -> Iterator[None]:
     """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, and a
     child process for each prompt that a chat template has rendered before."""
+    import torch
+
+    from glmq.model.inputs import Preprocessor
+
+    torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
     rendered: dict[tuple[object, bool, str], str] = {}
     render_once = Preprocessor._render_once
 
@@ -49,12 +66,16 @@ def _quick_files_and_prompts() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The embedded trained model: 6 text layers, 3 vision blocks, bf16. Do not write into it."""
+    from glmq.model.tiny import TINY_CHECKPOINT
+
     return TINY_CHECKPOINT
 
 
 @pytest.fixture(scope="session")
 def pictures() -> Path:
     """The 16 pictures that the tiny model is calibrated on."""
+    from glmq.model.tiny import TINY_PICTURES
+
     return TINY_PICTURES
 
 
@@ -75,24 +96,32 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 @pytest.fixture(scope="session")
 def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's statistics folder over all 16 pictures."""
+    from helpers import calibrate
+
     return once(tmp_path_factory, "tiny-stats", lambda out: calibrate(tiny, out, pictures))
 
 
 @pytest.fixture(scope="session")
 def tiny_seed(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model quantized: W8A8S by sigma, fp16."""
+    from helpers import W8A8S, quantize
+
     return once(tmp_path_factory, "tiny-w8a8s", lambda out: quantize(tiny, tiny_stats, out, **W8A8S))
 
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights: 2 text layers of width 64, 1 vision block of width 32, bf16. Do not write into it."""
+    from make_checkpoint import Size, make_checkpoint
+
     return once(tmp_path_factory, "small", lambda folder: make_checkpoint(folder, Size()))
 
 
 @pytest.fixture(scope="session")
 def small_stats(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's statistics over two pictures."""
+    from helpers import calibrate
+
     return once(tmp_path_factory, "small-stats", lambda out: calibrate(small, out, pictures, limit=2))
 
 
@@ -107,4 +136,7 @@ def small_copy(small: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def full_model(tiny: Path) -> torch.nn.Module:
     """The tiny model as transformers itself loads it, in float32."""
+    import torch
+    from helpers import load_full
+
     return load_full(tiny, torch.float32)

@@ -4,12 +4,14 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
 from helpers import run_ranks
 
+import glmq.ranks
 from glmq.errors import LostRanksError, MeetingError, OtherRankError, UsageError
 from glmq.ranks import Place, Ranks, read_place
 
@@ -94,9 +96,16 @@ def free_port(monkeypatch: pytest.MonkeyPatch) -> str:
     return port
 
 
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds of who waits for others pass in one."""
+    monkeypatch.setattr(glmq.ranks, "time", SimpleNamespace(monotonic=lambda: 10 * time.monotonic(), sleep=time.sleep))
+
+
 ADVICE = "start all 2 with torchrun, or for one process alone: unset WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT"
 
 
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_alone_with_the_variables_of_another_job_says_what_it_waits_for_and_gives_up(
     free_port: str, rank: int
@@ -117,6 +126,7 @@ def test_a_process_alone_with_the_variables_of_another_job_says_what_it_waits_fo
     assert (caught.value.exit_code, caught.value.code) == (5, "GLMQ-E541")
 
 
+@pytest.mark.usefixtures("hurried")
 def test_the_others_have_five_minutes_to_come(free_port: str) -> None:
     notes: list[str] = []
 

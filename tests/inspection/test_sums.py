@@ -17,6 +17,8 @@ from glmq.inspection.weights import StoredMatrix
 ROWS, FIRST, LAST = 14, 2, 12
 HALVES = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
 """Every float16 number, infinities and NaN too."""
+CHOICES = (*((name,) for name in KERNELS), ())
+"""Each compiled kernel by itself, and torch."""
 
 compiled_only = pytest.mark.skipif(not KERNELS, reason="installed without a compiler")
 
@@ -53,7 +55,6 @@ def real_values(matrix: StoredMatrix) -> Tensor:
     return values * steps[FIRST:LAST].repeat_interleave(values.shape[1] // steps.shape[1], 1)
 
 
-@pytest.mark.parametrize("kernels", [*((name,) for name in KERNELS), ()])
 @pytest.mark.parametrize("columns", [32, 1056])  # one group; more than a run, and not a multiple of one
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("other", ["int8", "int4", "bfloat16", "float16", "float32", "float64"])
@@ -63,30 +64,30 @@ def test_sums_are_those_of_the_real_weights(
     other: str,
     scaled: bool,
     columns: int,
-    kernels: tuple[str, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "KERNELS", kernels)
     a, b = stored(tmp_path / "a", one, columns, 1), stored(tmp_path / "b", other, columns, 5)
     scaling = UNSCALED
     if scaled:
         scaling = Scaling(random(ROWS, seed=8).abs() + 0.5, random(columns, seed=9).abs() + 0.5)
-    found = sum_rows(a, b, scaling, (FIRST, LAST))
     x, y = real_values(a), scaling.undone(real_values(b), FIRST)
-    assert [found.a, found.b, found.noise, found.max_abs] == pytest.approx(
-        [float(x.square().sum()), float(y.square().sum()), float((y - x).square().sum()), float((y - x).abs().max())],
-        rel=1e-5,
-    )
+    sums = [float(x.square().sum()), float(y.square().sum()), float((y - x).square().sum()), float((y - x).abs().max())]
     p, q = a.stored(FIRST, LAST), b.stored(FIRST, LAST)
-    assert found.changed == (int((p != q).sum()) if a.is_integer and b.is_integer else 0)
-    assert not found.identical
-    for counts, values, matrix in zip(found.counts, (p, q), (a, b), strict=True):
-        wanted = np.bincount(values.numpy().ravel().astype(int) + 128, minlength=256) if matrix.is_integer else 0
-        assert np.array_equal(counts, np.zeros(256) + wanted)
+    changed = int((p != q).sum()) if a.is_integer and b.is_integer else 0
+    wanted_counts = [
+        np.bincount(values.numpy().ravel().astype(int) + 128, minlength=256) if matrix.is_integer else np.zeros(256)
+        for values, matrix in ((p, a), (q, b))
+    ]
+    for kernels in CHOICES:
+        monkeypatch.setattr(module, "KERNELS", kernels)
+        found = sum_rows(a, b, scaling, (FIRST, LAST))
+        assert [found.a, found.b, found.noise, found.max_abs] == pytest.approx(sums, rel=1e-5), kernels
+        assert (found.changed, found.identical) == (changed, False), kernels
+        assert np.array_equal(found.counts, wanted_counts), kernels
 
 
-@pytest.mark.parametrize("kernels", [*((name,) for name in KERNELS), ()])
+@pytest.mark.parametrize("kernels", CHOICES)
 @pytest.mark.parametrize("kind", ["int8", "int4", "bfloat16", "float16", "float64"])
 def test_equal_rows_have_no_noise(
     kind: str, kernels: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
