@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from glmq.jobs.inspect import Choice, inspect
     from glmq.jobs.quantize import QuantizationResult, quantize
     from glmq.jobs.restore import RestorationPlan, RestoreResult, restore
+    from glmq.jobs.sweep import sweep
+    from glmq.jobs.sweep_recipes import SweepOptions, Variant
     from glmq.jobs.verify import CaseOptions, verify
     from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, StepPlan
     from glmq.quantization.dry_run import RunPlan
     from glmq.quantization.recipe import Recipe
     from glmq.records import BlockDone, BytesDone, LinearReport, PassTime
     from glmq.reporting.documents import Answer, Inspection, Verification
+    from glmq.reporting.sweeps import Divergence, Sweep, SweepFailure, SweepRow
     from glmq.verification.checks import Limits
     from glmq.verification.findings import Finding
 
@@ -49,6 +52,8 @@ _HOMES = {
     "glmq.jobs.compress": ("CompressionOptions", "CompressionResult", "compress"),
     "glmq.jobs.inspect": ("Choice", "inspect"),
     "glmq.jobs.quantize": ("QuantizationResult", "quantize"),
+    "glmq.jobs.sweep": ("sweep",),
+    "glmq.jobs.sweep_recipes": ("SweepOptions", "Variant"),
     "glmq.jobs.restore": ("RestorationPlan", "RestoreResult", "restore"),
     "glmq.jobs.verify": ("CaseOptions", "verify"),
     "glmq.progress": ("BlockStep", "Event", "Note", "PassDone", "PassPlan", "PassStarted", "RunPlanned", "StepPlan"),
@@ -58,6 +63,7 @@ _HOMES = {
     "glmq.inspection.comparison": ("Comparison",),
     "glmq.inspection.statistics": ("StatisticsComparison", "StatisticsSummary"),
     "glmq.reporting.documents": ("Answer", "Inspection", "Verification"),
+    "glmq.reporting.sweeps": ("Divergence", "Sweep", "SweepFailure", "SweepRow"),
     "glmq.verification.checks": ("Limits",),
     "glmq.verification.findings": ("Finding",),
 }
@@ -78,6 +84,7 @@ __all__ = [
     "CompressionOptions",
     "CompressionPlan",
     "CompressionResult",
+    "Divergence",
     "Event",
     "Finding",
     "GlmqError",
@@ -100,7 +107,12 @@ __all__ = [
     "StatisticsComparison",
     "StatisticsSummary",
     "StepPlan",
+    "Sweep",
+    "SweepFailure",
+    "SweepOptions",
+    "SweepRow",
     "UsageError",
+    "Variant",
     "Verification",
     "__version__",
     "ask",
@@ -111,6 +123,7 @@ __all__ = [
     "inspect",
     "quantize",
     "restore",
+    "sweep",
     "verify",
 ]
 

@@ -12,14 +12,17 @@ from helpers import PACKAGES
 
 import glmq
 
-VERBS = ("calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "compare_statistics", "verify")
+VERBS = (
+    "calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "compare_statistics", "verify", "sweep",
+)  # fmt: skip
 NAMES = [
     "Answer", "BlockDone", "BlockStep", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult",
-    "CaseOptions", "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Event", "Finding",
-    "GlmqError", "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassPlan", "PassStarted",
+    "CaseOptions", "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Divergence", "Event",
+    "Finding", "GlmqError", "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassPlan", "PassStarted",
     "PassTime", "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "RunPlanned",
-    "StatisticsComparison", "StatisticsSummary", "StepPlan", "UsageError", "Verification", "__version__", "ask", "calibrate",
-    "compare", "compare_statistics", "compress", "inspect", "quantize", "restore", "verify",
+    "StatisticsComparison", "StatisticsSummary", "StepPlan", "Sweep", "SweepFailure", "SweepOptions", "SweepRow", "UsageError",
+    "Variant", "Verification", "__version__", "ask", "calibrate", "compare", "compare_statistics", "compress", "inspect",
+    "quantize", "restore", "sweep", "verify",
 ]  # fmt: skip
 
 

@@ -14,7 +14,8 @@ MODULE_LINES = 400
 FUNCTION_LINES = 60
 PARAMETERS = 8
 COMMANDS = {
-    f"cli/{verb}.py": verb for verb in ("ask", "calibrate", "quantize", "compress", "inspect", "verify", "demo")
+    f"cli/{verb}.py": verb
+    for verb in ("ask", "calibrate", "quantize", "sweep", "compress", "inspect", "verify", "demo")
 }
 """Typer reads a command's options from its signature."""
 

@@ -8,6 +8,7 @@
     result.json             `result` is whole, and is being put in its place: what that takes back if it is interrupted
     replaced/               the former contents of the output, while they are being replaced
     statistics/             of `glmq quantize` without --stats
+    candidate-{recipe}/     of `glmq sweep`, until its row is measured
 .{name}.glmq-lock           who is writing
 """
 
@@ -314,9 +315,9 @@ def has_progress(work: Path) -> bool:
 
 
 def _journals(work: Path) -> Iterator[Path]:
-    """The work folder, and that of the statistics in it: each may have a journal."""
+    """The work folder, and those of the outputs in it, which are statistics or of a sweep: each may have a journal."""
     yield work
-    yield Workplace.of(work / STATISTICS).work
+    yield from filter(is_folder, sorted(work.glob(".*.partial")))
 
 
 def finished_blocks(work: Path) -> int:

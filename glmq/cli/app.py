@@ -21,6 +21,7 @@ from glmq.cli.doctor import doctor
 from glmq.cli.inspect import inspect
 from glmq.cli.quantize import quantize
 from glmq.cli.streams import mend_streams
+from glmq.cli.sweep import sweep
 from glmq.cli.verify import verify
 from glmq.version import __version__
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-for command in (calibrate, quantize, compress, inspect, verify, ask, demo, doctor, clean):
+for command in (calibrate, quantize, sweep, compress, inspect, verify, ask, demo, doctor, clean):
     app.command(cls=GlmqCommand, context_settings=CONTEXT)(command)
 
 

@@ -170,14 +170,19 @@ def usage_errors(args: Sequence[str], command: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_usage_error(error):
+        message = usage_sentence(error, args)
+        if message is None:
             raise
-        message = _usage_sentence(error.format_message(), args)  # type: ignore[attr-defined]
         json_wanted = "--json" in args
         _complain(
             UsageError.code, message if json_wanted else f"{message}; see `{command} --help`", json_wanted, debug=False
         )
         raise typer.Exit(2) from error
+
+
+def usage_sentence(error: BaseException, args: Sequence[str]) -> str | None:
+    """What typer finds wrong with these arguments, in one sentence; None for what is no such error."""
+    return _usage_sentence(error.format_message(), args) if _is_usage_error(error) else None  # type: ignore[attr-defined]
 
 
 def _usage_sentence(message: str, args: Sequence[str]) -> str:

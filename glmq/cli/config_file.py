@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 import typer
 
 from glmq.checkpoint.disk import read_input
-from glmq.errors import CheckpointError
+from glmq.errors import CheckpointError, UsageError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,27 +34,37 @@ def read_config_file(file: str, params: Sequence[object]) -> dict[str, object]:
     Raises:
         typer.BadParameter: unreadable, not TOML, or a key that is no option of this command.
     """
+    names = {str(name) for param in params if (name := getattr(param, "name", None)) not in NOT_IN_FILES}
+    try:
+        return {known_key(key, names, file): value for key, value in read_toml(file).items()}
+    except UsageError as error:
+        raise typer.BadParameter(f"--config {error}") from error
+
+
+def read_toml(file: str) -> dict[str, object]:
+    """The contents of a TOML file. Raises UsageError for one that cannot be read."""
     try:
         raw = read_input(Path(file), MAX_BYTES)
         if len(raw) > MAX_BYTES:
-            raise typer.BadParameter(f"--config {file}: has more than {MAX_BYTES} bytes; give a TOML file")
-        values = tomllib.loads(raw.decode("utf-8"))
+            raise UsageError(f"{file}: has more than {MAX_BYTES} bytes; give a TOML file")
+        values: dict[str, object] = tomllib.loads(raw.decode("utf-8"))
     except CheckpointError as error:
-        raise typer.BadParameter(f"--config {error}") from error
+        raise UsageError(str(error)) from error
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"--config {file}: cannot be read ({error})") from error
+        raise UsageError(f"{file}: cannot be read ({error})") from error
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # ValueError: numbers of thousands of digits
-        raise typer.BadParameter(f"--config {file}: is not TOML ({error})") from error
-    names = {str(name) for param in params if (name := getattr(param, "name", None)) not in NOT_IN_FILES}
-    found: dict[str, object] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in names:
-            near = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
-            raise typer.BadParameter(f"--config {file}: unknown key {key!r}; {hint}")
-        found[name] = value
-    return found
+        raise UsageError(f"{file}: is not TOML ({error})") from error
+    return values
+
+
+def known_key(key: str, names: Collection[str], where: str) -> str:
+    """The parameter that a key stands for, dashes and underscores being alike. Raises UsageError if there is none."""
+    name = key.replace("-", "_")
+    if name not in names:
+        near = difflib.get_close_matches(name, sorted(names), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(names))}"
+        raise UsageError(f"{where}: unknown key {key!r}; {hint}")
+    return name
 
 
 def dump_config(params: Mapping[str, object]) -> str:

@@ -8,14 +8,14 @@ which browsers show when it is pointed at.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
 
+from glmq.reporting.svg import WIDTH, drawing, level_line, remark, round_up, text_at
 from glmq.reporting.words import percent, size
 
-WIDTH: Final = 960
 LABEL_WIDTH: Final = 170
 HEAT_SPAN: Final = 20.0
 SHADES: Final = ((255, 244, 214), (250, 199, 120), (222, 110, 52), (122, 22, 22))
@@ -58,7 +58,7 @@ def heat_map(
     """
     positive = [value for value in values.values() if 0 < value < math.inf]
     if not positive:
-        return _note(f"No {what} above zero.")
+        return remark(f"No {what} above zero.")
     high = max(positive)
     low = max(min(positive), high / HEAT_SPAN)
     span = math.log(high / low) or 1.0
@@ -66,7 +66,7 @@ def heat_map(
     parts: list[str] = []
     for y, row in enumerate(rows):
         top = 22 + y * cell_h
-        parts.append(_text(LABEL_WIDTH - 8, top + cell_h / 2 + 4, row, anchor="end"))
+        parts.append(text_at(LABEL_WIDTH - 8, top + cell_h / 2 + 4, row, anchor="end"))
         for x, column in enumerate(columns):
             value = values.get((column, row))
             if value is None:
@@ -78,16 +78,16 @@ def heat_map(
             )
             if cell_w > 46:
                 shade = "on-none" if value == 0 else "on-dark" if share > DARK_SHARE else "on-light"
-                made += _text(left + cell_w / 2, top + cell_h / 2 + 4, percent(value), anchor="middle", kind=shade)
+                made += text_at(left + cell_w / 2, top + cell_h / 2 + 4, percent(value), anchor="middle", kind=shade)
             link = (links or {}).get((column, row))
             parts.append(f"<g>{made}</g>" if link is None else f'<a href="#{link}">{made}</a>')
     every = max(1, math.ceil(len(columns) / 20))
     for x, column in enumerate(columns):
         if x % every == 0:
-            parts.append(_text(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
-    parts.append(_text(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
+            parts.append(text_at(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
+    parts.append(text_at(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
     parts += _heat_legend(22 + len(rows) * cell_h + 12, low, high, what, has_zero=0.0 in values.values())
-    return _svg(22 + len(rows) * cell_h + 34, parts, what)
+    return drawing(22 + len(rows) * cell_h + 34, parts, what)
 
 
 def _heat_cell(x: float, y: float, width: float, height: float, share: float | None) -> str:
@@ -107,14 +107,14 @@ def _shade(share: float) -> str:
 def _heat_legend(top: float, low: float, high: float, what: str, *, has_zero: bool) -> list[str]:
     """What the colours mean: from light to dark, with the values at both ends."""
     x, steps, width = float(LABEL_WIDTH), 12, 14
-    parts = [_text(x - 8, top + 11, what, anchor="end"), _text(x, top + 11, f"up to {percent(low)}")]
+    parts = [text_at(x - 8, top + 11, what, anchor="end"), text_at(x, top + 11, f"up to {percent(low)}")]
     x += 20 + 6.5 * len(f"up to {percent(low)}")
     parts += [_heat_cell(x + width * step, top, width + 0.5, 14, step / (steps - 1)) for step in range(steps)]
     x += width * steps + 8
-    parts.append(_text(x, top + 11, f"{percent(high)}, logarithmic; darker is larger"))
+    parts.append(text_at(x, top + 11, f"{percent(high)}, logarithmic; darker is larger"))
     if has_zero:
         x += 20 + 6.2 * len(f"{percent(high)}, logarithmic; darker is larger")
-        parts += [_heat_cell(x, top, 22, 14, None), _text(x + 28, top + 11, "exactly 0")]
+        parts += [_heat_cell(x, top, 22, 14, None), text_at(x + 28, top + 11, "exactly 0")]
     return parts
 
 
@@ -129,16 +129,16 @@ def columns_chart(labels: Sequence[str], values: Sequence[float], what: str, acr
     """
     height, top, bottom = 214, 26, 42
     finite = [value for value in values if math.isfinite(value)]
-    limit = _round_up(max(finite, default=0.0))
+    limit = round_up(max(finite, default=0.0))
     if limit == 0:
-        return _note(f"No {what} above zero.")
+        return remark(f"No {what} above zero.")
     left, plot_h = 64, height - top - bottom
-    parts: list[str] = [_text(0, 12, what), _text(WIDTH, height - 4, across, anchor="end")]
+    parts: list[str] = [text_at(0, 12, what), text_at(WIDTH, height - 4, across, anchor="end")]
     for tick in range(5):
         value = limit * tick / 4
         y = top + plot_h * (1 - tick / 4)
         parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(left - 8, y + 4, percent(value), anchor="end"))
+        parts.append(text_at(left - 8, y + 4, percent(value), anchor="end"))
     step = (WIDTH - left) / len(values)
     width = min(46.0, step * 0.72)
     every = max(1, math.ceil(len(labels) * 44 / (WIDTH - left)))
@@ -154,8 +154,8 @@ def columns_chart(labels: Sequence[str], values: Sequence[float], what: str, acr
                 f'height="{tall:.1f}" rx="2">{title}</rect>'
             )
         if x % every == 0:
-            parts.append(_text(centre, height - 24, _short(label), anchor="middle"))
-    return _svg(height, parts, what)
+            parts.append(text_at(centre, height - 24, _short(label), anchor="middle"))
+    return drawing(height, parts, what)
 
 
 def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:
@@ -163,12 +163,12 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     longest = max((sum(parts.values()) for parts in bars.values()), default=0)
     if longest == 0:
-        return _note(f"No {what}.")
+        return remark(f"No {what}.")
     room = WIDTH - LABEL_WIDTH - 90
     out: list[str] = []
     for y, (label, parts) in enumerate(bars.items()):
         top, x = 6 + y * 38, float(LABEL_WIDTH)
-        out.append(_text(LABEL_WIDTH - 8, top + 18, label, anchor="end"))
+        out.append(text_at(LABEL_WIDTH - 8, top + 18, label, anchor="end"))
         for name, nbytes in parts.items():
             wide = room * nbytes / longest
             out.append(
@@ -176,13 +176,13 @@ def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:
                 f'height="26" rx="2"><title>{escape(f"{name}: {size(nbytes)}")}</title></rect>'
             )
             x += wide
-        out.append(_text(x + 8, top + 18, size(sum(parts.values()))))
+        out.append(text_at(x + 8, top + 18, size(sum(parts.values()))))
     top, x = 14 + len(bars) * 38, float(LABEL_WIDTH)
     for index, name in enumerate(names):
         out.append(f'<rect class="part{index % 6}" x="{x:.1f}" y="{top}" width="11" height="11" rx="2"/>')
-        out.append(_text(x + 17, top + 10, name))
+        out.append(text_at(x + 17, top + 10, name))
         x += 34 + 7.0 * len(name)
-    return _svg(top + 20, out, what)
+    return drawing(top + 20, out, what)
 
 
 def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high: float, what: str) -> str:
@@ -204,7 +204,7 @@ def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high
         f'<polyline class="line" points="{line}"/>',
         *_value_axis(base, low, high, "weight"),
     ]
-    return _svg(height, parts, what, width)
+    return drawing(height, parts, what, width)
 
 
 def integer_histogram(counts: Sequence[int], first: int, what: str) -> str:
@@ -222,21 +222,21 @@ def integer_histogram(counts: Sequence[int], first: int, what: str) -> str:
     )
     last = first + len(counts) - 1
     parts = [f'<path class="bar" d="{bars}"/>', *_value_axis(base, first, last, "integer")]
-    return _svg(height, parts, what, width)
+    return drawing(height, parts, what, width)
 
 
 def _value_axis(base: float, low: float, high: float, what: str) -> list[str]:
     """The level axis of a narrow histogram: both ends, zero where it lies apart from them, and what is counted."""
     parts = [
         f'<line class="axis" x1="0" x2="{NARROW}" y1="{base}" y2="{base}"/>',
-        _text(0, base + 15, f"{low:.3g}"),
-        _text(NARROW, base + 15, f"{high:.3g}", anchor="end"),
-        _text(0, base + 32, f"{what}; height: square root of the count"),
+        text_at(0, base + 15, f"{low:.3g}"),
+        text_at(NARROW, base + 15, f"{high:.3g}", anchor="end"),
+        text_at(0, base + 32, f"{what}; height: square root of the count"),
     ]
     if low < 0 < high:
         zero = NARROW * -low / (high - low)
         if NARROW / 8 < zero < NARROW * 7 / 8:
-            parts.append(_text(zero, base + 15, "0", anchor="middle"))
+            parts.append(text_at(zero, base + 15, "0", anchor="middle"))
     return parts
 
 
@@ -255,7 +255,7 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
     ends = [abs(v) for b in bars for v in (b.low, b.high, b.seen_low or 0.0, b.seen_high or 0.0)]
     limit = math.log1p(max(ends, default=0.0))
     if limit == 0:
-        return _note(f"No {what}.")
+        return remark(f"No {what}.")
     left, right, line_h = 250, 12, 20
     half = (WIDTH - left - right) / 2
 
@@ -266,10 +266,10 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
     bottom = 8 + len(bars) * line_h
     for value in (*(-t for t in reversed(_decades(max(ends)))), 0.0, *_decades(max(ends))):
         parts.append(f'<line class="grid" x1="{place(value):.1f}" x2="{place(value):.1f}" y1="4" y2="{bottom}"/>')
-        parts.append(_text(place(value), bottom + 15, f"{value:g}", anchor="middle"))
+        parts.append(text_at(place(value), bottom + 15, f"{value:g}", anchor="middle"))
     for y, bar in enumerate(bars):
         top = 8 + y * line_h
-        parts.append(_text(left - 8, top + 12, bar.label, anchor="end"))
+        parts.append(text_at(left - 8, top + 12, bar.label, anchor="end"))
         note = f"{bar.label}: covered {bar.low:.4g} to {bar.high:.4g}"
         if bar.seen_low is not None and bar.seen_high is not None:
             note += f", seen {bar.seen_low:.4g} to {bar.seen_high:.4g}"
@@ -279,14 +279,14 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
         )
         if bar.seen_low is not None and bar.seen_high is not None:
             y_line = top + 8
-            parts.append(_line("seen", place(bar.seen_low), place(bar.seen_high), y_line))
+            parts.append(level_line("seen", place(bar.seen_low), place(bar.seen_high), y_line))
             if bar.seen_low < bar.low:
-                parts.append(_line("clip", place(bar.seen_low), place(bar.low), y_line))
+                parts.append(level_line("clip", place(bar.seen_low), place(bar.low), y_line))
             if bar.seen_high > bar.high:
-                parts.append(_line("clip", place(bar.high), place(bar.seen_high), y_line))
+                parts.append(level_line("clip", place(bar.high), place(bar.seen_high), y_line))
         parts.append("</g>")
-    parts.append(_text(WIDTH, bottom + 32, f"{what}; logarithmic away from zero", anchor="end"))
-    return _svg(bottom + 40, parts, what)
+    parts.append(text_at(WIDTH, bottom + 32, f"{what}; logarithmic away from zero", anchor="end"))
+    return drawing(bottom + 40, parts, what)
 
 
 def _decades(largest: float) -> list[float]:
@@ -296,38 +296,9 @@ def _decades(largest: float) -> list[float]:
     return [10.0**power for power in range(int(math.log10(largest)) + 1)]
 
 
-def _round_up(value: float) -> float:
-    """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
-    if value <= 0:
-        return 0.0
-    power = 10.0 ** math.floor(math.log10(value))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= value * 0.999999)
-
-
 def _short(label: str) -> str:
     """The number of a layer (v3 in the vision tower), or the last word of a name, short enough to stand below a column."""
     last = label.rpartition(".")[2]
     if last.isdigit() and "visual" in label:
         return f"v{last}"
     return last if len(last) < 9 else f"{last[:7]}…"
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "label") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(kind: str, x1: float, x2: float, y: float) -> str:
-    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y}" y2="{y}"/>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="muted">{escape(text)}</p>'
-
-
-def _svg(height: float, parts: Iterable[str], what: str, width: int = WIDTH) -> str:
-    body = "\n".join(parts)
-    kind = "chart wide" if width == WIDTH else "chart"
-    return (
-        f'<div class="plot"><svg class="{kind}" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
-        f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg></div>'
-    )

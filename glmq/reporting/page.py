@@ -127,6 +127,11 @@ def grid(*content: str) -> str:
     return f'<div class="grid2">{"".join(content)}</div>'
 
 
+def pair(*content: str) -> str:
+    """Two charts side by side, one below the other where there is no room."""
+    return f'<div class="pair">{"".join(content)}</div>'
+
+
 def figure(title: str, chart: str, *, note: str = "", anchor: str = "") -> str:
     """A chart with its title, a line below it, and the anchor by which links find it."""
     where = f' id="{anchor}"' if anchor else ""
@@ -207,6 +212,7 @@ figure { margin: 14px 0 0; min-width: 0; }
 figcaption { font-size: 13.5px; color: var(--muted); margin-bottom: 4px; overflow-wrap: break-word; }
 figure .muted { margin: 2px 0 0; }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 6px 28px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 6px 36px; }
 svg { display: block; max-width: 100%; }
 .plot { overflow-x: auto; }
 svg.chart { width: 100%; height: auto; }
@@ -230,6 +236,8 @@ a { color: var(--accent); }
 .grid, .axis { stroke: var(--line); stroke-width: 1; }
 .area { fill: var(--accent); fill-opacity: 0.28; }
 .line { fill: none; stroke: var(--second); stroke-width: 1.6; }
+.dot { fill: var(--accent); stroke: var(--surface); } .ring { fill: var(--surface); stroke: var(--muted); stroke-width: 1.6; }
+svg text.name { fill: var(--text); }
 .cover { fill: var(--accent); fill-opacity: 0.32; }
 .seen { stroke: var(--text); stroke-width: 1.6; } .clip { stroke: var(--bad); stroke-width: 4; }
 .part0 { fill: var(--p0); } .part1 { fill: var(--p1); } .part2 { fill: var(--p2); }

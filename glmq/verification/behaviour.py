@@ -27,7 +27,7 @@ from glmq.numerics.affine import covered_range
 from glmq.progress import resident_bytes
 from glmq.records import BlockDone, QuantizedLinear
 from glmq.verification.int8_model import Int8Linear, open_model, placed
-from glmq.verification.predictions import HEAD_ROWS, Head, HeadSums, Predictions, scored_places, summarize, target_ids
+from glmq.verification.predictions import Head, Predictions, compare_predictions, scored_places, target_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +267,9 @@ class _Run:
                 rows = [norm(getattr(self._calls[i], of).hidden)[0, place] for i, place in enumerate(places)]
                 hidden.append(torch.cat(rows).float())  # [positions, width]
         targets = torch.cat([target_ids(i, place) for i, place in zip(inputs, places, strict=True)])
-        sums = HeadSums(targets)
-        heads = [Head(model.source, self._family.lm_head) for model in (pair.reference, pair.candidate)]
-        for start in range(0, self._config.vocab_size, HEAD_ROWS):
-            stop = min(start + HEAD_ROWS, self._config.vocab_size)
-            sums.add(start, *(head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True)))
-        return summarize(sums, [case.name for case in self._cases], [place.numel() for place in places])
+        first, second = (Head(model.source, self._family.lm_head) for model in (pair.reference, pair.candidate))
+        samples = [(case.name, place.numel()) for case, place in zip(self._cases, places, strict=True)]
+        return compare_predictions((first, second), (hidden[0], hidden[1]), targets, samples, self._config.vocab_size)
 
     def _start_vision(self) -> None:
         pair = self._pair

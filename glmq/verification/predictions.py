@@ -143,7 +143,32 @@ def target_ids(inputs: ModelInputs, places: Tensor) -> Tensor:
     return inputs.ids[0, places + 1]
 
 
+def compare_predictions(
+    heads: tuple[Head, Head],
+    hidden: tuple[Tensor, Tensor],
+    targets: Tensor,
+    samples: Sequence[tuple[str, int]],
+    vocab_size: int,
+) -> Predictions:
+    """The tokens that two models predict at the same positions.
+
+    Args:
+        heads: lm_head of the float model and of the candidate.
+        hidden: float32 [T, width] of each behind its last norm.
+        targets: int64 [T]: the answer's token that each position should predict, or -1.
+        samples: name of each sample, and how many of the positions are its, in their order.
+        vocab_size: rows of lm_head.
+    """
+    sums = HeadSums(targets)
+    for start in range(0, vocab_size, HEAD_ROWS):
+        stop = min(start + HEAD_ROWS, vocab_size)
+        reference, candidate = (head.logits(x, start, stop) for head, x in zip(heads, hidden, strict=True))
+        sums.add(start, reference, candidate)
+    return summarize(sums, [name for name, _ in samples], [count for _, count in samples])
+
+
 def summarize(sums: HeadSums, names: Sequence[str], counts: Sequence[int]) -> Predictions:
+    """The means over each sample and over all; arguments as of `compare_predictions`."""
     columns = sums.finish()
 
     def means(name: str, cut: slice) -> SamplePredictions:

@@ -170,7 +170,10 @@ def test_the_examples_of_the_help_run(
     (tmp_path / "PHOTOS").mkdir()
     shutil.copy(min(pictures.iterdir()), tmp_path / "PHOTOS")
     (tmp_path / "W8A8S").symlink_to(tiny_seed)
-    (tmp_path / "FLOAT").symlink_to(small if verb in ("calibrate", "quantize") else tiny)
+    (tmp_path / "FLOAT").symlink_to(small if verb in ("calibrate", "quantize", "sweep") else tiny)
+    if verb == "sweep":
+        (tmp_path / "STATS").symlink_to(small_stats)
+    (tmp_path / "RECIPES.toml").write_text('[[recipe]]\npreset = "800i-a2"\n')
     monkeypatch.setenv("GLMQ_EXECUTOR", str(write_stand_in(tmp_path)))
     monkeypatch.chdir(tmp_path)
     for line in examples(VERBS[verb]):

@@ -21,7 +21,7 @@ from glmq.model.config import read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT
 from glmq.numerics.int8_linear import run_linear
-from glmq.verification import behaviour
+from glmq.verification import predictions
 from glmq.verification.behaviour import BlockBehaviour, Case, compare_behaviour, generate, whole_model
 from glmq.verification.checks import Limits, judge_block
 from glmq.verification.int8_model import open_model, placed
@@ -160,7 +160,7 @@ def test_a_checkpoint_behaves_like_itself(tiny: Path, inputs: list[ModelInputs])
 def test_the_head_may_come_in_pieces_of_any_size(
     compared: Compared, tiny: Path, tiny_seed: Path, inputs: list[ModelInputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(behaviour, "HEAD_ROWS", 100)
+    monkeypatch.setattr(predictions, "HEAD_ROWS", 100)
     found = compare(tiny, tiny_seed, inputs[2:])
     wanted = compared.predictions.samples[2]
     assert found.predictions.samples[0].top1 == wanted.top1

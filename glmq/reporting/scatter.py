@@ -1,0 +1,124 @@
+"""The chart of `glmq sweep`: size against error, the best of all joined by a line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+from glmq.reporting.svg import drawing, level_line, remark, round_up, text_at
+from glmq.reporting.words import size
+
+SIDE: Final = 420
+"""Width of the drawing: two stand side by side on a large page, and one is legible on a small one."""
+LEFT, RIGHT, TOP, BOTTOM = 58, 410, 26, 290
+"""Of the field in it."""
+NAME_HEIGHT: Final = 13
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One of several things that are weighed against each other."""
+
+    label: str
+    nbytes: int
+    value: float
+    """Its error; none is better."""
+    spread: float
+    """Half the length of its error bar."""
+    is_best: bool
+    """No other is both as small and as good."""
+
+
+def scatter_chart(points: Sequence[Point], what: str) -> str:
+    """Size against error, which is logarithmic. The best are filled and joined by a line of steps, the others are rings.
+
+    Args:
+        points: with values above zero, or zero, which stands on the level axis.
+        what: the values are; stands at the upright axis.
+    """
+    positive = [point.value for point in points if point.value > 0]
+    if not positive:
+        return remark(f"No {what} above zero.")
+    low, high = math.log10(min(positive)) - 0.1, math.log10(max(p.value + p.spread for p in points)) + 0.1
+    (first, last), ticks, unit = _size_axis([point.nbytes for point in points])
+
+    def place(nbytes: float, value: float) -> tuple[float, float]:
+        share = 0.0 if value <= 0 else min(max((math.log10(value) - low) / (high - low), 0.0), 1.0)
+        return LEFT + (RIGHT - LEFT) * (nbytes - first) / (last - first), BOTTOM - (BOTTOM - TOP) * share
+
+    parts = [
+        text_at(0, 12, f"{what}, logarithmic"),
+        text_at(RIGHT, BOTTOM + 34, f"size, {unit}", anchor="end"),
+    ]
+    for value in _log_ticks(low, high):
+        _, y = place(first, value)
+        parts.append(level_line("grid", LEFT, RIGHT, y))
+        parts.append(text_at(LEFT - 8, y + 4, f"{value:g}", anchor="end"))
+    for nbytes, label in ticks:
+        x, _ = place(nbytes, 0.0)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}"/>')
+        parts.append(text_at(x, BOTTOM + 16, label, anchor="middle"))
+    steps = [place(point.nbytes, point.value) for point in sorted(points, key=lambda p: p.nbytes) if point.is_best]
+    if len(steps) > 1:
+        path = " ".join(f"H{x:.1f}V{y:.1f}" for x, y in steps[1:])
+        parts.append(f'<path class="line" d="M{steps[0][0]:.1f} {steps[0][1]:.1f}{path}"/>')
+    taken: list[float] = []
+    for point in sorted(points, key=lambda p: (-p.value, p.nbytes)):
+        parts += _draw_point(point, place, taken)
+    return drawing(BOTTOM + 40, parts, what, SIDE)
+
+
+def _draw_point(
+    point: Point, place: Callable[[float, float], tuple[float, float]], taken: list[float]
+) -> Sequence[str]:
+    """A mark with its error bar and its name.
+
+    Args:
+        place: x and y of a size and a value.
+        taken: the heights at which names stand already, from the top; this one goes below them.
+    """
+    x, y = place(point.nbytes, point.value)
+    spread = f" ± {point.spread:.1g}" if point.spread else ""
+    title = f"<title>{escape(f'{point.label}: {size(point.nbytes)}, {point.value:.3g}{spread}')}</title>"
+    parts = []
+    if point.spread:
+        ends = (place(point.nbytes, point.value + sign * point.spread)[1] for sign in (1, -1))
+        above, below = ends
+        parts.append(f'<line class="seen" x1="{x:.1f}" x2="{x:.1f}" y1="{above:.1f}" y2="{below:.1f}"/>')
+    kind = "dot" if point.is_best else "ring"
+    parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5">{title}</circle>')
+    level = y - 5
+    while any(abs(level - other) < NAME_HEIGHT for other in taken):
+        level += 1
+    taken.append(level)
+    is_left = x > (LEFT + RIGHT) / 2
+    name = text_at(
+        x - 9 if is_left else x + 9,
+        level,
+        point.label,
+        anchor="end" if is_left else "start",
+        kind="name" if point.is_best else "label",
+    )
+    return [*parts, name]
+
+
+def _size_axis(sizes: Sequence[int]) -> tuple[tuple[float, float], list[tuple[float, str]], str]:
+    """Both ends of an axis of sizes, its ticks with what they say, and the unit of these."""
+    unit, name = next(((2**p, f"{n}iB") for p, n in ((30, "G"), (20, "M")) if max(sizes) >= 2**p), (2**10, "KiB"))
+    margin = max((max(sizes) - min(sizes)) * 0.06, max(sizes) * 0.01)
+    first, last = min(sizes) - margin, max(sizes) + margin
+    step = round_up((last - first) / unit / 5)
+    digits = max(0, math.ceil(-math.log10(step)) + (step * 10 ** math.ceil(-math.log10(step)) % 1 > 0))
+    start = math.ceil(first / unit / step)
+    marks = [index * step for index in range(start, math.floor(last / unit / step) + 1)]
+    return (first, last), [(mark * unit, f"{mark:.{digits}f}") for mark in marks], name
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times the powers of ten between two powers of ten; the powers alone where these are many."""
+    factors = (1, 2, 5) if high - low < 2 else (1, 3) if high - low < 4 else (1,)
+    every = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in factors]
+    return [value for value in every if low <= math.log10(value) <= high]

@@ -1,0 +1,44 @@
+"""The pieces of the pages' charts: texts, lines, and the SVG drawing around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from html import escape
+from typing import Final
+
+WIDTH: Final = 960
+"""Of a chart that fills the page."""
+
+
+def round_up(value: float) -> float:
+    """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
+    if value <= 0:
+        return 0.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= value * 0.999999)
+
+
+def text_at(x: float, y: float, text: str, *, anchor: str = "start", kind: str = "label") -> str:
+    """A text whose base line begins, ends or has its middle there; `kind` is its class in the style sheet."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def level_line(kind: str, x1: float, x2: float, y: float) -> str:
+    """A level line of that class."""
+    return f'<line class="{kind}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def remark(text: str) -> str:
+    """What stands in the place of a chart with nothing to draw."""
+    return f'<p class="muted">{escape(text)}</p>'
+
+
+def drawing(height: float, parts: Iterable[str], what: str, width: int = WIDTH) -> str:
+    """The drawing of these parts, which scrolls where the page is too narrow for it; `what` says what it shows."""
+    body = "\n".join(parts)
+    kind = "chart wide" if width == WIDTH else "chart"
+    return (
+        f'<div class="plot"><svg class="{kind}" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
+        f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg></div>'
+    )
