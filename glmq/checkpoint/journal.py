@@ -31,7 +31,7 @@ ORIGINS: Final = {
     "statistics": ("the statistics", ("--stats",)),
     "samples": (
         "the calibration samples",
-        ("--calib_images", "--recursive", "--calib-samples", "--prompt", "--texts", "--limit", "--generate"),
+        ("--calib_images", "--recursive", "--calib-samples", "--cases", "--prompt", "--texts", "--limit", "--generate"),
     ),
 }
 """Settings that are checksums: what they are of, and the options that it comes from."""

@@ -73,7 +73,18 @@ class SweepOptions:
     """Where the reports and the weights grow; None: beside the output folder, on the same disk."""
 
     def chosen(self) -> dict[str, str]:
-        """What the rows depend on, by option; empty text for what is not given."""
+        """Where the samples come from, by option; empty text for what is not given."""
+        cases = self.cases
+        return {
+            "--calib_images": "" if cases.images is None else str(cases.images),
+            "--recursive": str(cases.recursive),
+            "--cases": "" if cases.cases is None else str(cases.cases),
+            "--prompt": cases.prompt,
+            "--limit": "" if cases.limit is None else str(cases.limit),
+        }
+
+    def settings(self) -> dict[str, str]:
+        """What else the rows depend on."""
         return {
             "--keep": "" if self.keep is None else str(self.keep),
             "--kl": str(self.kl),

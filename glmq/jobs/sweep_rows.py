@@ -62,7 +62,7 @@ class SweepWork:
             "statistics": self.statistics.digest,
             "samples": "" if ruler is None else digest(ruler.samples, None),
             "--max-pixels": "" if ruler is None or ruler.max_pixels is None else str(ruler.max_pixels),
-            **self.job.options.chosen(),
+            **self.job.options.settings(),
             "rounding": gptq.rounding_kernel(),
             **machine_settings(),
         }

@@ -114,7 +114,7 @@ class Ruler:
         states = self._run(self.source, FLOAT, watcher)
         content = save({"hidden": states.hidden, "targets": states.targets})
         write_whole(path, content)
-        journal.record(FLOAT, {"xxh3": xxhash.xxh3_128_hexdigest(content), "counts": list(states.counts)})
+        journal.record(FLOAT, {"states": xxhash.xxh3_128_hexdigest(content), "counts": list(states.counts)})
         return states
 
     def measure(self, folder: Path, reference: LastStates, title: str, watcher: Watcher) -> Divergence:
@@ -182,7 +182,7 @@ def _read_states(path: Path, journal: Journal) -> LastStates | None:
         content = read_input(path, MOST_BYTES)
     except CheckpointError:
         content = b""
-    if xxhash.xxh3_128_hexdigest(content) != line["xxh3"]:
+    if xxhash.xxh3_128_hexdigest(content) != line["states"]:
         journal.drop([FLOAT])
         return None
     tensors = load(content)
