@@ -80,10 +80,17 @@ def check(table: FittedTable, width: int) -> None:
 
 @pytest.mark.slow
 def test_every_table_of_every_verb_holds_at_every_width(
-    tiny: Path, tiny_seed: Path, small_stats: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Path,
+    tiny_seed: Path,
+    small: Path,
+    small_stats: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parts = compress(tiny_seed, out=tmp_path / "parts", codec="portable", tp=2).folder
     stats, taken = tmp_path / "stats", ["--calib-images", pictures, "--limit", 1]
+    swept = ["--model_path", small, "--stats", small_stats, "--out", tmp_path / "s", "--target-bits", "2.5,3", *taken]
     with collected(monkeypatch) as (tables, places):
         console.stdout.print(captions_table("000.png", {"float": "A red car on a long road. " * 6, "W8A8S": "A car."}))
         commands: list[list[object]] = [
@@ -102,6 +109,8 @@ def test_every_table_of_every_verb_holds_at_every_width(
             ["inspect", small_stats, stats],
             ["quantize", "--model_path", tiny, "--stats", stats, "--save_directory", tmp_path / "q"],
             ["quantize", "--model_path", tiny, "--stats", stats, "--save_directory", tmp_path / "r", "--dry-run", "-v"],
+            ["sweep", *swept, "--dry-run"],
+            ["sweep", *swept],
         ]
         for command in commands:
             before = len(tables)
