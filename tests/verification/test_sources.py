@@ -78,7 +78,8 @@ def odd(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def odd_stats(odd: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate(odd, tmp_path_factory.mktemp("odd") / "stats", pictures, limit=1, texts=False, dequantize=True)
+    # Fewer samples leave a made-up model outside verify's limits on others, whichever torch sums.
+    return calibrate(odd, tmp_path_factory.mktemp("odd") / "stats", pictures, limit=4, dequantize=True)
 
 
 @pytest.mark.slow
@@ -96,7 +97,7 @@ def test_an_odd_checkpoint_is_quantized_into_one_that_verify_and_the_engine_acce
     out = quantize(odd, odd_stats, tmp_path / "out", calibration=options, watch=watch, format=form)
     engines = [] if form == "compressed-tensors" else [Engine.MINDIE]
     for reference in (None, odd):
-        cases = glmq.CaseOptions(images=pictures, limit=1) if reference and form == "ascendv1" else glmq.CaseOptions()
+        cases = glmq.CaseOptions(images=pictures, limit=4) if reference and form == "ascendv1" else glmq.CaseOptions()
         report = glmq.verify(out, reference=reference, engines=engines, cases=cases)
         assert [f for f in report.findings if f.severity == "error"] == []
     found = {name for path in out.glob("*.safetensors") for name in load_file(path)}
