@@ -29,7 +29,7 @@ def doctor(
     found = diagnose()
     if json_output:
         ascend = {**asdict(found.ascend), "set_env": _text(found.ascend.set_env), "driver": _text(found.ascend.driver)}
-        print_json({**asdict(found), "ascend": ascend})
+        print_json({"schema": "glmq.doctor/1", **asdict(found), "ascend": ascend})
         return
     for name, value in _lines(found):
         stdout.print(f"{name:<14}{value}", soft_wrap=True)

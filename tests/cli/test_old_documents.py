@@ -1,0 +1,115 @@
+"""Who reads a JSON document of glmq finds tomorrow what an older one had: each key, with the same kind of value."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from cli.command_line import run
+
+from glmq.checkpoint.folder import OutputFolder
+from glmq.checkpoint.journal import Journal
+from glmq.checkpoint.run_note import RunNote
+
+FILES = Path(__file__).parents[1] / "old_files"
+MAPS = {"versions", "packages", "disks", "kernels", "counts", "schemes"}
+"""Keys whose objects have names of the data for keys."""
+KINDS = {dict: "object", list: "list", bool: "truth", int: "number", float: "number", str: "text", type(None): "null"}
+
+
+def documents(folder: Path, small: Path, stats: Path, pictures: Path) -> dict[str, object]:
+    """What glmq of today writes and prints of the small model, by the name of the old file."""
+
+    def said(*args: object) -> object:
+        return json.loads(run(*args, "--json").stdout)
+
+    w8a8s, packed, unpacked = folder / "w8a8s", folder / "packed", folder / "unpacked"
+    sparse = ("--model_path", small, "--is_lowbit", "True", "--w_bit", 4, "--torch_dtype", "fp16")
+    events = ("--events", folder / "events")
+    given = ("--calib_images", pictures, "--limit", 1, "--no-texts")
+    found = {
+        "calibration-plan": said("calibrate", "--model-path", small, "--stats", folder / "stats", *given, "--dry-run"),
+        "plan": said("quantize", *sparse, "--save_directory", w8a8s, "--stats", stats, "--dry-run"),
+        "quantize": said("quantize", *sparse, "--save_directory", w8a8s, *given, *events),
+        "compress-plan": said("compress", w8a8s, packed, "--codec", "portable", "--tp", 1, "--dry-run"),
+        "compress-report": said("compress", w8a8s, packed, "--codec", "portable", "--tp", 1, *events),
+        "decompress-plan": said("compress", "--decompress", packed, unpacked, "--dry-run"),
+        "decompress": said("compress", "--decompress", packed, unpacked),
+        "inspect": said("inspect", w8a8s, "--values"),
+        "inspect-statistics": said("inspect", stats),
+        "compare": said("inspect", small, w8a8s),
+        "compare-statistics": said("inspect", stats, stats),
+        "verify": said("verify", w8a8s, "--reference", small, "--calib-images", pictures, "--limit", 1, "--max-kl", 0),
+        "verify-checks": said("verify", "--list-checks"),
+        "ask": said("ask", small, "--image", pictures / "00.png", "--prompt", "What?", "--max-new-tokens", 2),
+        "doctor": said("doctor"),
+    }
+    with (
+        suppress(KeyboardInterrupt),
+        OutputFolder(folder / "a", overwrite=False, run=RunNote("quantize", "", {})) as out,
+    ):
+        Journal(out.work, {}).record("a block", {})
+        raise KeyboardInterrupt
+    found["clean"] = said("clean", folder / "a")
+    found["events"] = by_event((folder / "events").read_text(encoding="utf-8"))
+    return found
+
+
+def by_event(lines: str) -> dict[str, list[object]]:
+    """The lines of a file of events, by the kind of event."""
+    found: dict[str, list[object]] = {}
+    for line in map(json.loads, lines.splitlines()):
+        found.setdefault(line["event"], []).append(line)
+    return found
+
+
+def shape(value: object, place: str = "") -> Iterator[tuple[str, str]]:
+    """Every place of a document and a kind of what stands there; items of a list, and of a map, are one place."""
+    yield place, KINDS[type(value)]
+    if isinstance(value, list):
+        for item in value:
+            yield from shape(item, f"{place}[]")
+    elif isinstance(value, dict):
+        is_map = place.rpartition(".")[2] in MAPS
+        for key, item in value.items():
+            yield from shape(item, f"{place}[]" if is_map else f"{place}.{key}")
+
+
+def kinds(document: object) -> dict[str, set[str]]:
+    """What stands at each place of a document; a null tells nothing."""
+    found: dict[str, set[str]] = {}
+    for place, kind in shape(document):
+        found.setdefault(place, set()).update({kind} - {"null"})
+    return found
+
+
+def missed(old: object, new: object) -> list[str]:
+    """Where a reader of the old document finds nothing in the new one, or what it did not expect."""
+    has = kinds(new)
+    return sorted(
+        place for place, wanted in kinds(old).items() if place not in has or (wanted and not has[place] <= wanted)
+    )
+
+
+@pytest.fixture(scope="module")
+def today(
+    small: Path, small_stats: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
+    return documents(tmp_path_factory.mktemp("today"), small, small_stats, pictures)
+
+
+@pytest.mark.slow
+def test_what_an_older_document_has_is_in_one_of_today(today: dict[str, object]) -> None:
+    olds = {path.name.rpartition("-")[0]: path for path in FILES.glob("*.json*")}
+    assert set(olds) == set(today)
+    for name, path in olds.items():
+        text = path.read_text(encoding="utf-8")
+        old = by_event(text) if path.suffix == ".jsonl" else json.loads(text)
+        assert (name, missed(old, today[name])) == (name, [])
+
+
+def test_a_key_that_is_gone_or_of_another_kind_is_missed() -> None:
+    old = {"a": [{"b": 1, "c": None}], "versions": {"torch": "2"}}
+    assert missed(old, {"a": [{"b": 1.5, "c": "x"}, {}], "versions": {"numpy": "1"}, "d": 1}) == []
+    assert missed(old, {"a": [{"b": "1"}], "versions": {}}) == [".a[].b", ".a[].c", ".versions[]"]
