@@ -28,6 +28,9 @@ def documents(folder: Path, small: Path, stats: Path, pictures: Path) -> dict[st
     sparse = ("--model_path", small, "--is_lowbit", "True", "--w_bit", 4, "--torch_dtype", "fp16")
     events = ("--events", folder / "events")
     given = ("--calib_images", pictures, "--limit", 1, "--no-texts")
+    recipes = folder / "recipes.toml"
+    recipes.write_text('[[recipe]]\nname = "plain"\nw_bit = 8\n')
+    swept = (recipes, "--model-path", small, "--stats", stats, "--out", folder / "swept", "--calib-images", pictures)
     found = {
         "calibration-plan": said("calibrate", "--model-path", small, "--stats", folder / "stats", *given, "--dry-run"),
         "plan": said("quantize", *sparse, "--save_directory", w8a8s, "--stats", stats, "--dry-run"),
@@ -41,6 +44,8 @@ def documents(folder: Path, small: Path, stats: Path, pictures: Path) -> dict[st
         "compare": said("inspect", small, w8a8s),
         "compare-statistics": said("inspect", stats, stats),
         "verify": said("verify", w8a8s, "--reference", small, "--calib-images", pictures, "--limit", 1, "--max-kl", 0),
+        "sweep-plan": said("sweep", *swept, "--limit", 1, "--dry-run"),
+        "sweep": said("sweep", *swept, "--limit", 1),
         "verify-checks": said("verify", "--list-checks"),
         "ask": said("ask", small, "--image", pictures / "00.png", "--prompt", "What?", "--max-new-tokens", 2),
         "doctor": said("doctor"),
