@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from glmq.spec import QuantType
@@ -97,7 +97,8 @@ class LinearReport:
 
 def report_row(report: LinearReport) -> dict[str, str | int | float | list[int] | None]:
     """A report as JSON values. The decibels of a perfect linear, infinity, become None."""
-    row = asdict(report) | {"quant_type": report.quant_type.value, "integers": list(report.integers)}
+    row = {field.name: getattr(report, field.name) for field in fields(report)}
+    row |= {"quant_type": report.quant_type.value, "integers": list(report.integers)}
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 

@@ -28,6 +28,7 @@ if platform.libc_ver()[0] == "glibc":  # keep what small models free for the nex
     ctypes.CDLL(None).mallopt(-1, 2**30)
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(name, None)  # they change how typer and rich draw
+os.environ["OMP_NUM_THREADS"] = "1"  # the suite shares small machines, and idle threads of a pool spin
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers looks at it when it is imported
 # Containers like to forbid it, but each process would compile glmq and the tests again, which takes it five seconds.
 sys.dont_write_bytecode = False
@@ -43,11 +44,8 @@ def pytest_collection_finish() -> None:
 def _quick_files_and_prompts() -> Iterator[None]:
     """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, and a
     child process for each prompt that a chat template has rendered before."""
-    import torch
-
     from glmq.model.inputs import Preprocessor
 
-    torch.set_num_threads(1)  # the suite shares small machines, and idle threads of a pool spin
     rendered: dict[tuple[object, bool, str], str] = {}
     render_once = Preprocessor._render_once
 

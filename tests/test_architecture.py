@@ -4,6 +4,7 @@
 """
 
 import ast
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def first_sentence(path: Path) -> str:
     """What a module says that it is."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        text = ast.get_docstring(ast.parse(text)) or ""
+        docstring = re.match(r'(?:#.*\n)*(r?""".*?""")', text, flags=re.DOTALL)  # to parse all of it takes long
+        text = inspect.cleandoc(ast.literal_eval(docstring[1])) if docstring else ""
     else:
         text = re.sub(r"^ ?\* ?", "", text.partition("/*")[2].partition("*/")[0], flags=re.MULTILINE)
     paragraph = " ".join(text.strip().partition("\n\n")[0].split())

@@ -110,6 +110,7 @@ def test_weights_that_do_not_fit_are_read_for_each_token_and_change_nothing(
     assert ids(found) == ids(answered)
 
 
+@pytest.mark.slow
 def test_a_round_takes_samples_while_their_keys_and_values_fit(
     tiny: Path, samples: tuple[Sample, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

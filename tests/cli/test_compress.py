@@ -175,6 +175,7 @@ def test_json_is_the_report_of_the_folder(w8a8s: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_row_is_shown_with_verbose_only(tmp_path: Path) -> None:
     source = write_w8a8s(tmp_path / "w8a8s", layers=10)
     short = glmq(*compress(source, tmp_path / "a", "--codec", "portable")).stdout

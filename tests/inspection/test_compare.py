@@ -96,6 +96,7 @@ def test_the_difference_is_one_of_the_function_with_smoothing_undone(
     assert (diff.entropy_a, diff.changed_share, diff.step_ratio) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_a_norm_whose_scales_the_linears_carry_does_not_count(small: Path, kinds: dict[str, Path]) -> None:
     diff = diff_of(small, kinds["w8a8s"], NORM)
     assert (diff.noise, diff.identical) == (0.0, False)

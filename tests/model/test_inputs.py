@@ -52,6 +52,7 @@ def test_one_placeholder_stands_for_each_merged_patch(width: int, height: int, g
     assert inputs.pixel_values.dtype is torch.float32
 
 
+@pytest.mark.slow
 def test_an_image_beyond_the_models_limit_is_shrunk_to_6032_tokens() -> None:
     config = replace(read_config(TINY_CHECKPOINT), max_tokens=65536)
     large = Preprocessor(TINY_CHECKPOINT, config, max_pixels=None, trust_remote_code=False)
@@ -340,7 +341,10 @@ TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(
+    "template",
+    [pytest.param(template, marks=[pytest.mark.slow] * ("seconds" in why)) for template, why in TEMPLATES.items()],
+)
 def test_a_template_that_fails_or_never_ends_is_one_sentence(
     template: str, side_files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def test_fraction_steps_equal_the_rules(shape: tuple[int, int], fraction: float)
     assert steps[:, 0].tolist() == reference.tensor_fraction_steps(values, fraction)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40), st.integers(1, 40)
 )

@@ -267,6 +267,7 @@ def test_m2_leaves_rows_without_outliers_alone(tiny: Path, tiny_stats: Path, tmp
     assert {label for name, label in labels(out).items() if name.endswith("o_proj")} == {"none (no clear gain)"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_with_the_same_folds(
     loud: Path, loud_stats: Path, outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

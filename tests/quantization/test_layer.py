@@ -1,6 +1,7 @@
 """quantize_group against the formulas, on one small norm group with outlier channels."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import replace
 
@@ -58,6 +59,7 @@ def problem() -> tuple[list[FloatLinear], InputStats]:
     return linears, stats_of(TOKENS * NORM.float() * loud)
 
 
+@functools.cache
 def quantized(weight: WeightScheme, dtype: FloatDtype = FloatDtype.FP16, **changes: object) -> GroupResult:
     linears, stats = problem()
     return quantize_group(linears, stats, scheme(weight, **changes), norm_weight=NORM, dtype=dtype)

@@ -22,34 +22,34 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def shifted(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize(tiny, tiny_stats, tmp_path_factory.mktemp("shifted") / "q", torch_dtype="fp16", channel_shift=True)
+def shifted(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantize(small, small_stats, tmp_path_factory.mktemp("shifted") / "q", torch_dtype="fp16", channel_shift=True)
 
 
-def biases(tiny: Path) -> list[str]:
-    layers = read_config(tiny).layers
+def biases(small: Path) -> list[str]:
+    layers = read_config(small).layers
     return sorted(f"model.language_model.layers.{i}.{norm}.bias" for i in range(layers) for norm in NORMS)
 
 
-@pytest.mark.slow
-def test_each_channels_middle_becomes_zero(shifted: Path, tiny: Path, tiny_stats: Path) -> None:
-    found, source = weights(shifted), weights(tiny)
-    statistics = Statistics.open(tiny_stats)
-    for name in biases(tiny):
+def test_each_channels_middle_becomes_zero(shifted: Path, small: Path, small_stats: Path) -> None:
+    found, source = weights(shifted), weights(small)
+    statistics = Statistics.open(small_stats)
+    for name in biases(small):
         norm = name.removesuffix(".bias")
         linear = "self_attn.q_proj" if norm.endswith("input_layernorm") else "mlp.gate_up_proj"
         stats = statistics.input(f"{norm.rpartition('.')[0]}.{linear}")
         scales = source[f"{norm}.weight"].float() / found[f"{norm}.weight"].float()
         middle = (stats.minimum + stats.maximum) / 2 / scales
         assert torch.equal(found[name], -middle.half().float())
-    config = read_config(tiny)
-    others = [f"{norm}.bias" for norm in config.family.rms_norms(config) if f"{norm}.bias" not in biases(tiny)]
+    config = read_config(small)
+    others = [f"{norm}.bias" for norm in config.family.rms_norms(config) if f"{norm}.bias" not in biases(small)]
     assert others
     assert not any(found[n].any() for n in others)
 
 
 @pytest.mark.slow
-def test_error_falls_and_ranges_narrow(shifted: Path, tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
+def test_error_falls_and_ranges_narrow(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
+    shifted = quantize(tiny, tiny_stats, tmp_path / "shifted", torch_dtype="fp16", channel_shift=True)
     plain = quantize(tiny, tiny_stats, tmp_path / "plain", torch_dtype="fp16")
     rows = [json.loads((folder / "glmq_report.json").read_text())["linears"] for folder in (shifted, plain)]
     own, other = ({row["name"]: row for row in side} for side in rows)
@@ -61,11 +61,11 @@ def test_error_falls_and_ranges_narrow(shifted: Path, tiny: Path, tiny_stats: Pa
     assert span[0] < span[1]
 
 
-def test_verify_passes_it_and_says_what_it_relies_on(shifted: Path, tiny: Path) -> None:
-    found = glmq.verify(shifted, reference=tiny)
+def test_verify_passes_it_and_says_what_it_relies_on(shifted: Path, small: Path) -> None:
+    found = glmq.verify(shifted, reference=small)
     assert found.passed, found.findings
     warned = [f for f in found.findings if "--channel-shift" in f.message]
-    assert sorted(f.tensor for f in warned) == biases(tiny)
+    assert sorted(f.tensor for f in warned) == biases(small)
     assert {(f.severity, f.message) for f in warned} == {
         (
             "warning",
@@ -74,19 +74,18 @@ def test_verify_passes_it_and_says_what_it_relies_on(shifted: Path, tiny: Path) 
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["lost", "moved"])
 def test_a_bias_that_does_not_fit_is_found_without_checksums(
-    mode: str, shifted: Path, tiny: Path, tmp_path: Path
+    mode: str, shifted: Path, small: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "q"
     shutil.copytree(shifted, broken)
 
     def spoil(tensors: dict[str, Tensor]) -> None:
         if mode == "lost":
-            tensors[biases(tiny)[0]].zero_()
+            tensors[biases(small)[0]].zero_()
         else:
-            tensors[biases(tiny)[0]] += 0.1 * tensors[biases(tiny)[0]].abs().max()
+            tensors[biases(small)[0]] += 0.1 * tensors[biases(small)[0]].abs().max()
 
     edit_tensors(broken, spoil)
     (broken / "glmq_checksums.json").unlink()

@@ -479,8 +479,8 @@ def test_a_large_norm_that_smoothing_moves_into_the_weights_is_no_overflow(
     assert torch.isfinite(found[name]).all()
 
 
-def test_a_quantized_checkpoint_is_no_source(tiny_seed: Path, small_stats: Path, tmp_path: Path) -> None:
-    code, sentence = refused_quantization(tiny_seed, small_stats, tmp_path / "out", **W8A8S)
+def test_a_quantized_checkpoint_is_no_source(outputs: dict[str, Path], small_stats: Path, tmp_path: Path) -> None:
+    code, sentence = refused_quantization(outputs["W8A8S fp16"], small_stats, tmp_path / "out", **W8A8S)
     assert code == 4
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert sentence == (

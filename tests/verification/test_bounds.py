@@ -14,6 +14,8 @@ from torch import Tensor
 from glmq.verification.checks import verify_files
 from glmq.verification.findings import Check, Finding
 
+pytestmark = pytest.mark.slow  # three checkpoints of the trained model, 2 s
+
 RECIPES: dict[str, dict[str, object]] = {"W8A8S": W8A8S, "W8A8": {}, "W8A8_DYNAMIC": {"is_dynamic": True}}
 LAYER = "model.language_model.layers.1"
 NORM = f"{LAYER}.input_layernorm.weight"
@@ -104,7 +106,6 @@ def in_layer(tensors: dict[str, Tensor], layer: str, damage: Callable[[dict[str,
     tensors.update({name.replace(f"{LAYER}.", f"{layer}."): tensor for name, tensor in own.items()})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("labels", [list(DAMAGES)[:4], list(DAMAGES)[4:]], ids=["first", "last"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_small_damage_is_an_error_without_checksums(

@@ -554,6 +554,7 @@ def retouch(folder: Path) -> None:
         write_checksums(folder, {name: checksum_of(checkpoint, name) for name in checkpoint})
 
 
+@pytest.mark.slow
 def test_a_corrected_quant_bias_is_right_if_it_is_what_the_report_says(good: Good, tmp_path: Path) -> None:
     recipe = make_recipe(Options(**W8A8S))
     corrected = replace(recipe, scheme=replace(recipe.scheme, bias_correction=True))

@@ -122,6 +122,7 @@ def test_a_portable_folder_without_its_manifest_never_passes(packed: Path, damag
     assert any(f"{MANIFEST} is missing, `glmq compress` writes one" in sentence for sentence in wrong)
 
 
+@pytest.mark.slow
 def test_every_file_of_the_output_is_covered(w8a8s: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in w8a8s.iterdir() if path.name != CHECKSUMS)
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "glmq_report.json", "glmq_report.csv"} <= {*names}
