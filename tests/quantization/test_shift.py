@@ -23,7 +23,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def shifted(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return quantize(small, small_stats, tmp_path_factory.mktemp("shifted") / "q", torch_dtype="fp16", channel_shift=True)
+    return quantize(
+        small, small_stats, tmp_path_factory.mktemp("shifted") / "q", torch_dtype="fp16", channel_shift=True
+    )
 
 
 def biases(small: Path) -> list[str]:
