@@ -44,7 +44,7 @@ class RecipeReader:
             raise UsageError(f"{path}: unknown key {next(iter(document))!r}; recipes stand below lines [[recipe]]")
         if not isinstance(tables, list) or not tables or not all(isinstance(one, dict) for one in tables):
             raise UsageError(f"{path}: holds no recipe; each begins with a line [[recipe]], options of quantize follow")
-        return [self._variant(f"{path}, recipe {number}", number, table) for number, table in enumerate(tables, 1)]
+        return [self._variant(f"{path}, recipe {number}: ", number, table) for number, table in enumerate(tables, 1)]
 
     def read_bits(self, text: str, preset: PresetName) -> list[Variant]:
         """A recipe for each of the target bits `2.5,3`: the preset's with these bits.
@@ -60,15 +60,15 @@ class RecipeReader:
                 raise UsageError(
                     f"--target-bits {text}: numbers with commas between them are needed, like 2.5,3,3.5"
                 ) from None
-            values = {"name": f"{number_text(bits)}-bits", "preset": preset, "target_bits": bits}
-            found.append(self._variant("--target-bits", 0, values))
+            values = {"name": f"{number_text(bits)}-bits", "preset": preset, "target-bits": bits}
+            found.append(self._variant("", 0, values))
         return found
 
     def _variant(self, where: str, number: int, table: Mapping[str, object]) -> Variant:
-        values = {known_key(key, KEYS, where): value for key, value in table.items()}
+        values = {known_key(key, KEYS, where.removesuffix(": ")): value for key, value in table.items()}
         name = values.pop("name", None)
         if name is not None and not isinstance(name, str):
-            raise UsageError(f"{where}: name {name!r:.60}: a text is needed")
+            raise UsageError(f"{where}name {name!r:.60}: a text is needed")
         chosen = {OPTIONS.get(key, key): value for key, value in values.items()}
         if isinstance(dtype := chosen.get("torch_dtype"), str):
             chosen["torch_dtype"] = DTYPE_WORDS.get(dtype, dtype)
@@ -84,13 +84,13 @@ class RecipeReader:
             )
             if sentence is None:
                 raise
-            raise UsageError(f"{where}: {sentence}") from error
+            raise UsageError(f"{where}{sentence}") from error
         params = context.params
         options = {field: params[name] for field, name in OPTIONS.items()}
         options |= {"keep_float": tuple(params["keep_float"] or ()), "layer": tuple(params["layer"] or ())}
         try:
             recipe = make_recipe(Options(**{**options, "target": params["target"].value}))
         except UsageError as error:
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"{where}{error}") from error
         default = f"{number}-{recipe.quant_type.value.lower()}"
         return Variant(default if name is None else name, recipe, params["fallback_topk"], params["max_error"])

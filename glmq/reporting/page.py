@@ -202,6 +202,7 @@ th, td { padding: 5px 14px 5px 0; vertical-align: top; }
 td { border-bottom: 1px solid var(--soft); }
 td.text { max-width: 44ch; }
 td.text:first-child:not(:last-child) { min-width: 21ch; }
+.word { white-space: nowrap; }
 td img { display: block; max-width: 160px; height: auto; border-radius: 4px; }
 tr:target, figure:target, tr:has(:target) { background: var(--soft); outline: 2px solid var(--accent); }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -236,6 +237,7 @@ a { color: var(--accent); }
 .grid, .axis { stroke: var(--line); stroke-width: 1; }
 .area { fill: var(--accent); fill-opacity: 0.28; }
 .line { fill: none; stroke: var(--second); stroke-width: 1.6; }
+.leader { stroke: var(--muted); stroke-width: 0.7; }
 .dot { fill: var(--accent); stroke: var(--surface); } .ring { fill: var(--surface); stroke: var(--muted); stroke-width: 1.6; }
 svg text.name { fill: var(--text); }
 .cover { fill: var(--accent); fill-opacity: 0.32; }

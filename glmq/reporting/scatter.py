@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Final
+from itertools import pairwise
+from typing import Final, TypeAlias
 
 from glmq.reporting.svg import drawing, level_line, remark, round_up, text_at
 from glmq.reporting.words import size
@@ -15,7 +16,12 @@ SIDE: Final = 420
 """Width of the drawing: two stand side by side on a large page, and one is legible on a small one."""
 LEFT, RIGHT, TOP, BOTTOM = 58, 410, 26, 290
 """Of the field in it."""
-NAME_HEIGHT: Final = 13
+NAME_WIDTH: Final = 6.8
+"""Of a letter, about."""
+NEAR: Final = 16
+"""A name farther above or below its point is joined to it by a thin line."""
+Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right and bottom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +38,13 @@ class Point:
     """No other is both as small and as good."""
 
 
-def scatter_chart(points: Sequence[Point], what: str) -> str:
+def scatter_chart(points: Sequence[Point], what: str, say: Callable[[float], str]) -> str:
     """Size against error, which is logarithmic. The best are filled and joined by a line of steps, the others are rings.
 
     Args:
         points: with values above zero, or zero, which stands on the level axis.
         what: the values are; stands at the upright axis.
+        say: writes a value.
     """
     positive = [point.value for point in points if point.value > 0]
     if not positive:
@@ -56,53 +63,77 @@ def scatter_chart(points: Sequence[Point], what: str) -> str:
     for value in _log_ticks(low, high):
         _, y = place(first, value)
         parts.append(level_line("grid", LEFT, RIGHT, y))
-        parts.append(text_at(LEFT - 8, y + 4, f"{value:g}", anchor="end"))
+        parts.append(text_at(LEFT - 8, y + 4, say(value), anchor="end"))
     for nbytes, label in ticks:
         x, _ = place(nbytes, 0.0)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{BOTTOM}"/>')
         parts.append(text_at(x, BOTTOM + 16, label, anchor="middle"))
-    steps = [place(point.nbytes, point.value) for point in sorted(points, key=lambda p: p.nbytes) if point.is_best]
-    if len(steps) > 1:
-        path = " ".join(f"H{x:.1f}V{y:.1f}" for x, y in steps[1:])
-        parts.append(f'<path class="line" d="M{steps[0][0]:.1f} {steps[0][1]:.1f}{path}"/>')
-    taken: list[float] = []
+    corners = [place(point.nbytes, point.value) for point in sorted(points, key=_by_size) if point.is_best]
+    if len(corners) > 1:
+        path = " ".join(f"H{x:.1f}V{y:.1f}" for x, y in corners[1:])
+        parts.append(f'<path class="line" d="M{corners[0][0]:.1f} {corners[0][1]:.1f}{path}"/>')
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in (place(point.nbytes, point.value) for point in points)]
+    for (x, y), (after, below) in pairwise(corners):
+        taken += [(x, y - 1, after, y + 1), (after - 1, y, after + 1, below)]
     for point in sorted(points, key=lambda p: (-p.value, p.nbytes)):
-        parts += _draw_point(point, place, taken)
+        spread = f" ± {say(point.spread)}" if point.spread else ""
+        title = f"<title>{escape(f'{point.label}: {size(point.nbytes)}, {say(point.value)}{spread}')}</title>"
+        x, y = place(point.nbytes, point.value)
+        if point.spread:
+            _, above = place(point.nbytes, point.value + point.spread)
+            _, below = place(point.nbytes, point.value - point.spread)
+            parts.append(f'<line class="seen" x1="{x:.1f}" x2="{x:.1f}" y1="{above:.1f}" y2="{below:.1f}"/>')
+        kind = "dot" if point.is_best else "ring"
+        parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5">{title}</circle>')
+        parts.append(_name(point, x, y, taken))
     return drawing(BOTTOM + 40, parts, what, SIDE)
 
 
-def _draw_point(
-    point: Point, place: Callable[[float, float], tuple[float, float]], taken: list[float]
-) -> Sequence[str]:
-    """A mark with its error bar and its name.
+def _name(point: Point, x: float, y: float, taken: list[Box]) -> str:
+    """The name of a point at (x, y), at the nearest place that is free.
+
+    Below and to the left of the best there is nothing else; the others have their names above, to the right.
 
     Args:
-        place: x and y of a size and a value.
-        taken: the heights at which names stand already, from the top; this one goes below them.
+        taken: the boxes of what stands in the field; this name's is added.
     """
-    x, y = place(point.nbytes, point.value)
-    spread = f" ± {point.spread:.1g}" if point.spread else ""
-    title = f"<title>{escape(f'{point.label}: {size(point.nbytes)}, {point.value:.3g}{spread}')}</title>"
-    parts = []
-    if point.spread:
-        ends = (place(point.nbytes, point.value + sign * point.spread)[1] for sign in (1, -1))
-        above, below = ends
-        parts.append(f'<line class="seen" x1="{x:.1f}" x2="{x:.1f}" y1="{above:.1f}" y2="{below:.1f}"/>')
-    kind = "dot" if point.is_best else "ring"
-    parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="4.5">{title}</circle>')
-    level = y - 5
-    while any(abs(level - other) < NAME_HEIGHT for other in taken):
-        level += 1
-    taken.append(level)
-    is_left = x > (LEFT + RIGHT) / 2
+    wide = NAME_WIDTH * len(point.label)
+    left, right = x - 9 - wide, x + 9
+    down = 1 if point.is_best else -1
+    tried = [
+        (start, y - 6 + sign * far, start + wide, y + 6 + sign * far)
+        for far in range(4, 160, 3)
+        for sign in (down, -down)
+        for start in ((left, right) if sign > 0 else (right, left))
+    ]
+    free = (
+        box
+        for box in tried
+        if box[0] > LEFT and box[2] < SIDE and box[1] > TOP - 12 and box[3] < BOTTOM and not _overlaps(box, taken)
+    )
+    box = next(free, tried[0])
+    taken.append(box)
+    is_left, level = box[0] < x, (box[1] + box[3]) / 2
+    start = box[2] if is_left else box[0]
     name = text_at(
-        x - 9 if is_left else x + 9,
-        level,
+        start,
+        level + 4,
         point.label,
         anchor="end" if is_left else "start",
         kind="name" if point.is_best else "label",
     )
-    return [*parts, name]
+    if abs(level - y) <= NEAR:
+        return name
+    edge = level + math.copysign(6, y - level)
+    return f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{start:.1f}" y2="{edge:.1f}"/>{name}'
+
+
+def _overlaps(box: Box, others: Iterable[Box]) -> bool:
+    return any(box[0] < one[2] and one[0] < box[2] and box[1] < one[3] and one[1] < box[3] for one in others)
+
+
+def _by_size(point: Point) -> int:
+    return point.nbytes
 
 
 def _size_axis(sizes: Sequence[int]) -> tuple[tuple[float, float], list[tuple[float, str]], str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
-from glmq.model.config import FAMILY
-from glmq.reporting.page import Cell, card, cards, cell, figure, page, pair, section, table
+from glmq.reporting.page import Cell, breakable, card, cards, cell, figure, page, pair, section, table
 from glmq.reporting.scatter import Point, scatter_chart
 from glmq.reporting.words import percent, size, tone_of
 
@@ -27,18 +27,19 @@ def sweep_page(found: Sweep) -> str:
     if found.failures:
         rows = [(one.name, one.reason) for one in found.failures]
         sections.append(section("Not made", table(("recipe", "why"), rows, text_columns=2)))
-    commands = [(name, cell(command, code=True)) for name, command in found.commands.items()]
+    commands = [figure(name, _code(command)) for name, command in found.commands.items()]
     note = "Each makes the checkpoint of its row, to the bit. Paths are as they were given to the sweep."
-    sections.append(section("Commands", table(("recipe", "command"), commands, text_columns=2), note=note))
+    sections.append(section("Commands", *commands, note=note))
     subtitle = [f"{found.model}, statistics {found.statistics}", f"float model: {size(found.float_bytes)}"]
     return page(f"glmq sweep: {found.folder.name}", subtitle, *sections)
 
 
 _MARKS = "Filled: no other recipe is both as small and as close; a line joins these."
+_HEADER = ("recipe", "type", "bits", "size", "written", "median error", "worst", "KL", "same top", "float")
 _NOTE = (
     f"{BEST}: no other recipe is both as small and as close to the float model, by that column. Size: of the tensors as they "
     "are served; of sparse types after `glmq compress`, from the entropy of the integers. Written: as `glmq quantize` writes "
-    "them. Bits: entropy of the integers per weight."
+    "them. Bits: entropy of the integers per weight. Float: linears that stay so."
 )
 
 
@@ -56,25 +57,46 @@ def _charts(found: Sweep) -> list[str]:
             if row.divergence is not None
         ]
         note = f"nats, over {measured[0].positions:,} positions of {len(found.samples)} samples; bars: standard error"
-        made.append(figure("KL from the float model", scatter_chart(kl, "KL"), note=note))
+        made.append(figure("KL from the float model", scatter_chart(kl, "KL", lambda value: f"{value:.2g}"), note=note))
     note = "||y_q - y|| / ||y|| of the middle linear, on calibration tokens"
-    return [*made, figure("Median output error", scatter_chart(errors, "error"), note=note)]
+    return [*made, figure("Median output error", scatter_chart(errors, "error", percent), note=note)]
 
 
 def _cards(found: Sweep) -> list[str]:
     smallest, closest = found.rows[0], min(found.rows, key=_distance)
     best = found.best_by_kl if any(found.best_by_kl) else found.best_by_error
-    said = f"{closest.median_error:.2%}" if closest.divergence is None else f"KL {closest.divergence.kl:.2g}"
     share = percent(smallest.expected_bytes / max(1, found.float_bytes))
     return [
         card("Recipes", str(len(found.rows)), note=f"{sum(best)} of them no other beats"),
-        card("Smallest", smallest.name, note=f"{size(smallest.expected_bytes)}, {share} of the float model"),
-        card("Closest", closest.name, note=f"{said}, {size(closest.expected_bytes)}"),
+        card(
+            "Smallest",
+            size(smallest.expected_bytes),
+            note=f"{smallest.name}: {share} of the float model, {_say_distance(smallest)}",
+        ),
+        card("Closest", _say_distance(closest), note=f"{closest.name}: {size(closest.expected_bytes)}"),
     ]
 
 
 def _distance(row: SweepRow) -> float:
     return row.median_error if row.divergence is None else row.divergence.kl
+
+
+def _say_distance(row: SweepRow) -> str:
+    return f"error {percent(row.median_error)}" if row.divergence is None else f"KL {row.divergence.kl:.2g}"
+
+
+def _say_kl(row: SweepRow, sign: str) -> str:
+    found = row.divergence
+    if found is None:
+        return ""
+    return f"{found.kl:.3g}{sign}" + ("" if found.kl_error is None else f" ± {found.kl_error:.1g}")
+
+
+def _code(command: str) -> str:
+    """A command, which is broken between words alone, and within paths."""
+    words = command.split(" ")
+    whole = (f'<span class="word">{escape(word)}</span>' if word[:1] == "-" else breakable(word) for word in words)
+    return f"<code>{' '.join(whole)}</code>"
 
 
 def _rows_table(found: Sweep) -> str:
@@ -87,16 +109,10 @@ def _rows_table(found: Sweep) -> str:
             size(row.output_bytes),
             cell(percent(row.median_error) + (f" {BEST}" if by_error else ""), tone_of(row.median_error)),
             cell(percent(row.worst_error), tone_of(row.worst_error)),
-            FAMILY.short_name(row.worst_linear),
-            "" if row.divergence is None else f"{row.divergence.kl:.3g}" + (f" {BEST}" if by_kl else ""),
-            "" if row.divergence is None or row.divergence.kl_error is None else f"± {row.divergence.kl_error:.1g}",
+            _say_kl(row, f" {BEST}" if by_kl else ""),
             "" if row.divergence is None else percent(row.divergence.top1),
             str(row.kept_float),
         ]
         for row, by_error, by_kl in zip(found.rows, found.best_by_error, found.best_by_kl, strict=True)
     ]
-    header = (
-        *("recipe", "type", "bits", "size", "written", "median error", "worst", "at", "KL", "", "same top token"),
-        "float linears",
-    )
-    return table(header, rows, text_columns=2)
+    return table(_HEADER, rows, text_columns=2)
