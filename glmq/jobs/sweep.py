@@ -206,7 +206,7 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
             max_pixels = options.cases.max_pixels or statistics.settings().max_pixels
             ruler = open_ruler(source, opened.config, samples, max_pixels, options.chat_template)
             known, used = len(statistics.samples()), len(samples)
-            watcher.note(f"KL: on {used} samples; the statistics were taken from {known}")
+            watcher.note(f"KL: on {used} sample{'s' if used > 1 else ''}; the statistics were taken from {known}")
         source.contents = statistics.weights_wanted()
         yield SweepWork(job, source, opened.config, statistics, plans, ruler)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from glmq.checkpoint.json_file import JsonObject
+from glmq.quoting import file_text
 
 SWEEP: Final = "glmq_sweep"
 """Stem of the files that a sweep writes."""
@@ -112,13 +113,15 @@ def sweep_document(found: Sweep) -> JsonObject:
     """`glmq sweep --json`, and glmq_sweep.json."""
     return {
         "schema": SWEEP_SCHEMA,
-        "folder": str(found.folder),
-        "model": str(found.model),
-        "statistics": str(found.statistics),
+        "folder": file_text(str(found.folder)),
+        "model": file_text(str(found.model)),
+        "statistics": file_text(str(found.statistics)),
         "float_bytes": found.float_bytes,
         "samples": list(found.samples),
         "rows": [dict(row) for row in sweep_rows(found)],
-        "failures": [{"name": one.name, "reason": one.reason, "command": one.command} for one in found.failures],
+        "failures": [
+            {"name": one.name, "reason": one.reason, "command": file_text(one.command)} for one in found.failures
+        ],
         "seconds": found.seconds,
     }
 
@@ -144,7 +147,7 @@ def sweep_rows(found: Sweep) -> list[JsonObject]:
             "best_by_error": by_error,
             "best_by_kl": by_kl,
             "seconds": row.seconds,
-            "command": row.command,
+            "command": file_text(row.command),
         }
         for row, by_error, by_kl in zip(found.rows, found.best_by_error, found.best_by_kl, strict=True)
     ]

@@ -22,6 +22,7 @@ from glmq.cli.app import app
 ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 DOCUMENTS = [README, CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = re.compile(r"^```toml\n(.*?)^```", flags=re.M | re.S)
 SHELL_BLOCK = re.compile(r'^```shell(?: title="([^"]*)")?\n(.*?)^```', flags=re.M | re.S)
 NEEDS = {"with an NPU", "with several NPUs", "with vLLM", "with a network", "with Docker", "on the serving machine"}
 """The titles that blocks may have: what a reader must have, and a test has not."""
@@ -116,6 +117,8 @@ def kitchen(
         (images / picture.name).symlink_to(picture)
     for name, place in (("float weights", tiny), ("statistics", tiny_stats), ("W8A8S weights", tiny_seed)):
         (folder / PLACEHOLDERS[name]).symlink_to(place)
+    (recipes,) = RECIPES.findall((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
+    (folder / "recipes.toml").write_text(recipes, encoding="utf-8")
     glmq("quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", folder / "W8A8_weights", "-q")
     return folder
 
@@ -143,7 +146,7 @@ def _run(words: list[str]) -> None:
         place = Path(words[words.index(option) + 1]) if option in words else None
         if place is not None and place.is_symlink() and (option != "--stats" or words[0] == "calibrate"):
             place.unlink()  # what the fixtures share stays as it is
-    writes = words[0] in ("calibrate", "quantize", "compress") and "--overwrite" not in words
+    writes = words[0] in ("calibrate", "quantize", "sweep", "compress") and "--overwrite" not in words
     result = glmq(*words, *(["--overwrite"] if writes else []))
     if into:
         Path(into).write_text(result.stdout, encoding="utf-8")

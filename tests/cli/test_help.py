@@ -178,7 +178,11 @@ def test_the_examples_of_the_help_run(
     monkeypatch.chdir(tmp_path)
     for line in examples(VERBS[verb]):
         words = shlex.split(line.replace("torchrun --nproc_per_node 2 -m ", ""))
-        quickly = {"quantize": ["--stats", str(small_stats), "--overwrite"], "calibrate": ["--no-texts"]}.get(verb, [])
+        quickly = {
+            "quantize": ["--stats", str(small_stats), "--overwrite"],
+            "calibrate": ["--no-texts"],
+            "sweep": ["--no-kl"],
+        }.get(verb, [])
         result = run(*words[1:], *quickly, *(["--overwrite"] if verb == "compress" else []))
         assert result.exit_code == 0, (line, result.output)
 

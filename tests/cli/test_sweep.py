@@ -108,7 +108,6 @@ def test_the_command_of_each_row_makes_what_the_sweep_made(small: Path, small_st
         glmq(*shlex.split(command)[1:], "-q")
         assert tree(tmp_path / f"a-{row['name']}") == tree(tmp_path / "kept" / row["name"])
         assert row["command"] == command.replace(f"{tmp_path}/a-", f"{tmp_path}/kept/")
-    assert glmq(*base, "--out", tmp_path / "c", "-q").stdout == f"{tmp_path}/c\n"
 
 
 def test_a_sweep_over_nothing_and_one_without_statistics_are_refused(small: Path, tmp_path: Path) -> None:
