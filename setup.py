@@ -11,7 +11,7 @@ FLAGS = ["-O3", "-std=c11"]
 if platform.system() == "Linux" and platform.machine() == "x86_64":
     # Kernels for newer processors are chosen at run time; a -march=native in CFLAGS would put their instructions everywhere.
     FLAGS.append("-march=x86-64")
-# The two that sum floats fuse multiply and add where a target has both; the codec has no floats.
+# The two that sum floats fuse multiply and add where a target has both; the others' results do not depend on it.
 FUSED = [*FLAGS, "-ffp-contract=fast"]
 SHARED = ["glmq/_native.h"]
 CODEC = ["glmq/codec/_count.h", "glmq/codec/_rans.h", "glmq/codec/_rans_neon.h", "glmq/codec/_tables.h"]
@@ -23,6 +23,13 @@ setup(
             ["glmq/numerics/_rounding.c"],
             depends=SHARED,
             extra_compile_args=FUSED,
+            optional=True,
+        ),
+        Extension(
+            "glmq.numerics._moments",
+            ["glmq/numerics/_moments.c"],
+            depends=SHARED,
+            extra_compile_args=FLAGS,
             optional=True,
         ),
         Extension(

@@ -3,5 +3,5 @@
 from importlib import import_module
 
 # The first is the fastest, the last runs on every processor of the architecture.
-for name in ("glmq.numerics._rounding", "glmq.inspection._sums", "glmq.codec._codec"):
+for name in ("glmq.numerics._rounding", "glmq.numerics._moments", "glmq.inspection._sums", "glmq.codec._codec"):
     print(name, *import_module(name).list_kernels())

@@ -12,10 +12,10 @@ import pytest
 
 from glmq.codec import codec
 from glmq.inspection import sums
-from glmq.numerics import gptq
+from glmq.numerics import gptq, moments
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("numerics/_rounding.c", "inspection/_sums.c", "codec/_codec.c")
+SOURCES = ("numerics/_rounding.c", "numerics/_moments.c", "inspection/_sums.c", "codec/_codec.c")
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,8 +41,13 @@ def test_an_installation_with_march_native_has_the_same_kernels(tmp_path: Path) 
         env=os.environ | {"CFLAGS": "-march=native -O2"},
         check=True,
     )
-    for name, kernels in (("numerics", gptq.KERNELS), ("inspection", sums.KERNELS), ("codec", codec.KERNELS)):
-        (built,) = (tmp_path / "glmq" / name).glob("*.so")
+    for name, kernels in (
+        ("numerics/_rounding", gptq.KERNELS),
+        ("numerics/_moments", moments.KERNELS),
+        ("inspection/_sums", sums.KERNELS),
+        ("codec/_codec", codec.KERNELS),
+    ):
+        (built,) = (tmp_path / "glmq").glob(f"{name}.*.so")
         module = built.name.split(".")[0]
         listing = f"import sys; sys.path[:0] = [{str(built.parent)!r}]; import {module}; print({module}.list_kernels())"
         result = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)

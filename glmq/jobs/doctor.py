@@ -90,10 +90,12 @@ def _kernels() -> dict[str, str]:
     """By what they compute. Imported here: they need torch, which may be what is broken."""
     from glmq.codec import codec
     from glmq.inspection import sums
+    from glmq.numerics import moments
     from glmq.numerics.gptq import rounding_kernel
 
     import_module("torch")
     return {
+        "statistics": moments.KERNELS[0] if moments.KERNELS else "torch",
         "rounding": rounding_kernel(),
         "codec": codec.KERNELS[0] if codec.KERNELS else "numpy",
         "comparison": sums.KERNELS[0] if sums.KERNELS else "torch",

@@ -8,11 +8,25 @@ and the second moment is summed band by band of its rows, so that several proces
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
+
+try:
+    from glmq.numerics import _moments
+except ImportError:  # installed without a compiler
+    _kernels: tuple[str, ...] = ()
+else:
+    _kernels = _moments.list_kernels()
+
+KERNELS: Final = _kernels
+"""The compiled kernels that this processor runs, fastest first; empty without a compiler. They give the same bits."""
 
 BINS = 256
 """Bins of one channel's histogram, over [-2^exponent, 2^exponent)."""
@@ -22,6 +36,8 @@ MIN_EXPONENT = -40
 """Narrowest range of a channel: inputs below 2^-40 fall into the two middle bins."""
 BAND_ROWS = 512
 """Rows of the second moment that are summed by one product. Only the upper triangle is: half the work of the square."""
+VALUES_PER_THREAD = 2**18
+"""A second thread begins where there are more values than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +150,7 @@ class InputAccumulator:
         if not torch.isfinite(torch.stack((low, high))).all():
             raise FloatingPointError(f"the input of {self.name} holds NaN or infinity")
         self._count_in(tokens, low, high, exponents_of(torch.maximum(low.abs(), high.abs())))
-        sums = torch.empty(2, x.shape[1], dtype=torch.float64)
-        for columns in _column_chunks(x):
-            part = x[:, columns]
-            self._counts[columns] += _count(part, self._exponent[columns])
-            wide = part.double()
-            sums[0, columns], sums[1, columns] = wide.sum(0), wide.square_().sum(0)
+        sums = _count_and_sum(x, self._exponent, self._counts)
         picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()
         return [sums, x[picked], *([x] if self._with_moment else [])]
 
@@ -173,8 +184,9 @@ class InputAccumulator:
         self._min = torch.minimum(self._min, low)
         self._max = torch.maximum(self._max, high)
         exponent = torch.maximum(self._exponent, exponent)
-        if self.tokens and not torch.equal(exponent, self._exponent):
-            self._counts = _widen(self._counts, exponent - self._exponent)
+        wider = (exponent != self._exponent).nonzero()[:, 0]
+        if self.tokens and len(wider):
+            self._counts[wider] = _widen(self._counts[wider], (exponent - self._exponent)[wider])
         self._exponent = exponent
         self.tokens += tokens
 
@@ -207,19 +219,45 @@ class InputAccumulator:
         return moment
 
 
-def _column_chunks(x: Tensor) -> Iterator[slice]:
-    """Columns of x [T, K] in runs whose values and counters stay in a core's cache while several passes go over them."""
-    step = max(16, CHUNK_VALUES // x.shape[0])
-    yield from (slice(start, start + step) for start in range(0, x.shape[1], step))
+def _count_and_sum(x: Tensor, exponent: Tensor, counts: Tensor) -> Tensor:
+    """Add the histogram of x, contiguous [T, K], with the given exponents to counts, int32 [K, BINS].
 
-
-def _count(x: Tensor, exponent: Tensor) -> Tensor:
-    """Histogram of x [T, K] with the given exponents: int32 [K, BINS]."""
-    width = x.shape[1]
-    # A power of two for every exponent that occurs, so the product is exact, but for numbers so small that it becomes zero:
+    Returns:
+        float64 [2, K]: sums of x and of x^2, token after token.
+    """
+    # Powers of two for every exponent that occurs, so the products are exact, but for numbers so small that they become zero:
     # that changes the bin of negative ones, and needs a range above 2^7.
-    bins = (x * torch.ldexp(torch.ones(width), 7 - exponent)).floor_()
-    if int(exponent.max()) > 7:
+    scales = torch.ldexp(torch.ones(x.shape[1]), 7 - exponent)
+    if KERNELS:
+        return _observe_compiled(x, scales, counts)
+    step = max(
+        16, CHUNK_VALUES // x.shape[0]
+    )  # values and counters stay in a core's cache while several passes go over them
+    for start in range(0, x.shape[1], step):
+        columns = slice(start, start + step)
+        counts[columns] += _count_in_torch(x[:, columns], scales[columns])
+    wide = x.double().numpy()
+    return torch.stack([torch.from_numpy(np.add.reduce(part, axis=0)) for part in (wide, np.square(wide))])
+
+
+def _observe_compiled(x: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+    tokens, width = x.shape
+    sums = torch.empty(2, width, dtype=torch.float64)
+    threads = min(torch.get_num_threads(), -(-x.numel() // VALUES_PER_THREAD))
+    cuts = [width * number // threads for number in range(threads + 1)]
+    shares = (x.numpy(), scales.numpy(), counts.numpy(), sums.numpy(), tokens, width)
+    observe = partial(_moments.observe, KERNELS[0], *shares)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(observe, cuts[:-1], cuts[1:]):
+            pass
+    return sums
+
+
+def _count_in_torch(x: Tensor, scales: Tensor) -> Tensor:
+    """Histogram of x [T, K]: int32 [K, BINS]."""
+    width = x.shape[1]
+    bins = (x * scales).floor_()
+    if float(scales.min()) < 1:
         bins -= ((x < 0) & (bins == 0)).float()
     index = bins.to(torch.int32)
     index += torch.arange(BINS // 2, width * BINS, BINS, dtype=torch.int32)  # of channel j's bin for zero

@@ -1,12 +1,12 @@
-"""Hostile calls of the compiled kernels that round and compare, built with address and undefined-behaviour sanitizers.
+"""Hostile calls of the compiled kernels that observe, round and compare, built with address and undefined-behaviour sanitizers.
 
     python tests/benchmarks/fuzz_kernels.py [--count N] [--seed N]
 
-Each kernel of `_rounding.c` and `_sums.c` gets N calls (20,000 unless told) of random shapes and values, NaN and infinity among
-them; in two of three a buffer is too short, too long, misaligned, strided, read-only or no buffer, or a size is odd. A call
-that keeps the contract in the function's docstring must return, bit for bit, what numpy computes in the same order; any other
-must be refused and leave its buffers as they were. Everything else, and a sanitizer's report, is a failure: the exit status is
-1, and the number of the call is printed. Needs gcc.
+Each kernel of `_moments.c`, `_rounding.c` and `_sums.c` gets N calls (20,000 unless told) of random shapes and values, NaN
+and infinity among them; in two of three a buffer is too short, too long, misaligned, strided, read-only or no buffer, or a size
+is odd. A call that keeps the contract in the function's docstring must return, bit for bit, what numpy computes in the same
+order; any other must be refused and leave its buffers as they were. Everything else, and a sanitizer's report, is a failure:
+the exit status is 1, and the number of the call is printed. Needs gcc.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from sanitized import is_sanitized, load_sanitized, run_sanitized
 
-MODULES = ("glmq.numerics._rounding", "glmq.inspection._sums")
+MODULES = ("glmq.numerics._moments", "glmq.numerics._rounding", "glmq.inspection._sums")
 Arguments = dict[str, Any]
 """A call's arguments, in their order."""
 Floats = NDArray[np.float32]
@@ -170,6 +170,55 @@ def compute_rounding(a: Arguments, fused: bool) -> Arguments:
 
 def as_floats(values: NDArray[Any], *shape: int) -> Floats:
     return values.reshape(-1).view(np.float32).reshape(shape)
+
+
+def make_moments(rng: Generator) -> Arguments:
+    tokens = int(rng.integers(0, 20))
+    channels = int(rng.choice([1, 2, 7, 8, 9, 31, 32, 33, 70]))
+    first, end = sorted(int(at) for at in rng.integers(0, channels + 1, 2))
+    return {
+        "x": floats(rng, tokens, channels),
+        "scales": (2.0 ** rng.integers(-20, 20, channels)).astype(np.float32),
+        "counts": rng.integers(0, 2**30, (channels, 256), dtype=np.int32),
+        "sums": rng.standard_normal((2, channels)),
+        "tokens": tokens,
+        "channels": channels,
+        "first": first,
+        "end": end,
+    }
+
+
+def keeps_moments(a: Arguments) -> bool:
+    tokens, channels = a["tokens"], a["channels"]
+    if not all(-(2**63) <= a[key] < 2**63 for key in ("tokens", "channels", "first", "end")):
+        return False
+    if tokens < 0 or channels < 1 or a["first"] < 0 or a["end"] > channels:
+        return False
+    return (
+        holds(a["x"], tokens * channels * 4, 4)
+        and holds(a["scales"], channels * 4, 4)
+        and holds(a["counts"], channels * 1024, 4, True)
+        and holds(a["sums"], channels * 16, 8, True)
+    )
+
+
+def compute_moments(a: Arguments, fused: bool) -> Arguments:
+    """What `observe` leaves in counts and sums."""
+    cut = slice(a["first"], max(a["first"], a["end"]))
+    x = as_floats(a["x"], a["tokens"], a["channels"])[:, cut]
+    scales = as_floats(a["scales"], -1)[cut]
+    counts = a["counts"].reshape(-1).view(np.int32).reshape(-1, 256).copy()
+    sums = a["sums"].reshape(-1).view(np.float64).reshape(2, -1).copy()
+    product = x * scales
+    bins = np.clip(np.floor(np.where(np.isnan(product), -128, product)), -128, 127)
+    bins = np.where((x < 0) & (product == 0), -1, bins).astype(np.int64)
+    for channel in range(bins.shape[1]):
+        counts[a["first"] + channel] += np.bincount(bins[:, channel] + 128, minlength=256).astype(np.int32)
+    sums[:, cut] = 0
+    for row in x.astype(np.float64):
+        sums[0, cut] += row
+        sums[1, cut] += row * row
+    return {"counts": counts, "sums": sums}
 
 
 KINDS = (np.int8, np.uint16, np.float16, np.float32)
@@ -363,9 +412,10 @@ def run_call(function: Function, kernel: str, rng: Generator) -> str:
 def fuzz(count: int, seed: int) -> int:
     load_sanitized(MODULES)
     from glmq.inspection import _sums
-    from glmq.numerics import _rounding
+    from glmq.numerics import _moments, _rounding
 
     functions = (
+        Function(_moments.observe, _moments.list_kernels(), make_moments, keeps_moments, compute_moments),
         Function(_rounding.round_block, _rounding.list_kernels(), make_rounding, keeps_rounding, compute_rounding),
         Function(_sums.sum_pair, _sums.list_kernels(), make_sums, keeps_sums, compute_sums),
     )

@@ -13,7 +13,7 @@ def test_both_forms_of_the_report_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "find_ascend", lambda: state)
     document = json.loads(glmq("doctor", "--json").stdout)
     assert document["ascend"]["set_env"] == "/a/set_env.sh"
-    assert set(document["kernels"]) == {"rounding", "codec", "comparison"}
+    assert set(document["kernels"]) == {"statistics", "rounding", "codec", "comparison"}
     lines = glmq("doctor").stdout.splitlines()
     assert lines[0] == f"glmq          {document['glmq']}, Python {document['python']}"
     assert f"torch         {document['packages']['torch']}" in lines

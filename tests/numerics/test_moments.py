@@ -1,5 +1,7 @@
 import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import slow_histogram
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glmq.numerics import moments
 from glmq.numerics.moments import BAND_ROWS, BINS, MIN_EXPONENT, InputAccumulator, InputStats, bin_centers
 
 U = 2.0**-24
@@ -222,3 +225,49 @@ def test_the_second_moment_of_any_width_is_whole_and_symmetric(width: int) -> No
     assert found is not None
     assert torch.equal(found, x.T @ x / 6)
     assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("kernel", moments.KERNELS)
+def test_every_kernel_has_the_bits_of_torch(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def observe(kernels: tuple[str, ...], threshold: int) -> moments.InputStats:
+        monkeypatch.setattr(moments, "KERNELS", kernels)
+        monkeypatch.setattr(moments, "VALUES_PER_THREAD", threshold)
+        generator = torch.Generator().manual_seed(3)
+        accumulator = InputAccumulator("a", 75, with_moment=False)
+        for tokens, size in ((1, 1.0), (60, 1e-3), (90, 4.0), (7, 1e30), (30, 1e-44)):
+            x = torch.randn(tokens, 75, generator=generator) * size
+            x[0, :9], x[0, 9:20] = 0.0, -1e-45
+            accumulator.update(x, keep_rows=0)
+        return accumulator.finish()
+
+    found, wanted = observe((kernel,), 2000), observe((), 2000)
+    for field in ("histogram", "exponent", "mean", "square_mean"):
+        assert torch.equal(getattr(found, field), getattr(wanted, field)), field
+
+
+@pytest.mark.skipif(not moments.KERNELS, reason="the compiled kernels are not built")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kernel": "avx1024"}, "no kernel avx1024 on this machine"),
+        ({"end": 4}, "first and end must lie within the channels"),
+        ({"first": -1}, "first and end must lie within the channels"),
+        ({"tokens": -1}, "first and end must lie within the channels"),
+        ({"tokens": 3}, "x has 24 bytes, 36 are needed"),
+        ({"scales": np.ones(2, np.float32)}, "scales has 8 bytes, 12 are needed"),
+        ({"counts": np.zeros((3, 255), np.int32)}, "counts has 3060 bytes, 3072 are needed"),
+        ({"sums": np.zeros(49, np.int8)[1:]}, "sums does not begin at a multiple of 8 bytes"),
+        ({"tokens": 2**62, "channels": 2**2}, "x has 24 bytes, -1 are needed"),
+    ],
+)
+def test_the_compiled_kernel_refuses_buffers_that_do_not_fit(changes: dict[str, object], sentence: str) -> None:
+    arguments: dict[str, object] = {
+        "kernel": moments.KERNELS[-1],
+        "x": np.zeros((2, 3), np.float32),
+        "scales": np.ones(3, np.float32),
+        "counts": np.zeros((3, 256), np.int32),
+        "sums": np.zeros((2, 3)),
+        **{"tokens": 2, "channels": 3, "first": 0, "end": 3},
+    }
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        moments._moments.observe(*(arguments | changes).values())
