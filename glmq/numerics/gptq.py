@@ -43,7 +43,9 @@ KERNELS: Final = _kernels
 
 STRIP: Final = 64
 """Rows that the compiled kernel takes at once."""
-ROWS_AT_ONCE: Final = 4096
+ROWS_AT_ONCE: Final = 1024
+"""Rows that are rounded together, at least; a strip for each thread. Few, so that their matrices are taken from memory that the
+process has had before: fresh memory costs more than the arithmetic on it."""
 WIDE: Final = 256
 NARROW: Final = 8
 # With these, every elementwise step of the inner loop has fewer than 2^15 values, which torch does in the calling
@@ -87,7 +89,7 @@ def round_compensated(weight: Tensor, step: Tensor, factor: Factor, grid: IntGri
         grid: the integers.
 
     Returns:
-        int8 [N, K]. Needs about 10 bytes of temporaries for each of ROWS_AT_ONCE * K weights.
+        int8 [N, K]. Needs about 10 bytes of temporaries for each of the weights that are rounded together.
     """
     return round_best(weight, [step], factor, grid).q
 
@@ -112,8 +114,9 @@ def round_best(
     found = Rounded(torch.empty(rows, columns, dtype=torch.int8), torch.zeros(rows).long(), torch.zeros(rows))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         rounder = _Rounder(factor, group_size, grid, pool)
-        for start in range(0, rows, ROWS_AT_ONCE):
-            cut = slice(start, min(start + ROWS_AT_ONCE, rows))
+        together = max(ROWS_AT_ONCE, STRIP * torch.get_num_threads())
+        for start in range(0, rows, together):
+            cut = slice(start, min(start + together, rows))
             count = cut.stop - start
             padded = -(-count // STRIP) * STRIP
             ordered = torch.zeros(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous

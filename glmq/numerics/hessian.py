@@ -126,7 +126,9 @@ def factor(moment: Tensor, order: Tensor | None = None) -> Factor:
         )
     upper = lower.flip(0, 1)
     scale = upper.diagonal().clone()
-    return Factor(order, (upper / scale).triu_(1), scale.square_())
+    feedback = upper.div_(scale)  # zeros below the diagonal, as the Cholesky factor has above
+    feedback.diagonal().zero_()
+    return Factor(order, feedback, scale.square_())
 
 
 def rounding_order(moment: Tensor) -> Tensor:

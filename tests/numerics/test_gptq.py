@@ -58,8 +58,8 @@ def test_groups_of_columns_have_their_own_steps(groups: int) -> None:
 
 
 def test_blocks_of_any_size_give_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, _, found = problem(9, 50)
-    step = torch.full((9, 1), 0.1)
+    weight, _, found = problem(150, 50)
+    step = torch.full((150, 1), 0.1)
     whole = round_compensated(weight, step, found, INT8)
     monkeypatch.setattr(gptq, "ROWS_AT_ONCE", 4)
     monkeypatch.setattr(gptq, "WIDE", 12)
@@ -135,7 +135,7 @@ def test_a_sweep_is_coordinate_descent_in_the_same_order() -> None:
 
 
 def test_sweeps_lose_less_and_blocks_of_any_size_give_the_same_integers(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, moment, found = problem(9, 50)
+    weight, moment, found = problem(150, 50)
     step = weight.abs().amax(1, keepdim=True) / 7
     losses = [loss(weight, round_best(weight, [step], found, INT4, sweeps=n).q, step, moment) for n in (0, 1, 2)]
     assert losses[0] > losses[1] >= losses[2]
