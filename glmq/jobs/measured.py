@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from glmq.jobs.watcher import Watcher
 from glmq.numerics.rate import RateCurve
@@ -15,16 +15,28 @@ from glmq.quantization.recipe import Recipe
 from glmq.records import LinearReport
 
 
-def deal_bits(work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher) -> dict[str, float]:
-    """Bits per weight of each linear, after a pass that measures what the sparse ones lose where that is needed."""
-    curves: list[RateCurve] = []
-    if needs_curves(recipe):
+def deal_bits(
+    work: QuantizationRun, recipe: Recipe, plan: OutputPlan, watcher: Watcher, known: Sequence[RateCurve]
+) -> tuple[dict[str, float], tuple[RateCurve, ...]]:
+    """Bits per weight of each linear, after a pass that measures what the sparse ones lose where that is needed.
+
+    Args:
+        known: what an earlier run has measured, which leaves the pass out; empty if there was none.
+
+    Returns:
+        The bits, and what was measured.
+    """
+    sparse = {
+        one.name for group in plan.groups.values() if group.quant_type.spec.is_sparse for one in group.group.linears
+    }
+    curves = [curve for curve in known if curve.name in sparse]
+    if needs_curves(recipe) and not known:
         blocks = [f"rate {block.name}" for block in rated_blocks(work.config, plan.groups)]
         with watcher.blocks("rate", len(blocks), finished=sum(map(work.journal.has, blocks))) as advance:
             for block in rate_checkpoint(work, recipe, plan.groups):
                 curves += block.curves
                 advance(block.done)
-    return spread_bits(recipe, plan.linears, curves)
+    return spread_bits(recipe, plan.linears, curves), tuple(curves)
 
 
 def fall_back(

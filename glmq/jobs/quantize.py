@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, overload
 
@@ -45,6 +45,7 @@ from glmq.model.side_files import check_needed_files, engine_side_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.numerics import gptq
 from glmq.numerics.moments import InputStats
+from glmq.numerics.rate import RateCurve
 from glmq.progress import PassPlan, Watch
 from glmq.quantization.bits import settle_allocation
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
@@ -79,6 +80,8 @@ class QuantizationJob:
     """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
     keep_extra: bool = False
     """Also copy tensors that are no part of the model."""
+    curves: tuple[RateCurve, ...] = field(default=(), repr=False)
+    """What sparse linears lose at how many bits, if a run has measured that which differs in the target bits alone."""
 
     command: str = ""
     """That resumes it, for whom finds it interrupted."""
@@ -121,6 +124,8 @@ class QuantizationResult:
     """Of each pass over the model, on rank 0."""
     settled: Settled
     """Of the statistics."""
+    curves: tuple[RateCurve, ...]
+    """What each sparse linear loses at how many bits, where that was measured."""
     seconds: float
     """Of the whole run, on rank 0."""
 
@@ -349,11 +354,11 @@ def _write_weights(
     recipe, note = settle_allocation(recipe, plan.groups, statistics)
     if note:
         watcher.note(note)
-    bits = deal_bits(work, recipe, plan, watcher)
+    bits, curves = deal_bits(work, recipe, plan, watcher, job.curves)
     if job.measures:
         recipe = fall_back(work, recipe, plan, bits, watcher, topk=job.fallback_topk, max_error=job.max_error)
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes, plan.side_files)
-        bits = deal_bits(work, recipe, plan, watcher)
+        bits, _ = deal_bits(work, recipe, plan, watcher, job.curves)
     reports: list[LinearReport] = []
     blocks = [block.name for block in config.family.blocks(config)]
     with watcher.blocks("quantize", len(blocks) + 1, finished=sum(map(journal.has, blocks))) as advance:
@@ -372,4 +377,4 @@ def _write_weights(
     report = Report(recipe, tuple(reports), tuple(areas), kept, checksums, calibration_facts(statistics), run)
     document = write_reports(folder.path, report, ranks)
     settled = assess_settled(statistics)
-    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, 0.0)
+    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, curves, 0.0)

@@ -25,7 +25,7 @@ from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.progress import Watch
-from glmq.quantization.dry_run import make_run_plan
+from glmq.quantization.dry_run import estimated_peak, seconds_of
 from glmq.quantization.output import OutputPlan, plan_output
 from glmq.quantization.plan import plan_groups
 from glmq.quoting import csv_text
@@ -147,20 +147,16 @@ def forecast_sweep(job: SweepJob, *, overwrite: bool, watch: Watch | None) -> Sw
     with _prepared(job, Watcher(watch)) as work:
         with foreseen(obstacles):
             check_room(job.out_path, work.disk_bytes - stored_bytes(job.out_path, job.options.work_dir))
-        plans = {
-            one: make_run_plan(work.source, work.config, one.recipe, plan, work.statistics, measures=one.measures)
-            for one, plan in work.plans.items()
-        }
         steps, peak = ((), 0) if work.ruler is None else work.ruler.forecast()
         return SweepPlan(
             rows=tuple(
-                PlannedRow(one.name, one.recipe.quant_type.value, plan.output_bytes, plan.quantization_seconds or 0.0)
-                for one, plan in plans.items()
+                PlannedRow(one.name, one.recipe.quant_type.value, work.plans[one].shards.nbytes, seconds_of(passes))
+                for one, passes in work.forecast_rows().items()
             ),
             samples=() if work.ruler is None else tuple(sample.name for sample in work.ruler.samples),
             kl_seconds=sum(step.seconds for step in steps),
             disk_bytes=work.disk_bytes,
-            peak_bytes=max(peak, *(plan.peak_bytes for plan in plans.values())),
+            peak_bytes=max(peak, *map(estimated_peak, work.plans.values())),
             obstacles=tuple(obstacles),
         )
 

@@ -15,6 +15,7 @@ from glmq.checkpoint.journal import number_text
 from glmq.errors import UsageError
 from glmq.jobs.calibrate import CalibrationOptions
 from glmq.jobs.verify import CaseOptions
+from glmq.quantization.bits import needs_curves
 from glmq.quantization.flags import recipe_flags
 from glmq.quantization.recipe import Recipe
 
@@ -51,8 +52,13 @@ class Variant:
     @property
     def key(self) -> str:
         """Tells it from every other: a digest of what its bytes depend on."""
-        settings = [*sorted(self.recipe.settings().items()), self.fallback_topk, self.max_error]
-        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+        return _digest([*sorted(self.recipe.settings().items()), self.fallback_topk, self.max_error])
+
+    @property
+    def curves_key(self) -> str | None:
+        """The same of what its sparse linears lose at how many bits, which target bits do not change; None: nothing asks."""
+        settings = {option: value for option, value in self.recipe.settings().items() if option != "--target-bits"}
+        return _digest(sorted(settings.items())) if needs_curves(self.recipe) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,10 @@ class SweepJob:
     def calibration(self) -> CalibrationOptions:
         """How the float model is opened."""
         return CalibrationOptions(dequantize=self.options.dequantize, chat_template=self.options.chat_template)
+
+
+def _digest(settings: object) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def check_variants(variants: Sequence[Variant]) -> None:

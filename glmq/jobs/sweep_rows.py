@@ -24,6 +24,7 @@ from glmq.jobs.sweep_samples import FLOAT, Ruler
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.numerics import gptq
+from glmq.numerics.rate import RateCurve
 from glmq.progress import Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Watch
 from glmq.quantization.output import OutputPlan
 from glmq.records import REPORT, LinearReport, parse_row
@@ -73,13 +74,22 @@ class SweepWork:
         steps = () if self.ruler is None else self.ruler.forecast()[0]
         if steps:
             passes.append(PassPlan(FLOAT, steps))
-        for variant, plan in self.plans.items():
-            own = forecast_weight_passes(
-                self.source, self.config, variant.recipe, plan, self.statistics, measures=variant.measures
-            )
+        for variant, own in self.forecast_rows().items():
             passes += [PassPlan(title_of(variant, one.title), one.steps) for one in own]
             passes += [PassPlan(title_of(variant, "KL"), steps)] if steps else []
         return passes
+
+    def forecast_rows(self) -> dict[Variant, list[PassPlan]]:
+        """The passes of each recipe over the weights; what an earlier one measures is not measured again."""
+        found: dict[Variant, list[PassPlan]] = {}
+        measured: set[str | None] = set()
+        for variant, plan in self.plans.items():
+            passes = forecast_weight_passes(
+                self.source, self.config, variant.recipe, plan, self.statistics, measures=variant.measures
+            )
+            found[variant] = [one for one in passes if one.title != "rate" or variant.curves_key not in measured]
+            measured.add(variant.curves_key)
+        return found
 
 
 def title_of(variant: Variant, of_pass: str) -> str:
@@ -160,7 +170,7 @@ class SweepRows:
         if candidate.is_dir() and (self._journal.has(made) or not stays):
             return
         watch = None if self._watch is None else lambda event: self._tell(variant, event)
-        run_quantization(
+        done = run_quantization(
             QuantizationJob(
                 job.model_path,
                 candidate,
@@ -170,12 +180,23 @@ class SweepRows:
                 fallback_topk=variant.fallback_topk,
                 max_error=variant.max_error,
                 work_dir=job.options.work_dir if stays else None,
+                curves=self._known_curves(variant),
             ),
             overwrite=self._overwrite,
             resume=self._resume,
             watch=watch,
         )
-        self._journal.record(made, {})
+        curves = f"curves {variant.curves_key}"
+        if done.curves and not self._journal.has(curves):
+            self._journal.record(curves, {"curves": json.dumps([asdict(curve) for curve in done.curves])})
+        if stays:  # where others may put something; what lies in the work folder is ours
+            self._journal.record(made, {})
+
+    def _known_curves(self, variant: Variant) -> tuple[RateCurve, ...]:
+        """What another recipe of this sweep has measured that asks for other bits alone."""
+        line = self._journal.finished.get(f"curves {variant.curves_key}")
+        rows = [] if line is None else json.loads(str(line["curves"]))
+        return tuple(RateCurve(**{**row, "bits": tuple(row["bits"]), "loss": tuple(row["loss"])}) for row in rows)
 
     def _read_row(self, variant: Variant) -> SweepRow | SweepFailure:
         """What the journal says of a recipe; name and command are those of this run."""

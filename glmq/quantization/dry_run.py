@@ -87,7 +87,7 @@ def make_run_plan(
         first: the statistics to quantize with, or what making them needs.
         measures: every group is quantized once before, to see which stay float.
     """
-    disk, peak, calibration, rest = 0, PROCESS_BYTES + _largest_group_bytes(plan), None, None
+    disk, peak, calibration, rest = 0, estimated_peak(plan), None, None
     match first:
         case Statistics():
             site = min((g.group for g in plan.groups.values() if g.is_quantized), key=trial_order).site
@@ -105,6 +105,11 @@ def make_run_plan(
         quantization_seconds=rest,
         peak_bytes=peak,
     )
+
+
+def estimated_peak(plan: OutputPlan) -> int:
+    """Resident memory of a quantization, in bytes: the process, and the largest group that becomes integers."""
+    return PROCESS_BYTES + _largest_group_bytes(plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`glmq sweep`: recipes as users write them, and commands that make the checkpoints of their rows."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -99,11 +100,20 @@ def test_bits_that_are_none_are_said(bits: str, sentence: str, reader: RecipeRea
 @pytest.mark.slow
 def test_the_command_of_each_row_makes_what_the_sweep_made(small: Path, small_stats: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes.toml").write_text(RECIPES)
-    base = ["sweep", tmp_path / "recipes.toml", "--model_path", small, "--stats", small_stats, "--no-kl"]
-    printed = glmq(*base, "--out", tmp_path / "a").stdout.splitlines()
-    commands = [line.strip() for line in printed if line.startswith("  glmq quantize ")]
+    base = ["sweep", tmp_path / "recipes.toml", "--model_path", small, "--stats", small_stats, "--target-bits", "2.5"]
+    base.append("--no-kl")
+    swept = glmq(*base, "--out", tmp_path / "a")
+    commands = [line.strip() for line in swept.stdout.splitlines() if line.startswith("  glmq quantize ")]
+    passes = re.findall(r" (\S+: \w+) \(pass", swept.stderr)
+    assert passes == [
+        "few: rate",
+        "few: quantize",
+        "2-w8a8_dynamic: measure",
+        "2-w8a8_dynamic: quantize",
+        "2.5-bits: quantize",
+    ]
     shown = json.loads(glmq(*base, "--out", tmp_path / "b", "--keep", tmp_path / "kept", "--json").stdout)
-    assert [row["name"] for row in shown["rows"]] == ["few", "2-w8a8_dynamic"]
+    assert [row["name"] for row in shown["rows"]] == ["2.5-bits", "few", "2-w8a8_dynamic"]
     for row, command in zip(shown["rows"], commands, strict=True):
         glmq(*shlex.split(command)[1:], "-q")
         assert tree(tmp_path / f"a-{row['name']}") == tree(tmp_path / "kept" / row["name"])

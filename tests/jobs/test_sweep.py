@@ -60,7 +60,10 @@ def test_nothing_is_left_but_reports(swept: Sweep) -> None:
     assert len((swept.folder / "glmq_sweep.csv").read_text().splitlines()) == 1 + len(swept.rows)
 
 
-def test_a_row_says_what_quantize_and_verify_say(swept: Sweep, job: SweepJob, tmp_path: Path) -> None:
+def test_a_row_says_what_quantize_and_verify_say(
+    swept: Sweep, job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmq.jobs.verify.CAPTIONS", 0)
     made = quantize(job.model_path, job.stats_path, out=tmp_path / "w", recipe=SPARSE.recipe)
     row = next(row for row in swept.rows if row.name == "3-bits")
     errors = sorted(one.output_error for one in made.reports)
@@ -126,15 +129,15 @@ def test_a_sweep_that_is_stopped_again_and_again_ends_with_the_same_rows(
             stops += 1
             assert not (tmp_path / "out").exists()
     assert found is not None
-    # A row and what was made for it; of a quantization 2 blocks that are rated or measured, and 5 that are written.
+    # The row; of its quantization 2 blocks that are rated or measured, and 5 that are written; once it is made, or its curves.
     if keeps:
-        assert lines == 2 + 2 + 5
+        assert lines == 1 + 2 + 5 + 1
         assert replace(found.rows[0], divergence=None, seconds=0, command="") == replace(
             swept.rows[-1], divergence=None, seconds=0, command=""
         )
         assert sorted(os.listdir(tmp_path)) == ["keep", "out"]
     else:
-        assert lines == 1 + 2 * (2 + 2 + 5)
+        assert lines == 1 + (1 + 2 + 5 + 1) + (1 + 2 + 5)
         assert timeless(found) == timeless(swept)
         assert os.listdir(tmp_path) == ["out"]
 
