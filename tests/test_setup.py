@@ -28,7 +28,15 @@ pytestmark = [
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("option", ["-mavx2", "-mfma", "-msse4.2"])
 def test_newer_instructions_everywhere_are_refused_by_the_compiler(source: str, option: str) -> None:
-    command = ["gcc", "-std=c11", "-fsyntax-only", option, f"-I{sysconfig.get_path('include')}", ROOT / "glmq" / source]
+    command = [
+        "gcc",
+        "-std=c11",
+        "-fsyntax-only",
+        "-Wfatal-errors",
+        option,
+        f"-I{sysconfig.get_path('include')}",
+        ROOT / "glmq" / source,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "the kernels are chosen at run time: compile without -march=native, -mavx2 and the like" in result.stderr
