@@ -17,6 +17,7 @@ import pytest
 import typer
 from cli.command_line import glmq
 
+from glmq.calibration.samples import builtin_texts
 from glmq.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,8 @@ def test_the_blocks_run_on_the_embedded_model(kitchen: Path, monkeypatch: pytest
     monkeypatch.chdir(kitchen)
     images = kitchen / PLACEHOLDERS["folder of images"]
     monkeypatch.setattr("glmq.jobs.calibrate.default_images", lambda: images)  # not the thirty that come with glmq
+    monkeypatch.setattr("glmq.jobs.calibrate.builtin_texts", lambda: builtin_texts()[:2])
+    monkeypatch.setattr("glmq.jobs.verify.CAPTION_TOKENS", 8)
     done: set[str] = set()
     for block in BLOCKS.values():
         for words in block.commands():

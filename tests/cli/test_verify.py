@@ -224,16 +224,14 @@ def test_without_a_folder_a_sentence_asks_for_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["layers.1\u00b2.x", "layers." + "7" * 4301 + ".weight", "layers.\u0663.weight"])
-def test_a_tensor_of_any_name_is_reported_and_stops_nothing(
-    small: Path, small_stats: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_tensor_of_any_name_is_reported_and_stops_nothing(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    names = {"layers.1\u00b2.x", "layers." + "7" * 4301 + ".weight", "layers.\u0663.weight"}
     copy = quantize(small, small_stats, tmp_path / "copy")
-    edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(2, dtype=torch.bfloat16)}))
+    edit_tensors(copy, lambda tensors: tensors.update({name: torch.zeros(2, dtype=torch.bfloat16) for name in names}))
     for command in (("verify", copy), ("verify", copy, "--reference", small)):
         result = run(*command, "--json")
         assert result.exit_code == 3
-        assert name in [finding["tensor"] for finding in json.loads(result.stdout)["findings"]]
+        assert names <= {finding["tensor"] for finding in json.loads(result.stdout)["findings"]}
     for command in (("inspect", copy), ("inspect", copy, "--values"), ("inspect", copy, small)):
         assert run(*command).exit_code == 0
-    assert name in [tensor["name"] for tensor in json.loads(glmq("inspect", copy, "--json").stdout)["tensors"]]
+    assert names <= {tensor["name"] for tensor in json.loads(glmq("inspect", copy, "--json").stdout)["tensors"]}

@@ -498,6 +498,10 @@ BIT_SAMPLES = re.compile(
 )
 
 
+BITS = sorted({*range(0, 64, 4), 7, 15, 31, 63})
+"""Every fourth, and the highest of each width."""
+
+
 def flip_stored_bit(folder: Path, bit: int, names: re.Pattern[str]) -> list[str]:
     """Flip that bit of one element of each tensor whose dtype has it, in place; returns the tensors' names."""
     flipped = []
@@ -516,14 +520,14 @@ def flip_stored_bit(folder: Path, bit: int, names: re.Pattern[str]) -> list[str]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("label", UNCOMPRESSED)
-def test_one_flipped_bit_of_any_tensor_at_any_position_is_found_and_named(
+def test_one_flipped_bit_of_any_tensor_is_found_and_named_wherever_it_lies(
     good: Good, tmp_path: Path, label: str
 ) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(good.folders[label], folder)
     report = read_json_object(folder / "glmq_report.json")
     suffixes = set()
-    for bit in range(64):
+    for bit in BITS:
         flipped = flip_stored_bit(folder, bit, BIT_SAMPLES)
         with Checkpoint.open(folder) as checkpoint:
             found = [f for f in check_checksums(checkpoint, report) if isinstance(f, Finding)]
