@@ -41,9 +41,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_files_and_prompts() -> Iterator[None]:
-    """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, and a
-    child process for each prompt that a chat template has rendered before."""
+def _quick_files_and_words() -> Iterator[None]:
+    """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, a child
+    process for each prompt that a chat template has rendered before, and most of the words of a caption."""
     from glmq.model.inputs import Preprocessor
 
     rendered: dict[tuple[object, bool, str], str] = {}
@@ -58,6 +58,7 @@ def _quick_files_and_prompts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(Preprocessor, "_render_once", render)
+        patch.setattr("glmq.jobs.verify.CAPTION_TOKENS", 8)
         yield
 
 

@@ -131,7 +131,6 @@ def test_the_blocks_run_on_the_embedded_model(kitchen: Path, monkeypatch: pytest
     images = kitchen / PLACEHOLDERS["folder of images"]
     monkeypatch.setattr("glmq.jobs.calibrate.default_images", lambda: images)  # not the thirty that come with glmq
     monkeypatch.setattr("glmq.jobs.calibrate.builtin_texts", lambda: builtin_texts()[:2])
-    monkeypatch.setattr("glmq.jobs.verify.CAPTION_TOKENS", 8)
     done: set[str] = set()
     for block in BLOCKS.values():
         for words in block.commands():
