@@ -27,6 +27,8 @@ SIDE_FILES: Final = (
 )  # fmt: skip
 """What engines, transformers and ModelScope read beside the weights of this class, and licences. Nothing else is copied:
 training leaves optimizer states, scripts and logs in the same folder."""
+NEEDED_FILES: Final = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+"""No engine starts without them, so the cure for a damaged one is never to remove it."""
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 """The serving engine refuses larger JSON files, and no tokenizer comes near it."""
 
@@ -142,9 +144,8 @@ def _check_readable(path: Path) -> None:
         try:
             json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise DamagedError(
-                f"{path}: is not JSON ({f'{error}':.100}); download it again, or remove it if nothing needs it"
-            ) from None
+            removal = "" if path.name in NEEDED_FILES else ", or remove it if nothing needs it"
+            raise DamagedError(f"{path}: is not JSON ({f'{error}':.100}); download it again{removal}") from None
 
 
 def check_link(path: Path) -> None:

@@ -182,7 +182,11 @@ def test_a_side_file_that_an_engine_could_not_read_is_refused(tmp_path: Path) ->
             list_side_files(tmp_path)
         assert str(caught.value).startswith(f"{path}: is not JSON ({why}")
         assert str(caught.value).endswith("); download it again, or remove it if nothing needs it")
-    path.unlink()
+    path.rename(tmp_path / "tokenizer.json")
+    with pytest.raises(CheckpointError) as caught:
+        list_side_files(tmp_path)
+    assert str(caught.value).endswith("); download it again")
+    (tmp_path / "tokenizer.json").unlink()
     path.symlink_to("../../blobs/abc")
     with pytest.raises(CheckpointError) as caught:
         list_side_files(tmp_path)
