@@ -30,6 +30,8 @@ AHEAD_BYTES: Final = 2 * 2**20
 """Bytes asked for at a time when reading ahead; Linux takes no more in one call than its device's readahead."""
 PIECE_BYTES: Final = 64 * 2**20
 """A tensor that need not be in memory as a whole is read in pieces of about this size."""
+WIDENED_BYTES: Final = 4 * 2**20
+"""So much is read at a time and widened to float32: it stays in the cache, and in memory that the process has had before."""
 
 _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
@@ -213,8 +215,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
         row_bytes = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
         return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes)
 
-    def pieces(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """The tensor, or rows start..stop of its dimension 0, some PIECE_BYTES at a time and in order.
+    def pieces(
+        self, name: str, start: int = 0, stop: int | None = None, size: int = PIECE_BYTES
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The tensor, or rows start..stop of its dimension 0, some `size` bytes at a time and in order.
 
         Yields:
             the first row of each piece, and the piece: [rows, ...] in the stored dtype. A scalar comes whole.
@@ -227,7 +231,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             yield 0, self.read(name)
             return
         stop = info.shape[0] if stop is None else stop
-        height = max(1, PIECE_BYTES * info.shape[0] // max(info.nbytes, 1))
+        height = max(1, size * info.shape[0] // max(info.nbytes, 1))
         for row in range(start, stop, height):
             yield row, self.read_rows(name, row, min(row + height, stop))
 
@@ -235,11 +239,32 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """As `read`; raises CheckpointError if the tensor holds NaN or infinity."""
         return self.check_finite(name, self.read(name))
 
+    def read_float(self, name: str) -> Tensor:
+        """As `read_finite`, in float32. Its values as stored are in memory a few megabytes at a time."""
+        info = self.info(name)
+        if not info.shape:
+            return self.read_finite(name).float()
+        values, extremes = torch.empty(info.shape), list[Tensor]()
+        for start, piece in self.pieces(name, size=WIDENED_BYTES):
+            values[start : start + len(piece)] = piece
+            extremes += self._extremes(name, piece)
+        self._check_extremes(name, extremes, values)
+        return values
+
     def check_finite(self, name: str, values: Tensor) -> Tensor:
         """Return `values`, read from tensor `name`; raise CheckpointError if they hold NaN or infinity."""
-        if not values.numel() or self.dtype_read(name) not in FLOAT_CODES:
-            return values
-        extremes = torch.stack(torch.aminmax(values)).double()
+        self._check_extremes(name, self._extremes(name, values), values)
+        return values
+
+    def _extremes(self, name: str, values: Tensor) -> list[Tensor]:
+        """The smallest and the largest of some values of a float tensor, NaN if there is one; of other tensors nothing."""
+        return list(torch.aminmax(values)) if values.numel() and self.dtype_read(name) in FLOAT_CODES else []
+
+    def _check_extremes(self, name: str, found: Sequence[Tensor], values: Tensor) -> None:
+        """Raise CheckpointError if one of the extremes of a tensor is not finite; note it if one is beyond float16."""
+        if not found:
+            return
+        extremes = torch.stack(list(found)).double()
         if float(extremes.abs().max()) > FLOAT16_MAX:
             self.beyond_float16.add(name)
         if not bool(extremes.isfinite().all()):
@@ -248,7 +273,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 f"{self.file_of(name).name}: tensor {name!r} holds {bad} NaN or infinite values of {values.numel()}; "
                 "download the file again or repair the checkpoint"
             )
-        return values
 
     def scan(self, name: str) -> None:
         """Read a tensor for `contents` alone, in pieces, without keeping it."""

@@ -37,6 +37,24 @@ COMPACT_AT: Final = 0.8
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """In which order columns are rounded, and what errors in them then cost: all that choosing scales and bits needs."""
+
+    columns: Tensor
+    """int64 [K]: the column that is rounded first, second, ..."""
+    curvature: Tensor
+    """float32 [K]: cost of a squared unit of rounding error, in that order."""
+
+    def by_column(self) -> Tensor:
+        """The curvature in the order of the weight's columns: float32 [K]."""
+        return _by_column(self.curvature, self.columns)
+
+    def scaled(self, ratio: Tensor) -> Order:
+        """That of inputs whose channel k is multiplied by ratio[k]: float32 [K], positive."""
+        return Order(self.columns, self.curvature * ratio[self.columns].square())
+
+
+@dataclass(frozen=True, slots=True)
 class Factor:
     """H[order][:, order] = (I + U) diag(curvature) (I + U)^T with U strictly upper triangular."""
 
@@ -49,9 +67,7 @@ class Factor:
 
     def by_column(self) -> Tensor:
         """The curvature in the order of the weight's columns: float32 [K]."""
-        out = torch.empty_like(self.curvature)
-        out[self.order] = self.curvature
-        return out
+        return _by_column(self.curvature, self.order)
 
     def coupling(self) -> Tensor:
         """H[i, k] / H[k, k] in processing order, zero on the diagonal: float32 [K, K]."""
@@ -71,15 +87,16 @@ class Factor:
         return Factor(self.order, (self.feedback * r[:, None]).div_(r), self.curvature * r.square())
 
 
-def factor_inputs(stats: InputStats, order: Tensor | None = None) -> Factor | None:
-    """The factor of the input's second moment, shrunk towards its diagonal, with a floor under the diagonal.
+def _by_column(curvature: Tensor, order: Tensor) -> Tensor:
+    out = torch.empty_like(curvature)
+    out[order] = curvature
+    return out
 
-    Args:
-        stats: of the input, [K].
-        order: int64 [K], of an earlier factor of the same moment; None: it is searched for.
 
-    Returns:
-        The factor, for the unscaled input; None where the statistics hold no second moment.
+def order_inputs(stats: InputStats) -> Order | None:
+    """In which order the columns that read this input are rounded; None where the statistics hold no second moment.
+
+    The second moment is shrunk towards its diagonal, with a floor under the diagonal.
 
     Raises:
         StatisticsError: not positive definite.
@@ -87,7 +104,18 @@ def factor_inputs(stats: InputStats, order: Tensor | None = None) -> Factor | No
     if stats.second_moment is None:
         return None
     deviation = _deviation(stats)
-    return factor(shrunk_correlation(stats.second_moment, deviation), order).scaled(deviation)
+    return rounding_order(shrunk_correlation(stats.second_moment, deviation)).scaled(deviation)
+
+
+def factor_inputs(stats: InputStats, order: Order) -> Factor:
+    """The factor of the input's second moment, shrunk and floored as in `order_inputs`, which gave the order.
+
+    Raises:
+        StatisticsError: not positive definite.
+    """
+    assert stats.second_moment is not None
+    deviation = _deviation(stats)
+    return factor(shrunk_correlation(stats.second_moment, deviation), order.columns).scaled(deviation)
 
 
 def shrunk_correlation(second_moment: Tensor, deviation: Tensor) -> Tensor:
@@ -112,48 +140,62 @@ def factor(moment: Tensor, order: Tensor | None = None) -> Factor:
 
     Args:
         moment: float32 [K, K] from `shrunk_correlation`.
-        order: int64 [K], from an earlier factor of it; None: `rounding_order` searches for it.
+        order: int64 [K], the columns of an `Order`; None: `rounding_order` searches for it.
 
     Raises:
         StatisticsError: not positive definite: the statistics hold NaN, or are no second moment at all.
     """
-    order = rounding_order(moment) if order is None else order
+    order = rounding_order(moment).columns if order is None else order
     backwards = order.flip(0)
-    lower, info = torch.linalg.cholesky_ex(moment[backwards][:, backwards])
-    if info.item() != 0 or not bool(lower.diagonal().isfinite().all()):
-        raise StatisticsError(
-            f"the second moment of an input with {len(order)} channels is not positive definite: calibrate again"
-        )
-    upper = lower.flip(0, 1)
+    upper = _root(moment[backwards][:, backwards], len(order)).flip(0, 1)
     scale = upper.diagonal().clone()
     feedback = upper.div_(scale)  # zeros below the diagonal, as the Cholesky factor has above
     feedback.diagonal().zero_()
     return Factor(order, feedback, scale.square_())
 
 
-def rounding_order(moment: Tensor) -> Tensor:
+def rounding_order(moment: Tensor) -> Order:
     """The order in which columns are rounded: those with the least remaining variance last, K / 32 at a time.
+
+    What remains of a column's variance when it is taken is its curvature: the factor's, up to float32's last bits.
 
     Args:
         moment: float32 [K, K], positive definite.
 
-    Returns:
-        int64 [K], a permutation.
+    Raises:
+        StatisticsError: not positive definite.
     """
     size = moment.shape[0]
     block = -(-size // ORDER_BLOCKS)
     left, names = moment.clone(), torch.arange(size)  # `left` is over the columns `names`, some of them done
-    remaining, taken = torch.arange(size), list[Tensor]()  # positions in `left`
+    remaining = torch.arange(size)  # positions in `left`
+    taken, variances = list[Tensor](), list[Tensor]()
     while True:
         rank = left.diagonal()[remaining].argsort(stable=True)
         now, remaining = remaining[rank[:block]], remaining[rank[block:]]
-        taken.append(names[now])
-        if not len(remaining):
-            return torch.cat(taken).flip(0)
         side = left[now]
-        root = torch.linalg.cholesky_ex(side[:, now]).L
+        root = _root(side[:, now], size)
+        taken.append(names[now])
+        variances.append(root.diagonal().square())
+        if not len(remaining):
+            return Order(torch.cat(taken).flip(0), torch.cat(variances).flip(0))
         if len(remaining) < COMPACT_AT * len(left):
             left, side, names = left[remaining][:, remaining], side[:, remaining], names[remaining]
             remaining = torch.arange(len(remaining))
         half = torch.linalg.solve_triangular(root, side, upper=False)  # [block, columns of left]
         left.addmm_(half.T, half, alpha=-1)
+
+
+def _root(moment: Tensor, channels: int) -> Tensor:
+    """The lower Cholesky factor.
+
+    Raises:
+        StatisticsError: not positive definite: the statistics hold NaN, or are no second moment at all.
+    """
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(moment)
+    if info.item() != 0 or not bool(lower.diagonal().isfinite().all()):
+        raise StatisticsError(
+            f"the second moment of an input with {channels} channels is not positive definite: calibrate again"
+        )
+    return lower

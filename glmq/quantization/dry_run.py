@@ -141,7 +141,7 @@ def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Reci
     chosen = min(groups, key=lambda one: trial_order(one.group))
     scheme, shapes, norm = recipe.scheme_of(chosen.quant_type), chosen.group.linears, chosen.group.norm
     started = time.perf_counter()
-    linears = [FloatLinear(shape.name, source.read_finite(f"{shape.name}.weight").float(), None) for shape in shapes]
+    linears = [FloatLinear(shape.name, source.read_float(f"{shape.name}.weight"), None) for shape in shapes]
     norm_weight = None if norm is None else source.read_finite(f"{norm}.weight")
     read = time.perf_counter() - started
     copy = read / sum(source.nbytes(f"{shape.name}.weight") for shape in shapes)

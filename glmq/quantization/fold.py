@@ -52,7 +52,7 @@ class RowFolds:
             self._found[key] = choose_row_scales(
                 recipe.scheme.smoothing,
                 self.statistics.input(group.site),
-                self.source.read_finite(f"{linear.name}.weight").float(),
+                self.source.read_float(f"{linear.name}.weight"),
                 groups[group.site].quant_type,
                 run=rows.run,
                 repeats=rows.repeats,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics import affine, ranges
-from glmq.numerics.hessian import Factor, factor_inputs
+from glmq.numerics.hessian import Factor, Order, factor_inputs, order_inputs
 from glmq.numerics.int8_linear import quantize_input
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import column_energy
@@ -88,10 +88,8 @@ class PreparedGroup:
     """Of types with a stored activation range."""
     input_range: str
     """How the activation's range was chosen; empty without one."""
-    factor: Factor | None
-    """None: no compensation asked for, or no second moment to do it with."""
-    order: Tensor | None
-    """int64 [K]: that of the factor, which takes longer to find than the factor itself; None without one."""
+    order: Order | None
+    """In which order the columns are rounded; None: no compensation asked for, or no second moment to do it with."""
     clipped_share: float
     """Share of the calibration values that round to an end of the activation's range; 0 without one."""
     shift: Tensor | None
@@ -111,9 +109,8 @@ def prepare_group(
     norm_weight: Tensor | None,
     dtype: FloatDtype,
     fold: RowFold,
-    known: PreparedGroup | None = None,
 ) -> PreparedGroup:
-    """Choose the channel scales, the activation's range, and decompose the input's second moment if errors are compensated.
+    """Choose the channel scales, the activation's range, and the order of rounding if errors are compensated.
 
     Args:
         linears: one or more, all [N_i, K].
@@ -122,22 +119,18 @@ def prepare_group(
         norm_weight: [K], of the RMSNorm in front, or None.
         dtype: of the checkpoint to be written.
         fold: of a group without a norm.
-        known: what was chosen for the same arguments before: only the factor is made, if errors are compensated.
 
     Raises:
         StatisticsError: a second moment that is not positive definite.
     """
-    order = None if known is None else known.order
-    found = factor_inputs(stats, order) if scheme.weight.method is Method.COMPENSATED else None
-    if known is not None:
-        return replace(known, factor=_scaled(found, known.scales))
+    order = order_inputs(stats) if scheme.weight.method is Method.COMPENSATED else None
     shift: Tensor | None = None
     seen = stats
     is_static = scheme.weight.quant_type.spec.activation is Activation.STATIC
     if scheme.channel_shift and norm_weight is not None and is_static:
         shift = (stats.minimum + stats.maximum) / 2
         seen = replace(stats, minimum=stats.minimum - shift, maximum=stats.maximum - shift)
-    smoothed = _smooth(linears, seen, scheme, norm_weight, dtype, found, fold)
+    smoothed = _smooth(linears, seen, scheme, norm_weight, dtype, order, fold)
     scales = smoothed.scales
     if shift is not None:  # as the engine has it, which computes norms in the run dtype
         shift = (shift if scales is None else shift / scales).to(affine.TORCH_DTYPE[dtype]).float()
@@ -160,16 +153,22 @@ def prepare_group(
         label=label,
         activation=activation,
         input_range=input_range,
-        factor=_scaled(found, scales),
-        order=None if found is None else found.order,
+        order=order if order is None or scales is None else order.scaled(1 / scales),
         clipped_share=clipped,
         shift=shift,
     )
 
 
-def _scaled(factor: Factor | None, scales: Tensor | None) -> Factor | None:
-    """The factor of the input whose channels are divided by the scales."""
-    return factor if factor is None or scales is None else factor.scaled(1 / scales)
+def factor_group(stats: InputStats, group: PreparedGroup) -> Factor | None:
+    """The factor of the input whose channels are divided by the scales; None where errors are not compensated.
+
+    Raises:
+        StatisticsError: a second moment that is not positive definite.
+    """
+    if group.order is None:
+        return None
+    factor = factor_inputs(stats, group.order)
+    return factor if group.scales is None else factor.scaled(1 / group.scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +186,7 @@ def _smooth(
     scheme: GroupScheme,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
-    factor: Factor | None,
+    order: Order | None,
     fold: RowFold,
 ) -> _Smoothed:
     """Choose the channel scales and fold them into the norm, if there is one and smoothing is on."""
@@ -197,7 +196,7 @@ def _smooth(
         return _Smoothed(norm_weight.to(affine.TORCH_DTYPE[dtype]), None, "none")
     # With 8-bit weights the noise of the activations counts as much, and that cannot be compensated.
     few_bits = scheme.weight.quant_type.spec.weight_bits < 8
-    variance = stats.square_mean if factor is None or not few_bits else factor.by_column()
+    variance = stats.square_mean if order is None or not few_bits else order.by_column()
     weights = [linear.weight for linear in linears]
     choice = choose_scales(scheme.smoothing, stats, weights, variance, scheme.weight.quant_type)
     new_norm, scales = fold_scales(norm_weight, choice.scales, dtype)

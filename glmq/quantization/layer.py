@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +20,15 @@ from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, CurveRows, RateCurve, mean_rule_bits, rate_curve, solve_bits
 from glmq.numerics.rows import even_rows, row_chunks
 from glmq.progress import Stopwatch
-from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
+from glmq.quantization.group import (
+    NO_FOLD,
+    FloatLinear,
+    GroupScheme,
+    PreparedGroup,
+    RowFold,
+    factor_group,
+    prepare_group,
+)
 from glmq.quantization.linear_report import report_linear
 from glmq.quantization.methods import METHODS, Integers, WeightJob, spend_bits
 from glmq.records import ActivationQParams, LinearReport, QuantizedLinear, StageTime
@@ -45,7 +53,7 @@ class GroupResult:
     stages: tuple[StageTime, ...]
     """Smoothing, rounding, report."""
     prepared: PreparedGroup
-    """What was chosen, without the factor."""
+    """What was chosen."""
 
 
 def quantize_group(
@@ -79,19 +87,18 @@ def quantize_group(
     started = time.perf_counter()
     clock = Stopwatch()
     with clock.stage("smoothing"):
-        group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold, known)
+        group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold) if known is None else known
+        factor = factor_group(stats, group)
     if bits is None and scheme.weight.quant_type.spec.is_sparse and scheme.weight.method is Method.COMPENSATED:
         with clock.stage("rate"):
             curves = _curves(linears, stats, scheme, group)
             bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
-    method = (
-        Method.PLAIN if scheme.weight.method is Method.COMPENSATED and group.factor is None else scheme.weight.method
-    )
+    method = Method.PLAIN if scheme.weight.method is Method.COMPENSATED and factor is None else scheme.weight.method
     weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
     with clock.stage("rounding"):
-        rounded = _round(linears, weights, scheme.weight, group.factor, dtype, method, bits)
-    if group.factor is not None:
+        rounded = _round(linears, weights, scheme.weight, factor, dtype, method, bits)
+    if factor is not None:
         clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
     for linear, weight, integers in zip(linears, weights, rounded, strict=True):
         with clock.stage("rounding"):
@@ -102,8 +109,7 @@ def quantize_group(
             reports.append(report_linear(linear, weight, result, stats, scheme, group, method, seconds))
         clock.count("report", flops=4 * stats.sample.shape[0] * weight.numel())
     norm_bias = None if group.shift is None else -group.shift
-    chosen = replace(group, factor=None)
-    return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take(), chosen)
+    return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take(), group)
 
 
 def _round(
@@ -140,10 +146,10 @@ def rate_curves(
     The first pass over a sparse model: give the curves of all groups to `solve_bits`. Arguments as for `quantize_group`.
 
     Returns:
-        The curve of each linear, and what was chosen for the group, without the factor.
+        The curve of each linear, and what was chosen for the group.
     """
     group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold)
-    return _curves(linears, stats, scheme, group), replace(group, factor=None)
+    return _curves(linears, stats, scheme, group), group
 
 
 def _curves(
@@ -152,7 +158,7 @@ def _curves(
     """The rate curve of each linear of a prepared group."""
     scales = group.scales
     mean_square = stats.square_mean if scales is None else stats.square_mean / scales.square()
-    cost = mean_square if group.factor is None else group.factor.by_column()
+    cost = mean_square if group.order is None else group.order.by_column()
     smoothed = group.norm_weight is not None and scales is not None  # the vendor folds into norms alone
     budgets = rule_bits([linear.weight for linear in linears], stats, scheme.weight, smoothed=smoothed)
     moment = torch.diag(stats.square_mean) if stats.second_moment is None else stats.second_moment

@@ -145,8 +145,8 @@ def read_group(
         linears = [
             FloatLinear(
                 shape.name,
-                source.read_finite(f"{shape.name}.weight").float(),
-                source.read_finite(f"{shape.name}.bias").float() if shape.has_bias else None,
+                source.read_float(f"{shape.name}.weight"),
+                source.read_float(f"{shape.name}.bias") if shape.has_bias else None,
                 divisors.get(shape.name),
             )
             for shape in group.linears

@@ -156,12 +156,31 @@ def test_nan_and_infinity_are_refused_where_finite_values_are_wanted(tmp_path: P
     with Checkpoint.open(tmp_path) as checkpoint:
         assert checkpoint.read_finite("b").tolist() == [1.0, 1.0]
         assert checkpoint.read_finite("c").numel() == 0
-        with pytest.raises(CheckpointError) as caught:
-            checkpoint.read_finite("a")
-    assert str(caught.value) == (
-        "m.safetensors: tensor 'a' holds 2 NaN or infinite values of 4; "
-        "download the file again or repair the checkpoint"
-    )
+        for read in (checkpoint.read_finite, checkpoint.read_float):
+            with pytest.raises(CheckpointError) as caught:
+                read("a")
+            assert str(caught.value) == (
+                "m.safetensors: tensor 'a' holds 2 NaN or infinite values of 4; "
+                "download the file again or repair the checkpoint"
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8])
+def test_weights_are_widened_piece_by_piece(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"w": torch.randn(7, 5) * 9, "none": torch.zeros(0, 5), "one": torch.ones(())}
+    tensors = {name: each.to(dtype) for name, each in values.items()}
+    if dtype in (torch.float32, torch.float64):
+        tensors["large"] = torch.full((3,), 1e5, dtype=dtype)
+    save_file(tensors, tmp_path / "m.safetensors")
+    monkeypatch.setattr(reader, "WIDENED_BYTES", 20)
+    with Checkpoint.open(tmp_path) as checkpoint:
+        for name, values in tensors.items():
+            found = checkpoint.read_float(name)
+            assert found.dtype == torch.float32
+            assert torch.equal(found, values.float())
+        assert checkpoint.beyond_float16 == tensors.keys() & {"large"}
 
 
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:

@@ -10,11 +10,14 @@ from glmq.numerics import hessian
 from glmq.numerics.hessian import (
     DIAGONAL_FLOOR,
     SHRINKAGE,
+    Factor,
     factor,
     factor_inputs,
+    order_inputs,
     rounding_order,
     shrunk_correlation,
 )
+from glmq.numerics.moments import InputStats
 
 
 def correlated(tokens: int, channels: int) -> Tensor:
@@ -36,28 +39,31 @@ def test_shrinkage_keeps_ones_on_the_diagonal_and_scales_the_rest() -> None:
     assert torch.equal(shrunk_correlation(second, deviation), expected)
 
 
+def factored(stats: InputStats) -> Factor:
+    order = order_inputs(stats)
+    assert order is not None
+    return factor_inputs(stats, order)
+
+
 def test_channels_that_were_never_used_still_cost_something() -> None:
     x = correlated(50, 4)
     x[:, 2] = 0.0
-    found = factor_inputs(stats_of(x))
-    assert found is not None
+    found = factored(stats_of(x))
     least = DIAGONAL_FLOOR * float(x.square().mean(0).mean())
     assert found.by_column()[2].item() == pytest.approx(least, rel=1e-5)  # float32
     assert not found.feedback[found.order.tolist().index(2)].any()
-    silent = factor_inputs(stats_of(torch.zeros(3, 4)))
-    assert silent is not None
+    silent = factored(stats_of(torch.zeros(3, 4)))
     assert torch.equal(silent.curvature, torch.ones(4))
 
 
-def test_statistics_without_a_second_moment_have_no_factor() -> None:
-    assert factor_inputs(replace(stats_of(correlated(50, 4)), second_moment=None)) is None
+def test_statistics_without_a_second_moment_have_no_order() -> None:
+    assert order_inputs(replace(stats_of(correlated(50, 4)), second_moment=None)) is None
 
 
 def test_the_factor_of_inputs_multiplies_back_to_their_shrunk_moment_whatever_the_scales() -> None:
     x, ratio = correlated(300, 24), 2.0 ** (torch.arange(24) % 5 - 2)
     stats = stats_of(x)
-    found = factor_inputs(stats)
-    assert found is not None
+    found = factored(stats)
     assert stats.second_moment is not None
     found = found.scaled(ratio)
     upper = (torch.eye(24) + found.feedback).double()
@@ -104,7 +110,7 @@ def test_the_order_takes_the_least_remaining_variance_last() -> None:
         last.append(pick)
         remaining.remove(pick)
         left = left - left[:, [pick]] @ left[[pick]] / left[pick, pick]
-    assert rounding_order(moment).tolist() == last[::-1]
+    assert rounding_order(moment).columns.tolist() == last[::-1]
 
 
 def test_the_greedy_order_has_less_total_curvature_than_the_order_of_the_columns() -> None:
@@ -113,20 +119,30 @@ def test_the_greedy_order_has_less_total_curvature_than_the_order_of_the_columns
     assert float(factor(moment).curvature.sum()) < 0.9 * float(backwards.sum())
 
 
+@pytest.mark.parametrize("channels", [1, 31, 33, 200])
+def test_the_order_has_the_curvatures_of_the_factor(channels: int) -> None:
+    stats = stats_of(correlated(500, channels))
+    found, order = factored(stats), order_inputs(stats)
+    assert order is not None
+    assert torch.equal(order.columns, found.order)
+    assert torch.allclose(order.curvature, found.curvature, rtol=2.0**-18)  # condition numbers below 2^5
+    assert torch.equal(order.by_column()[order.columns], order.curvature)
+    ratio = 2.0 ** (torch.arange(channels) % 5 - 2)
+    assert torch.equal(order.scaled(ratio).by_column(), order.by_column() * ratio.square())
+
+
 def test_carrying_finished_columns_along_does_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     moment = moment_of(correlated(500, 100))
     orders = []
     for share in (0.0, 0.8, 1.1):
         monkeypatch.setattr(hessian, "COMPACT_AT", share)
-        orders.append(rounding_order(moment).tolist())
+        orders.append(rounding_order(moment).columns.tolist())
     assert orders[0] == orders[1] == orders[2]
 
 
 def test_curvatures_do_not_depend_on_the_units_of_the_channels() -> None:
     x, units = correlated(300, 40), 2.0 ** (torch.arange(40) % 7)
-    before, after = (factor_inputs(stats_of(v)) for v in (x, x * units))
-    assert before is not None
-    assert after is not None
+    before, after = (factored(stats_of(v)) for v in (x, x * units))
     # float32 sums over 300 tokens, factor of 40
     assert torch.allclose(after.by_column(), before.by_column() * units.square(), rtol=1e-4)
 

@@ -215,7 +215,10 @@ def test_a_group_by_itself_divides_what_the_rule_spends_on_it() -> None:
 def test_what_the_rating_pass_chose_is_not_searched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     linears, stats = problem()
     _, known = rate_curves(linears, stats, scheme(), norm_weight=NORM, dtype=FloatDtype.FP16)
-    assert known.factor is None  # K x K, of every group, would fill the memory
+    kept = (getattr(known, field.name) for field in dataclasses.fields(known))
+    assert all(
+        part.ndim < 2 for part in kept if isinstance(part, Tensor)
+    )  # a factor of every group would fill the memory
     fresh = quantized(SIGMA)
 
     def again(*_: object, **__: object) -> None:
