@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_json, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
-from glmq.checkpoint.workplace import check_output, foreseen, stored_bytes
+from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.errors import LaunchError, UsageError
 from glmq.jobs.given_statistics import open_statistics
 from glmq.jobs.sweep_recipes import SweepJob, SweepOptions, Variant, check_variants
@@ -115,7 +114,7 @@ def run_sweep(job: SweepJob, *, overwrite: bool, resume: bool, watch: Watch | No
     started, watcher = time.perf_counter(), Watcher(watch)
     _check_places(job, overwrite=overwrite, resume=resume)
     with _prepared(job, watcher) as work:
-        check_room(job.out_path, work.disk_bytes - stored_bytes(job.out_path, job.options.work_dir))
+        work.check_room()
         if watcher.is_watched:
             watcher.plan(work.forecast())
         run = RunNote("sweep", job.command, work.chosen())
@@ -146,7 +145,7 @@ def forecast_sweep(job: SweepJob, *, overwrite: bool, watch: Watch | None) -> Sw
         _check_places(job, overwrite=overwrite, resume=True)
     with _prepared(job, Watcher(watch)) as work:
         with foreseen(obstacles):
-            check_room(job.out_path, work.disk_bytes - stored_bytes(job.out_path, job.options.work_dir))
+            work.check_room()
         steps, peak = ((), 0) if work.ruler is None else work.ruler.forecast()
         return SweepPlan(
             rows=tuple(

@@ -138,17 +138,18 @@ def check_variants(variants: Sequence[Variant]) -> None:
     if not variants:
         raise UsageError("no recipe to sweep over; give a TOML file of [[recipe]] tables, --target-bits, or both")
     names: dict[str, int] = {}
-    keys: dict[str, str] = {}
+    keys: dict[str, int] = {}
     for number, variant in enumerate(variants, 1):
         if not NAME.fullmatch(variant.name):
             raise UsageError(
                 f"recipe {number}: the name {variant.name!r:.80} cannot be a folder's; take letters, digits, _ . and -, at "
                 "most 60"
             )
-        if variant.name in names:
+        first = keys.setdefault(variant.key, number)
+        if first != number:
             raise UsageError(
-                f"recipes {names[variant.name]} and {number} are both named {variant.name!r}; give one another name"
+                f"recipes {first} ({variants[first - 1].name}) and {number} ({variant.name}) are the same; drop one of them"
             )
-        if variant.key in keys:
-            raise UsageError(f"recipes {keys[variant.key]!r} and {variant.name!r} are the same; drop one of them")
-        names[variant.name], keys[variant.key] = number, variant.name
+        first = names.setdefault(variant.name, number)
+        if first != number:
+            raise UsageError(f"recipes {first} and {number} are both named {variant.name}; give one another name")

@@ -12,9 +12,11 @@ from statistics import median
 
 from glmq.calibration.samples import digest
 from glmq.calibration.stats import Statistics
+from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject, read_json_object
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.workplace import stored_bytes
 from glmq.errors import GlmqError, InputError, OutputError, ResumeError, UsageError
 from glmq.jobs.forecast import forecast_weight_passes
 from glmq.jobs.quantize import QuantizationJob, run_quantization
@@ -46,9 +48,17 @@ class SweepWork:
 
     @property
     def disk_bytes(self) -> int:
-        """That are needed at one time: the largest checkpoint, or all of them where they stay."""
-        sizes = [plan.shards.nbytes for plan in self.plans.values()]
-        return max(sizes) if self.job.options.keep is None else sum(sizes)
+        """That are needed at one time: the largest checkpoint, or all of them where they stay and are not there yet."""
+        places = {variant: self.job.place_of(variant) for variant in self.plans}
+        sizes = {one: plan.shards.nbytes for one, plan in self.plans.items()}
+        if self.job.options.keep is None:
+            return max(sizes.values())
+        return sum(size for one, size in sizes.items() if (place := places[one]) is not None and not place.is_dir())
+
+    def check_room(self) -> None:
+        """Raise SpaceError if the disk has no room for what the sweep needs."""
+        job = self.job
+        check_room(job.options.keep or job.out_path, self.disk_bytes - stored_bytes(job.out_path, job.options.work_dir))
 
     def chosen(self) -> dict[str, str]:
         """What the user chose, by option."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError, SampleError, UsageError
+from glmq.errors import CheckpointError, NonFiniteError, SampleError, UsageError
 from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.verify import CaseOptions, load_cases
 from glmq.jobs.watcher import Watcher
@@ -122,10 +123,15 @@ class Ruler:
 
         Raises:
             CheckpointError: a tensor that is not finite, or contradicts others.
+            NonFiniteError: what it predicts is not finite.
         """
         with Checkpoint.open(folder) as candidate:
             states = self._run(candidate, title, watcher)
             found = compare_states((self.source, reference), (candidate, states), self.config, self.cases)
+        if not math.isfinite(found.kl):
+            raise NonFiniteError(
+                "its predictions hold NaN or infinity; give it more bits, or leave KL out with --no-kl"
+            )
         return Divergence(found.positions, found.kl, found.kl_error, found.top1)
 
     def forecast(self) -> tuple[tuple[StepPlan, ...], int]:

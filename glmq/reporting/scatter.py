@@ -46,6 +46,7 @@ def scatter_chart(points: Sequence[Point], what: str, say: Callable[[float], str
         what: the values are; stands at the upright axis.
         say: writes a value.
     """
+    points = [point for point in points if math.isfinite(point.value)]
     positive = [point.value for point in points if point.value > 0]
     if not positive:
         return remark(f"No {what} above zero.")

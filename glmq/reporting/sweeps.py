@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> tuple[bool, ...]:
     )
 
 
+def _finite(error: float) -> float | None:
+    """JSON has no infinity, which a linear whose float output is zero may have."""
+    return error if math.isfinite(error) else None
+
+
 def sweep_document(found: Sweep) -> JsonObject:
     """`glmq sweep --json`, and glmq_sweep.json."""
     return {
@@ -136,8 +142,8 @@ def sweep_rows(found: Sweep) -> list[JsonObject]:
             "bits": row.bits,
             "output_bytes": row.output_bytes,
             "expected_bytes": row.expected_bytes,
-            "median_error": row.median_error,
-            "worst_error": row.worst_error,
+            "median_error": _finite(row.median_error),
+            "worst_error": _finite(row.worst_error),
             "worst_linear": row.worst_linear,
             "kept_float": row.kept_float,
             "positions": None if row.divergence is None else row.divergence.positions,

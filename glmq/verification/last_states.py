@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -93,13 +94,13 @@ class _Forward:
         """Do the work; yields the name of each block when it is done."""
         if self._has_images:
             self._start_vision()
-            for block in self._family.vision_blocks(self._config)[: self._config.vision_depth]:
-                yield self._replay(block.name)
+            for block, after in pairwise(self._family.vision_blocks(self._config)):  # the last is the merger
+                yield self._replay(block.name, after.name)
         self._start_text()
         if self._has_images:
             yield self._done(self._family.merger_block(self._config).name)
-        for block in self._family.text_blocks(self._config):
-            yield self._replay(block.name)
+        for block, after in pairwise((*self._family.text_blocks(self._config), self._family.head_block(self._config))):
+            yield self._replay(block.name, after.name)
 
     def last_states(self) -> LastStates:
         """What the last norm gives; needs all blocks done."""
@@ -127,9 +128,11 @@ class _Forward:
                 with model.embedding_rows(inputs.ids):
                     self._calls[index] = model.text_call(inputs, vision.pop(index, None))
 
-    def _replay(self, name: str) -> str:
+    def _replay(self, name: str, after: str) -> str:
+        """Run a block, while the one after it is read ahead."""
         model, tokens, passed = self._model, sum(map(_tokens, self._calls.values())), 0
         with placed(model, name):
+            model.source.prefetch(one for one in model.source if one.startswith(f"{after}."))
             for done, call in enumerate(self._calls.values()):
                 self._step(BlockStep(name, self._index, done, len(self._calls), "samples", passed / tokens))
                 call.hidden = model.replay(name, call)

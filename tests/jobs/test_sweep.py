@@ -216,13 +216,13 @@ def test_a_front_holds_what_no_other_point_beats() -> None:
             (Variant("a/b", Recipe.w8a8()),),
             "recipe 1: the name 'a/b' cannot be a folder's; take letters, digits, _ . and -, at most 60",
         ),
-        ((SPARSE, replace(DENSE, name="3-bits")), "recipes 1 and 2 are both named '3-bits'; give one another name"),
+        ((SPARSE, replace(DENSE, name="3-bits")), "recipes 1 and 2 are both named 3-bits; give one another name"),
         (
             (
                 SPARSE,
                 Variant("b", make_recipe(Options(w_bit=4, is_lowbit=True, torch_dtype="fp16", target_ratio=0.375))),
             ),
-            "recipes '3-bits' and 'b' are the same; drop one of them",
+            "recipes 1 (3-bits) and 2 (b) are the same; drop one of them",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """The page and the chart of a sweep: the best are told from the others by more than a colour, and names do not collide."""
 
+import json
+import math
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -52,6 +54,13 @@ def test_a_sweep_without_kl_has_one_chart_and_says_nothing_of_it() -> None:
     assert [one["kl"] for one in sweep_document(found)["rows"]] == [None, None]
 
 
+def test_an_error_without_bounds_is_null_in_json_and_said_on_the_page() -> None:
+    found = sweep(row("a", 10, math.inf, None), row("b", 20, 0.1, None))
+    assert json.loads(json.dumps(sweep_document(found), allow_nan=False))["rows"][0]["worst_error"] is None
+    assert found.best_by_error == (True, True)
+    assert "inf" in sweep_page(found)
+
+
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_names_in_the_chart_stay_inside_and_apart(count: int) -> None:
     points = [Point(f"recipe-{n}", 10**9 + n * 10**7, 0.1 / (1 + n), 0.001, n % 3 > 0) for n in range(count)]
@@ -73,7 +82,7 @@ def test_names_in_the_chart_stay_inside_and_apart(count: int) -> None:
 
 def test_a_chart_of_equal_sizes_and_of_zeros_can_be_drawn() -> None:
     same = [Point("a", 100, 0.0, 0.0, True), Point("b", 100, 0.5, 0.0, False)]
-    assert "<svg" in scatter_chart(same, "error", percent)
+    assert "<svg" in scatter_chart([*same, Point("c", 100, math.inf, 0.0, False)], "error", percent)
     assert (
         scatter_chart([Point("a", 100, 0.0, 0.0, True)], "error", percent)
         == '<p class="muted">No error above zero.</p>'
