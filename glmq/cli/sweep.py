@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -13,6 +13,7 @@ from glmq.cli.presets import PresetName
 
 RECIPES = "Recipes"
 KL = "KL"
+DEFAULT_PRESET: Final = "300i-duo"
 
 
 def sweep(
@@ -46,7 +47,7 @@ def sweep(
         PresetName,
         typer.Option("--preset", help="The other flags of these recipes.", rich_help_panel=RECIPES),
         Tier.USUAL,
-    ] = "300i-duo",
+    ] = DEFAULT_PRESET,
     keep: Annotated[
         Path | None,
         typer.Option(
@@ -129,11 +130,14 @@ def sweep(
     from glmq.cli.stopped import resuming_command
     from glmq.cli.sweep_recipes import RecipeReader
     from glmq.cli.sweep_view import plan_document, show_sweep, show_sweep_plan
+    from glmq.errors import UsageError
     from glmq.jobs.sweep import forecast_sweep, run_sweep
     from glmq.jobs.sweep_recipes import SweepJob, SweepOptions
     from glmq.jobs.verify import CaseOptions
     from glmq.reporting.sweeps import sweep_document
 
+    if target_bits is None and preset != DEFAULT_PRESET:
+        raise UsageError(f"--preset {preset} has no effect without --target-bits; a recipe of the file names its own")
     reader = RecipeReader()
     variants = [] if recipes is None else reader.read_file(recipes)
     variants += [] if target_bits is None else reader.read_bits(target_bits, preset)

@@ -13,7 +13,7 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_json, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
-from glmq.checkpoint.workplace import check_output, foreseen
+from glmq.checkpoint.workplace import Workplace, check_output, foreseen, has_progress
 from glmq.errors import LaunchError, UsageError
 from glmq.jobs.given_statistics import open_statistics
 from glmq.jobs.sweep_recipes import SweepJob, SweepOptions, Variant, check_variants
@@ -170,6 +170,9 @@ def _check_places(job: SweepJob, *, overwrite: bool, resume: bool) -> None:
         raise LaunchError("glmq sweep: needs no torchrun, one process goes through all recipes; run it alone")
     check_variants(job.variants)
     options = job.options
+    idle = {"--calib-images": options.cases.images, "--cases": options.cases.cases}
+    for option in (name for name, path in idle.items() if path is not None and not options.kl):
+        raise UsageError(f"{option} with --no-kl: no model is run over the samples; drop one of them")
     inputs = {
         "the float weights": job.model_path,
         "the statistics": job.stats_path,
@@ -178,10 +181,11 @@ def _check_places(job: SweepJob, *, overwrite: bool, resume: bool) -> None:
     }
     check_apart(job.out_path, "--out", {**inputs, "the weights that stay": options.keep})
     check_output(job.out_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
+    goes_on = resume and has_progress(Workplace.of(job.out_path, options.work_dir).work)
     for place in filter(None, map(job.place_of, job.variants)):
         check_apart(place, "--keep", {**inputs, "the reports": job.out_path})
-        if not resume:  # what an interrupted sweep has finished lies there
-            check_output(place, overwrite=overwrite, work_dir=options.work_dir)
+        if not goes_on:  # else what the interrupted sweep has finished lies there
+            check_output(place, overwrite=overwrite, resume=resume, work_dir=options.work_dir)
 
 
 @contextmanager

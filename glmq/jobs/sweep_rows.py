@@ -133,19 +133,19 @@ class SweepRows:
         rows: list[SweepRow | SweepFailure] = []
         failed: GlmqError | None = None
         for variant in variants:
-            if not self._journal.has(_block(variant)):
-                try:
+            try:
+                if not self._journal.has(_block(variant)):
                     row = self._make_row(variant, reference)
                     self._journal.record(_block(variant), {"row": json.dumps(asdict(row))})
-                except (OutputError, ResumeError):
-                    raise
-                except (UsageError, InputError) as error:
-                    failed = error
-                    self._journal.record(_block(variant), {"failure": str(error)})
-                    self._watcher.note(f"{variant.name}: not made: {error}")
-            if self._work.job.place_of(variant) is None:
-                shutil.rmtree(self._candidate(variant), ignore_errors=True)
-            rows.append(self._read_row(variant))
+                rows.append(self._read_row(variant))
+            except (OutputError, ResumeError):
+                raise
+            except (UsageError, InputError) as error:
+                failed = error
+                rows.append(SweepFailure(variant.name, str(error), self._work.job.command_of(variant)))
+                self._watcher.note(f"{variant.name}: not made: {error}")
+            if self._work.job.place_of(variant) is None and self._candidate(variant).is_dir():
+                shutil.rmtree(self._candidate(variant))
         if failed is not None and not any(isinstance(row, SweepRow) for row in rows):
             raise failed
         return rows
@@ -208,15 +208,12 @@ class SweepRows:
         rows = [] if line is None else json.loads(str(line["curves"]))
         return tuple(RateCurve(**{**row, "bits": tuple(row["bits"]), "loss": tuple(row["loss"])}) for row in rows)
 
-    def _read_row(self, variant: Variant) -> SweepRow | SweepFailure:
-        """What the journal says of a recipe; name and command are those of this run."""
-        line, command = self._journal.finished[_block(variant)], self._work.job.command_of(variant)
-        if "row" not in line:
-            return SweepFailure(variant.name, str(line["failure"]), command)
-        values = json.loads(str(line["row"]))
+    def _read_row(self, variant: Variant) -> SweepRow:
+        """What the journal says of a recipe; the command is that of this run."""
+        values = json.loads(str(self._journal.finished[_block(variant)]["row"]))
         found = values.pop("divergence")
         row = SweepRow(**values, divergence=None if found is None else Divergence(**found))
-        return replace(row, command=command)
+        return replace(row, command=self._work.job.command_of(variant))
 
     def _tell(self, variant: Variant, event: Event) -> None:
         """Pass on an event of a quantization, as a part of the sweep; notes that several recipes have in common once."""

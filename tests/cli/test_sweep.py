@@ -9,6 +9,7 @@ import pytest
 from cli.command_line import glmq, run
 from helpers import refused, tree
 
+from glmq.checkpoint.journal import Journal
 from glmq.cli.sweep_recipes import RecipeReader
 from glmq.quantization.flags import recipe_flags
 from glmq.quantization.recipe import Options, make_recipe
@@ -120,12 +121,51 @@ def test_the_command_of_each_row_makes_what_the_sweep_made(small: Path, small_st
         assert row["command"] == command.replace(f"{tmp_path}/a-", f"{tmp_path}/kept/")
 
 
+def test_a_stopped_sweep_says_what_is_finished_and_how_to_go_on(
+    small: Path, small_stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Journal.record
+
+    def stop(self: Journal, block: str, payload: dict[str, object]) -> None:
+        record(self, block, payload)
+        if block.startswith("w8a8 "):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "record", stop)
+    (tmp_path / "two.toml").write_text('[[recipe]]\nname = "w8a8"\n[[recipe]]\nname = "fp16"\ntorch_dtype = "fp16"\n')
+    words = ["sweep", f"{tmp_path}/two.toml", "--model_path", f"{small}", "--stats", f"{small_stats}", "--no-kl"]
+    stopped = run(*words, "--out", tmp_path / "out")
+    assert stopped.exit_code == 130
+    work = tmp_path / ".out.partial"
+    resuming = f"root {' '.join(words)} --out {tmp_path}/out --resume"
+    first, place, resume, clean = stopped.stderr.splitlines()[-4:]
+    assert first == "error: stopped by Ctrl-C; w8a8: quantize (pass 1 of 2): 6 of 6 blocks are finished"
+    assert place.startswith(f"  unfinished: {work}, ")
+    assert (resume, clean) == (f"  to continue: {resuming}", f"  to remove: glmq clean --yes {tmp_path}")
+    assert f"{work}: sweep, " in glmq("clean", tmp_path).stdout
+    monkeypatch.setattr(Journal, "record", record)
+    ended = glmq(*words, "--out", tmp_path / "out", "--resume")
+    assert "w8a8: quantize" not in ended.stderr
+    assert "fp16: quantize" in ended.stderr
+    assert not work.exists()
+
+
 def test_a_sweep_over_nothing_and_one_without_statistics_are_refused(small: Path, tmp_path: Path) -> None:
     base = ["sweep", "--model_path", small, "--stats", tmp_path / "none", "--out", tmp_path / "out"]
     nothing = run(*base)
     assert (nothing.exit_code, nothing.stderr) == (
         2, "error: no recipe to sweep over; give a TOML file of [[recipe]] tables, --target-bits, or both\n",
     )  # fmt: skip
+    idle = run(*base, "--preset", "800i-a2")
+    assert (idle.exit_code, idle.stderr) == (
+        2,
+        "error: --preset 800i-a2 has no effect without --target-bits; a recipe of the file names its own\n",
+    )
+    unused = run(*base, "--target-bits", "3", "--no-kl", "--cases", tmp_path / "cases.jsonl")
+    assert (unused.exit_code, unused.stderr) == (
+        2,
+        "error: --cases with --no-kl: no model is run over the samples; drop one of them\n",
+    )
     without = run(*base, "--target-bits", "3")
     assert without.exit_code == 4
     assert "has no statistics.json, so it is not a finished statistics folder; run `glmq calibrate` first" in (

@@ -152,11 +152,12 @@ def test_resuming_with_other_samples_names_both(job: SweepJob, tmp_path: Path, m
     again = replace(job, out_path=tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):
         run_sweep(again, overwrite=False, resume=False, watch=None)
-    for options, had, has in (
-        (replace(again.options, kl=False), "--kl", "--no-kl"),
-        (replace(again.options, cases=replace(again.options.cases, limit=2)), "--limit 1", "--limit 2"),
+    cases = again.options.cases
+    for chosen, had, has in (
+        (replace(cases, max_pixels=4000), "no --max-pixels", "--max-pixels 4000"),
+        (replace(cases, limit=2), "--limit 1", "--limit 2"),
     ):
-        other = replace(again, options=options)
+        other = replace(again, options=replace(again.options, cases=chosen))
         assert refused(lambda: run_sweep(other, overwrite=False, resume=True, watch=None)) == (  # noqa: B023 - called here
             2,
             f"--resume: the unfinished run in {tmp_path}/.out.partial had {had}, this one has {has}; run with the same, or "
@@ -241,6 +242,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         2,
         f"{tmp_path}/out: is the folder of the weights that stay; choose another --out",
     )
+    (tmp_path / "keep" / "w8a8").mkdir(parents=True)
+    (tmp_path / "keep" / "w8a8" / "mine").touch()
+    keeping = replace(here, options=SweepOptions(keep=tmp_path / "keep", kl=False))
+    taken = f"{tmp_path}/keep/w8a8: is not empty; choose another folder, or pass --overwrite to replace its contents"
+    assert said(keeping) == (2, taken)
+    assert refused(lambda: run_sweep(keeping, overwrite=False, resume=True, watch=None)) == (2, taken)
+    assert forecast_sweep(keeping, overwrite=False, watch=None).obstacles == (taken,)
     wrong = Variant("wrong", make_recipe(Options(keep_float=("*.no_such",))))
     code, sentence = said(replace(here, variants=(DENSE, wrong)))
     assert code == 2
@@ -252,7 +260,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert said(here) == (2, "glmq sweep: needs no torchrun, one process goes through all recipes; run it alone")
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["keep"]
 
 
 def test_the_samples_of_the_statistics_are_found_again_by_their_checksums(small_stats: Path) -> None:
