@@ -16,7 +16,7 @@ SIDE: Final = 420
 """Width of the drawing: two stand side by side on a large page, and one is legible on a small one."""
 LEFT, RIGHT, TOP, BOTTOM = 58, 410, 26, 290
 """Of the field in it."""
-NAME_WIDTH: Final = 6.8
+NAME_WIDTH: Final = 6.3
 """Of a letter, about."""
 NEAR: Final = 16
 """A name farther above or below its point is joined to it by a thin line."""
@@ -110,7 +110,7 @@ def _name(point: Point, x: float, y: float, taken: list[Box]) -> str:
     free = (
         box
         for box in tried
-        if box[0] > LEFT and box[2] < SIDE and box[1] > TOP - 12 and box[3] < BOTTOM and not _overlaps(box, taken)
+        if box[0] > LEFT - 6 and box[2] < SIDE and box[1] > TOP - 12 and box[3] < BOTTOM and not _overlaps(box, taken)
     )
     box = next(free, tried[0])
     taken.append(box)

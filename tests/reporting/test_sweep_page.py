@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from reporting.test_charts import EVIL, Checker
 
-from glmq.reporting.scatter import Point, scatter_chart
+from glmq.reporting.scatter import NAME_WIDTH, SIDE, Point, scatter_chart
 from glmq.reporting.sweep_page import sweep_page
 from glmq.reporting.sweeps import Divergence, Sweep, SweepFailure, SweepRow, sweep_document
 from glmq.reporting.words import percent
@@ -70,9 +70,9 @@ def test_names_in_the_chart_stay_inside_and_apart(count: int) -> None:
     assert len(names) == count
     boxes = []
     for text in names:
-        x, y, wide = float(text.attrib["x"]), float(text.attrib["y"]), 6.8 * len(text.text or "")
+        x, y, wide = float(text.attrib["x"]), float(text.attrib["y"]), NAME_WIDTH * len(text.text or "")
         left = x - wide if text.attrib["text-anchor"] == "end" else x
-        assert 0 < left < left + wide <= 420
+        assert 0 < left < left + wide <= SIDE
         boxes.append((left, y - 10, left + wide, y + 2))
     for i, one in enumerate(boxes):
         for other in boxes[:i]:
