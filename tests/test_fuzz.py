@@ -10,8 +10,8 @@ QUICK = [name for name in READERS if name not in SLOW]
 
 
 @pytest.mark.slow
-def test_hostile_files_end_in_a_result_or_in_one_sentence(tmp_path: Path) -> None:
-    make_good(tmp_path)
+def test_hostile_files_end_in_a_result_or_in_one_sentence(small: Path, tmp_path: Path) -> None:
+    make_good(tmp_path, small)
     found = [
         *fuzz(tmp_path, tmp_path, range(30, 500), QUICK),
         *fuzz(tmp_path, tmp_path, range(30), SLOW),

@@ -191,9 +191,9 @@ def alter(data: bytes, name: str, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-def make_good(root: Path) -> None:
-    """The folders that inputs are made from."""
-    shutil.copytree(TINY_CHECKPOINT, root / "model", ignore=shutil.ignore_patterns("cases", "pictures"))
+def make_good(root: Path, model: Path = TINY_CHECKPOINT) -> None:
+    """The folders that inputs are made from, of this float model."""
+    shutil.copytree(model, root / "model", ignore=shutil.ignore_patterns("cases", "pictures"))
     (root / "pictures").mkdir()
     for path in sorted(TINY_PICTURES.iterdir())[:2]:
         shutil.copy(path, root / "pictures")
