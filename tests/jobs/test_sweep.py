@@ -60,6 +60,7 @@ def test_nothing_is_left_but_reports(swept: Sweep) -> None:
     assert len((swept.folder / "glmq_sweep.csv").read_text().splitlines()) == 1 + len(swept.rows)
 
 
+@pytest.mark.slow
 def test_a_row_says_what_quantize_and_verify_say(
     swept: Sweep, job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +171,7 @@ def test_resuming_with_other_samples_names_both(job: SweepJob, tmp_path: Path, m
     )
 
 
+@pytest.mark.slow
 def test_a_recipe_that_cannot_be_made_is_said_and_the_others_go_on(
     job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
