@@ -100,8 +100,10 @@ def run_verb(name: str, arguments: list[object], work: Path, *, codes: tuple[int
     return done, json.loads(done.output[done.output.index("{") :])
 
 
-def show_verb(name: str, done: Measured, document: dict, rates: dict[str, float], plain: tuple[float, float]) -> None:
-    """The process, then its passes stage by stage."""
+def show_verb(name: str, done: Measured, document: dict, rates: dict[str, float], plain: tuple[float, float]) -> float:
+    """The process, then its passes stage by stage. Returns the seconds that this machine needs at least: the products at
+    F.linear's rate, and what is read and written at the disk's."""
+    bound = 0.0
     print(f"{name:12}{done.wall_s:10.1f} s wall{done.cpu_s:10.1f} s CPU{done.peak_mib:10.0f} MiB peak", flush=True)
     for one in document.get("passes", ()):
         measured = sum(stage["seconds"] for stage in one["stages"])
@@ -111,13 +113,16 @@ def show_verb(name: str, done: Measured, document: dict, rates: dict[str, float]
             if stage["flops"] and stage["stage"] in MATRIX_STAGES:
                 rate = stage["flops"] / stage["seconds"]
                 of = rates["vision" if stage["stage"] == "vision" else "text"]
+                bound += stage["flops"] / of
                 line += f"{rate / 1e9:9.1f} GFLOP/s, {rate / of:.0%} of F.linear"
             elif stage["nbytes"] and stage["stage"] in DISK_STAGES:
                 wanted = stage["nbytes"] * {"read": plain[0], "write": plain[1], "copy": sum(plain) / 2}[stage["stage"]]
+                bound += wanted
                 line += (
                     f"{stage['nbytes'] / stage['seconds'] / 1e9:9.2f} GB/s, {wanted / stage['seconds']:.0%} of plain"
                 )
             print(line)
+    return bound
 
 
 def run_pipeline(model: Path, images: Path, work: Path) -> None:
@@ -132,10 +137,16 @@ def run_pipeline(model: Path, images: Path, work: Path) -> None:
         f"F.linear float32: {rates['text'] / 1e9:.0f} GFLOP/s on text shapes, {rates['vision'] / 1e9:.0f} on vision shapes; "
         f"plain read {1e-9 / plain[0]:.2f} GB/s, write {1e-9 / plain[1]:.2f} GB/s; {torch.get_num_threads()} threads"
     )
-    show_verb("calibrate", *calibrated, rates, plain)
+    least = show_verb("calibrate", *calibrated, rates, plain)
     options: list[object] = ["--model_path", model, "--stats", stats, "--save_directory", quantized, *SEED]
     made = run_verb("quantize", options, work)
-    show_verb("quantize", *made, rates, plain)
+    least += show_verb("quantize", *made, rates, plain)
+    both = calibrated[0].wall_s + made[0].wall_s
+    print(
+        f"both {both:.0f} s; the products at F.linear's float32 rate, reading and writing at the disk's take {least:.0f} s: "
+        f"{both / least:.2f} x",
+        flush=True,
+    )
     nothing_done = run_verb(
         "quantize",
         ["--model_path", model, "--stats", stats, "--save_directory", work / "w8a8", "--method", "plain",
