@@ -216,9 +216,9 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes)
 
     def pieces(
-        self, name: str, start: int = 0, stop: int | None = None, size: int = PIECE_BYTES
+        self, name: str, start: int = 0, stop: int | None = None, size: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
-        """The tensor, or rows start..stop of its dimension 0, some `size` bytes at a time and in order.
+        """The tensor, or rows start..stop of its dimension 0, some `size` bytes (PIECE_BYTES) at a time and in order.
 
         Yields:
             the first row of each piece, and the piece: [rows, ...] in the stored dtype. A scalar comes whole.
@@ -231,7 +231,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
             yield 0, self.read(name)
             return
         stop = info.shape[0] if stop is None else stop
-        height = max(1, size * info.shape[0] // max(info.nbytes, 1))
+        height = max(1, (size or PIECE_BYTES) * info.shape[0] // max(info.nbytes, 1))
         for row in range(start, stop, height):
             yield row, self.read_rows(name, row, min(row + height, stop))
 
