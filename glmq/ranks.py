@@ -95,8 +95,9 @@ class Ranks:
     ) -> None:
         self.place: Final = place
         self._time_limit, self._meeting_limit, self._note = time_limit, meeting_limit, note
-        # Until the group is gone. torch 2.4 waits for the group's threads without giving up the interpreter lock, which a
-        # thread that is not done with tensors takes where Python has let them go.
+        # All of them, until the group is gone. torch 2.4 waits for the group's threads without giving up the interpreter lock,
+        # which a thread that is not done with tensors takes where Python has let them go; on a busy machine one is late by
+        # several exchanges.
         self._exchanged: list[Tensor] = []
 
     def __enter__(self) -> Ranks:
@@ -229,7 +230,7 @@ class Ranks:
 
     def _all_gather(self, own: torch.Tensor) -> list[torch.Tensor]:
         every = [torch.empty_like(own) for _ in range(self.place.world)]
-        self._exchanged = [own, *every]
+        self._exchanged += [own, *every]
         dist.all_gather(every, own)
         return every
 
