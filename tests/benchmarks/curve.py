@@ -199,7 +199,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as text:
             folder = Path(text)
             keep = a.keep or folder / "peers"
-            peer = a.reference_python and Peer("reference", a.reference_python, a.reference_runner, keep)
+            peer = a.reference_python and Peer(
+                "reference", a.reference_python, a.reference_runner, TINY_CHECKPOINT, keep
+            )
             points = list(measure_points(Judge(a.judge, TINY_CHECKPOINT), peer, folder))
         path.write_text("[\n" + ",\n".join(json.dumps(asdict(point)) for point in points) + "\n]\n")
     CHART.write_text(draw(points))
