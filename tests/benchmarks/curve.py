@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -26,8 +26,9 @@ from typing import Final
 import torch
 from fidelity import Judge, Peer
 
-from glmq.jobs import quantize as quantize_job
+from glmq.jobs import measured
 from glmq.jobs.calibrate import CalibrationOptions, calibrate
+from glmq.jobs.quantize import quantize
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.spec import Method
@@ -77,18 +78,18 @@ def measure_points(judge: Judge, peer: Peer | None, folder: Path) -> Iterator[Po
     def quantized(**changes: object) -> Path:
         options = Options(**{**asdict(SPARSE), **changes})  # type: ignore[arg-type]
         recipe = make_recipe(options)
-        return quantize_job.quantize(TINY_CHECKPOINT, stats, out=folder / "out", recipe=recipe, overwrite=True).folder
+        return quantize(TINY_CHECKPOINT, stats, out=folder / "out", recipe=recipe, overwrite=True).folder
 
     flags_of = [{"use_sigma": True}, *({"fraction": f} for f in FRACTIONS)]
     for label, flags in zip(labels, flags_of, strict=True):
         yield judged("nearest", label, quantized(method=Method.PLAIN.value, **flags))
-    spread: Callable[..., dict[str, float]] = quantize_job._spread_bits
-    quantize_job._spread_bits = lambda *_, **__: {}  # each linear then follows its own rule
+    spread = measured.spread_bits
+    measured.spread_bits = lambda *_, **__: {}  # each linear then follows its own rule
     try:
         for label, flags in zip(labels, flags_of, strict=True):
             yield judged("compensated", label, quantized(**flags))
     finally:
-        quantize_job._spread_bits = spread
+        measured.spread_bits = spread
     for target in TARGETS:
         yield judged("planned", f"{target} bits", quantized(target_bits=target))
 

@@ -255,9 +255,9 @@ class Peer:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--judge", type=Path, required=True)
-    for peer in ("reference", "llmc"):
-        parser.add_argument(f"--{peer}-python", type=Path)
-        parser.add_argument(f"--{peer}-runner", type=Path)
+    for tool in ("reference", "llmc"):
+        parser.add_argument(f"--{tool}-python", type=Path)
+        parser.add_argument(f"--{tool}-runner", type=Path)
     parser.add_argument("--model", type=Path, default=TINY_CHECKPOINT, help="with its `pictures` and `cases`")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))

@@ -27,7 +27,7 @@ from glmq.jobs.quantize import quantize
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats
 from glmq.numerics.smooth import ScaleChoice
-from glmq.quantization import layer
+from glmq.quantization import group
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.spec import QuantType, Smoothing
 
@@ -74,7 +74,7 @@ def main() -> None:
     judge = Judge(a.judge, TINY_CHECKPOINT)
     print("| mode | method | smoothing | bits | images: error | KL | texts: error | KL |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    own: Chooser = layer.choose_scales
+    own: Chooser = group.choose_scales
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         calibration = CalibrationOptions(images=TINY_PICTURES)
@@ -89,11 +89,11 @@ def main() -> None:
                     options = replace(MODES[name], anti_method=anti, method=method)
                     out = folder / "out"
                     recipe = make_recipe(options)
-                    layer.choose_scales = chooser  # type: ignore[assignment]
+                    group.choose_scales = chooser  # type: ignore[assignment]
                     try:
                         quantize(TINY_CHECKPOINT, folder / "stats", out=out, recipe=recipe, overwrite=True)
                     finally:
-                        layer.choose_scales = own  # type: ignore[assignment]
+                        group.choose_scales = own  # type: ignore[assignment]
                     images, texts = (judge(out, kind) for kind in ("images", "texts"))
                     print(
                         f"| {name} | {method} | {label} | {images.entropy_bits:.2f} | {images.linear_err:.4f} | "
