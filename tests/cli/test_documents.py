@@ -1,4 +1,4 @@
-"""The documents hold what a reader can do: shell blocks run on the embedded model, links lead somewhere, languages agree.
+"""The documents hold what a reader can do: shell blocks run on half of the tiny model, links lead somewhere, languages agree.
 
 A block whose fence has a title, like ```` ```shell title="with an NPU" ````, needs what tests do not have; it is parsed alone.
 """
@@ -16,6 +16,7 @@ from typing import Final
 import pytest
 import typer
 from cli.command_line import glmq
+from helpers import W8A8S, calibrate, quantize
 
 from glmq.calibration.samples import builtin_texts
 from glmq.cli.app import app
@@ -107,25 +108,24 @@ def _parse(words: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def kitchen(
-    tiny: Path, pictures: Path, tiny_stats: Path, tiny_seed: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def kitchen(half: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the blocks run, with what a reader has: weights, pictures, and what earlier steps wrote."""
     folder = tmp_path_factory.mktemp("documents")
     images = folder / PLACEHOLDERS["folder of images"]
     images.mkdir()
     for picture in sorted(pictures.iterdir())[:2]:
         (images / picture.name).symlink_to(picture)
-    for name, place in (("float weights", tiny), ("statistics", tiny_stats), ("W8A8S weights", tiny_seed)):
-        (folder / PLACEHOLDERS[name]).symlink_to(place)
+    (folder / PLACEHOLDERS["float weights"]).symlink_to(half)
+    stats = calibrate(half, folder / PLACEHOLDERS["statistics"], images, texts=False)
+    quantize(half, stats, folder / PLACEHOLDERS["weights"])
+    quantize(half, stats, folder / PLACEHOLDERS["W8A8S weights"], **W8A8S)
     (recipes,) = RECIPES.findall((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
     (folder / "recipes.toml").write_text(recipes, encoding="utf-8")
-    glmq("quantize", "--model_path", tiny, "--stats", tiny_stats, "--save_directory", folder / "W8A8_weights", "-q")
     return folder
 
 
 @pytest.mark.slow
-def test_the_blocks_run_on_the_embedded_model(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_run_on_half_of_the_embedded_model(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command once, however often the documents name it: they share what the first has written."""
     monkeypatch.chdir(kitchen)
     images = kitchen / PLACEHOLDERS["folder of images"]
@@ -144,10 +144,6 @@ def _run(words: list[str]) -> None:
     """Run a command; what it writes replaces what an earlier block has written to the same place."""
     into = words[words.index(">") + 1] if ">" in words else None
     words = words[: words.index(">")] if into else words
-    for option in ("--save_directory", "--save-directory", "--stats"):
-        place = Path(words[words.index(option) + 1]) if option in words else None
-        if place is not None and place.is_symlink() and (option != "--stats" or words[0] == "calibrate"):
-            place.unlink()  # what the fixtures share stays as it is
     writes = words[0] in ("calibrate", "quantize", "sweep", "compress") and "--overwrite" not in words
     result = glmq(*words, *(["--overwrite"] if writes else []))
     if into:

@@ -3,14 +3,12 @@
 Every documented option passes in tests/cli/test_own_verify.py.
 """
 
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import W8A8S, calibrate, edit_json, edit_tensors, findings_as_of_another_tool, quantize
-from safetensors.torch import load_file, save_file
+from helpers import W8A8S, calibrate, edit_tensors, findings_as_of_another_tool, quantize
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.verification.findings import Check
@@ -45,27 +43,15 @@ def wide(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first half of the trained model: three of its text layers."""
-    folder = tmp_path_factory.mktemp("trained") / "model"
-    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors*", "cases", "pictures"))
-    edit_json(folder / "config.json", lambda config: config["text_config"].update(num_hidden_layers=3))
-    tensors = {name: tensor for path in tiny.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    kept = {name: tensor for name, tensor in tensors.items() if not re.search(r"language_model\.layers\.[345]\.", name)}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained_wide(trained: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate(trained, tmp_path_factory.mktemp("wide") / "stats", pictures, limit=3, wide_moments=True)
+def half_wide(half: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrate(half, tmp_path_factory.mktemp("wide") / "stats", pictures, limit=3, wide_moments=True)
 
 
 @pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED)
 def test_the_coarsest_options_pass_on_a_trained_model(
-    trained: Path, trained_wide: Path, tmp_path: Path, options: dict[str, object]
+    half: Path, half_wide: Path, tmp_path: Path, options: dict[str, object]
 ) -> None:
-    assert findings_as_of_another_tool(quantize(trained, trained_wide, tmp_path / "out", **options), trained) == []
+    assert findings_as_of_another_tool(quantize(half, half_wide, tmp_path / "out", **options), half) == []
 
 
 @pytest.fixture(scope="module")
