@@ -457,7 +457,7 @@ def candidates(
         if vendor is not None:
 
             def run(theirs: Mapping[str, object] = theirs, mode: str = mode) -> Path:
-                out = (folder / f"vendor {mode}").resolve()
+                out = (folder / "-".join(["vendor", *mode.split()])).resolve()  # it opens no path with a space
                 if not list(out.glob("*.safetensors")):
                     command = [vendor, "-c", VENDOR, model.folder.resolve(), out, json.dumps(theirs), windows.resolve()]
                     subprocess.run([str(part) for part in command], check=True, cwd=folder, capture_output=True)
