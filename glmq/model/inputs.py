@@ -292,7 +292,7 @@ def _read_processor_settings(directory: Path, config: ModelConfig) -> _Processor
 def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The model's tokenizer. Raises ModelError that names the file that is to blame, where one is."""
     with lean_transformers():
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer, Glm4vConfig, PreTrainedTokenizerFast
 
     if not str(directory).isascii() and SURROGATE.search(str(directory)):
         raise SideFileError(
@@ -306,8 +306,9 @@ def _load_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTo
     try:
         tokenizer: PreTrainedTokenizerBase
         if older == found:
+            # Only the kind of model counts here: transformers 5.24 trips over a config.json whose dtype is "auto".
             tokenizer = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code
+                directory, config=Glm4vConfig(), local_files_only=True, trust_remote_code=trust_remote_code
             )
         else:  # as transformers 5 saves it; one before 5 would not know the class, or what to do with a list
             extra = older.get("additional_special_tokens") or []
