@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from helpers import refused, tree
 
-import glmq
 from glmq.calibration.manifest import SampleTokens
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.checksums import read_checksums
@@ -21,18 +19,7 @@ from glmq.compression.restore import decompress_checkpoint, read_portable_manife
 from glmq.verification.files import read_report, row_of
 
 FILES = Path(__file__).parent / "old_files"
-FORMATS = Path(__file__).parents[1] / "docs" / "formats.md"
-SCHEMA = re.compile(r'"(glmq\.[a-z-]+/\d+)"')
 Q = "model.language_model.layers.0.self_attn.q_proj"
-
-
-def test_every_schema_that_glmq_names_has_an_old_file_and_is_among_the_formats() -> None:
-    named = {name for path in Path(glmq.__file__).parent.rglob("*.py") for name in SCHEMA.findall(path.read_text())}
-    kept = {name for path in FILES.rglob("*.json*") for name in SCHEMA.findall(path.read_text())}
-    assert named == kept
-    said = FORMATS.read_text(encoding="utf-8")
-    older = {"glmq.statistics/1", "glmq.checksums/1"}
-    assert {name for name in named - older if f"`{name}`" not in said} == set()
 
 
 def test_a_matrix_of_gqsc_1_is_read_by_every_version() -> None:

@@ -227,7 +227,7 @@ def _unpack_class_map(packed: memoryview, cols: int, classes: int) -> NDArray[np
         raise CodecError("compressed weight: class map: the bits after the last column are not zero; it is altered")
     spread = flat[: cols * bits].reshape(cols, bits)
     class_of_column: NDArray[np.uint8] = (spread << np.arange(bits, dtype=np.uint8)).sum(1, dtype=np.uint8)
-    highest = int(class_of_column.max())
+    highest = int(np.max(class_of_column))
     if highest >= max(classes, 1):
         raise CodecError(f"compressed weight: class map: a column of class {highest}, of {classes}; it is altered")
     return class_of_column

@@ -1,6 +1,7 @@
 """Who reads a JSON document of glmq finds tomorrow what an older one had: each key, with the same kind of value."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -8,14 +9,26 @@ from pathlib import Path
 import pytest
 from cli.command_line import run
 
+import glmq
 from glmq.checkpoint.folder import OutputFolder
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.run_note import RunNote
 
 FILES = Path(__file__).parents[1] / "old_files"
+FORMATS = Path(__file__).parents[2] / "docs" / "formats.md"
+SCHEMA = re.compile(r'"(glmq\.[a-z-]+/\d+)"')
 MAPS = {"versions", "packages", "disks", "kernels", "counts", "schemes"}
 """Keys whose objects have names of the data for keys."""
 KINDS = {dict: "object", list: "list", bool: "truth", int: "number", float: "number", str: "text", type(None): "null"}
+
+
+def test_every_schema_that_glmq_names_has_an_old_file_and_is_among_the_formats() -> None:
+    named = {name for path in Path(glmq.__file__).parent.rglob("*.py") for name in SCHEMA.findall(path.read_text())}
+    kept = {name for path in FILES.rglob("*.json*") for name in SCHEMA.findall(path.read_text())}
+    assert named == kept
+    said = FORMATS.read_text(encoding="utf-8")
+    older = {"glmq.statistics/1", "glmq.checksums/1"}
+    assert {name for name in named - older if f"`{name}`" not in said} == set()
 
 
 def documents(folder: Path, small: Path, stats: Path, pictures: Path) -> dict[str, object]:

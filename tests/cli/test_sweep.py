@@ -75,7 +75,6 @@ def test_a_list_of_bits_is_a_recipe_each(reader: RecipeReader) -> None:
             "[[recipe]]\nw_bit = 5",
             "{file}, recipe 1: --w_bit 5: 4 or 8 is needed",
         ),
-        ("[[recipe", "{file}: is not TOML (Expected ']]' at the end of an array declaration (at end of document))"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_said_in_a_sentence(
@@ -84,6 +83,14 @@ def test_a_file_that_cannot_be_used_is_said_in_a_sentence(
     file = tmp_path / "recipes.toml"
     file.write_text(content)
     assert refused(lambda: reader.read_file(file)) == (2, sentence.format(file=file))
+
+
+def test_a_file_that_is_no_toml_is_refused(reader: RecipeReader, tmp_path: Path) -> None:
+    file = tmp_path / "recipes.toml"
+    file.write_text("[[recipe")
+    code, sentence = refused(lambda: reader.read_file(file))
+    assert code == 2
+    assert sentence.startswith(f"{file}: is not TOML (Expected ']]' at the end of an array declaration (at ")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ import torch.utils.checkpoint
 if "torch._inductor" in sys.modules:
     sys.exit("torch.utils.checkpoint, which transformers needs, imports the compiler")
 
+own = set(sys.modules)  # torch 2.14 itself takes sympy
+
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.streamed import StreamedModel
 from glmq.model.config import read_config
@@ -32,7 +34,7 @@ folder = Path(sys.argv[1])
 config = read_config(folder)
 Preprocessor(folder, config, max_pixels=None, trust_remote_code=False)  # the first to import transformers, as in a calibration
 model = StreamedModel(Checkpoint.open(folder), config, device=torch.device("cpu"), dtype=torch.bfloat16)
-print([name for name in HEAVY if name in sys.modules])
+print([name for name in HEAVY if name in sys.modules and name not in own])
 print("_dynamo" in vars(torch), torch.distributed.is_available())
 
 with no_compiler():
