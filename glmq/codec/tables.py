@@ -59,7 +59,7 @@ def choose_tables(matrix: NDArray[np.int8]) -> tuple[NDArray[np.uint8], NDArray[
     else:
         class_of_column = _choose_classes(matrix[choosing].view(np.uint8), rows)
     values = matrix[counting].view(np.uint8)
-    classes = int(class_of_column.max()) + 1
+    classes = int(np.max(class_of_column)) + 1
     counts = np.bincount((values + (class_of_column << 8)).reshape(-1), minlength=classes * 256).reshape(classes, 256)
     return class_of_column.astype(np.uint8), np.stack([normalise(row) for row in counts])
 
@@ -153,7 +153,7 @@ def _choose_classes(values: NDArray[np.uint8], rows: int) -> IntArray:
     magnitude = hist @ np.tile(_FOLD_MAGNITUDE, 2)
     group = _log2_fixed(magnitude * 256 // sampled + 1) >> 13
     class_of_column = _merge_groups(hist, group, sampled, rows)
-    classes = int(class_of_column.max()) + 1
+    classes = int(np.max(class_of_column)) + 1
     for _ in range(_ROUNDS):
         class_of_column = _reassign(hist, class_of_column, classes)
     return np.unique(class_of_column, return_inverse=True)[1].reshape(-1).astype(np.int64)
@@ -198,8 +198,8 @@ def _reassign(hist: IntArray, class_of_column: IntArray, classes: int) -> IntArr
 
 def _code_bits(hist: IntArray) -> int:
     """Bits * 2^16 of coding `hist` with its own frequencies."""
-    total = hist.sum()
-    return int(total * _log2_fixed(total) - (hist * _log2_fixed(hist)).sum())
+    total: IntArray = np.sum(hist, keepdims=True)
+    return int((total * _log2_fixed(total)).item() - (hist * _log2_fixed(hist)).sum())
 
 
 def _log2_fixed(n: IntArray) -> IntArray:

@@ -237,7 +237,7 @@ def _count_and_sum(x: Tensor, exponent: Tensor, counts: Tensor) -> Tensor:
         columns = slice(start, start + step)
         counts[columns] += _count_in_torch(x[:, columns], scales[columns])
     wide = x.double().numpy()
-    return torch.stack([torch.from_numpy(np.add.reduce(part, axis=0)) for part in (wide, np.square(wide))])
+    return torch.stack([torch.from_numpy(np.sum(part, axis=0)) for part in (wide, np.square(wide))])
 
 
 def _observe_compiled(x: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
