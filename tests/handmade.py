@@ -13,12 +13,11 @@ from glmq.checkpoint.description import Description, tensor_types, write_descrip
 from glmq.checkpoint.json_file import write_json
 from glmq.checkpoint.layout import TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, dtype_code
-from glmq.checkpoint.sidecar import MindieSettings, copy_side_files, edit_config
+from glmq.checkpoint.sidecar import PROCESSOR_FILES, MindieSettings, copy_side_files, edit_config
 from glmq.checkpoint.writer import ShardWriter
 from glmq.model.config import parse_config
 from glmq.records import ActivationQParams, QuantizedLinear
 from glmq.spec import Activation, FloatDtype, Form, QuantType
-from glmq.verification import files
 from glmq.verification.findings import Check
 from glmq.verification.structure import check_structure
 
@@ -28,7 +27,7 @@ Q, K, V, O = (f"{LAYER}.self_attn.{part}_proj" for part in "qkvo")
 GATE_UP = f"{LAYER}.mlp.gate_up_proj"
 GROUP = 64
 SETTINGS = MindieSettings(group_size=0, act_method=2, is_lowbit=True, open_outlier=True)
-SIDE_FILES = ("chat_template.jinja", *files.NEEDED_FILES)
+SIDE_FILES = ("chat_template.jinja", *PROCESSOR_FILES)
 
 
 def small_config() -> dict[str, object]:

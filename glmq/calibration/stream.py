@@ -15,12 +15,13 @@ from torch import Tensor
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import convergence_order
+from glmq.calibration.encode import encode_sample
 from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.resume import CalibrationJournal, Calls
-from glmq.calibration.samples import Sample, open_image
+from glmq.calibration.samples import Sample
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
 from glmq.device import release
-from glmq.errors import NonFiniteError, SampleError
+from glmq.errors import NonFiniteError
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
@@ -251,17 +252,14 @@ class _Run:
             yield
 
     def _inputs(self, sample: Sample) -> ModelInputs:
-        with self._clock.stage("images"), self._blaming(sample):
-            inputs = self._preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
-        return inputs if sample.generated is None else inputs.with_answer(sample.generated.ids)
+        with self._clock.stage("images"):
+            return encode_sample(self._preprocessor, sample)
 
     @contextmanager
     def _blaming(self, sample: Sample) -> Iterator[None]:
         """Name the sample in what goes wrong with it."""
         try:
             yield
-        except SampleError as error:
-            raise SampleError(f"{sample.name}: {error}") from error
         except FloatingPointError as error:
             narrow = self.model.dtype is not torch.float32
             advice = "use --compute-dtype fp32, or leave this sample out" if narrow else "leave this sample out"

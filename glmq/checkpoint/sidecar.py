@@ -27,7 +27,9 @@ SIDE_FILES: Final = (
 )  # fmt: skip
 """What engines, transformers and ModelScope read beside the weights of this class, and licences. Nothing else is copied:
 training leaves optimizer states, scripts and logs in the same folder."""
-NEEDED_FILES: Final = ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+PROCESSOR_FILES: Final = ("tokenizer.json", "preprocessor_config.json")
+"""Engines build their processor from them."""
+_NEEDED_FILES: Final = (*PROCESSOR_FILES, "tokenizer_config.json")
 """No engine starts without them, so the cure for a damaged one is never to remove it."""
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 """The serving engine refuses larger JSON files, and no tokenizer comes near it."""
@@ -144,7 +146,7 @@ def _check_readable(path: Path) -> None:
         try:
             json.loads(raw)
         except (ValueError, RecursionError) as error:
-            removal = "" if path.name in NEEDED_FILES else ", or remove it if nothing needs it"
+            removal = "" if path.name in _NEEDED_FILES else ", or remove it if nothing needs it"
             raise DamagedError(f"{path}: is not JSON ({f'{error}':.100}); download it again{removal}") from None
 
 

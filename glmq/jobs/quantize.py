@@ -358,7 +358,7 @@ def _write_weights(
     if job.measures:
         recipe = fall_back(work, recipe, plan, bits, watcher, topk=job.fallback_topk, max_error=job.max_error)
         plan = plan_output(source, config, recipe, plan_groups(recipe, config), job.shard_bytes, plan.side_files)
-        bits, _ = deal_bits(work, recipe, plan, watcher, job.curves)
+        bits, _ = deal_bits(work, recipe, plan, watcher, curves)
     reports: list[LinearReport] = []
     blocks = [block.name for block in config.family.blocks(config)]
     with watcher.blocks("quantize", len(blocks) + 1, finished=sum(map(journal.has, blocks))) as advance:

@@ -14,29 +14,29 @@ import xxhash
 from safetensors.torch import load, save
 
 from glmq.calibration.dry_run import plan_calibration
+from glmq.calibration.encode import encode_sample
 from glmq.calibration.samples import (
     GeneratedAnswer,
     Sample,
     builtin_texts,
     default_images,
     list_images,
-    open_image,
 )
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError, NonFiniteError, SampleError, UsageError
+from glmq.errors import CheckpointError, NonFiniteError, UsageError
 from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.verify import CaseOptions, load_cases
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
-from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
+from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.streamed import StreamedModel
 from glmq.progress import StepPlan
 from glmq.reporting.sweeps import Divergence
-from glmq.verification.behaviour import Case, count_blocks
+from glmq.verification.cases import Case, count_blocks
 from glmq.verification.last_states import LastStates, compare_states, run_forward
 
 STATES: Final = "float.safetensors"
@@ -99,7 +99,10 @@ class Ruler:
     @property
     def cases(self) -> list[Case]:
         """The samples as the models are given them."""
-        return [Case(one.name, one.image is not None, partial(self._encode, one)) for one in self.samples]
+        return [
+            Case(one.name, one.image is not None, partial(encode_sample, self.preprocessor, one))
+            for one in self.samples
+        ]
 
     @property
     def blocks(self) -> int:
@@ -158,13 +161,6 @@ class Ruler:
                     advance(record)
         assert states is not None
         return states
-
-    def _encode(self, sample: Sample) -> ModelInputs:
-        try:
-            inputs = self.preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
-        except SampleError as error:
-            raise SampleError(f"{sample.name}: {error}") from error
-        return inputs if sample.generated is None else inputs.with_answer(sample.generated.ids)
 
 
 def open_ruler(

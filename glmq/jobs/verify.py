@@ -8,24 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from glmq.calibration.encode import encode_sample
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Chip, Engine, Place
-from glmq.errors import CheckpointError, ModelError, SampleError, UsageError
+from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import describe_folder
 from glmq.jobs.served import small_picture, verify_served
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import FAMILY, ModelConfig, parse_config
-from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
+from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.side_files import TEMPLATE
 from glmq.progress import Watch
 from glmq.reporting.documents import Caption, Verification
 from glmq.serve.agreement import require_vllm
 from glmq.verification.arithmetic import LinearArithmetic
-from glmq.verification.behaviour import BlockBehaviour, Case, caption, compare_behaviour, count_blocks
+from glmq.verification.behaviour import BlockBehaviour, caption, compare_behaviour
+from glmq.verification.cases import Case, count_blocks
 from glmq.verification.checks import (
     Limits,
     judge_block,
@@ -242,7 +244,7 @@ def _behave(
     if config is None:
         raise CheckpointError(f"{source.directory}: has no config.json of a GLM-4.1V or GLM-4.6V-Flash; restore it")
     preprocessor = _preprocessor(source, candidate, config, max_pixels)
-    cases = [Case(s.name, s.image is not None, partial(_encode, preprocessor, s)) for s in samples]
+    cases = [Case(s.name, s.image is not None, partial(encode_sample, preprocessor, s)) for s in samples]
     blocks: list[BlockBehaviour] = []
     predictions = None
     has_images = any(case.has_image for case in cases)
@@ -285,10 +287,3 @@ def _preprocessor(source: Checkpoint, candidate: Path, config: ModelConfig, max_
         trust_remote_code=False,
         chat_template=template if template.is_file() else None,
     )
-
-
-def _encode(preprocessor: Preprocessor, sample: Sample) -> ModelInputs:
-    try:
-        return preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
-    except SampleError as error:
-        raise SampleError(f"{sample.name}: {error}") from error

@@ -230,9 +230,8 @@ def _count_and_sum(x: Tensor, exponent: Tensor, counts: Tensor) -> Tensor:
     scales = torch.ldexp(torch.ones(x.shape[1]), 7 - exponent)
     if KERNELS:
         return _observe_compiled(x, scales, counts)
-    step = max(
-        16, CHUNK_VALUES // x.shape[0]
-    )  # values and counters stay in a core's cache while several passes go over them
+    # Values and counters stay in a core's cache while several passes go over them.
+    step = max(16, CHUNK_VALUES // x.shape[0])
     for start in range(0, x.shape[1], step):
         columns = slice(start, start + step)
         counts[columns] += _count_in_torch(x[:, columns], scales[columns])
@@ -247,6 +246,9 @@ def _observe_compiled(x: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
     cuts = [width * number // threads for number in range(threads + 1)]
     shares = (x.numpy(), scales.numpy(), counts.numpy(), sums.numpy(), tokens, width)
     observe = partial(_moments.observe, KERNELS[0], *shares)
+    if threads == 1:
+        observe(0, width)
+        return sums
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(observe, cuts[:-1], cuts[1:]):
             pass

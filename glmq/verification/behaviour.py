@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,10 @@ from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.affine import covered_range
 from glmq.progress import resident_bytes
 from glmq.records import BlockDone, QuantizedLinear
+from glmq.verification.cases import Case, count_blocks
 from glmq.verification.int8_model import Int8Linear, open_model, placed
-from glmq.verification.predictions import Head, Predictions, compare_predictions, scored_places, target_ids
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One input that both models are given."""
-
-    name: str
-    has_image: bool
-    encode: Callable[[], ModelInputs]
-    """Makes the input; called three times, so that the pixels of many images need not be held."""
+from glmq.verification.last_states import compare_states, last_states
+from glmq.verification.predictions import Predictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +71,6 @@ class BlockBehaviour:
     error: float
     """||h_q - h|| / ||h|| of the hidden states after the block: what has built up so far."""
     linears: tuple[LinearBehaviour, ...]
-
-
-def count_blocks(config: ModelConfig, has_images: bool) -> int:
-    """Blocks that `compare_behaviour` runs: the text layers, and with images the vision tower and the merger."""
-    return config.layers + (config.vision_depth + 1 if has_images else 0)
 
 
 def compare_behaviour(
@@ -241,6 +228,8 @@ class _Run:
         self._pair, self._config, self._cases, self._int8 = pair, config, cases, int8
         self._family = config.family
         self._calls: dict[int, _Calls] = {}
+        self._inputs: dict[int, ModelInputs] = {}
+        """By case, without pixels."""
         self._sample = ""
 
     def steps(self, *, has_images: bool) -> Iterator[tuple[str, float, tuple[LinearBehaviour, ...]]]:
@@ -257,19 +246,13 @@ class _Run:
 
     def predictions(self) -> Predictions:
         """The predicted tokens; needs all steps done."""
-        pair = self._pair
-        inputs = [case.encode() for case in self._cases]
-        places = [scored_places(i) for i in inputs]
-        hidden: list[Tensor] = []
-        with pair.placed(f"{self._family.text}.norm"), torch.no_grad():
-            for model, of in ((pair.reference, "reference"), (pair.candidate, "candidate")):
-                norm = model.module(f"{self._family.text}.norm")
-                rows = [norm(getattr(self._calls[i], of).hidden)[0, place] for i, place in enumerate(places)]
-                hidden.append(torch.cat(rows).float())  # [positions, width]
-        targets = torch.cat([target_ids(i, place) for i, place in zip(inputs, places, strict=True)])
-        first, second = (Head(model.source, self._family.lm_head) for model in (pair.reference, pair.candidate))
-        samples = [(case.name, place.numel()) for case, place in zip(self._cases, places, strict=True)]
-        return compare_predictions((first, second), (hidden[0], hidden[1]), targets, samples, self._config.vocab_size)
+        pair, order = self._pair, range(len(self._cases))
+        inputs, calls = [self._inputs[i] for i in order], [self._calls[i] for i in order]
+        reference = last_states(pair.reference, [call.reference.hidden for call in calls], inputs)
+        candidate = last_states(pair.candidate, [call.candidate.hidden for call in calls], inputs)
+        return compare_states(
+            (pair.reference.source, reference), (pair.candidate.source, candidate), self._config, self._cases
+        )
 
     def _start_vision(self) -> None:
         pair = self._pair
@@ -277,6 +260,7 @@ class _Run:
             for index, case in enumerate(self._cases):
                 if case.has_image:
                     inputs = case.encode()
+                    self._inputs[index] = inputs.without_pixels()
                     self._calls[index] = _Calls(pair.reference.vision_call(inputs), pair.candidate.vision_call(inputs))
 
     def _start_text(self) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
@@ -286,7 +270,8 @@ class _Run:
         with pair.placed(*parts), self._watching(block, sums):
             for index, case in enumerate(self._cases):
                 self._sample = case.name
-                inputs, vision = case.encode(), self._calls.get(index)
+                inputs = self._inputs[index] if case.has_image else self._inputs.setdefault(index, case.encode())
+                vision = self._calls.get(index)
                 with pair.reference.embedding_rows(inputs.ids), pair.candidate.embedding_rows(inputs.ids):
                     self._calls[index] = _Calls(
                         pair.reference.text_call(inputs, None if vision is None else vision.reference),

@@ -25,7 +25,7 @@ from glmq.checkpoint.description import (
 from glmq.checkpoint.header import Header, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.reader import Checkpoint
-from glmq.checkpoint.sidecar import list_side_files
+from glmq.checkpoint.sidecar import PROCESSOR_FILES, list_side_files
 from glmq.checkpoint.weight_files import INDEX_SUFFIX
 from glmq.checkpoint.workplace import OF_FILE_SYSTEM
 from glmq.engines import Engine
@@ -38,8 +38,6 @@ from glmq.verification.findings import Check, Finding
 
 TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A16")
 GROUP_SIZES: Final = (64, 128, 256)
-NEEDED_FILES: Final = ("tokenizer.json", "preprocessor_config.json")
-"""Without these the engine cannot build its processor."""
 
 
 _MAX_PATH: Final = 4096
@@ -303,7 +301,7 @@ def check_side_files(directory: Path, source_dir: Path | None) -> Iterator[Findi
                 yield Check.SIDE_FILES.warning("", f"{name} is not the source's: `glmq quantize` was given another")
             else:
                 yield Check.SIDE_FILES.error("", f"{name} differs from the source's")
-    for name in NEEDED_FILES:
+    for name in PROCESSOR_FILES:
         if name not in expected and not (directory / name).is_file() and not _is_elsewhere(directory, name):
             yield Check.SIDE_FILES.error("", f"{name} is missing; the engine cannot build its processor without it")
 

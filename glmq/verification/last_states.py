@@ -16,10 +16,11 @@ from torch import Tensor
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
+from glmq.model.inputs import ModelInputs
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.progress import BlockStep, Step, resident_bytes
 from glmq.records import BlockDone
-from glmq.verification.behaviour import Case, count_blocks
+from glmq.verification.cases import Case, count_blocks
 from glmq.verification.int8_model import open_model, placed
 from glmq.verification.predictions import Head, Predictions, compare_predictions, scored_places, target_ids
 
@@ -64,6 +65,22 @@ def run_forward(
     yield run.last_states()
 
 
+def last_states(model: StreamedModel, hidden: Sequence[Tensor], inputs: Sequence[ModelInputs]) -> LastStates:
+    """What the last norm gives, from what the last text layer gives.
+
+    Args:
+        model: whose norm it is.
+        hidden: float [1, tokens, width] of each case.
+        inputs: of each case; pixels are not looked at.
+    """
+    name, places = f"{model.config.family.text}.norm", [scored_places(one) for one in inputs]
+    with placed(model, name), torch.no_grad():
+        norm = model.module(name)
+        rows = [norm(states)[0, place] for states, place in zip(hidden, places, strict=True)]
+    targets = [target_ids(one, place) for one, place in zip(inputs, places, strict=True)]
+    return LastStates(torch.cat(rows).float(), torch.cat(targets), tuple(place.numel() for place in places))
+
+
 def compare_states(
     reference: tuple[Checkpoint, LastStates],
     candidate: tuple[Checkpoint, LastStates],
@@ -86,6 +103,8 @@ class _Forward:
         self._model, self._cases, self._step = model, cases, step
         self._config, self._family = model.config, model.config.family
         self._calls: dict[int, BlockCall] = {}
+        self._inputs: dict[int, ModelInputs] = {}
+        """By case, without pixels."""
         self._index = 0
         self._has_images = any(case.has_image for case in cases)
         self.total = count_blocks(model.config, self._has_images)
@@ -104,27 +123,23 @@ class _Forward:
 
     def last_states(self) -> LastStates:
         """What the last norm gives; needs all blocks done."""
-        name = f"{self._family.text}.norm"
-        inputs = [case.encode() for case in self._cases]
-        places = [scored_places(one) for one in inputs]
-        with placed(self._model, name), torch.no_grad():
-            norm = self._model.module(name)
-            rows = [norm(self._calls[index].hidden)[0, place] for index, place in enumerate(places)]
-        targets = [target_ids(one, place) for one, place in zip(inputs, places, strict=True)]
-        return LastStates(torch.cat(rows).float(), torch.cat(targets), tuple(place.numel() for place in places))
+        order = range(len(self._cases))
+        return last_states(self._model, [self._calls[i].hidden for i in order], [self._inputs[i] for i in order])
 
     def _start_vision(self) -> None:
         with placed(self._model, *self._family.vision_stem):
             for index, case in enumerate(self._cases):
                 if case.has_image:
-                    self._calls[index] = self._model.vision_call(case.encode())
+                    inputs = case.encode()
+                    self._inputs[index] = inputs.without_pixels()
+                    self._calls[index] = self._model.vision_call(inputs)
 
     def _start_text(self) -> None:
         model, vision = self._model, self._calls
         self._calls = {}
         with placed(model, *(self._family.vision_tail if vision else ())):
             for index, case in enumerate(self._cases):
-                inputs = case.encode()
+                inputs = self._inputs[index] if case.has_image else self._inputs.setdefault(index, case.encode())
                 with model.embedding_rows(inputs.ids):
                     self._calls[index] = model.text_call(inputs, vision.pop(index, None))
 

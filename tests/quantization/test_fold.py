@@ -24,7 +24,8 @@ from glmq.quantization.fold import RowFolds
 from glmq.quantization.plan import plan_groups
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.verification.arithmetic import LinearArithmetic
-from glmq.verification.behaviour import BlockBehaviour, Case, compare_behaviour
+from glmq.verification.behaviour import BlockBehaviour, compare_behaviour
+from glmq.verification.cases import Case
 from glmq.verification.checks import verify_files
 from glmq.verification.findings import Checked, Finding
 

@@ -22,7 +22,8 @@ from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT
 from glmq.numerics.int8_linear import run_linear
 from glmq.verification import predictions
-from glmq.verification.behaviour import BlockBehaviour, Case, compare_behaviour, generate, whole_model
+from glmq.verification.behaviour import BlockBehaviour, compare_behaviour, generate, whole_model
+from glmq.verification.cases import Case
 from glmq.verification.checks import Limits, judge_block
 from glmq.verification.int8_model import open_model, placed
 from glmq.verification.predictions import Predictions

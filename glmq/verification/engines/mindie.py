@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
+from glmq.checkpoint.sidecar import PROCESSOR_FILES
 from glmq.engines import Engine
 from glmq.errors import InputError
 from glmq.inspection.folder import Folder, Kind
@@ -23,8 +24,6 @@ from glmq.verification.engines.linears import (
 )
 
 GROUP_SIZES: Final = (0, *Engine.MINDIE.spec.group_sizes)
-PROCESSOR_FILES: Final = ("tokenizer.json", "preprocessor_config.json")
-"""AutoProcessor of transformers 4.53.0 makes the video processor from the last where that has no file of its own."""
 TEXT_KEYS: Final = (
     "max_position_embeddings",
     "vocab_size",
@@ -46,7 +45,7 @@ def check_mindie(folder: Folder, config: ModelConfig | None) -> Iterator[Complai
         config: None where config.json cannot be read.
     """
     yield from _check_config(folder)
-    for name in PROCESSOR_FILES:
+    for name in PROCESSOR_FILES:  # the video processor too comes from the last, where it has no file of its own
         if not (folder.directory / name).is_file():
             yield True, "", f"{name} is missing; MindIE builds its processor from it and does not start"
     yield from _check_side_files(folder)
