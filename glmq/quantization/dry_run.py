@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,13 +12,14 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
 from glmq.numerics.moments import InputStats
+from glmq.numerics.rate import mean_rule_bits, solve_bits
 from glmq.progress import PassPlan, StepPlan
 from glmq.quantization.bits import needs_curves
 from glmq.quantization.group import FloatLinear
 from glmq.quantization.layer import quantize_group, rate_curves
 from glmq.quantization.measure import measured_blocks, rated_blocks
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
-from glmq.quantization.passes import effort
+from glmq.quantization.passes import effort, rating_effort
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.stream import COPY_BYTES, REST
@@ -114,11 +115,12 @@ def estimated_peak(plan: OutputPlan) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast this machine quantizes: seconds for each unit of `effort`, and for each byte of a tensor that is copied."""
+    """How fast this machine quantizes: seconds for each unit of effort, and for each byte of a tensor that is copied."""
 
     rate: float
-    """Of the pass that measures what sparse linears lose at how many bits."""
+    """Of the pass that measures what sparse linears lose at how many bits, for each unit of `rating_effort`."""
     quantize: float
+    """For each unit of `effort`."""
     copy: float
 
 
@@ -145,13 +147,15 @@ def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Reci
     norm_weight = None if norm is None else source.read_finite(f"{norm}.weight")
     read = time.perf_counter() - started
     copy = read / sum(source.nbytes(f"{shape.name}.weight") for shape in shapes)
-    stats, size, rate, known = inputs[chosen.group.site], effort(chosen.group), 0.0, None
+    stats, rate, known, bits = inputs[chosen.group.site], 0.0, None, None
     started = time.perf_counter()
     if needs_curves(recipe) and chosen.quant_type.spec.is_sparse:
-        _, known = rate_curves(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype)
-        rate, started = (read + time.perf_counter() - started) / size, time.perf_counter()
-    quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known)
-    return Speed(rate, (read + time.perf_counter() - started) / size, 2 * copy)  # what is copied is read and written
+        curves, known = rate_curves(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype)
+        bits = solve_bits(curves, mean_rule_bits(curves))
+        rate, started = (read + time.perf_counter() - started) / rating_effort(chosen.group), time.perf_counter()
+    quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known, bits=bits)
+    quantize = (read + time.perf_counter() - started) / effort(chosen.group)
+    return Speed(rate, quantize, 2 * copy)  # what is copied is read and written
 
 
 def plan_passes(
@@ -159,7 +163,7 @@ def plan_passes(
 ) -> tuple[PassPlan, ...]:
     """The passes over the weights, each block with the time that it is expected to take.
 
-    Time is taken to grow with `effort`, and with the bytes of tensors that are copied.
+    Time is taken to grow with `effort` and `rating_effort`, and with the bytes of tensors that are copied.
 
     Args:
         measures: every group is quantized once before, to see which stay float.
@@ -171,7 +175,9 @@ def plan_passes(
         if name.rpartition(".")[0] not in plan.linears:
             copied[next((block for block in kinds if name.startswith(f"{block}.")), "")] += source.nbytes(name)
 
-    def pass_over(title: str, chosen: Sequence[Block], seconds: float, copy: float) -> PassPlan:
+    def pass_over(
+        title: str, chosen: Sequence[Block], seconds: float, copy: float, size: Callable[[InputGroup], float] = effort
+    ) -> PassPlan:
         return PassPlan(
             title,
             tuple(
@@ -179,7 +185,7 @@ def plan_passes(
                     block.name,
                     kinds[block.name],
                     copy * copied[block.name]
-                    + seconds * sum(effort(g) for g in block.groups if plan.groups[g.site].is_quantized),
+                    + seconds * sum(size(g) for g in block.groups if plan.groups[g.site].is_quantized),
                 )
                 for block in chosen
             ),
@@ -187,7 +193,7 @@ def plan_passes(
 
     passes = []
     if needs_curves(recipe):
-        passes.append(pass_over("rate", rated_blocks(config, plan.groups), speed.rate, 0.0))
+        passes.append(pass_over("rate", rated_blocks(config, plan.groups), speed.rate, 0.0, rating_effort))
     if measures:
         passes.append(pass_over("measure", measured_blocks(config, plan.groups), speed.quantize, 0.0))
     last = pass_over("quantize", blocks, speed.quantize, speed.copy)

@@ -14,6 +14,7 @@ from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
+from glmq.numerics.budget import BUDGET_ROWS, THRESHOLDS
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import is_one_number
 from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
@@ -95,6 +96,16 @@ def effort(group: InputGroup) -> float:
     Measured at a width of 1024: choosing scales and factoring the second moment take as long as four square weights do.
     """
     return group.width * (sum(linear.rows for linear in group.linears) + 4 * group.width)
+
+
+def rating_effort(group: InputGroup) -> float:
+    """The same of measuring what the linears lose at how many bits: order and range of the input, and the budget of the flags.
+
+    Measured at widths of 1024 and 4096. The vendor's rule is tried at many thresholds where the vendor would smooth.
+    """
+    tried = 1 if group.norm is None else THRESHOLDS + 1
+    sampled = sum(min(linear.rows, BUDGET_ROWS) for linear in group.linears)
+    return group.width * (group.width + tried * sampled / 4 + sum(linear.rows for linear in group.linears) / 10)
 
 
 def quantize_plan(

@@ -6,7 +6,7 @@ the stages reached.
     python tests/benchmarks/scale.py WORK --hidden 512 --fit
     python tests/benchmarks/scale.py WORK --hidden 512 --peers VENDOR_PYTHON VENDOR_RUNNER LLMC_PYTHON LLMC_RUNNER
 
-WORK is a folder with room: about 20 GB for the float stand-in of 9b, 14 for the W8A8S, 12 for the compressed one, 10 for the
+WORK is a folder with room: about 20 GB for the float stand-in of 9b, 14 for the W8A8S, 12 for the compressed one or 10 for the
 statistics. What is made there is removed again. Images are 640x480 copies of eight photographs. The rates of the
 machine are measured in the same run: F.linear on the model's own shapes, and a plain read and write of a file.
 
@@ -138,15 +138,6 @@ def run_pipeline(model: Path, images: Path, work: Path) -> None:
         f"plain read {1e-9 / plain[0]:.2f} GB/s, write {1e-9 / plain[1]:.2f} GB/s; {torch.get_num_threads()} threads"
     )
     least = show_verb("calibrate", *calibrated, rates, plain)
-    options: list[object] = ["--model_path", model, "--stats", stats, "--save_directory", quantized, *SEED]
-    made = run_verb("quantize", options, work)
-    least += show_verb("quantize", *made, rates, plain)
-    both = calibrated[0].wall_s + made[0].wall_s
-    print(
-        f"both {both:.0f} s; the products at F.linear's float32 rate, reading and writing at the disk's take {least:.0f} s: "
-        f"{both / least:.2f} x",
-        flush=True,
-    )
     nothing_done = run_verb(
         "quantize",
         ["--model_path", model, "--stats", stats, "--save_directory", work / "w8a8", "--method", "plain",
@@ -164,17 +155,26 @@ def run_pipeline(model: Path, images: Path, work: Path) -> None:
         f"{wanted / (seconds - reports):.0%}, {wanted / seconds:.0%} with the error table"
     )
     shutil.rmtree(work / "w8a8")
+    options: list[object] = ["--model_path", model, "--stats", stats, "--save_directory", quantized, *SEED]
+    made = run_verb("quantize", options, work)
+    least += show_verb("quantize", *made, rates, plain)
+    both = calibrated[0].wall_s + made[0].wall_s
+    print(
+        f"both {both:.0f} s; the products at F.linear's float32 rate, reading and writing at the disk's take {least:.0f} s: "
+        f"{both / least:.2f} x",
+        flush=True,
+    )
+    verified = run_verb(
+        "verify", [quantized, "--reference", model, "--calib-images", images, "--limit", 1], work, codes=(0, 3)
+    )
+    show_verb("verify", *verified, rates, plain)
+    shutil.rmtree(stats)  # room for what follows
     show_verb(
         "compress",
         *run_verb("compress", ["--model_path", quantized, "--save_directory", packed, "--codec", "portable"], work),
         rates,
         plain,
     )
-    shutil.rmtree(packed)
-    verified = run_verb(
-        "verify", [quantized, "--reference", model, "--calib-images", images, "--limit", 1], work, codes=(0, 3)
-    )
-    show_verb("verify", *verified, rates, plain)
 
 
 def run_fit(size: Size, work: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_file_that_is_no_toml_is_refused(reader: RecipeReader, tmp_path: Path)
     file.write_text("[[recipe")
     code, sentence = refused(lambda: reader.read_file(file))
     assert code == 2
-    assert sentence.startswith(f"{file}: is not TOML (Expected ']]' at the end of an array declaration (at ")
+    assert sentence.startswith(f"{file}: is not TOML (")
 
 
 @pytest.mark.parametrize(
