@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
+
+from torch import Tensor
 
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import Convergence, convergence_order
@@ -26,6 +28,7 @@ from glmq.numerics.moments import BINS, InputAccumulator, InputStats
 from glmq.progress import StepPlan, Stopwatch
 from glmq.ranks import Place, Ranks
 
+Result = TypeVar("Result")
 NO_DIGEST: Final = "0" * 32
 """As long as a checksum."""
 PROCESS_BYTES: Final = 430 * 2**20
@@ -75,7 +78,7 @@ class CalibrationTrial:
     steps: tuple[StepPlan, ...]
     """The time that each block of the calibration takes, scaled to all samples."""
     inputs: Mapping[str, InputStats]
-    """Statistics of the first text layer's inputs over that sample, by site."""
+    """Statistics of the first text layer's inputs over that sample, taken twice, by site."""
 
 
 def plan_calibration(
@@ -180,9 +183,9 @@ def guess_steps(config: ModelConfig, plan: CalibrationPlan) -> tuple[StepPlan, .
 def _time_vision_start(model: StreamedModel, inputs: ModelInputs, share: float) -> tuple[float, BlockCall]:
     started = time.perf_counter()
     with model.placed(*model.config.family.vision_stem):
-        read, started = time.perf_counter() - started, time.perf_counter()
-        call = model.vision_call(inputs)
-        return read + share * (time.perf_counter() - started), call
+        read = time.perf_counter() - started
+        run, call = _time_run(lambda: model.vision_call(inputs), share)
+        return read + run, call
 
 
 def _time_merger(
@@ -190,9 +193,9 @@ def _time_merger(
 ) -> tuple[float, BlockCall]:
     started = time.perf_counter()
     with model.placed(*(() if vision is None else model.config.family.vision_tail)), model.embedding_rows(inputs.ids):
-        read, started = time.perf_counter() - started, time.perf_counter()
-        call = model.text_call(inputs, vision)
-        return read + share * (time.perf_counter() - started), call
+        read = time.perf_counter() - started
+        run, call = _time_run(lambda: model.text_call(inputs, vision), share)
+        return read + run, call
 
 
 def _time_block(
@@ -208,16 +211,29 @@ def _time_block(
     ranks = Ranks(Place(0, 1))
     watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=SAMPLE_ROWS, own=1)
     layer = LayerWatch(block, model.config, ranks, Stopwatch())
-    started = time.perf_counter()
-    with model.placed(block.name), watched.hooked(model), layer.hooked(model):
-        read, started = time.perf_counter() - started, time.perf_counter()
+
+    def replay() -> Tensor:
         hidden = model.replay(block.name, call)
         layer.take_turn()
-        run, started = time.perf_counter() - started, time.perf_counter()
+        return hidden
+
+    started = time.perf_counter()
+    with model.placed(block.name), watched.hooked(model), layer.hooked(model):
+        read = time.perf_counter() - started
+        run, hidden = _time_run(replay, share)
+        started = time.perf_counter()
         layer.finish(model)
     seen = {stats.name: stats for stats, _ in watched.finish()}
     call.hidden = hidden
-    return read + share * run + time.perf_counter() - started, seen
+    return read + run + time.perf_counter() - started, seen
+
+
+def _time_run(run: Callable[[], Result], share: float) -> tuple[float, Result]:
+    """Seconds of a run over `share` times as much as one call, from the second of two: the first also fills caches."""
+    run()
+    started = time.perf_counter()
+    result = run()
+    return share * (time.perf_counter() - started), result
 
 
 def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:

@@ -36,6 +36,8 @@ MIN_EXPONENT = -40
 """Narrowest range of a channel: inputs below 2^-40 fall into the two middle bins."""
 BAND_ROWS = 512
 """Rows of the second moment that are summed by one product. Only the upper triangle is: half the work of the square."""
+TOKENS_AT_ONCE = 1024
+"""Of several samples, that one product adds to the second moment, at least: every product reads and writes all of it."""
 VALUES_PER_THREAD = 2**18
 """A second thread begins where there are more values than this."""
 
@@ -129,6 +131,8 @@ class InputAccumulator:
                 if rank == (place if turn % 2 == 0 else world - 1 - place):  # to and fro: bands get shorter
                     self._bands[start] = torch.zeros(min(BAND_ROWS, width - start), width - start)
         self._rows: list[Tensor] = []
+        self._waiting: list[Tensor] = []
+        """Samples that the second moment has yet to get."""
 
     def update(self, x: Tensor, *, keep_rows: int) -> None:
         """Add the tokens of one sample: `observe` and `accumulate`."""
@@ -156,23 +160,34 @@ class InputAccumulator:
 
     def accumulate(self, look: Sequence[Tensor]) -> int:
         """Add what `observe` returned for the next sample, here or in another process. Returns floating point operations."""
-        flops = 0
         sums, rows, *whole = look
         self._sums += sums
         self._rows.append(rows)
         for x in whole:
+            self._waiting.append(x)
+            if sum(one.shape[0] for one in self._waiting) >= TOKENS_AT_ONCE:
+                self._add_waiting()
+            else:
+                self._waiting[-1] = x.clone()  # whose memory the caller may use again
+        return sum(2 * x.shape[0] * band.numel() for x in whole for band in self._bands.values())
+
+    def _add_waiting(self) -> None:
+        """Add the samples that wait to the second moment."""
+        if self._waiting:
+            x = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+            self._waiting.clear()
             for start, band in self._bands.items():
                 band.addmm_(x[:, start : start + band.shape[0]].T, x[:, start:])
-                flops += 2 * x.shape[0] * band.numel()
-        return flops
 
     def state(self) -> list[Tensor]:
         """What `merge` takes."""
+        self._add_waiting()
         starts = torch.tensor([self.tokens, *self._bands])
         return [starts, self._min, self._max, self._exponent, self._counts, *self._bands.values()]
 
     def merge(self, other: Sequence[Tensor]) -> None:
         """Take over what another process has counted and summed."""
+        self._add_waiting()
         starts, low, high, exponent, counts, *bands = other
         tokens, *rows = starts.tolist()
         self._count_in(tokens, low, high, exponent)
@@ -192,6 +207,7 @@ class InputAccumulator:
 
     def finish(self) -> InputStats:
         """The statistics so far; needs at least one token."""
+        self._add_waiting()
         sums = (self._sums / self.tokens).float()
         return InputStats(
             name=self.name,

@@ -124,7 +124,7 @@ class Speed:
     copy: float
 
 
-USUAL_SPEED: Final = Speed(1e-7, 1e-7, 4e-9)
+USUAL_SPEED: Final = Speed(1e-7, 2e-7, 4e-9)
 """Of a small machine: for small models, where a trial would take as long as the run."""
 
 

@@ -12,7 +12,7 @@ machine are measured in the same run: F.linear on the model's own shapes, and a 
 
 --fit runs 2 and 4 layers, then 2 and 4 images, and prints the seconds of one layer and of one image. --peers runs the vendor's
 tool and llm-compressor, each by a runner `RUNNER FLOAT OUT --images DIR` that prints a last line of JSON, on the same
-checkpoint and two images, without the texts that glmq would add.
+checkpoint and two images: three times each, in turn, each when the cores have come to rest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
+import psutil
 import torch
 from inspect_rate import drop_from_cache
 from make_checkpoint import SIZES, Size, make_checkpoint, text_size
@@ -41,6 +43,8 @@ GLMQ = [sys.executable, "-m", "glmq"]
 MATRIX_STAGES = ("vision", "forward", "statistics", "rounding", "report")
 DISK_STAGES = ("read", "write", "copy")
 PLAIN_BYTES = 4 * 2**30
+IDLE_PERCENT = 3.0
+"""Of all cores: below it nothing else is at work."""
 
 
 def make_images(folder: Path, count: int) -> Path:
@@ -201,33 +205,68 @@ def run_fit(size: Size, work: Path) -> None:
     )
 
 
-def run_peers(size: Size, work: Path, peers: list[str]) -> None:
-    """The same checkpoint and two images, and no other samples, through all three tools: whole processes."""
+def wait_for_idle_cores() -> float:
+    """Wait, five minutes at most, until three seconds pass in which the cores do next to nothing: the load of a minute would still
+    count the run before. Returns how busy they were, in percent."""
+    busy = 100.0
+    for _ in range(100):
+        busy = psutil.cpu_percent(interval=3.0)
+        if busy < IDLE_PERCENT:
+            break
+    return busy
+
+
+def run_peers(size: Size, work: Path, peers: list[str], times: int) -> None:
+    """The same checkpoint and two images through all three tools, without and with the texts that glmq adds.
+
+    Whole processes, one tool after the other, several times; medians.
+    """
     vendor, vendor_runner, llmc, llmc_runner = (str(Path(path).absolute()) for path in peers)
     model, images = work / "model", work / "two images"
     make_checkpoint(model, size)
     make_images(images, 2)
-    ours: list[object] = [
-        "--model_path", model, "--calib_images", images, "--no-texts", "--save_directory", work / "ours",
-    ]  # fmt: skip
+    ours = [
+        "--model_path",
+        str(model),
+        "--calib_images",
+        str(images),
+        "--save_directory",
+        str(work / "ours"),
+        "--overwrite",
+    ]
     rows = {
-        "glmq, W8A8S": [*GLMQ, "quantize", *map(str, ours), *SEED],
+        "glmq, W8A8S": [*GLMQ, "quantize", *ours, "--no-texts", *SEED],
+        "glmq, W8A8S, texts": [*GLMQ, "quantize", *ours, *SEED],
         "vendor, W8A8S": [
             vendor, vendor_runner, str(model), str(work / "vendor"), "--images", str(images),
             "--w_bit", "4", "--is_lowbit", "--use_sigma",
         ],
-        "glmq, W8A8_DYNAMIC": [*GLMQ, "quantize", *map(str, ours), "--overwrite", "--is_dynamic", "True"],
+        "glmq, W8A8_DYNAMIC": [*GLMQ, "quantize", *ours, "--no-texts", "--is_dynamic", "True"],
         "llm-compressor": [llmc, llmc_runner, str(model), str(work / "llmc"), "--images", str(images)],
     }  # fmt: skip
-    found = {}
-    for label, command in rows.items():
-        found[label] = measure(command, work)
-        print(f"{label:20}{found[label].wall_s:9.1f} s wall{found[label].peak_mib:9.0f} MiB peak", flush=True)
-    for ours_, theirs in (("glmq, W8A8S", "vendor, W8A8S"), ("glmq, W8A8_DYNAMIC", "llm-compressor")):
-        time_ratio = found[theirs].wall_s / found[ours_].wall_s
-        print(
-            f"{theirs} / {ours_}: {time_ratio:.1f} x time, {found[theirs].peak_mib / found[ours_].peak_mib:.2f} x memory"
-        )
+    found: dict[str, list[Measured]] = {label: [] for label in rows}
+    for number in range(times):
+        for label, command in rows.items():
+            for folder in ("vendor", "llmc"):
+                shutil.rmtree(work / folder, ignore_errors=True)
+            busy = wait_for_idle_cores()
+            done = measure(command, work)
+            found[label].append(done)
+            print(
+                f"{number + 1} {label:20}{done.wall_s:9.1f} s wall{done.cpu_s:9.1f} s CPU{done.peak_mib:9.0f} MiB peak; "
+                f"cores {busy:.0f} % busy before",
+                flush=True,
+            )
+    wall = {label: median(one.wall_s for one in runs) for label, runs in found.items()}
+    peak = {label: median(one.peak_mib for one in runs) for label, runs in found.items()}
+    for label in rows:
+        print(f"median {label:20}{wall[label]:9.1f} s wall{peak[label]:9.0f} MiB peak")
+    for ours_, theirs in (
+        ("glmq, W8A8S", "vendor, W8A8S"),
+        ("glmq, W8A8S, texts", "vendor, W8A8S"),
+        ("glmq, W8A8_DYNAMIC", "llm-compressor"),
+    ):
+        print(f"{theirs} / {ours_}: {wall[theirs] / wall[ours_]:.1f} x time, {peak[theirs] / peak[ours_]:.2f} x memory")
 
 
 @contextmanager
@@ -251,6 +290,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--peers", nargs=4, metavar=("VENDOR_PYTHON", "VENDOR_RUNNER", "LLMC_PYTHON", "LLMC_RUNNER"))
+    parser.add_argument("--times", type=int, default=3, help="runs of each tool, with --peers")
     a = parser.parse_args()
     size = SIZES[a.size] if a.size else text_size(a.hidden, 4)
     if a.layers:
@@ -269,7 +309,7 @@ def main() -> None:
         if a.fit:
             run_fit(size, work)
         elif a.peers:
-            run_peers(size, work, a.peers)
+            run_peers(size, work, a.peers, a.times)
         else:
             model = a.model.absolute() if a.model else work / "model"
             if not a.model:
