@@ -206,8 +206,10 @@ def run_fit(size: Size, work: Path) -> None:
 
 
 def wait_for_idle_cores() -> float:
-    """Wait, five minutes at most, until three seconds pass in which the cores do next to nothing: the load of a minute would still
-    count the run before. Returns how busy they were, in percent."""
+    """Wait, five minutes at most, until three seconds pass in which the cores do next to nothing.
+
+    The load of a minute would still count the run before. Returns how busy they were, in percent.
+    """
     busy = 100.0
     for _ in range(100):
         busy = psutil.cpu_percent(interval=3.0)
