@@ -93,7 +93,7 @@ def _moment_defects(moment: Tensor, square: Tensor, tokens: int) -> Iterator[str
         return
     root = square.sqrt().float()
     for start in range(0, len(root), CHUNK_ROWS):
-        bound = root[start : start + CHUNK_ROWS, None] * (root * (1 + slack)) + TINY
-        if not (moment[start : start + CHUNK_ROWS].abs() <= bound).all():
+        bound = root[start : start + CHUNK_ROWS, None] * (root[start:] * (1 + slack)) + TINY
+        if not (moment[start : start + CHUNK_ROWS, start:].abs() <= bound).all():  # it is symmetric
             yield "its second moment is not one of numbers"
             return
