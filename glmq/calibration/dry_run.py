@@ -24,7 +24,7 @@ from glmq.model.config import ModelConfig
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
-from glmq.numerics.moments import BINS, InputAccumulator, InputStats
+from glmq.numerics.moments import BINS, TOKENS_AT_ONCE, InputAccumulator, InputStats
 from glmq.progress import StepPlan, Stopwatch
 from glmq.ranks import Place, Ranks
 
@@ -35,6 +35,8 @@ PROCESS_BYTES: Final = 430 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
 USUAL_RATE: Final = 1e10
 """Weights times tokens a second."""
+WRITE_SECONDS: Final = 4e-9
+"""For a byte of a file that must have reached the disk: of a small machine's."""
 TOKEN_TEXT: Final = 16
 """Bytes in the manifest that the text of a generated token takes at most, on average."""
 WIDE_COPIES: Final = 3
@@ -78,7 +80,7 @@ class CalibrationTrial:
     steps: tuple[StepPlan, ...]
     """The time that each block of the calibration takes, scaled to all samples."""
     inputs: Mapping[str, InputStats]
-    """Statistics of the first text layer's inputs over that sample, taken twice, by site."""
+    """Statistics of the first text layer's inputs over that sample, taken several times, by site."""
 
 
 def plan_calibration(
@@ -154,6 +156,9 @@ def try_calibration(
         block, _ = _time_block(model, family.vision_block(config, 0), vision, settings, shares[0])
     merger, call = _time_merger(model, inputs, vision, shares[1])
     layer, inputs_seen = _time_block(model, family.text_block(config, 0), call, settings, shares[1])
+    written = {Path(name).stem: nbytes * WRITE_SECONDS for name, nbytes in plan.files}
+    block += written.get(family.vision_block(config, 0).name, 0.0)
+    layer += written.get(family.text_block(config, 0).name, 0.0)
     steps = [StepPlan(b.name, "vision", block) for b in family.vision_blocks(config)[:-1]]
     if steps:
         steps[0] = replace(steps[0], seconds=block + start)
@@ -209,6 +214,7 @@ def _time_block(
         for group in block.groups
     }
     ranks = Ranks(Place(0, 1))
+    times = -(-TOKENS_AT_ONCE // call.hidden.shape[-2])  # or the products of the second moment would be left out
     watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=SAMPLE_ROWS, own=1)
     layer = LayerWatch(block, model.config, ranks, Stopwatch())
 
@@ -220,7 +226,7 @@ def _time_block(
     started = time.perf_counter()
     with model.placed(block.name), watched.hooked(model), layer.hooked(model):
         read = time.perf_counter() - started
-        run, hidden = _time_run(replay, share)
+        run, hidden = _time_run(replay, share, times)
         started = time.perf_counter()
         layer.finish(model)
     seen = {stats.name: stats for stats, _ in watched.finish()}
@@ -228,12 +234,13 @@ def _time_block(
     return read + run + time.perf_counter() - started, seen
 
 
-def _time_run(run: Callable[[], Result], share: float) -> tuple[float, Result]:
-    """Seconds of a run over `share` times as much as one call, from the second of two: the first also fills caches."""
-    run()
-    started = time.perf_counter()
+def _time_run(run: Callable[[], Result], share: float, times: int = 1) -> tuple[float, Result]:
+    """Seconds of a run over `share` times as much as one call, from some calls after a first one that also fills caches."""
     result = run()
-    return share * (time.perf_counter() - started), result
+    started = time.perf_counter()
+    for _ in range(times):
+        result = run()
+    return share * (time.perf_counter() - started) / times, result
 
 
 def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:

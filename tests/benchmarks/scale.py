@@ -172,6 +172,8 @@ def run_pipeline(model: Path, images: Path, work: Path) -> None:
         "verify", [quantized, "--reference", model, "--calib-images", images, "--limit", 1], work, codes=(0, 3)
     )
     show_verb("verify", *verified, rates, plain)
+    errors = [found["message"] for found in verified[1]["findings"] if found["severity"] == "error"]
+    print(f"    {len(errors)} errors found{''.join(f'; {one}' for one in errors[:3])}", flush=True)
     shutil.rmtree(stats)  # room for what follows
     show_verb(
         "compress",
