@@ -143,6 +143,10 @@ class Model:
             ]
         return found
 
+    def quantized(self) -> list[str]:
+        """Names of all linears that are."""
+        return [name for group in self.groups() for name in group.linears]
+
     def weight(self, name: str) -> Tensor:
         """float32 weight of a module."""
         return self.model.get_submodule(name).weight.detach()  # type: ignore[no-any-return]
@@ -379,15 +383,13 @@ class Judged:
     ppl: float
 
 
-@torch.no_grad()
-def judge(model: Model, folder: Path) -> Judged:
-    """Compare a candidate with the float model, window by window."""
+def build_candidate(model: Model, folder: Path) -> nn.Module:
+    """The model with the linears and norms that a tool wrote."""
     tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
     candidate = AutoModelForCausalLM.from_pretrained(model.folder, torch_dtype=torch.float32).eval()
-    names = [name for group in model.groups() for name in group.linears]
-    for name in names:
+    for name in model.quantized():
         own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         parent, _, leaf = name.rpartition(".")
         setattr(candidate.get_submodule(parent), leaf, Quantized(own))
@@ -399,6 +401,13 @@ def judge(model: Model, folder: Path) -> Judged:
                 candidate.get_submodule(group.norm), weight, tensors.get(f"{group.norm}.bias", torch.zeros(len(weight)))
             )
             setattr(candidate.get_submodule(parent), leaf, norm)
+    return candidate  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def judge(model: Model, folder: Path) -> Judged:
+    """Compare a candidate with the float model, window by window."""
+    candidate = build_candidate(model, folder)
     errors, hooks = _watch_errors(model, candidate)
     kl = top1 = nll = count = 0.0
     for ids in model.held_out:
@@ -409,7 +418,7 @@ def judge(model: Model, folder: Path) -> Judged:
         count += len(ids) - 1
     for hook in hooks:
         hook.remove()
-    quantized = [candidate.get_submodule(name).q for name in names]
+    quantized = [candidate.get_submodule(name).q for name in model.quantized()]
     weights = sum(q.numel() for q in quantized)
     bits = sum(entropy_bits(count_int8(q)) * q.numel() for q in quantized) / weights
     error = sum((lost / whole) ** 0.5 for lost, whole in errors.values()) / len(errors)
