@@ -62,6 +62,8 @@ TOKENS: Final = 512
 CALIBRATION_WINDOWS: Final = 16
 KEPT_TOKENS: Final = 8
 """Of each window, for error tables and the choice of ranges."""
+ERROR_WINDOWS: Final = 4
+"""Held-out windows over which the errors of single linears are summed."""
 LOWBIT: Final = {"w_bit": 4, "is_lowbit": True}
 INT8: Final = {"num_bits": 8, "type": "int"}
 STATIC: Final = {**INT8, "strategy": "tensor", "symmetric": False}
@@ -129,6 +131,9 @@ class Model:
         self.layers: int = config.num_hidden_layers
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim: int = config.hidden_size // config.num_attention_heads
+        with torch.no_grad():
+            self.expected = [self.model(ids[None]).logits[0, :-1].log_softmax(-1) for ids in self.held_out]
+        """Log-probabilities by the float model, float32 [TOKENS - 1, vocabulary] of each held-out window."""
 
     def groups(self) -> list[Group]:
         """Those that are quantized, in model order."""
@@ -146,6 +151,11 @@ class Model:
     def quantized(self) -> list[str]:
         """Names of all linears that are."""
         return [name for group in self.groups() for name in group.linears]
+
+    def over_heads(self, channels: Tensor) -> Tensor:
+        """What belongs to v_proj's output channels, for o_proj's input channels: each query head has those of its KV head."""
+        heads = channels.reshape(self.kv_heads, 1, self.head_dim)
+        return heads.expand(-1, self.heads // self.kv_heads, -1).reshape(-1)
 
     def weight(self, name: str) -> Tensor:
         """float32 weight of a module."""
@@ -409,15 +419,17 @@ def judge(model: Model, folder: Path) -> Judged:
     """Compare a candidate with the float model, window by window."""
     candidate = build_candidate(model, folder)
     errors, hooks = _watch_errors(model, candidate)
+    for ids in model.held_out[:ERROR_WINDOWS]:
+        model.model(ids[None])
+    for hook in hooks:
+        hook.remove()
     kl = top1 = nll = count = 0.0
-    for ids in model.held_out:
-        a, b = (m(ids[None]).logits[0, :-1].log_softmax(-1) for m in (model.model, candidate))
+    for ids, a in zip(model.held_out, model.expected, strict=True):
+        b = candidate(ids[None]).logits[0, :-1].log_softmax(-1)
         kl += float((a.exp() * (a - b)).sum())
         top1 += int((a.argmax(-1) == b.argmax(-1)).sum())
         nll -= float(b.gather(1, ids[1:, None]).sum())
-        count += len(ids) - 1
-    for hook in hooks:
-        hook.remove()
+        count += len(a)
     quantized = [candidate.get_submodule(name).q for name in model.quantized()]
     weights = sum(q.numel() for q in quantized)
     bits = sum(entropy_bits(count_int8(q)) * q.numel() for q in quantized) / weights
@@ -431,37 +443,31 @@ def _watch_errors(
     """Sums of squared errors and outputs by linear, filled as the float model runs.
 
     Rows of v_proj may be divided by powers of two and o_proj's columns multiplied: an output is compared times the power
-    that fits it best, which is 1 but for such rows.
+    that fits it best, which is 1 but for such rows, and o_proj is fed the float model's input over v_proj's powers.
     """
     errors: dict[str, list[float]] = {}
+    powers: dict[str, Tensor] = {}
     hooks = []
     for group in model.groups():
         source = group.norm or group.linears[0]
 
         def compare(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, group: Group = group) -> None:
-            x = args[0]
+            if group.source is None:
+                read, own = output, candidate.get_submodule(str(group.norm))(args[0])
+            else:
+                read, own = args[0], args[0] / model.over_heads(powers[group.source])
             for name in group.linears:
-                if group.norm is None and _is_folded(candidate, name, model):
-                    continue
-                y = output if group.norm is None else apply_linear(output, model.weight(name))
-                own = x if group.norm is None else candidate.get_submodule(group.norm)(x)
+                y = output if group.norm is None else apply_linear(read, model.weight(name))
                 z = candidate.get_submodule(name)(own)
                 power = (y.square().sum((0, 1)) / z.square().sum((0, 1)).clamp_min(1e-30)).sqrt().clamp(1e-9, 1e9)
-                z = z * torch.exp2(power.log2().round())
+                powers[name] = torch.exp2(power.log2().round())
+                z = z * powers[name]
                 sums = errors.setdefault(name, [0.0, 0.0])
                 sums[0] += float((z - y).square().sum())
                 sums[1] += float(y.square().sum())
 
         hooks.append(model.model.get_submodule(source).register_forward_hook(compare))
     return errors, hooks
-
-
-def _is_folded(candidate: nn.Module, name: str, model: Model) -> bool:
-    """Whether the input of a linear without a norm has other scales than the float model's."""
-    quantized, weight = candidate.get_submodule(name), model.weight(name)
-    stored = quantized.weight * (quantized.deq / quantized.scale)[:, None] if quantized.static else quantized.weight
-    ratio = stored.square().sum(0) / weight.square().sum(0).clamp_min(1e-30)
-    return bool((ratio > 3).any())
 
 
 @dataclass(frozen=True)
@@ -491,18 +497,17 @@ class Bench:
             if config is not None:
                 yield Candidate(mode, tool, partial(self._run, tool, python, mode, config))
 
-    def own(self, mode: str, target_bits: str | None) -> Iterator[Candidate]:
-        """glmq as the flags have it, and at the bits that are named."""
+    def own(self, mode: str) -> Iterator[Candidate]:
+        """glmq as the flags have it."""
         options = MODES[mode].glmq
-        sparse = make_recipe(Options(torch_dtype="fp16", **options)).quant_type is QuantType.W8A8S  # type: ignore[arg-type]
-        yield Candidate(mode, "glmq", partial(self._quantize, mode, options, "answer"))
-        if sparse:
-            yield Candidate(mode, "glmq, --allocate error", partial(self._quantize, mode, options, "error"))
-        if target_bits is not None:
-            limited = {**options, "target_bits": float(target_bits)}
-            yield Candidate(
-                mode, f"glmq, --target-bits {target_bits}", partial(self._quantize, mode, limited, "answer")
-            )
+        yield Candidate(mode, "glmq", partial(self._quantize, options, "answer"))
+        if make_recipe(Options(torch_dtype="fp16", **options)).quant_type is QuantType.W8A8S:  # type: ignore[arg-type]
+            yield Candidate(mode, "glmq, --allocate error", partial(self._quantize, options, "error"))
+
+    def limited(self, mode: str, target_bits: str) -> Candidate:
+        """glmq at the bits that are named."""
+        options = {**MODES[mode].glmq, "target_bits": float(target_bits)}
+        return Candidate(mode, f"glmq, --target-bits {target_bits}", partial(self._quantize, options, "answer"))
 
     def _run(self, tool: str, python: Path, mode: str, config: Mapping[str, object]) -> Path:
         out = (self._folder / "-".join([tool, *mode.split()])).resolve()  # the vendor's opens no path with a space
@@ -512,7 +517,7 @@ class Bench:
             subprocess.run([str(part) for part in command], check=True, cwd=self._folder, capture_output=True)
         return out
 
-    def _quantize(self, mode: str, options: Mapping[str, object], allocate: str) -> Path:
+    def _quantize(self, options: Mapping[str, object], allocate: str) -> Path:
         out = self._folder / "glmq"
         Quantizer(self._model, self._stats, self._rows, options)(out, allocate)
         return out
@@ -556,10 +561,10 @@ def main() -> None:
     a = parser.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
     model = Model(a.folder, a.text, a.windows)
-    with torch.no_grad():
-        losses = [model.model(ids[None], labels=ids[None]).loss for ids in model.held_out]
+    chosen = [a.gather(1, ids[1:, None]) for ids, a in zip(model.held_out, model.expected, strict=True)]
+    ppl = float((-torch.cat(chosen).mean()).exp())
     print("| mode | tool | bits | error | KL | top-1 | ppl |\n|---|---|---|---|---|---|---|")
-    print(f"| float | | 16 | 0 | 0 | 1 | {float(torch.stack(losses).mean().exp()):.3f} |", flush=True)
+    print(f"| float | | 16 | 0 | 0 | 1 | {ppl:.3f} |", flush=True)
     pythons = {VENDOR: a.vendor_python, "llm-compressor": a.llmc_python}
     bench = Bench(model, a.folder, {tool: python for tool, python in pythons.items() if python is not None})
     for mode in a.modes:
@@ -568,8 +573,11 @@ def main() -> None:
             found = show(model, peer)
             if found is not None and peer.tool == VENDOR:
                 target = f"{found.bits - 0.005:.2f}"  # no more than the vendor's
-        for candidate in bench.own(mode, target):
-            show(model, candidate)
+        for candidate in bench.own(mode):
+            found = show(model, candidate)
+            if target is not None and found is not None and found.bits > float(target):
+                show(model, bench.limited(mode, target))
+                target = None
 
 
 if __name__ == "__main__":
