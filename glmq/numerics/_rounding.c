@@ -1,4 +1,4 @@
-/* The compiled half of gptq.py: rounds one block of columns for all rows, without the interpreter lock.
+/* The compiled half of gptq.py: rounds one block of columns for all rows, and reorders columns, without the interpreter lock.
  *
  * Matrices are [columns, rows] with the rows contiguous, so that a vector register holds one column of many rows. A strip of
  * STRIP rows is finished before the next: the errors of its columns stay in a small buffer, and each column gathers what all
@@ -7,7 +7,7 @@
  */
 #include "../_native.h"
 
-enum { LANES = REGISTER_FLOATS, STRIP = 64, VECTORS = STRIP / LANES };
+enum { LANES = REGISTER_FLOATS, STRIP = 64, VECTORS = STRIP / LANES, CACHE_LINE = 64 };
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef signed char Bytes __attribute__((vector_size(LANES)));
@@ -157,8 +157,108 @@ done:
     return result;
 }
 
+/* A matrix with its rows one after the other, and the same with its columns in another order one after the other. */
+typedef struct {
+    Py_buffer plain, place, ordered; /* [rows, columns]; int64 [columns]; [columns, padded], padded >= rows */
+    int64_t rows, columns, padded, first, end;
+} Reordering;
+
+/* Read the arguments of arrange and restore; 0 with an exception if they do not fit each other. */
+static int parse_reordering(PyObject *args, const char *format, Reordering *r, int64_t size) {
+    long long rows, columns, padded, first, end;
+    if (!PyArg_ParseTuple(args, format, &r->plain, &r->place, &r->ordered, &rows, &columns, &padded, &first, &end)) return 0;
+    r->rows = rows, r->columns = columns, r->padded = padded, r->first = first, r->end = end;
+    if (rows < 0 || padded < rows || first < 0 || first > end || end > rows) {
+        PyErr_SetString(PyExc_ValueError, "first and end must lie within the rows, and the rows within the padded ones");
+        return 0;
+    }
+    if (!buffer_fits(&r->plain, "plain", product(product(rows, columns), size), (size_t)size) ||
+        !buffer_fits(&r->ordered, "ordered", product(product(columns, padded), size), (size_t)size) ||
+        !buffer_fits(&r->place, "place", product(columns, 8), 8))
+        return 0;
+    const int64_t *place = r->place.buf;
+    for (int64_t k = 0; k < columns; k++)
+        if (place[k] < 0 || place[k] >= columns) {
+            PyErr_SetString(PyExc_ValueError, "a column's place is none");
+            return 0;
+        }
+    return 1;
+}
+
+static void release_reordering(Reordering *r) {
+    PyBuffer_Release(&r->plain);
+    PyBuffer_Release(&r->place);
+    PyBuffer_Release(&r->ordered);
+}
+
+PyDoc_STRVAR(arrange_doc,
+             "arrange(plain, place, ordered, rows, columns, padded, first, end)\n\n"
+             "For rows first to end: ordered[place[k], row] = plain[row, k]. float32 plain [rows, columns] and ordered\n"
+             "[columns, padded]; int64 place [columns].");
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static PyObject *py_arrange(PyObject *self, PyObject *args) {
+    (void)self;
+    Reordering r = {0};
+    PyObject *result = NULL;
+    if (!parse_reordering(args, "y*y*w*LLLLL", &r, sizeof(float))) goto done;
+    enum { TILE = CACHE_LINE / sizeof(float) };
+    const float *plain = r.plain.buf;
+    float *ordered = r.ordered.buf, tile[TILE][TILE];
+    const int64_t *place = r.place.buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t column = 0; column < r.columns; column += TILE)
+        for (int64_t row = r.first; row < r.end; row += TILE) { /* inside: few pages of memory at a time */
+            const int64_t height = least(TILE, r.end - row), width = least(TILE, r.columns - column);
+            for (int64_t i = 0; i < height; i++)
+                for (int64_t j = 0; j < width; j++) tile[j][i] = plain[(row + i) * r.columns + column + j];
+            for (int64_t j = 0; j < width; j++)
+                memcpy(ordered + place[column + j] * r.padded + row, tile[j], (size_t)height * sizeof(float));
+        }
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    release_reordering(&r);
+    return result;
+}
+
+PyDoc_STRVAR(restore_doc,
+             "restore(plain, place, ordered, rows, columns, padded, first, end)\n\n"
+             "For rows first to end: plain[row, k] = ordered[place[k], row]. int8 plain [rows, columns] and ordered\n"
+             "[columns, padded]; int64 place [columns].");
+
+static PyObject *py_restore(PyObject *self, PyObject *args) {
+    (void)self;
+    Reordering r = {0};
+    PyObject *result = NULL;
+    if (!parse_reordering(args, "w*y*y*LLLLL", &r, 1)) goto done;
+    enum { TILE = CACHE_LINE };
+    int8_t *plain = r.plain.buf, tile[TILE][TILE];
+    const int8_t *ordered = r.ordered.buf;
+    const int64_t *place = r.place.buf;
+    Py_BEGIN_ALLOW_THREADS
+    for (int64_t column = 0; column < r.columns; column += TILE)
+        for (int64_t row = r.first; row < r.end; row += TILE) { /* inside: few pages of memory at a time */
+            const int64_t height = least(TILE, r.end - row), width = least(TILE, r.columns - column);
+            for (int64_t j = 0; j < width; j++) {
+                const int8_t *from = ordered + place[column + j] * r.padded + row;
+                for (int64_t i = 0; i < height; i++) tile[i][j] = from[i];
+            }
+            for (int64_t i = 0; i < height; i++)
+                memcpy(plain + (row + i) * r.columns + column, tile[i], (size_t)width);
+        }
+    Py_END_ALLOW_THREADS
+    result = Py_NewRef(Py_None);
+done:
+    release_reordering(&r);
+    return result;
+}
+
 static PyMethodDef methods[] = {
     {"list_kernels", py_list_kernels, METH_NOARGS, list_kernels_doc},
+    {"arrange", py_arrange, METH_VARARGS, arrange_doc},
+    {"restore", py_restore, METH_VARARGS, restore_doc},
     {"round_block", py_round_block, METH_VARARGS, round_block_doc},
     {NULL, NULL, 0, NULL},
 };

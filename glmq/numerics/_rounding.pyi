@@ -2,6 +2,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 def list_kernels() -> tuple[str, ...]: ...
+def arrange(
+    plain: NDArray[np.float32],
+    place: NDArray[np.int64],
+    ordered: NDArray[np.float32],
+    rows: int,
+    columns: int,
+    padded: int,
+    first: int,
+    end: int,
+    /,
+) -> None: ...
+def restore(
+    plain: NDArray[np.int8],
+    place: NDArray[np.int64],
+    ordered: NDArray[np.int8],
+    rows: int,
+    columns: int,
+    padded: int,
+    first: int,
+    end: int,
+    /,
+) -> None: ...
 def round_block(
     kernel: str,
     weight: NDArray[np.float32],

@@ -19,7 +19,7 @@ in the same order and with the same kernel, U[i, k] being H[i, k] / H[k, k] insi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -119,8 +119,9 @@ def round_best(
             cut = slice(start, min(start + together, rows))
             count = cut.stop - start
             padded = -(-count // STRIP) * STRIP
-            ordered = torch.zeros(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
-            ordered[:, :count] = weight[cut].T.contiguous()[factor.order]
+            ordered = torch.empty(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
+            ordered[:, count:] = 0.0
+            _arrange(pool, weight[cut], place_of, ordered)
             strips: list[_Strip] = []
             for number, choice in enumerate(choices):
                 steps = torch.ones(choice.shape[1], padded)  # [n, G] -> [G, n]
@@ -135,7 +136,7 @@ def round_best(
             if coupling is not None:
                 for _ in range(sweeps):
                     rounder.sweep(strips[0], coupling)
-            found.q[cut] = strips[0].q[:, :count][place_of].T
+            _restore(pool, strips[0].q, place_of, found.q[cut])
     return found
 
 
@@ -216,11 +217,36 @@ class _BlockJob:
     """int8 [columns, n]: gets the integers."""
 
 
+def _arrange(pool: ThreadPoolExecutor, weight: Tensor, place_of: Tensor, ordered: Tensor) -> None:
+    """Put each column of a weight [n, K] in its place: into float32 [K, at least n]."""
+    rows, columns = weight.shape
+    if not KERNELS:
+        ordered[place_of, :rows] = weight.T.contiguous()
+        return
+    parts = (weight.contiguous().numpy(), place_of.numpy(), ordered.numpy(), rows, columns, ordered.shape[1])
+    _over_rows(pool, rows, partial(_rounding.arrange, *parts))
+
+
+def _restore(pool: ThreadPoolExecutor, ordered: Tensor, place_of: Tensor, q: Tensor) -> None:
+    """Take each column of int8 [n, K] from its place in [K, at least n]."""
+    rows, columns = q.shape
+    if not KERNELS:
+        q[:] = ordered[:, :rows][place_of].T
+        return
+    parts = (q.numpy(), place_of.numpy(), ordered.numpy(), rows, columns, ordered.shape[1])
+    _over_rows(pool, rows, partial(_rounding.restore, *parts))
+
+
+def _over_rows(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:
+    """Whole strips of rows, from the first to the last and excluded one, for each thread."""
+    share = -(-rows // (torch.get_num_threads() * STRIP)) * STRIP
+    firsts = range(0, rows, share)
+    for _ in pool.map(work, firsts, [min(first + share, rows) for first in firsts]):
+        pass
+
+
 def _round_block(pool: ThreadPoolExecutor, job: _BlockJob, grid: IntGrid) -> None:
     columns, rows = job.weight.shape
-    threads = torch.get_num_threads()
-    share = -(-rows // (threads * STRIP)) * STRIP
-    firsts = range(0, rows, share)
     round_cut = partial(
         _rounding.round_block,
         KERNELS[0],
@@ -236,8 +262,7 @@ def _round_block(pool: ThreadPoolExecutor, job: _BlockJob, grid: IntGrid) -> Non
         grid.qmin,
         grid.qmax,
     )
-    for _ in pool.map(round_cut, firsts, [min(first + share, rows) for first in firsts]):
-        pass
+    _over_rows(pool, rows, round_cut)
 
 
 def _round_block_in_torch(job: _BlockJob, grid: IntGrid) -> None:

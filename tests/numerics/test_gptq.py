@@ -1,4 +1,5 @@
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -195,3 +196,55 @@ def test_the_compiled_kernel_refuses_buffers_that_do_not_fit(changes: dict[str, 
     }
     with pytest.raises(ValueError, match=re.escape(sentence)):
         gptq._rounding.round_block(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (15, 70), (200, 65)])
+def test_columns_are_put_in_order_and_taken_back(rows: int, columns: int, threads: int) -> None:
+    place = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+    weight, ordered = torch.arange(float(rows * columns)).reshape(rows, columns), torch.zeros(columns, rows + 5)
+    integers = torch.randint(-128, 128, (columns, rows + 5), generator=torch.Generator().manual_seed(rows)).to(
+        torch.int8
+    )
+    q = torch.zeros(rows, columns, dtype=torch.int8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            gptq._arrange(pool, weight, place, ordered)
+            gptq._restore(pool, integers, place, q)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(ordered[place, :rows], weight.T)
+    assert not ordered[:, rows:].any()
+    assert torch.equal(q, integers[place, :rows].T)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"end": 4}, "first and end must lie within the rows, and the rows within the padded ones"),
+        ({"first": 2, "end": 1}, "first and end must lie within the rows, and the rows within the padded ones"),
+        ({"padded": 2}, "first and end must lie within the rows, and the rows within the padded ones"),
+        ({"rows": -1}, "first and end must lie within the rows, and the rows within the padded ones"),
+        ({"columns": 3}, "plain has {plain} bytes, {wanted} are needed"),
+        ({"place": np.array([0, 2])}, "a column's place is none"),
+        ({"place": np.array([-1, 0])}, "a column's place is none"),
+        ({"ordered": np.zeros((2, 3), np.float64)}, "ordered has 48 bytes"),
+        ({"columns": 2**62, "padded": 2**62}, "plain has {plain} bytes, -1 are needed"),
+    ],
+)
+@pytest.mark.parametrize(("name", "dtype"), [("arrange", np.float32), ("restore", np.int8)])
+def test_reordering_refuses_buffers_that_do_not_fit(
+    name: str, dtype: type[np.generic], changes: dict[str, object], sentence: str
+) -> None:
+    arguments: dict[str, object] = {
+        "plain": np.zeros((3, 2), dtype),
+        "place": np.arange(2),
+        "ordered": np.zeros((2, 3), dtype),
+        **{"rows": 3, "columns": 2, "padded": 3, "first": 0, "end": 3},
+    }
+    size = np.dtype(dtype).itemsize
+    with pytest.raises(ValueError, match=re.escape(sentence.format(plain=6 * size, wanted=9 * size))):
+        getattr(gptq._rounding, name)(*(arguments | changes).values())
