@@ -35,6 +35,8 @@ PROCESS_BYTES: Final = 430 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
 USUAL_RATE: Final = 1e10
 """Weights times tokens a second."""
+MOST_CALLS: Final = 8
+"""That are timed of one block."""
 WRITE_SECONDS: Final = 4e-9
 """For a byte of a file that must have reached the disk: of a small machine's."""
 TOKEN_TEXT: Final = 16
@@ -214,7 +216,8 @@ def _time_block(
         for group in block.groups
     }
     ranks = Ranks(Place(0, 1))
-    times = -(-TOKENS_AT_ONCE // call.hidden.shape[-2])  # or the products of the second moment would be left out
+    # So often that the second moment gets its products, which wait for that many tokens.
+    times = min(-(-TOKENS_AT_ONCE // call.hidden.shape[-2]), MOST_CALLS)
     watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=SAMPLE_ROWS, own=1)
     layer = LayerWatch(block, model.config, ranks, Stopwatch())
 
