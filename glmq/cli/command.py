@@ -21,6 +21,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
+from glmq.cli.lines import broken, width_of
 from glmq.cli.presets import defaults_of
 from glmq.cli.stopped import describe_rest, describe_stop, find_unfinished, remember_command, resuming_command
 from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, MemoryShortError, SpaceError, UnreadableError, UsageError
@@ -41,6 +42,17 @@ WANTED: Final = {
     r"Input should be less than or equal to (.*)": r"at most \1 is needed",
 }
 """What pydantic says of a value -> what the user is told, for re.sub."""
+
+SAID: Final = {
+    r"No such command (.+)\. Did you mean (.+)\?": r"\1: no such verb, did you mean \2",
+    r"No such command (.+)": r"\1: no such verb",
+    r"No such option: (\S+) \(Possible options: (.+)\)": r"\1: no such option, did you mean \2",
+    r"No such option: (\S+)": r"\1: no such option",
+    r"Missing (?:option|argument) (\S+)": r"\1: missing",
+    r"Option (\S+) requires an argument": r"\1: a value is needed",
+    r"Got unexpected extra argument(?:s|\(s\))? \((.+)\)": r"\1: not expected",
+}
+"""What typer says of a command line -> what the user is told, for re.sub."""
 
 LAST_WORD: Final = "glmq.last_word"
 """Key of typer's context: the last complete word of the command line, while a shell asks for completions."""
@@ -105,7 +117,7 @@ class GlmqCommand(TyperCommand):
             raise typer.Exit
         ctx.meta[ARGUMENTS] = list(args)
         can_resume = any(isinstance(param, TyperOption) and param.name == "resume" for param in self.params)
-        remember_command(ctx.command_path.split(), args, can_resume=can_resume)
+        remember_command(ctx.command_path.split(), _without_resume(args), can_resume=can_resume)
         with usage_errors(args, ctx.command_path):
             args = _spell_dtypes(_spell_booleans(args, self.params))
             file = _value_of("--config", args)
@@ -191,6 +203,10 @@ def _usage_sentence(message: str, args: Sequence[str]) -> str:
         r"^Invalid value(?: for '([^']+)')?: (?:Value error, )?", lambda m: f"{m[1]}: " if m[1] else "", message
     )
     sentence = sentence.rstrip(".")
+    for words, told in SAID.items():
+        if re.fullmatch(words, sentence):
+            sentence = re.sub(words, told, sentence.replace("'", ""))
+            break
     for words, wanted in WANTED.items():
         option, colon, said = sentence.partition(": ")
         if colon and re.fullmatch(words, said):
@@ -307,6 +323,20 @@ def _spell_booleans(args: Sequence[str], params: Sequence[object]) -> list[str]:
     return rewritten
 
 
+def _without_resume(args: Sequence[str]) -> list[str]:
+    """The arguments but for `--resume`, however it is spelled."""
+    kept: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, _ = arg.partition("=")
+        if _dashed(name) not in ("--resume", "--no-resume"):
+            kept.append(arg)
+        elif not equals and rest and rest[0].lower() in BOOLEAN_WORDS:
+            rest.pop(0)
+    return kept
+
+
 def _spell_dtypes(args: Sequence[str]) -> list[str]:
     """Rewrite `--torch_dtype float16` to `--torch_dtype fp16`."""
     rewritten: list[str] = []
@@ -328,8 +358,12 @@ def _complain(
     if json_wanted:
         typer.echo(json.dumps({"error": {"code": code, "message": message, **more}}, sort_keys=True))
     else:
-        typer.secho(f"error[{code}]: ", fg="red", bold=True, err=True, nl=False)
-        typer.echo(message, err=True)
+        head, width = f"error[{code}]:", width_of(sys.stderr)
+        sentence = f"{head} {message}"
+        first, *rest = [sentence] if width is None else broken(sentence, width)
+        typer.secho(head, fg="red", bold=True, err=True, nl=False)
+        for line in (first.removeprefix(head), *rest):
+            typer.echo(line, err=True)
 
 
 def _say_stopped(code: str, by: str, params: Mapping[str, object], json_wanted: bool, debug: bool) -> None:

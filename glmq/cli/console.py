@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from glmq.cli.lines import broken
 from glmq.machine import is_out_of_memory
 from glmq.quoting import visible
 
@@ -43,9 +44,19 @@ class VisibleConsole(Console):
                 raise
             self.quiet = True  # a log on a full disk: what the run makes is worth more than what it says
 
-    def say(self, sentence: str | Text, style: str | None = None) -> None:
-        """A sentence: broken between words on a terminal, one line for a file or another program."""
-        self.print(sentence, style=style, soft_wrap=not self.is_terminal)
+    def say(self, sentence: str | Text, style: str | None = None, *, hang: int | None = None) -> None:
+        """A sentence: broken between words on a terminal, one line for a file or another program.
+
+        Args:
+            sentence: without line ends.
+            style: of all of it; by default that of a Text.
+            hang: columns that later lines begin further in; by default as the first does.
+        """
+        shown = visible(str(sentence), LONGEST_LINE)
+        chosen = sentence.style if isinstance(sentence, Text) else style
+        indent = len(shown) - len(shown.lstrip()) if hang is None else hang
+        for line in broken(shown, self.width, indent) if self.is_terminal else [shown]:
+            self.print(line, style=chosen, soft_wrap=True)
 
 
 class VisibleTable(Table):
@@ -66,7 +77,7 @@ def showing(folder: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        stderr.print(f"note: the output in {folder} is whole, but memory ran out while it was shown", soft_wrap=True)
+        stderr.say(f"note: the output in {folder} is whole, but memory ran out while it was shown")
 
 
 def _console(stream: TextIO, *, is_stderr: bool) -> VisibleConsole:

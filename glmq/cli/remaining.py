@@ -29,6 +29,8 @@ class Remaining:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._started = clock()
+        self._ready: float | None = None
+        """When the first pass began."""
         self._passes: tuple[PassPlan, ...] = ()
         self._number = -1
         """Index of the current pass in `_passes`."""
@@ -46,6 +48,7 @@ class Remaining:
             case RunPlanned():
                 self._passes, self._number, self._is_timed = event.passes, -1, True
             case PassStarted():
+                self._ready = self._clock() if self._ready is None else self._ready
                 self._start(event)
             case BlockStep():
                 if event.index != self._current or event.done == 0:
@@ -88,11 +91,12 @@ class Remaining:
         return total
 
     def share(self) -> float:
-        """Of the run's time that has passed, 0 to 1."""
-        left, elapsed = self.left(), self.elapsed()
+        """Of the time of the run's passes that has passed, 0 to 1: what came before them is none of their work."""
+        left = self.left()
         if left is None:
             return (len(self._done) + self._share) / max(len(self._steps), 1)
-        return elapsed / max(elapsed + left, 1e-9)
+        passed = 0.0 if self._ready is None else self._clock() - self._ready
+        return passed / max(passed + left, 1e-9)
 
     @property
     def _steps(self) -> tuple[StepPlan, ...]:

@@ -27,17 +27,22 @@ class Unfinished:
 
 
 def remember_command(program: Sequence[str], args: Sequence[str], *, can_resume: bool) -> None:
-    """Keep the command line that this process serves, as the one that resumes it; empty for what cannot be resumed."""
+    """Keep the command line that this process serves, if it can be resumed.
+
+    Args:
+        program: the words before the arguments.
+        args: without --resume.
+        can_resume: whether the verb has that option.
+    """
     _reached.set("")
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     launcher = ["torchrun", "--nproc_per_node", processes, "-m"] if processes != "1" else []
-    resuming = [*launcher, *program, *(arg for arg in args if arg not in ("--resume", "--no-resume")), "--resume"]
-    _command.set(join(resuming) if can_resume else "")
+    _command.set(join([*launcher, *program, *args]) if can_resume else "")
 
 
 def resuming_command() -> str:
     """The command that resumes the run, quoted for a shell; empty where there is none."""
-    return _command.get()
+    return f"{_command.get()} --resume" if _command.get() else ""
 
 
 def remember_reached(sentence: str) -> None:
@@ -61,17 +66,17 @@ def find_unfinished(params: Mapping[str, object]) -> list[Unfinished]:
 
 
 def describe_stop(by: str, left: Sequence[Unfinished]) -> str:
-    """One sentence: what stopped the run and how far it came."""
+    """One sentence: what stopped the run, how far it came, and whether that is lost."""
     reached = _reached.get()
-    if not left:
-        return f"stopped by {by}; nothing half-written was left behind"
-    return f"stopped by {by}; {reached or 'what is finished stays'}"
+    if left:
+        return f"stopped by {by}; {reached or 'what is finished stays'}"
+    return "; ".join(filter(None, [f"stopped by {by}", reached, "nothing half-written was left behind"]))
 
 
 def describe_rest(left: Sequence[Unfinished]) -> list[str]:
-    """Lines below it: where the unfinished output lies, and what continues or removes it."""
+    """Lines below it: where the unfinished output lies, and what continues or removes it, or starts again."""
     if not left:
-        return []
+        return [f"  to start again: {_command.get()}"] if _command.get() else []
     from glmq.cli.render import size  # imports what draws tables, which --help starts without
 
     lines = [f"  unfinished: {one.path}, {size(one.nbytes)}" for one in left]

@@ -24,7 +24,7 @@ class Column:
 
     header: str
     drop: int = 0
-    """Where there is no room, columns with the largest number go first; those with 0 stay."""
+    """Those with 0 stay; of the others those with the smallest number have room first."""
     left: bool = False
     """Flush left, as words are; numbers are flush right."""
     wraps: bool = False
@@ -61,12 +61,12 @@ class FittedTable:
 
     def layout(self, width: int) -> dict[int, int]:
         """The columns that have room in a line of `width` characters, each with its own width."""
-        shown = [index for index in range(len(self.columns)) if self._says_something(index)]
-        while _line(self._least(index) for index in shown) > width:
-            last = max(shown, key=lambda index: (self.columns[index].drop, index))
-            if self.columns[last].drop == 0:
-                break
-            shown.remove(last)
+        told = [index for index in range(len(self.columns)) if self._says_something(index)]
+        shown: list[int] = []
+        for index in sorted(told, key=lambda index: (self.columns[index].drop, index)):
+            if self.columns[index].drop == 0 or _line(self._least(other) for other in (*shown, index)) <= width:
+                shown.append(index)
+        shown.sort()
         widths = {index: self._least(index) for index in shown}
         # What is left goes to those that would like more, the columns in their order.
         for index in shown:
@@ -98,7 +98,7 @@ class FittedTable:
         notes = [self.caption] if self.caption else []
         notes += [f"no room for: {', '.join(left_out)}"] if left_out else []
         if notes:
-            yield Text(visible("; ".join(notes)), style="dim")
+            yield Text(visible("; ".join(notes)) + "\n", style="dim")
 
     def _all_rows(self) -> list[list[Cell]]:
         return [*self.rows, self.total] if self.total else self.rows

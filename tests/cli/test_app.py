@@ -85,7 +85,7 @@ def test_the_version_comes_with_those_of_the_libraries() -> None:
 def test_an_unknown_verb_is_wrong_usage() -> None:
     result = run("quantise")
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "No such command 'quantise'" in result.stderr
+    assert result.stderr == "error: quantise: no such verb, did you mean quantize; see `root --help`\n"
 
 
 @pytest.mark.parametrize("args", [("help",), ("help", "quantize")])
@@ -100,9 +100,13 @@ def test_the_version_has_a_short_option() -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (("quantise",), "No such command 'quantise'"),
-        (("--fast",), "No such option: --fast"),
-        (("quantize",), "Missing option '--model-path'"),
+        (("quantise",), "quantise: no such verb, did you mean quantize; see `root --help`"),
+        (("--fast",), "--fast: no such option; see `root --help`"),
+        (("quantize",), "--model-path: missing; see `root quantize --help`"),
+        (("ask",), "FOLDER: missing; see `root ask --help`"),
+        (("ask", "a", "b"), "b: not expected; see `root ask --help`"),
+        (("ask", "a", "--prompt"), "--prompt: a value is needed; see `root ask --help`"),
+        (("ask", "a", "--pompt", "x"), "--pompt: no such option, did you mean --prompt; see `root ask --help`"),
         (("compress", "a", "b", "--tp", 0), "--tp 0: at least 1 is needed"),
         (
             ("quantize", "--model_path", "m", "--save_directory", "o", "--fraction", "x"),

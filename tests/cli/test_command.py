@@ -184,7 +184,7 @@ def test_a_folder_that_is_gone_and_python_without_docstrings_are_said(monkeypatc
         result = call("act")
     assert result.exit_code == 2
     assert result.stderr.endswith("the folder that glmq was started in is gone; change to one that exists\n")
-    monkeypatch.setattr(command, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    monkeypatch.setattr(command, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2), stderr=sys.stderr))
     result = call("act")
     assert result.exit_code == 2
     assert result.stderr.endswith(
@@ -193,20 +193,28 @@ def test_a_folder_that_is_gone_and_python_without_docstrings_are_said(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "name"), [(KeyboardInterrupt(), 130, "Ctrl-C"), (command.Terminated(), 143, "SIGTERM")]
+    ("error", "code", "name", "spelled"),
+    [
+        (KeyboardInterrupt(), 130, "Ctrl-C", ["--no_resume"]),
+        (command.Terminated(), 143, "SIGTERM", ["--resume", "False"]),
+    ],
 )
 def test_a_stopped_run_says_how_far_it_came_where_it_lies_and_what_continues_it(
-    error: BaseException, code: int, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    error: BaseException, code: int, name: str, spelled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def work() -> None:
         remember_reached("calibrate (pass 1 of 3): 12 of 66 blocks are finished")
         raise error
 
     monkeypatch.setattr(__name__ + ".work", work)
-    arguments = ["long-run", "--out", str(tmp_path / "my out"), "--no-resume"]
+    arguments = ["long-run", "--out", str(tmp_path / "my out"), *spelled]
     result = call(*arguments)
     assert result.exit_code == code
-    assert result.stderr == f"error[GLMQ-E{code}]: stopped by {name}; nothing half-written was left behind\n"
+    assert result.stderr == (
+        f"error[GLMQ-E{code}]: stopped by {name}; calibrate (pass 1 of 3): 12 of 66 blocks are finished; "
+        "nothing half-written was left behind\n"
+        f"  to start again: root long-run --out '{tmp_path}/my out'\n"
+    )
     unfinished = tmp_path / ".my out.partial"
     with suppress(KeyboardInterrupt), OutputFolder(tmp_path / "my out", overwrite=False) as folder:
         Journal(folder.work, {}).record("a block", {})
@@ -238,8 +246,8 @@ def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -
     [
         (["--w_bit", "four"], "--w_bit four: a whole number is needed"),
         (["--is_lowbit=maybe"], "--is_lowbit maybe: True or False is needed"),
-        (["--no-such-option"], "No such option: --no-such-option"),
-        (["surplus"], "Got unexpected extra argument"),
+        (["--no-such-option"], "--no-such-option: no such option"),
+        (["surplus"], "surplus: not expected"),
     ],
 )
 def test_wrong_usage_is_one_object_with_json(args: list[str], message: str) -> None:
@@ -289,7 +297,12 @@ def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: 
     process.send_signal(number)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == code
-    assert stderr == f"cleaned up\nerror[GLMQ-E{code}]: stopped by {name}; nothing half-written was left behind\n"
+    first, second, again = stderr.splitlines()
+    assert (first, second) == (
+        "cleaned up",
+        f"error[GLMQ-E{code}]: stopped by {name}; nothing half-written was left behind",
+    )
+    assert again.startswith("  to start again: ")
 
 
 @pytest.mark.slow

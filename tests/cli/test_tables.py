@@ -160,6 +160,12 @@ def test_columns_go_by_their_number_and_are_named_and_names_lose_their_beginning
     ]
 
 
+def test_a_narrow_column_has_the_room_that_a_wide_one_of_more_worth_leaves() -> None:
+    columns = [Column("name"), Column("shape", drop=1), Column("bits", drop=2)]
+    table = FittedTable("T", columns, [["o_proj", "1024 x 4096", "3.81"]])
+    assert (table.layout(18), table.left_out(18)) == ({0: 6, 2: 4}, ["shape"])
+
+
 def test_a_name_in_wide_characters_is_shortened_to_the_width_that_it_takes() -> None:
     name = "layers." + "量" * 20
     table = FittedTable("T", [Column("linear", left=True), Column("bits")], [[name, "3.81"]])

@@ -1,0 +1,62 @@
+"""Sentences on a terminal break between words; commands and paths in them stay whole."""
+
+import io
+import re
+import sys
+
+import pytest
+
+from glmq.cli import command
+from glmq.cli.console import VisibleConsole
+from glmq.cli.lines import broken
+
+PATH = "/data/" + "long/" * 8 + "out"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_commands_in_backquotes_and_long_words_stay_whole() -> None:
+    sentence = f"{PATH}: no such folder; give one (`hf download zai-org/GLM-4.1V` gets it), or two"
+    assert broken(sentence, 40) == [
+        f"{PATH}:",
+        "no such folder; give one",
+        "(`hf download zai-org/GLM-4.1V` gets",
+        "it), or two",
+    ]
+    assert broken("照片照片 照片照片 照片", 10) == ["照片照片", "照片照片", "照片"]  # two columns each
+    assert broken("one ` two", 5) == ["one `", "two"]
+    assert broken("", 40) == [""]
+
+
+def test_later_lines_begin_where_they_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    console = VisibleConsole(file=terminal, width=30, force_terminal=True, no_color=True, highlight=False)
+    console.say("  answers: 30 samples have none; they are most of it")
+    console.say("kernels       statistics: avx2, rounding: avx2-fma", hang=14)
+    assert terminal.getvalue().splitlines() == [
+        "  answers: 30 samples have",
+        "  none; they are most of it",
+        "kernels       statistics:",
+        " " * 14 + "avx2, rounding:",
+        " " * 14 + "avx2-fma",
+    ]
+    pipe = io.StringIO()
+    VisibleConsole(file=pipe, width=30).say("  answers: 30 samples have none; they are most of it")
+    assert pipe.getvalue() == "  answers: 30 samples have none; they are most of it\n"
+
+
+def test_an_error_on_a_terminal_breaks_between_words_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    command._complain(
+        "GLMQ-E201", "--fractoin: no such option; see `glmq quantize --help`", json_wanted=False, debug=False
+    )
+    assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines() == [
+        "error[GLMQ-E201]: --fractoin: no such",
+        "option; see `glmq quantize --help`",
+    ]
