@@ -17,6 +17,7 @@ from typing import Final
 import psutil
 
 from glmq.version import __version__
+from glmq.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def describe_machine() -> list[str]:
     total = psutil.virtual_memory().total
     return [
         f"versions: {', '.join(versions)}",
-        f"machine: {platform.platform()}, {psutil.cpu_count()} cores, "
+        f"machine: {platform.platform()}, {counted(psutil.cpu_count() or 0, 'core')}, "
         f"{available_memory() / 2**30:.1f} of {total / 2**30:.1f} GiB of memory available",
         f"command: {sys.argv}",
     ]

@@ -29,6 +29,7 @@ from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.json_file import JsonValue, parse_json
 from glmq.errors import CheckpointError, PictureError, SampleError
 from glmq.quoting import file_text
+from glmq.wording import counted
 
 MAX_LINES_BYTES: Final = 256 * 2**20
 """Of a file of samples."""
@@ -247,7 +248,7 @@ def read_samples(
         raise SampleError(f"{path}: {len(bad)} of {total} samples cannot be used: {listed}; correct them")
     if not samples:
         raise SampleError(f"{path}: holds no sample; write one JSON object a line with image, prompt or text")
-    notes = tuple(f"{path.name}: of {_counted(count, 'sample')} {what.value}" for what, count in left.items())
+    notes = tuple(f"{path.name}: of {counted(count, 'sample')} {what.value}" for what, count in left.items())
     return SampleSet(tuple(samples), tuple(rejected), (*notes, *_deep_note(deep)))
 
 
@@ -351,15 +352,11 @@ def _listed(names: Sequence[str], separator: str) -> str:
     return separator.join(names[:_LISTED]) + more
 
 
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def _folder_note(folders: Sequence[str]) -> tuple[str, ...]:
     if not folders:
         return ()
     return (
-        f"{_counted(len(folders), 'sub-folder')} of pictures not entered: {_listed(folders, ', ')}; --recursive enters them",
+        f"{counted(len(folders), 'sub-folder')} of pictures not entered: {_listed(folders, ', ')}; --recursive enters them",
     )
 
 
@@ -367,7 +364,7 @@ def _deep_note(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{_counted(len(names), 'picture')} with more than 8 bits a channel ({_listed(names, ', ')}): values are cut to "
+        f"{counted(len(names), 'picture')} with more than 8 bits a channel ({_listed(names, ', ')}): values are cut to "
         "0 to 255, as transformers and the engines do, which leaves them nearly white or black; convert them to 8 bits",
     )
 

@@ -20,9 +20,9 @@ def clean(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="FOLDER...",
-            help="Folders to look in, or output folders of unfinished runs. By default the current folder.",
-            show_default=False,
+            metavar="[FOLDER...]",
+            help="Folders to look in, or output folders of unfinished runs.",
+            show_default="the current folder",
         ),
     ] = None,
     yes: Annotated[
@@ -65,17 +65,18 @@ def _show(found: Sequence[Leftover], removed: Sequence[Leftover], folders: Seque
     from shlex import join
 
     from glmq.cli.console import stdout
-    from glmq.cli.render import counted, size
+    from glmq.cli.render import size
     from glmq.jobs.clean import State
+    from glmq.wording import counted
 
     for one in found:
-        stdout.print(_describe(one, is_removed=one in removed), soft_wrap=True)
+        stdout.say(_describe(one, is_removed=one in removed), hang=2)
         if one.command and one not in removed and one.state is State.UNFINISHED:
             stdout.print(f"  to continue: {one.command}", soft_wrap=True)
     chosen = removed if yes else [one for one in found if one.state is State.UNFINISHED]
     total = f"{counted(len(chosen), 'unfinished run')}, {size(sum(one.nbytes for one in chosen))}"
     if not found:
-        stdout.print(f"no unfinished run in {', '.join(str(folder.absolute()) for folder in folders)}", soft_wrap=True)
+        stdout.say(f"no unfinished run in {', '.join(str(folder.absolute()) for folder in folders)}")
     elif yes:
         stdout.print(f"{total}: removed")
     elif chosen:

@@ -34,7 +34,7 @@ def show_compression(result: CompressionResult, *, verbose: bool) -> None:
     stdout.print(rank_table(result.ranks))
     stdout.print(size_table(result.sizes, result.codec, result.world))
     what = "W8A8SC" if result.codec is CodecKind.ASCEND else "W8A8S in glmq's portable form"
-    stdout.print(f"{what}, world size {result.world}, written to {result.folder}", soft_wrap=True)
+    stdout.say(f"{what}, world size {result.world}, written to {result.folder}")
     for line in next_steps(result):
         show_line(line)
 
@@ -255,8 +255,8 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
         return
     verdict = "" if free >= plan.output_bytes else ", too little: the run would refuse"
     parts = "1 part" if plan.world == 1 else f"{plan.world} parts"
-    stdout.print(f"the W8A8S checkpoint, from {parts}: exactly {plan.output_bytes} bytes of weights")
-    stdout.print(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}", soft_wrap=True)
+    stdout.say(f"the W8A8S checkpoint, from {parts}: exactly {plan.output_bytes} bytes of weights")
+    stdout.say(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}")
     show_obstacles(plan.obstacles)
 
 
@@ -275,8 +275,6 @@ def show_restored(result: RestoreResult, *, as_json: bool, quiet: bool) -> None:
     elif quiet:
         stdout.print(str(result.folder), soft_wrap=True)
     else:
-        stdout.print(
-            f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}", soft_wrap=True
-        )
+        stdout.say(f"The W8A8S checkpoint, {size(result.weight_bytes)} of weights, restored to {result.folder}")
         stdout.say("Next: check it, then compress it for the engine on a host with the vendor's program:")
         stdout.print(f"  glmq verify {quote(str(result.folder))}", soft_wrap=True)

@@ -40,6 +40,10 @@ def demo(
         check_output(out, overwrite=overwrite)
     with TemporaryDirectory(prefix="glmq-demo-") if out is None else nullcontext(str(out)) as folder:
         _run(Path(folder), TINY_CHECKPOINT, TINY_PICTURES, TINY_CASES / "images.jsonl", overwrite=overwrite)
+    if out is None:
+        from glmq.cli.console import stdout
+
+        stdout.say("These folders are removed again; to keep them: glmq demo --out FOLDER")
 
 
 def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: bool) -> None:

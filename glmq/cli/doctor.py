@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from glmq.cli import options as o
 from glmq.cli.help import Tier
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from glmq.jobs.doctor import Diagnosis
 
 GIB: Final = 2**30
+NAMES: Final = 14
+"""Columns of the names of what is shown."""
 
 
 def doctor(
@@ -32,7 +35,7 @@ def doctor(
         print_json({"schema": "glmq.doctor/1", **asdict(found), "ascend": ascend})
         return
     for name, value in _lines(found):
-        stdout.print(f"{name:<14}{value}", soft_wrap=True)
+        stdout.say(f"{name:<{NAMES}}{value}", hang=NAMES)
     for problem in found.problems:
         stdout.say(f"warning: {problem}")
 
@@ -46,7 +49,7 @@ def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "platform", found.platform
     yield (
         "processor",
-        f"{found.processor}, {found.cores} cores; {' '.join(found.features) or 'none of the known features'}",
+        f"{found.processor}, {counted(found.cores, 'core')}; {' '.join(found.features) or 'none of the known features'}",
     )
     yield "kernels", ", ".join(f"{what}: {kernel}" for what, kernel in found.kernels.items()) or "unknown"
     yield "memory", f"{found.memory_available / GIB:.1f} of {found.memory_total / GIB:.1f} GiB available"

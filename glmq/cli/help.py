@@ -20,6 +20,8 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+from glmq.wording import counted
+
 HELP_ALL: Final = "--help-all"
 KINDS: Final = {Path: "path", int: "number", float: "number", str: "text"}
 LABELS: Final = {"path": "PATH", "number": "N", "text": "TEXT", "": ""}
@@ -138,7 +140,7 @@ def help_of_verb(command: str, verb: Callable[..., object], epilog: str, *, ever
     ]
     required += [_label(entry) for entry in listed if entry.tier is Tier.REQUIRED and _is_option(entry)]
     hidden = len(listed) - sum(map(len, shown.values()))
-    further = f"{command} {HELP_ALL} shows {hidden} more options. " if hidden else ""
+    further = f"{command} {HELP_ALL} shows {counted(hidden, 'more option')}. " if hidden else ""
     footer = f"{further}Dashes and underscores in options are alike; flags take True and False."
     return _page(
         [" ".join(["Usage:", command, *required, "[OPTIONS]"]), *_paragraphs(inspect.getdoc(verb) or "")],

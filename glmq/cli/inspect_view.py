@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from glmq.cli.console import stdout
-from glmq.cli.render import SHOWN_ROWS, counted, size
+from glmq.cli.render import SHOWN_ROWS, size
 from glmq.cli.statistics_view import show_statistics
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.engines import reads_type
@@ -28,6 +28,7 @@ from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
 from glmq.records import REPORT
 from glmq.verification.engines.check import describe_engines
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import WeightDiff
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from glmq.reporting.documents import Inspection
 
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"
-INTEGERS: Final = ("INT8", "INT4")
-"""Types of weights that were rounded."""
 SHOWN_PROBLEMS: Final = 5
 """Of each engine, before the rest is left to -v."""
 
@@ -82,7 +81,7 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
         stdout.print(_layers_table(found.rows))
     every = tensor_rows(folder)
     for title, totals in (("Bytes by part", totals_by_area(every)), ("Bytes by type", totals_by_type(every))):
-        columns = [Column("", left=True), Column("tensors", drop=1), Column("bytes"), Column("share")]
+        columns = [Column(title.split()[-1], left=True), Column("tensors", drop=1), Column("bytes"), Column("share")]
         rows = [
             [total.label, str(total.tensors), size(total.nbytes), f"{total.nbytes / max(1, folder.nbytes):.1%}"]
             for total in totals
@@ -97,9 +96,11 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
     differing = [diff for diff in found.diffs if not diff.identical]
     shown = differing[: limit or (len(differing) if verbose else SHOWN_ROWS)]
     left = len(differing) - len(shown)
-    identical = f"{len(found.diffs) - len(differing)} of {len(found.diffs)} compared tensors are identical"
     rows = [_diff_cells(diff) for diff in shown]
-    caption = f"{identical}; {left} more differ, -v shows all" if left else identical
+    equal = sum(diff.equal_within is not None for diff in differing)
+    caption = f"{len(found.diffs) - len(differing)} of {len(found.diffs)} compared tensors are identical"
+    caption += f", {counted(equal, 'is', 'are')} equal within the dtypes" if equal else ""
+    caption += f"; -v shows {left} more" if left else ""
     stdout.print(FittedTable("Weights of B against A, largest difference first", _DIFF_COLUMNS, rows, caption=caption))
     layers = [row for row in found.layers if row.relative_l2 > 0 or row.layer == "total"]
     cells = [
@@ -117,10 +118,10 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
         Column("tensors", drop=3),
         Column("difference"),
         Column("largest in", drop=2, left=True),
-        Column("of it"),
+        Column("its difference"),
     ]
     stdout.print(FittedTable("Layers", columns, cells[:-1], total=cells[-1]))
-    if any(diff.type_b in INTEGERS and diff.type_a not in INTEGERS for diff in differing):
+    if any(diff.is_rounded for diff in differing):
         stdout.say(
             "What rounding changes in a weight is no verdict on it: output errors are. "
             f"{REPORT}.json of B has those of the calibration, and verify measures them on pictures of yours:"
@@ -279,7 +280,7 @@ def sparkline(counts: Sequence[int]) -> str:
 def _show_patterns(title: str, patterns: Sequence[NamePattern]) -> None:
     if patterns:
         rows = [[row.pattern, str(row.count)] for row in patterns]
-        stdout.print(FittedTable(title, [Column("tensors", left=True), Column("count")], rows))
+        stdout.print(FittedTable(title, [Column("tensors (N: any number)", left=True), Column("count")], rows))
 
 
 def _show_changes(title: str, changes: Sequence[KeyChange], *, verbose: bool) -> None:
@@ -297,8 +298,8 @@ def _or_absent(value: str | None) -> str | Text:
 
 
 def percent(error: float) -> str:
-    """A relative error: `3.492%`, `1e-09`, `inf`."""
-    return "inf" if math.isinf(error) else f"{error:.3%}" if error >= 1e-5 or error == 0 else f"{error:.0e}"
+    """A relative error: `3.492%`, `<0.001%`, `inf`."""
+    return "inf" if math.isinf(error) else f"{error:.3%}" if error >= 1e-5 or error == 0 else "<0.001%"
 
 
 def _print_mark(severity: str, message: str) -> None:

@@ -138,7 +138,7 @@ ComputeDtype = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     typer.Option(
         "--compute-dtype",
-        help="Of the calibration forward. auto: bf16 on a CPU with bf16 products (AVX512-BF16, AMX), else fp32; "
+        help="Dtype of the calibration forward. auto: bf16 on a CPU with bf16 products (AVX512-BF16, AMX), else fp32; "
         "on an NPU bf16, or fp16 where it has no bf16.",
         rich_help_panel=CALIBRATION,
     ),

@@ -16,8 +16,11 @@ from glmq.quantization.targets import Target
 
 def _list_presets(wanted: bool) -> None:
     if wanted:
+        from glmq.cli.console import stdout
+
         for name, preset in PRESETS.items():
-            typer.echo(f"{name}: {preset.what}\n    {flags_of(name)}")
+            stdout.say(f"{name}: {preset.what}", hang=4)
+            stdout.say(f"    {flags_of(name)}")
         raise typer.Exit
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from shlex import quote
 from statistics import median
@@ -22,6 +22,7 @@ from glmq.model.config import FAMILY
 from glmq.quoting import visible, visible_json
 from glmq.records import REPORT, PassTime
 from glmq.spec import Activation, Form, QuantType, assert_never
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,8 +47,8 @@ def show_calibration(result: CalibrationResult, model: Path, *, verbose: bool) -
     """Tokens of the samples, and how the run ended: where the statistics lie, whether they have settled, what to do next."""
     stdout.print(samples_table(result.statistics.samples()))
     folder = result.folder
-    stdout.print(f"Statistics written to {folder} in {duration(result.seconds)}", soft_wrap=True)
-    stdout.print(f"  size: {size(sum(path.stat().st_size for path in folder.iterdir()))}", soft_wrap=True)
+    stdout.say(f"Statistics written to {folder} in {duration(result.seconds)}")
+    stdout.say(f"  size: {size(sum(path.stat().st_size for path in folder.iterdir()))}")
     show_settled(result.settled, verbose=verbose)
     stdout.print(
         f"Next: glmq quantize --model_path {quote(str(model))} --stats {quote(str(folder))} --save_directory ...",
@@ -105,11 +106,12 @@ def error_table(reports: Sequence[LinearReport], *, verbose: bool) -> FittedTabl
     worst_first = sorted(reports, key=lambda r: (-r.output_error, r.name))
     shown = worst_first if verbose else worst_first[:SHOWN_ROWS]
     left = len(worst_first) - len(shown)
+    tail = f"{counted(left, 'better one is', 'better ones are')} left out; -v shows all, {REPORT}.csv has them"
     return FittedTable(
         "Error per linear, worst output error first",
         [column for column, _ in ERROR_COLUMNS],
         [[cell(report) for _, cell in ERROR_COLUMNS] for report in shown],
-        caption=f"{left} better ones are left out; -v shows all, {REPORT}.csv has them" if left else "",
+        caption="; ".join([*([tail] if left else []), *legend(report.output_error for report in shown)]),
     )
 
 
@@ -130,11 +132,6 @@ def captions_table(picture: str, captions: Mapping[str, str]) -> FittedTable:
         [Column("model", left=True), Column("says", left=True, wraps=True)],
         [[label, text] for label, text in captions.items()],
     )
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 sample`, `2 samples`."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def duration(seconds: float) -> str:
@@ -250,6 +247,12 @@ def show_calibration_plan(forecast: CalibrationForecast, folder: Path, *, as_jso
     show_obstacles(forecast.obstacles)
 
 
+def legend(errors: Iterable[float]) -> list[str]:
+    """What the marks of a table of these relative errors mean; nothing where none is marked."""
+    is_marked = any(not error < POOR_ERROR for error in errors)
+    return [f"!: {POOR_ERROR:.0%} or more, !!: {BAD_ERROR:.0%} or more"] if is_marked else []
+
+
 def marked(error: float, text: str) -> Text:
     """The relative error of an output, as `text` says it, with a colour and, for those who see none, a mark."""
     if not error < BAD_ERROR:
@@ -280,18 +283,13 @@ def show_quantization(result: QuantizationResult, model: Path, *, verbose: bool)
     stdout.print(error_table(result.reports, verbose=verbose))
     stdout.print(areas_table(result.areas))
     recipe, folder = result.recipe, result.folder
-    stdout.print(
-        f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {folder} in {duration(result.seconds)}",
-        soft_wrap=True,
-    )
+    stdout.say(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {folder} in {duration(result.seconds)}")
     before, after = sum(part.before for part in result.areas), sum(part.after for part in result.areas)
-    stdout.print(f"  size: {size(before)} before, {size(after)} after", soft_wrap=True)
+    stdout.say(f"  size: {size(before)} before, {size(after)} after")
     errors = sorted(report.output_error for report in result.reports)
     worst = max(result.reports, key=lambda report: report.output_error)
-    stdout.print(
-        f"  output error: median {median(errors):.2%}, worst {errors[-1]:.2%} at {FAMILY.short_name(worst.name)}",
-        soft_wrap=True,
-    )
+    at = FAMILY.short_name(worst.name)
+    stdout.say(f"  output error: median {median(errors):.2%}, worst {errors[-1]:.2%} at {at}")
     show_settled(result.settled, verbose=verbose)
     stdout.print(f"  check it: glmq verify {quote(str(folder))} --reference {quote(str(model))}", soft_wrap=True)
     for line in next_steps(result.folder, recipe):

@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from glmq.cli.console import stdout
-from glmq.cli.render import SHOWN_ROWS, show_line, size
+from glmq.cli.render import SHOWN_ROWS, size
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
@@ -43,7 +43,7 @@ def show_statistics(found: StatisticsSummary, nbytes: int, sites: Collection[str
     stdout.say("for: the input of `glmq quantize --stats`")
     stdout.say(found.in_words)
     for line in describe_convergence(found.assessment, unanswered=found.unanswered):
-        show_line(line)
+        stdout.say(line)
     grouped: dict[tuple[str, str], list[InputSummary]] = {}
     for entry in found.inputs:
         if entry.site in sites:

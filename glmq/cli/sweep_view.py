@@ -7,12 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from glmq.cli.console import stdout
-from glmq.cli.render import counted, duration, marked, show_obstacles, size
+from glmq.cli.render import duration, legend, marked, show_obstacles, size
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.machine import available_memory
 from glmq.model.config import FAMILY
 from glmq.reporting.sweep_page import BEST
 from glmq.reporting.sweeps import SWEEP
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,7 +64,7 @@ def show_sweep(found: Sweep) -> None:
     for name in (row.name for row in found.rows):
         stdout.print(f"  {found.commands[name]}", soft_wrap=True)
     page = found.folder / f"{SWEEP}.html"
-    stdout.print(f"{counted(len(found.rows), 'recipe')} in {duration(found.seconds)}: {page}", soft_wrap=True)
+    stdout.say(f"{counted(len(found.rows), 'recipe')} in {duration(found.seconds)}: {page}")
 
 
 def sweep_table(found: Sweep) -> FittedTable:
@@ -72,6 +73,9 @@ def sweep_table(found: Sweep) -> FittedTable:
     if found.samples:
         positions = max(row.divergence.positions for row in found.rows if row.divergence is not None)
         caption += f"; KL in nats over {positions} positions of {counted(len(found.samples), 'sample')}"
+    caption = "; ".join(
+        [caption, *legend(error for row in found.rows for error in (row.median_error, row.worst_error))]
+    )
     return FittedTable(
         f"Recipes, smallest first; the float model has {size(found.float_bytes)}",
         [column for column, _ in COLUMNS],

@@ -14,7 +14,7 @@ ABit = Annotated[
     int,
     typer.Option(
         "--a-bit",
-        help="Activation bits: 8, or 16 for float. It makes W8A16, and W4A16 with --format compressed-tensors.",
+        help="Activation bits: 8, or 16 for float. With 16 it makes W8A16, and W4A16 with --format compressed-tensors.",
         rich_help_panel=o.QUANTIZATION,
     ),
     Tier.VENDOR,

@@ -10,13 +10,16 @@ from rich.text import Text
 from glmq.checkpoint.names import natural_key
 from glmq.cli.console import stdout
 from glmq.cli.inspect_view import percent
-from glmq.cli.render import counted, marked
+from glmq.cli.render import legend, marked
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.model.config import FAMILY
 from glmq.reporting.documents import Verification
 from glmq.verification.engines.schemes import group_schemes
 from glmq.verification.findings import Check, Finding
+from glmq.wording import counted
 
+MODELS: Final = 11
+"""Columns of the names of the two models before their answers."""
 SHOWN_FINDINGS: Final = 3
 """Of each check, before the rest is counted."""
 
@@ -61,13 +64,15 @@ def _show_findings(found: Verification, *, verbose: bool) -> None:
     for check, findings in sorted(groups.items(), key=lambda item: item[0].number):
         errors = sum(finding.severity == "error" for finding in findings)
         mark, style = ("!!", "bold red") if errors else ("!", "yellow")
-        stdout.say(Text(f"{mark} {check.number} {check.title}: {_counts(errors, len(findings) - errors)}", style=style))
+        stdout.say(
+            Text(f"{mark} check {check.number}, {check.title}: {_counts(errors, len(findings) - errors)}", style=style)
+        )
         shown = findings if verbose else findings[:SHOWN_FINDINGS]
         for finding in shown:
             where = f"{finding.tensor} " if finding.tensor else ""
             stdout.say(f"     {finding.severity}: {where}{finding.message}")
         if len(shown) < len(findings):
-            stdout.print(f"     and {len(findings) - len(shown)} more; -v shows all")
+            stdout.say(f"     and {len(findings) - len(shown)} more; -v shows all")
 
 
 def _show_in_short(found: Verification) -> None:
@@ -83,7 +88,7 @@ def _show_in_short(found: Verification) -> None:
         stdout.say(f"{counted(len(found.linears), 'integer linear')}; -v shows each")
     if found.blocks:
         last = found.blocks[-1]
-        stdout.say(f"hidden states behind {FAMILY.short_name(last.done.name)}: {percent(last.error)} away")
+        stdout.say(f"hidden states after {FAMILY.short_name(last.done.name)}: {percent(last.error)} off")
 
 
 def _show_linears(found: Verification) -> None:
@@ -127,7 +132,9 @@ def _show_linears(found: Verification) -> None:
         Column("max |y|", drop=6),
     ]
     order = ", worst output error first" if behaviours else ", largest weight error first" if distances else ""
-    stdout.print(FittedTable(f"Integer linears{order}", columns, rows))
+    notes = ["beyond: how far inputs go past what is covered, as a share of it"] if any(row[5] for row in rows) else []
+    notes += legend(one.error for one in behaviours.values())
+    stdout.print(FittedTable(f"Integer linears{order}", columns, rows, caption="; ".join(notes)))
 
 
 def _show_blocks(found: Verification) -> None:
@@ -136,7 +143,8 @@ def _show_blocks(found: Verification) -> None:
             [FAMILY.short_name(b.done.name), marked(b.error, percent(b.error))] for b in found.blocks
         ]
         columns = [Column("block", left=True), Column("hidden states")]
-        stdout.print(FittedTable("Error built up, block after block", columns, rows))
+        caption = "; ".join(["hidden states after the block: relative error", *legend(b.error for b in found.blocks)])
+        stdout.print(FittedTable("Error built up, block after block", columns, rows, caption=caption))
 
 
 def _show_samples(found: Verification) -> None:
@@ -187,8 +195,8 @@ def _show_predictions(found: Verification) -> None:
     for caption in found.captions:
         same = "the same" if caption.reference == caption.candidate else "different"
         stdout.say(f"{caption.name}: {same}", style="bold")
-        stdout.say(f"  float      {caption.reference}")
-        stdout.say(f"  candidate  {caption.candidate}")
+        for model, answer in (("float", caption.reference), ("candidate", caption.candidate)):
+            stdout.say(f"  {model:<{MODELS}}{answer}", hang=2 + MODELS)
 
 
 def _show_verdict(found: Verification) -> None:

@@ -34,6 +34,8 @@ _COMPARED: Final = (Kind.FLOAT, Kind.QUANTIZED)
 HISTOGRAM_BINS: Final = 64
 ROUNDING: Final = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
 """The largest relative error of rounding to a dtype."""
+INTEGERS: Final = ("INT8", "INT4")
+"""Types of weights that were rounded."""
 WORKERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read and compare pieces of a weight: while some wait for the disk, others compute."""
 
@@ -72,6 +74,11 @@ class WeightDiff:
     entropy_a: float | None
     entropy_b: float | None
     """Bits per integer; None for floats."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """The second has integers where the first has floats."""
+        return self.type_b in INTEGERS and self.type_a not in INTEGERS
 
     @property
     def equal_within(self) -> str | None:

@@ -14,7 +14,6 @@ from glmq.calibration.generate import GenerationPlan, generate_answers, plan_gen
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import (
-    WANTED_IMAGES,
     Sample,
     SampleSet,
     builtin_texts,
@@ -34,7 +33,7 @@ from glmq.device import resolve
 from glmq.errors import LaunchError
 from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.joined_ranks import join_ranks
-from glmq.jobs.notes import describe_generation
+from glmq.jobs.notes import describe_few, describe_generation
 from glmq.jobs.run_log import run_log
 from glmq.jobs.settings import calibration_settings, compute_dtype, dtype_name, machine_settings
 from glmq.jobs.settled import Settled, assess_settled
@@ -365,8 +364,8 @@ def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample,
         )
         samples = found.samples
         _note_findings(found, "images", watcher)
-        if len(samples) < WANTED_IMAGES:
-            watcher.note(f"note: {len(samples)} calibration images; {WANTED_IMAGES} are wanted for accuracy")
+        for line in describe_few(len(samples)):
+            watcher.note(line)
     if options.samples_file is not None:
         found = read_samples(
             options.samples_file,

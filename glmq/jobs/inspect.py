@@ -87,8 +87,9 @@ def _with_statistics(folder: Folder) -> tuple[Folder, StatisticsSummary | None]:
 
 
 def _member(folder: Folder) -> str | None:
+    place = folder.directory if folder.directory.is_dir() else folder.directory.parent
     try:
-        return describe_member(folder.directory, parse_config(folder.config, "config.json")) if folder.config else None
+        return describe_member(place, parse_config(folder.config, "config.json")) if folder.config else None
     except ModelError:
         return None
 

@@ -13,6 +13,7 @@ from glmq.quantization.output import OutputPlan
 from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.recipe import Recipe
 from glmq.records import LinearReport
+from glmq.wording import counted
 
 
 def deal_bits(
@@ -58,7 +59,8 @@ def fall_back(
             advance(block.done)
     kept = worst_groups(reports, plan.groups, topk=topk, max_error=max_error)
     names = [linear.name for group in kept for linear in group.group.linears]
-    watcher.note(f"{len(names)} linears stay float; the same by hand:")
+    stays = f"{counted(len(names), 'linear')} {'stays' if len(names) == 1 else 'stay'} float"
+    watcher.note(f"{stays}; the same by hand:" if names else f"{stays}: none is that far off")
     for name in names:
         watcher.note(f"  --keep-float {name}")
     return with_fallback(recipe, kept)

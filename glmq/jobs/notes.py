@@ -8,14 +8,16 @@ from typing import Final
 
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
+from glmq.calibration.samples import WANTED_IMAGES
 from glmq.engines import Engine
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.numerics import gptq
 from glmq.quantization.plan import count_matches
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form
+from glmq.wording import counted
 
-ANSWERS_COUNT: Final = "which is most of what a thinking model computes; --generate 256 lets it write them"
+ANSWERS_COUNT: Final = "answers are most of what a thinking model computes; with --generate 256 it writes them"
 GIB: Final = 2**30
 
 
@@ -41,12 +43,12 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
         if not assessment.is_settled:
             yield "  more images would help, of the kind that the model will be asked about, and samples with answers"
     if unanswered:
-        yield f"note: {_samples(unanswered)} no answer, {ANSWERS_COUNT}"
+        yield f"note: {_samples(unanswered)} no answer; {ANSWERS_COUNT}"
 
 
 def unanswered_verdict(unanswered: int) -> str:
     """How many samples have no answer, and what would give them one."""
-    return f"{_samples(unanswered)} none, {ANSWERS_COUNT}"
+    return f"{_samples(unanswered)} none; {ANSWERS_COUNT}"
 
 
 def _samples(unanswered: int) -> str:
@@ -56,6 +58,13 @@ def _samples(unanswered: int) -> str:
 def _changes(change: Convergence) -> str:
     correlation = "" if change.correlation is None else f", correlations {change.correlation:.0%}"
     return f"ranges changed by {change.range_gap:.0%}, mean squares {change.diagonal:.0%}{correlation}"
+
+
+def describe_few(images: int) -> list[str]:
+    """That more calibration images are wanted; nothing if there are enough."""
+    if images >= WANTED_IMAGES:
+        return []
+    return [f"note: {counted(images, 'calibration image')}; {WANTED_IMAGES} are wanted for accuracy"]
 
 
 def describe_generation(plan: GenerationPlan) -> str:
@@ -72,8 +81,9 @@ def describe_generation(plan: GenerationPlan) -> str:
     )
     minutes = plan.read_seconds / 60
     time_needed = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+    samples = f"{counted(asked, 'sample')} {'is' if asked == 1 else 'are'}"
     return (
-        f"generate: {asked} samples are answered in up to {plan.max_tokens} tokens{rounds}; "
+        f"generate: {samples} answered in up to {plan.max_tokens} tokens{rounds}; "
         f"reading {weights} takes up to about {time_needed}"
     )
 
@@ -126,6 +136,5 @@ def describe_releases(recipe: Recipe) -> list[str]:
 
 def describe_patterns(recipe: Recipe, config: ModelConfig) -> list[str]:
     """How many linears each pattern of the command line matches."""
-    return [
-        f"{rule.option} matches {count_matches(rule.pattern, config)} linears" for rule in recipe.rules if rule.option
-    ]
+    counts = {rule.option: count_matches(rule.pattern, config) for rule in recipe.rules if rule.option}
+    return [f"{option} matches {counted(count, 'linear')}" for option, count in counts.items()]

@@ -41,6 +41,7 @@ from glmq.verification.engines.schemes import ModuleScheme, module_schemes
 from glmq.verification.findings import Check, Checked, Finding, Skipped
 from glmq.verification.predictions import Predictions
 from glmq.verification.situations import situation_of
+from glmq.wording import counted
 
 SMALL_BYTES: Final = 256 * 2**20
 """Float checkpoints up to this size are also asked for captions, wholly in memory."""
@@ -108,10 +109,11 @@ def verify(
     _check_samples(folder, reference, samples, in_vllm=in_vllm)
     files = _verify_files(candidate, reference, engines)
     findings, checked = files.findings, files.checked
+    checked += [f"the look-ups of {engine.spec.title}, as its loader makes them" for engine in engines]
     findings += _check_chip(folder, engines, chip)
     behaviour = _Behaviour()
     if samples and reference is not None:
-        checked.append(f"behaviour on {len(samples)} samples")
+        checked.append(f"behaviour on {counted(len(samples), 'sample')}")
         behaviour = _measure(reference, candidate, samples, cases.max_pixels, Watcher(watch))
         is_fp16 = folder.float_codes[:1] == ("F16",)
         findings += behaviour.findings

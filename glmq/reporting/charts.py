@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import product
 from typing import Final
 
 from glmq.reporting.svg import WIDTH, drawing, level_line, remark, round_up, text_at
@@ -56,7 +57,8 @@ def heat_map(
         what: the values are.
         links: anchors of the page that cells lead to.
     """
-    positive = [value for value in values.values() if 0 < value < math.inf]
+    drawn = [values[place] for place in product(columns, rows) if place in values]
+    positive = [value for value in drawn if 0 < value < math.inf]
     if not positive:
         return remark(f"No {what} above zero.")
     high = max(positive)
@@ -86,7 +88,7 @@ def heat_map(
         if x % every == 0:
             parts.append(text_at(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
     parts.append(text_at(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
-    parts += _heat_legend(22 + len(rows) * cell_h + 12, low, high, what, has_zero=0.0 in values.values())
+    parts += _heat_legend(22 + len(rows) * cell_h + 12, low, high, what, has_zero=0.0 in drawn)
     return drawing(22 + len(rows) * cell_h + 34, parts, what)
 
 
@@ -250,7 +252,7 @@ def sparkline(counts: Sequence[int]) -> str:
     )
 
 
-def range_chart(bars: Sequence[RangeBar], what: str) -> str:
+def range_chart(bars: Sequence[RangeBar], what: str, said: str = "covered") -> str:
     """Each range on its own line, all on one axis: sign(x) * log(1 + |x|), which shows small and large ranges alike."""
     ends = [abs(v) for b in bars for v in (b.low, b.high, b.seen_low or 0.0, b.seen_high or 0.0)]
     limit = math.log1p(max(ends, default=0.0))
@@ -270,7 +272,7 @@ def range_chart(bars: Sequence[RangeBar], what: str) -> str:
     for y, bar in enumerate(bars):
         top = 8 + y * line_h
         parts.append(text_at(left - 8, top + 12, bar.label, anchor="end"))
-        note = f"{bar.label}: covered {bar.low:.4g} to {bar.high:.4g}"
+        note = f"{bar.label}: {said} {bar.low:.4g} to {bar.high:.4g}"
         if bar.seen_low is not None and bar.seen_high is not None:
             note += f", seen {bar.seen_low:.4g} to {bar.seen_high:.4g}"
         parts.append(

@@ -1,4 +1,4 @@
-"""The HTML page of `glmq inspect A B`: differences by layer, the worst weights, names, config.json, description."""
+"""The HTML page of `glmq inspect A B`: differences by layer, the weights that differ most, names, config.json, description."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from glmq.inspection.listing import (
     totals_by_area,
 )
 from glmq.model.config import FAMILY
+from glmq.records import REPORT
 from glmq.reporting.charts import (
     columns_chart,
     heat_map,
@@ -25,6 +26,7 @@ from glmq.reporting.words import (
     percent,
     size,
 )
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import WeightDiff
@@ -49,7 +51,7 @@ def comparison_page(found: Comparison) -> str:
         ]
         sections.append(
             section(
-                "The worst weights, before and after",
+                "The weights that differ most, before and after",
                 grid(*pairs),
                 note="Filled: A. Line: B. Heights are square roots.",
             )
@@ -57,9 +59,10 @@ def comparison_page(found: Comparison) -> str:
     header = ("tensor", "types", "relative", "SQNR dB", "max abs", "cosine", "changed", "step ratio", "bits")
     sections.append(
         section(
-            "Tensors, worst first",
+            "Tensors, largest difference first",
             split_table(header, [_diff_row(diff) for diff in found.diffs], 2),
-            note="Smoothing is taken out through the norms, so that a difference is one of the function.",
+            note="Smoothing is taken out through the norms, so that a difference is one of the function. "
+            f"{_verdict_place(found)}".rstrip(),
         )
     )
     sections += [
@@ -78,17 +81,25 @@ def comparison_page(found: Comparison) -> str:
     return page(f"glmq inspect: {found.a.directory.name} and {found.b.directory.name}", subtitle, *sections)
 
 
+def _verdict_place(found: Comparison) -> str:
+    """Where the output errors are, which a difference of weights is no word on; empty where nothing was rounded."""
+    if not any(diff.is_rounded for diff in found.diffs):
+        return ""
+    return f"What rounding changes in a weight is no verdict on it: output errors are, in {REPORT}.json of B."
+
+
 def _cards(found: Comparison) -> str:
     total = next((layer for layer in found.layers if layer.layer == "total"), None)
-    changed = sum(not diff.identical for diff in found.diffs)
+    equal = sum(diff.equal_within is not None for diff in found.diffs)
+    changed = sum(not diff.identical for diff in found.diffs) - equal
     names_differ = len(found.only_a) + len(found.only_b) + len(found.incomparable)
     error, worst = (
-        (0.0, card("Worst", "none"))
+        (0.0, card("Largest", "none"))
         if total is None
         else (
             total.relative_l2,
             card(
-                "Worst",
+                "Largest",
                 percent(total.worst_relative_l2),
                 note=FAMILY.short_name(total.worst),
             ),
@@ -96,7 +107,11 @@ def _cards(found: Comparison) -> str:
     )
     return cards(
         card("Difference", percent(error), note="||B - A|| / ||A|| over all tensors"),
-        card("Tensors that differ", f"{changed:,} of {len(found.diffs):,}"),
+        card(
+            "Tensors that differ",
+            f"{changed:,} of {len(found.diffs):,}",
+            note=f"{counted(equal, 'more is', 'more are')} equal within the dtypes" if equal else "",
+        ),
         worst,
         card("Only in one of them", str(names_differ), note="patterns of names"),
         card("Bytes", f"{size(found.a.nbytes)} → {size(found.b.nbytes)}"),
@@ -112,9 +127,11 @@ def _charts(found: Comparison) -> list[str]:
     errors = {(d.layer, d.role): d.relative_l2 for d in matrices}
     sections = [
         section(
-            "Error by layer",
-            columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative error", "layer"),
-            note=f"{rest} others differ by less than a millionth, or not at all.",
+            "Difference by layer",
+            columns_chart([x.layer for x in layers], [x.relative_l2 for x in layers], "relative difference", "layer"),
+            note=f"{counted(rest, 'other differs', 'others differ')} by less than a millionth, or not at all."
+            if rest
+            else "",
         ),
         section("Bytes by part", stacked_bars({"A": _area_bytes(found.a), "B": _area_bytes(found.b)}, "bytes by part")),
     ]
@@ -122,10 +139,10 @@ def _charts(found: Comparison) -> list[str]:
         return sections
     drawn = {pair.name for pair in found.histograms}
     links = {(d.layer, d.role): anchor_of("histogram" if d.name in drawn else "tensor", d.name) for d in matrices}
-    chart = heat_map(columns, roles, errors, "relative error", links)
-    note = "||B - A|| / ||A|| of each weight, darker is worse, logarithmic. A cell leads to the histogram or the row of that "
+    chart = heat_map(columns, roles, errors, "relative difference", links)
+    note = "||B - A|| / ||A|| of each weight, darker is larger, logarithmic. A cell leads to the histogram or the row of that "
     note += "weight."
-    return [section("Error by layer and linear", chart, note=note), *sections]
+    return [section("Difference by layer and linear", chart, note=note), *sections]
 
 
 def _diff_row(diff: WeightDiff) -> list[str | Cell]:

@@ -32,6 +32,7 @@ from glmq.reporting.words import (
 )
 from glmq.verification.engines.check import describe_engines
 from glmq.verification.findings import Finding
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from glmq.inspection.values import TensorValues
@@ -53,7 +54,7 @@ def inspection_page(found: Inspection) -> str:
             card("Kind", folder.quant_type or folder.kind.name.lower().capitalize(), note=describe_folder(folder)),
             card("Tensors", f"{len(folder.tensors):,}"),
             card("Bytes", size(folder.nbytes), note=f"{folder.nbytes:,}"),
-            card("Problems", str(errors), "bad" if errors else "good", f"{len(problems) - errors} notes"),
+            card("Problems", str(errors), "bad" if errors else "good", counted(len(problems) - errors, "note")),
         ),
         section("For which engine", f"<p>{describe_engines(folder)}</p>".replace("`", ""), _list(problems)),
         *([] if found.member is None else [section("Which model", f"<p>{escape(found.member)}</p>")]),
@@ -133,4 +134,4 @@ def _engine_cell(engine: Engine, finding: Finding) -> Cell:
 def _list(cells: Sequence[Cell]) -> str:
     if not cells:
         return '<p class="good"><span class="mark">✓</span> Nothing wrong was found in headers and JSON files.</p>'
-    return split_table(("what is wrong",), [(item,) for item in cells], 1)
+    return split_table(("what was found",), [(item,) for item in cells], 1)

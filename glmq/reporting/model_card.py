@@ -13,6 +13,7 @@ from glmq.model.config import FAMILY
 from glmq.quantization.report import Report
 from glmq.reporting.words import percent, size
 from glmq.spec import Form
+from glmq.wording import counted
 
 SERVING: Final = {
     Engine.MINDIE: "set `modelWeightPath` to this folder in `conf/config.json` of mindie-service, start `mindieservice_daemon`",
@@ -30,6 +31,7 @@ def model_card(report: Report) -> str:
     samples = report.calibration.samples
     middle = median(linear.output_error for linear in errors)
     answers = sum(sample.has_answer for sample in samples)
+    kept = counted(len(report.kept_float), "linear")
     parts = "\n".join(
         f"| {area.area.value} | {size(area.before)} | {size(area.after)} |"
         for area in report.areas
@@ -54,7 +56,7 @@ The terms of the float model hold for it too; `glmq_report.html` says which fold
 
 Output error of a linear, ||y_q - y|| / ||y|| on calibration tokens, over {len(errors)} quantized linears:
 median {percent(middle)}, worst {percent(errors[0].output_error)} (`{FAMILY.short_name(errors[0].name)}`).
-{len(report.kept_float)} linears stayed float. Calibrated on {len(samples)} samples, {answers} of them with an answer.
+{kept} stayed float. Calibrated on {counted(len(samples), "sample")}, {answers} of them with an answer.
 Every linear: `glmq_report.html`, `glmq_report.csv`.
 
 How it answers beside the float model (KL, equal top tokens), and whether its bytes are those that were written:

@@ -65,7 +65,8 @@ def breakable(text: str) -> str:
 
 
 def card(label: str, value: str, tone: Tone = "plain", note: str = "") -> str:
-    """A number that matters."""
+    """A number that matters; it is not broken before its unit."""
+    value = re.sub(r"(?<=\d) (?=[KMG]?i?B\b|%)", "\N{NO-BREAK SPACE}", value)
     mark = f'<span class="mark">{_MARKS[tone]}</span> ' if tone != "plain" else ""
     small = f'<div class="muted">{breakable(note)}</div>' if note else ""
     return (
@@ -240,6 +241,7 @@ a { color: var(--accent); }
 .leader { stroke: var(--muted); stroke-width: 0.7; }
 .dot { fill: var(--accent); stroke: var(--surface); } .ring { fill: var(--surface); stroke: var(--muted); stroke-width: 1.6; }
 svg text.name { fill: var(--text); }
+@media (max-width: 480px) { .pair svg text { font-size: 14px; } }
 .cover { fill: var(--accent); fill-opacity: 0.32; }
 .seen { stroke: var(--text); stroke-width: 1.6; } .clip { stroke: var(--bad); stroke-width: 4; }
 .part0 { fill: var(--p0); } .part1 { fill: var(--p1); } .part2 { fill: var(--p2); }

@@ -23,7 +23,8 @@ from glmq.reporting.page import (
     split_table,
     table,
 )
-from glmq.reporting.words import percent, place_of, size, tone_of
+from glmq.reporting.words import moment, percent, place_of, size, tone_of
+from glmq.wording import counted
 
 HISTOGRAM = "integers"
 """Kind of the anchors of histograms."""
@@ -41,12 +42,14 @@ def quantization_page(report: Report) -> str:
         section("What stayed float, and why", _float_table(report)),
         section("Bytes by part", _bytes_chart(report)),
         section("Where the time went", _time_table(report)),
-        section("Integers", folded(f"Histograms of {len(ranked)} linears, worst first", _histograms(ranked))),
+        section(
+            "Integers", folded(f"Histograms of {counted(len(ranked), 'linear')}, worst first", _histograms(ranked))
+        ),
         *_background(report),
     ]
     subtitle = [
         f"{run.output}: {recipe.quant_type.value} ({recipe.form.value}, {recipe.dtype.value}), made from {run.model}",
-        f"{run.finished}, {run.processor}, {run.cores} cores",
+        f"{moment(run.finished)}, {run.processor}, {counted(run.cores, 'core')}",
     ]
     return page(f"glmq quantize: {run.output.rpartition('/')[2]}", subtitle, *sections)
 
@@ -92,7 +95,7 @@ def _charts(report: Report) -> list[str]:
     if bars:
         note = "What the static int8 activation of each input covers, after smoothing."
         found.append(
-            section("Input ranges", folded(f"{len(bars)} inputs", range_chart(bars, "input value")), note=note)
+            section("Input ranges", folded(counted(len(bars), "input"), range_chart(bars, "input value")), note=note)
         )
     return found
 
@@ -135,7 +138,7 @@ def _linears_table(ranked: Sequence[LinearReport]) -> str:
         "zeros",
         "step",
         "clipped",
-        "s",
+        "seconds",
     )
     return split_table(header, rows, 2)
 
@@ -207,17 +210,15 @@ def _background(report: Report) -> list[str]:
     run, document = report.run, report_document(report)
     recipe, settings = document["recipe"], report.calibration.settings
     assert isinstance(recipe, dict)
-    options = [(key, str(value)) for key, value in recipe.items() if key not in ("scheme", "rules")]
-    for key, value in _flat(recipe["scheme"]):
-        options.append((key, str(value)))
-    options += [(key, str(value)) for key, value in settings.items()]
+    chosen = [item for item in recipe.items() if item[0] not in ("scheme", "rules")]
+    options = [(key, _option(value)) for key, value in (*chosen, *_flat(recipe["scheme"]), *settings.items())]
     samples = report.calibration.samples
     facts = [
         ("command", run.command),
         ("float model", run.model),
         ("statistics", run.statistics or "taken by this run and not kept"),
-        ("finished", run.finished),
-        ("machine", f"{run.processor}, {run.cores} cores, {size(run.memory_bytes)}, {run.platform}"),
+        ("finished", moment(run.finished)),
+        ("machine", f"{run.processor}, {counted(run.cores, 'core')}, {size(run.memory_bytes)}, {run.platform}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())),
         ("digest of the tensors' checksums", report.checksums),
     ]
@@ -230,7 +231,7 @@ def _background(report: Report) -> list[str]:
         section(
             "Calibration samples",
             split_table(("sample", "with an answer", "tokens"), rows, 2),
-            note=f"{len(samples)} samples, {sum(sample.tokens for sample in samples):,} tokens.",
+            note=f"{counted(len(samples), 'sample')}, {sum(sample.tokens for sample in samples):,} tokens.",
         ),
     ]
 
@@ -240,4 +241,9 @@ def _flat(scheme: object) -> list[tuple[str, object]]:
     assert isinstance(scheme, dict)
     inner = scheme["weight"]
     assert isinstance(inner, dict)
-    return [*((key, value) for key, value in scheme.items() if key != "weight"), *inner.items()]
+    outer = [(key, value) for key, value in scheme.items() if key != "weight"]
+    return [*outer, *((f"weight.{key}", value) for key, value in inner.items())]
+
+
+def _option(value: object) -> str:
+    return "not set" if value is None else ("yes" if value else "no") if isinstance(value, bool) else str(value)

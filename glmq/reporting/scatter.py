@@ -102,7 +102,7 @@ def _name(point: Point, x: float, y: float, taken: list[Box]) -> str:
     left, right = x - 9 - wide, x + 9
     down = 1 if point.is_best else -1
     tried = [
-        (start, y - 6 + sign * far, start + wide, y + 6 + sign * far)
+        (start, y - 8 + sign * far, start + wide, y + 8 + sign * far)
         for far in range(4, 160, 3)
         for sign in (down, -down)
         for start in ((left, right) if sign > 0 else (right, left))
@@ -150,7 +150,12 @@ def _size_axis(sizes: Sequence[int]) -> tuple[tuple[float, float], list[tuple[fl
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten between two powers of ten; the powers alone where these are many."""
-    factors = (1, 2, 5) if high - low < 2 else (1, 3) if high - low < 4 else (1,)
+    """1, 2 and 5 times the powers of ten between two powers of ten; the powers alone where these are many, more where few."""
+    factors = (1.0, 2.0, 5.0) if high - low < 2 else (1.0, 3.0) if high - low < 4 else (1.0,)
+    found = _multiples(factors, low, high)
+    return found if len(found) > 2 else _multiples((1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0), low, high)
+
+
+def _multiples(factors: Sequence[float], low: float, high: float) -> list[float]:
     every = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for factor in factors]
     return [value for value in every if low <= math.log10(value) <= high]

@@ -38,7 +38,7 @@ def statistics_sections(found: StatisticsSummary) -> list[str]:
                 "Settled", "yes" if settled else "no", "good" if settled else "warn", "by medians over the text inputs"
             ),
         ),
-        section("Ranges of the inputs", range_chart(bars, "input ranges"), note="Logarithmic away from zero."),
+        section("Ranges of the inputs", range_chart(bars, "input ranges", "seen"), note="Logarithmic away from zero."),
         section(
             "Inputs",
             split_table(header, rows, 1),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from glmq.reporting.page import Cell, breakable, card, cards, cell, figure, page, pair, section, table
 from glmq.reporting.scatter import Point, scatter_chart
 from glmq.reporting.words import percent, size, tone_of
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from glmq.reporting.sweeps import Sweep, SweepRow
@@ -56,7 +57,8 @@ def _charts(found: Sweep) -> list[str]:
             for row, best in zip(found.rows, found.best_by_kl, strict=True)
             if row.divergence is not None
         ]
-        note = f"nats, over {measured[0].positions:,} positions of {len(found.samples)} samples; bars: standard error"
+        samples = counted(len(found.samples), "sample")
+        note = f"nats, over {measured[0].positions:,} positions of {samples}; bars: standard error"
         made.append(figure("KL from the float model", scatter_chart(kl, "KL", lambda value: f"{value:.2g}"), note=note))
     note = "||y_q - y|| / ||y|| of the middle linear, on calibration tokens"
     return [*made, figure("Median output error", scatter_chart(errors, "error", percent), note=note)]
@@ -67,7 +69,7 @@ def _cards(found: Sweep) -> list[str]:
     best = found.best_by_kl if any(found.best_by_kl) else found.best_by_error
     share = percent(smallest.expected_bytes / max(1, found.float_bytes))
     return [
-        card("Recipes", str(len(found.rows)), note=f"{sum(best)} of them no other beats"),
+        card("Recipes", str(len(found.rows)), note=f"{sum(best)} that no other beats"),
         card(
             "Smallest",
             size(smallest.expected_bytes),

@@ -34,7 +34,7 @@ def verification_page(found: Verification) -> str:
         cards(*_cards(found)),
         section("Findings", _findings_table(found), note=note),
         *_behaviour_charts(found),
-        section("Linears, worst first", _linears_table(found)),
+        _linears_section(found),
     ]
     if found.predictions is not None:
         sections.append(section("Samples, worst first", _samples_table(found.predictions)))
@@ -146,6 +146,14 @@ def _findings_table(found: Verification) -> str:
         for finding in found.findings
     ]
     return split_table(("severity", "check", "tensor", "what"), rows, 4)
+
+
+def _linears_section(found: Verification) -> str:
+    title = "Linears, worst output error first" if found.behaviours else "Linears"
+    note = "Bits: entropy of the integers. Of int32: the largest possible sum of products, as a share of what an int32 holds."
+    if found.behaviours:
+        note += " Clipped: inputs outside what the int8 activation covers; farthest: how far outside, as a share of its width."
+    return section(title, _linears_table(found), note=note if found.linears else "")
 
 
 def _linears_table(found: Verification) -> str:

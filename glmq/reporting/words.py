@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Final
 
 from glmq.model.config import FAMILY
@@ -24,6 +25,11 @@ def percent(value: float) -> str:
         return "< 0.001 %"
     digits = 0 if scaled >= 99.95 else 1 if scaled >= 10 else 2 if scaled >= 0.1 else 3
     return f"{scaled:.{digits}f} %"
+
+
+def moment(iso: str) -> str:
+    """A time for people: `2026-11-29 16:05 UTC` of `2026-11-29T16:05:02+00:00`."""
+    return f"{datetime.fromisoformat(iso):%Y-%m-%d %H:%M %Z}"
 
 
 def size(nbytes: int) -> str:

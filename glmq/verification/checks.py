@@ -32,6 +32,7 @@ from glmq.verification.parts import check_manifest, check_parts
 from glmq.verification.portable import check_portable
 from glmq.verification.predictions import Predictions
 from glmq.verification.structure import check_structure
+from glmq.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,7 @@ def _verify_compressed(folder: Folder, reference: Path | None) -> Iterator[Verif
 
 def _count_tensors(folder: Folder) -> str:
     files = len({tensor.file for tensor in folder.tensors})
-    return f"{len(folder.tensors)} tensors in {files} file{'s' if files > 1 else ''}"
+    return f"{counted(len(folder.tensors), 'tensor')} in {counted(files, 'file')}"
 
 
 def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[VerifyRecord]:
@@ -131,7 +132,7 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Veri
     except CheckpointError:  # the structure's findings say why
         return
     with checkpoint:
-        yield Checked(f"names, dtypes, shapes and values of {len(checkpoint)} tensors")
+        yield Checked(f"names, dtypes, shapes and values of {counted(len(checkpoint), 'tensor')}")
         yield from check_checksums(checkpoint, report)
         yield from check_shifts(checkpoint, groups)
         if source is not None:
@@ -145,7 +146,7 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Veri
                 yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))
                 yield from judge_against_report(record, report)
         against = "" if source is None else " and their distance from the float weights"
-        yield Checked(f"the integers of {linears} linears{against}")
+        yield Checked(f"the integers of {counted(linears, 'linear')}{against}")
 
 
 def _is_fp16(checkpoint: Checkpoint, linear: str) -> bool:

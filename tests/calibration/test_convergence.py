@@ -12,7 +12,7 @@ from torch import Tensor
 from glmq.calibration.convergence import Convergence, Halfway, assess, convergence_order
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import Statistics
-from glmq.jobs.notes import describe_convergence
+from glmq.jobs.notes import describe_convergence, describe_few
 from glmq.jobs.settled import assess_settled
 from glmq.numerics.moments import InputAccumulator
 
@@ -136,9 +136,15 @@ def test_the_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Pa
     assert lines[1].startswith("  most at layers.")
     assert lines[2:] == [
         "  more images would help, of the kind that the model will be asked about, and samples with answers",
-        "note: 2 samples have no answer, which is most of what a thinking model computes; "
-        "--generate 256 lets it write them",
+        "note: 2 samples have no answer; answers are most of what a thinking model computes; "
+        "with --generate 256 it writes them",
     ]
+
+
+def test_few_images_are_counted_and_thirty_are_enough() -> None:
+    assert describe_few(1) == ["note: 1 calibration image; 30 are wanted for accuracy"]
+    assert describe_few(29) == ["note: 29 calibration images; 30 are wanted for accuracy"]
+    assert describe_few(30) == []
 
 
 @pytest.mark.slow

@@ -58,7 +58,9 @@ def test_the_help_of_a_verb_is_one_page_with_what_is_required_first(verb: str, m
     assert titles == [tier.value for tier in Tier if tier.value in titles]
     assert lines[0].startswith(f"Usage: root {verb}")  # the name of the program in the process of the tests
     rest = len(entries(VERBS[verb])) - sum(entry.tier is not None for entry in entries(VERBS[verb]))
-    assert f"root {verb} --help-all shows {rest} more options." in " ".join(" ".join(lines).split())
+    assert f"root {verb} --help-all shows {rest} more option{'' if rest == 1 else 's'}." in " ".join(
+        " ".join(lines).split()
+    )
 
 
 def test_the_flags_of_the_vendor_are_marked_as_such() -> None:

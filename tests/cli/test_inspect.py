@@ -99,11 +99,12 @@ def test_a_difference_of_weights_is_no_verdict(tiny: Path, tiny_seed: Path, tmp_
 def test_values_that_another_float_dtype_rounds_are_equal_within_it(tiny: Path, tiny_seed: Path) -> None:
     shown = glmq("inspect", tiny, tiny_seed, "--name", "lm_head.weight").stdout
     assert "lm_head.weight   BF16 > F16   equal within BF16" in shown
+    assert "\n0 of 1 compared tensors are identical, 1 is equal within the dtypes\n" in shown
 
 
 def test_identical_checkpoints_say_so(tiny: Path) -> None:
     shown = glmq("inspect", tiny, tiny).stdout
-    assert "115 of 115 compared tensors are identical" in shown
+    assert "115 of 115 compared tensors are identical\n" in shown
 
 
 @pytest.mark.parametrize("two", [False, True])
@@ -121,6 +122,7 @@ def test_csv_and_html_are_written_beside_the_table(two: bool, tiny: Path, tiny_s
     assert html.startswith("<!doctype html>")
     assert html.count("<svg") > 3
     assert "http" not in html
+    assert ("output errors are, in glmq_report.json of B." in html) == two
     assert "for which SGLang has no linear" not in html  # no problem of those who serve it elsewhere
 
 
@@ -186,6 +188,7 @@ def test_one_weight_file_is_described_by_what_lies_beside_it(tiny_seed: Path, tm
     assert shown.startswith(f"{file}: quantized checkpoint, W8A8S (ascendV1), float16 floats\n")
     assert "layers.0-5 mlp.gate_up_proj" in shown
     assert "for: " not in shown
+    assert f"\nmodel: {document(tiny_seed)['model']}\n" in shown
     found = document(file)
     assert {row["quant_type"] for row in found["tensors"]} == {"FLOAT", "W8A8S"}
     assert (found["tensors_total"], found["problems"], found["engines"]) == (len(load_file(file)), [], {})
@@ -208,6 +211,7 @@ def test_a_page_of_a_comparison_has_no_verdict(tiny: Path, tiny_seed: Path, tmp_
     glmq("inspect", tiny, tiny_seed, "--html", page)
     body = page.read_text(encoding="utf-8").partition("<body>")[2]
     assert not re.findall(r'class="[^"]*\b(?:bad|warn|good)\b', body)
+    assert "worst" not in body.lower()
 
 
 def test_a_wrong_folder_and_contradicting_options_are_refused(tiny: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_the_screen_shows_errors_bytes_and_the_next_command(small: Path, small_s
     worst = f"{errors[0]:.2f}% at {rows[0][0]}"
     assert re.fullmatch(rf"  output error: median \d+\.\d\d%, worst {re.escape(worst)}", error)
     assert settled == "  statistics: not settled; more images would help, -v says what moved"
-    assert answers.startswith("  answers: 2 samples have none, ")
+    assert answers.startswith("  answers: 2 samples have none; ")
     assert check == f"  check it: glmq verify '{out}' --reference {small}"
     assert following == [
         "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
@@ -217,7 +217,7 @@ def test_patterns_say_how_many_linears_they_match(small: Path, small_stats: Path
         "--keep-float", "*.self_attn.[qkv]_proj", "--layer", "*.layers.0.mlp.down_proj=W8A8",
     )  # fmt: skip
     assert result.stderr.splitlines()[:3] == [
-        "--layer '*.layers.0.mlp.down_proj=W8A8' matches 1 linears",
+        "--layer '*.layers.0.mlp.down_proj=W8A8' matches 1 linear",
         "--keep-float '*.o_proj' matches 2 linears",
         "--keep-float '*.self_attn.[qkv]_proj' matches 6 linears",
     ]
@@ -567,21 +567,31 @@ def test_a_value_of_another_kind_is_wrong_usage(option: str, small: Path, tmp_pa
 def test_a_missing_path_is_wrong_usage(small: Path) -> None:
     result = run("quantize", "--model_path", small)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "Missing option '--save-directory'" in result.stderr
+    assert "--save-directory: missing" in result.stderr
 
 
-@pytest.mark.parametrize("engine", ["calibrate.calibrate_checkpoint", "quantize.quantize_checkpoint"])
+@pytest.mark.parametrize(
+    ("engine", "reached"),
+    [
+        ("calibrate.calibrate_checkpoint", "calibrate (pass 1 of 2): 0 of 5"),
+        ("quantize.quantize_checkpoint", "quantize (pass 2 of 2): 0 of 6"),
+    ],
+)
 def test_ctrl_c_before_the_first_block_leaves_nothing(
-    engine: str, small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, reached: str, small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"glmq.jobs.{engine}", stop)
     stats = tmp_path / "stats"
-    result = run(*command(small, stats, tmp_path / "out", "--calib_images", pictures, "--limit", 1, "-q"))
+    arguments = command(small, stats, tmp_path / "out", "--calib_images", pictures, "--limit", 1, "-q")
+    result = run(*arguments)
     assert result.exit_code == 130
-    assert result.stderr == "error: stopped by Ctrl-C; nothing half-written was left behind\n"
+    assert result.stderr == (
+        f"error: stopped by Ctrl-C; {reached} blocks are finished; nothing half-written was left behind\n"
+        f"  to start again: root {' '.join(map(str, arguments))}\n"
+    )
     assert [path.name for path in tmp_path.iterdir()] == (["stats"] if engine.startswith("quantize") else [])
 
 

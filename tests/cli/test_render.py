@@ -42,6 +42,7 @@ def test_the_worst_linear_comes_first_and_bad_ones_have_a_mark(monkeypatch: pyte
     rows = [re.split(r"   +", line.strip()) for line in lines if line.lstrip().startswith("layers.")]
     assert [row[0] for row in rows] == ["layers.1", "layers.2", "layers.0", "layers.3"]
     assert [row[6] for row in rows] == ["!! 25.00%", "! 10.00%", "5.00%", "5.00%"]
+    assert lines[-1] == "!: 10% or more, !!: 20% or more"
 
 
 def test_every_column_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +67,8 @@ def test_a_long_table_is_cut_unless_all_is_asked_for(monkeypatch: pytest.MonkeyP
     many = reports(*(0.01 * i for i in range(30)))
     cut = text_of(lambda: error_table(many, verbose=False), 140, monkeypatch)
     assert sum(line.lstrip().startswith("layers.") for line in cut) == 24
-    assert cut[-1].strip() == "6 better ones are left out; -v shows all, glmq_report.csv has them"
+    left = "6 better ones are left out; -v shows all, glmq_report.csv has them"
+    assert cut[-1].strip() == f"{left}; !: 10% or more, !!: 20% or more"
     whole = text_of(lambda: error_table(many, verbose=True), 140, monkeypatch)
     assert sum(line.lstrip().startswith("layers.") for line in whole) == 30
 

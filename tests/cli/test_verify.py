@@ -47,6 +47,7 @@ def test_a_good_checkpoint_passes_with_behaviour_and_captions(tiny: Path, tiny_s
     assert f"written: {page}" in result.stderr
     html = page.read_text(encoding="utf-8")
     assert "Captions side by side" in html
+    assert "<h2>Linears, worst output error first</h2>" in html
     assert html.count("<svg") >= 3
 
 
@@ -63,9 +64,12 @@ def test_json_has_findings_linears_blocks_and_predictions(tiny: Path, tiny_seed:
     assert [caption["name"] for caption in found["captions"]] == ["00.png"]
 
 
-def test_files_alone_need_no_reference(tiny_seed: Path) -> None:
-    shown = glmq("verify", tiny_seed, "--target", "mindie").stdout
+def test_files_alone_need_no_reference(tiny_seed: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    shown = glmq("verify", tiny_seed, "--target", "mindie", "--html", page).stdout
     assert "passed: nothing wrong with files and integers" in shown
+    assert "\nchecked: the look-ups of MindIE, as its loader makes them\n" in shown
+    assert "<h2>Linears</h2>" in page.read_text(encoding="utf-8")  # sorted by name: none is the worst
     assert "not checked: the float weights (--reference)\n" in shown
     assert "not checked: behaviour (--calib-images or --cases, with --reference)\n" in shown
 
@@ -115,9 +119,9 @@ def test_problems_are_grouped_counted_and_end_with_3(tiny: Path, copy: Path) -> 
     edit_tensors(copy, lambda tensors: tensors[f"{LAYER}.self_attn.o_proj.quant_bias"].add_(5))
     result = run("verify", copy, "--reference", tiny)
     assert result.exit_code == 3
-    assert "!! 18 tokenizer and processor files: 2 errors" in result.stdout
-    assert "!! 11 quant_bias and scales recomputed: 1 error" in result.stdout
-    assert "!! 34 bytes as glmq_checksums.json says: 3 errors" in result.stdout
+    assert "!! check 18, tokenizer and processor files: 2 errors" in result.stdout
+    assert "!! check 11, quant_bias and scales recomputed: 1 error" in result.stdout
+    assert "!! check 34, bytes as glmq_checksums.json says: 3 errors" in result.stdout
     assert "!! failed: 6 errors in files and integers" in result.stdout
     found = json.loads(run("verify", copy, "--reference", tiny, "--json").stdout)
     assert found["counts"] == {
@@ -173,7 +177,7 @@ def test_a_checkpoint_of_another_tool_without_its_config_is_still_run(tiny: Path
     (copy / "config.json").unlink()
     result = run("verify", copy, "--reference", tiny, "--cases", CASES, "--limit", 1)
     assert result.exit_code == 3
-    assert "!! 17 config.json: 1 error" in result.stdout
+    assert "!! check 17, config.json: 1 error" in result.stdout
     assert "predicted tokens: KL" in result.stdout
 
 

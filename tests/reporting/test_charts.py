@@ -200,6 +200,11 @@ def test_empty_columns_are_left_out_and_an_empty_table_says_so() -> None:
     assert table(("a",), []) == '<p class="muted">None.</p>'
 
 
+def test_the_value_of_a_card_is_not_broken_before_its_unit() -> None:
+    assert ">35.2\xa0MiB → 25.8\xa0MiB<" in card("Bytes", "35.2 MiB → 25.8 MiB")
+    assert ">KL 0.03<" in card("Closest", "KL 0.03")
+
+
 def test_a_tone_is_a_mark_as_well_as_a_colour() -> None:
     assert cell("7 %", "bad").html == '<span class="bad"><span class="mark">✗</span> 7 %</span>'
     assert cell("", "bad") == Cell("")

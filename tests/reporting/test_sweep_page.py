@@ -41,8 +41,8 @@ def test_the_page_marks_what_no_other_row_beats_and_holds_each_command() -> None
     assert "10.0 % *" in page
     assert "0.05 * ± 0.005" in page
     assert page.count("<code>q ") == 3
-    assert "2 of them no other beats" not in page
-    assert "3 of them no other beats" in page
+    assert "2 that no other beats" not in page
+    assert "3 that no other beats" in page
 
 
 def test_a_sweep_without_kl_has_one_chart_and_says_nothing_of_it() -> None:
@@ -78,6 +78,12 @@ def test_names_in_the_chart_stay_inside_and_apart(count: int) -> None:
         for other in boxes[:i]:
             apart = one[0] >= other[2] or other[0] >= one[2] or one[1] >= other[3] or other[1] >= one[3]
             assert apart, (one, other)
+
+
+def test_values_that_are_near_each_other_have_ticks_too() -> None:
+    drawn = scatter_chart([Point("a", 10, 0.0395, 0.0, True), Point("b", 20, 0.0221, 0.0, True)], "error", percent)
+    ticks = [text for text in re.findall(r">([^<]+)</text>", drawn) if text.endswith("%")]
+    assert ticks == ["2.00 %", "3.00 %", "4.00 %"]
 
 
 def test_a_chart_of_equal_sizes_and_of_zeros_can_be_drawn() -> None:
