@@ -56,7 +56,7 @@ def inspection_page(found: Inspection) -> str:
             card("Bytes", size(folder.nbytes), note=f"{folder.nbytes:,}"),
             card("Problems", str(errors), "bad" if errors else "good", counted(len(problems) - errors, "note")),
         ),
-        section("For which engine", f"<p>{describe_engines(folder)}</p>".replace("`", ""), _list(problems)),
+        section("What it is for", f"<p>{describe_engines(folder)}</p>".replace("`", ""), _list(problems)),
         *([] if found.member is None else [section("Which model", f"<p>{escape(found.member)}</p>")]),
         section(
             "Bytes by part",
