@@ -110,7 +110,7 @@ def _name(point: Point, x: float, y: float, taken: list[Box]) -> str:
     free = (
         box
         for box in tried
-        if box[0] > LEFT - 6 and box[2] < SIDE and box[1] > TOP - 12 and box[3] < BOTTOM and not _overlaps(box, taken)
+        if box[0] > LEFT + 10 and box[2] < SIDE and box[1] > TOP - 12 and box[3] < BOTTOM and not _overlaps(box, taken)
     )
     box = next(free, tried[0])
     taken.append(box)
