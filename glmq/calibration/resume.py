@@ -32,6 +32,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.family import Family
 from glmq.model.streamed import BlockCall
 from glmq.ranks import Ranks
+from glmq.wording import counted
 
 Calls: TypeAlias = dict[int, BlockCall]
 """The calls in flight, by index of the sample."""
@@ -157,8 +158,8 @@ class CalibrationJournal:
         if damaged is None:
             return ""
         blocks = len(found) or len(list(self._out.glob("*.safetensors")))
-        counted = "1 finished block is" if blocks == 1 else f"{blocks} finished blocks are"
-        return f"{damaged} of the unfinished run is missing or altered, so its {counted} done again"
+        again = counted(blocks, "finished block is", "finished blocks are")
+        return f"{damaged} of the unfinished run is missing or altered, so its {again} done again"
 
     def _damaged(self, found: list[FinishedBlock | None]) -> Iterator[str]:
         if not found and len(list(self._out.glob("*.safetensors"))) > 1:

@@ -31,6 +31,7 @@ from glmq.checkpoint.filesystem import is_mount, is_writable
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.lock import FolderLock
 from glmq.errors import BusyError, OutputError, ResumeError, SpaceError, UsageError
+from glmq.wording import counted
 
 MARKER: Final = ".glmq-work"
 RESULT: Final = "result"
@@ -281,8 +282,9 @@ def _refuse_interrupted(places: Workplace) -> None:
         )
     blocks = sum(finished_blocks(folder) for folder in _journals(work))
     if blocks:
-        counted = "1 finished block" if blocks == 1 else f"{blocks} finished blocks"
-        raise ResumeError(f"{places.target}: an interrupted run of {counted} lies {where}; {advice}")
+        raise ResumeError(
+            f"{places.target}: an interrupted run of {counted(blocks, 'finished block')} lies {where}; {advice}"
+        )
 
 
 def is_whole(work: Path) -> bool:

@@ -17,6 +17,7 @@ from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.model.config import FAMILY
 from glmq.records import COMPRESS_REPORT
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -254,8 +255,9 @@ def show_restoration_plan(plan: RestorationPlan, folder: Path, *, as_json: bool)
         )
         return
     verdict = "" if free >= plan.output_bytes else ", too little: the run would refuse"
-    parts = "1 part" if plan.world == 1 else f"{plan.world} parts"
-    stdout.say(f"the W8A8S checkpoint, from {parts}: exactly {plan.output_bytes} bytes of weights")
+    stdout.say(
+        f"the W8A8S checkpoint, from {counted(plan.world, 'part')}: exactly {plan.output_bytes} bytes of weights"
+    )
     stdout.say(f"disk: {size(plan.output_bytes)} must be free, {size(free)} are{verdict}")
     show_obstacles(plan.obstacles)
 

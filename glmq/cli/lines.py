@@ -32,11 +32,11 @@ def broken(sentence: str, width: int, hang: int = 0) -> list[str]:
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Columns of the terminal that a stream goes to; None for a file or another program."""
+    """Columns of the terminal that a stream goes to; None for a file, another program and a terminal that does not say."""
     if not stream.isatty():
         return None
     columns = os.environ.get("COLUMNS", "")
     try:
-        return int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns
+        return (int(columns) if columns.isdecimal() else os.get_terminal_size(stream.fileno()).columns) or None
     except OSError:
         return None

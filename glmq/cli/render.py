@@ -163,7 +163,7 @@ def planned_linears(linears: Sequence[LinearPlan], *, verbose: bool) -> FittedTa
             Column("by", drop=2, left=True),
         ],
         [[describe_place(layers, role), *others] for (role, *others), layers in grouped.items()],
-        caption=f"{counted(floats, 'linear')} {'stays' if floats == 1 else 'stay'} float; -v lists them"
+        caption=f"{counted(floats, 'linear stays', 'linears stay')} float; -v lists them"
         if floats and not verbose
         else "",
     )

@@ -59,7 +59,7 @@ def fall_back(
             advance(block.done)
     kept = worst_groups(reports, plan.groups, topk=topk, max_error=max_error)
     names = [linear.name for group in kept for linear in group.group.linears]
-    stays = f"{counted(len(names), 'linear')} {'stays' if len(names) == 1 else 'stay'} float"
+    stays = f"{counted(len(names), 'linear stays', 'linears stay')} float"
     watcher.note(f"{stays}; the same by hand:" if names else f"{stays}: none is that far off")
     for name in names:
         watcher.note(f"  --keep-float {name}")

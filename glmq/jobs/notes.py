@@ -52,7 +52,7 @@ def unanswered_verdict(unanswered: int) -> str:
 
 
 def _samples(unanswered: int) -> str:
-    return "1 sample has" if unanswered == 1 else f"{unanswered} samples have"
+    return counted(unanswered, "sample has", "samples have")
 
 
 def _changes(change: Convergence) -> str:
@@ -81,9 +81,8 @@ def describe_generation(plan: GenerationPlan) -> str:
     )
     minutes = plan.read_seconds / 60
     time_needed = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
-    samples = f"{counted(asked, 'sample')} {'is' if asked == 1 else 'are'}"
     return (
-        f"generate: {samples} answered in up to {plan.max_tokens} tokens{rounds}; "
+        f"generate: {counted(asked, 'sample is', 'samples are')} answered in up to {plan.max_tokens} tokens{rounds}; "
         f"reading {weights} takes up to about {time_needed}"
     )
 

@@ -32,6 +32,7 @@ from glmq.ranks import read_place
 from glmq.reporting.page import write_page
 from glmq.reporting.sweep_page import sweep_page
 from glmq.reporting.sweeps import SWEEP, Sweep, SweepFailure, SweepRow, sweep_document, sweep_rows
+from glmq.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
             max_pixels = options.cases.max_pixels or statistics.settings().max_pixels
             ruler = open_ruler(source, opened.config, samples, max_pixels, options.chat_template)
             known, used = len(statistics.samples()), len(samples)
-            watcher.note(f"KL: on {used} sample{'s' if used > 1 else ''}; the statistics were taken from {known}")
+            watcher.note(f"KL: on {counted(used, 'sample')}; the statistics were taken from {known}")
         source.contents = statistics.weights_wanted()
         yield SweepWork(job, source, opened.config, statistics, plans, ruler)
 

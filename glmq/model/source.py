@@ -24,6 +24,7 @@ from glmq.checkpoint.weight_files import left_beside
 from glmq.errors import CheckpointError, ForeignError
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.naming import find_naming
+from glmq.wording import counted
 
 SHOWN_NAMES: Final = 3
 
@@ -90,9 +91,9 @@ class _Opening:
         extra = [name for name in names if name not in expected and name not in spent]
         _refuse_other_layers(stored.directory, extra, config)
         if extra and not self._options.keep_extra:
-            count = "1 tensor is" if len(extra) == 1 else f"{len(extra)} tensors are"
             self.notes.append(
-                f"{count} no part of the model and left out: {_listed(extra)}; --keep-extra keeps what no engine reads"
+                f"{counted(len(extra), 'tensor is', 'tensors are')} no part of the model and left out: {_listed(extra)}; "
+                "--keep-extra keeps what no engine reads"
             )
         left_out = spent if self._options.keep_extra else {*spent, *extra}
         selected = stored.selected({name: own for name, own in names.items() if name not in left_out})
@@ -204,7 +205,7 @@ def check_source(source: Checkpoint, config: ModelConfig, others: Sequence[str])
     if missing:
         found = ""
         if others:
-            count = "1 that is" if len(others) == 1 else f"{len(others)} that are"
+            count = counted(len(others), "that is", "that are")
             found = f" (it has {count} no part of a {config.family.title}, {_listed(others)})"
         raise CheckpointError(
             f"{source.directory}: {len(missing)} of the model's {len(expected)} tensors are missing, "

@@ -191,12 +191,12 @@ static void release_reordering(Reordering *r) {
     PyBuffer_Release(&r->ordered);
 }
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 PyDoc_STRVAR(arrange_doc,
              "arrange(plain, place, ordered, rows, columns, padded, first, end)\n\n"
              "For rows first to end: ordered[place[k], row] = plain[row, k]. float32 plain [rows, columns] and ordered\n"
              "[columns, padded]; int64 place [columns].");
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static PyObject *py_arrange(PyObject *self, PyObject *args) {
     (void)self;

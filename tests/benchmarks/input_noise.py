@@ -20,14 +20,14 @@ from typing import Final
 from unittest.mock import patch
 
 import torch
-from real_llm import CALIBRATION, CALIBRATION_WINDOWS, MODES, TOKENS, Model, Quantizer, build_candidate, calibrate
+from real_llm import CALIBRATION, CALIBRATION_WINDOWS, MODES, TOKENS, Model, Quantizer, calibrate, judge
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from glmq.numerics.hessian import shrunk_correlation
 from glmq.numerics.moments import InputStats
 from glmq.quantization import layer
-from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
+from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
 from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.spec import FloatDtype
 
@@ -51,8 +51,8 @@ def quantize_with_noise(
     *,
     norm_weight: Tensor | None,
     dtype: FloatDtype,
-    fold: RowFold = NO_FOLD,
-    bits: Sequence[float] | None = None,
+    fold: RowFold,
+    bits: Sequence[float] | None,
 ) -> GroupResult:
     """As `quantize_group`, of W* and the noisy second moment; bias correction keeps the true weight."""
     group = prepare_group(linears, stats, scheme, norm_weight, dtype, fold)
@@ -87,17 +87,6 @@ def calibration_sets(model: Model, text: Path, count: int) -> Iterator[Tensor]:
         yield ids[i * size : (i + 1) * size].reshape(-1, TOKENS)
 
 
-@torch.no_grad()
-def kl_of(model: Model, folder: Path) -> float:
-    """KL(float || quantized) over the held-out windows, nats per token."""
-    candidate = build_candidate(model, folder)
-    lost = 0.0
-    for ids, a in zip(model.held_out, model.expected, strict=True):
-        b = candidate(ids[None]).logits[0, :-1].log_softmax(-1)
-        lost += float((a.exp() * (a - b)).sum(-1).mean())
-    return lost / len(model.expected)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -120,7 +109,7 @@ def main() -> None:
             for how in (quantize_group, quantize_with_noise):
                 with tempfile.TemporaryDirectory() as out, patch("real_llm.quantize_group", how):
                     Quantizer(model, stats, rows, options[mode])(Path(out), "answer")
-                    found.append(kl_of(model, Path(out)))
+                    found.append(judge(model, Path(out)).kl)
             plain, noisy = found
             print(f"| {mode} | {number} | {plain:.4f} | {noisy:.4f} | {noisy / plain:.3f} |", flush=True)
 

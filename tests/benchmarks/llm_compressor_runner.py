@@ -6,15 +6,12 @@ A peer to measure against, never a dependency of glmq; real_llm.py calls it. The
 in the module, steps times integers, is written as those integers and under the names that real_llm.py reads.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import GPTQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from runner_arguments import parse_arguments
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -43,12 +40,7 @@ def read_linear(module):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model_path", type=Path)
-    parser.add_argument("save_directory", type=Path)
-    parser.add_argument("config", type=json.loads, help="keyword arguments of the package's QuantizationScheme")
-    parser.add_argument("windows", type=Path, help="list of int64 [tokens], as torch.save writes it")
-    a = parser.parse_args()
+    a = parse_arguments("QuantizationScheme")
     windows = torch.load(a.windows)
     model = AutoModelForCausalLM.from_pretrained(a.model_path, dtype=torch.float32).eval()
     samples = [{"input_ids": ids.tolist(), "attention_mask": [1] * len(ids)} for ids in windows]

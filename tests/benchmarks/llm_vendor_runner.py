@@ -5,23 +5,15 @@
 A peer to measure against, never a dependency of glmq; real_llm.py calls it. The model computes in float32.
 """
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from msmodelslim.pytorch.llm_ptq.anti_outlier import AntiOutlier, AntiOutlierConfig
 from msmodelslim.pytorch.llm_ptq.llm_ptq_tools import Calibrator, QuantConfig
+from runner_arguments import parse_arguments
 from transformers import AutoModelForCausalLM
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model_path", type=Path)
-    parser.add_argument("save_directory", type=Path)
-    parser.add_argument("config", type=json.loads, help="keyword arguments of the package's QuantConfig")
-    parser.add_argument("windows", type=Path, help="list of int64 [tokens], as torch.save writes it")
-    a = parser.parse_args()
+    a = parse_arguments("QuantConfig")
     model = AutoModelForCausalLM.from_pretrained(a.model_path, torch_dtype=torch.float32, device_map="cpu").eval()
     # The package saves with safetensors, which refuses tensors that share memory.
     model.config.tie_word_embeddings = False

@@ -1,6 +1,7 @@
 """Sentences on a terminal break between words; commands and paths in them stay whole."""
 
 import io
+import os
 import re
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from glmq.cli import command
 from glmq.cli.console import VisibleConsole
-from glmq.cli.lines import broken
+from glmq.cli.lines import broken, width_of
 
 PATH = "/data/" + "long/" * 8 + "out"
 
@@ -60,3 +61,14 @@ def test_an_error_on_a_terminal_breaks_between_words_too(monkeypatch: pytest.Mon
         "error[GLMQ-E201]: --fractoin: no such",
         "option; see `glmq quantize --help`",
     ]
+
+
+def test_a_terminal_that_does_not_say_how_wide_it_is_gets_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    primary, secondary = os.openpty()
+    with open(primary, "rb"), open(secondary, "w") as terminal:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        assert width_of(terminal) is None
+        monkeypatch.setenv("COLUMNS", "0")
+        assert width_of(terminal) is None
+        monkeypatch.setenv("COLUMNS", "44")
+        assert width_of(terminal) == 44
