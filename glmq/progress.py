@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -104,7 +106,13 @@ def no_step(_: BlockStep) -> None:
 
 def resident_bytes() -> int:
     """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
+    return int(_process(os.getpid()).memory_info().rss)
+
+
+@functools.cache
+def _process(number: int) -> psutil.Process:
+    """A process, found once: that reads several files, and every block asks."""
+    return psutil.Process(number)
 
 
 def sum_stages(times: Iterable[StageTime]) -> list[StageTime]:

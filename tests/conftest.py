@@ -5,9 +5,11 @@ Libraries are imported where they are used: pytest-xdist's first process reads t
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import fcntl
 import gc
+import json
 import os
 import platform
 import re
@@ -22,6 +24,9 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from glmq.model.config import ModelConfig
 
 # A shell's background job ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,7 +49,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _quick_files_and_words() -> Iterator[None]:
     """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, a child
-    process for each prompt that a chat template has rendered before, and most of the words of a caption."""
+    process for each prompt that a chat template has rendered before, building the same model or tokenizer again, and most of
+    the words of a caption."""
+    from glmq.model import inputs, streamed
     from glmq.model.inputs import Preprocessor
 
     rendered: dict[tuple[object, bool, str], str] = {}
@@ -56,8 +63,31 @@ def _quick_files_and_words() -> Iterator[None]:
             rendered[key] = render_once(self, has_image, prompt)
         return rendered[key]
 
+    models: dict[str, torch.nn.Module] = {}
+    build_on_meta = streamed._build_on_meta
+
+    def build(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
+        key = f"{dtype} {config.family.model_class} {json.dumps(config.nested)}"
+        if key not in models:
+            models[key] = build_on_meta(config, dtype)
+        return copy.deepcopy(models[key])
+
+    tokenizers: dict[tuple[tuple[str, bytes], ...], PreTrainedTokenizerBase] = {}
+    load_tokenizer = inputs._load_tokenizer
+
+    def load(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+        files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix != ".safetensors")
+        if trust_remote_code or not str(directory).isascii() or sum(path.stat().st_size for path in files) > 2**20:
+            return load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        key = tuple((path.name, path.read_bytes()) for path in files)
+        if key not in tokenizers:
+            tokenizers[key] = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        return copy.copy(tokenizers[key])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(streamed, "_build_on_meta", build)
+        patch.setattr(inputs, "_load_tokenizer", load)
         patch.setattr(Preprocessor, "_render_once", render)
         patch.setattr("glmq.jobs.verify.CAPTION_TOKENS", 8)
         yield

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from programs import forget, start
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -43,9 +44,13 @@ glmq. In a checkout it would find the sources, which may lack the compiled round
 
 
 def loaded_after(module: str, names: Sequence[str]) -> list[str]:
-    """Which of these modules a new process has loaded that imports `module`."""
+    """Which of these modules a process has loaded that imports `module`: a new one, or a fork where torch may be loaded."""
     code = f"import sys, {module}; print(*(name for name in {names!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
+    if "torch" in names:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
+    else:
+        done = start(lambda: (forget("glmq", *names), exec(code, {})))
+        done.check_returncode()
     return done.stdout.split()
 
 

@@ -54,6 +54,7 @@ def meet_again(ranks: Ranks, tell: Callable[[object], None]) -> None:
 @pytest.mark.slow
 def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
     second_port = str(helpers.free_port())
+    lost, is_lost = os.pipe()
 
     def work(tell: Callable[[object], None]) -> None:
         place = read_place()
@@ -67,9 +68,10 @@ def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
             except (OtherRankError, ValueError) as error:
                 tell(error)
             if place.rank == 1:
-                time.sleep(2)
+                os.read(lost, 1)  # hangs, until rank 0 has given it up
             else:
                 meet_again(ranks, tell)
+                os.write(is_lost, b"!")
         os.environ["MASTER_PORT"] = second_port
         with Ranks(place, timedelta(hours=1)) as ranks:
             tell(ranks.all_gather(f"word {place.rank}"))
@@ -77,12 +79,14 @@ def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
                 os._exit(0)
             meet_again(ranks, tell)
 
-    words, lost = "['word 0', 'word 1']", "rank 0 of 2: lost the other ranks "
+    os.close(lost)
+    os.close(is_lost)
+    words, gone = "['word 0', 'word 1']", "rank 0 of 2: lost the other ranks "
     first = "[tensor([0., 1.], dtype=torch.bfloat16), tensor([]), tensor(0)]"
     second = "[tensor([]), tensor(1)]"
     shared = f"[{first}, {second}]"
     assert helpers.fork_ranks(2, work) == [
-        [words, shared, shared, "stopped because rank 1 failed: bad", lost, words, lost],
+        [words, shared, shared, "stopped because rank 1 failed: bad", gone, words, gone],
         [words, shared, f"[[], {second}]", "bad", words],
     ]
 
@@ -153,6 +157,7 @@ def wait_for_the_others(tell: Callable[[object], None]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(("sent", "said"), [(signal.SIGTERM, "Ended: "), (signal.SIGINT, "KeyboardInterrupt: ")])
 def test_a_rank_that_waits_hears_signals(rank: int, sent: signal.Signals, said: str) -> None:

@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import PIL
 import pytest
+from programs import start_glmq
 
 import glmq
 from glmq.spec import TYPES, Activation, QuantType, assert_never
@@ -91,11 +91,10 @@ def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit_and_non
 @pytest.mark.slow
 def test_a_type_with_float_activations_is_one_row(small: Path, small_stats: Path, copied: Path, tmp_path: Path) -> None:
     """W8A16N, which the row adds, may be asked for by layer."""
-    done = subprocess.run(
-        [sys.executable, "-m", "glmq", "quantize", "--model_path", small, "--stats", small_stats,
-         "--save_directory", tmp_path / "out", "--layer", "*.gate_up_proj=W8A16N", "--json"],
-        cwd=copied, env=os.environ | {"PYTHONPATH": str(copied)}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    arguments = ["--model_path", small, "--stats", small_stats, "--save_directory", tmp_path / "out"]
+    options = ["--layer", "*.gate_up_proj=W8A16N", "--json"]
+    done = start_glmq("quantize", *arguments, *options, path=copied)
+    done.check_returncode()
     rows = {row["name"]: row for row in json.loads(done.stdout)["linears"]}
     gate_up = rows["model.language_model.layers.0.mlp.gate_up_proj"]
     assert (gate_up["quant_type"], gate_up["input_range"]) == ("W8A16N", "")

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
 
+import xxhash
+
 from glmq.checkpoint.disk import make_directory, read_input
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
 from glmq.errors import CheckpointError, DamagedError, UnreadableError
@@ -33,6 +35,9 @@ _NEEDED_FILES: Final = (*PROCESSOR_FILES, "tokenizer_config.json")
 """No engine starts without them, so the cure for a damaged one is never to remove it."""
 _MAX_SIDE_FILE_BYTES: Final = 100_000_000
 """The serving engine refuses larger JSON files, and no tokenizer comes near it."""
+
+_sound: set[bytes] = set()
+"""xxh3-128 of contents that were found to be JSON: a run asks several times, and a tokenizer has 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +147,13 @@ def _is_side_file(path: Path) -> bool:
 def _check_readable(path: Path) -> None:
     """Raise CheckpointError for a file that engines could not read either."""
     raw = read_input(path, _MAX_SIDE_FILE_BYTES)
-    if path.suffix == ".json":
+    if path.suffix == ".json" and (digest := xxhash.xxh3_128_digest(raw)) not in _sound:
         try:
             json.loads(raw)
         except (ValueError, RecursionError) as error:
             removal = "" if path.name in _NEEDED_FILES else ", or remove it if nothing needs it"
             raise DamagedError(f"{path}: is not JSON ({f'{error}':.100}); download it again{removal}") from None
+        _sound.add(digest)
 
 
 def check_link(path: Path) -> None:

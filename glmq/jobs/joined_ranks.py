@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from importlib import metadata
 
 import torch
 
 from glmq.codec.codec import KERNELS
+from glmq.machine import version_of
 from glmq.numerics import gptq
 from glmq.ranks import Place, Ranks
 from glmq.version import __version__
@@ -30,7 +30,7 @@ def join_ranks(place: Place, arguments: Mapping[str, object]) -> Iterator[Ranks]
     settings = {
         "glmq": __version__,
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": version_of("transformers") or "",
         "threads": str(torch.get_num_threads()),
         "rounding": gptq.rounding_kernel(),
         "codec": "compiled" if KERNELS else "numpy",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Final
 
 import torch
 
 from glmq.calibration.stats import Settings
 from glmq.device import default_compute_dtype
+from glmq.machine import version_of
 from glmq.version import __version__
 
 COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +39,6 @@ def machine_settings() -> dict[str, str]:
     return {
         "glmq": __version__,
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": version_of("transformers") or "",
         "threads": str(torch.get_num_threads()),
     }

@@ -14,6 +14,7 @@ import pytest
 import typer
 from cli.command_line import glmq, run
 from helpers import PACKAGES
+from programs import start_glmq
 from typer.testing import CliRunner, Result
 
 from glmq import errors
@@ -320,10 +321,7 @@ def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
 
 @pytest.mark.slow
 def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "glmq", "quantize", "--model-path", tmp_path, "--save-directory", tmp_path / "out"],
-        capture_output=True, text=True, check=False, cwd=PACKAGES,
-    )  # fmt: skip
+    done = start_glmq("quantize", "--model-path", tmp_path, "--save-directory", tmp_path / "out")
     assert (done.returncode, done.stdout) == (4, "")
     assert done.stderr == (
         f"error[GLMQ-E411]: {tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it\n"

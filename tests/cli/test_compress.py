@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from cli.command_line import glmq, run
 from helpers import PACKAGES, tree
+from programs import start_ranks
 from random_w8a8s import write_stand_in, write_w8a8s
 
+from glmq.cli.app import main
 from glmq.compression import stream
 from glmq.compression.executor import how_to_build
 from glmq.compression.stream import PORTABLE_STEM
@@ -366,9 +368,15 @@ def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Path, tmp_path: Path) -> None:
     program = write_stand_in(tmp_path, "kills rank 1")
-    result = torchrun(*compress(w8a8s, tmp_path / "out", "--executor", program))
+    command = ["glmq", *map(str, compress(w8a8s, tmp_path / "out", "--executor", program))]
+
+    def be_a_rank() -> None:
+        sys.argv = command
+        main()
+
+    result = start_ranks(be_a_rank, 2)
     assert result.returncode != 0
-    assert "Signal 9 (SIGKILL)" in result.stderr
+    assert "Signal 9 (SIGKILL)" in result.stderr or "rank 0 of 2: lost the other ranks" in result.stderr
     assert left_over(tmp_path) == ["compress_excutor"]
 
 

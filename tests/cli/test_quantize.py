@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ import PIL
 import pytest
 import torch
 from cli.command_line import glmq, run
-from helpers import PACKAGES, StandInNpu, edit_json, tree
+from helpers import StandInNpu, edit_json, tree
+from programs import start_glmq
 
 from glmq import device
 from glmq.calibration.stats import Statistics
@@ -65,11 +65,7 @@ def test_the_sparse_command_runs_as_a_program(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "glmq", "quantize", *the_sparse_command(small, out, few, "cpu")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"}
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, env=environment, cwd=PACKAGES
-    )
+    done = start_glmq("quantize", *the_sparse_command(small, out, few, "cpu"), environment={"FORCE_COLOR": "1"})
     assert done.returncode == 0, done.stderr
     assert tree(out) == seed_output
     assert "Error per linear, worst output error first" in done.stdout

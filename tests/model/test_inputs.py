@@ -399,13 +399,17 @@ def test_inputs_are_those_of_an_independent_judge(file: str, number: int) -> Non
         assert tensor is None or torch.equal(tensor, other)
 
 
-def test_memory_that_is_used_up_is_no_damage_of_the_tokenizer(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_used_up_is_no_damage_of_the_tokenizer(
+    side_files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_json(side_files / "tokenizer_config.json", lambda document: document.update(own=1))  # loaded by no test before
+
     def used_up(*_: object, **__: object) -> None:
         raise RuntimeError("memory allocation of 9 bytes failed")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", used_up)
     with pytest.raises(RuntimeError, match="memory allocation of"):
-        Preprocessor(tiny, read_config(tiny), max_pixels=None, trust_remote_code=False)
+        preprocessor(side_files)
 
 
 def test_a_token_that_the_model_does_not_have_is_refused() -> None:

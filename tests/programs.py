@@ -1,0 +1,147 @@
+"""glmq as a program, in a forked child of the test process: torch, transformers and typer are there, glmq is imported anew.
+
+What such a child does not show is an import of these libraries and the first line of a Python process: for these there are
+tests that start one. Everything else is real: its streams, its exit code, its signals, torchrun's agent and its ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+SECONDS: Final = 300
+"""Until a child that hangs is killed."""
+
+
+def start_glmq(
+    *arguments: object, environment: Mapping[str, str] | None = None, path: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python -m glmq` with these arguments.
+
+    Args:
+        environment: variables that it has beside this process's.
+        path: where glmq is imported from, if not from where this process has it.
+    """
+
+    def program() -> None:
+        forget("glmq")
+        sys.path[:0] = [] if path is None else [str(path)]
+        sys.argv = ["glmq", *map(str, arguments)]
+        runpy.run_module("glmq", run_name="__main__", alter_sys=True)
+
+    return start(program, environment)
+
+
+def forget(*packages: str) -> None:
+    """Take packages out of this process, which is a child's, so that their next import is their first."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
+def start(
+    program: Callable[[], object], environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Do `program` in a child process, as Python would a script of its own, and wait for its end.
+
+    Args:
+        environment: variables that it has beside this process's.
+
+    Returns:
+        the exit code (negative: the signal that ended it), and what it wrote.
+    """
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = _fork()
+        if child == 0:
+            _be_program(program, {1: out.fileno(), 2: err.fileno()}, environment or {})
+        _, status = os.waitpid(child, 0)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), *texts)
+
+
+def start_ranks(rank_main: Callable[[], object], world: int) -> subprocess.CompletedProcess[str]:
+    """Do `rank_main` on every rank of a torchrun, each forked from torchrun's own agent, and wait for their end.
+
+    Args:
+        rank_main: what the script would do that `torchrun --standalone` is given.
+        world: how many ranks.
+    """
+
+    def torchrun() -> None:
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=world,
+            run_id=f"{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.05,
+            start_method="fork",
+        )
+        logging.getLogger("torch").handlers.clear()  # their formatter imports the compiler, which takes a second
+        elastic_launch(config, rank_main)()
+
+    return start(torchrun)
+
+
+def _fork() -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: none of them is at work
+        return os.fork()
+
+
+def _be_program(program: Callable[[], object], streams: Mapping[int, int], environment: Mapping[str, str]) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        signal.alarm(SECONDS)
+        for number, handle in streams.items():
+            os.dup2(handle, number)
+        sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        logging.root.handlers.clear()  # pytest's
+        _warn_as_python_does()
+        os.environ.update(environment)
+        code = _run(program)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _warn_as_python_does() -> None:
+    warnings.resetwarnings()
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+
+
+def _run(program: Callable[[], object]) -> int:
+    """The exit code that Python gives a script."""
+    try:
+        program()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
