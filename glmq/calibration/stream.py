@@ -24,7 +24,7 @@ from glmq.device import release
 from glmq.errors import NonFiniteError
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.model.streamed import BlockCall, StreamedModel
+from glmq.model.streamed import StreamedModel
 from glmq.numerics.moments import InputAccumulator
 from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
 from glmq.ranks import Ranks
@@ -192,7 +192,7 @@ class _Run:
                         calls[index] = model.text_call(inputs, vision)
                         _check_finite(calls[index].hidden, block.name)
                     if vision is not None:
-                        self._clock.count("vision", flops=_flops(block, _tokens(vision) // model.config.merge_size**2))
+                        self._clock.count("vision", flops=_flops(block, vision.tokens // model.config.merge_size**2))
         for text in self._ranks.all_gather(json.dumps(tokens)):
             for key, count in json.loads(text).items():
                 self.sink.set_tokens(self._samples[int(key)], count)
@@ -203,7 +203,7 @@ class _Run:
         model, watched = self.model, self._watch(block)
         layer = LayerWatch(block, model.config, self._ranks, self._clock)
         stage = "forward" if block.name.startswith(self._family.text) else "vision"
-        tokens, passed, done = sum(map(_tokens, calls.values())), 0, 0
+        tokens, passed, done = sum(call.tokens for call in calls.values()), 0, 0
         with self._placed(*([block.name] if calls else [])), watched.hooked(model), layer.hooked(model):
             for index in self._turns:
                 if index in calls:
@@ -211,8 +211,8 @@ class _Run:
                     with self._clock.stage(stage), self._blaming(self._samples[index]):
                         calls[index].hidden = model.replay(block.name, calls[index])
                         _check_finite(calls[index].hidden, block.name)
-                    self._clock.count(stage, flops=_flops(block, _tokens(calls[index])))
-                    passed, done = passed + _tokens(calls[index]), done + 1
+                    self._clock.count(stage, flops=_flops(block, calls[index].tokens))
+                    passed, done = passed + calls[index].tokens, done + 1
                 else:
                     watched.skip_turn()
                 layer.take_turn()
@@ -292,10 +292,6 @@ class _Run:
             stored = self.sink.write(block.name, finished) if finished else NOTHING
         self._clock.count("write", nbytes=sum(stats.nbytes for stats, _ in finished))
         return stored
-
-
-def _tokens(call: BlockCall) -> int:
-    return call.hidden.numel() // call.hidden.shape[-1]
 
 
 def _flops(block: Block, tokens: int) -> int:

@@ -84,7 +84,7 @@ def ask(
     """
     from glmq.cli.progress import ProgressView
     from glmq.errors import UsageError
-    from glmq.jobs.ask import open_asker
+    from glmq.jobs.ask import ANSWERING, check_picture, open_asker
     from glmq.model.inputs import DEFAULT_PROMPT
 
     is_interactive = prompt is None and not json_output and sys.stdin.isatty()
@@ -92,8 +92,9 @@ def ask(
         if image is None:
             raise UsageError("give a question with --prompt, a picture with --image, or both")
         prompt = DEFAULT_PROMPT
+    check_picture(image, shrinks=max_pixels is not None)
     with (
-        ProgressView(quiet=quiet or json_output) as view,
+        ProgressView(quiet=quiet or json_output, hidden={ANSWERING} if sys.stdout.isatty() else ()) as view,
         open_asker(folder, max_pixels=max_pixels, chat_template=chat_template, watch=view) as asker,
     ):
         question = _Question(asker, image, max_new_tokens, shrinks=max_pixels is not None)
@@ -122,11 +123,14 @@ class _Question:
             stderr.say(answer_line(found))
 
     def answer_lines(self, view: ProgressView) -> None:
-        """Answer what is typed, line by line, until the end of the input. Ctrl-C ends one answer."""
+        """Answer what is typed, line by line, until the end of the input. Ctrl-C ends one answer, an error one question."""
         from glmq.cli.console import stderr
+        from glmq.errors import SampleError, UsageError
 
         about = "" if self._image is None else f" about {self._image}"
         stderr.say(f"Ask{about}, a question a line, each on its own; Ctrl-C ends an answer, Ctrl-D ends.")
+        with suppress(ImportError):
+            import readline  # noqa: F401  `input` edits the line with it
         while True:
             try:
                 prompt = input("> ").strip()
@@ -135,21 +139,31 @@ class _Question:
                 return
             if not prompt:
                 continue
-            with suppress(KeyboardInterrupt), view:  # which stops a bar
-                self.answer(prompt, json_output=False, quiet=False)
+            try:
+                with view:  # which stops a bar
+                    self.answer(prompt, json_output=False, quiet=False)
+            except KeyboardInterrupt:
+                continue
+            except (SampleError, UsageError) as error:
+                stderr.say(f"error: {error}")
 
     def _ask(self, prompt: str, *, tells: bool) -> Answer:
-        from glmq.cli.render import print_piece
+        from glmq.cli.render import Streamed
 
-        answer = self._asker.ask(
-            prompt,
-            self._image,
-            max_new_tokens=self._max_new_tokens,
-            tell=print_piece if tells else None,
-            shrinks=self._shrinks,
-        )
+        streamed = Streamed()
+        try:
+            answer = self._asker.ask(
+                prompt,
+                self._image,
+                max_new_tokens=self._max_new_tokens,
+                tell=streamed.add if tells else None,
+                shrinks=self._shrinks,
+            )
+        except KeyboardInterrupt:
+            streamed.end()
+            raise
         if tells:
-            print_piece("\n")
+            streamed.end()
         return answer
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from shlex import quote
 from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
@@ -26,7 +25,6 @@ from glmq.inspection.listing import (
 )
 from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
-from glmq.records import REPORT
 from glmq.verification.engines.check import describe_engines
 from glmq.wording import counted
 
@@ -121,13 +119,9 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
         Column("its difference"),
     ]
     stdout.print(FittedTable("Layers", columns, cells[:-1], total=cells[-1]))
-    if any(diff.is_rounded for diff in differing):
-        stdout.say(
-            "What rounding changes in a weight is no verdict on it: output errors are. "
-            f"{REPORT}.json of B has those of the calibration, and verify measures them on pictures of yours:"
-        )
-        a, b = quote(str(found.a.directory)), quote(str(found.b.directory))
-        stdout.print(f"  glmq verify {b} --reference {a} --calib-images FOLDER", soft_wrap=True)
+    if found.verdict_place:
+        stdout.say(found.verdict_place)
+        stdout.print(f"  {found.verifying_command}", soft_wrap=True)
     for one in found.incomparable:
         _print_mark("error", f"{one.name}: {one.reason}")
     for title, patterns in (("Only in A", found.only_a), ("Only in B", found.only_b)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +42,7 @@ class ProgressView:
         verbose: say of each pass where its time went.
         events: file that the events are appended to as JSON lines; None: none.
         verb: the command, for that file.
+        hidden: titles of passes that are not drawn, because what they give is to be seen as they make it.
         clock: seconds.
     """
 
@@ -52,9 +53,10 @@ class ProgressView:
         verbose: bool = False,
         events: Path | None = None,
         verb: str = "",
+        hidden: Container[str] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._quiet, self._verbose, self._clock = quiet, verbose, clock
+        self._quiet, self._verbose, self._hidden, self._clock = quiet, verbose, hidden, clock
         self._file = _open_events(events, verb)
         self._remaining = Remaining(clock)
         self._pass = PassStarted("", "blocks", 0)
@@ -88,7 +90,7 @@ class ProgressView:
         self._remember(event)
         if self._file is not None:
             self._file.write(event, elapsed=self._remaining.elapsed(), left=self._remaining.left())
-        if self._quiet:
+        if self._quiet or self._pass.title in self._hidden:
             return
         match event:
             case PassStarted():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from glmq.cli.console import stdout
+from glmq.cli.lines import Flow, width_of
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.engines import Engine, Place
 from glmq.inspection.folder import layer_of, role_of
@@ -67,10 +68,24 @@ def print_json(document: dict[str, object]) -> None:
     sys.stdout.write(visible_json(text) + "\n")
 
 
-def print_piece(text: str) -> None:
-    """A piece of a longer text on stdout, at once; lines end where its own do."""
-    sys.stdout.write("\n".join(visible(line) for line in text.split("\n")))
-    sys.stdout.flush()
+class Streamed:
+    """A longer text on stdout, piece by piece as it is made: lines end where its own do, on a terminal between words too."""
+
+    def __init__(self) -> None:
+        self._flow = Flow(width_of(sys.stdout))
+
+    def add(self, piece: str) -> None:
+        """Write a piece, at once but for a word that is not whole."""
+        self._write(self._flow.add("\n".join(visible(line) for line in piece.split("\n"))))
+
+    def end(self) -> None:
+        """Write what was held back, and end the line."""
+        self._write(f"{self._flow.finish()}\n")
+
+    @staticmethod
+    def _write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def _static(report: LinearReport, text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from glmq.inspection.compare import (
     HistogramPair,
@@ -17,7 +18,7 @@ from glmq.inspection.compare import (
 from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes, description_changes, only_in
 from glmq.inspection.folder import Folder, plain_name
 from glmq.progress import resident_bytes
-from glmq.records import BytesDone
+from glmq.records import REPORT, BytesDone
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,25 @@ class Comparison:
         """Both hold the same tensors with the same values."""
         others = [*self.only_a, *self.only_b, *self.incomparable]
         return not others and all(diff.identical for diff in self.diffs)
+
+    @property
+    def verdict_place(self) -> str:
+        """Where the output errors are, which a difference of weights is no word on; empty where nothing was rounded."""
+        if not any(diff.is_rounded for diff in self.diffs):
+            return ""
+        report = f"{REPORT}.json"
+        has_report = (self.b.directory / report).is_file()
+        place = f"{report} of B has those of the calibration, and verify" if has_report else "Verify"
+        return (
+            "What rounding changes in a weight is no verdict on it: output errors are. "
+            f"{place} measures them on pictures of yours:"
+        )
+
+    @property
+    def verifying_command(self) -> str:
+        """The command that measures how the second folder answers."""
+        a, b = (quote(str(folder.directory)) for folder in (self.a, self.b))
+        return f"glmq verify {b} --reference {a} --calib-images FOLDER"
 
 
 def compare_folders(

@@ -15,11 +15,13 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import PictureError, SampleError, UsageError, WrongFolderError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import describe_folder
+from glmq.jobs.forecast import is_large
 from glmq.jobs.watcher import Watcher
 from glmq.machine import available_memory
 from glmq.model.config import FAMILY, ModelConfig, read_config
-from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
-from glmq.progress import Watch
+from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
+from glmq.progress import PassPlan, StepPlan, Watch, resident_bytes
+from glmq.records import BlockDone
 from glmq.reporting.documents import Answer
 from glmq.spec import assert_never
 from glmq.verification.answering import Answering, AnswerPlan
@@ -28,6 +30,9 @@ from glmq.verification.checks import open_reference
 KEPT_SHARE: Final = 0.7
 """Of the free memory that weights may fill which stay from token to token; the rest is for the picture and what passes by."""
 GIB: Final = 2**30
+READING: Final = "read the question"
+ANSWERING: Final = "answer"
+"""The passes of a question."""
 _HALF_CHARACTER: Final = "\ufffd"
 """What a tokenizer makes of a character whose last bytes are in the next token."""
 
@@ -36,10 +41,17 @@ class Asker:
     """An opened model; made by `open_asker`. Questions stand alone: none knows of the one before it."""
 
     def __init__(
-        self, folder: Folder, config: ModelConfig, model: Answering, preprocessor: Preprocessor, watcher: Watcher
+        self,
+        folder: Folder,
+        config: ModelConfig,
+        model: Answering,
+        preprocessor: Preprocessor,
+        watcher: Watcher,
+        *,
+        tries: bool,
     ) -> None:
         self._folder, self._config, self._model = folder, config, model
-        self._preprocessor, self._watcher = preprocessor, watcher
+        self._preprocessor, self._watcher, self._tries = preprocessor, watcher, tries
 
     @property
     def plan(self) -> AnswerPlan:
@@ -71,21 +83,27 @@ class Asker:
                 f"--max-new-tokens {max_new_tokens}: the question has {inputs.tokens} tokens, and the model takes "
                 f"{self._config.max_tokens} with its answer; allow fewer, or shrink the picture with --max-pixels"
             )
+        if self._watcher.is_watched:
+            self._watcher.plan(self._passes(inputs, max_new_tokens))
         spoken = _Spoken(self._preprocessor, tell)
         steps = self._model.steps(inputs, max_new_tokens)
         started = time.perf_counter()
-        with self._watcher.blocks("read the question", blocks := self._model.prompt_blocks(inputs)) as advance:
+        with self._watcher.blocks(READING, blocks := self._model.prompt_blocks(inputs)) as advance:
             for _ in range(blocks):
                 done = next(steps)
                 assert not isinstance(done, int)
                 advance(done)
-        begun = time.perf_counter()
+        begun = last = time.perf_counter()
         is_complete = False
-        for token in steps:
-            assert isinstance(token, int)
-            is_complete = token in self._config.eos_token_ids
-            if not is_complete:
-                spoken.add(token)
+        with self._watcher.blocks(ANSWERING, max_new_tokens, "tokens") as advance:
+            for index, token in enumerate(steps):
+                assert isinstance(token, int)
+                is_complete = token in self._config.eos_token_ids
+                if not is_complete:
+                    spoken.add(token)
+                now = time.perf_counter()
+                advance(BlockDone("", index, max_new_tokens, now - last, resident_bytes()))
+                last = now
         spoken.finish()
         return Answer(
             folder=self._folder.directory,
@@ -100,6 +118,11 @@ class Asker:
             seconds=time.perf_counter() - begun,
             plan=self._model.plan,
         )
+
+    def _passes(self, inputs: ModelInputs, max_new_tokens: int) -> tuple[PassPlan, PassPlan]:
+        """Reading the question, and the longest answer that is allowed."""
+        token = StepPlan(ANSWERING, "other", max_new_tokens * self._model.plan.token_seconds)
+        return PassPlan(READING, self._model.expect(inputs, tries=self._tries)), PassPlan(ANSWERING, (token,))
 
 
 @contextmanager
@@ -116,7 +139,7 @@ def open_asker(
         )
         with Answering(source, config, memory_bytes=int(KEPT_SHARE * available_memory())) as model:
             watcher.note(describe_plan(model.plan))
-            yield Asker(scanned, config, model, preprocessor, watcher)
+            yield Asker(scanned, config, model, preprocessor, watcher, tries=is_large(source))
 
 
 def ask(
@@ -208,14 +231,21 @@ def _open(folder: Folder) -> Checkpoint:
     raise WrongFolderError(f"{directory}: {wrong}")
 
 
-def _picture(file: Path | None, *, shrinks: bool) -> Image.Image | None:
-    """The decoded picture. Raises PictureError for one that cannot be used."""
-    if file is None:
-        return None
-    defect = examine_picture(file, PictureRules(FAMILY, shrinks=shrinks)).defect
+def check_picture(file: Path | None, *, shrinks: bool) -> None:
+    """Refuse a picture that cannot be asked about, before a model is opened.
+
+    Raises:
+        PictureError: it cannot be used.
+    """
+    defect = None if file is None else examine_picture(file, PictureRules(FAMILY, shrinks=shrinks)).defect
     if defect is not None:
         raise PictureError(f"{file}: {defect}")
-    return load_picture(file)
+
+
+def _picture(file: Path | None, *, shrinks: bool) -> Image.Image | None:
+    """The decoded picture. Raises PictureError for one that cannot be used."""
+    check_picture(file, shrinks=shrinks)
+    return None if file is None else load_picture(file)
 
 
 class _Spoken:

@@ -18,6 +18,7 @@ from glmq.progress import PassPlan, StepPlan
 from glmq.quantization.dry_run import USUAL_SPEED, plan_passes, trial_order, try_speed
 from glmq.quantization.output import OutputPlan
 from glmq.quantization.recipe import Recipe
+from glmq.verification.trial import Load, guess_forward, try_forward
 
 TRIED_BYTES: Final = 100 * 2**20
 """Of the float weights: a smaller model is done before a trial would be."""
@@ -72,3 +73,8 @@ def forecast_weight_passes(
         if any(group.site in seen for group in quantized):
             speed = try_speed(source, seen, recipe, plan)
     return plan_passes(source, config, recipe, plan, speed, measures=measures)
+
+
+def forecast_forward(model: StreamedModel, load: Load) -> tuple[StepPlan, ...]:
+    """The blocks that cases go through, each with the seconds that it is expected to take; of a small model without a trial."""
+    return try_forward(model, load) if is_large(model.source) else guess_forward(model.config, load)

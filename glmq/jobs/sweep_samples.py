@@ -28,16 +28,17 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, NonFiniteError, UsageError
-from glmq.jobs.forecast import forecast_calibration_passes
+from glmq.jobs.forecast import forecast_forward
 from glmq.jobs.verify import CaseOptions, load_cases
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
-from glmq.model.streamed import StreamedModel
 from glmq.progress import StepPlan
 from glmq.reporting.sweeps import Divergence
 from glmq.verification.cases import Case, count_blocks
+from glmq.verification.int8_model import open_model
 from glmq.verification.last_states import LastStates, compare_states, run_forward
+from glmq.verification.trial import weigh_cases
 
 STATES: Final = "float.safetensors"
 """In the work folder: the last states of the float model."""
@@ -140,16 +141,13 @@ class Ruler:
     def forecast(self) -> tuple[tuple[StepPlan, ...], int]:
         """The blocks of one run with the seconds that each is expected to take, and the memory that it needs, in bytes.
 
-        Of a large model one sample goes through one block of each tower; it is as long as calibrating, which takes longer.
+        Of a large model one sample goes through one block of each tower; calibrating needs as much memory.
         """
         settings = Settings("float32", self.max_pixels, wide_moments=False)
-        model = StreamedModel(self.source, self.config, device=torch.device("cpu"), dtype=torch.float32)
         plan = plan_calibration(
-            self.config, self.source, self.samples, self.preprocessor, settings, element_bytes=model.dtype.itemsize
+            self.config, self.source, self.samples, self.preprocessor, settings, element_bytes=torch.float32.itemsize
         )
-        passes, _ = forecast_calibration_passes(model, self.samples, self.preprocessor, settings, plan, None)
-        steps = [step for step in passes[0].steps if step.kind != "head"]
-        return tuple(steps[len(steps) - self.blocks :]), plan.peak_bytes
+        return forecast_forward(open_model(self.source, self.config), weigh_cases(self.cases)), plan.peak_bytes
 
     def _run(self, checkpoint: Checkpoint, title: str, watcher: Watcher) -> LastStates:
         states: LastStates | None = None

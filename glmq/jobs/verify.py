@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -17,12 +17,13 @@ from glmq.engines import Chip, Engine, Place
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import describe_folder
+from glmq.jobs.forecast import forecast_forward
 from glmq.jobs.served import small_picture, verify_served
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import FAMILY, ModelConfig, parse_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.side_files import TEMPLATE
-from glmq.progress import Watch
+from glmq.progress import PassPlan, Watch
 from glmq.reporting.documents import Caption, Verification
 from glmq.serve.agreement import require_vllm
 from glmq.verification.arithmetic import LinearArithmetic
@@ -39,12 +40,16 @@ from glmq.verification.checks import (
 from glmq.verification.engines.check import check_chip
 from glmq.verification.engines.schemes import ModuleScheme, module_schemes
 from glmq.verification.findings import Check, Checked, Finding, Skipped
+from glmq.verification.int8_model import open_model
 from glmq.verification.predictions import Predictions
 from glmq.verification.situations import situation_of
+from glmq.verification.trial import weigh_cases
 from glmq.wording import counted
 
 SMALL_BYTES: Final = 256 * 2**20
 """Float checkpoints up to this size are also asked for captions, wholly in memory."""
+BEHAVIOUR: Final = "verify"
+"""The pass in which both models run."""
 CAPTIONS: Final = 3
 CAPTION_TOKENS: Final = 64
 
@@ -250,14 +255,24 @@ def _behave(
     blocks: list[BlockBehaviour] = []
     predictions = None
     has_images = any(case.has_image for case in cases)
-    with Checkpoint.open(candidate) as other, watcher.blocks("verify", count_blocks(config, has_images)) as advance:
-        for record in compare_behaviour(source, other, config, cases):
-            if isinstance(record, Predictions):
-                predictions = record
-            else:
-                blocks.append(record)
-                advance(record.done)
+    with Checkpoint.open(candidate) as other:
+        if watcher.is_watched:
+            watcher.plan([_forecast(source, other, config, cases)])
+        with watcher.blocks(BEHAVIOUR, count_blocks(config, has_images)) as advance:
+            for record in compare_behaviour(source, other, config, cases, watcher.step):
+                if isinstance(record, Predictions):
+                    predictions = record
+                else:
+                    blocks.append(record)
+                    advance(record.done)
     return blocks, predictions
+
+
+def _forecast(source: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case]) -> PassPlan:
+    """Both models over the cases; the candidate's linears run twice, on their own inputs and on the float model's."""
+    load = weigh_cases(cases)
+    pairs = zip(*(forecast_forward(open_model(one, config), load) for one in (source, candidate)), strict=True)
+    return PassPlan(BEHAVIOUR, tuple(replace(one, seconds=one.seconds + 2 * other.seconds) for one, other in pairs))
 
 
 def _captions(source: Checkpoint, candidate: Path, samples: Sequence[Sample], max_pixels: int | None) -> list[Caption]:

@@ -41,6 +41,11 @@ class BlockCall:
     """Vision: [patches, width]; text: [1, tokens, width]."""
     kwargs: Mapping[str, object]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens, or patches, that go through the block."""
+        return self.hidden.numel() // self.hidden.shape[-1]
+
 
 class _CapturedError(Exception):
     """Ends a forward pass at the block whose call was to be captured."""

@@ -14,7 +14,6 @@ from glmq.inspection.listing import (
     totals_by_area,
 )
 from glmq.model.config import FAMILY
-from glmq.records import REPORT
 from glmq.reporting.charts import (
     columns_chart,
     heat_map,
@@ -61,8 +60,8 @@ def comparison_page(found: Comparison) -> str:
         section(
             "Tensors, largest difference first",
             split_table(header, [_diff_row(diff) for diff in found.diffs], 2),
-            note="Smoothing is taken out through the norms, so that a difference is one of the function. "
-            f"{_verdict_place(found)}".rstrip(),
+            note="Smoothing is taken out through the norms, so that a difference is one of the function."
+            + (f" {found.verdict_place} {found.verifying_command}" if found.verdict_place else ""),
         )
     )
     sections += [
@@ -79,13 +78,6 @@ def comparison_page(found: Comparison) -> str:
         f"B: {found.b.directory} ({describe_folder(found.b)})",
     ]
     return page(f"glmq inspect: {found.a.directory.name} and {found.b.directory.name}", subtitle, *sections)
-
-
-def _verdict_place(found: Comparison) -> str:
-    """Where the output errors are, which a difference of weights is no word on; empty where nothing was rounded."""
-    if not any(diff.is_rounded for diff in found.diffs):
-        return ""
-    return f"What rounding changes in a weight is no verdict on it: output errors are, in {REPORT}.json of B."
 
 
 def _cards(found: Comparison) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -20,10 +20,11 @@ from glmq.model.cache import TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
 from glmq.model.streamed import BlockCall, StreamedModel
-from glmq.progress import resident_bytes
+from glmq.progress import StepPlan, resident_bytes
 from glmq.records import BlockDone
 from glmq.verification.int8_model import Int8Linear, open_model, placed
 from glmq.verification.predictions import HEAD_ROWS, Head
+from glmq.verification.trial import Load, guess_forward, try_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,23 @@ class Answering:
     def prompt_blocks(self, inputs: ModelInputs) -> int:
         """Blocks that read the question before the first token: the text layers, with a new picture the vision tower too."""
         return len(self._layers) + (self._config.vision_depth if self._is_new(inputs) else 0)
+
+    def expect(self, inputs: ModelInputs, *, tries: bool) -> tuple[StepPlan, ...]:
+        """The blocks that will read the question, each with the seconds that it is expected to take.
+
+        Args:
+            inputs: the question, without an answer.
+            tries: one block of each tower is run, for a large model; for a small one that would take as long as reading.
+
+        Raises:
+            CheckpointError: a tensor is missing, not finite, has another shape or contradicts others.
+        """
+        load = Load.of_one(inputs)
+        steps = try_forward(self._model, load) if tries else guess_forward(self._config, load)
+        vision, text = steps[: -len(self._layers)], steps[-len(self._layers) :]
+        merger = vision[-1].seconds if vision else 0.0  # it is run just before the first layer
+        text = (replace(text[0], seconds=text[0].seconds + merger), *text[1:])
+        return (*vision[:-1], *text) if self._is_new(inputs) else text
 
     @torch.no_grad()
     def steps(self, inputs: ModelInputs, max_tokens: int) -> Iterator[BlockDone | int]:

@@ -24,7 +24,7 @@ from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.affine import covered_range
-from glmq.progress import resident_bytes
+from glmq.progress import BlockStep, Step, no_step, resident_bytes
 from glmq.records import BlockDone, QuantizedLinear
 from glmq.verification.cases import Case, count_blocks
 from glmq.verification.int8_model import Int8Linear, open_model, placed
@@ -74,7 +74,7 @@ class BlockBehaviour:
 
 
 def compare_behaviour(
-    reference: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case]
+    reference: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case], step: Step = no_step
 ) -> Iterator[BlockBehaviour | Predictions]:
     """Run the cases through both checkpoints.
 
@@ -83,6 +83,7 @@ def compare_behaviour(
         candidate: float or quantized, not compressed.
         config: of both.
         cases: at least one.
+        step: is told how far the block is that is under way.
 
     Yields:
         One record after each block of the vision tower (if there are images), the merger and each text layer,
@@ -94,7 +95,7 @@ def compare_behaviour(
     pair = _Pair(open_model(reference, config), open_model(candidate, config))
     groups = config.family.groups(config)
     scalings = find_scalings(reference, candidate, groups)
-    run = _Run(pair, config, cases, {name: scalings[name] for name in integer_linears(candidate)})
+    run = _Run(pair, config, cases, {name: scalings[name] for name in integer_linears(candidate)}, step)
     has_images = any(case.has_image for case in cases)
     total = count_blocks(config, has_images)
     started = time.perf_counter()
@@ -224,13 +225,17 @@ class _LinearSums:
 class _Run:
     """One comparison: the calls in flight, nothing else."""
 
-    def __init__(self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: Mapping[str, Scaling]) -> None:
-        self._pair, self._config, self._cases, self._int8 = pair, config, cases, int8
+    def __init__(
+        self, pair: _Pair, config: ModelConfig, cases: Sequence[Case], int8: Mapping[str, Scaling], step: Step
+    ) -> None:
+        self._pair, self._config, self._cases, self._int8, self._step = pair, config, cases, int8, step
         self._family = config.family
         self._calls: dict[int, _Calls] = {}
         self._inputs: dict[int, ModelInputs] = {}
         """By case, without pixels."""
         self._sample = ""
+        self._index = 0
+        """Of the block that comes next."""
 
     def steps(self, *, has_images: bool) -> Iterator[tuple[str, float, tuple[LinearBehaviour, ...]]]:
         """Do the work; yields name, built-up error and linears of each block when it is done."""
@@ -277,15 +282,20 @@ class _Run:
                         pair.reference.text_call(inputs, None if vision is None else vision.reference),
                         pair.candidate.text_call(inputs, None if vision is None else vision.candidate),
                     )
+        self._index += bool(parts)
         return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
 
     def _replay(self, block: Block) -> tuple[str, float, tuple[LinearBehaviour, ...]]:
         pair, sums = self._pair, self._sums(block)
+        tokens, passed = sum(calls.reference.tokens for calls in self._calls.values()), 0
         with pair.placed(block.name), self._watching(block, sums):
-            for index, calls in self._calls.items():
+            for done, (index, calls) in enumerate(self._calls.items()):
+                self._step(BlockStep(block.name, self._index, done, len(self._calls), "samples", passed / tokens))
                 self._sample = self._cases[index].name
                 calls.reference.hidden = pair.reference.replay(block.name, calls.reference)
                 calls.candidate.hidden = pair.candidate.replay(block.name, calls.candidate)
+                passed += calls.reference.tokens
+        self._index += 1
         return block.name, self._built_up(), tuple(s.finish() for s in sums.values())
 
     def _built_up(self) -> float:

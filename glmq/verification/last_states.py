@@ -145,19 +145,15 @@ class _Forward:
 
     def _replay(self, name: str, after: str) -> str:
         """Run a block, while the one after it is read ahead."""
-        model, tokens, passed = self._model, sum(map(_tokens, self._calls.values())), 0
+        model, tokens, passed = self._model, sum(call.tokens for call in self._calls.values()), 0
         with placed(model, name):
             model.source.prefetch(one for one in model.source if one.startswith(f"{after}."))
             for done, call in enumerate(self._calls.values()):
                 self._step(BlockStep(name, self._index, done, len(self._calls), "samples", passed / tokens))
                 call.hidden = model.replay(name, call)
-                passed += _tokens(call)
+                passed += call.tokens
         return self._done(name)
 
     def _done(self, name: str) -> str:
         self._index += 1
         return name
-
-
-def _tokens(call: BlockCall) -> int:
-    return call.hidden.numel() // call.hidden.shape[-1]

@@ -1,9 +1,10 @@
 """How good the estimate of a whole run is: what is foretold after 10, 25 and 50 % of it against what it then takes.
 
-    python tests/benchmarks/estimate.py [--hidden 1024] [--layers 8] [--images 4] [--cpu-time]
+    python tests/benchmarks/estimate.py [--hidden 1024] [--layers 8] [--images 4] [--cpu-time] [--runs ask sweep]
 
-Calibrates and quantizes in one run, W8A8 and then W8A8S. With --cpu-time every clock counts the processor's seconds, in one
-thread, so that what else the machine does changes little.
+The runs: `W8A8` and `W8A8S` calibrate and quantize in one, `sweep` is of two recipes with KL, `verify` runs both models over
+the pictures, `ask` lets the quantized one answer. A random model ends no answer, so that of `ask` is as long as is allowed.
+With --cpu-time every clock counts the processor's seconds, in one thread, so that what else the machine does changes little.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if "--cpu-time" in sys.argv:
@@ -20,17 +22,21 @@ if "--cpu-time" in sys.argv:
 import torch
 from make_checkpoint import make_checkpoint, text_size
 
-from glmq import CalibrationOptions, Event, Recipe
+import glmq
+from glmq import CalibrationOptions, CaseOptions, Event, Recipe, SweepOptions, Variant
 from glmq.calibration.samples import default_images
 from glmq.cli.remaining import Remaining
 from glmq.jobs.quantize import QuantizationJob, run_quantization
+from glmq.progress import Watch
 
 SHARES = (0.1, 0.25, 0.5)
 WANTED = 0.25
 """The largest error of what is left after a tenth of the run."""
+TOKENS = 128
+"""Of an answer."""
 
 
-def record(job: QuantizationJob) -> list[tuple[float, float]]:
+def record(run: Callable[[Watch], object]) -> list[tuple[float, float]]:
     """Seconds that have passed and that are foretold to be left, at each event of a run; the last one is its end."""
     remaining = Remaining(time.perf_counter)
     told: list[tuple[float, float]] = []
@@ -41,8 +47,35 @@ def record(job: QuantizationJob) -> list[tuple[float, float]]:
         if left is not None:
             told.append((remaining.elapsed(), left))
 
-    run_quantization(job, overwrite=False, resume=False, watch=watch)
+    run(watch)
     return [*told, (remaining.elapsed(), 0.0)]
+
+
+def runs(folder: Path, images: int) -> dict[str, Callable[[Watch], object]]:
+    """What can be timed, by name; those after the first take what that has left."""
+    model, stats, quantized = folder / "model", folder / "stats", folder / "W8A8"
+    calibration = CalibrationOptions(images=default_images(), limit=images)
+    cases = CaseOptions(images=default_images(), limit=images)
+    variants = [Variant("w8a8", Recipe.w8a8()), Variant("sigma", Recipe.w8a8s(sigma=3.0))]
+
+    def quantize(recipe: Recipe, out: Path) -> Callable[[Watch], object]:
+        job = QuantizationJob(model, out, recipe, calibration)
+        return lambda watch: run_quantization(job, overwrite=True, resume=False, watch=watch)
+
+    def sweep(watch: Watch) -> object:
+        return glmq.sweep(model, stats, variants, out=folder / "sweep", options=SweepOptions(cases=cases), watch=watch)
+
+    def ask(watch: Watch) -> object:
+        picture = next(path for path in sorted(default_images().iterdir()) if path.suffix == ".jpg")
+        return glmq.ask(quantized, image=picture, max_new_tokens=TOKENS, watch=watch)
+
+    return {
+        "W8A8": quantize(Recipe.w8a8(), quantized),
+        "W8A8S": quantize(Recipe.w8a8s(sigma=3.0), folder / "W8A8S"),
+        "sweep": sweep,
+        "verify": lambda watch: glmq.verify(quantized, reference=model, cases=cases, watch=watch),
+        "ask": ask,
+    }
 
 
 def main() -> None:
@@ -51,16 +84,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--runs", nargs="+", default=["W8A8", "W8A8S", "sweep", "verify", "ask"])
+    parser.add_argument("--folder", type=Path, help="where the model and what is made of it stay")
     a = parser.parse_args()
     if a.cpu_time:
         torch.set_num_threads(1)
-    print(f"{'type':>6}{'of the run':>12}{'foretold s':>12}{'truth s':>10}{'error':>8}")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_checkpoint(folder / "model", text_size(a.hidden, a.layers))
-        for title, recipe in (("W8A8", Recipe.w8a8()), ("W8A8S", Recipe.w8a8s(sigma=3.0))):
-            calibration = CalibrationOptions(images=default_images(), limit=a.images)
-            told = record(QuantizationJob(folder / "model", folder / title, recipe, calibration))
+        folder = Path(name) if a.folder is None else a.folder
+        if not (folder / "model").is_dir():
+            make_checkpoint(folder / "model", text_size(a.hidden, a.layers))
+        timed = runs(folder, a.images)
+        if "sweep" in a.runs and not (folder / "stats").is_dir():
+            options = CalibrationOptions(images=default_images(), limit=a.images)
+            glmq.calibrate(folder / "model", out=folder / "stats", options=options)
+        if not (folder / "W8A8").is_dir() and "W8A8" not in a.runs:
+            glmq.quantize(folder / "model", folder / "stats", out=folder / "W8A8", recipe=Recipe.w8a8())
+        print(f"{'run':>6}{'of the run':>12}{'foretold s':>12}{'truth s':>10}{'error':>8}")
+        for title in a.runs:
+            told = record(timed[title])
             total = told[-1][0]
             for share in SHARES:
                 passed, foretold = next(pair for pair in told if pair[0] >= share * total)

@@ -122,7 +122,7 @@ def test_csv_and_html_are_written_beside_the_table(two: bool, tiny: Path, tiny_s
     assert html.startswith("<!doctype html>")
     assert html.count("<svg") > 3
     assert "http" not in html
-    assert ("output errors are, in glmq_report.json of B." in html) == two
+    assert ("glmq_report.json of B has those of the calibration, and verify measures them on" in html) == two
     assert "for which SGLang has no linear" not in html  # no problem of those who serve it elsewhere
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from glmq.cli import command
 from glmq.cli.console import VisibleConsole
-from glmq.cli.lines import broken, width_of
+from glmq.cli.lines import Flow, broken, width_of
 
 PATH = "/data/" + "long/" * 8 + "out"
 
@@ -72,3 +72,19 @@ def test_a_terminal_that_does_not_say_how_wide_it_is_gets_whole_lines(monkeypatc
         assert width_of(terminal) is None
         monkeypatch.setenv("COLUMNS", "44")
         assert width_of(terminal) == 44
+
+
+def flowed(width: int | None, *pieces: str) -> list[str]:
+    flow = Flow(width)
+    return [*(flow.add(piece) for piece in pieces), flow.finish()]
+
+
+def test_text_that_comes_in_pieces_breaks_between_words_whose_last_is_held_back() -> None:
+    pieces = ["The", " background", "\nis sand. One", "", "\nobject"]
+    assert flowed(16, "The back", "ground is", " sand. One ob", "ject") == pieces
+    assert flowed(None, "The back", "ground") == ["The back", "ground", ""]
+
+
+def test_pieces_of_wide_characters_break_anywhere_and_their_own_line_ends_stay() -> None:
+    assert "".join(flowed(6, "照片照片 照", "ab\n\n  c d")) == "照片照\n片 照\nab\n\n  c d"
+    assert "".join(flowed(4, "abcdefgh ij", " k")) == "abcdefgh\nij k"  # a long word is broken by the terminal
