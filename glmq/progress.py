@@ -44,13 +44,16 @@ class RunPlanned:
     passes: tuple[PassPlan, ...]
 
 
+Unit: TypeAlias = Literal["blocks", "answers", "tokens", "bytes"]
+
+
 @dataclass(frozen=True, slots=True)
 class PassStarted:
     """A pass over a model or over files begins."""
 
     title: str
     """E.g. calibrate, rate, quantize, compress."""
-    unit: Literal["blocks", "tokens", "bytes"]
+    unit: Unit
     """What is counted."""
     total: int
     """How many of them the pass has."""
@@ -98,6 +101,14 @@ Watch: TypeAlias = Callable[[Event], None]
 """Receives the events of a run in the thread that runs it. What it raises ends the run as Ctrl-C does."""
 Step: TypeAlias = Callable[[BlockStep], None]
 """Receives how far the block is that is under way."""
+
+
+Read: TypeAlias = Callable[[str, int], None]
+"""Receives the name and the bytes of each tensor that was read."""
+
+
+def no_read(_: str, __: int) -> None:
+    """For whom nobody watches."""
 
 
 def no_step(_: BlockStep) -> None:

@@ -89,7 +89,7 @@ def _quick_files_and_words() -> Iterator[None]:
         patch.setattr(streamed, "_build_on_meta", build)
         patch.setattr(inputs, "_load_tokenizer", load)
         patch.setattr(Preprocessor, "_render_once", render)
-        patch.setattr("glmq.jobs.verify.CAPTION_TOKENS", 8)
+        patch.setattr("glmq.jobs.side_by_side.CAPTION_TOKENS", 8)
         yield
 
 

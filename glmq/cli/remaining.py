@@ -11,8 +11,12 @@ from typing import Final
 from glmq.progress import BlockStep, Event, PassDone, PassPlan, PassStarted, RunPlanned, StepPlan
 from glmq.records import BlockDone, BytesDone
 
+COUNTED: Final = ("blocks", "answers")
+"""Units of which each is a step of its own."""
 TRUSTED_SHARE: Final = 0.2
 """Of a block or of a pass over bytes that must be finished before its own speed counts."""
+TRUSTED_TOKENS: Final = 0.05
+"""Of a pass over tokens, which take equally long."""
 
 
 class Remaining:
@@ -106,14 +110,14 @@ class Remaining:
         titles = [one.title for one in self._passes]
         after = self._number + 1
         if not self._is_timed:
-            count = started.total if started.unit == "blocks" else 1
+            count = started.total if started.unit in COUNTED else 1
             self._passes, self._number = (PassPlan(started.title, (StepPlan("", "", 1.0),) * count),), 0
         elif started.title in titles[after:]:
             self._number = titles.index(started.title, after)
         else:
             return  # nothing of it is left to do: what an earlier pass found is read again
         self._total, self._unit = started.total, started.unit
-        self._done = set(range(started.done)) if started.unit == "blocks" else set()
+        self._done = set(range(started.done)) if started.unit in COUNTED else set()
         self._current, self._share, self._since = len(self._done), 0.0, self._clock()
 
     def _finish(self, block: BlockDone) -> None:
@@ -135,7 +139,8 @@ class Remaining:
             return taken / expected
         if self._number >= 0 and self._current < len(self._steps) and title == self._passes[self._number].title:
             step, passed = self._steps[self._current], self._clock() - self._since
-            if step.kind == kind and self._share >= TRUSTED_SHARE and step.seconds > 0.0:
+            trusted = TRUSTED_TOKENS if self._unit == "tokens" else TRUSTED_SHARE
+            if step.kind == kind and self._share >= trusted and step.seconds > 0.0:
                 return passed / self._share / step.seconds
         if not self._is_timed:
             known = [pair for pair in self._taken.values() if pair[1] > 0.0]

@@ -18,10 +18,13 @@ from glmq.progress import PassPlan, StepPlan
 from glmq.quantization.dry_run import USUAL_SPEED, plan_passes, trial_order, try_speed
 from glmq.quantization.output import OutputPlan
 from glmq.quantization.recipe import Recipe
-from glmq.verification.trial import Load, guess_forward, try_forward
+from glmq.verification.int8_model import placed
+from glmq.verification.trial import Load, guess_forward, time_of_token, try_forward
 
 TRIED_BYTES: Final = 100 * 2**20
 """Of the float weights: a smaller model is done before a trial would be."""
+USUAL_READING: Final = 1e9
+"""Weights a second that one token goes through, on a small machine."""
 NOTHING_SEEN: Final[Mapping[str, InputStats]] = {}
 
 
@@ -78,3 +81,14 @@ def forecast_weight_passes(
 def forecast_forward(model: StreamedModel, load: Load) -> tuple[StepPlan, ...]:
     """The blocks that cases go through, each with the seconds that it is expected to take; of a small model without a trial."""
     return try_forward(model, load) if is_large(model.source) else guess_forward(model.config, load)
+
+
+def forecast_token(model: StreamedModel) -> float:
+    """Seconds that one token of an answer is expected to take where the whole model lies in memory."""
+    config, layer = model.config, model.config.family.text_block(model.config, 0)
+    if not is_large(model.source):
+        return (
+            config.layers * sum(one.rows * one.cols for group in layer.groups for one in group.linears) / USUAL_READING
+        )
+    with placed(model, layer.name):
+        return config.layers * time_of_token(model, layer.name)

@@ -3,53 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from glmq.calibration.encode import encode_sample
 from glmq.calibration.pictures import PictureRules
-from glmq.calibration.samples import Sample, list_images, open_image, read_samples
+from glmq.calibration.samples import Sample, list_images, read_samples
 from glmq.checkpoint.checksums import CHECKSUMS
-from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Chip, Engine, Place
 from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.inspection.folder import Folder, Kind, scan_folder
 from glmq.inspection.listing import describe_folder
-from glmq.jobs.forecast import forecast_forward
-from glmq.jobs.served import small_picture, verify_served
+from glmq.jobs.served import verify_served
+from glmq.jobs.side_by_side import Behaviour, forecast_both, opened_models, run_both
 from glmq.jobs.watcher import Watcher
-from glmq.model.config import FAMILY, ModelConfig, parse_config
-from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
-from glmq.model.side_files import TEMPLATE
-from glmq.progress import PassPlan, Watch
-from glmq.reporting.documents import Caption, Verification
+from glmq.model.config import FAMILY, parse_config
+from glmq.model.inputs import DEFAULT_PROMPT
+from glmq.progress import PassPlan, StepPlan, Watch, resident_bytes
+from glmq.reporting.documents import Verification
 from glmq.serve.agreement import require_vllm
 from glmq.verification.arithmetic import LinearArithmetic
-from glmq.verification.behaviour import BlockBehaviour, caption, compare_behaviour
-from glmq.verification.cases import Case, count_blocks
 from glmq.verification.checks import (
     Limits,
     judge_block,
     judge_predictions,
     open_reference,
-    usable_config,
     verify_files,
 )
 from glmq.verification.engines.check import check_chip
 from glmq.verification.engines.schemes import ModuleScheme, module_schemes
 from glmq.verification.findings import Check, Checked, Finding, Skipped
-from glmq.verification.int8_model import open_model
-from glmq.verification.predictions import Predictions
 from glmq.verification.situations import situation_of
-from glmq.verification.trial import weigh_cases
 from glmq.wording import counted
 
-SMALL_BYTES: Final = 256 * 2**20
-"""Float checkpoints up to this size are also asked for captions, wholly in memory."""
-BEHAVIOUR: Final = "verify"
-"""The pass in which both models run."""
+FILES: Final = "files"
+"""The pass over the files."""
+COMPARED_RATE: Final = 1e8
+ALONE_RATE: Final = 3e8
+"""Bytes a second that are checked, against the float weights and without them, on a small machine."""
 CAPTIONS: Final = 3
 CAPTION_TOKENS: Final = 64
 
@@ -110,16 +102,18 @@ def verify(
     candidate = Path(candidate)
     reference = None if reference is None else Path(reference)
     samples = load_cases(cases)
-    folder = scan_folder(candidate)
+    folder, watcher = scan_folder(candidate), Watcher(watch)
     _check_samples(folder, reference, samples, in_vllm=in_vllm)
-    files = _verify_files(candidate, reference, engines)
+    if watcher.is_watched:
+        watcher.plan(_forecast(folder, reference, samples, cases.max_pixels))
+    files = _verify_files(folder, reference, engines, watcher)
     findings, checked = files.findings, files.checked
     checked += [f"the look-ups of {engine.spec.title}, as its loader makes them" for engine in engines]
     findings += _check_chip(folder, engines, chip)
-    behaviour = _Behaviour()
+    behaviour = Behaviour()
     if samples and reference is not None:
         checked.append(f"behaviour on {counted(len(samples), 'sample')}")
-        behaviour = _measure(reference, candidate, samples, cases.max_pixels, Watcher(watch))
+        behaviour = _measure(reference, candidate, samples, cases.max_pixels, watcher)
         is_fp16 = folder.float_codes[:1] == ("F16",)
         findings += behaviour.findings
         findings += [] if behaviour.predictions is None else judge_predictions(behaviour.predictions, limits)
@@ -189,42 +183,32 @@ class _Files:
     skipped: list[str] = field(default_factory=list)
 
 
-def _verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engine]) -> _Files:
+def _verify_files(folder: Folder, reference: Path | None, engines: Sequence[Engine], watcher: Watcher) -> _Files:
     files = _Files()
-    for record in verify_files(candidate, reference, engines):
-        match record:
-            case Finding():
-                files.findings.append(record)
-            case LinearArithmetic():
-                files.linears.append(record)
-            case Checked():
-                files.checked.append(record.what)
-            case Skipped():
-                files.skipped.append(record.what)
+    with watcher.bytes(FILES, _bytes_to_read(folder)) as advance:
+
+        def read(name: str, nbytes: int) -> None:
+            advance(name, nbytes, resident_bytes())
+
+        for record in verify_files(folder.directory, reference, engines, read=read):
+            match record:
+                case Finding():
+                    files.findings.append(record)
+                case LinearArithmetic():
+                    files.linears.append(record)
+                case Checked():
+                    files.checked.append(record.what)
+                case Skipped():
+                    files.skipped.append(record.what)
     return files
 
 
-@dataclass(frozen=True, slots=True)
-class _Behaviour:
-    """How both models answer."""
-
-    blocks: Sequence[BlockBehaviour] = ()
-    predictions: Predictions | None = None
-    captions: Sequence[Caption] = ()
-    findings: Sequence[Finding] = ()
-    """Why it could not be measured, if it could not."""
-
-
-def _measure(
-    reference: Path, candidate: Path, samples: Sequence[Sample], max_pixels: int | None, watcher: Watcher
-) -> _Behaviour:
-    """Run both models on the samples, block by block; small ones also answer the first pictures."""
-    with open_reference(reference) as source:
-        try:
-            blocks, predictions = _behave(source, candidate, samples, max_pixels, watcher)
-            return _Behaviour(blocks, predictions, _captions(source, candidate, samples, max_pixels))
-        except CheckpointError as error:
-            return _Behaviour(findings=[Check.BEHAVIOUR.error("", f"cannot be measured: {error}")])
+def _bytes_to_read(folder: Folder) -> int:
+    """Of an un-sharded checkpoint: every tensor, and the weights of linears a second time for their sums."""
+    if folder.kind is not Kind.QUANTIZED:
+        return 0
+    weights = (tensor for tensor in folder.tensors if tensor.name.endswith((".weight", ".weight_packed")))
+    return folder.nbytes + sum(tensor.info.nbytes for tensor in weights if tensor.info.dtype in ("I8", "I32"))
 
 
 def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
@@ -244,63 +228,29 @@ def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
     return () if options.cases is None else read_samples(options.cases, limit=options.limit, rules=rules).samples
 
 
-def _behave(
-    source: Checkpoint, candidate: Path, samples: Sequence[Sample], max_pixels: int | None, watcher: Watcher
-) -> tuple[list[BlockBehaviour], Predictions | None]:
-    config = usable_config(candidate, source)
-    if config is None:
-        raise CheckpointError(f"{source.directory}: has no config.json of a GLM-4.1V or GLM-4.6V-Flash; restore it")
-    preprocessor = _preprocessor(source, candidate, config, max_pixels)
-    cases = [Case(s.name, s.image is not None, partial(encode_sample, preprocessor, s)) for s in samples]
-    blocks: list[BlockBehaviour] = []
-    predictions = None
-    has_images = any(case.has_image for case in cases)
-    with Checkpoint.open(candidate) as other:
-        if watcher.is_watched:
-            watcher.plan([_forecast(source, other, config, cases)])
-        with watcher.blocks(BEHAVIOUR, count_blocks(config, has_images)) as advance:
-            for record in compare_behaviour(source, other, config, cases, watcher.step):
-                if isinstance(record, Predictions):
-                    predictions = record
-                else:
-                    blocks.append(record)
-                    advance(record.done)
-    return blocks, predictions
+def _measure(
+    reference: Path, candidate: Path, samples: Sequence[Sample], max_pixels: int | None, watcher: Watcher
+) -> Behaviour:
+    """Run both models on the samples, block by block; small ones also answer the first pictures."""
+    with open_reference(reference) as source:
+        try:
+            with opened_models(source, candidate, max_pixels) as models:
+                return run_both(models, samples, watcher)
+        except CheckpointError as error:
+            return Behaviour(findings=[Check.BEHAVIOUR.error("", f"cannot be measured: {error}")])
 
 
-def _forecast(source: Checkpoint, candidate: Checkpoint, config: ModelConfig, cases: Sequence[Case]) -> PassPlan:
-    """Both models over the cases; the candidate's linears run twice, on their own inputs and on the float model's."""
-    load = weigh_cases(cases)
-    pairs = zip(*(forecast_forward(open_model(one, config), load) for one in (source, candidate)), strict=True)
-    return PassPlan(BEHAVIOUR, tuple(replace(one, seconds=one.seconds + 2 * other.seconds) for one, other in pairs))
-
-
-def _captions(source: Checkpoint, candidate: Path, samples: Sequence[Sample], max_pixels: int | None) -> list[Caption]:
-    """What both say about the first few pictures; nothing for a large model."""
-    config = usable_config(candidate, source)
-    pictures = [sample for sample in samples if sample.image is not None][:CAPTIONS]
-    if config is None or sum(info.nbytes for info in source.values()) > SMALL_BYTES:
-        return []
-    preprocessor = _preprocessor(source, candidate, config, max_pixels)
-    questions = [preprocessor.encode(open_image(sample), sample.prompt, None) for sample in pictures]
-    with Checkpoint.open(candidate) as other:
-        of_float, of_candidate = (
-            [preprocessor.decode(ids) for ids in caption(checkpoint, config, questions, CAPTION_TOKENS)]
-            for checkpoint in (source, other)
-        )
-    return [
-        Caption(sample.name, first, second, small_picture(sample))
-        for sample, first, second in zip(pictures, of_float, of_candidate, strict=True)
-    ]
-
-
-def _preprocessor(source: Checkpoint, candidate: Path, config: ModelConfig, max_pixels: int | None) -> Preprocessor:
-    """With the reference's files, and the candidate's chat template: a base model may have none of its own."""
-    template = candidate / TEMPLATE
-    return Preprocessor(
-        source.directory,
-        config,
-        max_pixels=max_pixels,
-        trust_remote_code=False,
-        chat_template=template if template.is_file() else None,
-    )
+def _forecast(
+    folder: Folder, reference: Path | None, samples: Sequence[Sample], max_pixels: int | None
+) -> list[PassPlan]:
+    """The passes: over the files, and with samples over both models; not if these cannot be run, which is found later."""
+    files = StepPlan("", "other", _bytes_to_read(folder) / (ALONE_RATE if reference is None else COMPARED_RATE))
+    passes = [PassPlan(FILES, (files,))]
+    if samples and reference is not None:
+        with (
+            suppress(CheckpointError),
+            open_reference(reference) as source,
+            opened_models(source, folder.directory, max_pixels) as models,
+        ):
+            passes += forecast_both(models, samples)
+    return passes

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Watch, sum_stages
+from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Unit, Watch, sum_stages
 from glmq.quoting import visible
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
@@ -68,7 +68,7 @@ class Watcher:
 
     @contextmanager
     def blocks(
-        self, title: str, total: int, unit: Literal["blocks", "tokens"] = "blocks", *, finished: int = 0
+        self, title: str, total: int, unit: Unit = "blocks", *, finished: int = 0
     ) -> Iterator[Callable[[BlockDone], None]]:
         """A pass over blocks; call what it gives after each. Its time counts if it ends without an error.
 
@@ -128,7 +128,7 @@ class Watcher:
         """The time of the run so far on rank 0, which every rank gets: all must call it."""
         return float(ranks.all_gather(repr(time.perf_counter() - self._started))[0])
 
-    def _start(self, title: str, unit: Literal["blocks", "tokens", "bytes"], total: int, finished: int) -> float:
+    def _start(self, title: str, unit: Unit, total: int, finished: int) -> float:
         log.info("%s: %d %s to do", title, total - finished, unit)
         self._tell(PassStarted(title, unit, total, finished))
         return time.perf_counter()

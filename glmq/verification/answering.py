@@ -19,12 +19,12 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.cache import TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
-from glmq.model.streamed import BlockCall, StreamedModel
+from glmq.model.streamed import BlockCall
 from glmq.progress import StepPlan, resident_bytes
 from glmq.records import BlockDone
 from glmq.verification.int8_model import Int8Linear, open_model, placed
 from glmq.verification.predictions import HEAD_ROWS, Head
-from glmq.verification.trial import Load, guess_forward, try_forward
+from glmq.verification.trial import Load, guess_forward, time_of_token, try_forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Answering:
         started = time.perf_counter()
         with placed(model, first):
             read = time.perf_counter() - started
-            run = min(_time_of_one_token(model, first) for _ in range(2))  # the first call warms up
+            run = time_of_token(model, first)
         total, staying = sum(sizes.values()), sum(sizes[name] for name in kept)
         seconds = (run * total + read * (total - staying)) / sizes[first]
         return frozenset(kept), AnswerPlan(total, staying, seconds)
@@ -229,12 +229,3 @@ class Answering:
             if float(highest) > best:
                 best, chosen = float(highest), start + int(where)
         return chosen
-
-
-def _time_of_one_token(model: StreamedModel, layer: str) -> float:
-    """Seconds that the first text layer, which must be placed, takes for one token."""
-    cache = TokenCache(model.config, [1], 1, device=model.device, dtype=model.dtype)
-    call = model.token_call(torch.tensor([0]), torch.tensor([1]), cache.visible())
-    started = time.perf_counter()
-    model.replay(layer, model.cached(call, cache))
-    return time.perf_counter() - started

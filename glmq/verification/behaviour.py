@@ -128,7 +128,7 @@ def whole_model(directory: Path) -> Iterator[StreamedModel]:
 
 def caption(
     checkpoint: Checkpoint, config: ModelConfig, questions: Sequence[ModelInputs], max_tokens: int
-) -> list[list[int]]:
+) -> Iterator[list[int]]:
     """The greedy answer to each question by a small checkpoint, float or quantized, wholly in memory.
 
     Raises:
@@ -136,7 +136,8 @@ def caption(
     """
     model = open_model(checkpoint, config)
     with placed(model, "model", model.config.family.lm_head):
-        return [generate(model, question, max_tokens) for question in questions]
+        for question in questions:
+            yield generate(model, question, max_tokens)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, GlmqError, WrongFolderError
@@ -14,6 +15,7 @@ from glmq.inspection.folder import Folder, Kind, foreign_entries, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.source import SourceOptions, open_source
+from glmq.progress import Read, no_read
 from glmq.spec import assert_never
 from glmq.verification.arithmetic import (
     LinearArithmetic,
@@ -54,13 +56,16 @@ class Limits:
 VerifyRecord: TypeAlias = Finding | LinearArithmetic | Checked | Skipped
 
 
-def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engine]) -> Iterator[VerifyRecord]:
+def verify_files(
+    candidate: Path, reference: Path | None, engines: Sequence[Engine], *, read: Read = no_read
+) -> Iterator[VerifyRecord]:
     """Everything but behaviour.
 
     Args:
         candidate: an un-sharded quantized checkpoint, an engine's parts, or a portable folder.
         reference: the float checkpoint it was made from; for compressed weights, the W8A8S checkpoint.
         engines: those whose look-ups are emulated.
+        read: is told of each tensor of an un-sharded checkpoint whose values were looked at; of integers twice.
 
     Yields:
         Findings, the numbers of each integer linear of an un-sharded checkpoint, and what was looked at and what was not.
@@ -87,8 +92,8 @@ def verify_files(candidate: Path, reference: Path | None, engines: Sequence[Engi
         case Kind.FLOAT | Kind.FOREIGN | Kind.QUANTIZED:
             source = None if reference is None else open_reference(reference)
             try:
-                yield from check_structure(candidate, source)
-                yield from _verify_linears(candidate, source)
+                yield from check_structure(candidate, source, read=read)
+                yield from _verify_linears(candidate, source, read)
             finally:
                 if source is not None:
                     source.close()
@@ -123,7 +128,7 @@ def _count_tensors(folder: Folder) -> str:
     return f"{counted(len(folder.tensors), 'tensor')} in {counted(files, 'file')}"
 
 
-def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[VerifyRecord]:
+def _verify_linears(candidate: Path, source: Checkpoint | None, read: Read) -> Iterator[VerifyRecord]:
     config = usable_config(candidate, source)
     groups = [] if config is None else config.family.groups(config)
     report = read_report(candidate)
@@ -143,6 +148,8 @@ def _verify_linears(candidate: Path, source: Checkpoint | None) -> Iterator[Veri
             yield record
             if isinstance(record, LinearArithmetic):
                 linears += 1
+                weight = stored_weight(record.name, checkpoint)
+                read(weight, checkpoint.nbytes(weight))
                 yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))
                 yield from judge_against_report(record, report)
         against = "" if source is None else " and their distance from the float weights"

@@ -18,10 +18,12 @@ from torch import Tensor
 from glmq.checkpoint.compressed_config import is_compressed_tensors
 from glmq.checkpoint.description import Description, find_descriptions
 from glmq.checkpoint.json_file import read_json_object
+from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
+from glmq.progress import Read, no_read
 from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.compressed_linears import (
     CompressedSubject,
@@ -73,12 +75,13 @@ class _Case:
         return run_dtype(self.config)
 
 
-def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Finding]:
+def check_structure(candidate: Path, source: Checkpoint | None, *, read: Read = no_read) -> Iterator[Finding]:
     """Examine the quantized checkpoint in `candidate`.
 
     Args:
         candidate: a folder as `quantize` writes it, or another tool does.
         source: the float checkpoint it was made from; without it, what needs a comparison is left out.
+        read: is told of each tensor whose values were looked at.
 
     Yields:
         What is wrong, nothing for a good checkpoint. Where a file cannot be read, what depends on it is left out.
@@ -89,7 +92,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
     if not candidate.is_dir():
         raise WrongFolderError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
     if _is_compressed_tensors(candidate):
-        yield from _check_compressed_tensors(candidate, source)
+        yield from _check_compressed_tensors(candidate, source, read)
         return
     description = yield from check_description(candidate)
     config = yield from check_config(candidate, description, source)
@@ -116,7 +119,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
         yield from _check_agreement(case)
         yield from _check_norms(case)
         scalings = {} if source is None else find_scalings(source, checkpoint, config.family.groups(config))
-        yield from _check_floats(case, scalings)
+        yield from _check_floats(case, scalings, read)
         report = read_report(candidate)
         groups = case.config.family.groups(case.config)
         norms = {linear.name: group.norm for group in groups for linear in group.linears}
@@ -136,6 +139,7 @@ def check_structure(candidate: Path, source: Checkpoint | None) -> Iterator[Find
                     bias_shift=shift if isinstance(shift, int) else 0,
                 )
             )
+            _tell_weight(name, checkpoint, read)
 
 
 def _is_compressed_tensors(candidate: Path) -> bool:
@@ -148,7 +152,7 @@ def _is_compressed_tensors(candidate: Path) -> bool:
     return is_compressed_tensors(config)
 
 
-def _check_compressed_tensors(candidate: Path, source: Checkpoint | None) -> Iterator[Finding]:
+def _check_compressed_tensors(candidate: Path, source: Checkpoint | None, read: Read) -> Iterator[Finding]:
     """What check_structure does, for this form: no description, float norms as they were, other tensors of the linears."""
     config = yield from check_config(candidate, None, source)
     yield from check_side_files(candidate, None if source is None else source.directory)
@@ -172,7 +176,7 @@ def _check_compressed_tensors(candidate: Path, source: Checkpoint | None) -> Ite
         yield from _check_names(case)
         yield from _check_agreement(case)
         scalings = {} if source is None else find_scalings(source, checkpoint, config.family.groups(config))
-        yield from _check_floats(case, scalings)
+        yield from _check_floats(case, scalings, read)
         for linear, group in found:
             if group is not None:
                 scaling = scalings.get(linear.name, UNSCALED)
@@ -181,6 +185,13 @@ def _check_compressed_tensors(candidate: Path, source: Checkpoint | None) -> Ite
                         linear, group.quant_type, group.group_size, checkpoint, source, case.dtype, scaling
                     )
                 )
+                _tell_weight(linear.name, checkpoint, read)
+
+
+def _tell_weight(linear: str, checkpoint: Checkpoint, read: Read) -> None:
+    name = stored_weight(linear, checkpoint)
+    if name in checkpoint:
+        read(name, checkpoint.nbytes(name))
 
 
 def _known_types() -> set[str]:
@@ -294,7 +305,7 @@ def _same(case: _Case, one: str, other: str) -> bool:
     return one in case.checkpoint and torch.equal(case.checkpoint.read(one), case.checkpoint.read(other))
 
 
-def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Finding]:
+def _check_floats(case: _Case, scalings: Mapping[str, Scaling], read: Read) -> Iterator[Finding]:
     """Checks 6, 9 and 10 on what is not quantized: dtype, finite, equal to the source unless smoothed."""
     expected = case.config.family.shapes(case.config)
     norms = set(case.config.family.rms_norms(case.config))
@@ -305,6 +316,8 @@ def _check_floats(case: _Case, scalings: Mapping[str, Scaling]) -> Iterator[Find
     }
     for name, info in case.checkpoint.items():
         base, _, suffix = name.rpartition(".")
+        if base not in case.linears or name != stored_weight(base, case.checkpoint):
+            read(name, info.nbytes)
         if base in case.linears:  # its own checks, but the float bias is compared here
             if suffix == "bias" and case.source is not None and name in case.source:
                 yield from _check_pieces(case, name, rows=scalings.get(base, UNSCALED).rows)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Final, TypeVar
 
+import torch
 from torch import Tensor
 
+from glmq.model.cache import TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
 from glmq.model.streamed import BlockCall, StreamedModel
@@ -19,6 +22,9 @@ from glmq.verification.int8_model import placed
 Result = TypeVar("Result")
 USUAL_RATE: Final = 1e10
 """Weights times tokens a second, of a small machine."""
+TOKENS_TRIED: Final = 5
+EVICTING_BYTES: Final = 2**26
+"""What is written between two of them."""
 COLD_SECONDS: Final = 0.5
 """A run that takes longer is hardly slower for being the first."""
 
@@ -86,6 +92,24 @@ def try_forward(model: StreamedModel, load: Load) -> tuple[StepPlan, ...]:
         merger, call = _time(model, tail, lambda: model.text_call(inputs, vision), by_token)
     layer = _time_block(model, family.text_block(config, 0).name, call, by_token)
     return _steps(config, load, lambda kind: {"vision": block, "merger": merger, "text": layer}[kind], start)
+
+
+def time_of_token(model: StreamedModel, layer: str) -> float:
+    """Seconds that a text layer, which must be placed, takes for one token: the median of several, the first being slow.
+
+    In an answer the other layers come between two tokens, so its weights come from memory, not from the processor's cache.
+    """
+    others = torch.ones(EVICTING_BYTES // 4)
+    cache = TokenCache(model.config, [1], TOKENS_TRIED, device=model.device, dtype=model.dtype)
+    taken = []
+    for _ in range(TOKENS_TRIED):
+        others.add_(1)
+        call = model.token_call(torch.tensor([0]), torch.tensor([1]), cache.visible())
+        started = time.perf_counter()
+        model.replay(layer, model.cached(call, cache))
+        taken.append(time.perf_counter() - started)
+        cache.advance()
+    return median(taken)
 
 
 def guess_forward(config: ModelConfig, load: Load) -> tuple[StepPlan, ...]:

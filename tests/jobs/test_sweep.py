@@ -64,7 +64,7 @@ def test_nothing_is_left_but_reports(swept: Sweep) -> None:
 def test_a_row_says_what_quantize_and_verify_say(
     swept: Sweep, job: SweepJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("glmq.jobs.verify.CAPTIONS", 0)
+    monkeypatch.setattr("glmq.jobs.side_by_side.CAPTIONS", 0)
     made = quantize(job.model_path, job.stats_path, out=tmp_path / "w", recipe=SPARSE.recipe)
     row = next(row for row in swept.rows if row.name == "3-bits")
     errors = sorted(one.output_error for one in made.reports)
