@@ -60,7 +60,7 @@ def calibrate(
     """
     from glmq.cli.console import showing, stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import is_settled, print_json, show_calibration, show_calibration_plan, times_json
+    from glmq.cli.render import print_json, show_calibration, show_calibration_plan, times_json
     from glmq.cli.stopped import resuming_command
     from glmq.jobs.calibrate import CalibrationOptions, forecast_calibration, run_calibration
     from glmq.ranks import read_place
@@ -102,7 +102,7 @@ def calibrate(
                     "folder": str(stats),
                     "passes": times_json(result.times),
                     "seconds": result.seconds,
-                    "settled": is_settled(result.settled),
+                    "settled": result.settled.is_settled,
                 }
             )
         elif quiet:

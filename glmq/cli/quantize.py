@@ -246,7 +246,7 @@ def quantize(
     from glmq.checkpoint.json_file import write_whole
     from glmq.cli.console import showing, stderr, stdout
     from glmq.cli.progress import ProgressView
-    from glmq.cli.render import is_settled, print_json, show_quantization, show_run_plan, times_json
+    from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.cli.stopped import resuming_command
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
@@ -331,7 +331,7 @@ def quantize(
                     "folder": str(result.folder),
                     "passes": times_json(result.times),
                     "seconds": result.seconds,
-                    "settled": is_settled(result.settled),
+                    "settled": result.settled.is_settled,
                 }
             )
         elif quiet:

@@ -311,16 +311,11 @@ def show_quantization(result: QuantizationResult, model: Path, *, verbose: bool)
         show_line(line)
 
 
-def is_settled(settled: Settled) -> bool | None:
-    """The verdict for JSON; None where one sample alone does not show it."""
-    return None if settled.assessment is None else settled.assessment.is_settled
-
-
 def show_settled(settled: Settled, *, verbose: bool) -> None:
     """Whether the statistics have settled: the verdict, with `verbose` what moved."""
     from glmq.jobs.notes import convergence_verdict, describe_convergence, unanswered_verdict
 
-    stdout.say(f"  statistics: {convergence_verdict(settled.assessment)}")
+    stdout.say(f"  statistics: {convergence_verdict(settled.assessment, is_dense=settled.is_dense)}")
     for line in describe_convergence(settled.assessment, unanswered=0) if verbose else ():
         stdout.say(f"    {line.strip()}")
     if settled.unanswered:

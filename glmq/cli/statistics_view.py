@@ -65,7 +65,7 @@ def show_statistics_comparison(found: StatisticsComparison, *, limit: int | None
     """What differs between two statistics folders, the inputs that changed most first."""
     for letter, summary in (("A", found.a), ("B", found.b)):
         verdict = summary.assessment
-        settled = "settled" if verdict and verdict.is_settled else "not settled" if verdict else "one sample"
+        settled = "one sample" if verdict is None else verdict.in_words
         stdout.say(f"{letter} {summary.directory}: {summary.in_words}; {settled}")
     stdout.say("of the same float model" if found.same_model else "! of different float models")
     stdout.say("from the same samples" if found.same_samples else "from different samples")

@@ -21,11 +21,20 @@ ANSWERS_COUNT: Final = "answers are most of what a thinking model computes; with
 GIB: Final = 2**30
 
 
-def convergence_verdict(assessment: Assessment | None) -> str:
-    """Whether the statistics have settled, in a few words."""
+def convergence_verdict(assessment: Assessment | None, *, is_dense: bool | None) -> str:
+    """Whether the statistics have settled, in a few words.
+
+    Args:
+        is_dense: all quantized weights are dense 8-bit ones; None where that is not known yet.
+    """
     if assessment is None:
         return "not known to have settled, one sample does not show it; more images would help"
-    return "settled" if assessment.is_settled else "not settled; more images would help, -v says what moved"
+    verdict = assessment.in_words
+    if assessment.is_settled or (assessment.has_settled_ranges and is_dense):
+        return verdict
+    if assessment.has_settled_ranges and is_dense is None:
+        return f"{verdict}; for sparse and 4-bit ones more images would help, -v says what moved"
+    return "not settled; more images would help, -v says what moved"
 
 
 def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> Iterator[str]:
@@ -33,7 +42,9 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
     if assessment is None:
         yield "warning: one sample alone does not show whether the statistics have settled; give more images"
     else:
-        verdict = "settled" if assessment.is_settled else "warning: the statistics have not settled"
+        verdict = assessment.in_words
+        if not assessment.has_settled_ranges:
+            verdict = "warning: the statistics have not settled"
         yield (
             f"{verdict}: against half of the samples, {_changes(assessment.typical)} "
             f"(medians over {assessment.inputs} text inputs)"
@@ -41,7 +52,8 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
         worst = "; ".join(f"{FAMILY.short_name(site)}: {_changes(change)}" for site, change in assessment.worst)
         yield f"  most at {worst}"
         if not assessment.is_settled:
-            yield "  more images would help, of the kind that the model will be asked about, and samples with answers"
+            aim = "for sparse and 4-bit weights " if assessment.has_settled_ranges else ""
+            yield f"  {aim}more images would help, of the kind that the model will be asked about, and samples with answers"
     if unanswered:
         yield f"note: {_samples(unanswered)} no answer; {ANSWERS_COUNT}"
 

@@ -376,5 +376,6 @@ def _write_weights(
     run = run_facts(job.model_path, job.stats_path, job.out_path, times)
     report = Report(recipe, tuple(reports), tuple(areas), kept, checksums, calibration_facts(statistics), run)
     document = write_reports(folder.path, report, ranks)
-    settled = assess_settled(statistics)
+    is_dense = all(report.quant_type.spec.weight_bits == 8 for report in reports)
+    settled = assess_settled(statistics, is_dense=is_dense)
     return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, curves, 0.0)

@@ -20,12 +20,20 @@ class Settled:
     """None: one sample alone does not show it."""
     unanswered: int
     """Samples without an answer, which is most of what a thinking model computes."""
+    is_dense: bool | None
+    """All quantized weights are dense 8-bit ones, for which less is enough; None where that is not known yet."""
+
+    @property
+    def is_settled(self) -> bool | None:
+        """Whether they were enough for what was quantized, or for anything; None where one sample alone does not show it."""
+        found = self.assessment
+        return None if found is None else found.is_settled or (bool(self.is_dense) and found.has_settled_ranges)
 
 
-def assess_settled(statistics: Statistics) -> Settled:
+def assess_settled(statistics: Statistics, *, is_dense: bool | None = None) -> Settled:
     """Whether the samples were enough; the log gets it line by line."""
     unanswered = sum(not sample.has_answer for sample in statistics.samples())
-    settled = Settled(assess(statistics.settled()), unanswered)
+    settled = Settled(assess(statistics.settled()), unanswered, is_dense)
     for line in describe_convergence(settled.assessment, unanswered=unanswered):
         log.info("%s", line)
     return settled

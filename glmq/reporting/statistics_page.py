@@ -11,12 +11,12 @@ from glmq.reporting.page import Cell, card, cards, cell, page, section, split_ta
 from glmq.reporting.words import percent
 
 if TYPE_CHECKING:
+    from glmq.calibration.convergence import Assessment
     from glmq.inspection.statistics import StatisticsComparison, StatisticsSummary
 
 
 def statistics_sections(found: StatisticsSummary) -> list[str]:
     """The samples, and of each input its range, its outlier channels and how far it has settled."""
-    settled = found.assessment is not None and found.assessment.is_settled
     bars = [RangeBar(FAMILY.short_name(entry.site), entry.low, entry.high, None, None) for entry in found.inputs]
     rows = [
         (
@@ -34,9 +34,7 @@ def statistics_sections(found: StatisticsSummary) -> list[str]:
     return [
         cards(
             card("Samples", str(found.samples), note=found.in_words),
-            card(
-                "Settled", "yes" if settled else "no", "good" if settled else "warn", "by medians over the text inputs"
-            ),
+            _settled_card(found.assessment),
         ),
         section("Ranges of the inputs", range_chart(bars, "input ranges", "seen"), note="Logarithmic away from zero."),
         section(
@@ -45,6 +43,15 @@ def statistics_sections(found: StatisticsSummary) -> list[str]:
             note="Largest over median: of the channels' magnitudes. Range grew: with the second half of the samples.",
         ),
     ]
+
+
+def _settled_card(assessment: Assessment | None) -> str:
+    note = "by medians over the text inputs"
+    if assessment is None:
+        return card("Settled", "unknown", "warn", "one sample does not show it")
+    if assessment.is_settled:
+        return card("Settled", "yes", "good", note)
+    return card("Settled", "for 8-bit" if assessment.has_settled_ranges else "no", "warn", note)
 
 
 def statistics_comparison_page(found: StatisticsComparison) -> str:

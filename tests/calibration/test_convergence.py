@@ -12,8 +12,8 @@ from torch import Tensor
 from glmq.calibration.convergence import Convergence, Halfway, assess, convergence_order
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import Statistics
-from glmq.jobs.notes import describe_convergence, describe_few
-from glmq.jobs.settled import assess_settled
+from glmq.jobs.notes import convergence_verdict, describe_convergence, describe_few
+from glmq.jobs.settled import Settled, assess_settled
 from glmq.numerics.moments import InputAccumulator
 
 
@@ -110,19 +110,33 @@ def test_an_input_that_one_half_alone_reaches_has_no_change() -> None:
 
 
 @pytest.mark.parametrize(
-    ("median", "is_settled"),
+    ("median", "in_words"),
     [
-        (Convergence(0.07, 0.09, 0.2), True),
-        (Convergence(0.071, 0.0, 0.0), False),
-        (Convergence(0.0, 0.091, None), False),
-        (Convergence(0.0, 0.0, 0.201), False),
+        (Convergence(0.07, 0.09, 0.2), "settled"),
+        (Convergence(0.07, 0.5, 0.2), "settled"),  # the second moment has the mean squares
+        (Convergence(0.071, 0.0, 0.0), "not settled"),
+        (Convergence(0.07, 0.091, None), "settled for dense 8-bit weights"),
+        (Convergence(0.07, 0.0, 0.201), "settled for dense 8-bit weights"),
     ],
 )
-def test_the_median_text_input_decides(median: Convergence, is_settled: bool) -> None:
+def test_the_median_text_input_decides(median: Convergence, in_words: str) -> None:
     still, moved = Convergence(0.0, 0.0, None), Convergence(1.0, 1.0, None)
     found = assess({"model.visual.a": moved, "a": still, "b": median, "c": moved, "model.visual.b": moved})
     assert found is not None
-    assert (found.inputs, found.is_settled, [site for site, _ in found.worst]) == (3, is_settled, ["c", "b", "a"])
+    assert (found.inputs, found.in_words, [site for site, _ in found.worst]) == (3, in_words, ["c", "b", "a"])
+
+
+def test_the_verdict_is_on_what_is_quantized() -> None:
+    ranges_alone = assess({"a": Convergence(0.0, 0.0, 0.5)})
+    assert [convergence_verdict(ranges_alone, is_dense=is_dense) for is_dense in (True, None, False)] == [
+        "settled for dense 8-bit weights",
+        "settled for dense 8-bit weights; for sparse and 4-bit ones more images would help, -v says what moved",
+        "not settled; more images would help, -v says what moved",
+    ]
+    assert [Settled(ranges_alone, 0, is_dense).is_settled for is_dense in (True, None, False)] == [True, False, False]
+    assert Settled(None, 0, is_dense=True).is_settled is None
+    nothing = assess({"a": Convergence(0.5, 0.0, 0.0)})
+    assert convergence_verdict(nothing, is_dense=True) == "not settled; more images would help, -v says what moved"
 
 
 @pytest.mark.slow
