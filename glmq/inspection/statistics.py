@@ -153,7 +153,7 @@ def summarize_statistics(directory: Path) -> StatisticsSummary:
         generated=len(answers := list(_generated(statistics.manifest.get("samples")))),
         generated_tokens=sum(answers),
         inputs=tuple(_summarize(statistics, site, settled.get(site)) for site in statistics.sites()),
-        assessment=assess(settled),
+        assessment=assess(settled, samples=len(samples)),
     )
 
 

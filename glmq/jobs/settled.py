@@ -32,8 +32,9 @@ class Settled:
 
 def assess_settled(statistics: Statistics, *, is_dense: bool | None = None) -> Settled:
     """Whether the samples were enough; the log gets it line by line."""
-    unanswered = sum(not sample.has_answer for sample in statistics.samples())
-    settled = Settled(assess(statistics.settled()), unanswered, is_dense)
+    samples = statistics.samples()
+    unanswered = sum(not sample.has_answer for sample in samples)
+    settled = Settled(assess(statistics.settled(), samples=len(samples)), unanswered, is_dense)
     for line in describe_convergence(settled.assessment, unanswered=unanswered):
         log.info("%s", line)
     return settled

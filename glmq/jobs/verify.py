@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -185,12 +185,11 @@ class _Files:
 
 def _verify_files(folder: Folder, reference: Path | None, engines: Sequence[Engine], watcher: Watcher) -> _Files:
     files = _Files()
-    with watcher.bytes(FILES, _bytes_to_read(folder)) as advance:
-
-        def read(name: str, nbytes: int) -> None:
-            advance(name, nbytes, resident_bytes())
-
-        for record in verify_files(folder.directory, reference, engines, read=read):
+    total = _bytes_to_read(folder)
+    with watcher.bytes(FILES, total) if total else nullcontext(lambda *_: None) as advance:
+        for record in verify_files(
+            folder.directory, reference, engines, read=lambda name, nbytes: advance(name, nbytes, resident_bytes())
+        ):
             match record:
                 case Finding():
                     files.findings.append(record)
@@ -204,7 +203,7 @@ def _verify_files(folder: Folder, reference: Path | None, engines: Sequence[Engi
 
 
 def _bytes_to_read(folder: Folder) -> int:
-    """Of an un-sharded checkpoint: every tensor, and the weights of linears a second time for their sums."""
+    """Of an un-sharded checkpoint: every tensor, and weights of linears again for their sums; 0 of other folders."""
     if folder.kind is not Kind.QUANTIZED:
         return 0
     weights = (tensor for tensor in folder.tensors if tensor.name.endswith((".weight", ".weight_packed")))
@@ -244,8 +243,8 @@ def _forecast(
     folder: Folder, reference: Path | None, samples: Sequence[Sample], max_pixels: int | None
 ) -> list[PassPlan]:
     """The passes: over the files, and with samples over both models; not if these cannot be run, which is found later."""
-    files = StepPlan("", "other", _bytes_to_read(folder) / (ALONE_RATE if reference is None else COMPARED_RATE))
-    passes = [PassPlan(FILES, (files,))]
+    seconds = _bytes_to_read(folder) / (ALONE_RATE if reference is None else COMPARED_RATE)
+    passes = [PassPlan(FILES, (StepPlan("", "other", seconds),))] if seconds else []
     if samples and reference is not None:
         with (
             suppress(CheckpointError),

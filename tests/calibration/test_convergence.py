@@ -121,13 +121,19 @@ def test_an_input_that_one_half_alone_reaches_has_no_change() -> None:
 )
 def test_the_median_text_input_decides(median: Convergence, in_words: str) -> None:
     still, moved = Convergence(0.0, 0.0, None), Convergence(1.0, 1.0, None)
-    found = assess({"model.visual.a": moved, "a": still, "b": median, "c": moved, "model.visual.b": moved})
+    found = assess({"model.visual.a": moved, "a": still, "b": median, "c": moved, "model.visual.b": moved}, samples=16)
     assert found is not None
     assert (found.inputs, found.in_words, [site for site, _ in found.worst]) == (3, in_words, ["c", "b", "a"])
 
 
+def test_few_samples_show_no_more_than_their_ranges() -> None:
+    found = assess({"a": Convergence(0.0, 0.0, 0.0)}, samples=15)
+    assert found is not None
+    assert found.in_words == "settled for dense 8-bit weights"
+
+
 def test_the_verdict_is_on_what_is_quantized() -> None:
-    ranges_alone = assess({"a": Convergence(0.0, 0.0, 0.5)})
+    ranges_alone = assess({"a": Convergence(0.0, 0.0, 0.5)}, samples=16)
     assert [convergence_verdict(ranges_alone, is_dense=is_dense) for is_dense in (True, None, False)] == [
         "settled for dense 8-bit weights",
         "settled for dense 8-bit weights; for sparse and 4-bit ones more images would help, -v says what moved",
@@ -135,7 +141,7 @@ def test_the_verdict_is_on_what_is_quantized() -> None:
     ]
     assert [Settled(ranges_alone, 0, is_dense).is_settled for is_dense in (True, None, False)] == [True, False, False]
     assert Settled(None, 0, is_dense=True).is_settled is None
-    nothing = assess({"a": Convergence(0.5, 0.0, 0.0)})
+    nothing = assess({"a": Convergence(0.5, 0.0, 0.0)}, samples=16)
     assert convergence_verdict(nothing, is_dense=True) == "not settled; more images would help, -v says what moved"
 
 
@@ -163,11 +169,11 @@ def test_few_images_are_counted_and_thirty_are_enough() -> None:
 
 @pytest.mark.slow
 def test_sixteen_pictures_settle_the_tiny_model(tiny_stats: Path) -> None:
-    assessment = assess(Statistics.open(tiny_stats).settled())
+    assessment = assess(Statistics.open(tiny_stats).settled(), samples=24)
     assert assessment is not None
     assert assessment.is_settled
     assert (round(assessment.typical.range_gap, 2), round(assessment.typical.diagonal, 2)) == (0.05, 0.08)
 
 
 def test_one_sample_shows_nothing() -> None:
-    assert assess({}) is None
+    assert assess({}, samples=16) is None

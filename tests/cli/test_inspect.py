@@ -132,7 +132,7 @@ def test_statistics_say_what_they_were_taken_from_and_what_the_inputs_look_like(
     assert lines[0].startswith(f"{small_stats}: calibration statistics of glmq {__version__}, ")
     assert lines[1] == "for: the input of `glmq quantize --stats`"
     assert re.fullmatch(r"10 samples, [0-9,]+ tokens, \w+; answers: 8", lines[2])
-    assert "not settled: against half of the samples, ranges changed by" in lines[3]
+    assert "settled for dense 8-bit weights: against half of the samples, ranges changed by" in lines[3]
     assert "layers.0-1 self_attn.q_proj" in shown
     assert "outliers: channels whose largest magnitude is beyond 8 times the median channel's" in shown
     one = glmq("inspect", small_stats, "--layer", 1).stdout
@@ -147,7 +147,7 @@ def test_two_statistics_folders_are_compared(small_stats: Path, tmp_path: Path) 
     table, page = tmp_path / "rows.csv", tmp_path / "page.html"
     lines = glmq("inspect", small_stats, small_stats, "--csv", table, "--html", page).stdout.splitlines()
     assert lines[0].startswith(f"A {small_stats}: 10 samples, ")
-    assert lines[0].endswith("; answers: 8; not settled")
+    assert lines[0].endswith("; answers: 8; settled for dense 8-bit weights")
     assert lines[2:4] == ["of the same float model", "from the same samples"]
     assert lines[4] == "Inputs of B against A, largest change of mean squares first".ljust(len(lines[4]))
     found = json.loads(glmq("inspect", small_stats, small_stats, "--json").stdout)

@@ -172,7 +172,7 @@ def test_json_is_the_report_and_the_folder(small: Path, small_stats: Path, tmp_p
     weights = 2 * (128 * 64 + 64 * 64 + 2 * 96 * 64)  # of two layers: q, k, v; o; gate and up, float types are 16 bits
     assert times["rounding"]["flops"] == 64 * weights
     assert done["seconds"] <= found.pop("seconds")
-    assert found.pop("settled") is False
+    assert found.pop("settled") is True  # W8A8 needs settled ranges alone
     assert found == json.loads((out / "glmq_report.json").read_text())
     assert (found["schema"], found["quant_type"]) == ("glmq.quantize/1", "W8A8")
 
