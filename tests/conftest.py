@@ -17,7 +17,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 # A shell's background job ignores Ctrl-C, and so would its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if platform.libc_ver()[0] == "glibc":  # keep what small models free for the next one, as glmq/cli/malloc.py does
-    ctypes.CDLL(None).mallopt(-1, 2**30)
+    for option, value in ((-1, 2**30), (-2, 2**26), (-3, 2**30)):
+        ctypes.CDLL(None).mallopt(option, value)
 for name in ("COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(name, None)  # they change how typer and rich draw
 os.environ["OMP_NUM_THREADS"] = "1"  # the suite shares small machines, and idle threads of a pool spin
@@ -41,16 +44,24 @@ sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+gc.disable()
+
+
 def pytest_collection_finish() -> None:
-    """Imported modules and collected tests stay: the garbage collector need not look at them again and again."""
+    """Imported modules and collected tests stay: the garbage collector need not look at them again and again; nor, as in the
+    program, at what is new every 700 objects."""
     gc.freeze()
+    gc.set_threshold(100_000)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_files_and_words() -> Iterator[None]:
     """Leave out what costs a third of the suite's time and shows nothing after its first time: waiting for the disk, a child
-    process for each prompt that a chat template has rendered before, building the same model or tokenizer again, and most of
-    the words of a caption."""
+    process for each prompt that a chat template has rendered before, building the same model or tokenizer again, most of
+    the words of a caption, and the six longest of the eight texts that follow the pictures of a calibration, where a test does
+    not ask for `all_texts`."""
+    from glmq.calibration.samples import builtin_texts
     from glmq.model import inputs, streamed
     from glmq.model.inputs import Preprocessor
 
@@ -90,6 +101,16 @@ def _quick_files_and_words() -> Iterator[None]:
         patch.setattr(inputs, "_load_tokenizer", load)
         patch.setattr(Preprocessor, "_render_once", render)
         patch.setattr("glmq.jobs.side_by_side.CAPTION_TOKENS", 8)
+        patch.setattr("glmq.jobs.calibrate.builtin_texts", lambda: builtin_texts()[-2:])
+        yield
+
+
+@pytest.fixture
+def all_texts() -> Iterator[None]:
+    """Every text that comes with glmq follows the pictures, as for its users."""
+    from helpers import with_all_texts
+
+    with with_all_texts():
         yield
 
 
@@ -126,9 +147,10 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
 @pytest.fixture(scope="session")
 def tiny_stats(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model's statistics folder over all 16 pictures."""
-    from helpers import calibrate
+    from helpers import calibrate, with_all_texts
 
-    return once(tmp_path_factory, "tiny-stats", lambda out: calibrate(tiny, out, pictures))
+    with with_all_texts():
+        return once(tmp_path_factory, "tiny-stats", lambda out: calibrate(tiny, out, pictures))
 
 
 @pytest.fixture(scope="session")
@@ -179,6 +201,16 @@ def small_copy(small: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "model"
     shutil.copytree(small, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def packing_library() -> ModuleType:
+    """compressed_tensors, without torch's compiler, which takes longer to import than the tests that use the library."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.compile", lambda function=None, **_: function or (lambda decorated: decorated))
+        library: ModuleType = pytest.importorskip("compressed_tensors")
+        import_module("compressed_tensors.compressors")
+        return library
 
 
 @pytest.fixture(scope="session")

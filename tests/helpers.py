@@ -13,8 +13,8 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import glmq
+from glmq.calibration.samples import builtin_texts
 from glmq.checkpoint.checksums import CHECKSUMS, document_digest
 from glmq.errors import GlmqError, LostRanksError
 from glmq.ranks import Place, Ranks
@@ -56,6 +57,14 @@ def loaded_after(module: str, names: Sequence[str]) -> list[str]:
 
 W8A8S = {"w_bit": 4, "is_lowbit": True, "use_sigma": True, "torch_dtype": "fp16"}
 """Options of the sparse type with outliers by sigma, in float16."""
+
+
+@contextmanager
+def with_all_texts() -> Iterator[None]:
+    """Calibrate inside on every text that comes with glmq, of which tests else take two."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glmq.jobs.calibrate.builtin_texts", builtin_texts)
+        yield
 
 
 def calibrate(

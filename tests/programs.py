@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+import glmq
+
 SECONDS: Final = 300
 """Until a child that hangs is killed."""
 
@@ -69,6 +71,18 @@ def start(
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), *texts)
+
+
+def start_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone` with these arguments: it alone is forked, its ranks are new Python processes."""
+
+    def torchrun() -> None:
+        from torch.distributed import run
+
+        os.chdir(Path(glmq.__file__).parents[1])  # the ranks import glmq from where this process has it
+        run.main(["--standalone", *map(str, arguments)])
+
+    return start(torchrun)
 
 
 def start_ranks(rank_main: Callable[[], object], world: int) -> subprocess.CompletedProcess[str]:

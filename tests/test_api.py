@@ -94,6 +94,7 @@ def workplace(small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_texts")
 def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path) -> None:
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner()
     for verb in VERBS:
@@ -126,7 +127,7 @@ def test_a_dry_run_gives_the_plan_and_writes_nothing(workplace: Path) -> None:
     forecast = glmq.calibrate("GLM-4.1V", images="photos", out="stats", dry_run=True)
     plan = glmq.quantize("GLM-4.1V", out="w8a8", dry_run=True)
     assert sorted(workplace.iterdir()) == before
-    assert len(forecast.plan.samples) == 10
+    assert len(forecast.plan.samples) == 4  # two pictures, two texts
     assert plan.output_bytes > 0
     glmq.calibrate("GLM-4.1V", images="photos", out="stats")
     assert {path.name: path.stat().st_size for path in (workplace / "stats").iterdir()} == dict(forecast.plan.files)

@@ -3,15 +3,18 @@
 import ast
 import functools
 import graphlib
+import importlib.util
+import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import loaded_after
+from programs import start
 
 import glmq
 
@@ -199,6 +202,17 @@ def test_every_room_has_its_room_of_tests() -> None:
     assert "cli" in tested
 
 
+def lies_under(place: str, *folders: Path) -> bool:
+    return any(Path(place).is_relative_to(folder) for folder in folders)
+
+
+def comes_from(module: ModuleType, *folders: Path) -> bool:
+    """Whether a module, or the modules of a package, lie in one of these folders."""
+    names = getattr(module, "__dict__", {})
+    places = [names.get("__file__"), *(names.get("__path__") or ())]
+    return any(lies_under(place, *folders) for place in places if isinstance(place, str))
+
+
 @pytest.mark.slow
 def test_without_the_shell_all_tests_but_its_own_can_be_collected(tmp_path: Path) -> None:
     for folder in (PACKAGE, TESTS):
@@ -206,13 +220,21 @@ def test_without_the_shell_all_tests_but_its_own_can_be_collected(tmp_path: Path
         shutil.copytree(folder, tmp_path / folder.name, ignore=ignore)
         shutil.rmtree(tmp_path / folder.name / "cli")
     shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
-    code = (
-        # An editable installation would find the shell in the checkout.
-        "import importlib.util, sys, pytest; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)];"
-        "assert importlib.util.find_spec('glmq.cli') is None;"
-        "sys.exit(pytest.main(['--collect-only', '-qq', '-n', '0', '-p', 'no:cacheprovider', 'tests']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    def collect() -> None:
+        """pytest in that folder, as if nothing of glmq and its tests had been imported."""
+        for name in [name for name, module in sys.modules.items() if comes_from(module, PACKAGE, TESTS)]:
+            del sys.modules[name]
+        sys.path[:] = [str(tmp_path), *(path for path in sys.path if not lies_under(path, TESTS.parent))]
+        # An editable installation would find the shell in the checkout, and the pytest at work rewrites its own tests.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not re.search("Editable|Rewriting", str(finder))]
+        del os.environ["PYTEST_CURRENT_TEST"]
+        os.environ.pop("PYTEST_XDIST_WORKER", None)
+        os.chdir(tmp_path)
+        assert importlib.util.find_spec("glmq.cli") is None
+        sys.exit(pytest.main(["--collect-only", "-qq", "-n", "0", "-p", "no:cacheprovider", "tests"]))
+
+    done = start(collect)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -79,8 +79,6 @@ def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
                 os._exit(0)
             meet_again(ranks, tell)
 
-    os.close(lost)
-    os.close(is_lost)
     words, gone = "['word 0', 'word 1']", "rank 0 of 2: lost the other ranks "
     first = "[tensor([0., 1.], dtype=torch.bfloat16), tensor([]), tensor(0)]"
     second = "[tensor([]), tensor(1)]"
@@ -89,6 +87,8 @@ def test_ranks_hear_each_other_and_notice_who_hangs_and_who_dies() -> None:
         [words, shared, shared, "stopped because rank 1 failed: bad", gone, words, gone],
         [words, shared, f"[[], {second}]", "bad", words],
     ]
+    os.close(lost)
+    os.close(is_lost)
 
 
 @pytest.fixture

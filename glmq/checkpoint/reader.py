@@ -264,10 +264,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Raise CheckpointError if one of the extremes of a tensor is not finite; note it if one is beyond float16."""
         if not found:
             return
-        extremes = torch.stack(list(found)).double()
-        if float(extremes.abs().max()) > FLOAT16_MAX:
+        extremes = [abs(float(extreme)) for extreme in found]
+        if max(extremes) > FLOAT16_MAX:
             self.beyond_float16.add(name)
-        if not bool(extremes.isfinite().all()):
+        if not all(map(math.isfinite, extremes)):
             bad = int((~torch.isfinite(values)).sum())
             raise DamagedError(
                 f"{self.file_of(name).name}: tensor {name!r} holds {bad} NaN or infinite values of {values.numel()}; "
@@ -333,12 +333,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int) -> Tensor:
         """`shape` elements of the tensor's dtype, `skip` bytes after its first."""
-        tensor = torch.empty(shape, dtype=torch_dtype(info.dtype))
-        if tensor.numel() == 0:
-            self._fill(info, memoryview(b""), skip)
-        else:
-            self._fill(info, raw_bytes(tensor), skip)
-        return tensor
+        dtype = torch_dtype(info.dtype)
+        raw = torch.empty(math.prod(shape) * DTYPE_BYTES[info.dtype], dtype=torch.uint8)
+        self._fill(info, raw.numpy().data, skip)
+        return raw.view(dtype).reshape(shape)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         """Fill `view` with what lies `skip` bytes after the tensor's first."""

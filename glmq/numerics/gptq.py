@@ -241,6 +241,9 @@ def _over_rows(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], N
     """Whole strips of rows, from the first to the last and excluded one, for each thread."""
     share = -(-rows // (torch.get_num_threads() * STRIP)) * STRIP
     firsts = range(0, rows, share)
+    if len(firsts) == 1:
+        work(0, rows)  # a thread would take longer to start
+        return
     for _ in pool.map(work, firsts, [min(first + share, rows) for first in firsts]):
         pass
 

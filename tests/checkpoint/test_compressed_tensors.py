@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -103,8 +104,8 @@ def test_words_hold_neighbouring_columns_the_first_lowest_shifted_to_be_unsigned
 
 
 @pytest.mark.slow
-def test_words_are_those_of_the_library() -> None:
-    library = pytest.importorskip("compressed_tensors.compressors")
+def test_words_are_those_of_the_library(packing_library: ModuleType) -> None:
+    library = packing_library.compressors
     pack = getattr(library, "pack_to_int32", None)
     if pack is None:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32 as pack

@@ -154,6 +154,7 @@ def test_samples_of_a_file_alone_need_no_images(small: Path, tmp_path: Path) -> 
     assert [sample.name for sample in Statistics.open(tmp_path / "stats").samples()] == ["s.jsonl:1"]
 
 
+@pytest.mark.usefixtures("all_texts")
 def test_the_texts_that_come_with_glmq_follow_unless_they_are_refused(
     small: Path, pictures: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cli.command_line import glmq, run
 from helpers import PACKAGES, tree
-from programs import start_ranks
+from programs import start_ranks, start_torchrun
 from random_w8a8s import write_stand_in, write_w8a8s
 
 from glmq.cli.app import main
@@ -349,17 +349,11 @@ def test_tp_must_agree_with_torchrun(w8a8s: Path, tmp_path: Path, monkeypatch: p
     )
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    command = [*launcher, "-m", "glmq", *map(str, arguments)]
-    return subprocess.run(command, cwd=PACKAGES, env=environment, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.slow
 def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -> None:
     glmq(*compress(w8a8s, tmp_path / "one", "--tp", 2, "--codec", "portable"))
-    result = torchrun(*compress(w8a8s, tmp_path / "two", "--codec", "portable"))
+    arguments = ["--nproc_per_node", 2, "-m", "glmq", *compress(w8a8s, tmp_path / "two", "--codec", "portable")]
+    result = start_torchrun(*arguments)
     assert result.returncode == 0, result.stderr
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert result.stdout.count("written to") == 1

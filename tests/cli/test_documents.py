@@ -18,7 +18,6 @@ import typer
 from cli.command_line import glmq
 from helpers import W8A8S, calibrate, quantize
 
-from glmq.calibration.samples import builtin_texts
 from glmq.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +129,6 @@ def test_the_blocks_run_on_half_of_the_embedded_model(kitchen: Path, monkeypatch
     monkeypatch.chdir(kitchen)
     images = kitchen / PLACEHOLDERS["folder of images"]
     monkeypatch.setattr("glmq.jobs.calibrate.default_images", lambda: images)  # not the thirty that come with glmq
-    monkeypatch.setattr("glmq.jobs.calibrate.builtin_texts", lambda: builtin_texts()[:2])
     done: set[str] = set()
     for block in BLOCKS.values():
         for words in block.commands():

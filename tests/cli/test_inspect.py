@@ -131,7 +131,7 @@ def test_statistics_say_what_they_were_taken_from_and_what_the_inputs_look_like(
     lines = shown.splitlines()
     assert lines[0].startswith(f"{small_stats}: calibration statistics of glmq {__version__}, ")
     assert lines[1] == "for: the input of `glmq quantize --stats`"
-    assert re.fullmatch(r"10 samples, [0-9,]+ tokens, \w+; answers: 8", lines[2])
+    assert re.fullmatch(r"4 samples, [0-9,]+ tokens, \w+; answers: 2", lines[2])
     assert "settled for dense 8-bit weights: against half of the samples, ranges changed by" in lines[3]
     assert "layers.0-1 self_attn.q_proj" in shown
     assert "outliers: channels whose largest magnitude is beyond 8 times the median channel's" in shown
@@ -139,15 +139,15 @@ def test_statistics_say_what_they_were_taken_from_and_what_the_inputs_look_like(
     assert "layers.1 self_attn.o_proj" in one
     assert "layers.0 " not in one
     found = document(small_stats)["statistics"]
-    assert (found["samples"], found["answered"], found["generated"]) == (10, 8, 0)
+    assert (found["samples"], found["answered"], found["generated"]) == (4, 2, 0)
     assert {entry["site"] for entry in found["inputs"]} >= {"lm_head", "model.language_model.layers.0.self_attn.q_proj"}
 
 
 def test_two_statistics_folders_are_compared(small_stats: Path, tmp_path: Path) -> None:
     table, page = tmp_path / "rows.csv", tmp_path / "page.html"
     lines = glmq("inspect", small_stats, small_stats, "--csv", table, "--html", page).stdout.splitlines()
-    assert lines[0].startswith(f"A {small_stats}: 10 samples, ")
-    assert lines[0].endswith("; answers: 8; settled for dense 8-bit weights")
+    assert lines[0].startswith(f"A {small_stats}: 4 samples, ")
+    assert lines[0].endswith("; answers: 2; settled for dense 8-bit weights")
     assert lines[2:4] == ["of the same float model", "from the same samples"]
     assert lines[4] == "Inputs of B against A, largest change of mean squares first".ljust(len(lines[4]))
     found = json.loads(glmq("inspect", small_stats, small_stats, "--json").stdout)
@@ -239,13 +239,15 @@ def test_headers_are_read_without_torch(tiny_seed: Path) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc's malloc")
 def test_memory_that_a_comparison_frees_is_used_again() -> None:
     code = """
-import resource, torch
+import ctypes, resource
 from glmq.cli.malloc import keep_freed_memory
 
 keep_freed_memory()
-faults = []
+libc, place, faults = ctypes.CDLL(None), ctypes.c_void_p(), []
 for _ in range(20):  # the heap may grow several times before it holds them
-    torch.ones(12 * 2**20)  # 48 MiB: by default malloc takes them from the system each time, 12288 pages
+    libc.posix_memalign(ctypes.byref(place), 64, 48 * 2**20)  # a tensor's; by default from the system each time, 12288 pages
+    ctypes.memset(place, 1, 48 * 2**20)
+    libc.free(place)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[-6])
 """

@@ -218,6 +218,7 @@ def test_a_linear_that_is_named_nowhere_is_found(few: dict[str, Path], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("packing_library")
 @pytest.mark.parametrize("quant_type", OPTIONS)
 def test_transformers_computes_what_verify_computes(quant_type: str, written: dict[str, Path]) -> None:
     """Every linear, on the inputs that it gets in transformers' own model of the folder, in float32.
@@ -229,7 +230,6 @@ def test_transformers_computes_what_verify_computes(quant_type: str, written: di
     Per token, the library's scale is max|x| / 127.5, where engines' kernels (vLLM's too) take max|x| / 127: each is within
     half a step of x, so they differ by a step of max|x| / 127 for every input at most.
     """
-    pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForImageTextToText
 
     folder = written[quant_type]

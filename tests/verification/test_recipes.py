@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import W8A8S, calibrate, edit_tensors, findings_as_of_another_tool, quantize
+from helpers import W8A8S, calibrate, edit_tensors, findings_as_of_another_tool, quantize, with_all_texts
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.verification.findings import Check
@@ -44,7 +44,8 @@ def wide(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def half_wide(half: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate(half, tmp_path_factory.mktemp("wide") / "stats", pictures, limit=3, wide_moments=True)
+    with with_all_texts():
+        return calibrate(half, tmp_path_factory.mktemp("wide") / "stats", pictures, limit=3, wide_moments=True)
 
 
 @pytest.mark.parametrize("options", TRAINED.values(), ids=TRAINED)
@@ -65,7 +66,8 @@ def odd(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -
         tensors[f"{O_PROJ}.weight"][:] = 0.02
 
     edit_tensors(model, edit)
-    return model, calibrate(model, root / "stats", pictures, limit=2)
+    with with_all_texts():
+        return model, calibrate(model, root / "stats", pictures, limit=2)
 
 
 @pytest.mark.parametrize(

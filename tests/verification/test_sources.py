@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import calibrate, edit_json, edit_tensors, quantize
+from helpers import calibrate, edit_json, edit_tensors, quantize, with_all_texts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -79,7 +79,8 @@ def odd(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def odd_stats(odd: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Fewer samples leave a made-up model outside verify's limits on others, whichever torch sums.
-    return calibrate(odd, tmp_path_factory.mktemp("odd") / "stats", pictures, limit=4, dequantize=True)
+    with with_all_texts():
+        return calibrate(odd, tmp_path_factory.mktemp("odd") / "stats", pictures, limit=4, dequantize=True)
 
 
 @pytest.mark.slow
