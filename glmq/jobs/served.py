@@ -15,7 +15,7 @@ from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.reporting.documents import Caption
 from glmq.serve.agreement import Agreement, Question, RefusalError, compare_answers, require_vllm
-from glmq.verification.checks import Limits
+from glmq.verification.checks import Limits, agreement_below
 from glmq.verification.findings import Check, Checked, Finding
 
 
@@ -80,14 +80,15 @@ def ask_questions(reference: Path, samples: Sequence[Sample]) -> list[Question]:
 def judge(agreement: Agreement, limits: Limits) -> Served:
     """What is wrong with the answers, and what was compared."""
     findings = []
-    if agreement.top1 < limits.min_top1:
-        findings.append(
-            Check.SERVED.error(
-                "",
-                f"in {agreement.engine} {agreement.top1:.1%} of the float model's {agreement.tokens} tokens are the "
-                f"likeliest, wanted at least {limits.min_top1:.1%}",
-            )
+    severity = agreement_below(round(agreement.top1 * agreement.tokens), agreement.tokens, limits.min_top1)
+    if severity is not None:
+        message = (
+            f"in {agreement.engine} {agreement.top1:.1%} of the float model's {agreement.tokens} tokens are the "
+            f"likeliest, wanted at least {limits.min_top1:.1%}"
         )
+        if severity == "warning":
+            message += "; so few may be chance: give more pictures"
+        findings.append(Finding(Check.SERVED, severity, "", message))
     if agreement.drop > limits.max_kl:
         findings.append(
             Check.SERVED.error(

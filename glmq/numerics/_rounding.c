@@ -1,13 +1,13 @@
 /* The compiled half of gptq.py: rounds one block of columns for all rows, and reorders columns, without the interpreter lock.
  *
  * Matrices are [columns, rows] with the rows contiguous, so that a vector register holds one column of many rows. A strip of
- * STRIP rows is finished before the next: the errors of its columns stay in a small buffer, and each column gathers what all
- * columns before it ask for in registers. Where a kernel fuses multiplication and addition its sums are rounded once instead of
+ * STRIP rows is finished before the next: the errors of its columns stay in a buffer that the nearest cache holds, and COLUMNS at
+ * a time gather what all columns before them ask for in registers. Where a kernel fuses multiplication and addition its sums are rounded once instead of
  * twice, so kernels may differ in integers that are near a tie.
  */
 #include "../_native.h"
 
-enum { LANES = REGISTER_FLOATS, STRIP = 64, VECTORS = STRIP / LANES, CACHE_LINE = 64 };
+enum { LANES = REGISTER_FLOATS, STRIP = 32, VECTORS = STRIP / LANES, COLUMNS = 3, CACHE_LINE = 64 };
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef signed char Bytes __attribute__((vector_size(LANES)));
@@ -34,31 +34,45 @@ INLINE void limit_to(Vector *x, const Vector *limit, const int sign) {
     *x = (Vector)((beyond & (Words)*limit) | (~beyond & (Words)*x));
 }
 
-/* Rows first to first + STRIP of a block; `errors` has room for [columns, STRIP]. */
-INLINE void round_strip(const Block *b, int64_t first, Vector *errors) {
+/* Columns column to column + count of a strip: each gathers what all columns before it ask for in registers, those of the other
+ * columns here at last. `errors` has room for [columns, STRIP]. */
+INLINE void round_columns(const Block *b, int64_t first, Vector *errors, int64_t column, const int count) {
     const Vector low = b->qmin - (Vector){0}, high = b->qmax - (Vector){0};
-    for (int64_t column = 0; column < b->columns; column++) {
-        Vector sum[VECTORS];
-        memcpy(sum, b->target + column * b->rows + first, sizeof sum);
-        const float *factor = b->feedback + column * b->columns;
-        for (int64_t i = 0; i < column; i++)
-            for (int v = 0; v < VECTORS; v++) sum[v] += factor[i] * errors[i * VECTORS + v];
-        const float *step_at = b->steps + b->group[column] * b->rows + first;
-        const float *weight_at = b->weight + column * b->rows + first;
+    Vector sum[COLUMNS][VECTORS];
+    const float *factor[COLUMNS];
+    for (int c = 0; c < count; c++) {
+        memcpy(sum[c], b->target + (column + c) * b->rows + first, sizeof sum[c]);
+        factor[c] = b->feedback + (column + c) * b->columns;
+    }
+    for (int64_t i = 0; i < column; i++)
+        for (int c = 0; c < count; c++)
+            for (int v = 0; v < VECTORS; v++) sum[c][v] += factor[c][i] * errors[i * VECTORS + v];
+    for (int c = 0; c < count; c++) {
+        const int64_t at = column + c, place = at * b->rows + first;
+        for (int64_t i = column; i < at; i++)
+            for (int v = 0; v < VECTORS; v++) sum[c][v] += factor[c][i] * errors[i * VECTORS + v];
+        const float *step_at = b->steps + b->group[at] * b->rows + first, *weight_at = b->weight + place;
         for (int v = 0; v < VECTORS; v++) {
             Vector step, weight, x;
             memcpy(&step, step_at + v * LANES, sizeof step);
             memcpy(&weight, weight_at + v * LANES, sizeof weight);
-            x = sum[v] / step;
+            x = sum[c][v] / step;
             limit_to(&x, &low, -1);
             limit_to(&x, &high, 1);
             x = (x + ROUNDER) - ROUNDER;
-            errors[column * VECTORS + v] = weight - x * step;
+            errors[at * VECTORS + v] = weight - x * step;
             Bytes q = __builtin_convertvector(__builtin_convertvector(x, Words), Bytes);
-            memcpy(b->q + column * b->rows + first + v * LANES, &q, sizeof q);
+            memcpy(b->q + place + v * LANES, &q, sizeof q);
         }
-        memcpy(b->error + column * b->rows + first, errors + column * VECTORS, STRIP * sizeof(float));
+        memcpy(b->error + place, errors + at * VECTORS, STRIP * sizeof(float));
     }
+}
+
+/* Rows first to first + STRIP of a block. */
+INLINE void round_strip(const Block *b, int64_t first, Vector *errors) {
+    int64_t column = 0;
+    for (; column + COLUMNS <= b->columns; column += COLUMNS) round_columns(b, first, errors, column, COLUMNS);
+    for (; column < b->columns; column++) round_columns(b, first, errors, column, 1);
 }
 
 static void round_strip_baseline(const Block *b, int64_t first, Vector *errors) { round_strip(b, first, errors); }
@@ -98,26 +112,26 @@ static PyObject *py_list_kernels(PyObject *self, PyObject *unused) {
 }
 
 PyDoc_STRVAR(round_block_doc,
-             "round_block(kernel, weight, target, feedback, steps, group, error, q, columns, rows, qmin, qmax, first, end)\n\n"
-             "Round rows first to end of a block. float32 [columns, rows] weight, target and error; feedback [columns, columns],\n"
+             "round_block(kernel, weight, target, feedback, steps, group, error, q, columns, rows, qmin, qmax)\n\n"
+             "Round the rows of a block of columns. float32 [columns, rows] weight, target and error; feedback [columns, columns],\n"
              "row k what each column asks of column k; steps [groups, rows]; int32 [columns] group; int8 [columns, rows] q.\n"
-             "rows, first and end are multiples of 64.");
+             "rows is a multiple of 32.");
 
 static PyObject *py_round_block(PyObject *self, PyObject *args) {
     (void)self;
     const char *name;
     Py_buffer weight, target, feedback, steps, group, error, q;
-    long long columns, rows, first, end;
+    long long columns, rows;
     float qmin, qmax;
-    if (!PyArg_ParseTuple(args, "sy*y*y*y*y*w*w*LLffLL", &name, &weight, &target, &feedback, &steps, &group, &error, &q,
-                          &columns, &rows, &qmin, &qmax, &first, &end))
+    if (!PyArg_ParseTuple(args, "sy*y*y*y*y*w*w*LLff", &name, &weight, &target, &feedback, &steps, &group, &error, &q,
+                          &columns, &rows, &qmin, &qmax))
         return NULL;
     PyObject *result = NULL;
     Vector *errors = NULL;
     const Kernel *kernel = FIND_KERNEL(kernels, name);
     if (!kernel) goto done;
-    if (columns < 1 || rows < 1 || rows % STRIP || first % STRIP || end % STRIP || first < 0 || end > rows) {
-        PyErr_SetString(PyExc_ValueError, "rows, first and end must be multiples of 64, within the block");
+    if (columns < 1 || rows < 1 || rows % STRIP) {
+        PyErr_SetString(PyExc_ValueError, "there must be columns, and a multiple of 32 rows");
         goto done;
     }
     const int64_t block = product(columns, rows), square = product(columns, columns);
@@ -142,7 +156,7 @@ static PyObject *py_round_block(PyObject *self, PyObject *args) {
     }
     const Block b = {weight.buf, target.buf, feedback.buf, steps.buf, groups, error.buf, q.buf, columns, rows, qmin, qmax};
     Py_BEGIN_ALLOW_THREADS
-    for (; first < end; first += STRIP) kernel->round_strip(&b, first, errors);
+    for (int64_t first = 0; first < rows; first += STRIP) kernel->round_strip(&b, first, errors);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 done:
@@ -160,16 +174,16 @@ done:
 /* A matrix with its rows one after the other, and the same with its columns in another order one after the other. */
 typedef struct {
     Py_buffer plain, place, ordered; /* [rows, columns]; int64 [columns]; [columns, padded], padded >= rows */
-    int64_t rows, columns, padded, first, end;
+    int64_t rows, columns, padded;
 } Reordering;
 
 /* Read the arguments of arrange and restore; 0 with an exception if they do not fit each other. */
 static int parse_reordering(PyObject *args, const char *format, Reordering *r, int64_t size) {
-    long long rows, columns, padded, first, end;
-    if (!PyArg_ParseTuple(args, format, &r->plain, &r->place, &r->ordered, &rows, &columns, &padded, &first, &end)) return 0;
-    r->rows = rows, r->columns = columns, r->padded = padded, r->first = first, r->end = end;
-    if (rows < 0 || padded < rows || first < 0 || first > end || end > rows) {
-        PyErr_SetString(PyExc_ValueError, "first and end must lie within the rows, and the rows within the padded ones");
+    long long rows, columns, padded;
+    if (!PyArg_ParseTuple(args, format, &r->plain, &r->place, &r->ordered, &rows, &columns, &padded)) return 0;
+    r->rows = rows, r->columns = columns, r->padded = padded;
+    if (rows < 0 || padded < rows) {
+        PyErr_SetString(PyExc_ValueError, "the rows must lie within the padded ones");
         return 0;
     }
     if (!buffer_fits(&r->plain, "plain", product(product(rows, columns), size), (size_t)size) ||
@@ -194,23 +208,23 @@ static void release_reordering(Reordering *r) {
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 PyDoc_STRVAR(arrange_doc,
-             "arrange(plain, place, ordered, rows, columns, padded, first, end)\n\n"
-             "For rows first to end: ordered[place[k], row] = plain[row, k]. float32 plain [rows, columns] and ordered\n"
+             "arrange(plain, place, ordered, rows, columns, padded)\n\n"
+             "ordered[place[k], row] = plain[row, k] of each row. float32 plain [rows, columns] and ordered\n"
              "[columns, padded]; int64 place [columns].");
 
 static PyObject *py_arrange(PyObject *self, PyObject *args) {
     (void)self;
     Reordering r = {0};
     PyObject *result = NULL;
-    if (!parse_reordering(args, "y*y*w*LLLLL", &r, sizeof(float))) goto done;
+    if (!parse_reordering(args, "y*y*w*LLL", &r, sizeof(float))) goto done;
     enum { TILE = CACHE_LINE / sizeof(float) };
     const float *plain = r.plain.buf;
     float *ordered = r.ordered.buf, tile[TILE][TILE];
     const int64_t *place = r.place.buf;
     Py_BEGIN_ALLOW_THREADS
     for (int64_t column = 0; column < r.columns; column += TILE)
-        for (int64_t row = r.first; row < r.end; row += TILE) { /* inside: few pages of memory at a time */
-            const int64_t height = least(TILE, r.end - row), width = least(TILE, r.columns - column);
+        for (int64_t row = 0; row < r.rows; row += TILE) { /* inside: few pages of memory at a time */
+            const int64_t height = least(TILE, r.rows - row), width = least(TILE, r.columns - column);
             for (int64_t i = 0; i < height; i++)
                 for (int64_t j = 0; j < width; j++) tile[j][i] = plain[(row + i) * r.columns + column + j];
             for (int64_t j = 0; j < width; j++)
@@ -224,23 +238,23 @@ done:
 }
 
 PyDoc_STRVAR(restore_doc,
-             "restore(plain, place, ordered, rows, columns, padded, first, end)\n\n"
-             "For rows first to end: plain[row, k] = ordered[place[k], row]. int8 plain [rows, columns] and ordered\n"
+             "restore(plain, place, ordered, rows, columns, padded)\n\n"
+             "plain[row, k] = ordered[place[k], row] of each row. int8 plain [rows, columns] and ordered\n"
              "[columns, padded]; int64 place [columns].");
 
 static PyObject *py_restore(PyObject *self, PyObject *args) {
     (void)self;
     Reordering r = {0};
     PyObject *result = NULL;
-    if (!parse_reordering(args, "w*y*y*LLLLL", &r, 1)) goto done;
+    if (!parse_reordering(args, "w*y*y*LLL", &r, 1)) goto done;
     enum { TILE = CACHE_LINE };
     int8_t *plain = r.plain.buf, tile[TILE][TILE];
     const int8_t *ordered = r.ordered.buf;
     const int64_t *place = r.place.buf;
     Py_BEGIN_ALLOW_THREADS
     for (int64_t column = 0; column < r.columns; column += TILE)
-        for (int64_t row = r.first; row < r.end; row += TILE) { /* inside: few pages of memory at a time */
-            const int64_t height = least(TILE, r.end - row), width = least(TILE, r.columns - column);
+        for (int64_t row = 0; row < r.rows; row += TILE) { /* inside: few pages of memory at a time */
+            const int64_t height = least(TILE, r.rows - row), width = least(TILE, r.columns - column);
             for (int64_t j = 0; j < width; j++) {
                 const int8_t *from = ordered + place[column + j] * r.padded + row;
                 for (int64_t i = 0; i < height; i++) tile[i][j] = from[i];

@@ -9,8 +9,6 @@ def arrange(
     rows: int,
     columns: int,
     padded: int,
-    first: int,
-    end: int,
     /,
 ) -> None: ...
 def restore(
@@ -20,8 +18,6 @@ def restore(
     rows: int,
     columns: int,
     padded: int,
-    first: int,
-    end: int,
     /,
 ) -> None: ...
 def round_block(
@@ -37,7 +33,5 @@ def round_block(
     rows: int,
     qmin: float,
     qmax: float,
-    first: int,
-    end: int,
     /,
 ) -> None: ...

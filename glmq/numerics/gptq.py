@@ -19,16 +19,16 @@ in the same order and with the same kernel, U[i, k] being H[i, k] / H[k, k] insi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from queue import SimpleQueue
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from glmq.numerics.hessian import Factor
+from glmq.numerics.lone_threads import lone_threads
 from glmq.spec import IntGrid
 
 try:
@@ -41,16 +41,16 @@ else:
 KERNELS: Final = _kernels
 """The compiled kernels that this processor runs, fastest first; empty without a compiler."""
 
-STRIP: Final = 64
+STRIP: Final = 32
 """Rows that the compiled kernel takes at once."""
-ROWS_AT_ONCE: Final = 1024
-"""Rows that are rounded together, at least; a strip for each thread. Few, so that their matrices are taken from memory that the
-process has had before: fresh memory costs more than the arithmetic on it."""
+ROWS_AT_ONCE: Final = 256
+"""Rows that one thread rounds together: enough for fast products, few enough that their matrices stay near it. Always as many
+whatever the number of threads, because products of more rows may add in another order."""
+MANY_THREADS: Final = 16
+"""Beyond these, threads take fewer rows: a linear of the real size then has enough for 64 of them, in the same memory."""
+ROWS_OF_MANY: Final = 64
 WIDE: Final = 256
 NARROW: Final = 8
-# With these, every elementwise step of the inner loop has fewer than 2^15 values, which torch does in the calling
-# thread: handing 10 microseconds of work to a pool costs more than doing it, on a busy machine a thousand times more.
-# (torch.round always uses the pool.)
 ROUNDER: Final = 1.5 * 2.0**23
 """Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, half to even, as torch.round does."""
 
@@ -108,93 +108,123 @@ def round_best(
         weigh: say what the rows lose even if there is nothing to choose.
     """
     rows, columns = weight.shape
-    group_size = columns // choices[0].shape[1]
-    coupling = factor.coupling() if sweeps else None
-    place_of = factor.order.argsort()
     found = Rounded(torch.empty(rows, columns, dtype=torch.int8), torch.zeros(rows).long(), torch.zeros(rows))
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        rounder = _Rounder(factor, group_size, grid, pool)
-        together = max(ROWS_AT_ONCE, STRIP * torch.get_num_threads())
-        for start in range(0, rows, together):
-            cut = slice(start, min(start + together, rows))
-            count = cut.stop - start
-            padded = -(-count // STRIP) * STRIP
-            ordered = torch.empty(columns, padded)  # [n, K] -> [K, n]: a column of the weight is contiguous
-            ordered[:, count:] = 0.0
-            _arrange(pool, weight[cut], place_of, ordered)
-            strips: list[_Strip] = []
-            for number, choice in enumerate(choices):
-                steps = torch.ones(choice.shape[1], padded)  # [n, G] -> [G, n]
-                steps[:, :count] = choice[cut].T
-                strips.append(_Strip(ordered, steps))
-                loss = rounder.round_rows(strips[-1], weigh=weigh or len(choices) > 1)[:count]
-                better = loss < found.loss[cut] if number else torch.ones(count, dtype=torch.bool)
+    rounder = _Rounder(factor, columns // choices[0].shape[1], grid, sweeps=sweeps)
+
+    threads = torch.get_num_threads()
+    together = min(ROWS_AT_ONCE if threads <= MANY_THREADS else ROWS_OF_MANY, -(-rows // STRIP) * STRIP)
+    cuts = [slice(start, min(start + together, rows)) for start in range(0, rows, together)]
+    free = SimpleQueue[list[_Rows]]()
+    for _ in range(min(threads, len(cuts))):
+        free.put([_Rows(columns, choice.shape[1], together) for choice in choices])
+
+    def round_cut(cut: slice) -> None:
+        parts = free.get()
+        try:
+            for number, (part, choice) in enumerate(zip(parts, choices, strict=True)):
+                part.load(weight[cut], choice[cut], rounder.place_of)
+                loss = rounder.round_rows(part, weigh=weigh or len(choices) > 1)
+                better = loss < found.loss[cut] if number else torch.ones(len(loss), dtype=torch.bool)
                 found.choice[cut][better] = number
                 found.loss[cut][better] = loss[better]
                 if number:
-                    strips[0].take(strips.pop(), better)
-            if coupling is not None:
-                for _ in range(sweeps):
-                    rounder.sweep(strips[0], coupling)
-            _restore(pool, strips[0].q, place_of, found.q[cut])
+                    parts[0].take(part, better)
+            for _ in range(sweeps):
+                rounder.sweep(parts[0])
+            parts[0].restore(found.q[cut], rounder.place_of)
+        finally:
+            free.put(parts)
+
+    with lone_threads(min(threads, len(cuts))) as pool:
+        for _ in pool.map(round_cut, cuts):
+            pass
     return found
 
 
-class _Strip:
-    """Some rows of a weight in processing order, [K, n], with their integers and errors."""
+class _Rows:
+    """Some rows of a weight in processing order, [K, n], with their integers and errors; a column of the weight is contiguous.
 
-    def __init__(self, weight: Tensor, steps: Tensor) -> None:
-        self.weight = weight
-        """float32 [K, n], n a multiple of STRIP."""
-        self.steps = steps
+    One after the other takes the same memory: fresh memory costs more than much of the arithmetic on it.
+    """
+
+    def __init__(self, columns: int, groups: int, rows: int) -> None:
+        self.count = 0
+        """Rows that there are; those up to n, a multiple of STRIP, are zeros."""
+        self.weight = torch.empty(columns, rows)
+        """float32 [K, n]."""
+        self.steps = torch.empty(groups, rows)
         """float32 [G, n]."""
-        self.error = torch.empty_like(weight)
+        self.error = torch.empty(columns, rows)
         """float32 [K, n]: weight - q * step."""
-        self.q = torch.empty(weight.shape, dtype=torch.int8)
+        self.q = torch.empty(columns, rows, dtype=torch.int8)
         """int8 [K, n]."""
 
-    def take(self, other: _Strip, rows: Tensor) -> None:
-        """Take over rows of another strip of the same weight: bool [at most n]."""
+    def load(self, weight: Tensor, steps: Tensor, place_of: Tensor) -> None:
+        """Take rows as a linear has them, float32 [N, K] and [N, G]; int64 [K]: where each column goes."""
+        self.count, columns = weight.shape
+        self.weight[:, self.count :] = 0.0
+        self.steps[:, self.count :] = 1.0
+        self.steps[:, : self.count] = steps.T
+        if KERNELS:
+            plain, ordered = weight.contiguous().numpy(), self.weight.numpy()
+            _rounding.arrange(plain, place_of.numpy(), ordered, self.count, columns, self.weight.shape[1])
+        else:
+            self.weight[place_of, : self.count] = weight.T
+
+    def take(self, other: _Rows, rows: Tensor) -> None:
+        """Take over rows of others of the same weight: bool [N]."""
         picked = rows.nonzero()[:, 0]
         for own, theirs in ((self.steps, other.steps), (self.error, other.error), (self.q, other.q)):
             own[:, picked] = theirs[:, picked]
 
+    def restore(self, q: Tensor, place_of: Tensor) -> None:
+        """Write the integers as a linear has them: int8 [N, K]."""
+        if KERNELS:
+            _rounding.restore(q.numpy(), place_of.numpy(), self.q.numpy(), self.count, *self.q.shape)
+        else:
+            q[:] = self.q[:, : self.count][place_of].T
+
 
 class _Rounder:
-    """Rounds strips, a wide block of columns at a time, in processing order."""
+    """Rounds rows, a wide block of columns at a time, in processing order."""
 
-    def __init__(self, factor: Factor, group_size: int, grid: IntGrid, pool: ThreadPoolExecutor) -> None:
-        self._factor, self._grid = factor, grid
-        self._group_of = (factor.order // group_size).int()
+    def __init__(self, factor: Factor, group_size: int, grid: IntGrid, *, sweeps: int) -> None:
         columns = len(factor.order)
+        self.place_of = factor.order.argsort()
+        """int64 [K]: where each column comes in processing order."""
+        self._factor, self._grid = factor, grid
+        self._coupling = factor.coupling() if sweeps else None
+        self._group_of = (factor.order // group_size).int()
         self._blocks = [slice(first, min(first + WIDE, columns)) for first in range(0, columns, WIDE)]
-        self._round_block = partial(_round_block, pool) if KERNELS else _round_block_in_torch
+        self._own = [factor.feedback[block, block].T.contiguous() for block in self._blocks]
+        self._round_block = _round_block if KERNELS else _round_block_in_torch
 
-    def round_rows(self, strip: _Strip, *, weigh: bool) -> Tensor:
-        """Round each column beside the columns before it. Returns the rows' losses, float32 [n]; zeros without `weigh`."""
-        feedback, loss = self._factor.feedback, torch.zeros(strip.weight.shape[1])
-        for block in self._blocks:
-            target = strip.weight[block]
+    def round_rows(self, rows: _Rows, *, weigh: bool) -> Tensor:
+        """Round each column beside the columns before it. Returns the rows' losses, float32 [N]; zeros without `weigh`."""
+        feedback, loss = self._factor.feedback, torch.zeros(rows.weight.shape[1])
+        for block, own in zip(self._blocks, self._own, strict=True):
+            target = rows.weight[block]
             if block.start:
-                target = torch.addmm(target, feedback[: block.start, block].T, strip.error[: block.start])
-            self._round(strip, block, target, feedback[block, block])
+                target = torch.addmm(target, feedback[: block.start, block].T, rows.error[: block.start])
+            self._round(rows, block, target, own)
             if weigh:
-                error = strip.error[block]
-                lost = torch.addmm(error, feedback[block, block].T, error).add_(target).sub_(strip.weight[block])
+                error = rows.error[block]
+                lost = torch.addmm(error, own, error).add_(target).sub_(rows.weight[block])
                 loss += self._factor.curvature[block] @ lost.square_()
-        return loss
+        return loss[: rows.count]
 
-    def sweep(self, strip: _Strip, coupling: Tensor) -> None:
+    def sweep(self, rows: _Rows) -> None:
         """Round each column anew beside all others."""
+        assert self._coupling is not None
         for block in self._blocks:
-            own = coupling[block, block]
-            target = torch.addmm(strip.weight[block], coupling[:, block].T, strip.error)
-            target.addmm_(own.triu(1).T, strip.error[block], alpha=-1)  # these errors change before they are met
-            self._round(strip, block, target, own)
+            own = self._coupling[block, block]
+            target = torch.addmm(rows.weight[block], self._coupling[:, block].T, rows.error)
+            target.addmm_(own.triu(1).T, rows.error[block], alpha=-1)  # these errors change before they are met
+            self._round(rows, block, target, own.T.contiguous())
 
-    def _round(self, strip: _Strip, block: slice, target: Tensor, feedback: Tensor) -> None:
-        parts = (strip.weight[block], target, feedback, strip.steps, self._group_of[block])
-        self._round_block(_BlockJob(*parts, strip.error[block], strip.q[block]), self._grid)
+    def _round(self, rows: _Rows, block: slice, target: Tensor, feedback: Tensor) -> None:
+        parts = (rows.weight[block], target, feedback, rows.steps, self._group_of[block])
+        self._round_block(_BlockJob(*parts, rows.error[block], rows.q[block]), self._grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +236,7 @@ class _BlockJob:
     target: Tensor
     """float32 [columns, n]: with what the errors of other blocks ask for."""
     feedback: Tensor
-    """float32 [columns, columns]: an error of 1 in column i asks for feedback[i, k] more in column k > i."""
+    """float32 [columns, columns]: an error of 1 in column i asks for feedback[k, i] more in column k > i."""
     steps: Tensor
     """float32 [G, n]."""
     group_of: Tensor
@@ -217,45 +247,13 @@ class _BlockJob:
     """int8 [columns, n]: gets the integers."""
 
 
-def _arrange(pool: ThreadPoolExecutor, weight: Tensor, place_of: Tensor, ordered: Tensor) -> None:
-    """Put each column of a weight [n, K] in its place: into float32 [K, at least n]."""
-    rows, columns = weight.shape
-    if not KERNELS:
-        ordered[place_of, :rows] = weight.T.contiguous()
-        return
-    parts = (weight.contiguous().numpy(), place_of.numpy(), ordered.numpy(), rows, columns, ordered.shape[1])
-    _over_rows(pool, rows, partial(_rounding.arrange, *parts))
-
-
-def _restore(pool: ThreadPoolExecutor, ordered: Tensor, place_of: Tensor, q: Tensor) -> None:
-    """Take each column of int8 [n, K] from its place in [K, at least n]."""
-    rows, columns = q.shape
-    if not KERNELS:
-        q[:] = ordered[:, :rows][place_of].T
-        return
-    parts = (q.numpy(), place_of.numpy(), ordered.numpy(), rows, columns, ordered.shape[1])
-    _over_rows(pool, rows, partial(_rounding.restore, *parts))
-
-
-def _over_rows(pool: ThreadPoolExecutor, rows: int, work: Callable[[int, int], None]) -> None:
-    """Whole strips of rows, from the first to the last and excluded one, for each thread."""
-    share = -(-rows // (torch.get_num_threads() * STRIP)) * STRIP
-    firsts = range(0, rows, share)
-    if len(firsts) == 1:
-        work(0, rows)  # a thread would take longer to start
-        return
-    for _ in pool.map(work, firsts, [min(first + share, rows) for first in firsts]):
-        pass
-
-
-def _round_block(pool: ThreadPoolExecutor, job: _BlockJob, grid: IntGrid) -> None:
+def _round_block(job: _BlockJob, grid: IntGrid) -> None:
     columns, rows = job.weight.shape
-    round_cut = partial(
-        _rounding.round_block,
+    _rounding.round_block(
         KERNELS[0],
         job.weight.numpy(),
         job.target.numpy(),
-        job.feedback.T.contiguous().numpy(),
+        job.feedback.numpy(),
         job.steps.numpy(),
         job.group_of.numpy(),
         job.error.numpy(),
@@ -265,7 +263,6 @@ def _round_block(pool: ThreadPoolExecutor, job: _BlockJob, grid: IntGrid) -> Non
         grid.qmin,
         grid.qmax,
     )
-    _over_rows(pool, rows, round_cut)
 
 
 def _round_block_in_torch(job: _BlockJob, grid: IntGrid) -> None:
@@ -276,11 +273,11 @@ def _round_block_in_torch(job: _BlockJob, grid: IntGrid) -> None:
         end = min(narrow + NARROW, columns)
         part = target[narrow:end]
         if narrow:
-            part.addmm_(job.feedback[:narrow, narrow:end].T, job.error[:narrow])
+            part.addmm_(job.feedback[narrow:end, :narrow], job.error[:narrow])
         for column in range(narrow, end):
             step = job.steps[groups[column]]
             rounded = (part[column - narrow] / step).clamp_(grid.qmin, grid.qmax).add_(ROUNDER).sub_(ROUNDER)
             job.q[column] = rounded
             torch.addcmul(job.weight[column], rounded, step, value=-1, out=job.error[column])
             if column + 1 < end:
-                part[column - narrow + 1 :].addcmul_(job.feedback[column, column + 1 : end, None], job.error[column])
+                part[column - narrow + 1 :].addcmul_(job.feedback[column + 1 : end, column, None], job.error[column])

@@ -20,6 +20,7 @@ from glmq.reporting.words import (
     place_of,
     tone_of,
 )
+from glmq.verification.checks import top_tokens_below
 
 if TYPE_CHECKING:
     from glmq.verification.behaviour import LinearBehaviour
@@ -62,13 +63,13 @@ def _cards(found: Verification) -> list[str]:
     predictions, limits = found.predictions, found.limits
     if predictions is None:
         return made
-    is_close, is_alike = predictions.kl <= limits.max_kl, predictions.top1 >= limits.min_top1
+    is_close, below = predictions.kl <= limits.max_kl, top_tokens_below(predictions, limits)
     made += [
         card("KL from float", f"{predictions.kl:.2g}", "good" if is_close else "bad", "nats"),
         card(
             "Same top token",
             percent(predictions.top1),
-            "good" if is_alike else "bad",
+            "good" if below is None else "bad" if below == "error" else "warn",
             f"{predictions.positions:,} positions",
         ),
     ]

@@ -52,7 +52,7 @@ class Check(Enum):
     CHECKSUMS = (34, "bytes as glmq_checksums.json says", "error")
     FOLDER_KIND = (35, "one checkpoint in the folder", "error")
     COMPRESSED_CONFIG = (36, "quantization_config of compressed-tensors", "error")
-    SERVED = (37, "answers in the serving engine", "error")
+    SERVED = (37, "answers in the serving engine", "error", "warning")
     SGLANG = (38, "SGLang's look-ups", "error", "warning")
 
     def __init__(self, number: int, title: str, *severities: Severity) -> None:

@@ -29,7 +29,7 @@ Arguments = dict[str, Any]
 """A call's arguments, in their order."""
 Floats = NDArray[np.float32]
 
-STRIP, LANES, RUN = 64, 8, 512
+STRIP, LANES, RUN = 32, 8, 512
 REFUSALS = (ValueError, TypeError, BufferError, OverflowError)
 SIZES = (
     -(2**63),
@@ -104,7 +104,6 @@ def holds(value: object, size: int, align: int, writable: bool = False) -> bool:
 def make_rounding(rng: Generator) -> Arguments:
     columns = int(rng.choice([1, 2, 3, 8, 13, 40], p=[0.2, 0.2, 0.2, 0.2, 0.17, 0.03]))
     rows, groups = STRIP * int(rng.integers(1, 4)), int(rng.integers(1, 4))
-    first, end = sorted(int(at) for at in STRIP * rng.integers(0, rows // STRIP + 1, 2))
     weight = floats(rng, columns, rows)
     return {
         "weight": weight,
@@ -118,24 +117,14 @@ def make_rounding(rng: Generator) -> Arguments:
         "rows": rows,
         "qmin": float(rng.choice([-128, -8, 0])),
         "qmax": float(rng.choice([127, 7])),
-        "first": first,
-        "end": end,
     }
 
 
 def keeps_rounding(a: Arguments) -> bool:
     columns, rows = a["columns"], a["rows"]
-    if not all(-(2**63) <= a[key] < 2**63 for key in ("columns", "rows", "first", "end")):
+    if not all(-(2**63) <= a[key] < 2**63 for key in ("columns", "rows")):
         return False
-    if (
-        columns < 1
-        or rows < 1
-        or a["first"] < 0
-        or a["end"] > rows
-        or rows % STRIP
-        or a["first"] % STRIP
-        or a["end"] % STRIP
-    ):
+    if columns < 1 or rows < 1 or rows % STRIP:
         return False
     if not all(holds(a[key], columns * rows * 4, 4, key == "error") for key in ("weight", "target", "error")):
         return False
@@ -150,21 +139,21 @@ def keeps_rounding(a: Arguments) -> bool:
 
 def compute_rounding(a: Arguments, fused: bool) -> Arguments:
     """What `round_block` leaves in error and q."""
-    columns, rows, cut = a["columns"], a["rows"], slice(a["first"], max(a["first"], a["end"]))
-    weight, target = (as_floats(a[key], columns, rows)[:, cut] for key in ("weight", "target"))
-    feedback, steps = as_floats(a["feedback"], columns, columns), as_floats(a["steps"], -1, rows)[:, cut]
+    columns, rows = a["columns"], a["rows"]
+    weight, target = (as_floats(a[key], columns, rows) for key in ("weight", "target"))
+    feedback, steps = as_floats(a["feedback"], columns, columns), as_floats(a["steps"], -1, rows)
     error, q = as_floats(a["error"], columns, rows).copy(), a["q"].reshape(columns, rows).copy()
     low, high, rounder = np.float32(a["qmin"]), np.float32(a["qmax"]), np.float32(1.5 * 2**23)
     for column, group in enumerate(a["group"].reshape(-1).view(np.int32)):
         total = target[column]
         for i in range(column):
-            total = multiply_add(feedback[column, i], error[i, cut], total, fused)
+            total = multiply_add(feedback[column, i], error[i], total, fused)
         x = total / steps[group]
         x = np.where(x < low, low, x)
         x = np.where(x > high, high, x)
         x = (x + rounder) - rounder
-        error[column, cut] = multiply_add(-x, steps[group], weight[column], fused)
-        q[column, cut] = np.where(np.isnan(x), 0, x)  # the conversion of NaN gives -2^31, whose lowest byte is 0
+        error[column] = multiply_add(-x, steps[group], weight[column], fused)
+        q[column] = np.where(np.isnan(x), 0, x)  # the conversion of NaN gives -2^31, whose lowest byte is 0
     return {"error": error, "q": q}
 
 

@@ -1,5 +1,4 @@
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -62,7 +61,7 @@ def test_blocks_of_any_size_give_the_same_integers(monkeypatch: pytest.MonkeyPat
     weight, _, found = problem(150, 50)
     step = torch.full((150, 1), 0.1)
     whole = round_compensated(weight, step, found, INT8)
-    monkeypatch.setattr(gptq, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(gptq, "ROWS_AT_ONCE", gptq.STRIP)
     monkeypatch.setattr(gptq, "WIDE", 12)
     monkeypatch.setattr(gptq, "NARROW", 5)
     assert torch.equal(round_compensated(weight, step, found, INT8), whole)
@@ -141,7 +140,7 @@ def test_sweeps_lose_less_and_blocks_of_any_size_give_the_same_integers(monkeypa
     losses = [loss(weight, round_best(weight, [step], found, INT4, sweeps=n).q, step, moment) for n in (0, 1, 2)]
     assert losses[0] > losses[1] >= losses[2]
     whole = round_best(weight, [step], found, INT4, sweeps=2).q
-    monkeypatch.setattr(gptq, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(gptq, "ROWS_AT_ONCE", gptq.STRIP)
     monkeypatch.setattr(gptq, "WIDE", 12)
     monkeypatch.setattr(gptq, "NARROW", 5)
     assert torch.equal(round_best(weight, [step], found, INT4, sweeps=2).q, whole)
@@ -166,10 +165,9 @@ def test_each_row_takes_the_steps_that_lose_least_and_says_which() -> None:
     ("changes", "sentence"),
     [
         ({"kernel": "avx1024"}, "no kernel avx1024 on this machine"),
-        ({"rows": 32}, "rows, first and end must be multiples of 64, within the block"),
-        ({"end": 128}, "rows, first and end must be multiples of 64, within the block"),
-        ({"first": -64}, "rows, first and end must be multiples of 64, within the block"),
-        ({"columns": -2}, "rows, first and end must be multiples of 64, within the block"),
+        ({"rows": 48}, "there must be columns, and a multiple of 32 rows"),
+        ({"rows": -64}, "there must be columns, and a multiple of 32 rows"),
+        ({"columns": -2}, "there must be columns, and a multiple of 32 rows"),
         ({"target": np.zeros(3, np.float32)}, "target has 12 bytes, 512 are needed"),
         ({"feedback": np.zeros(1, np.float32)}, "feedback has 4 bytes, 16 are needed"),
         ({"steps": np.zeros(65, np.float32)}, "steps has 260 bytes, 256 are needed"),
@@ -179,7 +177,7 @@ def test_each_row_takes_the_steps_that_lose_least_and_says_which() -> None:
         # Sizes whose product is 0, or right again, in 64 bits.
         ({"columns": 2**32, "rows": 2**32}, "weight has 512 bytes, -1 are needed"),
         ({"columns": 2**57 + 2}, "weight has 512 bytes, -1 are needed"),
-        ({"columns": 2**62, "rows": 2**62, "end": 2**62}, "weight has 512 bytes, -1 are needed"),
+        ({"columns": 2**62, "rows": 2**62}, "weight has 512 bytes, -1 are needed"),
     ],
 )
 def test_the_compiled_kernel_refuses_buffers_that_do_not_fit(changes: dict[str, object], sentence: str) -> None:
@@ -192,42 +190,59 @@ def test_the_compiled_kernel_refuses_buffers_that_do_not_fit(changes: dict[str, 
         "group": np.zeros(2, np.int32),
         "error": block.copy(),
         "q": np.zeros((2, 64), np.int8),
-        **{"columns": 2, "rows": 64, "qmin": -128.0, "qmax": 127.0, "first": 0, "end": 64},
+        **{"columns": 2, "rows": 64, "qmin": -128.0, "qmax": 127.0},
     }
     with pytest.raises(ValueError, match=re.escape(sentence)):
         gptq._rounding.round_block(*(arguments | changes).values())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (15, 70), (200, 65)])
-def test_columns_are_put_in_order_and_taken_back(rows: int, columns: int, threads: int) -> None:
+@pytest.mark.parametrize("kernels", [gptq.KERNELS, ()], ids=["compiled", "torch"])
+def test_columns_are_put_in_order_and_taken_back(
+    kernels: tuple[str, ...], rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gptq, "KERNELS", kernels)
     place = torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
-    weight, ordered = torch.arange(float(rows * columns)).reshape(rows, columns), torch.zeros(columns, rows + 5)
-    integers = torch.randint(-128, 128, (columns, rows + 5), generator=torch.Generator().manual_seed(rows)).to(
-        torch.int8
-    )
+    weight, part = torch.arange(float(rows * columns)).reshape(rows, columns), gptq._Rows(columns, 1, rows + 5)
+    part.load(weight, torch.full((rows, 1), 2.0), place)
+    assert torch.equal(part.weight[place, :rows], weight.T)
+    assert not part.weight[:, rows:].any()
+    assert part.steps.tolist() == [[2.0] * rows + [1.0] * 5]
+    part.q.random_(-128, 128, generator=torch.Generator().manual_seed(rows))
     q = torch.zeros(rows, columns, dtype=torch.int8)
-    before = torch.get_num_threads()
+    part.restore(q, place)
+    assert torch.equal(q, part.q[place, :rows].T)
+
+
+@pytest.mark.parametrize(("threads", "rows_at_once"), [(1, 256), (3, 256), (17, 64)])
+def test_rows_are_shared_among_threads_which_changes_no_integer(
+    threads: int, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, _, found = problem(700, 300)
+    step = weight.abs().amax(1, keepdim=True) / 7
+    whole, taken = round_compensated(weight, step, found, INT8), []
+    rows_class, before = gptq._Rows, torch.get_num_threads()
+
+    def count_rows(columns: int, groups: int, rows: int) -> gptq._Rows:
+        taken.append(rows)
+        return rows_class(columns, groups, rows)
+
+    monkeypatch.setattr(gptq, "_Rows", count_rows)
     torch.set_num_threads(threads)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            gptq._arrange(pool, weight, place, ordered)
-            gptq._restore(pool, integers, place, q)
+        assert torch.equal(round_compensated(weight, step, found, INT8), whole)
+        assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(ordered[place, :rows], weight.T)
-    assert not ordered[:, rows:].any()
-    assert torch.equal(q, integers[place, :rows].T)
+    assert taken == [rows_at_once] * min(threads, -(-700 // rows_at_once))
 
 
 @compiled
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"end": 4}, "first and end must lie within the rows, and the rows within the padded ones"),
-        ({"first": 2, "end": 1}, "first and end must lie within the rows, and the rows within the padded ones"),
-        ({"padded": 2}, "first and end must lie within the rows, and the rows within the padded ones"),
-        ({"rows": -1}, "first and end must lie within the rows, and the rows within the padded ones"),
+        ({"padded": 2}, "the rows must lie within the padded ones"),
+        ({"rows": -1}, "the rows must lie within the padded ones"),
         ({"columns": 3}, "plain has {plain} bytes, {wanted} are needed"),
         ({"place": np.array([0, 2])}, "a column's place is none"),
         ({"place": np.array([-1, 0])}, "a column's place is none"),
@@ -243,7 +258,7 @@ def test_reordering_refuses_buffers_that_do_not_fit(
         "plain": np.zeros((3, 2), dtype),
         "place": np.arange(2),
         "ordered": np.zeros((2, 3), dtype),
-        **{"rows": 3, "columns": 2, "padded": 3, "first": 0, "end": 3},
+        **{"rows": 3, "columns": 2, "padded": 3},
     }
     size = np.dtype(dtype).itemsize
     with pytest.raises(ValueError, match=re.escape(sentence.format(plain=6 * size, wanted=9 * size))):

@@ -95,7 +95,8 @@ def test_answers_are_held_to_the_limits() -> None:
     answers = (ServedAnswer("p", "a", "a", 8, 8, 8, 0.0), ServedAnswer("q", "b", "c", 1, 2, 1, 2.0))
     served = judge(Agreement("vLLM 1.2", answers), Limits(min_top1=0.95, max_kl=0.1))
     assert [finding.message for finding in served.findings] == [
-        "in vLLM 1.2 90.0% of the float model's 10 tokens are the likeliest, wanted at least 95.0%",
+        "in vLLM 1.2 90.0% of the float model's 10 tokens are the likeliest, wanted at least 95.0%; so few may be chance: "
+        "give more pictures",
         "in vLLM 1.2 the float model's tokens are 0.2 nats less likely on average, wanted at most 0.1",
     ]
     assert [c.what for c in served.checked] == [

@@ -1,0 +1,43 @@
+"""What verify makes of its numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from glmq.verification.checks import Limits, judge_predictions, top_tokens_below
+from glmq.verification.predictions import Predictions
+
+
+def predicted(same: int, positions: int) -> Predictions:
+    return Predictions(positions, 0.01, 0.001, same / positions, None, None, ())
+
+
+@pytest.mark.parametrize(
+    ("same", "positions", "severity", "message"),
+    [
+        (17, 18, None, ""),
+        (900, 1000, None, ""),
+        (
+            16,
+            18,
+            "warning",
+            "agrees on the most likely token at 16 of 18 positions (88.9%), wanted at least 90%; so few may be chance: give "
+            "more pictures with --images, or --cases with answers",
+        ),
+        (
+            0,
+            1,
+            "warning",
+            "agrees on the most likely token at 0 of 1 position (0.0%), wanted at least 90%; so few may be chance: give more "
+            "pictures with --images, or --cases with answers",
+        ),
+        (13, 18, "error", "agrees on the most likely token at 13 of 18 positions (72.2%), wanted at least 90%"),
+        (880, 1000, "error", "agrees on the most likely token at 880 of 1000 positions (88.0%), wanted at least 90%"),
+    ],
+)
+def test_top_tokens_that_differ_are_an_error_where_chance_is_not_why(
+    same: int, positions: int, severity: str | None, message: str
+) -> None:
+    assert top_tokens_below(predicted(same, positions), Limits()) == severity
+    found = [(finding.severity, finding.message) for finding in judge_predictions(predicted(same, positions), Limits())]
+    assert found == ([] if severity is None else [(severity, message)])
