@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from glmq.spec import QuantType
@@ -48,6 +48,18 @@ class QuantizedLinear:
     None where the checkpoint stores none."""
     weight_scale_second: Tensor | None = None
     """float32 [N, K / group_size]; W4A8_DYNAMIC only."""
+
+    def cut(self, rows: slice) -> QuantizedLinear:
+        """The linear of some of the rows, which are its outputs."""
+        return replace(
+            self,
+            weight=self.weight[rows],
+            weight_scale=self.weight_scale[rows],
+            bias=None if self.bias is None else self.bias[rows],
+            deq_scale=None if self.deq_scale is None else self.deq_scale[rows],
+            quant_bias=None if self.quant_bias is None else self.quant_bias[rows],
+            weight_scale_second=None if self.weight_scale_second is None else self.weight_scale_second[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,17 @@ from glmq.codec.codec import count_bytes
 
 def relative_l2(candidate: Tensor, reference: Tensor) -> float:
     """||candidate - reference|| / ||reference||, in float64; 0 where both vanish, inf where only the reference does."""
+    return error_of_energies(*error_energies(candidate, reference))
+
+
+def error_energies(candidate: Tensor, reference: Tensor) -> tuple[float, float]:
+    """||candidate - reference||^2 and ||reference||^2, in float64; those of parts add up to those of the whole."""
     noise = (candidate.double() - reference.double()).square().sum().item()
-    signal = reference.double().square().sum().item()
+    return noise, reference.double().square().sum().item()
+
+
+def error_of_energies(noise: float, signal: float) -> float:
+    """The relative error that `error_energies` make: 0 where both vanish, inf where only the signal does."""
     if signal == 0:
         return 0.0 if noise == 0 else math.inf
     return math.sqrt(noise / signal)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from glmq.numerics import affine, lowbit, metrics
 from glmq.numerics.grouped import expand_groups
 from glmq.numerics.int8_linear import fold_bias, run_linear
+from glmq.numerics.lone_threads import lone_threads
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import row_chunks
 from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, moved_input
 from glmq.records import LinearReport, QuantizedLinear
 from glmq.spec import Method
+
+ROWS_AT_ONCE: Final = 1024
+"""Rows that one thread measures together: their weights and outputs stay near it, quantizing the inputs costs little."""
 
 
 def report_linear(
@@ -26,26 +33,16 @@ def report_linear(
     seconds: float,
 ) -> LinearReport:
     """Measure one quantized linear against its float original."""
-    counts = metrics.count_int8(result.weight)
-    total = max(1, result.weight.numel())
+    measured = _measure(linear, weight, result, stats, scheme, group)
+    counts = measured.counts
     values = torch.arange(-128, 128)
-    times = torch.ones(()).expand(weight.shape[0], 1) if linear.divisor is None else linear.divisor
-    noise = signal = 0.0
-    saturated = 0
-    grid = lowbit.grid_of(scheme.weight)
-    for rows in row_chunks(weight):
-        step, part = _steps_of(result, rows) * times[rows], weight[rows]
-        noise += _energy(result.weight[rows].float().mul_(step).sub_(part))
-        signal += _energy(part)
-        saturated += _count_beyond(part, (grid.qmin - 0.5) * step, (grid.qmax + 0.5) * step)
-    sample = moved_input(stats.sample, group.scales, group.shift)
+    total = max(1, result.weight.numel())
     low = high = 0.0
     shift = 0
     if result.activation is not None:
         shift = _bias_shift(result, group) if scheme.bias_correction else 0
         low, high = affine.covered_range(result.activation)
-    y = torch.nn.functional.linear(stats.sample, linear.weight, linear.bias)
-    output_error = metrics.relative_l2(run_linear(sample, result) * times[:, 0], y)
+    output_error = metrics.error_of_energies(measured.output_noise, measured.output_signal)
     return LinearReport(
         name=linear.name,
         quant_type=result.quant_type,
@@ -57,8 +54,8 @@ def report_linear(
         entropy_bits=metrics.entropy_bits(counts),
         outlier_share=counts[values.abs() > lowbit.BULK].sum().item() / total,
         zero_share=counts[128].item() / total,
-        saturated=saturated,
-        weight_error=(noise / signal) ** 0.5 if signal else 0.0,
+        saturated=measured.saturated,
+        weight_error=(measured.weight_noise / measured.weight_signal) ** 0.5 if measured.weight_signal else 0.0,
         output_error=output_error,
         sqnr_db=metrics.sqnr_db(output_error),
         input_low=low,
@@ -71,6 +68,65 @@ def report_linear(
         first_integer=int(values[counts > 0].min()),
         integers=tuple(int(count) for count in counts[counts.nonzero().min() : counts.nonzero().max() + 1]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Some rows of a linear measured."""
+
+    counts: Tensor
+    """int64 [256]: how often each integer occurs, from -128 on."""
+    saturated: int
+    weight_noise: float
+    weight_signal: float
+    """Sums of squares of the weights' errors, and of the weights, after smoothing."""
+    output_noise: float
+    output_signal: float
+    """The same of the outputs on the token sample."""
+
+    def __add__(self, other: _Measured) -> _Measured:
+        return _Measured(
+            self.counts + other.counts,
+            self.saturated + other.saturated,
+            self.weight_noise + other.weight_noise,
+            self.weight_signal + other.weight_signal,
+            self.output_noise + other.output_noise,
+            self.output_signal + other.output_signal,
+        )
+
+
+def _measure(
+    linear: FloatLinear,
+    weight: Tensor,
+    result: QuantizedLinear,
+    stats: InputStats,
+    scheme: GroupScheme,
+    group: PreparedGroup,
+) -> _Measured:
+    """All rows measured, as many at a time as a core keeps near it."""
+    times = torch.ones(()).expand(weight.shape[0], 1) if linear.divisor is None else linear.divisor
+    sample = moved_input(stats.sample, group.scales, group.shift)
+    grid = lowbit.grid_of(scheme.weight)
+
+    def measure(rows: slice) -> _Measured:
+        part, cut = weight[rows], result.cut(rows)
+        noise = signal = 0.0
+        saturated = 0
+        for few in row_chunks(part):
+            step = _steps_of(cut, few) * times[rows][few]
+            noise += _energy(cut.weight[few].float().mul_(step).sub_(part[few]))
+            signal += _energy(part[few])
+            saturated += _count_beyond(part[few], (grid.qmin - 0.5) * step, (grid.qmax + 0.5) * step)
+        bias = None if linear.bias is None else linear.bias[rows]
+        y = torch.nn.functional.linear(stats.sample, linear.weight[rows], bias)
+        yq = run_linear(sample, cut).mul_(times[rows][:, 0])
+        counts = metrics.count_int8(cut.weight)
+        return _Measured(counts, saturated, noise, signal, *metrics.error_energies(yq, y))
+
+    cuts = [slice(first, first + ROWS_AT_ONCE) for first in range(0, weight.shape[0], ROWS_AT_ONCE)]
+    with lone_threads(min(torch.get_num_threads(), len(cuts))) as pool:
+        first, *others = pool.map(measure, cuts)
+    return sum(others, start=first)
 
 
 def _energy(x: Tensor) -> float:

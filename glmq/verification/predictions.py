@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -66,18 +66,7 @@ class Head:
         """float32 [T, stop - start] from float32 [T, width]."""
         if self._int8 is None:
             return x @ self._rows(start, stop).T
-        cut = slice(start, stop)
-        whole = self._int8
-        part = replace(
-            whole,
-            weight=whole.weight[cut],
-            weight_scale=whole.weight_scale[cut],
-            bias=None if whole.bias is None else whole.bias[cut],
-            deq_scale=None if whole.deq_scale is None else whole.deq_scale[cut],
-            quant_bias=None if whole.quant_bias is None else whole.quant_bias[cut],
-            weight_scale_second=None if whole.weight_scale_second is None else whole.weight_scale_second[cut],
-        )
-        return run_linear(x, part)
+        return run_linear(x, self._int8.cut(slice(start, stop)))
 
     def _rows(self, start: int, stop: int) -> Tensor:
         rows = self._kept.get((start, stop))
