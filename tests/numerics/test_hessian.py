@@ -155,3 +155,23 @@ def test_a_moment_with_nan_is_refused() -> None:
     assert str(caught.value) == (
         "the second moment of an input with 3 channels is not positive definite: calibrate again"
     )
+
+
+@pytest.mark.parametrize("damage", ["NaN", "indefinite"])
+@pytest.mark.parametrize("channel", [5, 590])
+def test_a_moment_without_a_root_is_refused_wherever_it_breaks(damage: str, channel: int) -> None:
+    moment = torch.eye(600)
+    moment[channel, channel] = torch.nan if damage == "NaN" else -1.0
+    sentence = "the second moment of an input with 600 channels is not positive definite: calibrate again"
+    with pytest.raises(StatisticsError, match=sentence):
+        factor(moment, torch.arange(600))
+
+
+def test_a_large_factor_gives_the_moment_back() -> None:
+    x = torch.randn(2000, 700, generator=torch.Generator().manual_seed(3))
+    moment = shrunk_correlation(x.T @ x / 2000, x.square().mean(0).sqrt())
+    found = factor(moment)
+    whole = torch.eye(700) + found.feedback
+    back = (whole * found.curvature) @ whole.T
+    assert torch.equal(found.feedback.tril(), torch.zeros(700, 700))
+    assert torch.allclose(back, moment[found.order][:, found.order], atol=2e-6)
