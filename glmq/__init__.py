@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from glmq.records import BlockDone, BytesDone, LinearReport, PassTime
     from glmq.reporting.documents import Answer, Inspection, Verification
     from glmq.reporting.sweeps import Divergence, Sweep, SweepFailure, SweepRow
-    from glmq.verification.checks import Limits
     from glmq.verification.findings import Finding
+    from glmq.verification.limits import Limits
 
 _HOMES = {
     "glmq.compression.dry_run": ("CompressionPlan",),
@@ -64,7 +64,7 @@ _HOMES = {
     "glmq.inspection.statistics": ("StatisticsComparison", "StatisticsSummary"),
     "glmq.reporting.documents": ("Answer", "Inspection", "Verification"),
     "glmq.reporting.sweeps": ("Divergence", "Sweep", "SweepFailure", "SweepRow"),
-    "glmq.verification.checks": ("Limits",),
+    "glmq.verification.limits": ("Limits",),
     "glmq.verification.findings": ("Finding",),
 }
 """Where the public names live, by module."""

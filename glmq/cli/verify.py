@@ -141,7 +141,7 @@ def verify(
     from glmq.reporting.documents import VERIFY_SCHEMA, checks_document, verification_document
     from glmq.reporting.page import write_page
     from glmq.reporting.verification_page import verification_page
-    from glmq.verification.checks import Limits
+    from glmq.verification.limits import Limits
 
     if list_checks:
         if json_output:

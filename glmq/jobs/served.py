@@ -15,8 +15,8 @@ from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.reporting.documents import Caption
 from glmq.serve.agreement import Agreement, Question, RefusalError, compare_answers, require_vllm
-from glmq.verification.checks import Limits, agreement_below
 from glmq.verification.findings import Check, Checked, Finding
+from glmq.verification.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def ask_questions(reference: Path, samples: Sequence[Sample]) -> list[Question]:
 def judge(agreement: Agreement, limits: Limits) -> Served:
     """What is wrong with the answers, and what was compared."""
     findings = []
-    severity = agreement_below(round(agreement.top1 * agreement.tokens), agreement.tokens, limits.min_top1)
+    severity = limits.below(round(agreement.top1 * agreement.tokens), agreement.tokens)
     if severity is not None:
         message = (
             f"in {agreement.engine} {agreement.top1:.1%} of the float model's {agreement.tokens} tokens are the "

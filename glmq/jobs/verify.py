@@ -25,7 +25,6 @@ from glmq.reporting.documents import Verification
 from glmq.serve.agreement import require_vllm
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.checks import (
-    Limits,
     judge_block,
     judge_predictions,
     open_reference,
@@ -34,6 +33,7 @@ from glmq.verification.checks import (
 from glmq.verification.engines.check import check_chip
 from glmq.verification.engines.schemes import ModuleScheme, module_schemes
 from glmq.verification.findings import Check, Checked, Finding, Skipped
+from glmq.verification.limits import Limits
 from glmq.verification.situations import situation_of
 from glmq.wording import counted
 

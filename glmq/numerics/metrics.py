@@ -58,13 +58,3 @@ def entropy_bits(counts: Tensor) -> float:
 def top1(reference_logits: Tensor, candidate_logits: Tensor) -> float:
     """Share of positions whose largest logit has the same index. Logits float [T, V]."""
     return (reference_logits.argmax(-1) == candidate_logits.argmax(-1)).double().mean().item()
-
-
-def binomial_tail(most: int, trials: int, share: float) -> float:
-    """The probability of at most `most` successes in some trials, each a success with the probability `share`."""
-    if share >= 1:
-        return float(most >= trials)
-    log_paths = (math.lgamma(trials + 1) - math.lgamma(n + 1) - math.lgamma(trials - n + 1) for n in range(most + 1))
-    return sum(
-        math.exp(paths + n * math.log(share) + (trials - n) * math.log1p(-share)) for n, paths in enumerate(log_paths)
-    )

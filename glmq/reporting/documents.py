@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from glmq.verification.answering import AnswerPlan
     from glmq.verification.arithmetic import LinearArithmetic
     from glmq.verification.behaviour import BlockBehaviour, LinearBehaviour
-    from glmq.verification.checks import Limits
     from glmq.verification.engines.schemes import ModuleScheme
+    from glmq.verification.limits import Limits
     from glmq.verification.predictions import Predictions
     from glmq.verification.situations import Situation
 

@@ -20,7 +20,6 @@ from glmq.reporting.words import (
     place_of,
     tone_of,
 )
-from glmq.verification.checks import top_tokens_below
 
 if TYPE_CHECKING:
     from glmq.verification.behaviour import LinearBehaviour
@@ -63,7 +62,8 @@ def _cards(found: Verification) -> list[str]:
     predictions, limits = found.predictions, found.limits
     if predictions is None:
         return made
-    is_close, below = predictions.kl <= limits.max_kl, top_tokens_below(predictions, limits)
+    is_close = predictions.kl <= limits.max_kl
+    below = limits.below(predictions.same_tokens, predictions.positions)
     made += [
         card("KL from float", f"{predictions.kl:.2g}", "good" if is_close else "bad", "nats"),
         card(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
 from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
@@ -15,7 +14,6 @@ from glmq.inspection.folder import Folder, Kind, foreign_entries, scan_folder
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import ModelConfig, read_config
 from glmq.model.source import SourceOptions, open_source
-from glmq.numerics.metrics import binomial_tail
 from glmq.progress import Read, no_read
 from glmq.spec import assert_never
 from glmq.verification.arithmetic import (
@@ -30,32 +28,13 @@ from glmq.verification.behaviour import BlockBehaviour
 from glmq.verification.checksums import check_checksums
 from glmq.verification.engines.check import check_lookups
 from glmq.verification.files import check_config_kept, check_side_files, read_report
-from glmq.verification.findings import Check, Checked, Finding, Severity, Skipped
+from glmq.verification.findings import Check, Checked, Finding, Skipped
+from glmq.verification.limits import Limits
 from glmq.verification.parts import check_manifest, check_parts
 from glmq.verification.portable import check_portable
 from glmq.verification.predictions import Predictions
 from glmq.verification.structure import check_structure
 from glmq.wording import counted
-
-CHANCE: Final = 0.05
-"""What chance does at least this often is no evidence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What behaviour is still right."""
-
-    max_kl: float = 0.1
-    """Mean KL(float || candidate), nats. Good 8-bit checkpoints have under 0.01, sparse ones under 0.05."""
-    min_top1: float = 0.9
-    """Share of positions with the same most likely token; less is a warning where the positions are too few to tell."""
-    max_error: float = 0.3
-    """||y_q - y|| / ||y|| of the worst linear."""
-    max_clipped: float = 0.02
-    """Share of a linear's inputs outside what its int8 activation covers; more is a warning."""
-    max_wasted_bits: float = 2.0
-    """Bits of a static int8 activation that no input uses."""
-
 
 VerifyRecord: TypeAlias = Finding | LinearArithmetic | Checked | Skipped
 
@@ -205,30 +184,10 @@ def judge_predictions(predictions: Predictions, limits: Limits) -> Iterator[Find
     if not predictions.kl <= limits.max_kl:
         message = f"KL from the float model is {predictions.kl:.4g} nats, wanted at most {limits.max_kl:g}"
         yield Check.BEHAVIOUR.error("", message)
-    same, severity = _tokens_in_common(predictions), top_tokens_below(predictions, limits)
+    same, severity = predictions.same_tokens, limits.below(predictions.same_tokens, predictions.positions)
     if severity is not None:
         places = f"{same} of {counted(predictions.positions, 'position')} ({predictions.top1:.1%})"
         message = f"agrees on the most likely token at {places}, wanted at least {limits.min_top1:.0%}"
         if severity == "warning":
             message += "; so few may be chance: give more pictures with --images, or --cases with answers"
         yield Finding(Check.BEHAVIOUR, severity, "", message)
-
-
-def top_tokens_below(predictions: Predictions, limits: Limits) -> Severity | None:
-    """Whether two models share their most likely token too seldom, as `agreement_below`."""
-    return agreement_below(_tokens_in_common(predictions), predictions.positions, limits.min_top1)
-
-
-def agreement_below(same: int, positions: int, wanted: float) -> Severity | None:
-    """Whether models agree too seldom: an error; a warning where chance may be why.
-
-    Chance may be why if models that agree with probability `wanted` at each position would agree at so few or fewer at
-    least once in twenty times.
-    """
-    if same >= wanted * positions:
-        return None
-    return "warning" if binomial_tail(same, positions, wanted) >= CHANCE else "error"
-
-
-def _tokens_in_common(predictions: Predictions) -> int:
-    return round(predictions.top1 * predictions.positions)

@@ -47,6 +47,11 @@ class Predictions:
     nll_candidate: float | None
     samples: tuple[SamplePredictions, ...]
 
+    @property
+    def same_tokens(self) -> int:
+        """Positions at which both models prefer the same token."""
+        return round(self.top1 * self.positions)
+
 
 class Head:
     """lm_head of one checkpoint, read a few rows at a time.

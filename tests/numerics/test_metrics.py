@@ -1,12 +1,11 @@
 import math
 
-import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glmq.numerics.metrics import binomial_tail, cosine, count_int8, entropy_bits, relative_l2, sqnr_db, top1
+from glmq.numerics.metrics import cosine, count_int8, entropy_bits, relative_l2, sqnr_db, top1
 
 
 def test_relative_error_is_noise_over_signal() -> None:
@@ -47,19 +46,3 @@ def test_entropy_of_equal_shares_is_their_logarithm() -> None:
 def test_top1_is_the_share_of_equal_winners() -> None:
     a = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0], [0.0, 3.0]])
     assert top1(a, torch.tensor([[5.0, 0.0], [1.0, 0.0], [2.0, 1.0], [0.0, 9.0]])) == 0.75
-
-
-@pytest.mark.parametrize(
-    ("most", "trials", "share", "probability"),
-    [
-        (0, 2, 0.5, 0.25),
-        (1, 2, 0.5, 0.75),
-        (2, 2, 0.5, 1.0),
-        (16, 18, 0.9, 1 - 0.9**18 - 18 * 0.1 * 0.9**17),
-        (3, 4, 1.0, 0.0),
-        (4, 4, 1.0, 1.0),
-        (4500, 5000, 0.9, 0.50690),
-    ],
-)
-def test_the_tail_of_a_binomial_distribution(most: int, trials: int, share: float, probability: float) -> None:
-    assert binomial_tail(most, trials, share) == pytest.approx(probability, abs=2e-5)

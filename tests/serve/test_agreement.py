@@ -15,7 +15,7 @@ from glmq.model.inputs import DEFAULT_PROMPT
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.serve import agreement
 from glmq.serve.agreement import Agreement, Question, RefusalError, ServedAnswer, compare_answers, complaint
-from glmq.verification.checks import Limits
+from glmq.verification.limits import Limits
 
 FLOAT = {"text": "a red bar", "ids": [5, 6, 7, 8], "logprobs": [-0.1, -0.2, -0.3, -0.4]}
 CANDIDATE = {

@@ -24,8 +24,9 @@ from glmq.numerics.int8_linear import run_linear
 from glmq.verification import predictions
 from glmq.verification.behaviour import BlockBehaviour, compare_behaviour, generate, whole_model
 from glmq.verification.cases import Case
-from glmq.verification.checks import Limits, judge_block
+from glmq.verification.checks import judge_block
 from glmq.verification.int8_model import open_model, placed
+from glmq.verification.limits import Limits
 from glmq.verification.predictions import Predictions
 
 LAYER = "model.language_model.layers.2"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from glmq.verification.checks import Limits, judge_predictions, top_tokens_below
+from glmq.verification.checks import judge_predictions
+from glmq.verification.limits import Limits, binomial_tail
 from glmq.verification.predictions import Predictions
 
 
@@ -38,6 +39,22 @@ def predicted(same: int, positions: int) -> Predictions:
 def test_top_tokens_that_differ_are_an_error_where_chance_is_not_why(
     same: int, positions: int, severity: str | None, message: str
 ) -> None:
-    assert top_tokens_below(predicted(same, positions), Limits()) == severity
+    assert Limits().below(same, positions) == severity
     found = [(finding.severity, finding.message) for finding in judge_predictions(predicted(same, positions), Limits())]
     assert found == ([] if severity is None else [(severity, message)])
+
+
+@pytest.mark.parametrize(
+    ("most", "trials", "share", "probability"),
+    [
+        (0, 2, 0.5, 0.25),
+        (1, 2, 0.5, 0.75),
+        (2, 2, 0.5, 1.0),
+        (16, 18, 0.9, 1 - 0.9**18 - 18 * 0.1 * 0.9**17),
+        (3, 4, 1.0, 0.0),
+        (4, 4, 1.0, 1.0),
+        (4500, 5000, 0.9, 0.50690),
+    ],
+)
+def test_the_tail_of_a_binomial_distribution(most: int, trials: int, share: float, probability: float) -> None:
+    assert binomial_tail(most, trials, share) == pytest.approx(probability, abs=2e-5)
