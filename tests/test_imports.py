@@ -225,7 +225,8 @@ def test_without_the_shell_all_tests_but_its_own_can_be_collected(tmp_path: Path
         """pytest in that folder, as if nothing of glmq and its tests had been imported."""
         for name in [name for name, module in sys.modules.items() if comes_from(module, PACKAGE, TESTS)]:
             del sys.modules[name]
-        sys.path[:] = [str(tmp_path), *(path for path in sys.path if not lies_under(path, TESTS.parent))]
+        kept = [path for path in sys.path if Path(path) != TESTS.parent and not lies_under(path, TESTS)]
+        sys.path[:] = [str(tmp_path), *kept]
         # An editable installation would find the shell in the checkout, and the pytest at work rewrites its own tests.
         sys.meta_path[:] = [finder for finder in sys.meta_path if not re.search("Editable|Rewriting", str(finder))]
         del os.environ["PYTEST_CURRENT_TEST"]

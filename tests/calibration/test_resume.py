@@ -72,6 +72,14 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
     return tree(out)
 
 
+@pytest.fixture(scope="module")
+def cut_short(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that is killed after it has journaled its third block, beside nothing else. Do not write into it."""
+    folder = tmp_path_factory.mktemp("cut")
+    killed(lambda: run(small, pictures, folder / "stats"), Journal, "record", 3, after=True)
+    return folder
+
+
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -96,9 +104,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGE)
 def test_what_was_damaged_between_kill_and_resume_is_done_again_and_said(
-    what: str, small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
+    what: str, small: Path, pictures: Path, unbroken: dict[str, str], cut_short: Path, tmp_path: Path
 ) -> None:
-    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
     damage, named = DAMAGE[what]
     damage(tmp_path / ".stats.partial")
     assert f"note: {named} of the unfinished run is missing or altered, so its 3 finished blocks are done again" in (
@@ -110,9 +118,9 @@ def test_what_was_damaged_between_kill_and_resume_is_done_again_and_said(
 
 @pytest.mark.slow
 def test_a_damaged_line_of_the_journal_and_its_block_are_done_again(
-    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
+    small: Path, pictures: Path, unbroken: dict[str, str], cut_short: Path, tmp_path: Path
 ) -> None:
-    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
     path = tmp_path / ".stats.partial" / "journal.jsonl"
     first, second, third, fourth = path.read_text().splitlines()
     path.write_text("\n".join([first, second, third.replace('"tokens": ', '"tokens": 1', 1), fourth]) + "\n")
@@ -124,9 +132,9 @@ def test_a_damaged_line_of_the_journal_and_its_block_are_done_again(
 
 @pytest.mark.slow
 def test_a_run_that_was_only_killed_has_nothing_to_say(
-    small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
+    small: Path, pictures: Path, unbroken: dict[str, str], cut_short: Path, tmp_path: Path
 ) -> None:
-    killed(lambda: run(small, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
     assert not any("unfinished" in note for note in run(small, pictures, tmp_path / "stats", resume=True))
     assert tree(tmp_path / "stats") == unbroken
 
@@ -172,9 +180,9 @@ def replaced(tensors: dict[str, Tensor], name: str) -> None:
     ],
 )  # fmt: skip
 def test_weights_that_were_exchanged_between_kill_and_resume_are_refused_by_name(
-    name: str, small_copy: Path, pictures: Path, tmp_path: Path
+    name: str, small_copy: Path, pictures: Path, cut_short: Path, tmp_path: Path
 ) -> None:
-    killed(lambda: run(small_copy, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
     edit_tensors(small_copy, lambda tensors: replaced(tensors, name))
     assert refused(lambda: run(small_copy, pictures, tmp_path / "stats", resume=True)) == (
         4,
@@ -186,10 +194,10 @@ def test_weights_that_were_exchanged_between_kill_and_resume_are_refused_by_name
 
 @pytest.mark.slow
 def test_weights_that_were_exchanged_before_they_were_read_are_those_of_the_whole_run(
-    small_copy: Path, pictures: Path, tmp_path: Path
+    small_copy: Path, pictures: Path, cut_short: Path, tmp_path: Path
 ) -> None:
     """The statistics of a layer depend on the layers before it alone: nothing is mixed."""
-    killed(lambda: run(small_copy, pictures, tmp_path / "stats"), Journal, "record", 3, after=True)
+    shutil.copytree(cut_short, tmp_path, dirs_exist_ok=True)
     edit_tensors(small_copy, lambda tensors: replaced(tensors, f"{LAYER}.1.self_attn.q_proj.bias"))
     run(small_copy, pictures, tmp_path / "stats", resume=True)
     run(small_copy, pictures, tmp_path / "again")

@@ -129,6 +129,7 @@ def test_the_blocks_run_on_half_of_the_embedded_model(kitchen: Path, monkeypatch
     monkeypatch.chdir(kitchen)
     images = kitchen / PLACEHOLDERS["folder of images"]
     monkeypatch.setattr("glmq.jobs.calibrate.default_images", lambda: images)  # not the thirty that come with glmq
+    monkeypatch.setattr("glmq.jobs.side_by_side.CAPTION_TOKENS", 2)
     done: set[str] = set()
     for block in BLOCKS.values():
         for words in block.commands():
