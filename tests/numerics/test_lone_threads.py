@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 
 from glmq.numerics.lone_threads import lone_threads
@@ -26,3 +27,15 @@ def test_each_thread_computes_alone_and_the_caller_as_before() -> None:
     later.start()
     later.join()
     assert born_later == [own]
+
+
+def test_a_caller_that_computes_alone_needs_no_other_thread() -> None:
+    own = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with lone_threads(1) as pool:
+            assert list(pool.map(lambda _: threading.get_ident(), range(2))) == [threading.get_ident()] * 2
+            with pytest.raises(ValueError, match="invalid literal"):
+                list(pool.map(int, ["x"]))
+    finally:
+        torch.set_num_threads(own)
