@@ -19,12 +19,13 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from glmq.calibration.encode import encode_sample
 from glmq.calibration.resume import CalibrationJournal
-from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
+from glmq.calibration.samples import GeneratedAnswer, Sample
 from glmq.checkpoint.json_file import JsonValue
 from glmq.device import free_bytes
-from glmq.errors import SampleError
 from glmq.model.cache import TokenCache, cache_bytes
+from glmq.model.greedy import HEAD_ROWS, fit_into, likeliest_tokens
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.progress import resident_bytes
@@ -35,8 +36,6 @@ CACHE_BYTES: Final = 2 * 2**30
 """Keys and values of one round of samples take at most this, unless it is a single sample."""
 KEPT_SHARE: Final = 0.5
 """Of the free memory that weights may fill which stay placed from token to token."""
-HEAD_ROWS: Final = 8192
-"""Rows of lm_head that are in memory at one time."""
 RECORD_SECONDS: Final = 2.0
 """A record comes at most this often."""
 
@@ -67,7 +66,7 @@ def plan_generation(
         CheckpointError: a tensor of the first text layer is missing or not finite.
     """
     asked = [index for index, sample in enumerate(samples) if not sample.answer]
-    lengths = {index: _encode(preprocessor, samples[index]).tokens for index in asked}
+    lengths = {index: encode_sample(preprocessor, samples[index]).tokens for index in asked}
 
     def cached(members: Sequence[int]) -> int:
         places = max(lengths[index] for index in members) + max_tokens
@@ -87,14 +86,10 @@ def plan_generation(
     with model.placed(first):
         seconds_per_byte = (time.perf_counter() - started) / sizes[first]
     room = int(KEPT_SHARE * free_bytes(model.device)) - max(map(cached, rounds), default=0)
-    kept: set[str] = set()
-    for name, nbytes in sizes.items():
-        if nbytes <= room:
-            kept.add(name)
-            room -= nbytes
+    kept = fit_into(sizes, room)
     total, staying = sum(sizes.values()), sum(sizes[name] for name in kept)
     reading = len(rounds) * (max_tokens * (total - staying) + staying) * seconds_per_byte
-    return GenerationPlan(max_tokens, tuple(rounds), total, frozenset(kept), staying, reading)
+    return GenerationPlan(max_tokens, tuple(rounds), total, kept, staying, reading)
 
 
 def generate_answers(
@@ -209,7 +204,7 @@ class _Round:
         with model.placed(*(self._family.vision_stem if pictured else ())):
             for index, sample in enumerate(self._samples):
                 if sample.image is not None:
-                    inputs = _encode(self._preprocessor, sample)
+                    inputs = encode_sample(self._preprocessor, sample)
                     vision[index], read[index] = model.vision_call(inputs), inputs.without_pixels()
         for block in range(model.config.vision_depth) if vision else ():
             name = f"{self._family.vision}.blocks.{block}"
@@ -220,7 +215,7 @@ class _Round:
         positions: list[int] = []
         with model.placed(*((*self._family.vision_stem, *self._family.vision_tail) if vision else ())):
             for index, sample in enumerate(self._samples):
-                inputs = read.pop(index) if index in read else _encode(self._preprocessor, sample)
+                inputs = read.pop(index) if index in read else encode_sample(self._preprocessor, sample)
                 with model.embedding_rows(inputs.ids):
                     call, position = model.prompt_call(inputs, vision.pop(index, None))
                 calls.append(call)
@@ -245,18 +240,10 @@ class _Round:
             source.prefetch(tensor for tensor in source if tensor.startswith(f"{name}."))
 
     def _choose(self, x: Tensor) -> Tensor:
-        """The most likely token of each row of the normed [S, width]: int64 [S], on the CPU; the lowest of equals."""
-        best = torch.full((x.shape[0],), -torch.inf)
-        chosen = torch.zeros(x.shape[0], dtype=torch.int64)
-        config = self._model.config
-        for start in range(0, config.vocab_size, HEAD_ROWS):
-            logits = (x @ self._head_rows(start).T).float().cpu()
-            if start <= config.image_token_id < start + HEAD_ROWS:
-                logits[:, config.image_token_id - start] = -torch.inf  # an answer with it would want pixels
-            highest, where = logits.max(1)
-            chosen = torch.where(highest > best, where + start, chosen)
-            best = torch.maximum(highest, best)
-        return chosen
+        """The next token of each row of the normed [S, width]: int64 [S], on the CPU."""
+        starts = range(0, self._model.config.vocab_size, HEAD_ROWS)
+        pieces = ((start, (x @ self._head_rows(start).T).float().cpu()) for start in starts)
+        return likeliest_tokens(pieces, self._model.config.image_token_id)
 
     def _head_rows(self, start: int) -> Tensor:
         if start in self._head:
@@ -277,13 +264,6 @@ def _weight_bytes(model: StreamedModel) -> dict[str, int]:
         name: sum(parameter.numel() for parameter in model.module(name).parameters()) * model.dtype.itemsize
         for name in names
     }
-
-
-def _encode(preprocessor: Preprocessor, sample: Sample) -> ModelInputs:
-    try:
-        return preprocessor.encode(open_image(sample), sample.prompt, None)
-    except SampleError as error:
-        raise SampleError(f"{sample.name}: {error}") from error
 
 
 class _Clock:

@@ -245,6 +245,7 @@ def quantize(
 
     from glmq.checkpoint.json_file import write_whole
     from glmq.cli.console import showing, stderr, stdout
+    from glmq.cli.malloc import share_one_heap
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.cli.stopped import resuming_command
@@ -254,6 +255,7 @@ def quantize(
     from glmq.quantization.recipe import Options, make_recipe
     from glmq.ranks import read_place
 
+    share_one_heap()
     options = Options(
         w_bit=w_bit,
         a_bit=a_bit,

@@ -36,9 +36,14 @@ def lone_threads(count: int) -> Iterator[Executor]:
         started.wait()
 
     with ThreadPoolExecutor(count) as pool:
-        ready = [pool.submit(start) for _ in range(count)]
-        started.wait()
-        torch.set_num_threads(own)  # set_num_threads also changes what threads not yet born begin with
+        try:
+            ready = [pool.submit(start) for _ in range(count)]
+            started.wait()
+        except BaseException:
+            started.abort()  # or the threads that have begun would wait for the others for ever
+            raise
+        finally:
+            torch.set_num_threads(own)  # the threads' calls also changed what those not yet born begin with
         for future in ready:
             future.result()
         yield pool

@@ -18,12 +18,13 @@ from torch import Tensor
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.cache import TokenCache
 from glmq.model.config import ModelConfig
+from glmq.model.greedy import HEAD_ROWS, fit_into, likeliest_tokens
 from glmq.model.inputs import ModelInputs
 from glmq.model.streamed import BlockCall
 from glmq.progress import StepPlan, resident_bytes
 from glmq.records import BlockDone
 from glmq.verification.int8_model import Int8Linear, open_model, placed
-from glmq.verification.predictions import HEAD_ROWS, Head
+from glmq.verification.predictions import Head
 from glmq.verification.trial import Load, guess_forward, time_of_token, try_forward
 
 
@@ -151,19 +152,14 @@ class Answering:
         """Which modules stay in memory, and what one token takes by the time of the first text layer."""
         model, first = self._model, self._layers[0]
         sizes = self._sizes()
-        kept: set[str] = set()
-        room = memory_bytes
-        for name, nbytes in sizes.items():
-            if nbytes <= room:
-                kept.add(name)
-                room -= nbytes
+        kept = fit_into(sizes, memory_bytes)
         started = time.perf_counter()
         with placed(model, first):
             read = time.perf_counter() - started
             run = time_of_token(model, first)
         total, staying = sum(sizes.values()), sum(sizes[name] for name in kept)
         seconds = (run * total + read * (total - staying)) / sizes[first]
-        return frozenset(kept), AnswerPlan(total, staying, seconds)
+        return kept, AnswerPlan(total, staying, seconds)
 
     def _sizes(self) -> dict[str, int]:
         """Text layers and lm_head, each with its bytes in memory: four for a float, one for an integer weight."""
@@ -216,16 +212,10 @@ class Answering:
                 yield
 
     def _choose(self, hidden: Tensor) -> int:
-        """The most likely token after the last layer's float32 [1, width]; the lowest id of equals."""
+        """The next token, after the last layer's float32 [1, width]."""
         with self._placed(self._norm):
             x = self._model.module(self._norm)(hidden)
-        best, chosen, image = -torch.inf, 0, self._config.image_token_id
-        for start in range(0, self._config.vocab_size, HEAD_ROWS):
-            stop = min(start + HEAD_ROWS, self._config.vocab_size)
-            logits = self._head.logits(x, start, stop)[0]
-            if start <= image < stop:
-                logits[image - start] = -torch.inf  # an answer with it would want pixels
-            highest, where = logits.max(0)
-            if float(highest) > best:
-                best, chosen = float(highest), start + int(where)
-        return chosen
+        size = self._config.vocab_size
+        cuts = ((start, min(start + HEAD_ROWS, size)) for start in range(0, size, HEAD_ROWS))
+        pieces = ((start, self._head.logits(x, start, stop)) for start, stop in cuts)
+        return int(likeliest_tokens(pieces, self._config.image_token_id))

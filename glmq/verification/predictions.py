@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from glmq.checkpoint.linears import decode_linear, integer_linears
 from glmq.checkpoint.reader import Checkpoint
+from glmq.model.greedy import HEAD_ROWS
 from glmq.model.inputs import ModelInputs
 from glmq.numerics.int8_linear import run_linear
-
-HEAD_ROWS: Final = 8192
-"""Rows of lm_head that are in memory at one time."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -451,6 +451,26 @@ def test_freed_weights_do_not_stay_in_the_process() -> None:
     assert int(found.stdout) < 16 << 20
 
 
+ONE_HEAP = """
+import ctypes, threading
+from glmq.cli.malloc import share_one_heap
+share_one_heap()
+libc, found = ctypes.CDLL(None), []
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+thread = threading.Thread(target=lambda: found.append(libc.malloc(50_000)))
+thread.start()
+thread.join()
+print(abs(found[0] - libc.malloc(50_000)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left as they are")
+def test_threads_of_a_run_allocate_from_one_heap() -> None:
+    found = subprocess.run([sys.executable, "-c", ONE_HEAP], cwd=PACKAGES, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 64 << 20  # a heap of a thread's own lies gigabytes away
+
+
 def test_the_options_of_the_engines_own_command_do_what_they_say(w8a8s: Path, tmp_path: Path) -> None:
     out, split = tmp_path / "out", tmp_path / "split"
     vendor = ["--multiprocess_num", "4", "--trust_remote_code", "--save_split_w8a8s_dir", split]

@@ -39,3 +39,19 @@ def test_a_caller_that_computes_alone_needs_no_other_thread() -> None:
                 list(pool.map(int, ["x"]))
     finally:
         torch.set_num_threads(own)
+
+
+def test_a_thread_that_cannot_be_started_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, begin, begun = torch.get_num_threads(), threading.Thread.start, list[threading.Thread]()
+
+    def start(thread: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(thread)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"), lone_threads(3):
+        pass
+    assert [thread.is_alive() for thread in begun] == [False, False]
+    assert torch.get_num_threads() == own
