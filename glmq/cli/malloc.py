@@ -25,8 +25,8 @@ def return_large_buffers() -> None:
 def share_one_heap() -> None:
     """Have all threads allocate from the heap of the first one.
 
-    glibc gives threads heaps of their own and keeps what was freed in each. On 2 layers of hidden size 4096 the peak of `quantize`
-    was 1764 MiB with two threads, so it is 1590.
+    glibc gives threads heaps of their own and keeps what was freed in each. On 2 layers of hidden size 4096 and two threads the
+    peak of `quantize` was 1764 MiB, so it is 1590.
     """
     _set_options({ARENA_MAX: 1})
 
