@@ -134,7 +134,7 @@ def test_a_model_that_keeps_talking_stops_at_the_limit_and_never_says_the_image_
     changed = type(config)(
         **{name: getattr(config, name) for name in config.__dataclass_fields__} | {"image_token_id": first[0]}
     )
-    monkeypatch.setattr("glmq.calibration.generate.open_image", lambda _: None)  # no placeholder in the prompt then
+    monkeypatch.setattr("glmq.calibration.encode.open_image", lambda _: None)  # no placeholder in the prompt then
     monkeypatch.setattr(f"{__name__}.read_config", lambda _: changed)
     render = Preprocessor._render_once
 
