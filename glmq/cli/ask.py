@@ -84,7 +84,7 @@ def ask(
     """
     from glmq.cli.progress import ProgressView
     from glmq.errors import UsageError
-    from glmq.jobs.ask import ANSWERING, check_picture, open_asker
+    from glmq.jobs.ask import ANSWERING, READING, check_picture, open_asker
     from glmq.model.inputs import DEFAULT_PROMPT
 
     is_interactive = prompt is None and not json_output and sys.stdin.isatty()
@@ -93,8 +93,9 @@ def ask(
             raise UsageError("give a question with --prompt, a picture with --image, or both")
         prompt = DEFAULT_PROMPT
     check_picture(image, shrinks=max_pixels is not None)
+    hidden = {ANSWERING} if sys.stdout.isatty() else set[str]()
     with (
-        ProgressView(quiet=quiet or json_output, hidden={ANSWERING} if sys.stdout.isatty() else ()) as view,
+        ProgressView(quiet=quiet or json_output, hidden=hidden, fleeting={READING, ANSWERING}) as view,
         open_asker(folder, max_pixels=max_pixels, chat_template=chat_template, watch=view) as asker,
     ):
         question = _Question(asker, image, max_new_tokens, shrinks=max_pixels is not None)
@@ -123,12 +124,14 @@ class _Question:
             stderr.say(answer_line(found))
 
     def answer_lines(self, view: ProgressView) -> None:
-        """Answer what is typed, line by line, until the end of the input. Ctrl-C ends one answer, an error one question."""
+        """Answer what is typed, line by line, until the input ends. Ctrl-C ends an answer or a line, an error one question."""
         from glmq.cli.console import stderr
         from glmq.errors import SampleError, UsageError
 
         about = "" if self._image is None else f" about {self._image}"
-        stderr.say(f"Ask{about}, a question a line, each on its own; Ctrl-C ends an answer, Ctrl-D ends.")
+        stderr.say(
+            f"Type a question{about}, one a line; none knows of those before it. Ctrl-C stops an answer, Ctrl-D leaves."
+        )
         with suppress(ImportError):
             import readline  # noqa: F401  `input` edits the line with it
         while True:
@@ -137,13 +140,16 @@ class _Question:
             except EOFError:
                 stderr.print()
                 return
+            except KeyboardInterrupt:
+                stderr.print()
+                continue
             if not prompt:
                 continue
             try:
                 with view:  # which stops a bar
                     self.answer(prompt, json_output=False, quiet=False)
             except KeyboardInterrupt:
-                continue
+                stderr.say("stopped")
             except (SampleError, UsageError) as error:
                 stderr.say(f"error: {error}")
 
@@ -160,7 +166,8 @@ class _Question:
                 shrinks=self._shrinks,
             )
         except KeyboardInterrupt:
-            streamed.end()
+            if streamed.has_begun:
+                streamed.end()
             raise
         if tells:
             streamed.end()

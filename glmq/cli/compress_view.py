@@ -142,7 +142,7 @@ def next_steps(result: CompressionResult) -> list[str]:
     devices = ", ".join(str(rank) for rank in range(world))
     return [
         f"Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
-        f"{result.folder}, worldSize to {world} and npuDeviceIds to [[{devices}]], then start mindieservice_daemon."
+        f"{result.folder.absolute()}, worldSize to {world} and npuDeviceIds to [[{devices}]], then start mindieservice_daemon."
     ]
 
 

@@ -59,23 +59,27 @@ def _run(folder: Path, model: Path, pictures: Path, cases: Path, *, overwrite: b
 
     torch.set_num_threads(1)  # the tiny model's matrices are too small to share between threads
     stats, quantized, packed = folder / "statistics", folder / "w8a8s", folder / "w8a8s-compressed"
+    _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --generate {MAX_TOKENS} --stats {stats}")
+    options = glmq.CalibrationOptions(images=pictures, generate=MAX_TOKENS)
     with ProgressView(quiet=False) as view:
-        _say(f"glmq calibrate --model-path {model} --calib-images {pictures} --generate {MAX_TOKENS} --stats {stats}")
-        options = glmq.CalibrationOptions(images=pictures, generate=MAX_TOKENS)
         glmq.calibrate(model, out=stats, options=options, overwrite=overwrite, watch=view)
-        _say(
-            f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
-            "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
-        )
-        recipe = glmq.Recipe.w8a8s(sigma=3.0, dtype="fp16")
+    _say(
+        f"glmq quantize --model_path {model} --stats {stats} --save_directory {quantized} "
+        "--w_bit 4 --is_lowbit True --use_sigma True --torch_dtype fp16"
+    )
+    recipe = glmq.Recipe.w8a8s(sigma=3.0, dtype="fp16")
+    with ProgressView(quiet=False) as view:
         result = glmq.quantize(model, stats, out=quantized, recipe=recipe, overwrite=overwrite, watch=view)
-        show_quantization(result, model, verbose=False)
-        _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
+    show_quantization(result, model, verbose=False)
+    _say(f"glmq compress --model_path {quantized} --save_directory {packed} --codec portable")
+    with ProgressView(quiet=False) as view:
         compression = glmq.compress(quantized, out=packed, tp=1, codec="portable", overwrite=overwrite, watch=view)
-        stdout.print(size_table(compression.sizes, compression.codec, compression.world))
-        _say(f"glmq verify {quantized} --reference {model} --cases {cases} --limit {VERIFIED_CASES}")
-        asked = glmq.CaseOptions(cases=cases, limit=VERIFIED_CASES)
-        show_verification(glmq.verify(quantized, reference=model, cases=asked, watch=view), quiet=True, verbose=False)
+    stdout.print(size_table(compression.sizes, compression.codec, compression.world))
+    _say(f"glmq verify {quantized} --reference {model} --cases {cases} --limit {VERIFIED_CASES}")
+    asked = glmq.CaseOptions(cases=cases, limit=VERIFIED_CASES)
+    with ProgressView(quiet=False) as view:
+        verification = glmq.verify(quantized, reference=model, cases=asked, watch=view)
+    show_verification(verification, quiet=True, verbose=False)
     stdout.print()
     stdout.print(captions_table(unseen.name, {"float": _caption(model, unseen), "W8A8S": _caption(quantized, unseen)}))
 

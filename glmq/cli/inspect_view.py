@@ -106,8 +106,8 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
             row.layer,
             str(row.tensors),
             percent(row.relative_l2),
-            FAMILY.short_name(row.worst),
             percent(row.worst_relative_l2),
+            FAMILY.short_name(row.worst),
         ]
         for row in layers
     ]
@@ -115,18 +115,19 @@ def show_comparison(found: Comparison, *, limit: int | None, verbose: bool) -> N
         Column("layer", left=True),
         Column("tensors", drop=3),
         Column("difference"),
-        Column("largest in", drop=2, left=True),
-        Column("its difference"),
+        Column("largest"),
+        Column("largest at", drop=2, left=True),
     ]
     stdout.print(FittedTable("Layers", columns, cells[:-1], total=cells[-1]))
     if found.verdict_place:
         stdout.say(found.verdict_place)
         stdout.print(f"  {found.verifying_command}", soft_wrap=True)
+        stdout.print()
     for one in found.incomparable:
         _print_mark("error", f"{one.name}: {one.reason}")
     for title, patterns in (("Only in A", found.only_a), ("Only in B", found.only_b)):
         _show_patterns(title, patterns)
-    for title, changes in (("config.json", found.config), ("description", found.description)):
+    for title, changes in (("config.json", found.config), ("the description", found.description)):
         _show_changes(title, changes, verbose=verbose)
 
 
@@ -282,7 +283,7 @@ def _show_changes(title: str, changes: Sequence[KeyChange], *, verbose: bool) ->
         return
     left = 0 if verbose else max(len(changes) - SHOWN_ROWS, 0)
     columns = [Column("key", left=True), *(Column(side, left=True, wraps=True) for side in "AB")]
-    rows = [[c.key, _or_absent(c.a), _or_absent(c.b)] for c in changes[: len(changes) - left]]
+    rows = [[FAMILY.short_name(c.key), _or_absent(c.a), _or_absent(c.b)] for c in changes[: len(changes) - left]]
     caption = f"{left} more; -v shows all" if left else ""
     stdout.print(FittedTable(f"Differences of {title}", columns, rows, caption=caption))
 

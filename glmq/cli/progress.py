@@ -43,6 +43,7 @@ class ProgressView:
         events: file that the events are appended to as JSON lines; None: none.
         verb: the command, for that file.
         hidden: titles of passes that are not drawn, because what they give is to be seen as they make it.
+        fleeting: titles of passes that leave no line when they end, because what is said later has their times.
         clock: seconds.
     """
 
@@ -54,9 +55,11 @@ class ProgressView:
         events: Path | None = None,
         verb: str = "",
         hidden: Container[str] = (),
+        fleeting: Container[str] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._quiet, self._verbose, self._hidden, self._clock = quiet, verbose, hidden, clock
+        self._quiet, self._verbose, self._clock = quiet, verbose, clock
+        self._hidden, self._fleeting = hidden, fleeting
         self._file = _open_events(events, verb)
         self._remaining = Remaining(clock)
         self._pass = PassStarted("", "blocks", 0)
@@ -99,8 +102,9 @@ class ProgressView:
                 self._line()
             case PassDone():
                 self._stop()
-                for line in done_lines(event, self._pass.unit, verbose=self._verbose):
-                    self._say(line)
+                if self._pass.title not in self._fleeting:
+                    for line in done_lines(event, self._pass.unit, verbose=self._verbose):
+                        self._say(line)
             case Note():
                 stderr.say(event.text)
             case BlockStep() | RunPlanned():
@@ -151,8 +155,8 @@ class ProgressView:
         if self._live is not None or self._clock() < self._line_due:
             return
         self._line_due = self._clock() + LINE_SECONDS
-        share = f"{self._remaining.share():.0%}, {duration(self._remaining.elapsed())} gone"
-        memory = f"{self._resident_bytes / MIB:.0f} MiB"
+        share = f"{self._share():.0%}, {duration(self._remaining.elapsed())} gone"
+        memory = f"{self._resident_bytes / MIB:.0f} MiB resident"
         self._say(f"{self._title()}: {self._count()}, {self._at}; {share}{self._times(', about {} left')}, {memory}")
 
     def _say(self, line: str) -> None:
@@ -175,6 +179,11 @@ class ProgressView:
             return size(self._pass.total)
         return f"{self._pass.total} {self._pass.unit}{rest}"
 
+    def _share(self) -> float:
+        """Of the run, what is done; 99 % until all of it is."""
+        share = self._remaining.share()
+        return share if share >= 1.0 else min(share, 0.99)
+
     def _times(self, words: str) -> str:
         left = self._remaining.left()
         return "" if left is None or left < SHORTEST else words.format(duration(left))
@@ -188,7 +197,7 @@ class ProgressView:
         where.add_row(
             self._spinner, Text(f"{self._title()}: {self._count()}  {self._at}", no_wrap=True, overflow="ellipsis")
         )
-        share = self._remaining.share()
+        share = self._share()
         times = f"{share:4.0%}  {duration(self._remaining.elapsed())} gone" + self._times(", about {} left")
         memory = f", {self._resident_bytes / MIB:.0f} MiB" if self._resident_bytes else ""
         if len(times) + len(memory) + 12 <= stderr.width:

@@ -73,9 +73,11 @@ class Streamed:
 
     def __init__(self) -> None:
         self._flow = Flow(width_of(sys.stdout))
+        self.has_begun = False
 
     def add(self, piece: str) -> None:
         """Write a piece, at once but for a word that is not whole."""
+        self.has_begun = True
         self._write(self._flow.add("\n".join(visible(line) for line in piece.split("\n"))))
 
     def end(self) -> None:
@@ -135,8 +137,8 @@ def samples_table(samples: Sequence[SampleTokens]) -> FittedTable:
     return FittedTable(
         "Calibration samples",
         [Column("sample", left=True), Column("tokens"), Column("answer", drop=1, left=True)],
-        [[sample.name, str(sample.tokens), "yes" if sample.has_answer else "no"] for sample in samples],
-        total=[counted(len(samples), "sample"), str(sum(s.tokens for s in samples)), ""],
+        [[sample.name, f"{sample.tokens:,}", "yes" if sample.has_answer else "no"] for sample in samples],
+        total=[counted(len(samples), "sample"), f"{sum(s.tokens for s in samples):,}", ""],
     )
 
 
@@ -344,7 +346,7 @@ def next_steps(folder: Path, recipe: Recipe) -> list[str]:
         titles = [place.engine.spec.title for place in places if place.dtypes(quant_type)]
         return [f"Next: serve it with {' or '.join(titles)}; MindIE does not load {quant_type.value}."]
     return [
-        f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder} "
+        f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder.absolute()} "
         "in conf/config.json of mindie-service, then start mindieservice_daemon. "
         "The speed-up needs the NPU engine."
     ]

@@ -32,7 +32,7 @@ COLUMNS: Final[tuple[tuple[Column, Callable[[SweepRow, bool, bool], Cell]], ...]
         lambda row, error, kl: marked(row.median_error, f"{row.median_error:.2%}{_sign(error)}"),
     ),
     (Column("worst error", drop=2), lambda row, error, kl: marked(row.worst_error, f"{row.worst_error:.2%}")),
-    (Column("at", drop=8, left=True), lambda row, error, kl: FAMILY.short_name(row.worst_linear)),
+    (Column("worst at", drop=8, left=True), lambda row, error, kl: FAMILY.short_name(row.worst_linear)),
     (
         Column("KL"),
         lambda row, error, kl: "" if row.divergence is None else f"{row.divergence.kl:.2g}{_sign(kl)}",
@@ -72,7 +72,7 @@ def sweep_table(found: Sweep) -> FittedTable:
     caption = f"{BEST} no other recipe is both as small and as close; size: as it is served, sparse types compressed"
     if found.samples:
         positions = max(row.divergence.positions for row in found.rows if row.divergence is not None)
-        caption += f"; KL in nats over {positions} positions of {counted(len(found.samples), 'sample')}"
+        caption += f"; KL in nats over {positions:,} positions of {counted(len(found.samples), 'sample')}"
     caption = "; ".join(
         [caption, *legend(error for row in found.rows for error in (row.median_error, row.worst_error))]
     )

@@ -17,7 +17,9 @@ from glmq.quantization.recipe import Recipe
 from glmq.spec import Form
 from glmq.wording import counted
 
-ANSWERS_COUNT: Final = "answers are most of what a thinking model computes; with --generate 256 it writes them"
+ANSWERS_COUNT: Final = (
+    "most of what a thinking model computes is its answer, and --generate 256 lets the model write one"
+)
 GIB: Final = 2**30
 
 
@@ -50,7 +52,7 @@ def describe_convergence(assessment: Assessment | None, *, unanswered: int) -> I
             f"(medians over {assessment.inputs} text inputs)"
         )
         worst = "; ".join(f"{FAMILY.short_name(site)}: {_changes(change)}" for site, change in assessment.worst)
-        yield f"  most at {worst}"
+        yield f"  changed most: {worst}"
         if not assessment.is_settled:
             aim = "for sparse and 4-bit weights " if assessment.has_settled_ranges else ""
             yield f"  {aim}more images would help, of the kind that the model will be asked about, and samples with answers"
@@ -91,8 +93,9 @@ def describe_generation(plan: GenerationPlan) -> str:
         if read
         else "the weights once"
     )
-    minutes = plan.read_seconds / 60
-    time_needed = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+    seconds = plan.read_seconds
+    minutes = f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
+    time_needed = f"{seconds / 3600:.1f} h" if seconds >= 5400 else minutes
     return (
         f"generate: {counted(asked, 'sample is', 'samples are')} answered in up to {plan.max_tokens} tokens{rounds}; "
         f"reading {weights} takes up to about {time_needed}"

@@ -14,7 +14,7 @@ from html import escape
 from itertools import product
 from typing import Final
 
-from glmq.reporting.svg import WIDTH, drawing, level_line, remark, round_up, text_at
+from glmq.reporting.svg import WIDTH, drawing, legend, level_line, remark, round_up, sample, text_at
 from glmq.reporting.words import percent, size
 
 LABEL_WIDTH: Final = 170
@@ -88,8 +88,8 @@ def heat_map(
         if x % every == 0:
             parts.append(text_at(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
     parts.append(text_at(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
-    parts += _heat_legend(22 + len(rows) * cell_h + 12, low, high, what, has_zero=0.0 in drawn)
-    return drawing(22 + len(rows) * cell_h + 34, parts, what)
+    key = _heat_legend(low, high, what, has_zero=0.0 in drawn)
+    return f"<div>{drawing(22 + len(rows) * cell_h + 4, parts, what)}{key}</div>"
 
 
 def _heat_cell(x: float, y: float, width: float, height: float, share: float | None) -> str:
@@ -106,18 +106,18 @@ def _shade(share: float) -> str:
     return "#{:02x}{:02x}{:02x}".format(*mixed)
 
 
-def _heat_legend(top: float, low: float, high: float, what: str, *, has_zero: bool) -> list[str]:
+def _heat_legend(low: float, high: float, what: str, *, has_zero: bool) -> str:
     """What the colours mean: from light to dark, with the values at both ends."""
-    x, steps, width = float(LABEL_WIDTH), 12, 14
-    parts = [text_at(x - 8, top + 11, what, anchor="end"), text_at(x, top + 11, f"up to {percent(low)}")]
-    x += 20 + 6.5 * len(f"up to {percent(low)}")
-    parts += [_heat_cell(x + width * step, top, width + 0.5, 14, step / (steps - 1)) for step in range(steps)]
-    x += width * steps + 8
-    parts.append(text_at(x, top + 11, f"{percent(high)}, logarithmic; darker is larger"))
+    steps, width = 12, 14
+    shades = "".join(_heat_cell(width * step, 0, width + 0.5, 14, step / (steps - 1)) for step in range(steps))
+    items = [
+        escape(what),
+        escape(f"up to {percent(low)}") + sample(width * steps, 14, shades) + escape(percent(high)),
+        "logarithmic; darker is larger",
+    ]
     if has_zero:
-        x += 20 + 6.2 * len(f"{percent(high)}, logarithmic; darker is larger")
-        parts += [_heat_cell(x, top, 22, 14, None), text_at(x + 28, top + 11, "exactly 0")]
-    return parts
+        items.append(f"{sample(24, 16, _heat_cell(1, 1, 22, 14, None))}exactly 0")
+    return legend(items)
 
 
 def columns_chart(labels: Sequence[str], values: Sequence[float], what: str, across: str = "block") -> str:
@@ -161,30 +161,30 @@ def columns_chart(labels: Sequence[str], values: Sequence[float], what: str, acr
 
 
 def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:
-    """One horizontal bar per key, of parts in bytes; the same part has the same colour in each."""
+    """One horizontal bar per key, of parts in bytes, as wide as the page; the same part has the same colour in each."""
     names = list(dict.fromkeys(name for parts in bars.values() for name in parts))
     longest = max((sum(parts.values()) for parts in bars.values()), default=0)
     if longest == 0:
         return remark(f"No {what}.")
-    room = WIDTH - LABEL_WIDTH - 90
     out: list[str] = []
-    for y, (label, parts) in enumerate(bars.items()):
-        top, x = 6 + y * 38, float(LABEL_WIDTH)
-        out.append(text_at(LABEL_WIDTH - 8, top + 18, label, anchor="end"))
+    for label, parts in bars.items():
+        x, drawn = 0.0, ""
         for name, nbytes in parts.items():
-            wide = room * nbytes / longest
-            out.append(
-                f'<rect class="part{names.index(name) % 6}" x="{x:.1f}" y="{top}" width="{max(wide - 1, 0.5):.1f}" '
-                f'height="26" rx="2"><title>{escape(f"{name}: {size(nbytes)}")}</title></rect>'
+            wide = WIDTH * nbytes / longest
+            drawn += (
+                f'<rect class="part{names.index(name) % 6}" x="{x:.1f}" y="0" width="{max(wide - 1, 0.5):.1f}" height="26">'
+                f"<title>{escape(f'{name}: {size(nbytes)}')}</title></rect>"
             )
             x += wide
-        out.append(text_at(x + 8, top + 18, size(sum(parts.values()))))
-    top, x = 14 + len(bars) * 38, float(LABEL_WIDTH)
-    for index, name in enumerate(names):
-        out.append(f'<rect class="part{index % 6}" x="{x:.1f}" y="{top}" width="11" height="11" rx="2"/>')
-        out.append(text_at(x + 17, top + 10, name))
-        x += 34 + 7.0 * len(name)
-    return drawing(top + 20, out, what)
+        out.append(
+            f'<span>{escape(label)}</span><svg role="img" aria-label="{escape(f"{what}, {label}")}" '
+            f'viewBox="0 0 {WIDTH} 26" preserveAspectRatio="none">{drawn}</svg><span>{size(sum(parts.values()))}</span>'
+        )
+    keys = [
+        sample(11, 11, f'<rect class="part{index % 6}" width="11" height="11" rx="2"/>') + escape(name)
+        for index, name in enumerate(names)
+    ]
+    return f'<div><div class="stack">{"".join(out)}</div>{legend(keys)}</div>'
 
 
 def histogram_pair(before: Sequence[int], after: Sequence[int], low: float, high: float, what: str) -> str:

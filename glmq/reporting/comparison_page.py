@@ -61,7 +61,7 @@ def comparison_page(found: Comparison) -> str:
             "Tensors, largest difference first",
             split_table(header, [_diff_row(diff) for diff in found.diffs], 2),
             note="Smoothing is taken out through the norms, so that a difference is one of the function."
-            + (f" {found.verdict_place} {found.verifying_command}" if found.verdict_place else ""),
+            + (f" {found.verdict_place} `{found.verifying_command}`" if found.verdict_place else ""),
         )
     )
     sections += [
@@ -143,7 +143,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
         bits = f"{diff.entropy_a:.2f} → {diff.entropy_b:.2f}"
     return [
         cell(FAMILY.short_name(diff.name), code=True, anchor=anchor_of("tensor", diff.name)),
-        f"{diff.type_a} → {diff.type_b}",
+        f"{diff.type_a}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{diff.type_b}",
         percent(diff.relative_l2),
         "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
         f"{diff.max_abs:.3g}",

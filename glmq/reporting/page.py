@@ -27,6 +27,8 @@ LISTED: Final = 60
 _BREAKS: Final = re.compile(r"(?<=[./=])(?=\w)")
 """Where a name may go on in the next line."""
 
+_COMMAND: Final = re.compile("`([^`]*)`")
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -113,9 +115,22 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str | Cell]], used: Se
 
 
 def section(title: str, *content: str, note: str = "") -> str:
-    """A headed part of the page."""
-    small = f'<p class="muted">{escape(note)}</p>' if note else ""
+    """A headed part of the page; what stands in backquotes in the note is a command."""
+    small = f'<p class="muted">{_prose(note)}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{small}{''.join(content)}</section>"
+
+
+def _prose(note: str) -> str:
+    """Escaped text, its commands in the typewriter face."""
+    pieces = _COMMAND.split(note)
+    return "".join(command(piece) if index % 2 else escape(piece) for index, piece in enumerate(pieces))
+
+
+def command(line: str) -> str:
+    """A command, which is broken between words alone, and within paths."""
+    words = line.split(" ")
+    whole = (f'<span class="word">{escape(word)}</span>' if word[:1] == "-" else breakable(word) for word in words)
+    return f"<code>{' '.join(whole)}</code>"
 
 
 def folded(title: str, content: str) -> str:
@@ -167,19 +182,19 @@ STYLE: Final = """
 :root {
   color-scheme: light dark;
   --ground: #f6f7f9; --surface: #ffffff; --text: #1b1f24; --muted: #646c77; --line: #e2e5ea; --soft: #eef1f5;
-  --accent: #2f5fd0; --second: #c2570c; --good: #14703f; --warn: #96600a; --bad: #b3261e;
+  --accent: #2f5fd0; --second: #c2570c; --good: #14703f; --warn: #96600a; --bad: #b3261e; --shade: #0003;
   --p0: #2f5fd0; --p1: #3a9a8f; --p2: #c9862b; --p3: #8a5bc7; --p4: #7b8794; --p5: #b34a6b;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --ground: #121417; --surface: #1a1d21; --text: #e4e7eb; --muted: #98a1ad; --line: #2c3138; --soft: #23272d;
-    --accent: #7da2ff; --second: #f0a35e; --good: #5cc98d; --warn: #e3b04b; --bad: #ff8a80;
+    --accent: #7da2ff; --second: #f0a35e; --good: #5cc98d; --warn: #e3b04b; --bad: #ff8a80; --shade: #fff4;
     --p0: #7da2ff; --p1: #5fc4b8; --p2: #e0ab5c; --p3: #b391e6; --p4: #9aa5b1; --p5: #df87a5;
   }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
-header, main, footer { max-width: 1080px; margin: 0 auto; padding: 0 24px; }
+header, main, footer { max-width: 1240px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 32px; }
 h1 { font-size: 26px; line-height: 1.25; margin: 0 0 6px; letter-spacing: -0.01em; text-wrap: balance; }
 header p { margin: 0; color: var(--muted); overflow-wrap: break-word; }
@@ -196,7 +211,14 @@ footer { color: var(--muted); padding-bottom: 32px; font-size: 13px; }
 .card .value { font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums; color: var(--text); }
 .card.good .mark { color: var(--good); } .card.warn .mark { color: var(--warn); } .card.bad .mark { color: var(--bad); }
 .card.bad { border-color: var(--bad); }
-.scroll { overflow-x: auto; margin-top: 10px; }
+.scroll { margin-top: 10px; }
+.scroll, .plot {  /* a shade at the side where there is more */
+  overflow-x: auto; background:
+    linear-gradient(to right, var(--surface) 40%, transparent) left / 32px 100% no-repeat local,
+    linear-gradient(to left, var(--surface) 40%, transparent) right / 32px 100% no-repeat local,
+    linear-gradient(to right, var(--shade), transparent) left / 14px 100% no-repeat scroll,
+    linear-gradient(to left, var(--shade), transparent) right / 14px 100% no-repeat scroll;
+}
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
 th { text-align: left; font-weight: 600; color: var(--muted); border-bottom: 1px solid var(--line); }
 th, td { padding: 5px 14px 5px 0; vertical-align: top; }
@@ -216,9 +238,12 @@ figure .muted { margin: 2px 0 0; }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 6px 28px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 6px 36px; }
 svg { display: block; max-width: 100%; }
-.plot { overflow-x: auto; }
 svg.chart { width: 100%; height: auto; }
 svg.wide { min-width: 900px; }
+.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; color: var(--muted); font-size: 12.5px; }
+.legend span { display: inline-flex; align-items: center; gap: 7px; } .legend svg { flex: none; }
+.stack { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: 10px 12px; align-items: center; }
+.stack { margin-top: 12px; color: var(--muted); font-size: 12.5px; } .stack svg { width: 100%; height: 26px; }
 svg a { cursor: pointer; } svg a:hover rect, svg a:focus rect { stroke: var(--text); stroke-width: 2; }
 svg.spark { display: inline-block; vertical-align: middle; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--muted); }
@@ -241,7 +266,12 @@ a { color: var(--accent); }
 .leader { stroke: var(--muted); stroke-width: 0.7; }
 .dot { fill: var(--accent); stroke: var(--surface); } .ring { fill: var(--surface); stroke: var(--muted); stroke-width: 1.6; }
 svg text.name { fill: var(--text); }
-@media (max-width: 480px) { .pair svg text { font-size: 14px; } }
+@media (max-width: 480px) {
+  .pair svg text { font-size: 14px; }
+  header, main, footer { padding-left: 12px; padding-right: 12px; }
+  section { padding: 14px 12px; }
+  th, td { padding-right: 9px; }
+}
 .cover { fill: var(--accent); fill-opacity: 0.32; }
 .seen { stroke: var(--text); stroke-width: 1.6; } .clip { stroke: var(--bad); stroke-width: 4; }
 .part0 { fill: var(--p0); } .part1 { fill: var(--p1); } .part2 { fill: var(--p2); }

@@ -40,13 +40,13 @@ def statistics_sections(found: StatisticsSummary) -> list[str]:
         section(
             "Inputs",
             split_table(header, rows, 1),
-            note="Largest over median: of the channels' magnitudes. Range grew: with the second half of the samples.",
+            note="Largest over median: of the channels' magnitudes. Range grew: by the second half of the samples.",
         ),
     ]
 
 
 def _settled_card(assessment: Assessment | None) -> str:
-    note = "by medians over the text inputs"
+    note = "by the median change over the text inputs"
     if assessment is None:
         return card("Settled", "unknown", "warn", "one sample does not show it")
     if assessment.is_settled:

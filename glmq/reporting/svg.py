@@ -42,3 +42,13 @@ def drawing(height: float, parts: Iterable[str], what: str, width: int = WIDTH) 
         f'<div class="plot"><svg class="{kind}" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
         f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg></div>'
     )
+
+
+def sample(width: int, height: int, shapes: str) -> str:
+    """A small drawing within a line of text, such as the colour that a legend speaks of."""
+    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" aria-hidden="true">{shapes}</svg>'
+
+
+def legend(items: Iterable[str]) -> str:
+    """What the colours of a chart mean, in as many lines as the page needs for it; the items are HTML."""
+    return f'<p class="legend">{"".join(f"<span>{item}</span>" for item in items)}</p>'

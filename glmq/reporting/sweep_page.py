@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING
 
-from glmq.reporting.page import Cell, breakable, card, cards, cell, figure, page, pair, section, table
+from glmq.reporting.page import Cell, card, cards, cell, command, figure, page, pair, section, table
 from glmq.reporting.scatter import Point, scatter_chart
 from glmq.reporting.words import percent, size, tone_of
 from glmq.wording import counted
@@ -28,7 +27,7 @@ def sweep_page(found: Sweep) -> str:
     if found.failures:
         rows = [(one.name, one.reason) for one in found.failures]
         sections.append(section("Not made", table(("recipe", "why"), rows, text_columns=2)))
-    commands = [figure(name, _code(command)) for name, command in found.commands.items()]
+    commands = [figure(name, command(line)) for name, line in found.commands.items()]
     note = "Each makes the checkpoint of its row, to the bit. Paths are as they were given to the sweep."
     sections.append(section("Commands", *commands, note=note))
     subtitle = [f"{found.model}, statistics {found.statistics}", f"float model: {size(found.float_bytes)}"]
@@ -92,13 +91,6 @@ def _say_kl(row: SweepRow, sign: str) -> str:
     if found is None:
         return ""
     return f"{found.kl:.3g}{sign}" + ("" if found.kl_error is None else f" ± {found.kl_error:.1g}")
-
-
-def _code(command: str) -> str:
-    """A command, which is broken between words alone, and within paths."""
-    words = command.split(" ")
-    whole = (f'<span class="word">{escape(word)}</span>' if word[:1] == "-" else breakable(word) for word in words)
-    return f"<code>{' '.join(whole)}</code>"
 
 
 def _rows_table(found: Sweep) -> str:

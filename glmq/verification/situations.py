@@ -33,7 +33,7 @@ class Situation(Enum):
     CHECKSUMS = (
         "checksums",
         "any changed bit of any tensor and file that glmq wrote",
-        "changes by somebody who wrote checksums and report anew: keep a copy of glmq_checksums.json elsewhere",
+        "changes by somebody who also rewrote checksums and report; a copy of glmq_checksums.json kept elsewhere shows them",
     )
 
     def __init__(self, has: str, finds: str, misses: str) -> None:

@@ -153,11 +153,11 @@ def test_the_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Pa
         "warning: the statistics have not settled: against half of the samples, ranges changed by 12%, mean squares 1"
     )
     assert lines[0].endswith("(medians over 25 text inputs)")
-    assert lines[1].startswith("  most at layers.")
+    assert lines[1].startswith("  changed most: layers.")
     assert lines[2:] == [
         "  more images would help, of the kind that the model will be asked about, and samples with answers",
-        "note: 2 samples have no answer; answers are most of what a thinking model computes; "
-        "with --generate 256 it writes them",
+        "note: 2 samples have no answer; most of what a thinking model computes is its answer, "
+        "and --generate 256 lets the model write one",
     ]
 
 

@@ -48,7 +48,7 @@ def test_json_says_how_it_ended(tiny_seed: Path, picture: Path) -> None:
 def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
     tiny: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = iter(["Describe it.", "", "stop", "Describe it."])
+    typed = iter(["Describe it.", "", "stop", "stop at once", "Describe it."])
 
     def type_in(_: str) -> str:
         try:
@@ -62,6 +62,11 @@ def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
 
         def interrupted(prompt: str, *args: object, **options: object) -> object:
             if prompt == "stop":
+                tell = options["tell"]
+                assert callable(tell)
+                tell("The back")
+                raise KeyboardInterrupt
+            if prompt == "stop at once":
                 raise KeyboardInterrupt
             return ask(prompt, *args, **options)
 
@@ -69,10 +74,11 @@ def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
         view: AbstractContextManager[object] = nullcontext()
         _Question(asker, picture, 5, shrinks=False).answer_lines(view)
     out, err = capsys.readouterr()
-    assert out == "The background is sky.\n\nThe background is sky.\n"  # what was stopped ends its line
+    assert out == "The background is sky.\nThe back\nThe background is sky.\n"  # what was stopped ends its line
     assert err.startswith(
-        f"Ask about {picture}, a question a line, each on its own; Ctrl-C ends an answer, Ctrl-D ends.\n"
+        f"Type a question about {picture}, one a line; none knows of those before it. Ctrl-C stops an answer, Ctrl-D leaves.\n"
     )
+    assert err.count("\nstopped\n") == 2
 
 
 def test_what_cannot_answer_is_said(

@@ -36,8 +36,8 @@ def test_the_screen_shows_tokens_and_the_next_command(small: Path, pictures: Pat
     assert re.fullmatch(r"  size: \d\.\d MiB", lines[7])
     assert lines[8:] == [
         "  statistics: settled for dense 8-bit weights; for sparse and 4-bit ones more images would help, -v says what moved",
-        "  answers: 2 samples have none; answers are most of what a thinking model computes; "
-        "with --generate 256 it writes them",
+        "  answers: 2 samples have none; most of what a thinking model computes is its answer, "
+        "and --generate 256 lets the model write one",
         f"Next: glmq quantize --model_path {small} --stats '{stats}' --save_directory ...",
     ]
     note, *progress = result.stderr.splitlines()

@@ -60,7 +60,7 @@ def test_progress_on_a_pipe_is_time_stamped_lines_ten_seconds_apart(capsys: pyte
     assert out == ""
     assert without_times(err) == [
         "calibrate (pass 1 of 2): 3 blocks, about 3 min for the whole run",
-        "calibrate (pass 1 of 2): 2 of 3 blocks, block 1; 26%, 58 s gone, about 3 min left, 100 MiB",
+        "calibrate (pass 1 of 2): 2 of 3 blocks, block 1; 26%, 58 s gone, about 3 min left, 100 MiB resident",
         "calibrate: 60 s, peak 300 MiB resident",
     ]
 
@@ -84,6 +84,26 @@ def test_quiet_progress_shows_nothing(capsys: pytest.CaptureFixture[str]) -> Non
         view(STARTED)
         view(done(0, 1.0))
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_fleeting_pass_leaves_no_line_when_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressView(quiet=False, fleeting={"quantize"}) as view:
+        view(STARTED)
+        view(PassDone(PassTime("quantize", 1.0, 2**20, ()), 0))
+    assert without_times(capsys.readouterr().err) == ["quantize: 4 blocks"]
+
+
+def test_a_run_is_not_all_done_before_its_end() -> None:
+    clock = Clock()
+    view = ProgressView(quiet=True, clock=clock)
+    view(RunPlanned((PassPlan("calibrate", (StepPlan("a", "text", 1000.0), StepPlan("b", "text", 1.0))),)))
+    view(PassStarted("calibrate", "blocks", 2))
+    clock.now = 1000.0
+    view(done(0, 1000.0, total=2))
+    assert view._share() == 0.99
+    clock.now = 1001.0
+    view(done(1, 1.0, total=2))
+    assert view._share() == 1.0
 
 
 def test_a_run_that_fails_shows_no_total(capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,10 +168,10 @@ def test_bytes_on_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
         view(PassDone(PassTime("compress", 40.0, 100 * 2**20, ()), 40 * 2**20))
     assert without_times(capsys.readouterr().err) == [
         "compress: 40.0 MiB",
-        "compress: 10.0 MiB of 40.0 MiB, tensor 9; 25%, 10 s gone, about 30 s left, 100 MiB",
-        "compress: 20.0 MiB of 40.0 MiB, tensor 19; 50%, 20 s gone, about 20 s left, 100 MiB",
-        "compress: 30.0 MiB of 40.0 MiB, tensor 29; 75%, 30 s gone, about 10 s left, 100 MiB",
-        "compress: 40.0 MiB of 40.0 MiB, tensor 39; 100%, 40 s gone, 100 MiB",
+        "compress: 10.0 MiB of 40.0 MiB, tensor 9; 25%, 10 s gone, about 30 s left, 100 MiB resident",
+        "compress: 20.0 MiB of 40.0 MiB, tensor 19; 50%, 20 s gone, about 20 s left, 100 MiB resident",
+        "compress: 30.0 MiB of 40.0 MiB, tensor 29; 75%, 30 s gone, about 10 s left, 100 MiB resident",
+        "compress: 40.0 MiB of 40.0 MiB, tensor 39; 100%, 40 s gone, 100 MiB resident",
         "compress: 40.0 MiB in 40 s, peak 100 MiB resident",
     ]
 

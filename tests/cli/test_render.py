@@ -110,6 +110,8 @@ def test_the_next_step_depends_on_the_type() -> None:
         "  glmq compress --model_path '/data/my out' --save_directory '/data/my out-sc' --tp 1"
     )
     assert "set modelWeightPath to /data/my out in" in next_steps(folder, make_recipe(Options()))[0]
+    relative = next_steps(Path("out"), make_recipe(Options()))[0]
+    assert f"set modelWeightPath to {Path.cwd() / 'out'} in" in relative
     w4a8 = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True))
     assert next_steps(folder, w4a8) == ["Next: serve it with vLLM-Ascend; MindIE does not load W4A8_DYNAMIC."]
 

@@ -19,7 +19,7 @@ from glmq.spec import Form
 def test_settled_statistics_are_told_in_two_lines(tiny_stats: Path) -> None:
     lines = list(describe_convergence(assess(Statistics.open(tiny_stats).settled(), samples=24), unanswered=0))
     assert lines[0].startswith("settled: against half of the samples, ranges changed by 5%, mean squares 8%, corr")
-    assert lines[1].startswith("  most at layers.")
+    assert lines[1].startswith("  changed most: layers.")
     assert len(lines) == 2
 
 

@@ -90,7 +90,7 @@ CHARTS = {
 @pytest.mark.parametrize("chart", CHARTS.values(), ids=CHARTS)
 def test_a_chart_is_well_formed_and_escapes_names(chart: str) -> None:
     root = ElementTree.fromstring(chart)
-    assert root.tag == "svg" or [child.tag for child in root] == ["svg"]
+    assert root.tag == "svg" or root.find(".//svg") is not None
     assert "<script" not in chart
 
 
@@ -113,8 +113,8 @@ def test_heat_darkens_with_the_error_over_its_last_twentieth_and_zero_is_no_colo
         ("3 q: 0 %", ""),
     ]
     assert '<a href="#integers-a"><title>0 q: 20.0 %</title>' in chart
-    legend = re.findall(r">([^<>]+)</text>", chart)[-4:]
-    assert legend == ["error", "up to 1.00 %", "20.0 %, logarithmic; darker is larger", "exactly 0"]
+    legend = re.findall(r">([^<>]+)<", chart.partition('class="legend"')[2])
+    assert legend == ["error", "up to 1.00 %", "20.0 %", "logarithmic; darker is larger", "exactly 0"]
 
 
 def test_columns_are_as_tall_as_their_values() -> None:
