@@ -21,8 +21,8 @@ LABEL_WIDTH: Final = 170
 HEAT_SPAN: Final = 20.0
 SHADES: Final = ((255, 244, 214), (250, 199, 120), (222, 110, 52), (122, 22, 22))
 """From light to dark; the same in both themes, so that darker is larger in each."""
-DARK_SHARE: Final = 0.6
-"""From where on a cell's number is white."""
+DARK_SHARE: Final = 0.73
+"""From where on a cell's number is white, which there has as much contrast as black."""
 NARROW: Final = 320
 """Width of a chart that stands beside others."""
 

@@ -153,10 +153,7 @@ def test_statistics_with_generated_answers_say_so_and_cover_them(small: Path, pi
     events: list[Event] = []
     calibrate(small, tmp_path / "stats", pictures, limit=2, texts=False, generate=3, watch=events.append)
     notes = [event.text for event in events if isinstance(event, Note)]
-    assert (
-        "generate: 2 samples are answered in up to 3 tokens; reading the weights once takes up to about 1 s"
-        in notes
-    )
+    assert "generate: 2 samples are answered in up to 3 tokens; reading the weights once takes up to about 1 s" in notes
     assert not any("have no answer" in note for note in notes)
     statistics = Statistics.open(tmp_path / "stats")
     for sample, entry in zip(statistics.samples(), statistics.manifest["samples"], strict=True):

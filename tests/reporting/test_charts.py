@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 import pytest
 
 from glmq.reporting.charts import (
+    DARK_SHARE,
     RangeBar,
+    _shade,
     columns_chart,
     heat_map,
     histogram_pair,
@@ -22,6 +24,7 @@ from glmq.reporting.charts import (
 from glmq.reporting.page import (
     LISTED,
     SCRIPT,
+    STYLE,
     Cell,
     anchor_of,
     breakable,
@@ -115,6 +118,19 @@ def test_heat_darkens_with_the_error_over_its_last_twentieth_and_zero_is_no_colo
     assert '<a href="#integers-a"><title>0 q: 20.0 %</title>' in chart
     legend = re.findall(r">([^<>]+)<", chart.partition('class="legend"')[2])
     assert legend == ["error", "up to 1.00 %", "20.0 %", "logarithmic; darker is larger", "exactly 0"]
+
+
+@pytest.mark.parametrize("share", [step / 50 for step in range(51)])
+def test_the_number_in_a_cell_has_contrast(share: float) -> None:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    ink = "#ffffff" if share > DARK_SHARE else "#1b1f24"
+    assert f"fill: {ink}" in STYLE
+    low, high = sorted((luminance(_shade(share)), luminance(ink)))
+    assert (high + 0.05) / (low + 0.05) >= 4
 
 
 def test_columns_are_as_tall_as_their_values() -> None:
