@@ -189,5 +189,5 @@ def judge_predictions(predictions: Predictions, limits: Limits) -> Iterator[Find
         places = f"{same} of {counted(predictions.positions, 'position')} ({predictions.top1:.1%})"
         message = f"agrees on the most likely token at {places}, wanted at least {limits.min_top1:.0%}"
         if severity == "warning":
-            message += "; so few may be chance: give more pictures with --images, or --cases with answers"
+            message += "; so few may be chance: give more pictures with --calib-images, or --cases with answers"
         yield Finding(Check.BEHAVIOUR, severity, "", message)

@@ -23,14 +23,14 @@ def predicted(same: int, positions: int) -> Predictions:
             18,
             "warning",
             "agrees on the most likely token at 16 of 18 positions (88.9%), wanted at least 90%; so few may be chance: give "
-            "more pictures with --images, or --cases with answers",
+            "more pictures with --calib-images, or --cases with answers",
         ),
         (
             0,
             1,
             "warning",
             "agrees on the most likely token at 0 of 1 position (0.0%), wanted at least 90%; so few may be chance: give more "
-            "pictures with --images, or --cases with answers",
+            "pictures with --calib-images, or --cases with answers",
         ),
         (13, 18, "error", "agrees on the most likely token at 13 of 18 positions (72.2%), wanted at least 90%"),
         (880, 1000, "error", "agrees on the most likely token at 880 of 1000 positions (88.0%), wanted at least 90%"),
