@@ -42,8 +42,6 @@ FILES: Final = "files"
 COMPARED_RATE: Final = 1e8
 ALONE_RATE: Final = 3e8
 """Bytes a second that are checked, against the float weights and without them, on a small machine."""
-CAPTIONS: Final = 3
-CAPTION_TOKENS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
