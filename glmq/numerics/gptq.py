@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics.hessian import Factor
-from glmq.numerics.lone_threads import lone_threads
+from glmq.numerics.lone_threads import map_alone
 from glmq.spec import IntGrid
 
 try:
@@ -44,8 +44,8 @@ KERNELS: Final = _kernels
 STRIP: Final = 32
 """Rows that the compiled kernel takes at once."""
 ROWS_AT_ONCE: Final = 256
-"""Rows that one thread rounds together: enough for fast products, few enough that their matrices stay near it. Always as many
-whatever the number of threads, because products of more rows may add in another order."""
+"""Rows that one thread rounds together: enough for fast products, few enough that their matrices stay near it. As many for
+1 thread as for MANY_THREADS, because products of more rows may add in another order."""
 MANY_THREADS: Final = 16
 """Beyond these, threads take fewer rows: a linear of the real size then has enough for 64 of them, in the same memory."""
 ROWS_OF_MANY: Final = 64
@@ -135,9 +135,7 @@ def round_best(
         finally:
             free.put(parts)
 
-    with lone_threads(min(threads, len(cuts))) as pool:
-        for _ in pool.map(round_cut, cuts):
-            pass
+    map_alone(round_cut, cuts)
     return found
 
 

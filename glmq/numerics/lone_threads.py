@@ -7,31 +7,38 @@ gives does not depend on how many threads there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Barrier
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import torch
 
-P = ParamSpec("P")
+Item = TypeVar("Item")
 T = TypeVar("T")
 
 
-@contextmanager
-def lone_threads(count: int) -> Iterator[Executor]:
-    """A pool of `count` threads, each with one thread of torch's; the caller's number stays.
+def map_alone(work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+    """The results of `work` on each item, in their order; as many at a time as torch has threads, each computing alone.
 
-    A caller with one thread of torch's that wants one is that thread itself: small matrices take less time than a start.
+    A caller with one thread of torch's does them itself: small matrices take less time than a thread's start. An exception
+    of the first item that has one is raised; items that have not begun by then never do, and those that run are waited for.
     """
-    own = torch.get_num_threads()
-    if own == count == 1:
-        yield _Here()
-        return
-    started = Barrier(count + 1)
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [work(item) for item in items]
+    with _lone_threads(min(threads, len(items))) as pool:
+        return list(pool.map(work, items))
+
+
+@contextmanager
+def _lone_threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of `count` threads, each with one thread of torch's; the caller's number stays."""
+    own, started = torch.get_num_threads(), Barrier(count + 1)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first such call gives it the process's number, whatever it had set before
         torch.set_num_threads(1)
         started.wait()
 
@@ -47,15 +54,3 @@ def lone_threads(count: int) -> Iterator[Executor]:
         for future in ready:
             future.result()
         yield pool
-
-
-class _Here(Executor):
-    """Does what is submitted at once, in the caller's thread."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        done: Future[T] = Future()
-        try:
-            done.set_result(fn(*args, **kwargs))
-        except Exception as error:  # raised by whoever asks for the result, as from a thread
-            done.set_exception(error)
-        return done

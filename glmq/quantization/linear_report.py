@@ -11,12 +11,12 @@ from torch import Tensor
 from glmq.numerics import affine, lowbit, metrics
 from glmq.numerics.grouped import expand_groups
 from glmq.numerics.int8_linear import fold_bias, run_linear
-from glmq.numerics.lone_threads import lone_threads
+from glmq.numerics.lone_threads import map_alone
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import row_chunks
 from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, moved_input
 from glmq.records import LinearReport, QuantizedLinear
-from glmq.spec import Method
+from glmq.spec import IntGrid, Method
 
 ROWS_AT_ONCE: Final = 1024
 """Rows that one thread measures together: their weights and outputs stay near it, quantizing the inputs costs little."""
@@ -33,7 +33,8 @@ def report_linear(
     seconds: float,
 ) -> LinearReport:
     """Measure one quantized linear against its float original."""
-    measured = _measure(linear, weight, result, stats, scheme, group)
+    moved = moved_input(stats.sample, group.scales, group.shift)
+    measured = _measure(linear, weight, result, (stats.sample, moved), lowbit.grid_of(scheme.weight))
     counts = measured.counts
     values = torch.arange(-128, 128)
     total = max(1, result.weight.numel())
@@ -55,7 +56,7 @@ def report_linear(
         outlier_share=counts[values.abs() > lowbit.BULK].sum().item() / total,
         zero_share=counts[128].item() / total,
         saturated=measured.saturated,
-        weight_error=(measured.weight_noise / measured.weight_signal) ** 0.5 if measured.weight_signal else 0.0,
+        weight_error=metrics.error_of_energies(measured.weight_noise, measured.weight_signal),
         output_error=output_error,
         sqnr_db=metrics.sqnr_db(output_error),
         input_low=low,
@@ -96,17 +97,17 @@ class _Measured:
 
 
 def _measure(
-    linear: FloatLinear,
-    weight: Tensor,
-    result: QuantizedLinear,
-    stats: InputStats,
-    scheme: GroupScheme,
-    group: PreparedGroup,
+    linear: FloatLinear, weight: Tensor, result: QuantizedLinear, inputs: tuple[Tensor, Tensor], grid: IntGrid
 ) -> _Measured:
-    """All rows measured, as many at a time as a core keeps near it."""
+    """All rows measured, as many at a time as a core keeps near it.
+
+    Args:
+        weight: float32 [N, K], after smoothing.
+        inputs: float32 [T, K] twice: the token sample as the float linear gets it, and as the quantized one does.
+        grid: the integers.
+    """
     times = torch.ones(()).expand(weight.shape[0], 1) if linear.divisor is None else linear.divisor
-    sample = moved_input(stats.sample, group.scales, group.shift)
-    grid = lowbit.grid_of(scheme.weight)
+    plain, moved = inputs
 
     def measure(rows: slice) -> _Measured:
         part, cut = weight[rows], result.cut(rows)
@@ -118,14 +119,13 @@ def _measure(
             signal += _energy(part[few])
             saturated += _count_beyond(part[few], (grid.qmin - 0.5) * step, (grid.qmax + 0.5) * step)
         bias = None if linear.bias is None else linear.bias[rows]
-        y = torch.nn.functional.linear(stats.sample, linear.weight[rows], bias)
-        yq = run_linear(sample, cut).mul_(times[rows][:, 0])
+        y = torch.nn.functional.linear(plain, linear.weight[rows], bias)
+        yq = run_linear(moved, cut).mul_(times[rows][:, 0])
         counts = metrics.count_int8(cut.weight)
         return _Measured(counts, saturated, noise, signal, *metrics.error_energies(yq, y))
 
     cuts = [slice(first, first + ROWS_AT_ONCE) for first in range(0, weight.shape[0], ROWS_AT_ONCE)]
-    with lone_threads(min(torch.get_num_threads(), len(cuts))) as pool:
-        first, *others = pool.map(measure, cuts)
+    first, *others = map_alone(measure, cuts)
     return sum(others, start=first)
 
 
