@@ -79,36 +79,10 @@ def start_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     def torchrun() -> None:
         from torch.distributed import run
 
-        os.chdir(Path(glmq.__file__).parents[1])  # the ranks import glmq from where this process has it
+        os.environ["PYTHONPATH"] = str(
+            Path(glmq.__file__).parents[1]
+        )  # the ranks import glmq from where this process has it
         run.main(["--standalone", *map(str, arguments)])
-
-    return start(torchrun)
-
-
-def start_ranks(rank_main: Callable[[], object], world: int) -> subprocess.CompletedProcess[str]:
-    """Do `rank_main` on every rank of a torchrun, each forked from torchrun's own agent, and wait for their end.
-
-    Args:
-        rank_main: what the script would do that `torchrun --standalone` is given.
-        world: how many ranks.
-    """
-
-    def torchrun() -> None:
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=world,
-            run_id=f"{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.05,
-            start_method="fork",
-        )
-        logging.getLogger("torch").handlers.clear()  # their formatter imports the compiler, which takes a second
-        elastic_launch(config, rank_main)()
 
     return start(torchrun)
 

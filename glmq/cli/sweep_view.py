@@ -47,7 +47,7 @@ COLUMNS: Final[tuple[tuple[Column, Callable[[SweepRow, bool, bool], Cell]], ...]
 
 
 def _sign(is_best: bool) -> str:
-    return f" {BEST}" if is_best else "  "
+    return f" {BEST}" if is_best else ""
 
 
 def _kl_error(row: SweepRow) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 from cli.command_line import glmq, run
 from helpers import PACKAGES, tree
-from programs import start_ranks, start_torchrun
+from programs import start_torchrun
 from random_w8a8s import write_stand_in, write_w8a8s
 
-from glmq.cli.app import main
 from glmq.compression import stream
 from glmq.compression.executor import how_to_build
 from glmq.compression.stream import PORTABLE_STEM
@@ -349,11 +348,14 @@ def test_tp_must_agree_with_torchrun(w8a8s: Path, tmp_path: Path, monkeypatch: p
     )
 
 
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return start_torchrun("--nproc_per_node", 2, "-m", "glmq", *arguments)
+
+
 @pytest.mark.slow
 def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -> None:
     glmq(*compress(w8a8s, tmp_path / "one", "--tp", 2, "--codec", "portable"))
-    arguments = ["--nproc_per_node", 2, "-m", "glmq", *compress(w8a8s, tmp_path / "two", "--codec", "portable")]
-    result = start_torchrun(*arguments)
+    result = torchrun(*compress(w8a8s, tmp_path / "two", "--codec", "portable"))
     assert result.returncode == 0, result.stderr
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert result.stdout.count("written to") == 1
@@ -362,15 +364,9 @@ def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Path, tmp_path: Path) -> None:
     program = write_stand_in(tmp_path, "kills rank 1")
-    command = ["glmq", *map(str, compress(w8a8s, tmp_path / "out", "--executor", program))]
-
-    def be_a_rank() -> None:
-        sys.argv = command
-        main()
-
-    result = start_ranks(be_a_rank, 2)
+    result = torchrun(*compress(w8a8s, tmp_path / "out", "--executor", program))
     assert result.returncode != 0
-    assert "Signal 9 (SIGKILL)" in result.stderr or "rank 0 of 2: lost the other ranks" in result.stderr
+    assert "Signal 9 (SIGKILL)" in result.stderr
     assert left_over(tmp_path) == ["compress_excutor"]
 
 

@@ -13,7 +13,7 @@ import PIL
 import pytest
 import torch
 from cli.command_line import glmq, run
-from helpers import StandInNpu, edit_json, tree
+from helpers import StandInNpu, edit_json, tree, with_all_texts
 from programs import start_glmq
 
 from glmq import device
@@ -26,7 +26,7 @@ WEIGHTS = "quant_model_weight_w8a8s.safetensors"
 
 
 def the_sparse_command(model: Path, out: Path, images: Path, device_type: str) -> list[object]:
-    """README's step 1, flag by flag; on pictures alone, which is quicker."""
+    """README's step 1, flag by flag."""
     return [
         "--model_path", model,
         "--save_directory", out,
@@ -40,7 +40,6 @@ def the_sparse_command(model: Path, out: Path, images: Path, device_type: str) -
         "--use_sigma", "True",
         "--torch_dtype", "fp16",
         "--trust_remote_code", "True",
-        "--no-texts",
     ]  # fmt: skip
 
 
@@ -57,7 +56,8 @@ def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seed_output(small: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What README's sparse command writes on a CPU."""
     out = tmp_path_factory.mktemp("seed") / "out"
-    glmq("quantize", *the_sparse_command(small, out, few, "cpu"))
+    with with_all_texts():
+        glmq("quantize", *the_sparse_command(small, out, few, "cpu"))
     return tree(out)
 
 
@@ -75,6 +75,7 @@ def test_the_sparse_command_runs_as_a_program(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_texts")
 def test_the_sparse_command_runs_on_an_npu(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,12 +90,13 @@ def test_the_sparse_command_runs_on_an_npu(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_texts")
 def test_dashes_and_flags_are_the_same_command(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
     glmq(
         "quantize", "--model-path", small, "--save-directory", tmp_path / "out", "--calib-images", few,
-        "--w-bit", 4, "--is-lowbit", "--use-sigma", "--torch-dtype", "fp16", "--no-overwrite", "--no_texts",
+        "--w-bit", 4, "--is-lowbit", "--use-sigma", "--torch-dtype", "fp16", "--no-overwrite",
     )  # fmt: skip
     assert tree(tmp_path / "out") == seed_output
 

@@ -2,16 +2,14 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 from cli.command_line import glmq, run
 from helpers import tree
-from programs import start_ranks
+from programs import start_torchrun
 
 from glmq.checkpoint.journal import Journal
-from glmq.cli.app import main
 
 SEED = ["--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16", "-q"]
 BLOCKS = 5
@@ -179,20 +177,25 @@ def test_a_torn_last_line_of_the_journal_counts_as_absent(
     assert tree(out) == unbroken
 
 
-def be_a_rank(arguments: list[object]) -> None:
-    """The program with these arguments, on a rank. Rank 1 does not survive the second pass."""
-    original, count = Journal.record, 0
+DYING = f"""
+import os, signal
+from glmq.checkpoint import journal
+from glmq.checkpoint.journal import Journal
+from glmq.cli.app import main
 
-    def dying(self: Journal, *args: object) -> None:
-        nonlocal count
-        original(self, *args)  # type: ignore[arg-type]
-        count += 1
-        if os.environ["RANK"] == "1" and count == LINES - 2:
-            os.kill(os.getpid(), signal.SIGKILL)
+original, count = Journal.record, 0
 
-    Journal.record = dying  # type: ignore[method-assign]
-    sys.argv = ["glmq", *map(str, arguments)]
-    main()
+def record(journal, block, payload):
+    global count
+    original(journal, block, payload)
+    count += 1
+    if os.environ["RANK"] == "1" and count == {LINES - 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.record = record
+main()
+"""
+"""Rank 1 does not survive the second pass."""
 
 
 @pytest.mark.slow
@@ -200,16 +203,18 @@ def test_a_rank_of_torchrun_that_is_killed_stops_the_other_and_one_process_resum
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path
 ) -> None:
     arguments = command(small, pictures, tmp_path / "out")
-    died = start_ranks(lambda: be_a_rank(arguments), 2)
+    program = tmp_path / "dying.py"
+    program.write_text(DYING)
+    died = start_torchrun("--nproc_per_node", 2, program, *arguments)
     assert died.returncode == 1
+    assert "Signal 9 (SIGKILL)" in died.stderr
+    assert died.stderr.count("error[GLMQ-E") == 1
     told = died.stderr  # torchrun writes into it meanwhile, also into lines
-    assert told.count("error[GLMQ-E") == 1
-    by_torchrun = "Signal 9 (SIGKILL)" in told and "stopped by SIGTERM; quantize (pass 3 of 3)" in told
-    assert by_torchrun or "rank 0 of 2: lost the other ranks" in told
+    assert "stopped by SIGTERM; quantize (pass 3 of 3)" in told or "rank 0 of 2: lost the other ranks" in told
     assert sorted(path.name for path in tmp_path.iterdir()) in (
-        [".out.partial"],
-        [".out.glmq-lock", ".out.partial"],
+        [".out.partial", "dying.py"],
+        [".out.glmq-lock", ".out.partial", "dying.py"],
     )
     glmq(*arguments, "--resume")
     assert tree(tmp_path / "out") == unbroken
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dying.py", "out"]
