@@ -189,6 +189,10 @@ class Assessment:
     is_settled: bool
     """Enough for sparse and 4-bit weights too."""
 
+    def suffices(self, *, is_dense: bool) -> bool:
+        """Whether more samples would hardly change the result: of dense 8-bit weights, or of any."""
+        return self.is_settled or (is_dense and self.has_settled_ranges)
+
     @property
     def in_words(self) -> str:
         """Which results more samples would hardly change."""

@@ -32,7 +32,7 @@ def convergence_verdict(assessment: Assessment | None, *, is_dense: bool | None)
     if assessment is None:
         return "not known to have settled, one sample does not show it; more images would help"
     verdict = assessment.in_words
-    if assessment.is_settled or (assessment.has_settled_ranges and is_dense):
+    if assessment.suffices(is_dense=bool(is_dense)):
         return verdict
     if assessment.has_settled_ranges and is_dense is None:
         return f"{verdict}; for sparse and 4-bit ones more images would help, -v says what moved"

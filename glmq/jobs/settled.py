@@ -27,7 +27,7 @@ class Settled:
     def is_settled(self) -> bool | None:
         """Whether they were enough for what was quantized, or for anything; None where one sample alone does not show it."""
         found = self.assessment
-        return None if found is None else found.is_settled or (bool(self.is_dense) and found.has_settled_ranges)
+        return None if found is None else found.suffices(is_dense=bool(self.is_dense))
 
 
 def assess_settled(statistics: Statistics, *, is_dense: bool | None = None) -> Settled:

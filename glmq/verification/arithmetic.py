@@ -194,8 +194,7 @@ def _measure(name: str, candidate: Checkpoint, reference: Checkpoint | None, sca
     counts = torch.zeros(256, dtype=torch.int64)
     positive, negative = (torch.zeros(matrix.rows, dtype=torch.int64) for _ in range(2))
     reads = [partial(_read, matrix, source, start, stop) for start, stop in matrix.pieces()]
-    # A single piece has nothing that could be read meanwhile.
-    for start, q, original in run_ahead(reads, 1) if len(reads) > 1 else (read() for read in reads):
+    for start, q, original in run_ahead(reads, 1):
         cut = slice(start, start + q.shape[0])
         counts += count_int8(q)
         positive[cut] = q.clamp_min(0).sum(1, dtype=torch.int64)

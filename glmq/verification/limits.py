@@ -33,7 +33,7 @@ class Limits:
         Chance may be why if models that share it with probability `min_top1` at each position would do so at as few or
         fewer at least once in twenty times.
         """
-        if same >= self.min_top1 * positions:
+        if same / max(1, positions) >= self.min_top1:
             return None
         return "warning" if binomial_tail(same, positions, self.min_top1) >= CHANCE else "error"
 
