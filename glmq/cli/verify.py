@@ -102,7 +102,11 @@ def verify(
     min_top1: Annotated[
         float,
         typer.Option(
-            "--min-top1", min=0, max=1, help="Share of positions with the same top token.", rich_help_panel=LIMITS
+            "--min-top1",
+            min=0,
+            max=1,
+            help="Share of positions with the same top token or a tie.",
+            rich_help_panel=LIMITS,
         ),
     ] = 0.9,
     max_error: Annotated[

@@ -190,7 +190,7 @@ def _show_predictions(found: Verification) -> None:
     positions, samples = counted(predictions.positions, "position"), counted(len(predictions.samples), "sample")
     stdout.say(
         f"predicted tokens: KL {predictions.kl:.3g}{error} nats (mean and its standard error over {positions} of {samples}), "
-        f"same top token {predictions.top1:.2%}"
+        f"same top token {predictions.top1:.2%}{predictions.tied}"
     )
     for caption in found.captions:
         same = "the same" if caption.reference == caption.candidate else "different"

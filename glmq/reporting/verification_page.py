@@ -63,14 +63,14 @@ def _cards(found: Verification) -> list[str]:
     if predictions is None:
         return made
     is_close = predictions.kl <= limits.max_kl
-    below = limits.below(predictions.same_tokens, predictions.positions)
+    below = limits.below(predictions.good_tokens, predictions.positions)
     made += [
         card("KL from float", f"{predictions.kl:.2g}", "good" if is_close else "bad", "nats"),
         card(
             "Same top token",
             percent(predictions.top1),
             "good" if below is None else "bad" if below == "error" else "warn",
-            f"{predictions.positions:,} positions",
+            f"{predictions.positions:,} positions{predictions.tied}",
         ),
     ]
     if predictions.nll_float is not None and predictions.nll_candidate is not None:

@@ -184,9 +184,10 @@ def judge_predictions(predictions: Predictions, limits: Limits) -> Iterator[Find
     if not predictions.kl <= limits.max_kl:
         message = f"KL from the float model is {predictions.kl:.4g} nats, wanted at most {limits.max_kl:g}"
         yield Check.BEHAVIOUR.error("", message)
-    same, severity = predictions.same_tokens, limits.below(predictions.same_tokens, predictions.positions)
+    severity = limits.below(predictions.good_tokens, predictions.positions)
     if severity is not None:
-        places = f"{same} of {counted(predictions.positions, 'position')} ({predictions.top1:.1%})"
+        same, positions = predictions.same_tokens, counted(predictions.positions, "position")
+        places = f"{same} of {positions} ({predictions.top1:.1%}){predictions.tied}"
         message = f"agrees on the most likely token at {places}, wanted at least {limits.min_top1:.0%}"
         if severity == "warning":
             message += "; so few may be chance: give more pictures with --calib-images, or --cases with answers"

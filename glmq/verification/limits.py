@@ -19,7 +19,8 @@ class Limits:
     max_kl: float = 0.1
     """Mean KL(float || candidate), nats. Good 8-bit checkpoints have under 0.01, sparse ones under 0.05."""
     min_top1: float = 0.9
-    """Share of positions with the same most likely token; less is a warning where the positions are too few to tell."""
+    """Share of positions with the same most likely token, or one that the float model finds almost as likely; less is a warning
+    where the positions are too few to tell."""
     max_error: float = 0.3
     """||y_q - y|| / ||y|| of the worst linear."""
     max_clipped: float = 0.02
@@ -27,15 +28,15 @@ class Limits:
     max_wasted_bits: float = 2.0
     """Bits of a static int8 activation that no input uses."""
 
-    def below(self, same: int, positions: int) -> Severity | None:
-        """Whether two models share their most likely token at too few positions: an error; a warning where chance may be why.
+    def below(self, good: int, positions: int) -> Severity | None:
+        """Whether too few positions have a good most likely token: an error; a warning where chance may be why.
 
-        Chance may be why if models that share it with probability `min_top1` at each position would do so at as few or
+        Chance may be why if models that have one with probability `min_top1` at each position would do so at as few or
         fewer at least once in twenty times.
         """
-        if same / max(1, positions) >= self.min_top1:
+        if good / max(1, positions) >= self.min_top1:
             return None
-        return "warning" if binomial_tail(same, positions, self.min_top1) >= CHANCE else "error"
+        return "warning" if binomial_tail(good, positions, self.min_top1) >= CHANCE else "error"
 
 
 def binomial_tail(most: int, trials: int, share: float) -> float:

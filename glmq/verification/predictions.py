@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.greedy import HEAD_ROWS
 from glmq.model.inputs import ModelInputs
 from glmq.numerics.int8_linear import run_linear
+
+TIE: Final = 0.45
+"""Nats. Noise of this standard deviation in every logit makes a KL of 0.1, which is about its variance / 2: tokens that are
+nearer to each other are a tie, which any rounding may decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,9 @@ class Predictions:
     kl_error: float | None
     """Standard error of `kl`, from how far positions differ; None of a single position."""
     top1: float
+    """Share of positions at which both models prefer the same token."""
+    ties: int
+    """Positions at which they do not, and the float model finds the candidate's token less than `TIE` less likely than its own."""
     nll_float: float | None
     nll_candidate: float | None
     samples: tuple[SamplePredictions, ...]
@@ -48,6 +56,16 @@ class Predictions:
     def same_tokens(self) -> int:
         """Positions at which both models prefer the same token."""
         return round(self.top1 * self.positions)
+
+    @property
+    def good_tokens(self) -> int:
+        """Positions at which the candidate's token is the float model's own or as good as that."""
+        return self.same_tokens + self.ties
+
+    @property
+    def tied(self) -> str:
+        """What to say of the ties behind a share of equal tokens; empty of none."""
+        return f", at {self.ties} more a tie" if self.ties else ""
 
 
 class Head:
@@ -93,6 +111,7 @@ class HeadSums:
         self._sum = torch.zeros(2, count, dtype=torch.float64)
         self._difference = torch.zeros(count, dtype=torch.float64)
         self._best = torch.zeros(2, count, dtype=torch.int64)
+        self._chosen = torch.zeros(count, dtype=torch.float64)  # the float model's logit of the candidate's best token
         self._wanted = torch.zeros(2, count, dtype=torch.float64)
 
     def add(self, start: int, reference: Tensor, candidate: Tensor) -> None:
@@ -100,13 +119,16 @@ class HeadSums:
         a, b = reference.double(), candidate.double()
         for side, logits in enumerate((a, b)):
             highest, where = logits.max(1)
-            self._best[side] = torch.where(highest > self._top[side], where + start, self._best[side])
+            is_higher = highest > self._top[side]
+            self._best[side] = torch.where(is_higher, where + start, self._best[side])
             top = torch.maximum(highest, self._top[side])
             shrink = (self._top[side] - top).exp()
             weights = (logits - top[:, None]).exp()
             self._sum[side] = self._sum[side] * shrink + weights.sum(1)
             if side == 0:
                 self._difference = self._difference * shrink + (weights * (a - b)).sum(1)
+            else:
+                self._chosen = torch.where(is_higher, a.gather(1, where[:, None])[:, 0], self._chosen)
             self._top[side] = top
             inside = (self.targets >= start) & (self.targets < start + logits.shape[1])
             self._wanted[side, inside] = logits[inside, self.targets[inside] - start]
@@ -117,6 +139,10 @@ class HeadSums:
         kl = self._difference / self._sum[0] - partition[0] + partition[1]
         nll = partition - self._wanted
         return kl, (self._best[0] == self._best[1]).double(), nll[0], nll[1]
+
+    def ties(self) -> int:
+        """How many positions have two best tokens, nearly equally likely to the float model."""
+        return int(((self._best[0] != self._best[1]) & (self._top[0] - self._chosen < TIE)).sum())
 
 
 def scored_places(inputs: ModelInputs) -> Tensor:
@@ -184,4 +210,5 @@ def summarize(sums: HeadSums, names: Sequence[str], counts: Sequence[int]) -> Pr
     total = means("", slice(0, start))
     kl = columns[0]
     error = float(kl.std()) / math.sqrt(kl.numel()) if kl.numel() > 1 else None
-    return Predictions(total.positions, total.kl, error, total.top1, total.nll_float, total.nll_candidate, tuple(rows))
+    nll = total.nll_float, total.nll_candidate
+    return Predictions(total.positions, total.kl, error, total.top1, sums.ties(), *nll, tuple(rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -239,7 +240,8 @@ def test_a_row_that_shrank_by_itself_is_said_to_be_wrong_in_that_row(
     # The first one is of the checksum, others may follow of the weights that the row moves.
     _, found, *_ = [f for f in verify_files(out, loud, []) if isinstance(f, Finding)]
     assert (found.check.number, found.tensor) == (30, f"{V}.weight")
-    assert found.message.startswith(("row 0 is 0.5 times the float row", "row 0 is 0.499 times the float row"))
+    # The third digit is the statistics', which differ with the processor.
+    assert re.match(r"row 0 is 0\.(?:499|5|501) times the float row, wanted 1 within ", found.message)
 
 
 def test_where_one_side_stays_float_nothing_is_folded(loud: Path, loud_stats: Path, tmp_path: Path) -> None:

@@ -170,6 +170,17 @@ def test_the_head_may_come_in_pieces_of_any_size(
     assert len(found.blocks) == 6  # without a picture the tower does not run
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_tie_is_a_token_that_the_float_model_finds_nearly_as_likely_as_its_own(rows: int) -> None:
+    one = torch.tensor([[1.0, 0.56, 0.0, 0.0], [0.0, 0.54, 1.0, 0.9], [0.0, 3.0, 0.0, 2.56], [0.0, 0.0, 0.0, 1.0]])
+    other = torch.tensor([[0.0, 2.0, 1.0, 0.0], [0.0, 2.0, 1.0, 0.0], [0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 1.0, 9.0]])
+    sums = predictions.HeadSums(torch.full((4,), -1))
+    for start in range(0, 4, rows):
+        sums.add(start, one[:, start : start + rows], other[:, start : start + rows])
+    assert predictions.summarize(sums, ["a"], [4]).top1 == 0.25
+    assert predictions.summarize(sums, ["a"], [4]).ties == 2
+
+
 def test_inputs_without_an_answer_are_scored_after_their_image(
     tiny: Path, tiny_seed: Path, preprocessor: Preprocessor
 ) -> None:

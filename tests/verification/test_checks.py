@@ -9,8 +9,8 @@ from glmq.verification.limits import Limits, binomial_tail
 from glmq.verification.predictions import Predictions
 
 
-def predicted(same: int, positions: int) -> Predictions:
-    return Predictions(positions, 0.01, 0.001, same / positions, None, None, ())
+def predicted(same: int, positions: int, ties: int = 0) -> Predictions:
+    return Predictions(positions, 0.01, 0.001, same / positions, ties, None, None, ())
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,13 @@ def test_top_tokens_that_differ_are_an_error_where_chance_is_not_why(
     assert Limits().below(same, positions) == severity
     found = [(finding.severity, finding.message) for finding in judge_predictions(predicted(same, positions), Limits())]
     assert found == ([] if severity is None else [(severity, message)])
+
+
+def test_a_token_that_the_float_model_finds_as_likely_is_as_good() -> None:
+    assert list(judge_predictions(predicted(10, 18, ties=7), Limits())) == []
+    (found,) = judge_predictions(predicted(880, 1000, ties=1), Limits())
+    message = "agrees on the most likely token at 880 of 1000 positions (88.0%), at 1 more a tie, wanted at least 90%"
+    assert (found.severity, found.message) == ("error", message)
 
 
 @pytest.mark.parametrize(
