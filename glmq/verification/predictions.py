@@ -47,7 +47,7 @@ class Predictions:
     top1: float
     """Share of positions at which both models prefer the same token."""
     ties: int
-    """Positions at which they do not, and to the float model the candidate's token is less than `TIE` less likely than its own."""
+    """Positions at which they do not, and the float model finds the candidate's token nearly as likely: by less than `TIE`."""
     nll_float: float | None
     nll_candidate: float | None
     samples: tuple[SamplePredictions, ...]
