@@ -11,6 +11,7 @@ import typer
 
 from glmq.cli import options as o
 from glmq.cli.help import Tier
+from glmq.cli.streams import without_echo
 
 if TYPE_CHECKING:
     from glmq.cli.progress import ProgressView
@@ -87,7 +88,7 @@ def ask(
     from glmq.jobs.ask import ANSWERING, READING, check_picture, open_asker
     from glmq.model.inputs import DEFAULT_PROMPT
 
-    is_interactive = prompt is None and not json_output and sys.stdin.isatty()
+    is_interactive = prompt is None and not json_output and sys.stdin.isatty() and sys.stdout.isatty()
     if prompt is None and not is_interactive:
         if image is None:
             raise UsageError("give a question with --prompt, a picture with --image, or both")
@@ -146,7 +147,7 @@ class _Question:
             if not prompt:
                 continue
             try:
-                with view:  # which stops a bar
+                with without_echo(sys.stdin), view:  # which stops a bar
                     self.answer(prompt, json_output=False, quiet=False)
             except KeyboardInterrupt:
                 stderr.say("stopped")

@@ -84,10 +84,12 @@ Texts = Annotated[
     ),
 ]
 Prompt = Annotated[str, typer.Option("--prompt", help="What is asked about each image.", rich_help_panel=CALIBRATION)]
+FIRST: Final = "Use only the first N pictures and the first N lines of a file"
 LimitImages = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Use only the first N images and lines.", rich_help_panel=CALIBRATION),
+    typer.Option("--limit", min=1, help=f"{FIRST}; the texts of --texts come on top.", rich_help_panel=CALIBRATION),
 ]
+LimitCases = Annotated[int | None, typer.Option("--limit", min=1, help=f"{FIRST}.", rich_help_panel=CALIBRATION)]
 MaxPixels = Annotated[
     int | None,
     typer.Option(

@@ -74,6 +74,11 @@ class Remaining:
         """Number of the current pass, from 1, and how many there are; None if that is not known."""
         return (self._number + 1, len(self._passes)) if self._is_timed and self._number >= 0 else None
 
+    @property
+    def is_bound(self) -> bool:
+        """What is left is the most that it can be expected to be: a pass may end before all of it is done."""
+        return any(one.is_bound for one in self._passes[max(self._number, 0) :])
+
     def elapsed(self) -> float:
         """Seconds since the run began."""
         return self._clock() - self._started

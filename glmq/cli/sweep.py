@@ -90,7 +90,12 @@ def sweep(
     prompt: o.Prompt = "Please describe this picture in detail.",
     limit: Annotated[
         int,
-        typer.Option("--limit", min=1, help="Use only the first N pictures or lines for KL.", rich_help_panel=KL),
+        typer.Option(
+            "--limit",
+            min=1,
+            help=f"{o.FIRST}; the texts that the statistics have from glmq come on top, unless samples are named.",
+            rich_help_panel=KL,
+        ),
         Tier.USUAL,
     ] = 8,
     max_pixels: o.MaxPixels = None,

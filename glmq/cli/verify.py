@@ -93,7 +93,7 @@ def verify(
         Tier.USUAL,
     ] = None,
     prompt: o.Prompt = "Please describe this picture in detail.",
-    limit: o.LimitImages = None,
+    limit: o.LimitCases = None,
     max_pixels: o.MaxPixels = None,
     max_kl: Annotated[
         float,

@@ -1,7 +1,13 @@
 """`glmq ask`: the answer on stdout, its speed on stderr, and a sentence for what cannot answer."""
 
+import fcntl
 import json
-from contextlib import AbstractContextManager, nullcontext
+import os
+import subprocess
+import sys
+import termios
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -116,3 +122,72 @@ def test_a_model_that_does_not_fit_says_how_slow_it_will_be() -> None:
     assert describe_plan(AnswerPlan(2**30, 2**30, 0.25)) == (
         "expect about 4.0 tokens per second: its 1.0 GiB of weights stay in memory"
     )
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from glmq.jobs.ask import Asker
+answer, go = Asker.ask, Path(sys.argv.pop(1))
+def slow(self, *question, tell, **options):
+    def wait(piece):
+        tell(piece)
+        while "back" in piece and not go.exists():
+            time.sleep(0.01)
+    return answer(self, *question, tell=wait, **options)
+Asker.ask = slow
+from glmq.__main__ import main
+main()
+"""
+"""`glmq` that goes on after `The back` once a file is there."""
+
+
+def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture: Path, tmp_path: Path) -> None:
+    hand, program = os.openpty()
+    os.set_blocking(hand, False)
+    screen, seen = "", 0
+
+    def wait_for(text: str) -> None:
+        nonlocal screen, seen
+        until = time.monotonic() + 60
+        while text not in screen[seen:]:
+            assert time.monotonic() < until, screen
+            with suppress(BlockingIOError):
+                screen += os.read(hand, 4096).decode()
+            time.sleep(0.01)
+        seen = screen.index(text, seen) + len(text)
+
+    command = [tmp_path / "go", "ask", tiny, "--image", picture, "--max-new-tokens", 5]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *map(str, command)], stdin=program, stdout=program, stderr=subprocess.DEVNULL,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"TERM": "dumb", "COLUMNS": "80"},
+    ) as process:  # fmt: skip
+        try:
+            wait_for("> ")
+            os.write(hand, b"Describe it.\n")
+            wait_for("\r\nThe")
+            os.write(hand, b"What is there?\nWhat is not")
+            (tmp_path / "go").touch()
+            wait_for("> What is not")
+            (tmp_path / "go").unlink()
+            os.write(hand, b"?\n")
+            wait_for("?\r\nThe")
+            os.write(hand, b"\x03")
+            wait_for("\r\n> ")
+            os.write(hand, b"\x04")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert screen.splitlines() == [
+        "> Describe it.",
+        "The background is sky.",
+        "> What is there?",
+        "The background is sky.",
+        "> What is not?",
+        "The background",
+        "> ",
+    ]
+    assert termios.tcgetattr(program)[3] & termios.ECHO
+    os.close(hand)
+    os.close(program)
