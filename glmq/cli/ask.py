@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,15 +95,18 @@ def ask(
         prompt = DEFAULT_PROMPT
     check_picture(image, shrinks=max_pixels is not None)
     hidden = {ANSWERING} if sys.stdout.isatty() else set[str]()
-    with (
-        ProgressView(quiet=quiet or json_output, hidden=hidden, fleeting={READING, ANSWERING}) as view,
-        open_asker(folder, max_pixels=max_pixels, chat_template=chat_template, watch=view) as asker,
-    ):
+    view = ProgressView(quiet=quiet or json_output, hidden=hidden, fleeting={READING, ANSWERING})
+    with ExitStack() as opened:
+        with without_echo(sys.stdin) if is_interactive else nullcontext(), view:
+            asker = opened.enter_context(
+                open_asker(folder, max_pixels=max_pixels, chat_template=chat_template, watch=view)
+            )
         question = _Question(asker, image, max_new_tokens, shrinks=max_pixels is not None)
         if prompt is None:
             question.answer_lines(view)
         else:
-            question.answer(prompt, json_output=json_output, quiet=quiet)
+            with view:
+                question.answer(prompt, json_output=json_output, quiet=quiet)
 
 
 class _Question:

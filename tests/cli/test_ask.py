@@ -15,6 +15,7 @@ from cli.command_line import glmq, run
 
 import glmq as library
 from glmq.cli.ask import _Question
+from glmq.cli.progress import REFRESHES
 from glmq.jobs.ask import describe_plan, open_asker
 from glmq.verification.answering import AnswerPlan
 
@@ -142,44 +143,70 @@ main()
 """`glmq` that goes on after `The back` once a file is there."""
 
 
-def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture: Path, tmp_path: Path) -> None:
-    hand, program = os.openpty()
-    os.set_blocking(hand, False)
-    screen, seen = "", 0
+class Terminal:
+    """`glmq ask` in a terminal, what stands there, and the hand at its keyboard.
 
-    def wait_for(text: str) -> None:
-        nonlocal screen, seen
+    Args:
+        go: file that it waits for after `The back`.
+        question: its arguments.
+        draws: the terminal can show what moves, and is given it; else the answers alone.
+    """
+
+    def __init__(self, go: Path, *question: object, draws: bool) -> None:
+        self.hand, self.program = os.openpty()
+        os.set_blocking(self.hand, False)
+        self.screen, self._seen = "", 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *map(str, (go, "ask", *question))], stdin=self.program, stdout=self.program,
+            stderr=self.program if draws else subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=os.environ | {"TERM": "xterm" if draws else "dumb", "COLUMNS": "80"},
+        )  # fmt: skip
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.hand)
+        os.close(self.program)
+
+    def type(self, text: str) -> None:
+        os.write(self.hand, text.encode())
+
+    def look(self) -> None:
+        with suppress(BlockingIOError):
+            self.screen += os.read(self.hand, 4096).decode()
+
+    def wait_for(self, text: str) -> None:
+        """Look until that comes after what was waited for before."""
         until = time.monotonic() + 60
-        while text not in screen[seen:]:
-            assert time.monotonic() < until, screen
-            with suppress(BlockingIOError):
-                screen += os.read(hand, 4096).decode()
+        while text not in self.screen[self._seen :]:
+            assert time.monotonic() < until, self.screen
+            self.look()
             time.sleep(0.01)
-        seen = screen.index(text, seen) + len(text)
+        self._seen = self.screen.index(text, self._seen) + len(text)
 
-    command = [tmp_path / "go", "ask", tiny, "--image", picture, "--max-new-tokens", 5]
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *map(str, command)], stdin=program, stdout=program, stderr=subprocess.DEVNULL,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        env=os.environ | {"TERM": "dumb", "COLUMNS": "80"},
-    ) as process:  # fmt: skip
-        try:
-            wait_for("> ")
-            os.write(hand, b"Describe it.\n")
-            wait_for("\r\nThe")
-            os.write(hand, b"What is there?\nWhat is not")
-            (tmp_path / "go").touch()
-            wait_for("> What is not")
-            (tmp_path / "go").unlink()
-            os.write(hand, b"?\n")
-            wait_for("?\r\nThe")
-            os.write(hand, b"\x03")
-            wait_for("\r\n> ")
-            os.write(hand, b"\x04")
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-    assert screen.splitlines() == [
+
+def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture: Path, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with Terminal(go, tiny, "--image", picture, "--max-new-tokens", 5, draws=False) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("Describe it.\n")
+        terminal.wait_for("\r\nThe")
+        terminal.type("What is there?\nWhat is not")
+        go.touch()
+        terminal.wait_for("> What is not")
+        go.unlink()
+        terminal.type("?\n")
+        terminal.wait_for("?\r\nThe")
+        terminal.type("\x03")
+        terminal.wait_for("\r\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+        assert termios.tcgetattr(terminal.program)[3] & termios.ECHO
+    assert terminal.screen.splitlines() == [
         "> Describe it.",
         "The background is sky.",
         "> What is there?",
@@ -188,6 +215,17 @@ def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture
         "The background",
         "> ",
     ]
-    assert termios.tcgetattr(program)[3] & termios.ECHO
-    os.close(hand)
-    os.close(program)
+
+
+def test_nothing_moves_while_a_question_is_typed(tiny: Path, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    with Terminal(tmp_path / "go", tiny, "--image", picture, "--max-new-tokens", 3, draws=True) as terminal:
+        terminal.wait_for("getting ready")
+        for question in ("", "What is there?\n"):
+            terminal.type(question)
+            terminal.wait_for("tokens read" if question else "Ctrl-D leaves.")
+            terminal.wait_for("> ")
+            before = terminal.screen
+            time.sleep(4 / REFRESHES)
+            terminal.look()
+            assert terminal.screen == before
