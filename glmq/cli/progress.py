@@ -36,7 +36,8 @@ REFRESHES: Final = 8
 
 
 class ProgressView:
-    """Draws the events that it is called with. A context manager, so that nothing goes on moving when a run fails.
+    """Draws the events that it is called with. A context manager, so that nothing goes on moving when a run fails; entered
+    again, it draws another run.
 
     Args:
         quiet: draw nothing.
@@ -62,18 +63,23 @@ class ProgressView:
         self._quiet, self._verbose, self._clock = quiet, verbose, clock
         self._hidden, self._fleeting = hidden, fleeting
         self._file = _open_events(events, verb)
-        self._remaining = Remaining(clock)
+        self._line_due = 0.0
+        self._begin()
+        self._live: Live | None = None
+        self._spinner = Spinner("line" if stderr.options.ascii_only else "dots")
+
+    def _begin(self) -> None:
+        """Know nothing of a run yet."""
+        self._remaining = Remaining(self._clock)
         self._pass = PassStarted("", "blocks", 0)
         self._done = 0
         """Of the pass, in its unit."""
         self._at = ""
         """What is under way in it."""
         self._resident_bytes = 0
-        self._line_due = 0.0
-        self._live: Live | None = None
-        self._spinner = Spinner("line" if stderr.options.ascii_only else "dots")
 
     def __enter__(self) -> ProgressView:
+        self._begin()
         self._move()
         return self
 

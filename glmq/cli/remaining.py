@@ -51,8 +51,6 @@ class Remaining:
         """Take note of an event."""
         match event:
             case RunPlanned():
-                if self._ready is not None:  # one run after another, as of questions
-                    self._started, self._ready = self._clock(), None
                 self._passes, self._number, self._is_timed = event.passes, -1, True
             case PassStarted():
                 self._ready = self._clock() if self._ready is None else self._ready

@@ -165,6 +165,22 @@ def test_progress_on_a_terminal_is_two_lines_that_move(monkeypatch: pytest.Monke
     assert plain.endswith("calibrate: 65 s, peak 100 MiB resident\n")
 
 
+def test_a_run_after_another_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    view = ProgressView(quiet=False, clock=clock)
+    for clock.now in (60.0, 600.0):  # a question is typed slowly
+        with view:
+            assert view.reached() == ""
+            view(RunPlanned((PassPlan("read", (StepPlan("a", "text", 20.0), StepPlan("b", "text", 20.0))),)))
+            view(PassStarted("read", "blocks", 2))
+            clock.now += 30.0
+            view(done(0, 30.0, total=2))
+    assert without_times(capsys.readouterr().err) == 2 * [
+        "read (pass 1 of 1): 2 blocks, about 40 s for the whole run",
+        "read (pass 1 of 1): 1 of 2 blocks, block 0; 50%, 30 s gone, about 30 s left, 100 MiB resident",
+    ]
+
+
 @pytest.mark.parametrize("is_interactive", [True, False])
 def test_a_stream_that_can_draw_nothing_gets_lines(
     is_interactive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
