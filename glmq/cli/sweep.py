@@ -63,8 +63,8 @@ def sweep(
         bool,
         typer.Option(
             "--kl/--no-kl",
-            help="Run the float model once and each checkpoint once over samples. KL is how far their predicted tokens are "
-            "apart; of a large model each run takes as long as calibrating on them.",
+            help="Measure KL, how far predicted tokens are from the float model's. It and each checkpoint run once over "
+            "samples, which takes as long as calibrating on them each time.",
             rich_help_panel=KL,
         ),
         Tier.USUAL,
