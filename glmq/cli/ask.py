@@ -37,8 +37,8 @@ def ask(
         str | None,
         typer.Option(
             "--prompt",
-            help="The question; without one, questions are read from the terminal, one a line. Where there is no terminal, the "
-            "picture is to be described.",
+            help="The question; without one, questions are read from the terminal, one a line. Where input or output is no "
+            "terminal, the picture is to be described.",
             rich_help_panel=QUESTION,
             show_default=False,
         ),

@@ -78,7 +78,7 @@ def verify(
         typer.Option(
             "--calib-images",
             help="Folder of images to run both models on; needs --reference.",
-            rich_help_panel=o.CALIBRATION,
+            rich_help_panel=o.SAMPLES,
         ),
         Tier.USUAL,
     ] = None,
@@ -88,7 +88,7 @@ def verify(
         typer.Option(
             "--cases",
             help="JSON-lines file of cases with image, prompt and text (answer) to run both models on; needs --reference.",
-            rich_help_panel=o.CALIBRATION,
+            rich_help_panel=o.SAMPLES,
         ),
         Tier.USUAL,
     ] = None,
@@ -119,7 +119,9 @@ def verify(
     ] = False,
     html: Html = None,
     json_output: o.JsonOutput = False,
-    quiet: o.Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the verdict and errors only.", rich_help_panel=o.RUN)
+    ] = False,
     verbose: o.Verbose = False,
     log_file: o.LogFile = None,
     events: o.Events = None,
