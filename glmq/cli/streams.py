@@ -48,9 +48,8 @@ def without_echo(typed: IO[Any]) -> Iterator[None]:
     before = termios.tcgetattr(typed)
     silent = [*before]
     silent[3] = before[3] & ~termios.ECHO
-    # TCSADRAIN, as TCSAFLUSH throws away what was typed and not yet read
-    termios.tcsetattr(typed, termios.TCSADRAIN, silent)
-    try:
+    try:  # TCSADRAIN, as TCSAFLUSH throws away what was typed and not yet read
+        termios.tcsetattr(typed, termios.TCSADRAIN, silent)
         yield
     finally:
         termios.tcsetattr(typed, termios.TCSADRAIN, before)
