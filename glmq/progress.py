@@ -35,6 +35,8 @@ class PassPlan:
     """As PassStarted will have it."""
     steps: tuple[StepPlan, ...]
     """In their order; of a pass that counts tokens or bytes a single one."""
+    is_bound: bool = False
+    """It may end before all of this is done, as an answer does: the seconds are those of the longest."""
 
 
 @dataclass(frozen=True, slots=True)

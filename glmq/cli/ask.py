@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +11,7 @@ import typer
 
 from glmq.cli import options as o
 from glmq.cli.help import Tier
+from glmq.cli.streams import without_echo
 
 if TYPE_CHECKING:
     from glmq.cli.progress import ProgressView
@@ -36,8 +37,8 @@ def ask(
         str | None,
         typer.Option(
             "--prompt",
-            help="The question; without one, questions are read from the terminal, one a line. Where there is no terminal, the "
-            "picture is to be described.",
+            help="The question; without one, questions are read from the terminal, one a line. Where input or output is no "
+            "terminal, the picture is to be described.",
             rich_help_panel=QUESTION,
             show_default=False,
         ),
@@ -87,22 +88,25 @@ def ask(
     from glmq.jobs.ask import ANSWERING, READING, check_picture, open_asker
     from glmq.model.inputs import DEFAULT_PROMPT
 
-    is_interactive = prompt is None and not json_output and sys.stdin.isatty()
+    is_interactive = prompt is None and not json_output and sys.stdin.isatty() and sys.stdout.isatty()
     if prompt is None and not is_interactive:
         if image is None:
             raise UsageError("give a question with --prompt, a picture with --image, or both")
         prompt = DEFAULT_PROMPT
     check_picture(image, shrinks=max_pixels is not None)
     hidden = {ANSWERING} if sys.stdout.isatty() else set[str]()
-    with (
-        ProgressView(quiet=quiet or json_output, hidden=hidden, fleeting={READING, ANSWERING}) as view,
-        open_asker(folder, max_pixels=max_pixels, chat_template=chat_template, watch=view) as asker,
-    ):
+    view = ProgressView(quiet=quiet or json_output, hidden=hidden, fleeting={READING, ANSWERING})
+    with ExitStack() as opened:
+        with without_echo(sys.stdin) if is_interactive else nullcontext(), view:
+            asker = opened.enter_context(
+                open_asker(folder, max_pixels=max_pixels, chat_template=chat_template, watch=view)
+            )
         question = _Question(asker, image, max_new_tokens, shrinks=max_pixels is not None)
         if prompt is None:
             question.answer_lines(view)
         else:
-            question.answer(prompt, json_output=json_output, quiet=quiet)
+            with view:
+                question.answer(prompt, json_output=json_output, quiet=quiet)
 
 
 class _Question:
@@ -146,7 +150,7 @@ class _Question:
             if not prompt:
                 continue
             try:
-                with view:  # which stops a bar
+                with without_echo(sys.stdin), view:  # which stops a bar
                     self.answer(prompt, json_output=False, quiet=False)
             except KeyboardInterrupt:
                 stderr.say("stopped")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 GIB: Final = 2**30
 NAMES: Final = 14
 """Columns of the names of what is shown."""
+NO_PROGRAM: Final = "the vendor's program is not found; without it `glmq compress` takes --codec portable alone"
 
 
 def doctor(
@@ -38,6 +39,8 @@ def doctor(
         stdout.say(f"{name:<{NAMES}}{value}", hang=NAMES)
     for problem in found.problems:
         stdout.say(f"warning: {problem}")
+    if not found.problems:
+        stdout.say("Nothing stands in the way of what runs on the CPU.")
 
 
 def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -55,10 +58,10 @@ def _lines(found: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "memory", f"{found.memory_available / GIB:.1f} of {found.memory_total / GIB:.1f} GiB available"
     for folder, free in found.disks.items():
         yield "disk", f"{free / GIB:.1f} GiB free in {folder}"
-    yield "CANN", ascend.home or ("installed, not set up" if ascend.set_env else "not found")
+    yield "CANN", ascend.home or ("installed, not set up" if ascend.set_env else "not found; only NPUs need it")
     yield "driver", _text(ascend.driver) or "not found"
     yield "NPUs", ", ".join(ascend.devices) or "none"
-    yield "compress", found.compress_program or "the vendor's program is not found"
+    yield "compress", found.compress_program or NO_PROGRAM
 
 
 def _text(value: object) -> str | None:

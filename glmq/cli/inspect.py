@@ -70,7 +70,7 @@ def inspect(
     ] = None,
     html: Html = None,
     json_output: o.JsonOutput = False,
-    quiet: o.Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel=o.RUN)] = False,
     verbose: o.Verbose = False,
     log_file: o.LogFile = None,
     debug: o.Debug = False,

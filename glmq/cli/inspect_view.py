@@ -12,7 +12,6 @@ from glmq.cli.console import stdout
 from glmq.cli.render import SHOWN_ROWS, size
 from glmq.cli.statistics_view import show_statistics
 from glmq.cli.tables import Cell, Column, FittedTable
-from glmq.engines import reads_type
 from glmq.inspection.folder import Kind
 from glmq.inspection.listing import (
     TensorRow,
@@ -25,7 +24,7 @@ from glmq.inspection.listing import (
 )
 from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
-from glmq.verification.engines.check import describe_engines
+from glmq.verification.engines.check import describe_engines, is_for
 from glmq.wording import counted
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def show_inspection(found: Inspection, *, one_by_one: bool, verbose: bool) -> No
     for target, findings in found.engines.items():
         wanted = ("error", "warning") if verbose else ("error",)  # warnings are for those who ask
         own = [found for found in findings if found.message not in folder.problems and found.severity in wanted]
-        if not verbose and not reads_type(target, folder.quant_type):
+        if not verbose and not is_for(folder, target):
             continue  # the line above says who does
         for finding in own if verbose else own[:SHOWN_PROBLEMS]:
             where = f"{finding.tensor}: " if finding.tensor else ""

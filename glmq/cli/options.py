@@ -13,6 +13,7 @@ from glmq.errors import UsageError
 
 MODEL: Final = "Model"
 CALIBRATION: Final = "Calibration"
+SAMPLES: Final = "Samples"
 QUANTIZATION: Final = "Quantization"
 OUTPUT: Final = "Output"
 RUN: Final = "Run"
@@ -34,7 +35,7 @@ CalibImages = Annotated[
     typer.Option(
         "--calib-images",
         help="Folder of calibration images, 30 are wanted. Each is one sample.",
-        rich_help_panel=CALIBRATION,
+        rich_help_panel=SAMPLES,
         show_default="the 30 pictures that come with glmq",
     ),
     Tier.USUAL,
@@ -44,7 +45,7 @@ Recursive = Annotated[
     typer.Option(
         "--recursive/--no-recursive",
         help="Also take the images of the sub-folders of --calib-images.",
-        rich_help_panel=CALIBRATION,
+        rich_help_panel=SAMPLES,
     ),
 ]
 CalibSamples = Annotated[
@@ -53,7 +54,7 @@ CalibSamples = Annotated[
         "--calib-samples",
         help="JSON-lines file of samples: image, prompt, text. Each is optional, text is the answer; messages (OpenAI) and "
         "conversations (ShareGPT, LLaVA) are read too. Alone, or beside --calib-images.",
-        rich_help_panel=CALIBRATION,
+        rich_help_panel=SAMPLES,
     ),
     Tier.USUAL,
 ]
@@ -80,21 +81,23 @@ Texts = Annotated[
         "--texts/--no-texts",
         help="Also calibrate on the short texts that come with glmq (lists, code, reasoning, English and Chinese): "
         "most of an answer is text that no picture contains.",
-        rich_help_panel=CALIBRATION,
+        rich_help_panel=SAMPLES,
     ),
 ]
-Prompt = Annotated[str, typer.Option("--prompt", help="What is asked about each image.", rich_help_panel=CALIBRATION)]
+Prompt = Annotated[str, typer.Option("--prompt", help="What is asked about each image.", rich_help_panel=SAMPLES)]
+FIRST: Final = "Use only the first N pictures and the first N lines of a file"
 LimitImages = Annotated[
     int | None,
-    typer.Option("--limit", min=1, help="Use only the first N images and lines.", rich_help_panel=CALIBRATION),
+    typer.Option("--limit", min=1, help=f"{FIRST}; the texts of --texts come on top.", rich_help_panel=SAMPLES),
 ]
+LimitCases = Annotated[int | None, typer.Option("--limit", min=1, help=f"{FIRST}.", rich_help_panel=SAMPLES)]
 MaxPixels = Annotated[
     int | None,
     typer.Option(
         "--max-pixels",
         min=28 * 28,
         help="Shrink larger images to this many pixels, which saves memory and time.",
-        rich_help_panel=CALIBRATION,
+        rich_help_panel=SAMPLES,
     ),
 ]
 SkipBadImages = Annotated[
@@ -102,7 +105,7 @@ SkipBadImages = Annotated[
     typer.Option(
         "--skip-bad-images/--no-skip-bad-images",
         help="Leave out images that do not decode or that the model does not take, instead of stopping.",
-        rich_help_panel=CALIBRATION,
+        rich_help_panel=SAMPLES,
     ),
 ]
 WideMoments = Annotated[

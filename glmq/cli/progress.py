@@ -25,6 +25,7 @@ from glmq.cli.stopped import remember_reached
 from glmq.model.config import FAMILY
 from glmq.progress import BlockStep, Event, Note, PassDone, PassStarted, RunPlanned
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
+from glmq.wording import counted
 
 LINE_SECONDS: Final = 10.0
 """Between two lines of one pass where stderr is no terminal."""
@@ -35,7 +36,8 @@ REFRESHES: Final = 8
 
 
 class ProgressView:
-    """Draws the events that it is called with. A context manager, so that nothing goes on moving when a run fails.
+    """Draws the events that it is called with. A context manager, so that nothing goes on moving when a run fails; entered
+    again, it draws another run.
 
     Args:
         quiet: draw nothing.
@@ -61,18 +63,23 @@ class ProgressView:
         self._quiet, self._verbose, self._clock = quiet, verbose, clock
         self._hidden, self._fleeting = hidden, fleeting
         self._file = _open_events(events, verb)
-        self._remaining = Remaining(clock)
+        self._line_due = 0.0
+        self._begin()
+        self._live: Live | None = None
+        self._spinner = Spinner("line" if stderr.options.ascii_only else "dots")
+
+    def _begin(self) -> None:
+        """Know nothing of a run yet."""
+        self._remaining = Remaining(self._clock)
         self._pass = PassStarted("", "blocks", 0)
         self._done = 0
         """Of the pass, in its unit."""
         self._at = ""
         """What is under way in it."""
         self._resident_bytes = 0
-        self._line_due = 0.0
-        self._live: Live | None = None
-        self._spinner = Spinner("line" if stderr.options.ascii_only else "dots")
 
     def __enter__(self) -> ProgressView:
+        self._begin()
         self._move()
         return self
 
@@ -135,8 +142,8 @@ class ProgressView:
         if self._live is None:
             self._line_due = self._clock() + LINE_SECONDS
             place = self._remaining.place
-            words = ", about {} for the whole run" if place is not None and place[0] == 1 else ", about {} left"
-            self._say(f"{self._title()}: {self._count_all()}{self._times(words)}")
+            what = "for the whole run" if place is not None and place[0] == 1 else "left"
+            self._say(f"{self._title()}: {self._count_all()}{self._times(what)}")
 
     def _move(self) -> None:
         """Begin to draw what moves, where it can be seen."""
@@ -157,7 +164,7 @@ class ProgressView:
         self._line_due = self._clock() + LINE_SECONDS
         share = f"{self._share():.0%}, {duration(self._remaining.elapsed())} gone"
         memory = f"{self._resident_bytes / MIB:.0f} MiB resident"
-        self._say(f"{self._title()}: {self._count()}, {self._at}; {share}{self._times(', about {} left')}, {memory}")
+        self._say(f"{self._title()}: {self._count()}, {self._at}; {share}{self._times('left')}, {memory}")
 
     def _say(self, line: str) -> None:
         """A line of progress; with the time where there may be hours between two, and nobody looks on."""
@@ -177,16 +184,18 @@ class ProgressView:
         rest = f", {self._pass.done} of them finished before" if self._pass.done else ""
         if self._pass.unit == "bytes":
             return size(self._pass.total)
-        return f"{self._pass.total} {self._pass.unit}{rest}"
+        return f"{counted(self._pass.total, self._pass.unit.removesuffix('s'))}{rest}"
 
     def _share(self) -> float:
         """Of the run, what is done; 99 % until all of it is."""
         share = self._remaining.share()
         return share if share >= 1.0 else min(share, 0.99)
 
-    def _times(self, words: str) -> str:
+    def _times(self, what: str) -> str:
+        """`, about 3 min left`, if that is what it is called; of a run that may end earlier, at most."""
         left = self._remaining.left()
-        return "" if left is None or left < SHORTEST else words.format(duration(left))
+        most = "at most " if self._remaining.is_bound else ""
+        return "" if left is None or left < SHORTEST else f", {most}about {duration(left)} {what}"
 
     def _draw(self) -> Group:
         """Where the run is, and how much of it is done: two lines that fit the terminal."""
@@ -198,7 +207,7 @@ class ProgressView:
             self._spinner, Text(f"{self._title()}: {self._count()}  {self._at}", no_wrap=True, overflow="ellipsis")
         )
         share = self._share()
-        times = f"{share:4.0%}  {duration(self._remaining.elapsed())} gone" + self._times(", about {} left")
+        times = f"{share:4.0%}  {duration(self._remaining.elapsed())} gone" + self._times("left")
         memory = f", {self._resident_bytes / MIB:.0f} MiB" if self._resident_bytes else ""
         if len(times) + len(memory) + 12 <= stderr.width:
             times += memory

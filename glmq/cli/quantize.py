@@ -234,7 +234,7 @@ def quantize(
     events: o.Events = None,
     debug: o.Debug = False,
 ) -> None:
-    """Quantize a float GLM-4.1V or GLM-4.6V-Flash for MindIE and vLLM-Ascend; calibrates first unless --stats has it.
+    """Quantize a float GLM-4.1V or GLM-4.6V-Flash for MindIE and vLLM-Ascend; without --stats it calibrates first.
 
     Sparse W8A8S for the Atlas 300I Duo, and W8A8 for the Atlas 800I A2:
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from glmq.progress import BlockStep, Event, PassDone, PassPlan, PassStarted, RunPlanned, StepPlan
@@ -22,9 +22,10 @@ TRUSTED_TOKENS: Final = 0.05
 class Remaining:
     """Sees the events of a run.
 
-    A block needs its expected time, times the ratio that the finished blocks of its kind in its pass have shown. A kind of
-    which none is finished takes half of the ratio (of its logarithm) that all finished blocks together have shown: part of it
-    is the machine's load, which stays, and part the difference between the kinds, which does not.
+    A block needs its expected time, times the ratio that the finished blocks of its kind in its pass have shown, or those of
+    the pass that does the same for another recipe of a sweep. A kind of which none is finished takes half of the ratio (of its
+    logarithm) that all finished blocks together have shown: part of it is the machine's load, which stays, and part the
+    difference between the kinds, which does not.
 
     Args:
         clock: seconds.
@@ -50,8 +51,6 @@ class Remaining:
         """Take note of an event."""
         match event:
             case RunPlanned():
-                if self._ready is not None:  # one run after another, as of questions
-                    self._started, self._ready = self._clock(), None
                 self._passes, self._number, self._is_timed = event.passes, -1, True
             case PassStarted():
                 self._ready = self._clock() if self._ready is None else self._ready
@@ -73,6 +72,11 @@ class Remaining:
     def place(self) -> tuple[int, int] | None:
         """Number of the current pass, from 1, and how many there are; None if that is not known."""
         return (self._number + 1, len(self._passes)) if self._is_timed and self._number >= 0 else None
+
+    @property
+    def is_bound(self) -> bool:
+        """What is left is the most that it can be expected to be: a pass may end before all of it is done."""
+        return any(one.is_bound for one in self._passes[max(self._number, 0) :])
 
     def elapsed(self) -> float:
         """Seconds since the run began."""
@@ -135,23 +139,47 @@ class Remaining:
         self._current, self._share, self._since = block.index + 1, 0.0, self._clock()
 
     def _ratio(self, title: str, kind: str) -> float | None:
-        """Seconds taken for each second expected."""
-        taken, expected = self._taken.get((title, kind), (0.0, 0.0))
-        if expected > 0.0:
-            return taken / expected
-        if self._number >= 0 and self._current < len(self._steps) and title == self._passes[self._number].title:
-            step, passed = self._steps[self._current], self._clock() - self._since
-            trusted = TRUSTED_TOKENS if self._unit == "tokens" else TRUSTED_SHARE
-            if step.kind == kind and self._share >= trusted and step.seconds > 0.0:
-                return passed / self._share / step.seconds
-        if not self._is_timed:
-            known = [pair for pair in self._taken.values() if pair[1] > 0.0]
-            return None if not known else sum(pair[0] for pair in known) / sum(pair[1] for pair in known)
-        taken = sum(pair[0] for pair in self._taken.values())
-        expected = sum(pair[1] for pair in self._taken.values())
-        return math.sqrt(taken / expected) if taken > 0.0 and expected > 0.0 else 1.0
+        """Seconds taken for each second expected; None before anything tells."""
+        shown = _mean([self._taken.get((title, kind), (0.0, 0.0))])
+        if shown is not None:
+            return shown
+        before, now = self._ratio_before(title, kind), self._ratio_under_way(title, kind)
+        if before is None or now is None:
+            return before if now is None else now
+        if self._unit not in COUNTED:
+            return now
+        return float(now**self._share * before ** (1 - self._share))  # parts of one block differ more than two blocks
+
+    def _ratio_before(self, title: str, kind: str) -> float | None:
+        """What other passes tell of blocks of that kind: those that do the same for other recipes, or all of them by half."""
+        alike = [pair for (other, of), pair in self._taken.items() if of == kind and _work(other) == _work(title)]
+        shown, by_all = _mean(alike), _mean(self._taken.values())
+        if shown is not None or not self._is_timed:
+            return by_all if shown is None else shown
+        return math.sqrt(by_all) if by_all else 1.0
+
+    def _ratio_under_way(self, title: str, kind: str) -> float | None:
+        """What the block tells that is under way, once enough of it is done."""
+        if self._number < 0 or self._current >= len(self._steps) or title != self._passes[self._number].title:
+            return None
+        step, passed = self._steps[self._current], self._clock() - self._since
+        trusted = TRUSTED_TOKENS if self._unit == "tokens" else TRUSTED_SHARE
+        if step.kind != kind or self._share < trusted or step.seconds <= 0.0:
+            return None
+        return passed / self._share / step.seconds
 
     def _rest_of_block(self, seconds: float) -> float:
         """Of the current block, which is expected to take that long altogether."""
         by_share = seconds * (1 - self._share)
         return by_share if self._share > 0.0 else max(seconds - (self._clock() - self._since), 0.0)
+
+
+def _mean(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """Seconds taken for each second expected, of all of them; None where nothing was expected to take any."""
+    known = [pair for pair in pairs if pair[1] > 0.0]
+    return sum(taken for taken, _ in known) / sum(expected for _, expected in known) if known else None
+
+
+def _work(title: str) -> str:
+    """What a pass does, whatever the recipe: `KL` of `3-bits: KL`."""
+    return title.rpartition(": ")[2]

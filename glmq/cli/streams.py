@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any, Final
 
 _LAST: Final = 2
 """Descriptor of the last of the three: standard input, output and errors."""
@@ -26,3 +28,28 @@ def mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def without_echo(typed: IO[Any]) -> Iterator[None]:
+    """What is typed meanwhile does not show among what is printed: it waits, and whoever reads next gets and shows it.
+
+    Args:
+        typed: what is read from; anything but a terminal is left as it is, and so is every terminal of Windows.
+    """
+    try:
+        import termios
+    except ImportError:
+        yield
+        return
+    if not typed.isatty():
+        yield
+        return
+    before = termios.tcgetattr(typed)
+    silent = [*before]
+    silent[3] = before[3] & ~termios.ECHO
+    try:  # TCSADRAIN, as TCSAFLUSH throws away what was typed and not yet read
+        termios.tcsetattr(typed, termios.TCSADRAIN, silent)
+        yield
+    finally:
+        termios.tcsetattr(typed, termios.TCSADRAIN, before)

@@ -63,8 +63,8 @@ def sweep(
         bool,
         typer.Option(
             "--kl/--no-kl",
-            help="Run the float model once and each checkpoint once over samples. KL is how far their predicted tokens are "
-            "apart; of a large model each run takes as long as calibrating on them.",
+            help="Measure KL, how far predicted tokens are from the float model's. It and each checkpoint run once over "
+            "samples, which takes as long as calibrating on them each time.",
             rich_help_panel=KL,
         ),
         Tier.USUAL,
@@ -90,7 +90,12 @@ def sweep(
     prompt: o.Prompt = "Please describe this picture in detail.",
     limit: Annotated[
         int,
-        typer.Option("--limit", min=1, help="Use only the first N pictures or lines for KL.", rich_help_panel=KL),
+        typer.Option(
+            "--limit",
+            min=1,
+            help=f"{o.FIRST}; the texts that the statistics have from glmq come on top, unless samples are named.",
+            rich_help_panel=KL,
+        ),
         Tier.USUAL,
     ] = 8,
     max_pixels: o.MaxPixels = None,

@@ -103,7 +103,7 @@ def show_sweep_plan(plan: SweepPlan, folder: Path) -> None:
     if plan.samples:
         stdout.say(
             f"KL: {counted(len(plan.rows) + 1, 'run')} over {counted(len(plan.samples), 'sample')}, about "
-            f"{duration(plan.kl_seconds)} each; --no-kl leaves it out, --limit takes fewer samples"
+            f"{duration(plan.kl_seconds)} each; --no-kl leaves it out, --limit takes fewer pictures or lines"
         )
     stdout.say(f"time: about {duration(plan.seconds)} on this machine as it is now")
     show_obstacles(plan.obstacles)

@@ -78,7 +78,7 @@ def verify(
         typer.Option(
             "--calib-images",
             help="Folder of images to run both models on; needs --reference.",
-            rich_help_panel=o.CALIBRATION,
+            rich_help_panel=o.SAMPLES,
         ),
         Tier.USUAL,
     ] = None,
@@ -88,12 +88,12 @@ def verify(
         typer.Option(
             "--cases",
             help="JSON-lines file of cases with image, prompt and text (answer) to run both models on; needs --reference.",
-            rich_help_panel=o.CALIBRATION,
+            rich_help_panel=o.SAMPLES,
         ),
         Tier.USUAL,
     ] = None,
     prompt: o.Prompt = "Please describe this picture in detail.",
-    limit: o.LimitImages = None,
+    limit: o.LimitCases = None,
     max_pixels: o.MaxPixels = None,
     max_kl: Annotated[
         float,
@@ -123,7 +123,9 @@ def verify(
     ] = False,
     html: Html = None,
     json_output: o.JsonOutput = False,
-    quiet: o.Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the verdict and errors only.", rich_help_panel=o.RUN)
+    ] = False,
     verbose: o.Verbose = False,
     log_file: o.LogFile = None,
     events: o.Events = None,

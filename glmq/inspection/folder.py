@@ -285,6 +285,11 @@ def _type_of(info: TensorInfo, description: Mapping[str, JsonValue], kind: Kind)
         return found
     if kind is Kind.PORTABLE and info.dtype not in FLOAT_CODES:
         return QuantType.W8A8S.value
+    is_sparse = description.get("model_quant_type") == QuantType.W8A8SC.value
+    if kind is Kind.SHARDED and is_sparse and info.dtype not in FLOAT_CODES:
+        # The description has the names of the un-sharded checkpoint, and the types that its parts have everywhere.
+        is_packed = info.name.rpartition(".")[2] in ("weight", "index", "info")
+        return QuantType.W8A8SC.value if is_packed else QuantType.W8A8S.value
     return QuantType.FLOAT.value if info.dtype in FLOAT_CODES else "?"
 
 

@@ -122,7 +122,8 @@ class Asker:
     def _passes(self, inputs: ModelInputs, max_new_tokens: int) -> tuple[PassPlan, PassPlan]:
         """Reading the question, and the longest answer that is allowed."""
         token = StepPlan(ANSWERING, "other", max_new_tokens * self._model.plan.token_seconds)
-        return PassPlan(READING, self._model.expect(inputs, tries=self._tries)), PassPlan(ANSWERING, (token,))
+        reading = PassPlan(READING, self._model.expect(inputs, tries=self._tries))
+        return reading, PassPlan(ANSWERING, (token,), True)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from glmq.errors import LaunchError, UsageError
 from glmq.jobs.given_statistics import open_statistics
 from glmq.jobs.sweep_recipes import SweepJob, SweepOptions, Variant, check_variants
 from glmq.jobs.sweep_rows import SweepRows, SweepWork
-from glmq.jobs.sweep_samples import find_samples, open_ruler
+from glmq.jobs.sweep_samples import describe_samples, find_samples, open_ruler
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files
@@ -205,8 +205,8 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
             samples = find_samples(options.cases, statistics)
             max_pixels = options.cases.max_pixels or statistics.settings().max_pixels
             ruler = open_ruler(source, opened.config, samples, max_pixels, options.chat_template)
-            known, used = len(statistics.samples()), len(samples)
-            watcher.note(f"KL: on {counted(used, 'sample')}; the statistics were taken from {known}")
+            known = counted(len(statistics.samples()), "sample")
+            watcher.note(f"KL: on {describe_samples(samples)}; the statistics were taken from {known}")
         source.contents = statistics.weights_wanted()
         yield SweepWork(job, source, opened.config, statistics, plans, ruler)
 

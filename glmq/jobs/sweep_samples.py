@@ -39,6 +39,7 @@ from glmq.verification.cases import Case, count_blocks
 from glmq.verification.int8_model import open_model
 from glmq.verification.last_states import LastStates, compare_states, run_forward
 from glmq.verification.trial import weigh_cases
+from glmq.wording import counted
 
 STATES: Final = "float.safetensors"
 """In the work folder: the last states of the float model."""
@@ -69,6 +70,13 @@ def find_samples(options: CaseOptions, statistics: Statistics) -> tuple[Sample, 
             "glmq; name pictures with --calib-images or samples with --cases, or leave KL out with --no-kl"
         )
     return tuple(replace(sample, generated=_generated(known[sample.digest])) for sample in found)
+
+
+def describe_samples(samples: Sequence[Sample]) -> str:
+    """How many pictures and how many texts, of which `--limit` counts the built-in ones not: `8 pictures and 14 texts`."""
+    texts = sum(sample.image is None for sample in samples)
+    counts = {"picture": len(samples) - texts, "text": texts}
+    return " and ".join(counted(count, noun) for noun, count in counts.items() if count)
 
 
 def _described(statistics: Statistics) -> dict[str, Mapping[str, object]]:

@@ -64,6 +64,6 @@ def _refuse_dtype(quant_type: QuantType, dtype: FloatDtype) -> None:
     dtypes = {known for engine in Engine for known in Place(engine, None).dtypes(quant_type)}
     if dtypes and dtype not in dtypes:
         raise TargetError(
-            f"--torch_dtype bf16 with a sparse type ({quant_type.value}): no engine loads it, "
+            f"{quant_type.value} with {dtype.value} float weights (--torch_dtype is bf16 unless given): no engine loads it, "
             "the 300I Duo has no bfloat16; pass --torch_dtype fp16"
         )

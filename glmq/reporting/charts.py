@@ -14,10 +14,24 @@ from html import escape
 from itertools import product
 from typing import Final
 
-from glmq.reporting.svg import WIDTH, drawing, legend, level_line, remark, round_up, sample, text_at
+from glmq.reporting.svg import (
+    PHONE,
+    WIDTH,
+    at_both_widths,
+    drawing,
+    legend,
+    level_line,
+    remark,
+    round_up,
+    sample,
+    text_at,
+)
 from glmq.reporting.words import percent, size
 
-LABEL_WIDTH: Final = 170
+LABEL_WIDTHS: Final = {WIDTH: 170, PHONE: 116}
+"""Of the roles beside a heat map."""
+HEAT_LABEL: Final = 24
+"""Width that the number of a layer above a heat map has."""
 HEAT_SPAN: Final = 20.0
 SHADES: Final = ((255, 244, 214), (250, 199, 120), (222, 110, 52), (122, 22, 22))
 """From light to dark; the same in both themes, so that darker is larger in each."""
@@ -64,37 +78,50 @@ def heat_map(
     high = max(positive)
     low = max(min(positive), high / HEAT_SPAN)
     span = math.log(high / low) or 1.0
-    cell_w, cell_h = (WIDTH - LABEL_WIDTH) / len(columns), 26
-    parts: list[str] = []
-    for y, row in enumerate(rows):
-        top = 22 + y * cell_h
-        parts.append(text_at(LABEL_WIDTH - 8, top + cell_h / 2 + 4, row, anchor="end"))
+
+    def share(value: float) -> float:
+        return 0.0 if value <= 0 else min(1.0, max(0.0, math.log(min(value, high) / low) / span))
+
+    def draw(page: int) -> str:
+        left, cell_h = LABEL_WIDTHS[page], 26
+        cell_w = (page - left) / len(columns)
+        parts = [text_at(left - 8, 14, "layer", anchor="end")]
+        for y, row in enumerate(rows):
+            top = 22 + y * cell_h
+            shown = row if len(row) <= left / 6.5 else f"…{row[-int(left / 6.5) + 1 :]}"
+            parts.append(text_at(left - 8, top + cell_h / 2 + 4, shown, anchor="end"))
+            for x, column in enumerate(columns):
+                value = values.get((column, row))
+                if value is None:
+                    continue
+                place = left + x * cell_w, top, cell_w, cell_h
+                made = f"<title>{escape(f'{column} {row}: {percent(value)}')}</title>{_heat_value(value, share(value), place)}"
+                link = (links or {}).get((column, row))
+                parts.append(f"<g>{made}</g>" if link is None else f'<a href="#{link}">{made}</a>')
+        every = max(1, math.ceil(len(columns) * HEAT_LABEL / (page - left)))
         for x, column in enumerate(columns):
-            value = values.get((column, row))
-            if value is None:
-                continue
-            share = 0.0 if value <= 0 else min(1.0, max(0.0, math.log(min(value, high) / low) / span))
-            left = LABEL_WIDTH + x * cell_w
-            made = f"<title>{escape(f'{column} {row}: {percent(value)}')}</title>" + _heat_cell(
-                left + 1, top + 1, cell_w - 2, cell_h - 2, None if value == 0 else share
-            )
-            if cell_w > 46:
-                shade = "on-none" if value == 0 else "on-dark" if share > DARK_SHARE else "on-light"
-                made += text_at(left + cell_w / 2, top + cell_h / 2 + 4, percent(value), anchor="middle", kind=shade)
-            link = (links or {}).get((column, row))
-            parts.append(f"<g>{made}</g>" if link is None else f'<a href="#{link}">{made}</a>')
-    every = max(1, math.ceil(len(columns) / 20))
-    for x, column in enumerate(columns):
-        if x % every == 0:
-            parts.append(text_at(LABEL_WIDTH + (x + 0.5) * cell_w, 14, column.rpartition(".")[2], anchor="middle"))
-    parts.append(text_at(LABEL_WIDTH - 8, 14, "layer", anchor="end"))
-    key = _heat_legend(low, high, what, has_zero=0.0 in drawn)
-    return f"<div>{drawing(22 + len(rows) * cell_h + 4, parts, what)}{key}</div>"
+            if x % every == 0:
+                centre = min(left + (x + 0.5) * cell_w, page - 8)  # two digits of the last one have room
+                parts.append(text_at(centre, 14, column.rpartition(".")[2], anchor="middle"))
+        return drawing(22 + len(rows) * cell_h + 4, parts, what, page)
+
+    return f"<div>{at_both_widths(draw)}{_heat_legend(low, high, what, has_zero=0.0 in drawn)}</div>"
+
+
+def _heat_value(value: float, share: float, place: tuple[float, float, float, float]) -> str:
+    """The cell at that place (left, top, width, height), with its number where there is room."""
+    left, top, width, height = place
+    gap = min(1.0, width / 8)
+    made = _heat_cell(left + gap, top + 1, width - 2 * gap, height - 2, None if value == 0 else share)
+    if width <= 46:
+        return made
+    shade = "on-none" if value == 0 else "on-dark" if share > DARK_SHARE else "on-light"
+    return made + text_at(left + width / 2, top + height / 2 + 4, percent(value), anchor="middle", kind=shade)
 
 
 def _heat_cell(x: float, y: float, width: float, height: float, share: float | None) -> str:
     """One cell, `share` of the way from light to dark; None: for a value of zero."""
-    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="3"'
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{min(3.0, width / 4):.1f}"'
     return f'<rect class="nothing" {place}/>' if share is None else f'<rect fill="{_shade(share)}" {place}/>'
 
 
@@ -135,29 +162,33 @@ def columns_chart(labels: Sequence[str], values: Sequence[float], what: str, acr
     if limit == 0:
         return remark(f"No {what} above zero.")
     left, plot_h = 64, height - top - bottom
-    parts: list[str] = [text_at(0, 12, what), text_at(WIDTH, height - 4, across, anchor="end")]
-    for tick in range(5):
-        value = limit * tick / 4
-        y = top + plot_h * (1 - tick / 4)
-        parts.append(f'<line class="grid" x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(text_at(left - 8, y + 4, percent(value), anchor="end"))
-    step = (WIDTH - left) / len(values)
-    width = min(46.0, step * 0.72)
-    every = max(1, math.ceil(len(labels) * 44 / (WIDTH - left)))
-    for x, (label, value) in enumerate(zip(labels, values, strict=True)):
-        tall = plot_h * min(1.0, value / limit) if math.isfinite(value) else plot_h
-        centre, title = left + (x + 0.5) * step, f"<title>{escape(f'{label}: {percent(value)}')}</title>"
-        if value == 0:
-            parts.append(f'<circle class="nothing" cx="{centre:.1f}" cy="{top + plot_h}" r="3">{title}</circle>')
-        else:
-            tall = max(tall, 1.5)
-            parts.append(
-                f'<rect class="bar" x="{centre - width / 2:.1f}" y="{top + plot_h - tall:.1f}" width="{width:.1f}" '
-                f'height="{tall:.1f}" rx="2">{title}</rect>'
-            )
-        if x % every == 0:
-            parts.append(text_at(centre, height - 24, _short(label), anchor="middle"))
-    return drawing(height, parts, what)
+
+    def draw(page: int) -> str:
+        parts: list[str] = [text_at(0, 12, what), text_at(page, height - 4, across, anchor="end")]
+        for tick in range(5):
+            value = limit * tick / 4
+            y = top + plot_h * (1 - tick / 4)
+            parts.append(level_line("grid", left, page, y))
+            parts.append(text_at(left - 8, y + 4, percent(value), anchor="end"))
+        step = (page - left) / len(values)
+        width = min(46.0, step * 0.72)
+        every = max(1, math.ceil(len(labels) * 44 / (page - left)))
+        for x, (label, value) in enumerate(zip(labels, values, strict=True)):
+            tall = plot_h * min(1.0, value / limit) if math.isfinite(value) else plot_h
+            centre, title = left + (x + 0.5) * step, f"<title>{escape(f'{label}: {percent(value)}')}</title>"
+            if value == 0:
+                parts.append(f'<circle class="nothing" cx="{centre:.1f}" cy="{top + plot_h}" r="3">{title}</circle>')
+            else:
+                tall = max(tall, 1.5)
+                parts.append(
+                    f'<rect class="bar" x="{centre - width / 2:.1f}" y="{top + plot_h - tall:.1f}" width="{width:.1f}" '
+                    f'height="{tall:.1f}" rx="{min(2.0, width / 4):.1f}">{title}</rect>'
+                )
+            if x % every == 0:
+                parts.append(text_at(centre, height - 24, _short(label), anchor="middle"))
+        return drawing(height, parts, what, page)
+
+    return at_both_widths(draw)
 
 
 def stacked_bars(bars: Mapping[str, Mapping[str, int]], what: str) -> str:

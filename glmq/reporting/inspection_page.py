@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Final
 
-from glmq.engines import Engine, reads_type
+from glmq.engines import Engine
+from glmq.inspection.folder import Kind
 from glmq.inspection.listing import (
     TensorRow,
     describe_folder,
@@ -16,6 +17,7 @@ from glmq.inspection.listing import (
     totals_by_area,
     totals_by_type,
 )
+from glmq.inspection.parts import group_parts
 from glmq.model.config import FAMILY
 from glmq.reporting.charts import (
     RangeBar,
@@ -30,7 +32,7 @@ from glmq.reporting.words import (
     percent,
     size,
 )
-from glmq.verification.engines.check import describe_engines
+from glmq.verification.engines.check import describe_engines, is_for
 from glmq.verification.findings import Finding
 from glmq.wording import counted
 
@@ -44,7 +46,7 @@ def inspection_page(found: Inspection) -> str:
     problems = [cell(problem, "bad") for problem in folder.problems]
     errors = len(problems)
     for target, findings in found.engines.items():
-        if not reads_type(target, folder.quant_type):
+        if not is_for(folder, target):
             continue  # the sentence above the list says who does
         own = [finding for finding in findings if finding.message not in folder.problems]
         errors += sum(finding.severity == "error" for finding in own)
@@ -88,14 +90,44 @@ def inspection_page(found: Inspection) -> str:
                 "Outliers are more than 4 standard deviations from the mean.",
             )
         )
+    sections.append(_parts(found) if folder.kind in (Kind.PARTS, Kind.SHARDED, Kind.PORTABLE) else _layers(found))
+    return page(f"glmq inspect: {folder.directory.name}", [str(folder.directory), describe_folder(folder)], *sections)
+
+
+def _layers(found: Inspection) -> str:
     groups = [
-        (describe_layers(g.layers), g.role, g.quant_type, g.dtypes, " x ".join(map(str, g.shape)), size(g.nbytes))
+        (describe_layers(g.layers), g.role, g.quant_type, g.dtypes, _shape(g.shape), size(g.nbytes))
         for g in group_rows(found.rows)
     ]
-    sections.append(
-        section("Layers", split_table(("layers", "role", "type", "tensors", "shape", "bytes each"), groups, 4))
+    return section("Layers", split_table(("layers", "role", "type", "tensors", "shape", "bytes each"), groups, 4))
+
+
+def _parts(found: Inspection) -> str:
+    """Compressed parts: what is alike over ranks and layers in one line."""
+    rows = [
+        (
+            describe_layers(row.layers),
+            row.role,
+            row.quant_type,
+            str(row.ranks),
+            _shape(row.shape),
+            size(row.nbytes),
+            "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
+            "" if row.ratio is None else f"{row.ratio:.2f}",
+        )
+        for row in group_parts(found.rows, found.packed)
+    ]
+    header = ("layers", "role", "type", "ranks", "shape in a rank", "bytes", "bits", "ratio")
+    note = (
+        "Bits: of a weight as it is stored. Ratio: int8 bytes over those stored."
+        if found.packed
+        else "Without its report nothing says how large the packed weights were."
     )
-    return page(f"glmq inspect: {folder.directory.name}", [str(folder.directory), describe_folder(folder)], *sections)
+    return section("Parts, all ranks together", split_table(header, rows, 3), note=note)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 _VALUE_HEADER: Final = ("tensor", "histogram", "minimum", "maximum", "std", "bits", "zeros", "outliers")

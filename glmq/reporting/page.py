@@ -240,6 +240,7 @@ figure .muted { margin: 2px 0 0; }
 svg { display: block; max-width: 100%; }
 svg.chart { width: 100%; height: auto; }
 svg.wide { min-width: 900px; }
+.on-phone { display: none; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 8px 0 0; color: var(--muted); font-size: 12.5px; }
 .legend span { display: inline-flex; align-items: center; gap: 7px; } .legend svg { flex: none; }
 .stack { display: grid; grid-template-columns: auto minmax(0, 1fr) auto; gap: 10px 12px; align-items: center; }
@@ -267,6 +268,7 @@ a { color: var(--accent); }
 .dot { fill: var(--accent); stroke: var(--surface); } .ring { fill: var(--surface); stroke: var(--muted); stroke-width: 1.6; }
 svg text.name { fill: var(--text); }
 @media (max-width: 480px) {
+  .on-page { display: none; } .on-phone { display: block; }
   .pair svg text { font-size: 14px; }
   header, main, footer { padding-left: 12px; padding-right: 12px; }
   section { padding: 14px 12px; }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 from typing import Final
 
 WIDTH: Final = 960
 """Of a chart that fills the page."""
+PHONE: Final = 350
+"""Of the same chart on a phone."""
 
 
 def round_up(value: float) -> float:
@@ -37,11 +39,16 @@ def remark(text: str) -> str:
 def drawing(height: float, parts: Iterable[str], what: str, width: int = WIDTH) -> str:
     """The drawing of these parts, which scrolls where the page is too narrow for it; `what` says what it shows."""
     body = "\n".join(parts)
-    kind = "chart wide" if width == WIDTH else "chart"
+    kind = {WIDTH: "chart wide", PHONE: "chart phone"}.get(width, "chart")
     return (
         f'<div class="plot"><svg class="{kind}" role="img" aria-label="{escape(what)}" viewBox="0 0 {width} {height:.0f}" '
         f'preserveAspectRatio="xMinYMin meet">\n{body}\n</svg></div>'
     )
+
+
+def at_both_widths(draw: Callable[[int], str]) -> str:
+    """A drawing for a page and one for a phone, of which the style sheet shows one."""
+    return f'<div><div class="on-page">{draw(WIDTH)}</div><div class="on-phone">{draw(PHONE)}</div></div>'
 
 
 def sample(width: int, height: int, shapes: str) -> str:

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/estimate.py [--hidden 1024] [--layers 8] [--images 4] [--cpu-time] [--runs ask sweep]
 
-The runs: `W8A8` and `W8A8S` calibrate and quantize in one, `sweep` is of two recipes with KL, `verify` runs both models over
-the pictures, `ask` lets the quantized one answer. A random model ends no answer, so that of `ask` is as long as is allowed.
+The runs: `W8A8` and `W8A8S` calibrate and quantize in one, `calibrate` does the first alone and `quantize` the second, `sweep`
+is of two recipes with KL, `verify` runs both models over the pictures, `ask` lets the quantized one answer. A random model ends
+no answer, so that of `ask` is as long as is allowed.
 With --cpu-time every clock counts the processor's seconds, in one thread, so that what else the machine does changes little.
 """
 
@@ -32,6 +33,9 @@ from glmq.progress import Watch
 SHARES = (0.1, 0.25, 0.5)
 WANTED = 0.25
 """The largest error of what is left after a tenth of the run."""
+RUNS = ("W8A8", "W8A8S", "calibrate", "quantize", "sweep", "verify", "ask")
+TAKE_STATISTICS = {"quantize", "sweep"}
+TAKE_WEIGHTS = {"verify", "ask"}
 TOKENS = 128
 """Of an answer."""
 
@@ -52,7 +56,7 @@ def record(run: Callable[[Watch], object]) -> list[tuple[float, float]]:
 
 
 def runs(folder: Path, images: int) -> dict[str, Callable[[Watch], object]]:
-    """What can be timed, by name; those after the first take what that has left."""
+    """What can be timed, by name."""
     model, stats, quantized = folder / "model", folder / "stats", folder / "W8A8"
     calibration = CalibrationOptions(images=default_images(), limit=images)
     cases = CaseOptions(images=default_images(), limit=images)
@@ -62,8 +66,14 @@ def runs(folder: Path, images: int) -> dict[str, Callable[[Watch], object]]:
         job = QuantizationJob(model, out, recipe, calibration)
         return lambda watch: run_quantization(job, overwrite=True, resume=False, watch=watch)
 
+    def calibrate(watch: Watch) -> object:
+        return glmq.calibrate(model, out=stats, options=calibration, overwrite=True, watch=watch)
+
     def sweep(watch: Watch) -> object:
-        return glmq.sweep(model, stats, variants, out=folder / "sweep", options=SweepOptions(cases=cases), watch=watch)
+        options = SweepOptions(cases=cases)
+        return glmq.sweep(
+            model, stats, variants, out=folder / "sweep", options=options, overwrite=True, watch=watch
+        )  # fmt: skip
 
     def ask(watch: Watch) -> object:
         picture = next(path for path in sorted(default_images().iterdir()) if path.suffix == ".jpg")
@@ -72,10 +82,26 @@ def runs(folder: Path, images: int) -> dict[str, Callable[[Watch], object]]:
     return {
         "W8A8": quantize(Recipe.w8a8(), quantized),
         "W8A8S": quantize(Recipe.w8a8s(sigma=3.0), folder / "W8A8S"),
+        "calibrate": calibrate,
+        "quantize": lambda watch: glmq.quantize(
+            model, stats, out=folder / "quantized", recipe=Recipe.w8a8s(sigma=3.0), overwrite=True, watch=watch
+        ),
         "sweep": sweep,
         "verify": lambda watch: glmq.verify(quantized, reference=model, cases=cases, watch=watch),
         "ask": ask,
     }
+
+
+def prepare(folder: Path, a: argparse.Namespace) -> None:
+    """Make what the runs that are asked for take and none of those before them leaves."""
+    model, stats, quantized = folder / "model", folder / "stats", folder / "W8A8"
+    if not model.is_dir():
+        make_checkpoint(model, text_size(a.hidden, a.layers))
+    lacks_weights = bool(TAKE_WEIGHTS.intersection(a.runs)) and "W8A8" not in a.runs and not quantized.is_dir()
+    if (lacks_weights or TAKE_STATISTICS.intersection(a.runs)) and not stats.is_dir():
+        glmq.calibrate(model, out=stats, options=CalibrationOptions(images=default_images(), limit=a.images))
+    if lacks_weights:
+        glmq.quantize(model, stats, out=quantized, recipe=Recipe.w8a8())
 
 
 def main() -> None:
@@ -84,22 +110,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--cpu-time", action="store_true")
-    parser.add_argument("--runs", nargs="+", default=["W8A8", "W8A8S", "sweep", "verify", "ask"])
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--folder", type=Path, help="where the model and what is made of it stay")
     a = parser.parse_args()
     if a.cpu_time:
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) if a.folder is None else a.folder
-        if not (folder / "model").is_dir():
-            make_checkpoint(folder / "model", text_size(a.hidden, a.layers))
         timed = runs(folder, a.images)
-        if "sweep" in a.runs and not (folder / "stats").is_dir():
-            options = CalibrationOptions(images=default_images(), limit=a.images)
-            glmq.calibrate(folder / "model", out=folder / "stats", options=options)
-        if not (folder / "W8A8").is_dir() and "W8A8" not in a.runs:
-            glmq.quantize(folder / "model", folder / "stats", out=folder / "W8A8", recipe=Recipe.w8a8())
-        print(f"{'run':>6}{'of the run':>12}{'foretold s':>12}{'truth s':>10}{'error':>8}")
+        prepare(folder, a)
+        print(f"{'run':>9}{'of the run':>12}{'foretold s':>12}{'truth s':>10}{'error':>8}")
         for title in a.runs:
             told = record(timed[title])
             total = told[-1][0]
@@ -107,7 +127,7 @@ def main() -> None:
                 passed, foretold = next(pair for pair in told if pair[0] >= share * total)
                 error = foretold / max(total - passed, 1e-9) - 1
                 mark = "" if abs(error) <= WANTED else "  beyond the limit"
-                row = f"{title:>6}{share:12.0%}{foretold:12.1f}{total - passed:10.1f}{error:8.0%}{mark}"
+                row = f"{title:>9}{share:12.0%}{foretold:12.1f}{total - passed:10.1f}{error:8.0%}{mark}"
                 print(row, flush=True)
 
 

@@ -1,7 +1,13 @@
 """`glmq ask`: the answer on stdout, its speed on stderr, and a sentence for what cannot answer."""
 
+import fcntl
 import json
-from contextlib import AbstractContextManager, nullcontext
+import os
+import subprocess
+import sys
+import termios
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -9,6 +15,7 @@ from cli.command_line import glmq, run
 
 import glmq as library
 from glmq.cli.ask import _Question
+from glmq.cli.progress import REFRESHES
 from glmq.jobs.ask import describe_plan, open_asker
 from glmq.verification.answering import AnswerPlan
 
@@ -116,3 +123,109 @@ def test_a_model_that_does_not_fit_says_how_slow_it_will_be() -> None:
     assert describe_plan(AnswerPlan(2**30, 2**30, 0.25)) == (
         "expect about 4.0 tokens per second: its 1.0 GiB of weights stay in memory"
     )
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from glmq.jobs.ask import Asker
+answer, go = Asker.ask, Path(sys.argv.pop(1))
+def slow(self, *question, tell, **options):
+    def wait(piece):
+        tell(piece)
+        while "back" in piece and not go.exists():
+            time.sleep(0.01)
+    return answer(self, *question, tell=wait, **options)
+Asker.ask = slow
+from glmq.__main__ import main
+main()
+"""
+"""`glmq` that goes on after `The back` once a file is there."""
+
+
+class Terminal:
+    """`glmq ask` in a terminal, what stands there, and the hand at its keyboard.
+
+    Args:
+        go: file that it waits for after `The back`.
+        question: its arguments.
+        draws: the terminal can show what moves, and is given it; else the answers alone.
+    """
+
+    def __init__(self, go: Path, *question: object, draws: bool) -> None:
+        self.hand, self.program = os.openpty()
+        os.set_blocking(self.hand, False)
+        self.screen, self._seen = "", 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SLOW, *map(str, (go, "ask", *question))], stdin=self.program, stdout=self.program,
+            stderr=self.program if draws else subprocess.DEVNULL, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            env=os.environ | {"TERM": "xterm" if draws else "dumb", "COLUMNS": "80"},
+        )  # fmt: skip
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.hand)
+        os.close(self.program)
+
+    def type(self, text: str) -> None:
+        os.write(self.hand, text.encode())
+
+    def look(self) -> None:
+        with suppress(BlockingIOError):
+            self.screen += os.read(self.hand, 4096).decode()
+
+    def wait_for(self, text: str) -> None:
+        """Look until that comes after what was waited for before."""
+        until = time.monotonic() + 60
+        while text not in self.screen[self._seen :]:
+            assert time.monotonic() < until, self.screen
+            self.look()
+            time.sleep(0.01)
+        self._seen = self.screen.index(text, self._seen) + len(text)
+
+
+def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture: Path, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    with Terminal(go, tiny, "--image", picture, "--max-new-tokens", 5, draws=False) as terminal:
+        terminal.wait_for("> ")
+        terminal.type("Describe it.\n")
+        terminal.wait_for("\r\nThe")
+        terminal.type("What is there?\nWhat is not")
+        go.touch()
+        terminal.wait_for("> What is not")
+        go.unlink()
+        terminal.type("?\n")
+        terminal.wait_for("?\r\nThe")
+        terminal.type("\x03")
+        terminal.wait_for("\r\n> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(60) == 0
+        assert termios.tcgetattr(terminal.program)[3] & termios.ECHO
+    assert terminal.screen.splitlines() == [
+        "> Describe it.",
+        "The background is sky.",
+        "> What is there?",
+        "The background is sky.",
+        "> What is not?",
+        "The background",
+        "> ",
+    ]
+
+
+def test_nothing_moves_while_a_question_is_typed(tiny: Path, picture: Path, tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    with Terminal(tmp_path / "go", tiny, "--image", picture, "--max-new-tokens", 3, draws=True) as terminal:
+        terminal.wait_for("getting ready")
+        for question in ("", "What is there?\n"):
+            terminal.type(question)
+            terminal.wait_for("tokens read" if question else "Ctrl-D leaves.")
+            terminal.wait_for("> ")
+            before = terminal.screen
+            time.sleep(4 / REFRESHES)
+            terminal.look()
+            assert terminal.screen == before

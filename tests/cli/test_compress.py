@@ -144,6 +144,28 @@ def test_the_vllm_layout_is_called_a_best_effort(w8a8s: Path, tmp_path: Path) ->
     assert (out / "model-rank-1-part-0.safetensors").is_file()
 
 
+@pytest.mark.parametrize(("layout", "qkv"), [("mindie", "query_key_value"), ("vllm-ascend", "qkv_proj")])
+def test_parts_are_inspected_by_role_and_held_against_the_engine_that_they_are_for(
+    layout: str, qkv: str, w8a8s: Path, tmp_path: Path
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    glmq(*compress(w8a8s, out, "--tp", 2, "--layout", layout, "--executor", write_stand_in(tmp_path)))
+    shown = glmq("inspect", out, "--html", page).stdout
+    html = page.read_text()
+    assert "!! " not in shown
+    assert '<div class="card good"><div class="muted">Problems</div>' in html
+    assert ("Nothing wrong was found in headers and JSON files." in html) == (layout == "mindie")
+    assert ("vLLM-Ascend does not list GLM-4.1V as supported" in html) == (layout == "vllm-ascend")
+    rows = re.findall(r"<tr>(<td.*?)</tr>", html.partition("Parts, all ranks together")[2])
+    cells = {tuple(re.sub("<[^>]*>", "", one) for one in row.split("</td>")[:5]) for row in rows}
+    assert ("layers.0-1", f"self_attn.{qkv}", "W8A8SC", "2", "96 x 128") in cells
+    ((_, bits, ratio),) = re.findall(r"(gate_up_proj) .* W8A8SC .* (\d\.\d{3}) +(\d\.\d\d)", shown)
+    assert f'<td class="num">{bits}</td><td class="num">{ratio}</td>' in html
+    (out / "glmq_compress_report.json").unlink()
+    glmq("inspect", out, "--html", page)
+    assert "Without its report nothing says how large the packed weights were." in page.read_text()
+
+
 def test_help_names_the_variable_the_best_effort_and_both_spellings_work(w8a8s: Path, tmp_path: Path) -> None:
     text = " ".join(glmq("compress", "--help-all").output.split())
     assert "GLMQ_EXECUTOR" in text

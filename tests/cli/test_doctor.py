@@ -19,3 +19,19 @@ def test_both_forms_of_the_report_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert f"torch         {document['packages']['torch']}" in lines
     assert "CANN          installed, not set up" in lines
     assert "NPUs          none" in lines
+
+
+def test_what_is_missing_and_not_needed_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = AscendState(None, None, None, None, None, ())
+    monkeypatch.setattr(doctor, "find_ascend", lambda: nothing)
+    monkeypatch.setattr(doctor, "_compress_program", lambda: None)
+    monkeypatch.setattr(doctor, "_kernels", dict)
+    assert glmq("doctor").stdout.splitlines()[-5:] == [
+        "CANN          not found; only NPUs need it",
+        "driver        not found",
+        "NPUs          none",
+        "compress      the vendor's program is not found; without it `glmq compress` takes --codec portable alone",
+        "Nothing stands in the way of what runs on the CPU.",
+    ]
+    monkeypatch.setattr(doctor, "_kernels", lambda: {"codec": "numpy"})
+    assert glmq("doctor").stdout.splitlines()[-1].startswith("warning: no compiled kernel for codec: ")

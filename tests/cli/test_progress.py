@@ -65,6 +65,27 @@ def test_progress_on_a_pipe_is_time_stamped_lines_ten_seconds_apart(capsys: pyte
     ]
 
 
+def test_a_run_that_may_end_earlier_is_estimated_at_most(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    reading, answer = PassPlan("read", (StepPlan("a", "text", 20.0),)), StepPlan("", "other", 180.0)
+    with ProgressView(quiet=False, clock=clock) as view:
+        view(RunPlanned((reading, PassPlan("answer", (answer,), is_bound=True), PassPlan("end", (answer,)))))
+        view(PassStarted("read", "blocks", 1))
+        clock.now = 20.0
+        view(done(0, 20.0, total=1))
+        view(PassStarted("answer", "tokens", 9))
+        clock.now = 40.0
+        view(done(0, 20.0, total=9))
+        view(PassStarted("end", "blocks", 1))
+    assert without_times(capsys.readouterr().err) == [
+        "read (pass 1 of 3): 1 block, at most about 6 min for the whole run",
+        "read (pass 1 of 3): 1 of 1 blocks, block 0; 5%, 20 s gone, at most about 6 min left, 100 MiB resident",
+        "answer (pass 2 of 3): 9 tokens, at most about 6 min left",
+        "answer (pass 2 of 3): 1 of 9 tokens, block 0; 11%, 40 s gone, at most about 6 min left, 100 MiB resident",
+        "end (pass 3 of 3): 1 block, about 3 min left",
+    ]
+
+
 def test_stages_come_with_their_rates_when_asked_for_and_small_ones_are_summed_up() -> None:
     stages = (
         StageTime("read", 2.0, 0, 3 * 10**9),
@@ -144,6 +165,22 @@ def test_progress_on_a_terminal_is_two_lines_that_move(monkeypatch: pytest.Monke
     assert plain.endswith("calibrate: 65 s, peak 100 MiB resident\n")
 
 
+def test_a_run_after_another_begins_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    view = ProgressView(quiet=False, clock=clock)
+    for clock.now in (60.0, 600.0):  # a question is typed slowly
+        with view:
+            assert view.reached() == ""
+            view(RunPlanned((PassPlan("read", (StepPlan("a", "text", 20.0), StepPlan("b", "text", 20.0))),)))
+            view(PassStarted("read", "blocks", 2))
+            clock.now += 30.0
+            view(done(0, 30.0, total=2))
+    assert without_times(capsys.readouterr().err) == 2 * [
+        "read (pass 1 of 1): 2 blocks, about 40 s for the whole run",
+        "read (pass 1 of 1): 1 of 2 blocks, block 0; 50%, 30 s gone, about 30 s left, 100 MiB resident",
+    ]
+
+
 @pytest.mark.parametrize("is_interactive", [True, False])
 def test_a_stream_that_can_draw_nothing_gets_lines(
     is_interactive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -203,7 +240,11 @@ def test_a_file_of_events_has_a_line_for_each(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", time) for time in times)
     started, planned, first, step, block, note, finished, ended = lines[1:]
     assert started == {"event": "run_started", "schema": "glmq.events/1", "verb": "quantize"}
-    assert planned["passes"][1] == {"title": "quantize", "steps": [{"name": "b", "kind": "text", "seconds": 100.0}]}
+    assert planned["passes"][1] == {
+        "title": "quantize",
+        "steps": [{"name": "b", "kind": "text", "seconds": 100.0}],
+        "is_bound": False,
+    }
     assert planned["remaining_seconds"] == 200.0
     assert (first["event"], first["title"], first["unit"], first["total"]) == ("pass_started", "calibrate", "blocks", 3)
     assert (step["event"], step["done"], step["parts"], step["share"]) == ("block_step", 1, 2, 0.5)

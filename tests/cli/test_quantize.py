@@ -464,8 +464,8 @@ BAD_INPUTS: dict[str, Bad] = {
     "no chat template": no_tokenizer,
     "bf16 with a sparse type": options(
         "--w_bit", 4, "--is_lowbit", "True", code=2,
-        sentence="--torch_dtype bf16 with a sparse type (W8A8S): no engine loads it, the 300I Duo has no bfloat16; "
-        "pass --torch_dtype fp16",
+        sentence="W8A8S with bfloat16 float weights (--torch_dtype is bf16 unless given): no engine loads it, "
+        "the 300I Duo has no bfloat16; pass --torch_dtype fp16",
     ),
     "contradicting options": options(
         "--co_sparse", "True", *SEED, code=2,

@@ -47,16 +47,13 @@ def test_before_the_first_block_the_plan_counts(clock: Clock) -> None:
     assert found.left() == 180.0  # a block that takes longer than expected is about to end
 
 
-def test_a_run_after_another_has_its_own_time(clock: Clock) -> None:
+def test_a_twentieth_of_the_tokens_tells_how_fast_they_come(clock: Clock) -> None:
     found = Remaining(clock)
     found.see(plan(("answer", [("other", 10.0)])))
     found.see(PassStarted("answer", "tokens", 100))
     clock.now += 1.0
     found.see(done(4, 0.2, 100))
     assert found.left() == 0.95 * 20.0  # a twentieth of the tokens took 1 s
-    clock.now += 60.0
-    found.see(plan(("answer", [("other", 10.0)])))
-    assert (found.elapsed(), found.share(), found.left()) == (0.0, 0.0, 10.0)
 
 
 def test_a_kind_that_was_measured_corrects_itself_wholly_and_others_by_half(clock: Clock) -> None:
@@ -72,19 +69,35 @@ def test_a_kind_that_was_measured_corrects_itself_wholly_and_others_by_half(cloc
     assert found.left() == pytest.approx(0.5 * 40.0 + pooled * 100.0)
 
 
-def test_within_a_block_of_an_unknown_kind_its_own_speed_counts_once_a_fifth_is_done(clock: Clock) -> None:
+def test_within_a_block_of_an_unknown_kind_its_own_speed_counts_by_its_share_once_a_fifth_is_done(clock: Clock) -> None:
     found = Remaining(clock)
     found.see(plan(("calibrate", [("text", 40.0), ("text", 40.0)])))
     found.see(PassStarted("calibrate", "blocks", 2))
     found.see(BlockStep("a", 0, 0, 4, "samples", 0.0))
     clock.now += 20.0
     found.see(BlockStep("a", 0, 1, 4, "samples", 0.25))
-    assert found.left() == 0.75 * 80.0 + 80.0
-    clock.now += 60.0
+    assert found.left() == pytest.approx(1.75 * 40.0 * 2.0**0.25)
+    found.see(BlockStep("a", 0, 3, 4, "samples", 0.75))
+    clock.now += 40.0
+    assert found.left() == pytest.approx(1.25 * 40.0 * 2.0**0.75)
+    clock.now += 20.0
     found.see(done(0, 80.0))
     found.see(BlockStep("b", 1, 0, 4, "samples", 0.0))
     clock.now += 20.0
     assert found.left() == 60.0
+
+
+def test_a_recipe_of_a_sweep_takes_as_long_as_the_one_before_it(clock: Clock) -> None:
+    found = Remaining(clock)
+    one = [("quantize", [("text", 10.0)]), ("KL", [("vision", 1.0), ("text", 10.0)])]
+    found.see(plan(*((f"{recipe}: {title}", steps) for recipe in ("a", "b: c") for title, steps in one)))
+    found.see(PassStarted("a: quantize", "blocks", 1))
+    found.see(done(0, 30.0, 1))
+    assert found.left() == pytest.approx(math.sqrt(3.0) * 22.0 + 30.0)
+    found.see(PassStarted("a: KL", "blocks", 2))
+    found.see(done(0, 0.5, 2))
+    found.see(done(1, 5.0, 2))
+    assert found.left() == 30.0 + 0.5 + 5.0
 
 
 def test_what_an_interrupted_run_has_finished_neither_counts_nor_teaches(clock: Clock) -> None:

@@ -1,13 +1,17 @@
 import errno
 import io
+import os
+import select
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from glmq.cli.console import VisibleConsole
-from glmq.cli.streams import mend_streams
+from glmq.cli.streams import mend_streams, without_echo
 
 CODE = (
     "import os, sys\n"
@@ -50,3 +54,73 @@ def test_a_log_on_a_full_disk_does_not_end_the_run() -> None:
     talk.print("calibrate: 2/5")
     with pytest.raises(OSError, match="No space left on device"):
         VisibleConsole(file=Full()).print("the result")
+
+
+class Pseudo:
+    """A terminal that nobody looks at: what a program has in it, and the hand at its keyboard."""
+
+    def __init__(self) -> None:
+        self.hand, program = os.openpty()
+        self.program = os.fdopen(program, "r", encoding="utf-8")
+
+    def type(self, text: str) -> None:
+        os.write(self.hand, text.encode())
+
+    def screen(self, end: str) -> str:
+        """What has come onto the screen, once it ends so: echoes come a moment later than they are typed."""
+        shown = ""
+        while not shown.endswith(end):
+            assert select.select([self.hand], [], [], 60)[0], shown
+            shown += os.read(self.hand, 4096).decode()
+        return shown
+
+    @property
+    def echoes(self) -> bool:
+        return bool(termios.tcgetattr(self.hand)[3] & termios.ECHO)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Pseudo]:
+    pseudo = Pseudo()
+    with pseudo.program:
+        yield pseudo
+    os.close(pseudo.hand)
+
+
+def test_what_is_typed_while_something_is_printed_is_not_seen_and_not_lost(terminal: Pseudo) -> None:
+    with without_echo(terminal.program):
+        terminal.type("unseen\n")
+        assert select.select([terminal.program], [], [], 60)[0]  # the line is there; nobody reads it yet
+    terminal.type("seen\n")
+    assert terminal.screen("\n") == "seen\r\n"
+    assert [terminal.program.readline() for _ in range(2)] == ["unseen\n", "seen\n"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
+def test_a_terminal_shows_again_what_is_typed_however_it_ended(terminal: Pseudo, error: type[BaseException]) -> None:
+    def fail() -> None:
+        assert not terminal.echoes
+        raise error
+
+    with pytest.raises(error), without_echo(terminal.program):
+        fail()
+    assert terminal.echoes
+
+
+def test_a_terminal_that_showed_nothing_before_is_left_so(terminal: Pseudo) -> None:
+    silent = termios.tcgetattr(terminal.hand)
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal.hand, termios.TCSANOW, silent)
+    with without_echo(terminal.program):
+        pass
+    assert not terminal.echoes
+
+
+def test_what_is_no_terminal_and_every_system_without_them_is_left_alone(
+    terminal: Pseudo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "questions").open("w+") as file, without_echo(file):
+        pass
+    monkeypatch.setitem(sys.modules, "termios", None)
+    with without_echo(terminal.program):
+        assert terminal.echoes

@@ -9,15 +9,15 @@ import pytest
 from helpers import refused
 
 import glmq
-from glmq.calibration.samples import digest
+from glmq.calibration.samples import builtin_texts, digest
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.journal import Journal
 from glmq.errors import UsageError
 from glmq.jobs.quantize import quantize
 from glmq.jobs.sweep import SweepJob, forecast_sweep, run_sweep
 from glmq.jobs.sweep_recipes import SweepOptions, Variant, check_variants
-from glmq.jobs.sweep_samples import find_samples
-from glmq.jobs.verify import CaseOptions
+from glmq.jobs.sweep_samples import describe_samples, find_samples
+from glmq.jobs.verify import CaseOptions, load_cases
 from glmq.progress import Event, Note, PassStarted, RunPlanned
 from glmq.quantization.recipe import Options, Recipe, make_recipe
 from glmq.reporting.sweeps import Sweep, pareto_front, sweep_document
@@ -98,7 +98,7 @@ def test_the_float_model_runs_once_and_each_checkpoint_once(swept: Sweep, events
     assert [[one.title for one in event.passes] for event in events if isinstance(event, RunPlanned)] == [passes]
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes[:2] == [
-        "KL: on 1 sample; the statistics were taken from 4",
+        "KL: on 1 picture; the statistics were taken from 4 samples",
         "w8a8: 3 linears stay float; the same by hand:",
     ]
     assert swept.samples == ("00.png",)
@@ -265,10 +265,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert os.listdir(tmp_path) == ["keep"]
 
 
+def test_pictures_and_texts_are_counted_apart(pictures: Path) -> None:
+    (picture,), text = load_cases(CaseOptions(images=pictures, limit=1)), builtin_texts()[0]
+    assert describe_samples([picture, text, picture]) == "2 pictures and 1 text"
+    assert describe_samples([text, text]) == "2 texts"
+
+
 def test_the_samples_of_the_statistics_are_found_again_by_their_checksums(small_stats: Path) -> None:
     statistics = Statistics.open(small_stats)
     found = find_samples(CaseOptions(limit=2), statistics)
-    assert [sample.name for sample in found] == ["texts.jsonl:7", "texts.jsonl:8"]
+    assert [sample.name for sample in found] == ["texts.jsonl:7", "texts.jsonl:8"]  # the limit counts pictures
     entries = statistics.manifest["samples"]
     entries[-1]["generated"] = {"ids": [5, 6], "text": "ab"}
     (*_, last) = find_samples(CaseOptions(limit=2), statistics)

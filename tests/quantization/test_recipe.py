@@ -162,13 +162,13 @@ def test_every_method_of_rounding_is_taken_by_its_name(method: Method) -> None:
         ),
         (
             LOWBIT | {"torch_dtype": "bf16"},
-            "--torch_dtype bf16 with a sparse type (W8A8S): no engine loads it, the 300I Duo has no bfloat16; "
-            "pass --torch_dtype fp16",
+            "W8A8S with bfloat16 float weights (--torch_dtype is bf16 unless given): no engine loads it, "
+            "the 300I Duo has no bfloat16; pass --torch_dtype fp16",
         ),
         (
             {"co_sparse": True},
-            "--torch_dtype bf16 with a sparse type (W8A8S): no engine loads it, the 300I Duo has no bfloat16; "
-            "pass --torch_dtype fp16",
+            "W8A8S with bfloat16 float weights (--torch_dtype is bf16 unless given): no engine loads it, "
+            "the 300I Duo has no bfloat16; pass --torch_dtype fp16",
         ),
     ],
 )

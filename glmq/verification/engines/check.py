@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from glmq.engines import Engine, Place
+from glmq.engines import Engine, Place, reads_type
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig, parse_config
@@ -75,6 +75,12 @@ def check_chip(folder: Folder, place: Place) -> Iterator[Finding]:
     if quant_type is not None and place.chip is not None and not place.dtypes(quant_type):
         where = f"{place.engine.spec.title} on the Atlas {place.chip.value}"
         yield check.error("", f"{where} does not load {quant_type.value}: {place.why_not(quant_type)}")
+
+
+def is_for(folder: Folder, engine: Engine) -> bool:
+    """Whether the folder is of a type and in a layout that the engine reads, so that what else stops it there is a fault."""
+    own = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}.get(folder.kind, engine)
+    return own is engine and reads_type(engine, folder.quant_type)
 
 
 def describe_engines(folder: Folder) -> str:
