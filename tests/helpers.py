@@ -233,10 +233,14 @@ def streamed_logits(folder: Path, config: ModelConfig, inputs: ModelInputs, dtyp
 
 
 def load_full(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A float checkpoint as transformers itself loads it, whole."""
+    """A float checkpoint as transformers itself loads it, whole; its convolutions are products, as glmq computes them."""
     from transformers import Glm4vForConditionalGeneration
 
-    return Glm4vForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype).eval()
+    from glmq.model.streamed import multiply_patches
+
+    model = Glm4vForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype).eval()
+    multiply_patches(model)
+    return model
 
 
 def full_model_kwargs(inputs: ModelInputs, model: nn.Module) -> dict[str, object]:

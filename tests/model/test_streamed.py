@@ -1,22 +1,32 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import edit_json, edit_tensors, full_model_kwargs, load_full, streamed_logits
 from PIL import Image
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import FAMILY, read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.model.streamed import StreamedModel
+from glmq.model.streamed import StreamedModel, multiply_patches
 from glmq.model.tiny import TINY_CASES
 
 LAYER = "model.language_model.layers.0"
 CPU = torch.device("cpu")
+
+
+class NoConvolutions(TorchFunctionMode):
+    """Fails at every convolution inside."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "conv" not in func.__name__
+        return func(*args, **(kwargs or {}))
 
 
 def samples(tiny: Path) -> dict[str, ModelInputs]:
@@ -54,6 +64,31 @@ def test_streamed_logits_equal_the_whole_models_bit_for_bit(
         wanted = whole(**full_model_kwargs(inputs, whole)).logits[0]
     assert wanted.dtype is dtype
     assert torch.equal(streamed_logits(tiny, read_config(tiny), inputs, dtype), wanted.float())
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (2, 3, 3)])
+def test_a_convolution_over_its_whole_input_is_a_product(kernel: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    convolution = (nn.Conv2d if len(kernel) == 2 else nn.Conv3d)(5, 7, kernel, stride=kernel)
+    for parameter in convolution.parameters():
+        parameter.data = torch.randint(-9, 9, parameter.shape).float()  # so that every sum is exact
+    x = torch.randint(-9, 9, (3, *kernel, 5)).float().movedim(-1, 1)  # not contiguous, as the merger's input
+    wanted = convolution(x)
+    multiply_patches(convolution)
+    with NoConvolutions():
+        assert torch.equal(convolution(x), wanted)
+
+
+def test_the_vision_tower_convolves_nothing_and_has_the_logits_of_transformers(tiny: Path) -> None:
+    from transformers import Glm4vForConditionalGeneration
+
+    inputs = samples(tiny)["wide image and prompt"]
+    plain = Glm4vForConditionalGeneration.from_pretrained(tiny, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        wanted = plain(**full_model_kwargs(inputs, plain)).logits[0]
+    with NoConvolutions():
+        found = streamed_logits(tiny, read_config(tiny), inputs, torch.float32)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture
