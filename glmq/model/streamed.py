@@ -311,7 +311,7 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 def multiply_patches(model: nn.Module) -> None:
     """Have the vision tower's convolutions, whose kernel covers each whole input, computed as the matrix products they are.
 
-    As a convolution in float32, merging the patches of a picture of 640 x 480 takes 13 times as long on a processor without AMX.
+    As a convolution in float32, merging the patches of a picture takes 13 times as long on a processor without AMX.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
