@@ -98,6 +98,8 @@ class TypeSpec:
 
 _STATIC_SUFFIXES: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
 _STEP_SUFFIXES: Final = ("weight_scale", "weight_offset")
+PACKED_SUFFIXES: Final = ("weight", "index", "info")
+"""Of what the engine's codec makes of a weight (W8A8SC)."""
 _SECOND_SUFFIXES: Final = ("weight_scale_second", "weight_offset_second")
 
 TYPES: Final[Mapping[QuantType, TypeSpec]] = {

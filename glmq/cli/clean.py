@@ -9,6 +9,7 @@ import typer
 
 from glmq.cli import options as o
 from glmq.cli.help import Tier
+from glmq.wording import counted, size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,9 +66,7 @@ def _show(found: Sequence[Leftover], removed: Sequence[Leftover], folders: Seque
     from shlex import join
 
     from glmq.cli.console import stdout
-    from glmq.cli.render import size
     from glmq.jobs.clean import State
-    from glmq.wording import counted
 
     for one in found:
         stdout.say(_describe(one, is_removed=one in removed), hang=2)
@@ -86,7 +85,6 @@ def _show(found: Sequence[Leftover], removed: Sequence[Leftover], folders: Seque
 
 def _describe(one: Leftover, *, is_removed: bool) -> str:
     """A line for one work folder: what it is, what it takes, and how long nothing was done in it."""
-    from glmq.cli.render import size
     from glmq.jobs.clean import State, result_of
     from glmq.spec import assert_never
 

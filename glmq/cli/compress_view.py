@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from glmq.checkpoint.disk import free_bytes
 from glmq.cli.console import stdout
-from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, show_obstacles, size
+from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, show_obstacles
 from glmq.cli.tables import Column, FittedTable
 from glmq.compression.manifest import CodecKind
 from glmq.engines import Engine
@@ -17,7 +17,7 @@ from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.model.config import FAMILY
 from glmq.records import COMPRESS_REPORT
-from glmq.wording import counted
+from glmq.wording import counted, size
 
 if TYPE_CHECKING:
     from pathlib import Path

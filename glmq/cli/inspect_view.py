@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from rich.text import Text
 
 from glmq.cli.console import stdout
-from glmq.cli.render import SHOWN_ROWS, size
+from glmq.cli.render import SHOWN_ROWS
 from glmq.cli.statistics_view import show_statistics
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.inspection.folder import Kind
@@ -22,10 +22,10 @@ from glmq.inspection.listing import (
     totals_by_area,
     totals_by_type,
 )
-from glmq.inspection.parts import group_parts
+from glmq.inspection.parts import describe_part, group_parts
 from glmq.model.config import FAMILY
 from glmq.verification.engines.check import describe_engines, is_for
-from glmq.wording import counted
+from glmq.wording import counted, dimensions, size
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import WeightDiff
@@ -172,7 +172,7 @@ def _layers_table(rows: Sequence[TensorRow]) -> FittedTable:
             Column("bytes each", drop=1),
         ],
         [
-            [describe_place(row.layers, row.role), row.quant_type, row.dtypes, _shape(row.shape), size(row.nbytes)]
+            [describe_place(row.layers, row.role), row.quant_type, row.dtypes, dimensions(row.shape), size(row.nbytes)]
             for row in group_rows(rows)
         ],
     )
@@ -191,18 +191,7 @@ def _parts_table(found: Inspection) -> FittedTable:
             Column("bits"),
             Column("ratio", drop=1),
         ],
-        [
-            [
-                describe_place(row.layers, row.role),
-                row.quant_type,
-                str(row.ranks),
-                _shape(row.shape),
-                size(row.nbytes),
-                "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
-                "" if row.ratio is None else f"{row.ratio:.2f}",
-            ]
-            for row in group_parts(found.rows, found.packed)
-        ],
+        [[describe_place(row.layers, row.role), *describe_part(row)] for row in group_parts(found.rows, found.packed)],
         caption="bits: of a weight as it is stored"
         if found.packed
         else "without its report nothing says how large the packed weights were",
@@ -219,12 +208,11 @@ def _tensors_table(rows: Sequence[TensorRow]) -> FittedTable:
             Column("shape"),
             Column("bytes", drop=2),
         ],
-        [[FAMILY.short_name(row.name), row.quant_type, row.dtype, _shape(row.shape), size(row.nbytes)] for row in rows],
+        [
+            [FAMILY.short_name(row.name), row.quant_type, row.dtype, dimensions(row.shape), size(row.nbytes)]
+            for row in rows
+        ],
     )
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _values_table(found: Inspection) -> FittedTable:

@@ -20,12 +20,12 @@ from rich.text import Text
 from glmq.cli.console import stderr
 from glmq.cli.events import EventFile
 from glmq.cli.remaining import Remaining
-from glmq.cli.render import MIB, duration, size
+from glmq.cli.render import MIB, duration
 from glmq.cli.stopped import remember_reached
 from glmq.model.config import FAMILY
 from glmq.progress import BlockStep, Event, Note, PassDone, PassStarted, RunPlanned
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
-from glmq.wording import counted
+from glmq.wording import counted, size
 
 LINE_SECONDS: Final = 10.0
 """Between two lines of one pass where stderr is no terminal."""

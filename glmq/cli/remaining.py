@@ -154,8 +154,10 @@ class Remaining:
         """What other passes tell of blocks of that kind: those that do the same for other recipes, or all of them by half."""
         alike = [pair for (other, of), pair in self._taken.items() if of == kind and _work(other) == _work(title)]
         shown, by_all = _mean(alike), _mean(self._taken.values())
-        if shown is not None or not self._is_timed:
-            return by_all if shown is None else shown
+        if shown is not None:
+            return shown
+        if not self._is_timed:
+            return by_all
         return math.sqrt(by_all) if by_all else 1.0
 
     def _ratio_under_way(self, title: str, kind: str) -> float | None:

@@ -23,7 +23,7 @@ from glmq.model.config import FAMILY
 from glmq.quoting import visible, visible_json
 from glmq.records import REPORT, PassTime
 from glmq.spec import Activation, Form, QuantType, assert_never
-from glmq.wording import counted
+from glmq.wording import counted, size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -284,15 +284,6 @@ def areas_table(areas: Sequence[AreaBytes]) -> FittedTable:
     cells = [[name, size(b), size(a), f"{a / b:.3f}" if b else "-"] for name, b, a in (*rows, ("total", before, after))]
     columns = [Column("part", left=True), Column("float", drop=1), Column("quantized"), Column("ratio", drop=2)]
     return FittedTable("Bytes", columns, cells[:-1], total=cells[-1])
-
-
-def size(count: int) -> str:
-    """Bytes for people: `13.66 GiB`, `7.2 MiB`, `512 B`."""
-    if count >= GIB:
-        return f"{count / GIB:.2f} GiB"
-    if count >= MIB:
-        return f"{count / MIB:.1f} MiB"
-    return f"{count / 1024:.1f} KiB" if count >= 1024 else f"{count} B"
 
 
 def show_quantization(result: QuantizationResult, model: Path, *, verbose: bool) -> None:

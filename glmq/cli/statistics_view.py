@@ -8,11 +8,12 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
 from glmq.cli.console import stdout
-from glmq.cli.render import SHOWN_ROWS, size
+from glmq.cli.render import SHOWN_ROWS
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.model.config import FAMILY
+from glmq.wording import size
 
 if TYPE_CHECKING:
     from glmq.inspection.statistics import InputChange, InputSummary, StatisticsComparison, StatisticsSummary

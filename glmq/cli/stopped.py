@@ -10,6 +10,8 @@ from pathlib import Path
 from shlex import join
 from typing import Final
 
+from glmq.wording import size
+
 OUTPUTS: Final = ("save_directory", "stats", "out")
 """Parameters of the verbs that name an output folder."""
 
@@ -77,8 +79,6 @@ def describe_rest(left: Sequence[Unfinished]) -> list[str]:
     """Lines below it: where the unfinished output lies, and what continues or removes it, or starts again."""
     if not left:
         return [f"  to start again: {_command.get()}"] if _command.get() else []
-    from glmq.cli.render import size  # imports what draws tables, which --help starts without
-
     lines = [f"  unfinished: {one.path}, {size(one.nbytes)}" for one in left]
     folders = dict.fromkeys(str(one.path.parent) for one in left)
     return [

@@ -7,13 +7,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Final
 
 from glmq.cli.console import stdout
-from glmq.cli.render import duration, legend, marked, show_obstacles, size
+from glmq.cli.render import duration, legend, marked, show_obstacles
 from glmq.cli.tables import Cell, Column, FittedTable
 from glmq.machine import available_memory
 from glmq.model.config import FAMILY
 from glmq.reporting.sweep_page import BEST
 from glmq.reporting.sweeps import SWEEP
-from glmq.wording import counted
+from glmq.wording import counted, size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,7 +20,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.compression.shard import RankSplit, RankTensor, Slice, zeros
 from glmq.engines import Engine
 from glmq.model.config import ModelConfig
-from glmq.spec import QuantType
+from glmq.spec import PACKED_SUFFIXES, QuantType
 
 VLLM_VOCAB_MULTIPLE: Final = 64
 
@@ -240,7 +240,7 @@ def rank_file_types(names: Sequence[str], linears: Sequence[str], *, compressed:
         if base not in quantized or suffix == "bias":
             types[name] = QuantType.FLOAT.value
         else:
-            types[name] = (weight if suffix in ("weight", "index", "info") else QuantType.W8A8S).value
+            types[name] = (weight if suffix in PACKED_SUFFIXES else QuantType.W8A8S).value
     return types
 
 

@@ -18,7 +18,7 @@ from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.weight_files import folders_below
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY, how_to_fetch
-from glmq.spec import Form, QuantType
+from glmq.spec import PACKED_SUFFIXES, Form, QuantType
 
 STATISTICS: Final = "statistics.json"
 PORTABLE_FILE: Final = ".gqsc.safetensors"
@@ -288,7 +288,7 @@ def _type_of(info: TensorInfo, description: Mapping[str, JsonValue], kind: Kind)
     is_sparse = description.get("model_quant_type") == QuantType.W8A8SC.value
     if kind is Kind.SHARDED and is_sparse and info.dtype not in FLOAT_CODES:
         # The description has the names of the un-sharded checkpoint, and the types that its parts have everywhere.
-        is_packed = info.name.rpartition(".")[2] in ("weight", "index", "info")
+        is_packed = info.name.rpartition(".")[2] in PACKED_SUFFIXES
         return QuantType.W8A8SC.value if is_packed else QuantType.W8A8S.value
     return QuantType.FLOAT.value if info.dtype in FLOAT_CODES else "?"
 

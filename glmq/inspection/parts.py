@@ -12,6 +12,7 @@ from glmq.checkpoint.json_file import Fields, read_json_object
 from glmq.errors import CheckpointError
 from glmq.inspection.listing import TensorRow
 from glmq.records import COMPRESS_REPORT
+from glmq.wording import dimensions, size
 
 _RANK: Final = re.compile(r"(?:part|rank)([0-9]{1,4})(?:-of-[0-9]{1,4})?/")
 
@@ -52,6 +53,13 @@ class PartRow:
     def ratio(self) -> float | None:
         """int8 bytes over stored bytes; None where nothing is compressed."""
         return self.weights / self.stored_bytes if self.stored_bytes else None
+
+
+def describe_part(row: PartRow) -> tuple[str, str, str, str, str, str]:
+    """Its type, ranks, shape, bytes, bits per weight and ratio, as a line of a table has them behind its name."""
+    bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    return row.quant_type, str(row.ranks), dimensions(row.shape), size(row.nbytes), bits, ratio
 
 
 def read_packed(directory: Path) -> dict[tuple[int, str], PackedWeight]:

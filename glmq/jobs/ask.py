@@ -123,7 +123,7 @@ class Asker:
         """Reading the question, and the longest answer that is allowed."""
         token = StepPlan(ANSWERING, "other", max_new_tokens * self._model.plan.token_seconds)
         reading = PassPlan(READING, self._model.expect(inputs, tries=self._tries))
-        return reading, PassPlan(ANSWERING, (token,), True)
+        return reading, PassPlan(ANSWERING, (token,), is_bound=True)
 
 
 @contextmanager

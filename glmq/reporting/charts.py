@@ -26,7 +26,8 @@ from glmq.reporting.svg import (
     sample,
     text_at,
 )
-from glmq.reporting.words import percent, size
+from glmq.reporting.words import percent
+from glmq.wording import size
 
 LABEL_WIDTHS: Final = {WIDTH: 170, PHONE: 116}
 """Of the roles beside a heat map."""

@@ -23,9 +23,8 @@ from glmq.reporting.charts import (
 from glmq.reporting.page import Cell, anchor_of, card, cards, cell, figure, grid, page, section, split_table, table
 from glmq.reporting.words import (
     percent,
-    size,
 )
-from glmq.wording import counted
+from glmq.wording import counted, size
 
 if TYPE_CHECKING:
     from glmq.inspection.compare import WeightDiff

@@ -17,7 +17,7 @@ from glmq.inspection.listing import (
     totals_by_area,
     totals_by_type,
 )
-from glmq.inspection.parts import group_parts
+from glmq.inspection.parts import describe_part, group_parts
 from glmq.model.config import FAMILY
 from glmq.reporting.charts import (
     RangeBar,
@@ -30,11 +30,10 @@ from glmq.reporting.page import Cell, card, cards, cell, page, section, split_ta
 from glmq.reporting.statistics_page import statistics_sections
 from glmq.reporting.words import (
     percent,
-    size,
 )
 from glmq.verification.engines.check import describe_engines, is_for
 from glmq.verification.findings import Finding
-from glmq.wording import counted
+from glmq.wording import counted, dimensions, size
 
 if TYPE_CHECKING:
     from glmq.inspection.values import TensorValues
@@ -96,7 +95,7 @@ def inspection_page(found: Inspection) -> str:
 
 def _layers(found: Inspection) -> str:
     groups = [
-        (describe_layers(g.layers), g.role, g.quant_type, g.dtypes, _shape(g.shape), size(g.nbytes))
+        (describe_layers(g.layers), g.role, g.quant_type, g.dtypes, dimensions(g.shape), size(g.nbytes))
         for g in group_rows(found.rows)
     ]
     return section("Layers", split_table(("layers", "role", "type", "tensors", "shape", "bytes each"), groups, 4))
@@ -105,17 +104,7 @@ def _layers(found: Inspection) -> str:
 def _parts(found: Inspection) -> str:
     """Compressed parts: what is alike over ranks and layers in one line."""
     rows = [
-        (
-            describe_layers(row.layers),
-            row.role,
-            row.quant_type,
-            str(row.ranks),
-            _shape(row.shape),
-            size(row.nbytes),
-            "" if row.bits_per_weight is None else f"{row.bits_per_weight:.3f}",
-            "" if row.ratio is None else f"{row.ratio:.2f}",
-        )
-        for row in group_parts(found.rows, found.packed)
+        (describe_layers(row.layers), row.role, *describe_part(row)) for row in group_parts(found.rows, found.packed)
     ]
     header = ("layers", "role", "type", "ranks", "shape in a rank", "bytes", "bits", "ratio")
     note = (
@@ -124,10 +113,6 @@ def _parts(found: Inspection) -> str:
         else "Without its report nothing says how large the packed weights were."
     )
     return section("Parts, all ranks together", split_table(header, rows, 3), note=note)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
 
 
 _VALUE_HEADER: Final = ("tensor", "histogram", "minimum", "maximum", "std", "bits", "zeros", "outliers")

@@ -11,9 +11,9 @@ from typing import Final
 from glmq.engines import ENGINES, Engine
 from glmq.model.config import FAMILY
 from glmq.quantization.report import Report
-from glmq.reporting.words import percent, size
+from glmq.reporting.words import percent
 from glmq.spec import Form
-from glmq.wording import counted
+from glmq.wording import counted, size
 
 SERVING: Final = {
     Engine.MINDIE: "set `modelWeightPath` to this folder in `conf/config.json` of mindie-service, start `mindieservice_daemon`",

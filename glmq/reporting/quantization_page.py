@@ -23,8 +23,8 @@ from glmq.reporting.page import (
     split_table,
     table,
 )
-from glmq.reporting.words import moment, percent, place_of, size, tone_of
-from glmq.wording import counted
+from glmq.reporting.words import moment, percent, place_of, tone_of
+from glmq.wording import counted, size
 
 HISTOGRAM = "integers"
 """Kind of the anchors of histograms."""

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Final, TypeAlias
 
 from glmq.reporting.svg import drawing, level_line, remark, round_up, text_at
-from glmq.reporting.words import size
+from glmq.wording import size
 
 SIDE: Final = 420
 """Width of the drawing: two stand side by side on a large page, and one is legible on a small one."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from glmq.reporting.page import Cell, card, cards, cell, command, figure, page, pair, section, table
 from glmq.reporting.scatter import Point, scatter_chart
-from glmq.reporting.words import percent, size, tone_of
-from glmq.wording import counted
+from glmq.reporting.words import percent, tone_of
+from glmq.wording import counted, size
 
 if TYPE_CHECKING:
     from glmq.reporting.sweeps import Sweep, SweepRow

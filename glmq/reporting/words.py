@@ -32,14 +32,6 @@ def moment(iso: str) -> str:
     return f"{datetime.fromisoformat(iso):%Y-%m-%d %H:%M %Z}"
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people: `13.66 GiB`, `7.2 MiB`, `512 B`."""
-    for unit, digits in ((2**30, 2), (2**20, 1), (2**10, 1)):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.{digits}f} {'GMK'[(2**30, 2**20, 2**10).index(unit)]}iB"
-    return f"{nbytes} B"
-
-
 def tone_of(error: float) -> Tone:
     """How a relative error is marked."""
     if not error < BAD_ERROR:

@@ -29,6 +29,7 @@ from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig, parse_config
 from glmq.spec import QuantType
 from glmq.verification.checksums import checksum_of
+from glmq.verification.engines.check import ENGINE_OF_PARTS
 from glmq.verification.findings import Check, Checked, Finding, Skipped, list_names
 
 TILING: Final = 8
@@ -45,7 +46,6 @@ _DTYPES: Final = {
 }
 _COMPRESSED: Final = ("index", "info")
 """Of compressed weights only."""
-_LAYOUTS: Final = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}
 _PREFIX: Final = re.compile(r"(?:part([0-9]+)-of-([0-9]+)|rank([0-9]+))/")
 
 
@@ -164,7 +164,7 @@ class _RankWeights:
     def __init__(self, folder: Folder, rank: int, world: int, tensors: Mapping[str, StoredTensor]) -> None:
         self.rank, self.world, self.tensors = rank, world, tensors
         self.label = f"rank {rank} of {world}"
-        self.layout = _LAYOUTS[folder.kind]
+        self.layout = ENGINE_OF_PARTS[folder.kind]
         has_index = any(name.endswith(".index") for name in tensors)
         self.is_compressed = has_index or folder.quant_type != QuantType.W8A8S.value
         self.suffixes = _DTYPES if self.is_compressed else {k: v for k, v in _DTYPES.items() if k not in _COMPRESSED}

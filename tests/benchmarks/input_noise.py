@@ -32,6 +32,12 @@ from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.spec import FloatDtype
 
 INT8_MAX: Final = 127
+OPTIONS: Final[Mapping[str, Mapping[str, object]]] = {
+    **{name: mode.glmq for name, mode in MODES.items()},
+    "W8A8S 2.9 bits": {**MODES["W8A8S sigma"].glmq, "target_bits": 2.9},
+}
+"""Of the modes that are measured, by their names."""
+USUAL_MODES: Final = ("W8A8S sigma", "W8A8S 2.9 bits", "W8A8", "W4A8_DYNAMIC g64")
 
 
 def noise_of(stats: InputStats, group: PreparedGroup) -> Tensor:
@@ -91,15 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="wheel of exllamav3")
-    parser.add_argument("--modes", nargs="+", default=["W8A8S sigma", "W8A8S 2.9 bits", "W8A8", "W4A8_DYNAMIC g64"])
+    parser.add_argument("--modes", nargs="+", default=USUAL_MODES)
     parser.add_argument("--sets", type=int, default=3)
     parser.add_argument("--windows", type=int, default=6)
     a = parser.parse_args()
     model = Model(a.folder, a.text, a.windows)
-    options: Mapping[str, Mapping[str, object]] = {
-        **{name: mode.glmq for name, mode in MODES.items()},
-        "W8A8S 2.9 bits": {**MODES["W8A8S sigma"].glmq, "target_bits": 2.9},
-    }
     print("| mode | calibration set | KL, plain | KL, with the noise | ratio |\n|---|---|---|---|---|", flush=True)
     for number, windows in enumerate(calibration_sets(model, a.text, a.sets)):
         model.calibration = windows
@@ -108,7 +110,7 @@ def main() -> None:
             found = []
             for how in (quantize_group, quantize_with_noise):
                 with tempfile.TemporaryDirectory() as out, patch("real_llm.quantize_group", how):
-                    Quantizer(model, stats, rows, options[mode])(Path(out), "answer")
+                    Quantizer(model, stats, rows, OPTIONS[mode])(Path(out), "answer")
                     found.append(judge(model, Path(out)).kl)
             plain, noisy = found
             print(f"| {mode} | {number} | {plain:.4f} | {noisy:.4f} | {noisy / plain:.3f} |", flush=True)

@@ -25,8 +25,8 @@ from typing import Any, Final
 from unittest.mock import patch
 
 import torch
-from input_noise import calibration_sets
-from real_llm import MODES, BiasedNorm, Model, Quantized, Quantizer, calibrate, judge
+from input_noise import OPTIONS, USUAL_MODES, calibration_sets
+from real_llm import BiasedNorm, Model, Quantized, Quantizer, calibrate, judge
 from torch import Tensor
 
 from glmq.checkpoint.linears import encode_linear
@@ -189,16 +189,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="wheel of exllamav3")
-    parser.add_argument("--modes", nargs="+", default=["W8A8S sigma", "W8A8S 2.9 bits", "W8A8", "W4A8_DYNAMIC g64"])
+    parser.add_argument("--modes", nargs="+", default=USUAL_MODES)
     parser.add_argument("--sets", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--forms", nargs="+", default=FORMS)
     parser.add_argument("--windows", type=int, default=4)
     a = parser.parse_args()
     model = Model(a.folder, a.text, a.windows)
-    options: Mapping[str, Mapping[str, object]] = {
-        **{name: mode.glmq for name, mode in MODES.items()},
-        "W8A8S 2.9 bits": {**MODES["W8A8S sigma"].glmq, "target_bits": 2.9},
-    }
     print(
         "| mode | calibration set | second moment | strength | KL | of plain |\n|---|---|---|---|---|---|", flush=True
     )
@@ -208,10 +204,10 @@ def main() -> None:
         model.calibration = windows
         bench = Bench(model, *calibrate(model), float_inputs(model))
         for mode in a.modes:
-            plain = bench.kl(options[mode], quantize_group)
+            plain = bench.kl(OPTIONS[mode], quantize_group)
             print(f"| {mode} | {number} | float | plain | {plain:.4f} | 1 |", flush=True)
             for form in a.forms:
-                kl = bench.kl(options[mode], bench.chain(form))
+                kl = bench.kl(OPTIONS[mode], bench.chain(form))
                 moment, strength = form.split(":")
                 print(f"| {mode} | {number} | {moment} | {strength} | {kl:.4f} | {kl / plain:.3f} |", flush=True)
 

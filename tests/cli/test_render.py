@@ -9,12 +9,13 @@ from rich.text import Text
 
 from glmq.cli import console
 from glmq.cli.console import stdout
-from glmq.cli.render import areas_table, error_table, next_steps, print_json, size
+from glmq.cli.render import areas_table, error_table, next_steps, print_json
 from glmq.model.family import Area
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.recipe import Options, make_recipe
 from glmq.records import LinearReport
 from glmq.spec import QuantType
+from glmq.wording import size
 
 REPORT = LinearReport(
     name="model.language_model.layers.0.self_attn.q_proj", quant_type=QuantType.W8A8S, rows=64, cols=32, method="plain",

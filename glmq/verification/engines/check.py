@@ -7,6 +7,7 @@ notes were made; all are emulated here, not run. Values are not read: `check_str
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from glmq.engines import Engine, Place, reads_type
 from glmq.errors import ModelError
@@ -18,6 +19,9 @@ from glmq.verification.engines.mindie import check_mindie
 from glmq.verification.engines.sglang import check_sglang
 from glmq.verification.engines.vllm_ascend import check_vllm_ascend
 from glmq.verification.findings import Check, Finding
+
+ENGINE_OF_PARTS: Final = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}
+"""Whose layout compressed parts have."""
 
 
 def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
@@ -79,7 +83,7 @@ def check_chip(folder: Folder, place: Place) -> Iterator[Finding]:
 
 def is_for(folder: Folder, engine: Engine) -> bool:
     """Whether the folder is of a type and in a layout that the engine reads, so that what else stops it there is a fault."""
-    own = {Kind.PARTS: Engine.MINDIE, Kind.SHARDED: Engine.VLLM_ASCEND}.get(folder.kind, engine)
+    own = ENGINE_OF_PARTS.get(folder.kind, engine)
     return own is engine and reads_type(engine, folder.quant_type)
 
 
