@@ -14,6 +14,8 @@ from glmq.inspection.listing import TensorRow
 from glmq.records import COMPRESS_REPORT
 from glmq.wording import dimensions, size
 
+_WEIGHT: Final = re.compile(r"\.weight(\.[^.]*)?$")
+"""A weight, or what a codec made of it."""
 _RANK: Final = re.compile(r"(?:part|rank)([0-9]{1,4})(?:-of-[0-9]{1,4})?/")
 
 
@@ -118,7 +120,7 @@ def _module_of(name: str, packed: Mapping[tuple[int, str], PackedWeight], rank: 
 
 
 def _module(rank: int, members: Sequence[TensorRow], weight: PackedWeight | None) -> _Module:
-    first = next((row for row in members if row.name.endswith(".weight")), members[0])
+    first = next((row for row in members if _WEIGHT.search(row.name)), members[0])
     layer = first.layer.rpartition("/")[2]
     shape = first.shape if weight is None else (weight.rows, weight.cols)
     kind = (re.sub(r"[0-9]+", "N", layer), first.role.removesuffix(".weight"), first.quant_type, shape)

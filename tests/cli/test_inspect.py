@@ -180,6 +180,8 @@ def test_statistics_and_compressed_folders_are_described(small_stats: Path, tiny
     assert (found["kind"], found["for"]) == (
         "portable", "no engine; `glmq compress --decompress` restores the W8A8S weights",
     )  # fmt: skip
+    types = re.findall(r"layers\.0-5 self_attn\.(.)_proj +([A-Z0-9]+) ", glmq("inspect", tmp_path / "sc").stdout)
+    assert types == [(role, "W8A8S") for role in "koqv"]  # q, k and v have float biases too
 
 
 def test_one_weight_file_is_described_by_what_lies_beside_it(tiny_seed: Path, tmp_path: Path) -> None:
