@@ -233,13 +233,13 @@ def streamed_logits(folder: Path, config: ModelConfig, inputs: ModelInputs, dtyp
 
 
 def load_full(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A float checkpoint as transformers itself loads it, whole; its convolutions are products, as glmq computes them."""
+    """A float checkpoint as transformers itself loads it, whole; its vision tower computes as glmq has it."""
     from transformers import Glm4vForConditionalGeneration
 
-    from glmq.model.streamed import multiply_patches
+    from glmq.model.vision_tower import quicken_vision
 
     model = Glm4vForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype).eval()
-    multiply_patches(model)
+    quicken_vision(model)
     return model
 
 

@@ -62,7 +62,7 @@ class Watch:
         with self._clock.stage("statistics"):
             x = x.reshape(-1, x.shape[-1])
             observed = self._accumulators[site].observe(x, keep_rows=self._keep_rows)
-            self._halfway[site].observe(self._index(site, self._ranks.place.rank), x)
+            self._halfway[site].observe(self._index(site, self._ranks.place.rank))
             self._accumulate(site, observed)
 
     def skip_turn(self) -> None:

@@ -87,14 +87,15 @@ class Halfway:
         self._bands: dict[int, Tensor] = {}
         self._products: dict[int, Tensor] | None = None
 
-    def observe(self, index: int, x: Tensor) -> None:
-        """Add the input `x`, [T, K], of this rank's sample `index` to the extremes and counts of its half."""
+    def observe(self, index: int) -> None:
+        """Add this rank's sample `index`, which the accumulator has observed last, to the extremes and counts of its half."""
         if index < self._ends[1]:
-            low, high = x.amin(0).float().cpu(), x.amax(0).float().cpu()
+            seen = self._accumulator.latest
+            assert seen is not None
             for part in range(int(index >= self._ends[0]), 2):
-                self._low[part] = torch.minimum(self._low[part], low)
-                self._high[part] = torch.maximum(self._high[part], high)
-                self._tokens[part] += x.shape[0]
+                self._low[part] = torch.minimum(self._low[part], seen.low)
+                self._high[part] = torch.maximum(self._high[part], seen.high)
+                self._tokens[part] += seen.tokens
 
     def accumulate(self, index: int, sums: Tensor | None) -> None:
         """Add the sums of a sample of any rank, just before the accumulator adds them.

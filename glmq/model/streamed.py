@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, cast
 
 import torch
@@ -27,6 +26,7 @@ from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
 from glmq.model.lean import lean_transformers
+from glmq.model.vision_tower import quicken_vision
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
@@ -304,25 +304,8 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         raise ModelError(f"config.json: transformers cannot build a {family.title} from it ({reason:.200})") from error
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)  # meta: no memory; image features are cast to this dtype
-    multiply_patches(model)
+    quicken_vision(model)
     return model.eval()  # type: ignore[no-any-return]
-
-
-def multiply_patches(model: nn.Module) -> None:
-    """Have the vision tower's convolutions, whose kernel covers each whole input, computed as the matrix products they are.
-
-    As a convolution in float32, merging the patches of a picture takes 13 times as long on a processor without AMX.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            module.forward = partial(_convolve_whole, module)  # type: ignore[method-assign]
-
-
-def _convolve_whole(convolution: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """[N, rows, 1, ...] from [N, channels, *kernel]."""
-    assert x.shape[2:] == convolution.kernel_size
-    y = nn.functional.linear(x.flatten(1), convolution.weight.flatten(1), convolution.bias)
-    return y.reshape(*y.shape, *(1 for _ in convolution.kernel_size))
 
 
 @contextmanager

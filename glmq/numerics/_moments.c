@@ -1,11 +1,20 @@
 /* The compiled half of moments.py: counts every channel's values into bins and sums them, without the interpreter lock.
  *
- * All tokens go over a few channels at a time, whose counters and sums then stay in the cache. Counts are exact, and so is the
- * square of a float32 as a double; each channel's sums add its tokens one after the other. So all kernels give the same bits.
+ * All tokens go over some channels at a time, whose counters and sums then stay in the cache; few enough for that, and enough
+ * to make up for the wait at each token, whose row lies far from the one before. Counts are exact, and so is the square of a
+ * float32 as a double; each channel's sums add its tokens one after the other. So all kernels give the same bits.
  */
 #include "../_native.h"
 
-enum { LANES = REGISTER_FLOATS, BINS = 256, CHANNELS = 32 };
+enum {
+    LANES = REGISTER_FLOATS,
+    BINS = 256,
+    CHANNELS = 128,
+    STRIDE = BINS + 32, /* of a channel's own counters: a power of two would map the middle bins of all channels to a few cache lines */
+    TOKENS = 32768,     /* that own counters take before they could overflow */
+    AHEAD = 2,          /* tokens */
+    CACHE_LINE = 16     /* floats */
+};
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Words __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -35,16 +44,17 @@ INLINE void find_bins(const float *x, const float *scales, int32_t *bins) {
     memcpy(bins, &bin, sizeof bin);
 }
 
-/* Channels first to first + count. */
-INLINE void observe_few(const Values *v, int64_t first, int64_t count) {
+/* Tokens begin to end of channels first to first + count. */
+INLINE void observe_tokens(const Values *v, int64_t first, int64_t count, int64_t begin, int64_t end, double *sum, double *square) {
+    uint16_t own[CHANNELS * STRIDE] = {0};
     int32_t bins[CHANNELS];
-    double sum[CHANNELS] = {0}, square[CHANNELS] = {0};
     float tail[LANES] = {0}, tail_scales[LANES] = {0};
     const int64_t whole = count / LANES * LANES, rest = count - whole;
     memcpy(tail_scales, v->scales + first + whole, (size_t)rest * sizeof(float));
-    int32_t *counts = v->counts + first * BINS;
-    for (int64_t token = 0; token < v->tokens; token++) {
+    for (int64_t token = begin; token < end; token++) {
         const float *x = v->x + token * v->channels + first;
+        if (token + AHEAD < end)
+            for (int64_t i = 0; i < count; i += CACHE_LINE) __builtin_prefetch(x + AHEAD * v->channels + i);
         for (int64_t i = 0; i < whole; i += LANES) find_bins(x + i, v->scales + first + i, bins + i);
         if (rest) {
             memcpy(tail, x + whole, (size_t)rest * sizeof(float));
@@ -55,8 +65,18 @@ INLINE void observe_few(const Values *v, int64_t first, int64_t count) {
             sum[i] += value;
             square[i] += value * value;
         }
-        for (int64_t i = 0; i < count; i++) counts[i * BINS + bins[i]]++;
+        for (int64_t i = 0; i < count; i++) own[i * STRIDE + bins[i]]++;
     }
+    int32_t *counts = v->counts + first * BINS;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t bin = 0; bin < BINS; bin++) counts[i * BINS + bin] += own[i * STRIDE + bin];
+}
+
+/* Channels first to first + count. */
+INLINE void observe_few(const Values *v, int64_t first, int64_t count) {
+    double sum[CHANNELS] = {0}, square[CHANNELS] = {0};
+    for (int64_t begin = 0; begin < v->tokens; begin += TOKENS)
+        observe_tokens(v, first, count, begin, v->tokens - begin < TOKENS ? v->tokens : begin + TOKENS, sum, square);
     memcpy(v->sums + first, sum, (size_t)count * sizeof(double));
     memcpy(v->sums + v->channels + first, square, (size_t)count * sizeof(double));
 }

@@ -184,7 +184,9 @@ def rounding_order(moment: Tensor) -> Order:
         if not len(remaining):
             return Order(torch.cat(taken).flip(0), torch.cat(variances).flip(0))
         if len(remaining) < COMPACT_AT * len(left):
-            left, side, names = left[remaining][:, remaining], side[:, remaining], names[remaining]
+            # twice as fast as indexing
+            left = left.index_select(0, remaining).index_select(1, remaining)
+            side, names = side.index_select(1, remaining), names[remaining]
             remaining = torch.arange(len(remaining))
         half = torch.linalg.solve_triangular(root, side, upper=False)  # [block, columns of left]
         left.addmm_(half.T, half, alpha=-1)

@@ -101,6 +101,17 @@ def _widen(counts: Tensor, by: Tensor) -> Tensor:
     return torch.zeros_like(counts).scatter_add_(1, index, counts)
 
 
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """Of each channel over the tokens of one sample."""
+
+    tokens: int
+    low: Tensor
+    """float32 [K]."""
+    high: Tensor
+    """float32 [K]."""
+
+
 class InputAccumulator:
     """Collects InputStats of one input, sample by sample.
 
@@ -133,6 +144,8 @@ class InputAccumulator:
         self._rows: list[Tensor] = []
         self._waiting: list[Tensor] = []
         """Samples that the second moment has yet to get."""
+        self.latest: Extremes | None = None
+        """Of the sample that was observed last."""
 
     def update(self, x: Tensor, *, keep_rows: int) -> None:
         """Add the tokens of one sample: `observe` and `accumulate`."""
@@ -153,6 +166,7 @@ class InputAccumulator:
         low, high = x.amin(0), x.amax(0)  # hand NaN on; torch.aminmax is several times slower along a dimension
         if not torch.isfinite(torch.stack((low, high))).all():
             raise FloatingPointError(f"the input of {self.name} holds NaN or infinity")
+        self.latest = Extremes(tokens, low, high)
         self._count_in(tokens, low, high, exponents_of(torch.maximum(low.abs(), high.abs())))
         sums = _count_and_sum(x, self._exponent, self._counts)
         picked = torch.linspace(0, tokens - 1, min(keep_rows, tokens)).round().long()

@@ -31,7 +31,7 @@ def halve(
             x = (*(first, second, *texts), None, None)[turn + rank]
             looks.append([] if x is None else accumulator.observe(x, keep_rows=1))
             if x is not None:
-                halfway.observe(turn + rank, x)
+                halfway.observe(turn + rank)
         for accumulator, halfway in ranks:
             for rank, look in enumerate(looks):
                 halfway.accumulate(turn + rank, look[0] if look else None)
@@ -103,8 +103,9 @@ def test_an_input_that_one_half_alone_reaches_has_no_change() -> None:
     accumulator = InputAccumulator("x", 3, with_moment=True)
     for own in (1, 2):
         halfway = Halfway(accumulator, own)
-        halfway.observe(0, x)
-        halfway.accumulate(0, accumulator.observe(x, keep_rows=1)[0])
+        look = accumulator.observe(x, keep_rows=1)
+        halfway.observe(0)
+        halfway.accumulate(0, look[0])
         halfway.accumulate(1, None)  # another sample does not reach it
         assert Halfway.merge([halfway.state()]) is None
 

@@ -14,19 +14,23 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import FAMILY, read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.model.streamed import StreamedModel, multiply_patches
+from glmq.model.streamed import StreamedModel
 from glmq.model.tiny import TINY_CASES
+from glmq.model.vision_tower import quicken_vision
 
 LAYER = "model.language_model.layers.0"
 CPU = torch.device("cpu")
 
 
-class NoConvolutions(TorchFunctionMode):
-    """Fails at every convolution inside."""
+class Quick(TorchFunctionMode):
+    """Fails at every convolution inside, and at attention through a mask."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert "conv" not in func.__name__
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention:
+            assert kwargs.get("attn_mask") is None
+        return func(*args, **kwargs)
 
 
 def samples(tiny: Path) -> dict[str, ModelInputs]:
@@ -74,19 +78,37 @@ def test_a_convolution_over_its_whole_input_is_a_product(kernel: tuple[int, ...]
         parameter.data = torch.randint(-9, 9, parameter.shape).float()  # so that every sum is exact
     x = torch.randint(-9, 9, (3, *kernel, 5)).float().movedim(-1, 1)  # not contiguous, as the merger's input
     wanted = convolution(x)
-    multiply_patches(convolution)
-    with NoConvolutions():
+    quicken_vision(convolution)
+    with Quick():
         assert torch.equal(convolution(x), wanted)
 
 
-def test_the_vision_tower_convolves_nothing_and_has_the_logits_of_transformers(tiny: Path) -> None:
+@pytest.mark.parametrize("lengths", [(60,), (24, 36)])
+def test_attention_over_each_picture_by_itself_is_attention_through_a_mask(
+    lengths: tuple[int, ...], tiny: Path
+) -> None:
+    from transformers import Glm4vForConditionalGeneration
+
+    model = Glm4vForConditionalGeneration.from_pretrained(tiny, torch_dtype=torch.float32).eval()
+    attention = model.model.visual.blocks[0].attn
+    width = attention.qkv.in_features
+    x, angles = torch.randn(60, width), torch.randn(60, width // attention.num_heads)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    with torch.no_grad():
+        wanted = attention(x, cu_seqlens=ends, position_embeddings=(angles.cos(), angles.sin()))
+        quicken_vision(model)
+        found = attention(x, cu_seqlens=ends, position_embeddings=(angles.cos(), angles.sin()))
+    assert torch.equal(found, wanted) if len(lengths) == 1 else torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_the_vision_tower_has_no_convolution_no_mask_and_the_logits_of_transformers(tiny: Path) -> None:
     from transformers import Glm4vForConditionalGeneration
 
     inputs = samples(tiny)["wide image and prompt"]
     plain = Glm4vForConditionalGeneration.from_pretrained(tiny, torch_dtype=torch.float32).eval()
     with torch.no_grad():
         wanted = plain(**full_model_kwargs(inputs, plain)).logits[0]
-    with NoConvolutions():
+    with Quick():
         found = streamed_logits(tiny, read_config(tiny), inputs, torch.float32)
     assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
 

@@ -247,6 +247,19 @@ def test_every_kernel_has_the_bits_of_torch(kernel: str, monkeypatch: pytest.Mon
         assert torch.equal(getattr(found, field), getattr(wanted, field)), field
 
 
+@pytest.mark.parametrize("kernel", moments.KERNELS)
+@pytest.mark.parametrize("width", [3, 128, 131])
+def test_every_kernel_counts_more_tokens_than_its_narrow_counters_hold(width: int, kernel: str) -> None:
+    x = np.ones((70_000, width), np.float32)
+    x[5], x[-1] = -1, 2
+    counts, sums = np.full((width, 256), 7, np.int32), np.empty((2, width))
+    moments._moments.observe(kernel, x, np.ones(width, np.float32), counts, sums, *x.shape, 0, width)
+    wanted = np.full(256, 7)
+    wanted[[127, 129, 130]] += 1, 69_998, 1
+    assert np.array_equal(counts, np.tile(wanted, (width, 1)))
+    assert np.array_equal(sums, np.tile([[69_999.0], [70_003.0]], (1, width)))
+
+
 @pytest.mark.skipif(not moments.KERNELS, reason="the compiled kernels are not built")
 @pytest.mark.parametrize(
     ("changes", "sentence"),
