@@ -46,10 +46,7 @@ def _attend(
         cu_seqlens: int [pictures + 1]: where each picture's patches begin, and where the last ones end.
         position_embeddings: cosines and sines, each [patches, head size].
     """
-    rotate = import_module(type(attention).__module__).apply_rotary_pos_emb_vision
-    q, k, v = attention.qkv(hidden_states).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
-    q, k = rotate(q, k, *position_embeddings)
-    heads = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]  # [1, heads, patches, head size]
+    heads = _heads(attention, hidden_states, position_embeddings)
     seen = [
         nn.functional.scaled_dot_product_attention(
             *(x[:, :, start:end] for x in heads), scale=heads[0].shape[-1] ** -0.5
@@ -57,3 +54,11 @@ def _attend(
         for start, end in pairwise(cu_seqlens.tolist())
     ]
     return attention.proj(torch.cat(seen, 2)[0].transpose(0, 1).flatten(1))  # type: ignore[no-any-return, operator]
+
+
+def _heads(attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Queries and keys, rotated, and values: each [1, heads, patches, head size]."""
+    rotate = import_module(type(attention).__module__).apply_rotary_pos_emb_vision
+    q, k, v = attention.qkv(hidden_states).unflatten(1, (3, attention.num_heads, -1)).unbind(1)
+    q, k = rotate(q, k, *position_embeddings)
+    return [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
