@@ -69,8 +69,8 @@ class CalibrationPlan:
     """Hidden states that lie beside them while it runs, for a resume."""
     peak_bytes: int
     """Estimated resident memory."""
-    patches: int
-    """Of all images."""
+    patches: tuple[int, ...]
+    """Of each picture."""
     encoding_seconds: float
     """Time that reading all samples has taken."""
 
@@ -129,7 +129,7 @@ def plan_calibration(
         output_bytes=sum(count for _, count in files),
         work_bytes=2 * _state_bytes(config, sizes, element_bytes),  # the new ones are there before the old ones go
         peak_bytes=PROCESS_BYTES + _peak_beside_process(config, settings, sizes, element_bytes),
-        patches=sum(size.patches for size in sizes),
+        patches=tuple(size.patches for size in sizes if size.patches),
         encoding_seconds=encoding,
     )
 
@@ -150,7 +150,7 @@ def try_calibration(
     sizes = {size.name: size.tokens for size in plan.samples}
     chosen = max(samples, key=lambda one: (one.image is not None, sizes[one.name]))
     inputs = _encode(chosen, preprocessor)
-    shares = plan.patches / max(_patches(inputs), 1), sum(sizes.values()) / inputs.tokens
+    shares = sum(plan.patches) / max(_patches(inputs), 1), sum(sizes.values()) / inputs.tokens
     start, block, vision = 0.0, 0.0, None
     if inputs.pixel_values is not None:
         start, vision = _time_vision_start(model, inputs, shares[0])
@@ -179,7 +179,7 @@ def guess_steps(config: ModelConfig, plan: CalibrationPlan) -> tuple[StepPlan, .
             block.name,
             kind,
             sum(linear.rows * linear.cols for group in block.groups for linear in group.linears)
-            * (plan.patches if kind == "vision" else 0 if kind == "head" else tokens)
+            * (sum(plan.patches) if kind == "vision" else 0 if kind == "head" else tokens)
             / USUAL_RATE,
         )
         for block in config.family.blocks(config)

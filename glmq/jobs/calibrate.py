@@ -33,7 +33,7 @@ from glmq.device import resolve
 from glmq.errors import LaunchError
 from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.joined_ranks import join_ranks
-from glmq.jobs.notes import describe_few, describe_generation
+from glmq.jobs.notes import describe_few, describe_generation, describe_large_pictures
 from glmq.jobs.run_log import run_log
 from glmq.jobs.settings import calibration_settings, compute_dtype, dtype_name, machine_settings
 from glmq.jobs.settled import Settled, assess_settled
@@ -287,6 +287,8 @@ class Calibration:
             element_bytes=dtype.itemsize,
             read=watcher.counter(f"of {len(samples)} samples brought into tokens and patches"),
         )
+        for line in describe_large_pictures(plan.patches, config.patch_size):
+            watcher.note(line)
         model = StreamedModel(source, config, device=device, dtype=dtype)
         most = settings.generate
         generation = None if most is None else plan_generation(model, samples, preprocessor, most)

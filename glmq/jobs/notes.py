@@ -21,6 +21,8 @@ ANSWERS_COUNT: Final = (
     "most of what a thinking model computes is its answer, and --generate 256 lets the model write one"
 )
 GIB: Final = 2**30
+LARGE_PICTURE: Final = 9216
+"""Patches beyond which attention over them takes longer than the products of weights, in the vision tower of the real size."""
 
 
 def convergence_verdict(assessment: Assessment | None, *, is_dense: bool | None) -> str:
@@ -79,6 +81,23 @@ def describe_few(images: int) -> list[str]:
     if images >= WANTED_IMAGES:
         return []
     return [f"note: {counted(images, 'calibration image')}; {WANTED_IMAGES} are wanted for accuracy"]
+
+
+def describe_large_pictures(patches: Iterable[int], patch_size: int) -> list[str]:
+    """That pictures are so large that they take most of the time, and what shrinks them; nothing if none is.
+
+    Args:
+        patches: of each picture.
+        patch_size: pixels along each side of a patch.
+    """
+    large = [count for count in patches if count > LARGE_PICTURE]
+    if not large:
+        return []
+    them, pixels = "it" if len(large) == 1 else "them", LARGE_PICTURE * patch_size**2
+    return [
+        f"note: {counted(len(large), 'large picture')} of up to {max(large):,} patches, whose attention takes time with "
+        f"their square; if the model will be asked about smaller ones, --max-pixels {pixels} shrinks {them}"
+    ]
 
 
 def describe_generation(plan: GenerationPlan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from importlib import import_module
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ def quicken_vision(model: nn.Module) -> None:
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             module.forward = partial(_convolve_whole, module)  # type: ignore[method-assign]
         elif isinstance(getattr(module, "qkv", None), nn.Linear):
-            module.forward = partial(_attend, module)  # type: ignore[method-assign]
+            module.forward = partial(_attend, module)
 
 
 def _convolve_whole(convolution: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def _convolve_whole(convolution: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
 
 
 def _attend(
-    attention: nn.Module,
+    attention: Any,
     hidden_states: Tensor,
     cu_seqlens: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
@@ -46,17 +47,17 @@ def _attend(
         cu_seqlens: int [pictures + 1]: where each picture's patches begin, and where the last ones end.
         position_embeddings: cosines and sines, each [patches, head size].
     """
-    heads = _heads(attention, hidden_states, position_embeddings)
+    q, k, v = _heads(attention, hidden_states, position_embeddings)
+    pictures = [slice(*ends) for ends in pairwise(cu_seqlens.tolist())]
+    scale = q.shape[-1] ** -0.5
     seen = [
-        nn.functional.scaled_dot_product_attention(
-            *(x[:, :, start:end] for x in heads), scale=heads[0].shape[-1] ** -0.5
-        )
-        for start, end in pairwise(cu_seqlens.tolist())
+        nn.functional.scaled_dot_product_attention(q[:, :, p], k[:, :, p], v[:, :, p], scale=scale) for p in pictures
     ]
-    return attention.proj(torch.cat(seen, 2)[0].transpose(0, 1).flatten(1))  # type: ignore[no-any-return, operator]
+    projected: Tensor = attention.proj(torch.cat(seen, 2)[0].transpose(0, 1).flatten(1))
+    return projected
 
 
-def _heads(attention: nn.Module, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> list[Tensor]:
+def _heads(attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Queries and keys, rotated, and values: each [1, heads, patches, head size]."""
     rotate = import_module(type(attention).__module__).apply_rotary_pos_emb_vision
     q, k, v = attention.qkv(hidden_states).unflatten(1, (3, attention.num_heads, -1)).unbind(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from glmq.calibration.convergence import Convergence, Halfway, assess, convergence_order
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import Statistics
-from glmq.jobs.notes import convergence_verdict, describe_convergence, describe_few
+from glmq.jobs.notes import convergence_verdict, describe_convergence, describe_few, describe_large_pictures
 from glmq.jobs.settled import Settled, assess_settled
 from glmq.numerics.moments import InputAccumulator
 
@@ -160,6 +160,17 @@ def test_the_notes_say_what_changed_and_what_would_help(tiny: Path, pictures: Pa
         "note: 2 samples have no answer; most of what a thinking model computes is its answer, "
         "and --generate 256 lets the model write one",
     ]
+
+
+def test_large_pictures_are_counted_and_what_shrinks_them_is_named() -> None:
+    assert describe_large_pictures([9216, 1564], 14) == []
+    assert describe_large_pictures([9217, 1564], 14) == [
+        "note: 1 large picture of up to 9,217 patches, whose attention takes time with their square; "
+        "if the model will be asked about smaller ones, --max-pixels 1806336 shrinks it"
+    ]
+    (note,) = describe_large_pictures([24128, 10000, 4], 14)
+    assert note.startswith("note: 2 large pictures of up to 24,128 patches")
+    assert note.endswith(" shrinks them")
 
 
 def test_few_images_are_counted_and_thirty_are_enough() -> None:
