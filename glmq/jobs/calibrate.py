@@ -47,6 +47,7 @@ from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
+from glmq.wording import counted
 
 LISTED: Final = 20
 """Files left out that are named."""
@@ -289,8 +290,7 @@ class Calibration:
         )
         for line in describe_large_pictures(plan.patches, config.patch_size):
             watcher.note(line)
-        model = StreamedModel(source, config, device=device, dtype=dtype)
-        most = settings.generate
+        model, most = StreamedModel(source, config, device=device, dtype=dtype), settings.generate
         generation = None if most is None else plan_generation(model, samples, preprocessor, most)
         return cls(model, samples, preprocessor, settings, plan, generation)
 
@@ -385,8 +385,7 @@ def _note_findings(found: SampleSet, what: str, watcher: Watcher) -> None:
     for rejected in found.rejected[:LISTED]:
         watcher.note(f"left out {rejected.name}: {rejected.reason}")
     if found.rejected:
-        noun = "file" if len(found.rejected) == 1 else "files"
-        watcher.note(f"{len(found.rejected)} {noun} left out, {len(found.samples)} {what} used")
+        watcher.note(f"{counted(len(found.rejected), 'file')} left out, {len(found.samples)} {what} used")
     for note in found.notes:
         watcher.note(f"note: {note}")
 
