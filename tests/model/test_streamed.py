@@ -92,6 +92,7 @@ def test_attention_over_each_picture_by_itself_is_attention_through_a_mask(
     model = Glm4vForConditionalGeneration.from_pretrained(tiny, torch_dtype=torch.float32).eval()
     attention = model.model.visual.blocks[0].attn
     width = attention.qkv.in_features
+    torch.manual_seed(0)
     x, angles = torch.randn(60, width), torch.randn(60, width // attention.num_heads)
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     with torch.no_grad():
