@@ -82,9 +82,7 @@ def test_large_pictures_are_said_before_anything_runs(
 ) -> None:
     monkeypatch.setattr("glmq.jobs.notes.LARGE_PICTURE", 10)
     result = glmq(*command(small, tmp_path / "stats", "--calib-images", pictures, "--limit", 2, "--dry-run"))
-    assert (
-        "note: 2 large pictures of up to 64 patches, whose attention takes time with their square; " in result.stderr
-    )
+    assert "note: 2 large pictures of up to 64 patches, whose attention takes time with their square; " in result.stderr
 
 
 def test_a_dry_run_with_answers_by_the_model_says_at_most(small: Path, pictures: Path, tmp_path: Path) -> None:
