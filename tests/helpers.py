@@ -98,7 +98,8 @@ def quantize(
 ) -> Path:
     """Quantize into `out`, which is returned; the options are fields of `glmq.quantization.recipe.Options`."""
     from glmq.jobs.quantize import QuantizationJob, run_quantization
-    from glmq.quantization.recipe import Options, make_recipe
+    from glmq.quantization.options import Options
+    from glmq.quantization.recipe import make_recipe
 
     chosen = calibration or glmq.CalibrationOptions()
     job = QuantizationJob(

@@ -8,17 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
+import torch
 from torch import Tensor
 
+from glmq.calibration import text_inputs
 from glmq.calibration.capture import Watch
 from glmq.calibration.convergence import Convergence, convergence_order
 from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.manifest import MANIFEST, SampleTokens, SiteShape, field_specs, site_entry
 from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
-from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, has_moment
+from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.layout import TensorSpec, bare_file_bytes
-from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.reader import Checkpoint, dtype_code
 from glmq.errors import SampleError
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block
@@ -117,7 +119,13 @@ def plan_calibration(
         entries, specs = _plan_block(block, config, settings, sizes)
         if entries:
             files.append((f"{block.name}.safetensors", bare_file_bytes(specs)))
-        sink.restore(entries)
+        sink.restore(StoredBlock(entries, {}))
+    if settings.text_inputs:
+        code = dtype_code(getattr(torch, settings.compute_dtype))
+        for index, size in enumerate(sizes):
+            name = text_inputs.name_of(index)
+            files.append((name, text_inputs.file_bytes(index, size.tokens, config.hidden_size, code)))
+            sink.restore(StoredBlock({}, {name: NO_DIGEST}))
     tokens = {size.sample.name: size.tokens for size in sizes}
     for size in sizes:
         sink.set_tokens(size.sample, size.tokens)

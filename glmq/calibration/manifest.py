@@ -8,6 +8,7 @@
     samples_sha256  of them all
     inputs          by site: file, width, tokens, whether it has a second moment, rows of its
                     sensitivity (0: none), how far it has settled, `xxh3` of each field
+    text_inputs     xxh3-128 by file of what enters the text layers; only where it was kept
     digest          xxh3-128 of this document without it, keys sorted, no spaces
 
 and the settings that the statistics depend on, see `glmq.calibration.stats.Settings`. Checksums are of the stored bytes,
@@ -81,6 +82,8 @@ class Manifest:
     weights: Mapping[str, str]
     """Empty in a folder of an older glmq."""
     has_checksums: bool
+    text_inputs: Mapping[str, str]
+    """xxh3-128 of the files of what enters the text layers, by name; empty where it was not kept."""
 
     @property
     def digest(self) -> str:
@@ -119,11 +122,14 @@ def read_manifest(path: Path) -> Manifest:
     weights = parse_digests(document.get("weights")) if has_checksums else {}
     if weights is None:
         raise refuse("weights")
+    text_inputs = parse_digests(document.get("text_inputs", {}))
+    if text_inputs is None:
+        raise refuse("text_inputs")
     if has_checksums and document.get("digest") != digest_of(document):
         raise StatisticsError(
             f"{path}: its digest does not fit its contents, so it was altered; copy it again or run `glmq calibrate` again"
         )
-    return Manifest(document, model, samples_digest, samples, sites, weights, has_checksums)
+    return Manifest(document, model, samples_digest, samples, sites, weights, has_checksums, text_inputs)
 
 
 def field_specs(site: str, shape: SiteShape, kept: int) -> list[TensorSpec]:

@@ -21,6 +21,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save
 
+from glmq.calibration import text_inputs
 from glmq.calibration.manifest import parse_digests
 from glmq.calibration.samples import GeneratedAnswer
 from glmq.calibration.stats import StoredBlock
@@ -157,12 +158,16 @@ class CalibrationJournal:
         damaged = next((name for name in self._damaged(found)), None)
         if damaged is None:
             return ""
-        blocks = len(found) or len(list(self._out.glob("*.safetensors")))
+        blocks = len(found) or self._stored_blocks()
         again = counted(blocks, "finished block is", "finished blocks are")
         return f"{damaged} of the unfinished run is missing or altered, so its {again} done again"
 
+    def _stored_blocks(self) -> int:
+        files = {path.name: "" for path in self._out.glob("*.safetensors")}
+        return len(files) - len(text_inputs.among(files))
+
     def _damaged(self, found: list[FinishedBlock | None]) -> Iterator[str]:
-        if not found and len(list(self._out.glob("*.safetensors"))) > 1:
+        if not found and self._stored_blocks() > 1:
             yield NAME
         for number, block in enumerate(found, 1):
             if block is None:

@@ -2,6 +2,7 @@
 
     statistics.json                 what they come from, and one entry per input site, see `glmq.calibration.manifest`
     {block}.safetensors             the tensors of the sites of one block, named `{site}.{field}`
+    text_inputs-NNNN.safetensors    if asked for, what enters the text layers, see `glmq.calibration.text_inputs`
 
 Fields are those of InputStats; inputs of the vision tower and of lm_head have no `sensitivity`. A second moment is stored as
 its upper triangle by rows, float32 [K * (K + 1) / 2].
@@ -20,6 +21,7 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
+from glmq.calibration import text_inputs
 from glmq.calibration.convergence import Convergence
 from glmq.calibration.manifest import (
     MANIFEST,
@@ -43,12 +45,11 @@ from glmq.errors import OtherStatisticsError, StatisticsError
 from glmq.model.config import ModelConfig
 from glmq.model.family import InputGroup
 from glmq.numerics.moments import InputStats
+from glmq.numerics.triangle import pack_triangle, unpack_triangle
 from glmq.version import __version__
 
 SAMPLE_ROWS: Final = 256
 """Tokens of each input that are kept as they are for error tables, evenly over all samples."""
-MIRROR_ROWS: Final = 512
-"""Rows of a second moment that are mirrored together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class Settings:
     """Second moments also of the vision tower and of down_proj's wide input."""
     generate: int | None = None
     """Most tokens that the model answers to a sample without an answer; None leaves such samples as they are."""
+    text_inputs: bool = False
+    """What enters the text layers is kept too (text_inputs.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class StatsWriter:
         self._fingerprint, self._samples, self._settings = fingerprint, samples, settings
         self._inputs: JsonObject = {}
         self._tokens: dict[str, int] = {}
+        self._text_inputs: dict[str, str] = {}
 
     def set_tokens(self, sample: Sample, tokens: int) -> None:
         """Remember how many tokens a sample had."""
@@ -114,12 +118,18 @@ class StatsWriter:
         content = save(tensors)
         path = self._directory / f"{block}.safetensors"
         write_whole(path, content)
-        self.restore(entries)
-        return StoredBlock(entries, {path.name: xxhash.xxh3_128_hexdigest(content)})
+        stored = StoredBlock(entries, {path.name: xxhash.xxh3_128_hexdigest(content)})
+        self.restore(stored)
+        return stored
 
-    def restore(self, entries: Mapping[str, JsonValue]) -> None:
-        """Take over the manifest entries of a block that an interrupted run has stored."""
-        self._inputs.update(entries)
+    def write_text_inputs(self, sample: int, hidden: Tensor, positions: Tensor) -> dict[str, str]:
+        """Store what enters the text layers of one sample; returns the name and xxh3-128 of its file, for a StoredBlock."""
+        return {text_inputs.name_of(sample): text_inputs.write(self._directory, sample, hidden, positions)}
+
+    def restore(self, stored: StoredBlock) -> None:
+        """Take over what the manifest says of a block that is stored, perhaps by an interrupted run or another rank."""
+        self._inputs.update(stored.inputs)
+        self._text_inputs |= text_inputs.among(stored.files)
 
     def finish(self, weights: Mapping[str, str]) -> list[str]:
         """Write the manifest, which makes the folder a statistics folder.
@@ -132,7 +142,7 @@ class StatsWriter:
         """
         write_whole(self._directory / MANIFEST, self.manifest_bytes(weights))
         files = {str(entry["file"]) for entry in self._inputs.values() if isinstance(entry, Mapping)}
-        return [MANIFEST, *sorted(files)]
+        return [MANIFEST, *sorted(files), *self._text_inputs]
 
     def manifest_bytes(self, weights: Mapping[str, str]) -> bytes:
         """What `finish` writes."""
@@ -150,6 +160,8 @@ class StatsWriter:
             "samples": samples,
             "inputs": self._inputs,
         }
+        if self._settings.text_inputs:
+            manifest["text_inputs"] = self._text_inputs
         return json_bytes({**manifest, "digest": digest_of(manifest)}, indent=1)
 
     def _describe(self, sample: Sample) -> JsonObject:
@@ -178,6 +190,7 @@ class Statistics:
         """Of everything in the folder that has a checksum."""
         self._tensors, self._sites = tensors, manifest.sites
         self._weights, self._samples = manifest.weights, manifest.samples
+        self._text_inputs = manifest.text_inputs
         self._sound: set[str] = set()
         known = {
             f"{name}.{field}": value for name, site in self._sites.items() for field, value in site.checksums.items()
@@ -235,6 +248,7 @@ class Statistics:
             pixels if isinstance(pixels, int) else None,
             self.manifest.get("wide_moments") is True,
             generate if isinstance(generate, int) else None,
+            bool(self._text_inputs),
         )
 
     def check_settings(self, *, compute_dtype: str | None, max_pixels: int | None) -> None:
@@ -314,6 +328,14 @@ class Statistics:
             self._sound.add(site)
         return stats
 
+    def text_inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """What enters the text layers: of every sample its hidden states, [1, tokens, width], and positions, int64 [3, tokens].
+
+        Raises:
+            StatisticsError: it was not kept, or is not as it was written.
+        """
+        return text_inputs.read(self.directory, self._text_inputs)
+
     def _checked_fields(self, site: str, entry: Site) -> list[str]:
         """The fields of an input, every one with the dtype and shape that it must have."""
         kept = self._tensors.info(f"{site}.sample").shape
@@ -337,34 +359,6 @@ class Statistics:
 def has_moment(group: InputGroup, config: ModelConfig, *, wide_moments: bool) -> bool:
     """Whether a group's input gets a second moment: text inputs up to the hidden size, or all with `wide_moments`."""
     return wide_moments or (group.site.startswith(config.family.text) and group.width <= config.hidden_size)
-
-
-def pack_triangle(matrix: Tensor) -> Tensor:
-    """The upper triangle by rows of a symmetric [K, K]: [K * (K + 1) / 2]."""
-    size = matrix.shape[0]
-    packed = torch.empty(size * (size + 1) // 2, dtype=matrix.dtype)
-    start = 0
-    for row in range(size):
-        packed[start : start + size - row] = matrix[row, row:]
-        start += size - row
-    return packed
-
-
-def unpack_triangle(packed: Tensor, size: int) -> Tensor:
-    """The symmetric [K, K] whose upper triangle by rows is `packed`."""
-    matrix = torch.zeros(size, size, dtype=packed.dtype)
-    start = 0
-    for row in range(size):
-        matrix[row, row:] = packed[start : start + size - row]
-        start += size - row
-    for begin in range(
-        0, size, MIRROR_ROWS
-    ):  # piece by piece: no second matrix, and the transposed reads stay in cache
-        end = begin + MIRROR_ROWS
-        matrix[end:, begin:end] = matrix[begin:end, end:].T
-        corner = matrix[begin:end, begin:end]
-        corner += corner.triu(1).T
-    return matrix
 
 
 def _tensor_digest(tensor: Tensor) -> str:

@@ -78,7 +78,7 @@ def calibrate_checkpoint(
     run = _Run(model, convergence_order(samples), preprocessor, sink, settings, ranks, clock)
     run.step = step
     for block in journal.finished:
-        sink.restore(block.stored.inputs)
+        sink.restore(block.stored)
     first = len(journal.finished)
     if first:
         log.info("resumed: %d blocks are in the journal", first)
@@ -176,6 +176,7 @@ class _Run:
         watched = self._watch(block)
         calls: Calls = {}
         tokens: dict[int, int] = {}
+        kept: dict[str, str] = {}
         parts = self._family.vision_tail if vision_calls else ()
         with self._placed(*parts), watched.hooked(model) if watch else nullcontext():
             for done, index in enumerate(self._turns):
@@ -189,14 +190,25 @@ class _Run:
                     tokens[index] = inputs.tokens
                     vision = vision_calls.pop(index, None)
                     with self._clock.stage("vision"), model.embedding_rows(inputs.ids), self._blaming(sample):
-                        calls[index] = model.text_call(inputs, vision)
+                        calls[index], positions = model.positioned_call(inputs, vision)
                         _check_finite(calls[index].hidden, block.name)
+                    if watch and self._settings.text_inputs:
+                        with self._clock.stage("write"):
+                            kept |= self.sink.write_text_inputs(index, calls[index].hidden, positions)
                     if vision is not None:
                         self._clock.count("vision", flops=_flops(block, vision.tokens // model.config.merge_size**2))
-        for text in self._ranks.all_gather(json.dumps(tokens)):
-            for key, count in json.loads(text).items():
+        every: dict[str, str] = {}
+        for text in self._ranks.all_gather(json.dumps([tokens, kept])):
+            counts, theirs = json.loads(text)
+            every |= theirs
+            for key, count in counts.items():
                 self.sink.set_tokens(self._samples[int(key)], count)
-        return self._write(block, watched) if watch else NOTHING, calls
+        if not watch:
+            return NOTHING, calls
+        stored = self._write(block, watched)
+        stored = replace(stored, files={**stored.files, **dict(sorted(every.items()))})
+        self.sink.restore(stored)
+        return stored, calls
 
     def replay_block(self, block: Block, calls: Calls) -> StoredBlock:
         """Run one block over all calls, replace their hidden states, write the block's statistics."""

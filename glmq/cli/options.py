@@ -116,6 +116,14 @@ WideMoments = Annotated[
         rich_help_panel=CALIBRATION,
     ),
 ]
+TextInputs = Annotated[
+    bool,
+    typer.Option(
+        "--text-inputs/--no-text-inputs",
+        help="Also keep what enters the text layers, for `glmq quantize --propagation`.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Generate = Annotated[
     int | None,
     typer.Option(

@@ -157,6 +157,17 @@ def quantize(
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = "answer",
+    propagation: Annotated[
+        float,
+        typer.Option(
+            "--propagation",
+            min=0.0,
+            max=1.0,
+            help="Quantize layer after layer, and make up for this share of what the layers before have done to the inputs: "
+            "4-bit weights, about 0.25 to 0.5. It takes about twice the time.",
+            rich_help_panel=o.QUANTIZATION,
+        ),
+    ] = 0.0,
     bias_correction: Annotated[
         bool,
         typer.Option(
@@ -252,7 +263,8 @@ def quantize(
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
     from glmq.jobs.run_report import PAGE
-    from glmq.quantization.recipe import Options, make_recipe
+    from glmq.quantization.options import Options
+    from glmq.quantization.recipe import make_recipe
     from glmq.ranks import read_place
 
     share_one_heap()
@@ -277,6 +289,7 @@ def quantize(
         target_bits=target_bits,
         target_ratio=target_ratio,
         allocate=allocate,
+        propagation=propagation,
         bias_correction=bias_correction,
         channel_shift=channel_shift,
         keep_float=tuple(keep_float or ()),
@@ -299,6 +312,7 @@ def quantize(
             generate=generate,
             max_pixels=max_pixels,
             skip_bad=skip_bad_images,
+            text_inputs=bool(propagation),
             device_type=device_type,
             compute_dtype=compute_dtype,
             trust_remote_code=trust_remote_code,

@@ -16,7 +16,8 @@ from glmq.cli.presets import PresetName, defaults_of
 from glmq.cli.quantize import quantize
 from glmq.errors import UsageError
 from glmq.jobs.sweep_recipes import Variant
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 
 OPTIONS: Final = {field.name: "form" if field.name == "format" else field.name for field in fields(Options)}
 """Field of Options -> parameter of `glmq quantize`."""

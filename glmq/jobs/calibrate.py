@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, overload
+from typing import Literal, overload
 
 import torch
 
@@ -15,7 +15,6 @@ from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import (
     Sample,
-    SampleSet,
     builtin_texts,
     default_images,
     digest,
@@ -33,7 +32,7 @@ from glmq.device import resolve
 from glmq.errors import LaunchError
 from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.joined_ranks import join_ranks
-from glmq.jobs.notes import describe_few, describe_generation, describe_large_pictures
+from glmq.jobs.notes import describe_few, describe_findings, describe_generation, describe_large_pictures
 from glmq.jobs.run_log import run_log
 from glmq.jobs.settings import calibration_settings, compute_dtype, dtype_name, machine_settings
 from glmq.jobs.settled import Settled, assess_settled
@@ -47,10 +46,6 @@ from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
-from glmq.wording import counted
-
-LISTED: Final = 20
-"""Files left out that are named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +72,8 @@ class CalibrationOptions:
     """Leave out files that do not decode as pictures, instead of stopping."""
     wide_moments: bool = False
     """Collect second moments of the vision tower and of down_proj too."""
+    text_inputs: bool = False
+    """Keep what enters the text layers, too: for quantizing with propagation."""
     device_type: str = "cpu"
     """`cpu` or `npu`."""
     compute_dtype: str = "auto"
@@ -219,8 +216,13 @@ def run_calibration(
             watcher.plan(work.forecast()[0])
         run = RunNote("calibrate", command, {"--model_path": str(model_path), **options.chosen()})
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir, run=run)
-        arguments = {"model": model_path, "out": stats_path, "options": options}
-        arguments |= {"overwrite": overwrite, "resume": resume}
+        arguments = {
+            "model": model_path,
+            "out": stats_path,
+            "options": options,
+            "overwrite": overwrite,
+            "resume": resume,
+        }
         with join_ranks(place, arguments) as ranks, SharedFolder(output, ranks) as folder:
             with run_log(folder.work, stats_path, options, ranks, watcher):
                 write_statistics(work, folder, ranks, watcher, run)
@@ -342,8 +344,7 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
     work = work.answered(journal, ranks, watcher)
     sink = StatsWriter(folder.path, fingerprint, work.samples, settings)
     model, config = work.model, work.model.config
-    total, finished = len(config.family.blocks(config)), len(journal.finished)
-    with watcher.blocks("calibrate", total, finished=finished) as advance:
+    with watcher.blocks("calibrate", len(config.family.blocks(config)), finished=len(journal.finished)) as advance:
         for done in calibrate_checkpoint(
             model, work.samples, work.preprocessor, sink, settings, journal, ranks, watcher.step
         ):
@@ -365,8 +366,7 @@ def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample,
             read=watcher.counter("pictures of the folder read"),
         )
         samples = found.samples
-        _note_findings(found, "images", watcher)
-        for line in describe_few(len(samples)):
+        for line in (*describe_findings(found, "images"), *describe_few(len(samples))):
             watcher.note(line)
     if options.samples_file is not None:
         found = read_samples(
@@ -377,17 +377,9 @@ def load_samples(options: CalibrationOptions, watcher: Watcher) -> tuple[Sample,
             read=watcher.counter("samples of the file read"),
         )
         samples += found.samples
-        _note_findings(found, "samples", watcher)
+        for line in describe_findings(found, "samples"):
+            watcher.note(line)
     return samples + builtin_texts() if options.texts else samples
-
-
-def _note_findings(found: SampleSet, what: str, watcher: Watcher) -> None:
-    for rejected in found.rejected[:LISTED]:
-        watcher.note(f"left out {rejected.name}: {rejected.reason}")
-    if found.rejected:
-        watcher.note(f"{counted(len(found.rejected), 'file')} left out, {len(found.samples)} {what} used")
-    for note in found.notes:
-        watcher.note(f"note: {note}")
 
 
 def sources_of(options: CalibrationOptions) -> dict[str, Path | None]:
@@ -397,4 +389,4 @@ def sources_of(options: CalibrationOptions) -> dict[str, Path | None]:
 
 def settings_of(options: CalibrationOptions, device: torch.device) -> Settings:
     dtype = compute_dtype(options.compute_dtype, device)
-    return Settings(dtype_name(dtype), options.max_pixels, options.wide_moments, options.generate)
+    return Settings(dtype_name(dtype), options.max_pixels, options.wide_moments, options.generate, options.text_inputs)

@@ -15,7 +15,7 @@ from glmq.model.inputs import Preprocessor
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, StepPlan
-from glmq.quantization.dry_run import USUAL_SPEED, plan_passes, trial_order, try_speed
+from glmq.quantization.dry_run import TextLoad, plan_passes, trial_order, try_speed, usual_speed
 from glmq.quantization.output import OutputPlan
 from glmq.quantization.recipe import Recipe
 from glmq.verification.int8_model import placed
@@ -59,6 +59,7 @@ def forecast_weight_passes(
     recipe: Recipe,
     plan: OutputPlan,
     seen: Statistics | Mapping[str, InputStats],
+    load: TextLoad,
     *,
     measures: bool,
 ) -> tuple[PassPlan, ...]:
@@ -66,15 +67,16 @@ def forecast_weight_passes(
 
     Args:
         seen: the statistics, or those of a few inputs over one sample, to try one group with.
+        load: of the statistics.
         measures: every group is quantized once before, to see which stay float.
     """
-    speed = USUAL_SPEED
+    speed = usual_speed(recipe, load)
     if is_large(source):
         quantized = sorted((g.group for g in plan.groups.values() if g.is_quantized), key=trial_order)
         if isinstance(seen, Statistics):
             seen = {quantized[0].site: seen.input(quantized[0].site)}
         if any(group.site in seen for group in quantized):
-            speed = try_speed(source, seen, recipe, plan)
+            speed = try_speed(source, seen, recipe, plan, load)
     return plan_passes(source, config, recipe, plan, speed, measures=measures)
 
 

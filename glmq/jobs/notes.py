@@ -8,7 +8,7 @@ from typing import Final
 
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
-from glmq.calibration.samples import WANTED_IMAGES
+from glmq.calibration.samples import WANTED_IMAGES, SampleSet
 from glmq.engines import Engine
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.numerics import gptq
@@ -21,6 +21,8 @@ ANSWERS_COUNT: Final = (
     "most of what a thinking model computes is its answer, and --generate 256 lets the model write one"
 )
 GIB: Final = 2**30
+LISTED: Final = 20
+"""Files left out that are named."""
 LARGE_PICTURE: Final = 9216
 """Patches beyond which attention over them takes longer than the products of weights, in the vision tower of the real size."""
 
@@ -171,3 +173,11 @@ def describe_patterns(recipe: Recipe, config: ModelConfig) -> list[str]:
     """How many linears each pattern of the command line matches."""
     counts = {rule.option: count_matches(rule.pattern, config) for rule in recipe.rules if rule.option}
     return [f"{option} matches {counted(count, 'linear')}" for option, count in counts.items()]
+
+
+def describe_findings(found: SampleSet, what: str) -> list[str]:
+    """The files of a sample set that were left out, the first of them by name, and what else was found."""
+    lines = [f"left out {rejected.name}: {rejected.reason}" for rejected in found.rejected[:LISTED]]
+    if found.rejected:
+        lines.append(f"{counted(len(found.rejected), 'file')} left out, {len(found.samples)} {what} used")
+    return [*lines, *(f"note: {note}" for note in found.notes)]

@@ -34,6 +34,7 @@ from glmq.jobs.given_statistics import check_calibration, open_statistics
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.measured import deal_bits, fall_back
 from glmq.jobs.notes import describe_large_weights, describe_recipe
+from glmq.jobs.propagated import open_propagation
 from glmq.jobs.run_log import run_log
 from glmq.jobs.run_report import calibration_facts, run_facts, write_reports
 from glmq.jobs.settings import machine_settings
@@ -48,7 +49,7 @@ from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import RateCurve
 from glmq.progress import PassPlan, Watch
 from glmq.quantization.bits import settle_allocation
-from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, make_run_plan
+from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, TextLoad, make_run_plan
 from glmq.quantization.fold import RowFolds
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
@@ -192,7 +193,10 @@ def quantize(
         ResourceError: no disk, memory or device.
     """
     stats_path = stats.folder if isinstance(stats, CalibrationResult) else None if stats is None else Path(stats)
-    job = QuantizationJob(Path(model), Path(out), recipe or Recipe.w8a8(), CalibrationOptions(), stats_path)
+    recipe = recipe or Recipe.w8a8()
+    job = QuantizationJob(
+        Path(model), Path(out), recipe, CalibrationOptions(text_inputs=recipe.propagation > 0), stats_path
+    )
     if dry_run:
         return forecast_quantization(job, overwrite=overwrite, watch=watch)
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch)
@@ -241,12 +245,18 @@ def _forecast(
         return make_run_plan(source, config, job.recipe, plan, statistics, measures=job.measures)
     work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
     disk = work.plan.output_bytes + work.plan.work_bytes
-    needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds())
+    load = TextLoad.of(work.plan.samples, work.settings)
+    needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds(), load)
     return make_run_plan(source, config, job.recipe, plan, needs, measures=job.measures)
 
 
 def _check_places(job: QuantizationJob, *, overwrite: bool, resume: bool) -> None:
-    """Refuse output folders that cannot be written, or hold what is read."""
+    """Refuse output folders that cannot be written, or hold what is read, and several ranks where one does the work."""
+    if job.recipe.propagation and read_place().world > 1:
+        raise LaunchError(
+            "--propagation: each layer waits for the one before, so torchrun's processes cannot share them; run "
+            "`glmq quantize` itself"
+        )
     inputs = {"the float weights": job.model_path, **sources_of(job.calibration), "the statistics": job.stats_path}
     check_apart(job.out_path, "--save_directory", inputs)
     if job.stats_path is not None:
@@ -302,12 +312,14 @@ def _statistics(
         else:
             statistics = open_statistics(source, options, stats_path, watcher)
         if watcher.is_watched:
-            watcher.plan(_weight_passes(source, config, plan, job, statistics))
+            load = TextLoad.of(statistics.samples(), statistics.settings())
+            watcher.plan(_weight_passes(source, config, plan, job, statistics, load))
     else:
         work = Calibration.prepare(source, config, options, ranks.place, watcher)
         if watcher.is_watched:
             first, seen = work.forecast()
-            watcher.plan([*first, *_weight_passes(source, config, plan, job, seen)])
+            load = TextLoad.of(work.plan.samples, work.settings)
+            watcher.plan([*first, *_weight_passes(source, config, plan, job, seen, load)])
         work_dir = job.work_dir if stats_path else None  # others grow in the work folder already
         run = RunNote("quantize", job.command, job.chosen())
         output = OutputFolder(place, overwrite=False, resume=resume, work_dir=work_dir, run=run)
@@ -325,8 +337,9 @@ def _weight_passes(
     plan: OutputPlan,
     job: QuantizationJob,
     seen: Statistics | Mapping[str, InputStats],
+    load: TextLoad,
 ) -> tuple[PassPlan, ...]:
-    return forecast_weight_passes(source, config, job.recipe, plan, seen, measures=job.measures)
+    return forecast_weight_passes(source, config, job.recipe, plan, seen, load, measures=job.measures)
 
 
 def _write_weights(
@@ -351,6 +364,7 @@ def _write_weights(
     }
     journal = Journal(folder.work, settings, writes=ranks.place.is_first, options=job.chosen())
     work = QuantizationRun(source, config, RowFolds(source, statistics), journal, ranks, step=watcher.step)
+    propagation = open_propagation(work, recipe, statistics, folder.work, job.calibration.device_type, watcher)
     recipe, note = settle_allocation(recipe, plan.groups, statistics)
     if note:
         watcher.note(note)
@@ -362,7 +376,7 @@ def _write_weights(
     reports: list[LinearReport] = []
     blocks = [block.name for block in config.family.blocks(config)]
     with watcher.blocks("quantize", len(blocks) + 1, finished=sum(map(journal.has, blocks))) as advance:
-        for block in quantize_checkpoint(work, recipe, plan, folder.path, bits=bits):
+        for block in quantize_checkpoint(work, recipe, plan, folder.path, bits=bits, propagation=propagation):
             reports += block.reports
             advance(block.done)
     if recipe.dtype is FloatDtype.FP16:

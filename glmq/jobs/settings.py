@@ -31,6 +31,7 @@ def calibration_settings(samples_sha256: object, settings: Settings) -> dict[str
         "--compute-dtype": by_dtype.get(settings.compute_dtype, settings.compute_dtype),
         "--max-pixels": "" if settings.max_pixels is None else str(settings.max_pixels),
         "--wide-moments": str(settings.wide_moments),
+        "--text-inputs": str(settings.text_inputs),
     }
 
 

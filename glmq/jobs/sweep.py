@@ -24,7 +24,7 @@ from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.progress import Watch
-from glmq.quantization.dry_run import estimated_peak, seconds_of
+from glmq.quantization.dry_run import TextLoad, estimated_peak, seconds_of
 from glmq.quantization.output import OutputPlan, plan_output
 from glmq.quantization.plan import plan_groups
 from glmq.quoting import csv_text
@@ -148,6 +148,8 @@ def forecast_sweep(job: SweepJob, *, overwrite: bool, watch: Watch | None) -> Sw
         with foreseen(obstacles):
             work.check_room()
         steps, peak = ((), 0) if work.ruler is None else work.ruler.forecast()
+        load = TextLoad.of(work.statistics.samples(), work.statistics.settings())
+        peaks = [estimated_peak(work.config, one.recipe, plan, load) for one, plan in work.plans.items()]
         return SweepPlan(
             rows=tuple(
                 PlannedRow(one.name, one.recipe.quant_type.value, work.plans[one].shards.nbytes, seconds_of(passes))
@@ -156,7 +158,7 @@ def forecast_sweep(job: SweepJob, *, overwrite: bool, watch: Watch | None) -> Sw
             samples=() if work.ruler is None else tuple(sample.name for sample in work.ruler.samples),
             kl_seconds=sum(step.seconds for step in steps),
             disk_bytes=work.disk_bytes,
-            peak_bytes=max(peak, *map(estimated_peak, work.plans.values())),
+            peak_bytes=max(peak, *peaks),
             obstacles=tuple(obstacles),
         )
 

@@ -28,6 +28,7 @@ from glmq.model.config import ModelConfig
 from glmq.numerics import gptq
 from glmq.numerics.rate import RateCurve
 from glmq.progress import Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Watch
+from glmq.quantization.dry_run import TextLoad
 from glmq.quantization.output import OutputPlan
 from glmq.records import REPORT, LinearReport, parse_row
 from glmq.reporting.sweeps import Divergence, SweepFailure, SweepRow
@@ -92,10 +93,11 @@ class SweepWork:
     def forecast_rows(self) -> dict[Variant, list[PassPlan]]:
         """The passes of each recipe over the weights; what an earlier one measures is not measured again."""
         found: dict[Variant, list[PassPlan]] = {}
+        load = TextLoad.of(self.statistics.samples(), self.statistics.settings())
         measured: set[str | None] = set()
         for variant, plan in self.plans.items():
             passes = forecast_weight_passes(
-                self.source, self.config, variant.recipe, plan, self.statistics, measures=variant.measures
+                self.source, self.config, variant.recipe, plan, self.statistics, load, measures=variant.measures
             )
             found[variant] = [one for one in passes if one.title != "rate" or variant.curves_key not in measured]
             measured.add(variant.curves_key)

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
@@ -29,6 +30,8 @@ from glmq.model.lean import lean_transformers
 from glmq.model.vision_tower import quicken_vision
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
+
+OWN_WEIGHTS: Final[Mapping[str, Tensor]] = {}
 
 DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
 """What transformers builds a model in, as config.json calls it."""
@@ -170,22 +173,31 @@ class StreamedModel:
                 setattr(visual, name, module)
             self._inject.hidden = None
 
-    def prompt_call(self, inputs: ModelInputs, vision: BlockCall | None) -> tuple[BlockCall, int]:
-        """As `text_call`, with the rotary position of the token that comes after `inputs`."""
-        seen: list[Tensor | None] = []
+    def positioned_call(self, inputs: ModelInputs, vision: BlockCall | None) -> tuple[BlockCall, Tensor]:
+        """As `text_call`, with the rotary positions of the tokens: int64 [3, tokens], for time, height and width."""
+        seen: list[Tensor] = []
 
-        def hook(_: nn.Module, __: tuple[Tensor, ...], kwargs: Mapping[str, object]) -> None:
-            positions = kwargs["position_ids"]
-            assert positions is None or isinstance(positions, Tensor)
-            seen.append(positions)
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            seen.append(kwargs["position_ids"] if "position_ids" in kwargs else args[1])
 
-        handle = self.module(self._text).register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.module(f"{self._text}.rotary_emb").register_forward_pre_hook(hook, with_kwargs=True)
         try:
             call = self.text_call(inputs, vision)
         finally:
             handle.remove()
-        # Time, height and width each have a position; an image takes fewer of them than it has tokens.
-        return call, inputs.tokens if seen[0] is None else int(seen[0].max()) + 1
+        return call, seen[0][:, 0]
+
+    def prompt_call(self, inputs: ModelInputs, vision: BlockCall | None) -> tuple[BlockCall, int]:
+        """As `text_call`, with the rotary position of the token that comes after `inputs`."""
+        call, positions = self.positioned_call(inputs, vision)
+        return call, int(positions.max()) + 1  # an image takes fewer of them than it has tokens
+
+    @torch.no_grad()
+    def text_call_at(self, hidden: Tensor, positions: Tensor) -> BlockCall:
+        """The call that `positioned_call` gave, from its hidden states, [1, tokens, width], and the positions alone."""
+        hidden, positions = hidden.to(self.device, self.dtype), positions.to(self.device)
+        rotary = self.module(f"{self._text}.rotary_emb")(hidden, position_ids=positions[:, None])
+        return BlockCall(hidden, {"position_embeddings": rotary, "attention_mask": None})
 
     @torch.no_grad()
     def token_call(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> BlockCall:
@@ -207,11 +219,24 @@ class StreamedModel:
         return BlockCall(call.hidden, {**call.kwargs, self._cache_name: cache})
 
     @torch.no_grad()
-    def replay(self, name: str, call: BlockCall) -> Tensor:
-        """The output of block `name`, which must be placed, for that call."""
-        output = self.module(name)(call.hidden, **call.kwargs)
+    def replay(self, name: str, call: BlockCall, weights: Mapping[str, Tensor] = OWN_WEIGHTS) -> Tensor:
+        """The output of block `name`, which must be placed, for that call, with these weights in place of its own.
+
+        Args:
+            weights: by name within the block, e.g. `mlp.gate_up_proj.weight`.
+        """
+        module, arguments = self.module(name), dict(call.kwargs)
+        if weights:
+            output = functional_call(module, dict(weights), (call.hidden,), arguments)
+        else:
+            output = module(call.hidden, **arguments)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    def input_of(self, linear: str, name: str, call: BlockCall, weights: Mapping[str, Tensor]) -> Tensor:
+        """What a linear of the block gets in that replay, which ends there: [tokens, width]."""
+        found = self._capture(self.module(linear), self.replay, name, call, weights)
+        return found.hidden.reshape(-1, found.hidden.shape[-1])
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -250,7 +275,7 @@ class StreamedModel:
         module.requires_grad_(False)
 
     @torch.no_grad()
-    def _capture(self, block: nn.Module, run: nn.Module, *args: object, **kwargs: object) -> BlockCall:
+    def _capture(self, block: nn.Module, run: Callable[..., object], *args: object, **kwargs: object) -> BlockCall:
         caught: list[BlockCall] = []
 
         def hook(_: nn.Module, call_args: tuple[Tensor, ...], call_kwargs: Mapping[str, object]) -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from glmq.calibration.stats import Statistics
+import torch
+from torch import Tensor
+
+from glmq.calibration.manifest import SampleTokens
+from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
@@ -20,7 +24,6 @@ from glmq.quantization.layer import quantize_group, rate_curves
 from glmq.quantization.measure import measured_blocks, rated_blocks
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
 from glmq.quantization.passes import effort, rating_effort
-from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.stream import COPY_BYTES, REST
 from glmq.spec import QuantType
@@ -29,6 +32,12 @@ PROCESS_BYTES = 450 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
 WEIGHT_COPIES = 3
 """Float32 copies of a group's weights: as read, scaled, and compensated."""
+CARRIED: Final = 3.3
+"""How often every token meets the weights of a text layer with propagation: two models, each on its way to each group and then
+through the layer; and the second moments of the inputs, which cost as much as 0.5 of it."""
+TRIED_TOKENS: Final = 512
+USUAL_MEETING: Final = 1e-10
+"""Seconds in which a token meets one weight, on a small machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +80,21 @@ class CalibrationNeeds:
     disk_bytes: int
     peak_bytes: int
     seconds: float
+    load: TextLoad
+
+
+@dataclass(frozen=True, slots=True)
+class TextLoad:
+    """What goes through the text layers of a calibration, and of a quantization with propagation."""
+
+    tokens: int
+    """Of all samples."""
+    dtype: torch.dtype
+    """Of the hidden states."""
+
+    @classmethod
+    def of(cls, samples: Iterable[SampleTokens], settings: Settings) -> TextLoad:
+        return cls(sum(sample.tokens for sample in samples), getattr(torch, settings.compute_dtype))
 
 
 def make_run_plan(
@@ -88,14 +112,15 @@ def make_run_plan(
         first: the statistics to quantize with, or what making them needs.
         measures: every group is quantized once before, to see which stay float.
     """
-    disk, peak, calibration, rest = 0, estimated_peak(plan), None, None
+    disk, peak, calibration, rest = 0, 0, None, None
     match first:
         case Statistics():
+            load = TextLoad.of(first.samples(), first.settings())
             site = min((g.group for g in plan.groups.values() if g.is_quantized), key=trial_order).site
-            speed = try_speed(source, {site: first.input(site)}, recipe, plan)
+            speed = try_speed(source, {site: first.input(site)}, recipe, plan, load)
             rest = seconds_of(plan_passes(source, config, recipe, plan, speed, measures=measures))
         case CalibrationNeeds():
-            disk, peak, calibration = first.disk_bytes, max(peak, first.peak_bytes), first.seconds
+            disk, peak, calibration, load = first.disk_bytes, first.peak_bytes, first.seconds, first.load
     return RunPlan(
         linears=tuple(_linear_plans(plan, recipe)),
         areas=tuple(bytes_by_area(source, plan.shards)),
@@ -104,13 +129,21 @@ def make_run_plan(
         statistics_bytes=disk,
         calibration_seconds=calibration,
         quantization_seconds=rest,
-        peak_bytes=peak,
+        peak_bytes=max(peak, estimated_peak(config, recipe, plan, load)),
     )
 
 
-def estimated_peak(plan: OutputPlan) -> int:
-    """Resident memory of a quantization, in bytes: the process, and the largest group that becomes integers."""
-    return PROCESS_BYTES + _largest_group_bytes(plan)
+def estimated_peak(config: ModelConfig, recipe: Recipe, plan: OutputPlan, load: TextLoad) -> int:
+    """Resident memory of a quantization, in bytes: the process, and the largest group that becomes integers.
+
+    With propagation also the hidden states of two models, a layer's weights twice, and three matrices of an input.
+    """
+    carried = 0
+    if recipe.propagation:
+        layer = config.family.text_block(config, 0)
+        carried = 2 * (load.tokens * config.hidden_size + _weights_in(layer)) * load.dtype.itemsize
+        carried += 3 * 4 * max(group.width**2 for group in layer.groups if plan.groups[group.site].is_quantized)
+    return PROCESS_BYTES + _largest_group_bytes(plan) + carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +155,17 @@ class Speed:
     quantize: float
     """For each unit of `effort`."""
     copy: float
+    carry: float = 0.0
+    """For each weight of a text layer, with propagation."""
 
 
 USUAL_SPEED: Final = Speed(1e-7, 2e-7, 4e-9)
 """Of a small machine: for small models, where a trial would take as long as the run."""
+
+
+def usual_speed(recipe: Recipe, load: TextLoad) -> Speed:
+    """The same with what the samples need in the text layers, if they go through them."""
+    return replace(USUAL_SPEED, carry=CARRIED * load.tokens * USUAL_MEETING) if recipe.propagation else USUAL_SPEED
 
 
 def trial_order(group: InputGroup) -> tuple[bool, float]:
@@ -133,11 +173,14 @@ def trial_order(group: InputGroup) -> tuple[bool, float]:
     return group.norm is None, effort(group)
 
 
-def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Recipe, plan: OutputPlan) -> Speed:
+def try_speed(
+    source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Recipe, plan: OutputPlan, load: TextLoad
+) -> Speed:
     """Read and quantize one group, the first in `trial_order` of those whose statistics are given; nothing is written.
 
     Args:
         inputs: statistics of some quantized inputs, by site.
+        load: what goes through the text layers if the recipe asks for propagation.
     """
     groups = [group for group in plan.groups.values() if group.is_quantized and group.group.site in inputs]
     chosen = min(groups, key=lambda one: trial_order(one.group))
@@ -155,7 +198,17 @@ def try_speed(source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Reci
         rate, started = (read + time.perf_counter() - started) / rating_effort(chosen.group), time.perf_counter()
     quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known, bits=bits)
     quantize = (read + time.perf_counter() - started) / effort(chosen.group)
-    return Speed(rate, quantize, 2 * copy)  # what is copied is read and written
+    carry = CARRIED * load.tokens * _time_of_weight(linears[0].weight.to(load.dtype)) if recipe.propagation else 0.0
+    return Speed(rate, quantize, 2 * copy, carry)  # what is copied is read and written
+
+
+def _time_of_weight(weight: Tensor) -> float:
+    """Seconds in which a token meets one weight."""
+    tokens = torch.ones(TRIED_TOKENS, weight.shape[1], dtype=weight.dtype)
+    torch.nn.functional.linear(tokens, weight)  # the first one may start threads
+    started = time.perf_counter()
+    torch.nn.functional.linear(tokens, weight)
+    return (time.perf_counter() - started) / (TRIED_TOKENS * weight.numel())
 
 
 def plan_passes(
@@ -197,6 +250,8 @@ def plan_passes(
     if measures:
         passes.append(pass_over("measure", measured_blocks(config, plan.groups), speed.quantize, 0.0))
     last = pass_over("quantize", blocks, speed.quantize, speed.copy)
+    carried = {block.name: speed.carry * _weights_in(block) for block in config.family.text_blocks(config)}
+    last = replace(last, steps=tuple(replace(s, seconds=s.seconds + carried.get(s.name, 0.0)) for s in last.steps))
     rest = StepPlan(REST, "other", speed.copy * copied[""])
     return (*passes, PassPlan(last.title, (*last.steps, rest)))
 
@@ -206,8 +261,12 @@ def seconds_of(passes: Iterable[PassPlan]) -> float:
     return sum(step.seconds for one in passes for step in one.steps)
 
 
-def _weights(plan: GroupPlan) -> int:
-    return sum(linear.rows * linear.cols for linear in plan.group.linears)
+def _weights(group: InputGroup) -> int:
+    return sum(linear.rows * linear.cols for linear in group.linears)
+
+
+def _weights_in(block: Block) -> int:
+    return sum(map(_weights, block.groups))
 
 
 def _linear_plans(plan: OutputPlan, recipe: Recipe) -> Sequence[LinearPlan]:
@@ -225,6 +284,6 @@ def _largest_group_bytes(plan: OutputPlan) -> int:
     largest = COPY_BYTES * 2
     for group in plan.groups.values():
         if group.is_quantized:
-            weights = _weights(group)
+            weights = _weights(group.group)
             largest = max(largest, WEIGHT_COPIES * 4 * weights + weights + 4 * 4 * group.group.width**2)
     return largest

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glmq.quantization.recipe import Options, Recipe, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import Recipe, make_recipe
 from glmq.quantization.targets import Target
 from glmq.spec import QuantType
 

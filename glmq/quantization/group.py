@@ -43,6 +43,11 @@ class FloatLinear:
     sensitivity: Tensor | None = None
     """float32 [N]: what a squared error in each row's output counts for the answer (sensitivity.py); None: all alike, and bits
     are dealt out by relative errors."""
+    aim: Tensor | None = None
+    """float32 [N, K]: the weights that rounding comes near to, where it makes up for drifted inputs (drift.py); None: `weight`.
+
+    Choices and measurements use `weight`.
+    """
 
     def divided(self, rows: Tensor) -> Tensor:
         """`rows`, [N, ...], each divided by its divisor."""
@@ -94,6 +99,8 @@ class PreparedGroup:
     """Share of the calibration values that round to an end of the activation's range; 0 without one."""
     shift: Tensor | None
     """float32 [K]: what is taken off the scaled input by the norm's bias; None: nothing."""
+    drifted: InputStats | None = None
+    """The input as linears that are integers already make it, by which errors are weighed; None: as the float ones do."""
 
     @property
     def shift_in_steps(self) -> Tensor | None:
@@ -167,7 +174,7 @@ def factor_group(stats: InputStats, group: PreparedGroup) -> Factor | None:
     """
     if group.order is None:
         return None
-    factor = factor_inputs(stats, group.order)
+    factor = factor_inputs(stats if group.drifted is None else group.drifted, group.order)
     return factor if group.scales is None else factor.scaled(1 / group.scales)
 
 

@@ -95,14 +95,17 @@ def quantize_group(
             bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
     method = Method.PLAIN if scheme.weight.method is Method.COMPENSATED and factor is None else scheme.weight.method
-    weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
+    weights = [_scaled(linear.weight, group) for linear in linears]
+    aims = [
+        weight if one.aim is None else _scaled(one.aim, group) for one, weight in zip(linears, weights, strict=True)
+    ]
     with clock.stage("rounding"):
-        rounded = _round(linears, weights, scheme.weight, factor, dtype, method, bits)
+        rounded = _round(linears, aims, scheme.weight, factor, dtype, method, bits)
     if factor is not None:
         clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
-    for linear, weight, integers in zip(linears, weights, rounded, strict=True):
+    for linear, weight, aim, integers in zip(linears, weights, aims, rounded, strict=True):
         with clock.stage("rounding"):
-            result = _assemble(linear, linear.divided(weight), integers, stats, scheme, group)
+            result = _assemble(linear, linear.divided(aim), integers, stats, scheme, group)
         quantized.append(result)
         seconds, started = time.perf_counter() - started, time.perf_counter()
         with clock.stage("report"):
@@ -110,6 +113,10 @@ def quantize_group(
         clock.count("report", flops=4 * stats.sample.shape[0] * weight.numel())
     norm_bias = None if group.shift is None else -group.shift
     return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take(), group)
+
+
+def _scaled(weight: Tensor, group: PreparedGroup) -> Tensor:
+    return weight if group.scales is None else weight * group.scales
 
 
 def _round(

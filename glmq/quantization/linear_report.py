@@ -114,7 +114,7 @@ def _measure(
         noise = signal = 0.0
         saturated = 0
         for few in row_chunks(part):
-            step = _steps_of(cut, few) * times[rows][few]
+            step = steps_of(cut, few) * times[rows][few]
             noise += _energy(cut.weight[few].float().mul_(step).sub_(part[few]))
             signal += _energy(part[few])
             saturated += _count_beyond(part[few], (grid.qmin - 0.5) * step, (grid.qmax + 0.5) * step)
@@ -152,7 +152,7 @@ def _bias_shift(result: QuantizedLinear, group: PreparedGroup) -> int:
     return int((result.quant_bias.long() - plain.long()).abs().max())
 
 
-def _steps_of(result: QuantizedLinear, rows: slice) -> Tensor:
+def steps_of(result: QuantizedLinear, rows: slice) -> Tensor:
     """The step of every weight of some rows: [n, 1], or [n, K] where groups of columns have steps of their own."""
     step, columns = result.weight_scale[rows], result.weight.shape[1]
     if result.weight_scale_second is None:

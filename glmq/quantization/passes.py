@@ -15,11 +15,12 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.model.config import ModelConfig
 from glmq.model.family import Block, InputGroup
 from glmq.numerics.budget import BUDGET_ROWS, THRESHOLDS
+from glmq.numerics.drift import Drift
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rows import is_one_number
 from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
 from glmq.quantization.fold import RowFolds
-from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, RowFold
+from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
 from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
@@ -109,12 +110,24 @@ def rating_effort(group: InputGroup) -> float:
 
 
 def quantize_plan(
-    run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], plan: GroupPlan, bits: Mapping[str, float]
+    run: QuantizationRun,
+    recipe: Recipe,
+    groups: Mapping[str, GroupPlan],
+    plan: GroupPlan,
+    bits: Mapping[str, float],
+    drift: Drift | None = None,
 ) -> GroupResult:
-    """Read one group's weights and quantize them."""
+    """Read one group's weights and quantize them, for inputs that have drifted where that is known."""
     linears, norm, stats, fold = read_group(run.folds, recipe, groups, plan.group, run.clock)
     scheme = recipe.scheme_of(plan.quant_type)
     key = plan.group.site, scheme, fold.label
+    known = run.prepared.get(key)
+    if drift is not None:
+        with run.clock.stage("smoothing"):
+            known = known or prepare_group(linears, stats, scheme, norm, recipe.dtype, fold)
+        known = replace(known, drifted=drift.inputs)
+        with run.clock.stage("rounding"):
+            linears = [replace(linear, aim=drift.aim(linear.weight)) for linear in linears]
     result = quantize_group(
         linears,
         stats,
@@ -123,9 +136,9 @@ def quantize_plan(
         dtype=recipe.dtype,
         fold=fold,
         bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
-        known=run.prepared.get(key),
+        known=known,
     )
-    run.prepared[key] = result.prepared
+    run.prepared[key] = replace(result.prepared, drifted=None)
     run.clock.include(result.stages)
     return result
 

@@ -1,20 +1,23 @@
-"""Options -> a frozen Recipe. Options that contradict each other are refused here.
-
-Nothing is ignored in silence: an option without effect in the chosen mode is refused when set away from its default.
-"""
+"""Options -> a frozen Recipe. Options that contradict each other are refused here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Final
 
 from glmq.checkpoint.journal import number_text
-from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.model.config import FAMILY
 from glmq.quantization.forms import FORMATS, choose_form, why_not_in_form
 from glmq.quantization.group import GroupScheme
+from glmq.quantization.options import (
+    DEFAULT_FRACTION,
+    DEFAULT_GROUP_SIZE,
+    DEFAULT_SIGMA_FACTOR,
+    Options,
+    check_ranges,
+    refuse_without_effect,
+)
 from glmq.quantization.rules import LayerRule, parse_rule
 from glmq.quantization.targets import Target, refuse_unloadable
 from glmq.spec import (
@@ -28,51 +31,7 @@ from glmq.spec import (
     Smoothing,
     StepRule,
     WeightScheme,
-    assert_never,
 )
-
-GROUP_SIZES: Final = tuple(sorted({size for engine in Engine for size in engine.spec.group_sizes}))
-"""Those that some engine accepts."""
-PACKED_GROUP_SIZES: Final = (32, 64, 128)
-"""Those of weight-only types: what vLLM's fast kernels take."""
-DEFAULT_GROUP_SIZE: Final = 64
-DEFAULT_FRACTION: Final = 0.01
-DEFAULT_SIGMA_FACTOR: Final = 3.0
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to quantize, in the options of `glmq quantize`, not yet checked.
-
-    Names are those of the vendor's `quant_glm41v.py` where that has the option.
-    """
-
-    w_bit: int = 8
-    a_bit: int = 8
-    anti_method: str = "m2"
-    act_method: int = 2
-    open_outlier: bool = True
-    is_dynamic: bool = False
-    is_lowbit: bool = False
-    co_sparse: bool = False
-    fraction: float = DEFAULT_FRACTION
-    do_smooth: bool = False
-    use_sigma: bool = False
-    sigma_factor: float = DEFAULT_SIGMA_FACTOR
-    torch_dtype: str = "bf16"
-    group_size: int = DEFAULT_GROUP_SIZE
-    mindie_format: bool = False
-    format: str | None = None
-    """A key of forms.FORMATS; None: what `mindie_format` says."""
-    method: str = Method.COMPENSATED.value
-    target_bits: float | None = None
-    target_ratio: float | None = None
-    allocate: str = Allocation.ANSWER.value
-    bias_correction: bool = False
-    channel_shift: bool = False
-    keep_float: tuple[str, ...] = ()
-    layer: tuple[str, ...] = ()
-    target: str = Target.GENERIC.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +53,8 @@ class Recipe:
     step rule of the flags decides."""
     allocation: Allocation
     """Of the bits of sparse linears."""
+    propagation: float
+    """Share of what earlier linears' errors do to a linear's input that its rounding makes up for; 0 to 1."""
 
     @classmethod
     def w8a8(cls, *, dtype: str = "bf16") -> Recipe:
@@ -180,6 +141,7 @@ class Recipe:
             "--keep-float": " ".join(rule.option for rule in self.rules if rule.option.startswith("--keep-float")),
             "--target-bits": "" if self.target_bits is None else number_text(self.target_bits),
             "--allocate": self.allocation.value,
+            "--propagation": number_text(self.propagation) if self.propagation else "",
         }
 
     def scheme_of(self, quant_type: QuantType) -> GroupScheme:
@@ -197,10 +159,10 @@ def make_recipe(options: Options) -> Recipe:
     Raises:
         UsageError: a value out of range, options that contradict each other, or an option without effect.
     """
-    _check_ranges(options)
+    check_ranges(options)
     quant_type = _quant_type(options)
     rule = _step_rule(options, quant_type)
-    _refuse_without_effect(options, quant_type, rule)
+    refuse_without_effect(options, quant_type, rule)
     dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
     target = Target(options.target)
     form = choose_form(options.format, mindie_format=options.mindie_format)
@@ -234,6 +196,7 @@ def make_recipe(options: Options) -> Recipe:
         target,
         _target_bits(options, quant_type),
         Allocation(options.allocate),
+        options.propagation,
     )
 
 
@@ -275,24 +238,6 @@ def _target_bits(options: Options, quant_type: QuantType) -> float | None:
         return options.target_bits
     assert options.target_ratio is not None
     return 8 * options.target_ratio
-
-
-def _check_ranges(options: Options) -> None:
-    if options.w_bit not in (4, 8):
-        raise UsageError(f"--w_bit {options.w_bit}: 4 or 8 is needed")
-    if options.a_bit not in (8, 16):
-        raise UsageError(f"--a_bit {options.a_bit}: 8, or 16 for float activations, is needed")
-    if options.act_method not in (1, 2, 3):
-        raise UsageError(
-            f"--act_method {options.act_method}: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"
-        )
-    if not 0.01 <= options.fraction <= 0.1:
-        raise UsageError(f"--fraction {options.fraction}: a number from 0.01 to 0.1 is needed")
-    if not 1.0 <= options.sigma_factor <= 3.0:
-        raise UsageError(f"--sigma_factor {options.sigma_factor}: a number from 1.0 to 3.0 is needed")
-    sizes = GROUP_SIZES if options.a_bit == 8 else PACKED_GROUP_SIZES
-    if options.group_size not in sizes:
-        raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, sizes))} is needed")
 
 
 def _quant_type(options: Options) -> QuantType:
@@ -342,58 +287,3 @@ def _step_rule(options: Options, quant_type: QuantType) -> StepRule:
     if options.co_sparse:
         return StepRule.TENSOR_FRACTION
     return StepRule.SIGMA if options.use_sigma else StepRule.FRACTION
-
-
-def _refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule) -> None:
-    spec = quant_type.spec
-    sparse = spec.is_sparse
-    by_fraction = sparse and rule in (StepRule.FRACTION, StepRule.TENSOR_FRACTION)
-    if options.use_sigma and rule is not StepRule.SIGMA:
-        why = (
-            "--co_sparse True chooses outliers by --fraction"
-            if options.co_sparse
-            else f"{quant_type.value} splits none off"
-        )
-        raise UsageError(f"--use_sigma True has no effect here: {why}; drop it")
-    if options.sigma_factor != DEFAULT_SIGMA_FACTOR and rule is not StepRule.SIGMA:
-        raise UsageError(
-            f"--sigma_factor {options.sigma_factor} has no effect without --use_sigma True; drop it or add that"
-        )
-    if options.fraction != DEFAULT_FRACTION and not by_fraction:
-        why = "--use_sigma True chooses outliers by sigma" if sparse else f"{quant_type.value} splits no outliers off"
-        raise UsageError(f"--fraction {options.fraction} has no effect here: {why}; drop it")
-    if not options.open_outlier and not sparse and not spec.two_stage:
-        raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
-    dealt = options.method == Method.COMPENSATED.value or options.target_bits or options.target_ratio
-    if options.allocate != Allocation.ANSWER.value and not (sparse and dealt):
-        raise UsageError(
-            f"--allocate {options.allocate} has no effect here: no bits are dealt out to sparse linears; drop it"
-        )
-    if options.act_method != 2:
-        _refuse_range(options.act_method, quant_type)
-    if options.bias_correction and "quant_bias" not in spec.suffixes:
-        raise UsageError(
-            f"--bias-correction has no effect in {quant_type.value}: its linears have no quant_bias to correct; drop it"
-        )
-    if options.bias_correction and options.method == Method.REFERENCE.value:
-        raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
-    if options.channel_shift and spec.activation is not Activation.STATIC:
-        raise UsageError(f"--channel-shift: engines ignore norms' biases before {quant_type.value} linears; drop it")
-    if options.method == Method.REFERENCE.value and options.a_bit == 16:
-        raise UsageError(
-            f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"
-        )
-
-
-def _refuse_range(act_method: int, quant_type: QuantType) -> None:
-    """Raise UsageError unless the type stores an activation range, which --act_method chooses."""
-    match quant_type.spec.activation:
-        case Activation.STATIC:
-            return
-        case Activation.PER_TOKEN:
-            why = "with --is_dynamic True: ranges are found at run time"
-        case Activation.NONE:
-            why = f"in {quant_type.value}: its activations stay float"
-        case other:
-            assert_never(other)
-    raise UsageError(f"--act_method {act_method} has no effect {why}; drop it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +32,7 @@ from glmq.quantization.passes import (
     quantize_plan,
 )
 from glmq.quantization.plan import GroupPlan
+from glmq.quantization.propagation import Propagation
 from glmq.quantization.recipe import Recipe
 from glmq.records import LinearReport, report_row
 
@@ -43,7 +45,13 @@ COPY_BYTES: Final = 64 * 2**20
 
 
 def quantize_checkpoint(
-    run: QuantizationRun, recipe: Recipe, plan: OutputPlan, folder: Path, *, bits: Mapping[str, float]
+    run: QuantizationRun,
+    recipe: Recipe,
+    plan: OutputPlan,
+    folder: Path,
+    *,
+    bits: Mapping[str, float],
+    propagation: Propagation | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Write the quantized checkpoint into `folder`: weights, their checksums, description, config.json, side files.
 
@@ -69,17 +77,19 @@ def quantize_checkpoint(
     with ShardWriter(plan.shards, folder, resume=is_begun or not is_first, keep_partial=True) as sink:
         if is_first:
             run.ranks.barrier()
-        job = _Job(run, recipe, plan.groups, sink, bits)
+        job = _Job(run, recipe, plan.groups, sink, bits, propagation)
         if is_begun:
             log.info("resumed: %d blocks are in the journal", len(run.journal.finished))
 
         def write(index: int, block: Block) -> JsonObject:
             plans = [plan.groups[group.site] for group in block.groups if plan.groups[group.site].is_quantized]
-            reports = [r for group in each_group(run, index, block, plans) for r in job.quantize(group)]
+            with nullcontext() if propagation is None else propagation.through(block, run.clock):
+                reports = [r for group in each_group(run, index, block, plans) for r in job.quantize(block, group)]
             job.copy_rest(f"{block.name}.")
             with run.clock.stage("write"):
                 sink.sync()
-            return job.take_payload(reports)
+            payload = job.take_payload(reports)
+            return payload if propagation is None else {**payload, "streams": propagation.save(block)}
 
         for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "", write)):
             reports = tuple(job.restore(payload))
@@ -117,9 +127,10 @@ class _Job:
         groups: Mapping[str, GroupPlan],
         sink: ShardWriter,
         bits: Mapping[str, float],
+        propagation: Propagation | None,
     ) -> None:
         self._run, self._source, self._recipe, self._sink = run, run.source, recipe, sink
-        self._groups, self._bits = groups, bits
+        self._groups, self._bits, self._propagation = groups, bits, propagation
         self._norms = set(run.config.family.rms_norms(run.config))
         self._integer_weights = {
             f"{linear.name}.weight" for plan in groups.values() if plan.is_quantized for linear in plan.group.linears
@@ -140,10 +151,14 @@ class _Job:
         self._written |= set(written)
         return parse_reports(payload)
 
-    def quantize(self, plan: GroupPlan) -> list[LinearReport]:
+    def quantize(self, block: Block, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm."""
-        recipe, group = self._recipe, plan.group
-        result = quantize_plan(self._run, recipe, self._groups, plan, self._bits)
+        recipe, group, folds, drift = self._recipe, plan.group, self._run.folds, None
+        if self._propagation is not None and plan.quant_type.spec.is_dense_int4:
+            drift = self._propagation.drift(block, group, folds.statistics.input(group.site), self._run.clock)
+        result = quantize_plan(self._run, recipe, self._groups, plan, self._bits, drift)
+        if self._propagation is not None:
+            self._propagation.take(block, group, result, folds.divisors(recipe, self._groups, group))
         for shape, linear in zip(group.linears, result.linears):
             parallel = shape.name.endswith(FAMILY.row_parallel)
             self._write(encode_linear(shape.name, linear, dtype=recipe.dtype, form=recipe.form, row_parallel=parallel))

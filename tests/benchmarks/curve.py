@@ -30,7 +30,8 @@ from glmq.jobs import measured
 from glmq.jobs.calibrate import CalibrationOptions, calibrate
 from glmq.jobs.quantize import quantize
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import Method
 
 RESULTS: Final = Path(__file__).parent / "results"

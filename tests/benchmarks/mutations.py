@@ -26,7 +26,8 @@ import glmq
 from glmq.checkpoint.checksums import CHECKSUMS, document_digest, write_checksums
 from glmq.checkpoint.reader import Checkpoint
 from glmq.model.tiny import TINY_PICTURES
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.verification.checks import verify_files
 from glmq.verification.checksums import checksum_of
 from glmq.verification.findings import Finding

@@ -53,7 +53,8 @@ from glmq.numerics.smooth import choose_row_scales
 from glmq.quantization.bits import needs_curves, spread_bits
 from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, RowFold
 from glmq.quantization.layer import quantize_group, rate_curves
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import FloatDtype, Form, QuantType
 
 CALIBRATION: Final = "exllamav3/conversion/standard_cal_data/c4.utf8"

@@ -28,7 +28,8 @@ from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats
 from glmq.numerics.smooth import ScaleChoice
 from glmq.quantization import group
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import QuantType, Smoothing
 
 THRESHOLDS: Final = 100

@@ -41,6 +41,8 @@ COLOURS: Final = {
 }  # fmt: skip
 CORNERS: Final = {"top left": (4, 4), "top right": (94, 4), "none": None}
 SIDE: Final = 112
+LONGEST: Final = 4096
+"""Characters of a text to train on: the embedded model, whose tokenizer this is, takes no more tokens."""
 CALIBRATION, HELD_OUT, HELD_OUT_TEXTS, TEXT_CHARACTERS = 16, 96, 48, 480
 BATCH, TEXTS, TOKENS = 24, 10, 128
 OUTLIERS: Final = 5
@@ -181,7 +183,8 @@ def main() -> None:
     rng.shuffle(texts)
     held_out, texts = texts[:HELD_OUT_TEXTS], texts[HELD_OUT_TEXTS:]
     end = encoder.encode(None, None, "<|endoftext|>").ids
-    stream = torch.cat([part for text in texts for part in (encoder.encode(None, None, text).ids, end)], 1)[0]
+    whole = [text for text in texts if len(text) <= LONGEST]
+    stream = torch.cat([part for text in whole for part in (encoder.encode(None, None, text).ids, end)], 1)[0]
     samples = [encoder.encode(image, PROMPT, f"{text}<|endoftext|>") for image, text in charts]
     print(f"{len(samples)} charts, {len(stream)} tokens of text", flush=True)
 

@@ -34,7 +34,10 @@ def lines(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "s.jsonl"
 
 
-@pytest.mark.parametrize("options", [{}, {"wide_moments": True}, {"limit": 2, "compute_dtype": "bf16"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"wide_moments": True, "text_inputs": True}, {"limit": 2, "compute_dtype": "bf16", "text_inputs": True}],
+)
 def test_the_files_and_their_sizes_are_foretold_to_the_byte(
     options: dict[str, object], small: Path, lines: Path, tmp_path: Path
 ) -> None:

@@ -27,12 +27,13 @@ from glmq.ranks import Place, Ranks
 BLOCKS = 5
 """Of the small model: a vision block, the merger, two text layers, lm_head."""
 LAYER = "model.language_model.layers"
+TEXT_INPUTS = "text_inputs-0001.safetensors"
 
 
 def run(model: Path, pictures: Path, stats: Path, **options: object) -> list[str]:
     """Calibrate on two pictures; returns what was noted."""
     events: list[Event] = []
-    calibrate(model, stats, pictures, limit=2, texts=False, watch=events.append, **options)
+    calibrate(model, stats, pictures, limit=2, texts=False, text_inputs=True, watch=events.append, **options)
     return [event.text for event in events if isinstance(event, Note)]
 
 
@@ -67,7 +68,7 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
     run(small, pictures, out)
     assert sorted(tree(out)) == [
         "lm_head.safetensors", f"{LAYER}.0.safetensors", f"{LAYER}.1.safetensors", "model.visual.blocks.0.safetensors",
-        "model.visual.merger.safetensors", "statistics.json",
+        "model.visual.merger.safetensors", "statistics.json", "text_inputs-0000.safetensors", "text_inputs-0001.safetensors",
     ]  # fmt: skip
     return tree(out)
 
@@ -94,6 +95,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "result" / "model.visual.blocks.0.safetensors").unlink(), "model.visual.blocks.0.safetensors",
     ),
     "last block altered": (lambda f: flip(f / "result" / f"{LAYER}.0.safetensors"), f"{LAYER}.0.safetensors"),
+    "text inputs removed": (lambda f: (f / "result" / TEXT_INPUTS).unlink(), TEXT_INPUTS),
+    "text inputs altered": (lambda f: flip(f / "result" / TEXT_INPUTS), TEXT_INPUTS),
     "journal removed": (lambda f: (f / "journal.jsonl").unlink(), "journal.jsonl"),
     "journal's settings altered": (
         lambda f: (f / "journal.jsonl").write_text((f / "journal.jsonl").read_text().replace('"', '"x', 1)), "journal.jsonl",

@@ -29,7 +29,7 @@ BUILDING = threading.Lock()
 LAYER = "model.language_model.layers.0"
 U = 2.0**-24
 """Unit roundoff of float32."""
-WIDE = Settings("float32", None, True)
+WIDE = Settings("float32", None, True, text_inputs=True)
 
 
 def preprocessor(model: Path, max_pixels: int | None = None) -> Preprocessor:

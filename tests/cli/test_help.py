@@ -17,7 +17,8 @@ from typer.main import get_command
 from glmq.cli.app import app
 from glmq.cli.help import Tier, entries, examples, help_of_verb
 from glmq.cli.presets import PRESETS, PresetName, flags_of
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import QuantType
 
 VERBS = {str(verb.callback.__name__): verb.callback for verb in app.registered_commands if verb.callback}

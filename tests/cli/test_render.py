@@ -11,8 +11,9 @@ from glmq.cli import console
 from glmq.cli.console import stdout
 from glmq.cli.render import areas_table, error_table, next_steps, print_json
 from glmq.model.family import Area
+from glmq.quantization.options import Options
 from glmq.quantization.output import AreaBytes
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.recipe import make_recipe
 from glmq.records import LinearReport
 from glmq.spec import QuantType
 from glmq.wording import size

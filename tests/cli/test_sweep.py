@@ -12,7 +12,8 @@ from helpers import refused, tree
 from glmq.checkpoint.journal import Journal
 from glmq.cli.sweep_recipes import RecipeReader
 from glmq.quantization.flags import recipe_flags
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import QuantType
 
 RECIPES = """

@@ -28,7 +28,8 @@ from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, ModelInputs, Preprocessor
 from glmq.model.tiny import TINY_CASES, TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.int8_product import has_exact_product
-from glmq.quantization.recipe import Options, Recipe, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import Recipe, make_recipe
 from glmq.spec import Form
 from glmq.verification.behaviour import whole_model
 

@@ -10,7 +10,8 @@ from glmq.jobs.calibrate import CalibrationOptions
 from glmq.jobs.quantize import QuantizationJob
 from glmq.jobs.quantize import quantize as quantize_job
 from glmq.progress import Note
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ from glmq.jobs.sweep_recipes import SweepOptions, Variant, check_variants
 from glmq.jobs.sweep_samples import describe_samples, find_samples
 from glmq.jobs.verify import CaseOptions, load_cases
 from glmq.progress import Event, Note, PassStarted, RunPlanned
-from glmq.quantization.recipe import Options, Recipe, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import Recipe, make_recipe
 from glmq.reporting.sweeps import Sweep, pareto_front, sweep_document
 
 SPARSE = Variant("3-bits", Recipe.w8a8s(target_bits=3.0))

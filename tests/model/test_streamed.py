@@ -235,3 +235,44 @@ def test_a_nan_in_an_embedding_row_is_named_only_when_the_row_is_used(small_copy
         f"model-00001-of-00001.safetensors: tensor '{name}' holds 64 NaN or infinite values of 128; "
         "download the file again or repair the checkpoint"
     )
+
+
+@pytest.mark.parametrize("kind", ["image, prompt and answer", "wide image and prompt", "text alone"])
+def test_a_call_is_made_again_from_its_hidden_states_and_positions(kind: str, tiny: Path, dtype: torch.dtype) -> None:
+    inputs = samples(tiny)[kind]
+    with Checkpoint.open(tiny) as source:
+        config = read_config(tiny)
+        model = StreamedModel(source, config, device=CPU, dtype=dtype)
+        family = config.family
+        vision = None
+        if inputs.pixel_values is not None:
+            with model.placed(*family.vision_stem, *(block.name for block in family.vision_blocks(config)[:-1])):
+                vision = model.vision_call(inputs)
+                for block in family.vision_blocks(config)[:-1]:
+                    vision.hidden = model.replay(block.name, vision)
+        with model.placed(*family.vision_tail), model.embedding_rows(inputs.ids):
+            call, positions = model.positioned_call(inputs, vision)
+        assert (positions.dtype, positions.shape) == (torch.int64, (3, inputs.tokens))
+        again = model.text_call_at(call.hidden, positions)
+        first = family.text_block(config, 0)
+        with model.placed(first.name):
+            assert torch.equal(model.replay(first.name, again), model.replay(first.name, call))
+
+
+def test_a_block_runs_with_other_weights_than_its_own(streamed: StreamedModel) -> None:
+    block = "model.language_model.layers.0"
+    call = streamed.text_call_at(torch.randn(1, 5, 64), torch.arange(5).expand(3, -1))
+    site = f"{block}.mlp.gate_up_proj"
+    with streamed.placed(block):
+        own = streamed.module(f"{block}.self_attn.v_proj").weight
+        plain, seen = streamed.replay(block, call), streamed.input_of(site, block, call, {})
+        doubled = {"self_attn.v_proj.weight": 2 * own}
+        other, moved = streamed.replay(block, call, doubled), streamed.input_of(site, block, call, doubled)
+        assert seen.shape == moved.shape == (5, 64)
+        assert not torch.equal(other, plain)
+        assert not torch.equal(moved, seen)
+        assert torch.equal(streamed.replay(block, call), plain)  # its own are back
+        streamed.module(f"{block}.self_attn.v_proj").weight = nn.Parameter(2 * own)
+        assert torch.equal(streamed.replay(block, call), other)
+        assert torch.equal(streamed.input_of(site, block, call, {}), moved)
+    assert in_memory(streamed) == set()

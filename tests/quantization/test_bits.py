@@ -3,7 +3,8 @@ import pytest
 from glmq.errors import UsageError
 from glmq.numerics.rate import RateCurve
 from glmq.quantization.bits import needs_curves, spread_bits
-from glmq.quantization.recipe import Options, Recipe, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import Recipe, make_recipe
 
 SPARSE = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
 LINEARS = ("q", "k")

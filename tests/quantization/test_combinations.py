@@ -16,7 +16,8 @@ from glmq.checkpoint.description import read_description
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import UsageError
 from glmq.jobs.quantize import quantize
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.verification.structure import check_structure
 
 

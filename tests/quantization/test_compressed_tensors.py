@@ -19,7 +19,8 @@ from glmq.jobs.compare import compare
 from glmq.jobs.verify import verify
 from glmq.numerics.grouped import expand_groups
 from glmq.numerics.int8_linear import run_linear
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import Form
 
 CT = {"format": "compressed-tensors"}

@@ -5,7 +5,8 @@ import argparse
 import pytest
 
 from glmq.quantization.flags import recipe_flags
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 
 SPARSE = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
 CHOSEN: list[dict[str, object]] = [

@@ -22,8 +22,9 @@ from glmq.inspection.folder import scan_folder
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.quantization.fold import RowFolds
+from glmq.quantization.options import Options
 from glmq.quantization.plan import plan_groups
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.recipe import make_recipe
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.behaviour import BlockBehaviour, compare_behaviour
 from glmq.verification.cases import Case

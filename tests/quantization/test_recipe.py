@@ -5,8 +5,9 @@ import pytest
 
 from glmq.errors import UsageError
 from glmq.model.config import ModelConfig, read_config
+from glmq.quantization.options import Options
 from glmq.quantization.plan import count_matches, plan_groups
-from glmq.quantization.recipe import Options, Recipe, make_recipe
+from glmq.quantization.recipe import Recipe, make_recipe
 from glmq.quantization.rules import LayerRule
 from glmq.spec import ActRange, FloatDtype, Form, Method, QuantType, Smoothing, StepRule
 

@@ -10,9 +10,10 @@ from glmq.calibration.manifest import SampleTokens
 from glmq.checkpoint.json_file import JsonObject
 from glmq.model.config import read_config
 from glmq.model.family import Area
+from glmq.quantization.options import Options
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.plan import plan_groups
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.recipe import make_recipe
 from glmq.quantization.report import (
     RUN_NOTE,
     CalibrationFacts,

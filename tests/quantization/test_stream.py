@@ -24,10 +24,11 @@ from glmq.quantization.fold import RowFolds
 from glmq.quantization.group import FloatLinear
 from glmq.quantization.layer import GroupResult, quantize_group
 from glmq.quantization.measure import rate_checkpoint
+from glmq.quantization.options import Options
 from glmq.quantization.output import plan_output
 from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.plan import plan_groups
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.recipe import make_recipe
 from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Ranks
 

@@ -25,7 +25,8 @@ from glmq.checkpoint.header import read_header
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
-from glmq.quantization.recipe import Options, make_recipe
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.checks import verify_files
 from glmq.verification.checksums import check_checksums, checksum_of

@@ -1,0 +1,148 @@
+"""The options of `glmq quantize`, and what of them is refused before a recipe is made.
+
+Nothing is ignored in silence: an option without effect in the chosen mode is refused when set away from its default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from glmq.engines import Engine
+from glmq.errors import UsageError
+from glmq.quantization.targets import Target
+from glmq.spec import Activation, Allocation, Method, QuantType, StepRule, assert_never
+
+GROUP_SIZES: Final = tuple(sorted({size for engine in Engine for size in engine.spec.group_sizes}))
+"""Those that some engine accepts."""
+PACKED_GROUP_SIZES: Final = (32, 64, 128)
+"""Those of weight-only types: what vLLM's fast kernels take."""
+DEFAULT_GROUP_SIZE: Final = 64
+DEFAULT_FRACTION: Final = 0.01
+DEFAULT_SIGMA_FACTOR: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to quantize, in the options of `glmq quantize`, not yet checked.
+
+    Names are those of the vendor's `quant_glm41v.py` where that has the option.
+    """
+
+    w_bit: int = 8
+    a_bit: int = 8
+    anti_method: str = "m2"
+    act_method: int = 2
+    open_outlier: bool = True
+    is_dynamic: bool = False
+    is_lowbit: bool = False
+    co_sparse: bool = False
+    fraction: float = DEFAULT_FRACTION
+    do_smooth: bool = False
+    use_sigma: bool = False
+    sigma_factor: float = DEFAULT_SIGMA_FACTOR
+    torch_dtype: str = "bf16"
+    group_size: int = DEFAULT_GROUP_SIZE
+    mindie_format: bool = False
+    format: str | None = None
+    """A key of forms.FORMATS; None: what `mindie_format` says."""
+    method: str = Method.COMPENSATED.value
+    target_bits: float | None = None
+    target_ratio: float | None = None
+    allocate: str = Allocation.ANSWER.value
+    propagation: float = 0.0
+    bias_correction: bool = False
+    channel_shift: bool = False
+    keep_float: tuple[str, ...] = ()
+    layer: tuple[str, ...] = ()
+    target: str = Target.GENERIC.value
+
+
+def check_ranges(options: Options) -> None:
+    """Raise UsageError for a number that no model takes."""
+    if options.w_bit not in (4, 8):
+        raise UsageError(f"--w_bit {options.w_bit}: 4 or 8 is needed")
+    if options.a_bit not in (8, 16):
+        raise UsageError(f"--a_bit {options.a_bit}: 8, or 16 for float activations, is needed")
+    if options.act_method not in (1, 2, 3):
+        raise UsageError(
+            f"--act_method {options.act_method}: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"
+        )
+    if not 0.01 <= options.fraction <= 0.1:
+        raise UsageError(f"--fraction {options.fraction}: a number from 0.01 to 0.1 is needed")
+    if not 1.0 <= options.sigma_factor <= 3.0:
+        raise UsageError(f"--sigma_factor {options.sigma_factor}: a number from 1.0 to 3.0 is needed")
+    sizes = GROUP_SIZES if options.a_bit == 8 else PACKED_GROUP_SIZES
+    if options.group_size not in sizes:
+        raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, sizes))} is needed")
+    if not 0.0 <= options.propagation <= 1.0:
+        raise UsageError(f"--propagation {options.propagation}: a number from 0 to 1 is needed")
+
+
+def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule) -> None:
+    """Raise UsageError for an option that changes nothing in this type, with this rule of steps."""
+    spec = quant_type.spec
+    sparse = spec.is_sparse
+    by_fraction = sparse and rule in (StepRule.FRACTION, StepRule.TENSOR_FRACTION)
+    if options.use_sigma and rule is not StepRule.SIGMA:
+        why = (
+            "--co_sparse True chooses outliers by --fraction"
+            if options.co_sparse
+            else f"{quant_type.value} splits none off"
+        )
+        raise UsageError(f"--use_sigma True has no effect here: {why}; drop it")
+    if options.sigma_factor != DEFAULT_SIGMA_FACTOR and rule is not StepRule.SIGMA:
+        raise UsageError(
+            f"--sigma_factor {options.sigma_factor} has no effect without --use_sigma True; drop it or add that"
+        )
+    if options.fraction != DEFAULT_FRACTION and not by_fraction:
+        why = "--use_sigma True chooses outliers by sigma" if sparse else f"{quant_type.value} splits no outliers off"
+        raise UsageError(f"--fraction {options.fraction} has no effect here: {why}; drop it")
+    if not options.open_outlier and not sparse and not spec.two_stage:
+        raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
+    dealt = options.method == Method.COMPENSATED.value or options.target_bits or options.target_ratio
+    if options.allocate != Allocation.ANSWER.value and not (sparse and dealt):
+        raise UsageError(
+            f"--allocate {options.allocate} has no effect here: no bits are dealt out to sparse linears; drop it"
+        )
+    if options.act_method != 2:
+        _refuse_range(options.act_method, quant_type)
+    if options.bias_correction and "quant_bias" not in spec.suffixes:
+        raise UsageError(
+            f"--bias-correction has no effect in {quant_type.value}: its linears have no quant_bias to correct; drop it"
+        )
+    if options.bias_correction and options.method == Method.REFERENCE.value:
+        raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
+    if options.channel_shift and spec.activation is not Activation.STATIC:
+        raise UsageError(f"--channel-shift: engines ignore norms' biases before {quant_type.value} linears; drop it")
+    if options.propagation:
+        _refuse_propagation(options, quant_type)
+    if options.method == Method.REFERENCE.value and options.a_bit == 16:
+        raise UsageError(
+            f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"
+        )
+
+
+def _refuse_range(act_method: int, quant_type: QuantType) -> None:
+    """Raise UsageError unless the type stores an activation range, which --act_method chooses."""
+    match quant_type.spec.activation:
+        case Activation.STATIC:
+            return
+        case Activation.PER_TOKEN:
+            why = "with --is_dynamic True: ranges are found at run time"
+        case Activation.NONE:
+            why = f"in {quant_type.value}: its activations stay float"
+        case other:
+            assert_never(other)
+    raise UsageError(f"--act_method {act_method} has no effect {why}; drop it")
+
+
+def _refuse_propagation(options: Options, quant_type: QuantType) -> None:
+    """Raise UsageError unless rounding compensates errors and the weights have four bits."""
+    given = f"--propagation {options.propagation:g}"
+    if not quant_type.spec.is_dense_int4:
+        raise UsageError(f"{given} in {quant_type.value}: it is for int4 weights, W4A8_DYNAMIC and W4A16; drop it")
+    if options.method != Method.COMPENSATED.value:
+        raise UsageError(
+            f"{given} with --method {options.method}: only compensated rounding makes up for errors; drop one of them"
+        )
