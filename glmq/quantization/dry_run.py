@@ -136,14 +136,17 @@ def make_run_plan(
 def estimated_peak(config: ModelConfig, recipe: Recipe, plan: OutputPlan, load: TextLoad) -> int:
     """Resident memory of a quantization, in bytes: the process, and the largest group that becomes integers.
 
-    With propagation also the hidden states of two models, a layer's weights twice, and three matrices of an input.
+    With propagation also the hidden states of two models, and beside them what that group's weights are to come near to, and
+    two matrices of its input; or, if that is more, a layer's weights twice.
     """
-    carried = 0
-    if recipe.propagation:
-        layer = config.family.text_block(config, 0)
-        carried = 2 * (load.tokens * config.hidden_size + _weights_in(layer)) * load.dtype.itemsize
-        carried += 3 * 4 * max(group.width**2 for group in layer.groups if plan.groups[group.site].is_quantized)
-    return PROCESS_BYTES + _largest_group_bytes(plan) + carried
+    rounding = _largest_group_bytes(plan)
+    if not recipe.propagation:
+        return PROCESS_BYTES + rounding
+    layer = config.family.text_block(config, 0)
+    carried = [group for group in layer.groups if plan.groups[group.site].is_quantized]
+    rounding += max((4 * _weights(group) + 2 * 4 * group.width**2 for group in carried), default=0)
+    running = 2 * _weights_in(layer) * load.dtype.itemsize
+    return PROCESS_BYTES + 2 * load.tokens * config.hidden_size * load.dtype.itemsize + max(rounding, running)
 
 
 @dataclass(frozen=True, slots=True)

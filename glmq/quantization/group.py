@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from glmq.numerics import affine, ranges
+from glmq.numerics.drift import Drift
 from glmq.numerics.hessian import Factor, Order, factor_inputs, order_inputs
 from glmq.numerics.int8_linear import quantize_input
 from glmq.numerics.moments import InputStats
@@ -43,11 +44,6 @@ class FloatLinear:
     sensitivity: Tensor | None = None
     """float32 [N]: what a squared error in each row's output counts for the answer (sensitivity.py); None: all alike, and bits
     are dealt out by relative errors."""
-    aim: Tensor | None = None
-    """float32 [N, K]: the weights that rounding comes near to, where it makes up for drifted inputs (drift.py); None: `weight`.
-
-    Choices and measurements use `weight`.
-    """
 
     def divided(self, rows: Tensor) -> Tensor:
         """`rows`, [N, ...], each divided by its divisor."""
@@ -99,8 +95,8 @@ class PreparedGroup:
     """Share of the calibration values that round to an end of the activation's range; 0 without one."""
     shift: Tensor | None
     """float32 [K]: what is taken off the scaled input by the norm's bias; None: nothing."""
-    drifted: InputStats | None = None
-    """The input as linears that are integers already make it, by which errors are weighed; None: as the float ones do."""
+    drift: Drift | None = None
+    """What linears that are integers already have done to the input, which rounding makes up for; None: nothing is known."""
 
     @property
     def shift_in_steps(self) -> Tensor | None:
@@ -174,7 +170,7 @@ def factor_group(stats: InputStats, group: PreparedGroup) -> Factor | None:
     """
     if group.order is None:
         return None
-    factor = factor_inputs(stats if group.drifted is None else group.drifted, group.order)
+    factor = factor_inputs(stats if group.drift is None else group.drift.inputs, group.order)
     return factor if group.scales is None else factor.scaled(1 / group.scales)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glmq.numerics import affine
 from glmq.numerics.budget import rule_bits
+from glmq.numerics.drift import Drift
 from glmq.numerics.hessian import Factor
 from glmq.numerics.int8_linear import fold_bias
 from glmq.numerics.moments import InputStats
@@ -95,11 +96,11 @@ def quantize_group(
             bits = solve_bits(curves, mean_rule_bits(curves))
     quantized, reports = [], []
     method = Method.PLAIN if scheme.weight.method is Method.COMPENSATED and factor is None else scheme.weight.method
-    weights = [_scaled(linear.weight, group) for linear in linears]
-    aims = [
-        weight if one.aim is None else _scaled(one.aim, group) for one, weight in zip(linears, weights, strict=True)
-    ]
+    weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
     with clock.stage("rounding"):
+        aims = (
+            weights if group.drift is None else [_aim(linear.weight, group.drift, group.scales) for linear in linears]
+        )
         rounded = _round(linears, aims, scheme.weight, factor, dtype, method, bits)
     if factor is not None:
         clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
@@ -115,8 +116,10 @@ def quantize_group(
     return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take(), group)
 
 
-def _scaled(weight: Tensor, group: PreparedGroup) -> Tensor:
-    return weight if group.scales is None else weight * group.scales
+def _aim(weight: Tensor, drift: Drift, scales: Tensor | None) -> Tensor:
+    """The smoothed weights that rounding comes near to, where it makes up for drifted inputs."""
+    aim = drift.aim(weight)
+    return aim if scales is None else aim.mul_(scales)
 
 
 def _round(

@@ -125,9 +125,7 @@ def quantize_plan(
     if drift is not None:
         with run.clock.stage("smoothing"):
             known = known or prepare_group(linears, stats, scheme, norm, recipe.dtype, fold)
-        known = replace(known, drifted=drift.inputs)
-        with run.clock.stage("rounding"):
-            linears = [replace(linear, aim=drift.aim(linear.weight)) for linear in linears]
+        known = replace(known, drift=drift)
     result = quantize_group(
         linears,
         stats,
@@ -138,7 +136,7 @@ def quantize_plan(
         bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
         known=known,
     )
-    run.prepared[key] = replace(result.prepared, drifted=None)
+    run.prepared[key] = replace(result.prepared, drift=None)
     run.clock.include(result.stages)
     return result
 

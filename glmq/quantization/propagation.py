@@ -10,7 +10,7 @@ other, and one process does them all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -67,21 +67,6 @@ class Propagation:
         if done and done[-1] != self._layers[-1]:
             self._load(parse_digests(journal.finished[done[-1]].get("streams")) or {}, done, journal)
 
-    @contextmanager
-    def through(self, block: Block, clock: Stopwatch) -> Iterator[None]:
-        """Carry both streams through a text layer, after its groups have become integers inside the context."""
-        if block.name not in self._layers:
-            yield
-            return
-        with self._model.placed(block.name):
-            yield
-            with clock.stage("forward"):
-                for index, call in self._float.items():
-                    moved = self._quantized[index]
-                    moved.hidden = self._model.replay(block.name, moved, self._weights)
-                    call.hidden = self._model.replay(block.name, call)
-        self._weights = {}
-
     def drift(self, block: Block, group: InputGroup, stats: InputStats, clock: Stopwatch) -> Drift | None:
         """How the input of a group has moved; None outside of the text layers.
 
@@ -91,12 +76,13 @@ class Propagation:
         if block.name not in self._layers:
             return None
         sums = DriftAccumulator(group.width)
-        for index, call in self._float.items():
-            with clock.stage("forward"):
-                x = self._model.input_of(group.site, block.name, call, {})
-                moved = self._model.input_of(group.site, block.name, self._quantized[index], self._weights)
-            with clock.stage("statistics"):
-                sums.observe(x.float().cpu(), moved.float().cpu())
+        with self._placed(block, clock, until=group):
+            for index, call in self._float.items():
+                with clock.stage("forward"):
+                    x = self._model.input_of(group.site, block.name, call, {})
+                    moved = self._model.input_of(group.site, block.name, self._quantized[index], self._weights)
+                with clock.stage("statistics"):
+                    sums.observe(x.float().cpu(), moved.float().cpu())
         with clock.stage("statistics"):
             return sums.finish(stats, self._strength)
 
@@ -117,13 +103,44 @@ class Propagation:
             name = f"{linear.name.removeprefix(f'{block.name}.')}.weight"
             self._weights[name] = weight.to(self._model.device, self._model.dtype)
 
-    def save(self, block: Block) -> JsonObject:
-        """Keep the streams after a text layer whole or not at all; returns the name and xxh3-128 of their file.
+    def finish(self, block: Block, clock: Stopwatch) -> JsonObject:
+        """Carry both streams through a text layer, all of whose groups are integers, and keep them whole or not at all.
 
         Those of the layer before stay: until this one is journalled a resume needs them.
+
+        Returns:
+            Name and xxh3-128 of their file; nothing behind the last layer, and outside of the text layers.
         """
-        if block.name not in self._layers[:-1]:
+        if block.name not in self._layers:
             return {}
+        with self._placed(block, clock), clock.stage("forward"):
+            for index, call in self._float.items():
+                moved = self._quantized[index]
+                moved.hidden = self._model.replay(block.name, moved, self._weights)
+                call.hidden = self._model.replay(block.name, call)
+        self._weights = {}
+        if block.name == self._layers[-1]:
+            return {}
+        with clock.stage("write"):
+            return self._save(block)
+
+    @contextmanager
+    def _placed(self, block: Block, clock: Stopwatch, until: InputGroup | None = None) -> Iterator[None]:
+        """Hold a layer's float weights; with `until` without those of that group and the ones after it.
+
+        They lie there only while samples run: a group that is being rounded needs the memory.
+        """
+        order = [group.site for group in block.groups]
+        left = block.groups[order.index(until.site) :] if until is not None else ()
+        without = {linear.name for group in left for linear in group.linears}
+        modules = self._model.module(block.name).named_modules(prefix=block.name)
+        wanted = [name for name, module in modules if name not in without and list(module.parameters(recurse=False))]
+        with ExitStack() as stack:
+            with clock.stage("read"):
+                stack.enter_context(self._model.placed(*wanted))
+            yield
+
+    def _save(self, block: Block) -> JsonObject:
         number = self._layers.index(block.name)
         content = save(
             {

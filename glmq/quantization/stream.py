@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -83,13 +82,12 @@ def quantize_checkpoint(
 
         def write(index: int, block: Block) -> JsonObject:
             plans = [plan.groups[group.site] for group in block.groups if plan.groups[group.site].is_quantized]
-            with nullcontext() if propagation is None else propagation.through(block, run.clock):
-                reports = [r for group in each_group(run, index, block, plans) for r in job.quantize(block, group)]
+            reports = [r for group in each_group(run, index, block, plans) for r in job.quantize(block, group)]
             job.copy_rest(f"{block.name}.")
             with run.clock.stage("write"):
                 sink.sync()
             payload = job.take_payload(reports)
-            return payload if propagation is None else {**payload, "streams": propagation.save(block)}
+            return payload if propagation is None else {**payload, "streams": propagation.finish(block, run.clock)}
 
         for index, (block, payload, seconds) in enumerate(each_block(run, blocks, "", write)):
             reports = tuple(job.restore(payload))

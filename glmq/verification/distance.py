@@ -35,7 +35,7 @@ GAIN_OF_NOISE: Final = 1 / 3
 weights in the second order. Everything that quantize and the vendor's tool write stays below a quarter."""
 FARTHEST_DEVIATIONS: Final = 12.0
 """How many times the root mean square error of the other weights of its column a single weight may be off. Rounding
-reaches 5, that of int4 groups, whose steps differ within a row, 9.3."""
+reaches 5, that of int4 groups 6.3."""
 FARTHEST_STEPS: Final = 2.0
 """Up to so many steps a single weight is never called wrong."""
 
@@ -50,7 +50,8 @@ class WeightDistance:
     """Root mean square of W_q - W in steps of its row (and group)."""
     outlier: tuple[int, int, float, float]
     """The weight that is farthest off, measured by the others of its column: row, column, |W_q - W| in steps beyond what
-    the ends of the grid cut off, and what is allowed."""
+    the ends of the grid cut off, and what is allowed. Steps are those of its group, or if these are larger the root mean square
+    of its row's."""
     row_gain: tuple[int, float, float]
     """The row whose gain <q, u> / <u, u>, q its integers and u its float weights in steps, is farthest from what rounding
     gives, measured by what is allowed: index, gain, allowed distance from 1."""
@@ -144,6 +145,8 @@ class Distance:
         self._square_steps += float((q - in_steps).square_().sum())
         # What the grid cannot reach is no error of a single weight.
         error = (q - in_steps.clamp_(grid.qmin - 0.5, grid.qmax + 0.5)).abs_()
+        if steps.shape[1] > 1:  # errors of groups with coarse steps are made up for in those with fine ones
+            error *= (steps / steps.square().mean(1, keepdim=True).sqrt()).clamp_max_(1.0)
         self._squares += error.square().sum(0)
         largest, row = error.max(0)
         self._largest_row = torch.where(largest > self._largest, row + start, self._largest_row)

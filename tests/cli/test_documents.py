@@ -33,6 +33,8 @@ PLACEHOLDERS: Final = {name: name.replace(" ", "_") for name in OWN_FOLDERS} | {
     "TP": "1",
     "W8A8SC weights": "W8A8SC_weights",
     "W8A8_DYNAMIC weights": "W8A8_DYNAMIC_weights",
+    "W4A8_DYNAMIC weights": "W4A8_DYNAMIC_weights",
+    "statistics with text inputs": "statistics_with_text_inputs",
     "weights": "W8A8_weights",
     "packed weights": "packed_weights",
     "unpacked weights": "unpacked_weights",

@@ -111,6 +111,9 @@ ROWS: Mapping[str, Options] = {
     "two bits, plain": {**SPARSE, "use_sigma": True, "target_bits": 2.0, "method": "plain"},
     "two bits by error": {**SPARSE, "target_bits": 2.0, "allocate": "error"},
     "two bits, shifted": {**SPARSE, "target_bits": 2.0, "channel_shift": True, "do_smooth": True},
+    "W4A8, propagated": {**W4A8, "propagation": 0.25},
+    "W4A8, propagated, smoothed": {**W4A8, "propagation": 1.0, "do_smooth": True},
+    "W4A16, propagated": {**W4A16, "propagation": 1.0},
     "a ratio": {**SPARSE, "target_ratio": 0.3},
     "three bits": {**DYNAMIC, "target_bits": 3.0},
     "three bits, packed": {**PACKED, **DYNAMIC, "target_bits": 3.0},
@@ -165,9 +168,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+EVERYTHING = {"wide_moments": True, "text_inputs": True}
+"""That statistics may hold."""
+
+
 @pytest.fixture(scope="module")
 def stats(model: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return calibrate(model, tmp_path_factory.mktemp("one") / "stats", pictures, limit=1, texts=False, wide_moments=True)
+    return calibrate(model, tmp_path_factory.mktemp("one") / "stats", pictures, limit=1, texts=False, **EVERYTHING)
 
 
 def words(options: Options) -> list[str]:

@@ -13,6 +13,7 @@ from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.inspection.scaling import find_scalings
 from glmq.model.config import read_config
+from glmq.spec import INT4
 from glmq.verification.arithmetic import (
     FP16_LIMIT,
     LinearArithmetic,
@@ -20,7 +21,7 @@ from glmq.verification.arithmetic import (
     judge_linear,
     measure_linears,
 )
-from glmq.verification.distance import WeightDistance
+from glmq.verification.distance import Distance, WeightDistance
 from glmq.verification.findings import Finding
 
 LAYER = "model.language_model.layers.0"
@@ -97,6 +98,30 @@ def test_distances_and_gains_undo_the_smoothing(
     others = torch.cat([off[:row, column], off[row + 1 :, column]])
     assert limit == pytest.approx(max(2.0, 12 * float(others.square().mean().sqrt())), rel=1e-4)
     assert found.gain[0] == pytest.approx(float((q * u).sum() / u.square().sum()), rel=1e-6)
+
+
+def test_what_coarse_groups_push_into_fine_ones_is_measured_by_the_steps_of_the_row() -> None:
+    torch.manual_seed(0)
+    q = torch.randint(-7, 8, (64, 128)).float()
+    steps = torch.full((64, 128), 0.01)
+    steps[3, 64:] = 0.08  # a row whose second half is coarse
+    wanted = q * steps + 0.3 * steps * torch.randn(64, 128).sign()
+    q[3, 5] = q[9, 70] = 4
+    wanted[3, 5] = 0.04 - 0.07  # seven of its own steps, one and a quarter of the row's
+    wanted[9, 70] = 0.04 - 0.065  # in a row like the others
+    sums = Distance(64, 128, 2, INT4, "F16")
+    sums.add(0, q, wanted, steps)
+    row, column, found, allowed = sums.finish().outlier
+    assert (row, column) == (9, 70)
+    assert found == pytest.approx(6.5, rel=1e-3)
+    assert allowed == pytest.approx(12 * 0.3, rel=1e-3)
+    wanted[9, 70] = 0.04 - 0.003
+    sums = Distance(64, 128, 2, INT4, "F16")
+    sums.add(0, q, wanted, steps)
+    row, column, found, allowed = sums.finish().outlier
+    assert (row, column) == (3, 5)
+    assert found == pytest.approx(7 * 0.01 / math.sqrt((0.01**2 + 0.08**2) / 2), rel=1e-3)
+    assert found < allowed / 2
 
 
 def test_integers_are_counted_as_the_report_counts_them(numbers: dict[str, LinearArithmetic], tiny_seed: Path) -> None:
