@@ -51,6 +51,7 @@ def open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pat
         max_pixels=options.max_pixels,
     )
     default = CalibrationOptions()
+    runs_model = options.text_inputs  # with propagation, which needs them
     idle = [
         (options.prompt != default.prompt and not named, "--prompt"),
         (options.limit is not None and not named, "--limit"),
@@ -58,7 +59,7 @@ def open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pat
         (options.recursive and options.images is None, "--recursive"),
         (options.texts != default.texts and not named, "--no-texts"),
         (options.generate is not None and not named, "--generate"),
-        (options.device_type != default.device_type, f"--device_type {options.device_type}"),
+        (options.device_type != default.device_type and not runs_model, f"--device_type {options.device_type}"),
         (options.trust_remote_code, "--trust_remote_code True"),
     ]
     if not statistics.has_checksums:
@@ -70,6 +71,7 @@ def open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Pat
     if given:
         verb = "has" if len(given) == 1 else "have"
         watcher.note(
-            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used, so the model is not run"
+            f"note: {', '.join(given)} {verb} no effect: the statistics in {folder} are used"
+            f"{'' if runs_model else ', so the model is not run'}"
         )
     return statistics

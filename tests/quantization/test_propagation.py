@@ -18,7 +18,7 @@ from glmq.calibration.encode import encode_sample
 from glmq.calibration.samples import Sample, read_samples
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import StatisticsError, UsageError
+from glmq.errors import DeviceError, StatisticsError, UsageError
 from glmq.jobs.quantize import QuantizationJob, forecast_quantization
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
@@ -285,6 +285,15 @@ def test_several_processes_are_refused(
         "--propagation: each layer waits for the one before, so torchrun's processes cannot share them; run `glmq quantize` "
         "itself",
     )
+
+
+def test_the_samples_run_on_the_device_that_is_named(half: Path, stats: Path, tmp_path: Path) -> None:
+    options = glmq.CalibrationOptions(text_inputs=True, device_type="npu", prompt="What?")
+    events: list[Event] = []
+    with pytest.raises(DeviceError):
+        quantize(half, stats, tmp_path / "out", calibration=options, propagation=0.5, watch=events.append, **W4A8)
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert f"note: --prompt has no effect: the statistics in {stats} are used" in notes
 
 
 def test_the_dry_run_counts_the_samples_in(half: Path, stats: Path, tmp_path: Path) -> None:
