@@ -24,7 +24,7 @@ PLACES = {
     "numerics/int8_linear.py": 1,
     "numerics/smooth.py": 1,
     "quantization/group.py": 1,
-    "quantization/recipe.py": 1,
+    "quantization/options.py": 1,
     "serve/linear.py": 2,
     "verification/linears.py": 2,
 }
