@@ -96,15 +96,40 @@ class Recipe:
         )
 
     @classmethod
-    def w4a8_dynamic(cls, *, group_size: int = DEFAULT_GROUP_SIZE, dtype: str = "bf16") -> Recipe:
-        """Int4 weights in groups of `group_size` columns, int8 activations whose scale is found per token."""
-        return make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True, group_size=group_size, torch_dtype=dtype))
+    def w4a8_dynamic(
+        cls, *, group_size: int = DEFAULT_GROUP_SIZE, propagation: float = 0.0, dtype: str = "bf16"
+    ) -> Recipe:
+        """Int4 weights in groups of `group_size` columns, int8 activations whose scale is found per token.
+
+        With `propagation`, about 0.25, layers are rounded for the inputs that those before them make; the statistics must hold
+        what enters the text layers (`CalibrationOptions(text_inputs=True)`).
+        """
+        return make_recipe(
+            Options(
+                w_bit=4,
+                is_lowbit=True,
+                is_dynamic=True,
+                group_size=group_size,
+                propagation=propagation,
+                torch_dtype=dtype,
+            )
+        )
 
     @classmethod
-    def w4a16(cls, *, group_size: int = DEFAULT_GROUP_SIZE, dtype: str = "bf16") -> Recipe:
-        """Int4 weights in groups of `group_size` columns, float activations, in the compressed-tensors form."""
+    def w4a16(cls, *, group_size: int = DEFAULT_GROUP_SIZE, propagation: float = 0.0, dtype: str = "bf16") -> Recipe:
+        """Int4 weights in groups of `group_size` columns, float activations, in the compressed-tensors form.
+
+        `propagation` as in `w4a8_dynamic`.
+        """
         return make_recipe(
-            Options(w_bit=4, a_bit=16, group_size=group_size, torch_dtype=dtype, format="compressed-tensors")
+            Options(
+                w_bit=4,
+                a_bit=16,
+                group_size=group_size,
+                propagation=propagation,
+                torch_dtype=dtype,
+                format="compressed-tensors",
+            )
         )
 
     def rule_of(self, name: str) -> LayerRule | None:

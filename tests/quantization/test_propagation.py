@@ -174,8 +174,7 @@ def test_statistics_are_made_on_the_way_with_what_is_needed(small: Path, picture
     options = glmq.CalibrationOptions(images=pictures, limit=2, texts=False, text_inputs=True)
     quantize(small, None, tmp_path / "a", calibration=options, propagation=0.5, **W4A8)
     own = calibrate(small, tmp_path / "stats", pictures, limit=2, texts=False, text_inputs=True)
-    recipe = make_recipe(Options(propagation=0.5, **W4A8))  # type: ignore[arg-type]
-    glmq.quantize(small, own, out=tmp_path / "b", recipe=recipe)
+    glmq.quantize(small, own, out=tmp_path / "b", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5))
     a, b = tree(tmp_path / "a"), tree(tmp_path / "b")
     weights = {name for name in a if name.endswith(".safetensors")}
     assert weights
@@ -251,6 +250,11 @@ def test_layers_whose_states_are_lost_are_done_again(
         "note: .streams-001 of the unfinished run is missing or altered, so its 2 finished text layers are done again"
     ]
     assert weights_in(tmp_path / "out") == unbroken
+
+
+def test_the_recipes_of_the_library_have_it() -> None:
+    packed = make_recipe(Options(propagation=0.25, **W4A16))  # type: ignore[arg-type]
+    assert glmq.Recipe.w4a16(propagation=0.25, group_size=32) == packed
 
 
 @pytest.mark.parametrize(
