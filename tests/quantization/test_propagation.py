@@ -107,6 +107,7 @@ def test_both_streams_are_those_of_the_float_checkpoint_and_of_the_one_that_is_w
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_the_quantized_layers_stay_nearer_to_the_float_ones(
     half: Path, stats: Path, kept: list[Propagation], tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_the_quantized_layers_stay_nearer_to_the_float_ones(
     assert away[1] < 0.93 * away[0]
 
 
+@pytest.mark.slow
 def test_the_first_group_has_nothing_to_make_up_for_and_the_rest_of_the_model_does_not_change(
     half: Path, stats: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +143,7 @@ def test_the_first_group_has_nothing_to_make_up_for_and_the_rest_of_the_model_do
     assert linears - changed <= {f"{LAYERS}.0.self_attn.{own}" for own in ("q_proj", "k_proj", "v_proj")}
 
 
+@pytest.mark.slow
 def test_kept_text_inputs_change_nothing_else(half: Path, stats: Path, lines: Path, tmp_path: Path) -> None:
     bare = calibrate(half, tmp_path / "bare", None, samples_file=lines, texts=False)
     with_inputs, without = tree(stats), tree(bare)
@@ -170,6 +173,7 @@ def test_text_inputs_that_were_altered_are_refused(half: Path, stats: Path, tmp_
     )
 
 
+@pytest.mark.slow
 def test_statistics_are_made_on_the_way_with_what_is_needed(small: Path, pictures: Path, tmp_path: Path) -> None:
     options = glmq.CalibrationOptions(images=pictures, limit=2, texts=False, text_inputs=True)
     quantize(small, None, tmp_path / "a", calibration=options, propagation=0.5, **W4A8)
