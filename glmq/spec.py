@@ -95,11 +95,6 @@ class TypeSpec:
     forms: tuple[Form, ...] = ASCEND_FORMS
     """The forms that have the type."""
 
-    @property
-    def is_dense_int4(self) -> bool:
-        """Every weight is an int4."""
-        return self.weight_bits == 4 and not self.is_sparse
-
 
 _STATIC_SUFFIXES: Final = ("input_scale", "input_offset", "quant_bias", "deq_scale")
 _STEP_SUFFIXES: Final = ("weight_scale", "weight_offset")

@@ -140,8 +140,8 @@ def _refuse_range(act_method: int, quant_type: QuantType) -> None:
 def _refuse_propagation(options: Options, quant_type: QuantType) -> None:
     """Raise UsageError unless rounding compensates errors and the weights have four bits."""
     given = f"--propagation {options.propagation:g}"
-    if not quant_type.spec.is_dense_int4:
-        raise UsageError(f"{given} in {quant_type.value}: it is for int4 weights, W4A8_DYNAMIC and W4A16; drop it")
+    if quant_type.spec.weight_bits != 4:
+        raise UsageError(f"{given} in {quant_type.value}: it is for W8A8S, W4A8_DYNAMIC and W4A16; drop it")
     if options.method != Method.COMPENSATED.value:
         raise UsageError(
             f"{given} with --method {options.method}: only compensated rounding makes up for errors; drop one of them"

@@ -152,7 +152,7 @@ class _Job:
     def quantize(self, block: Block, plan: GroupPlan) -> list[LinearReport]:
         """Quantize and write one group with its norm."""
         recipe, group, folds, drift = self._recipe, plan.group, self._run.folds, None
-        if self._propagation is not None and plan.quant_type.spec.is_dense_int4:
+        if self._propagation is not None and plan.quant_type.spec.weight_bits == 4:
             drift = self._propagation.drift(block, group, folds.statistics.input(group.site), self._run.clock)
         result = quantize_plan(self._run, recipe, self._groups, plan, self._bits, drift)
         if self._propagation is not None:

@@ -111,6 +111,8 @@ ROWS: Mapping[str, Options] = {
     "two bits, plain": {**SPARSE, "use_sigma": True, "target_bits": 2.0, "method": "plain"},
     "two bits by error": {**SPARSE, "target_bits": 2.0, "allocate": "error"},
     "two bits, shifted": {**SPARSE, "target_bits": 2.0, "channel_shift": True, "do_smooth": True},
+    "sparse, propagated": {**SPARSE, "use_sigma": True, "propagation": 0.25},
+    "two bits, shifted, propagated": {**SPARSE, "target_bits": 2.0, "channel_shift": True, "propagation": 1.0},
     "W4A8, propagated": {**W4A8, "propagation": 0.25},
     "W4A8, propagated, smoothed": {**W4A8, "propagation": 1.0, "do_smooth": True},
     "W4A16, propagated": {**W4A16, "propagation": 1.0},

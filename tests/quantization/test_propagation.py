@@ -264,10 +264,10 @@ def test_the_recipes_of_the_library_have_it() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({}, "--propagation 0.5 in W8A8: it is for int4 weights, W4A8_DYNAMIC and W4A16; drop it"),
+        ({}, "--propagation 0.5 in W8A8: it is for W8A8S, W4A8_DYNAMIC and W4A16; drop it"),
         (
-            {"w_bit": 4, "is_lowbit": True},
-            "--propagation 0.5 in W8A8S: it is for int4 weights, W4A8_DYNAMIC and W4A16; drop it",
+            {"a_bit": 16},
+            "--propagation 0.5 in W8A16: it is for W8A8S, W4A8_DYNAMIC and W4A16; drop it",
         ),
         (
             {**W4A8, "method": "plain"},
