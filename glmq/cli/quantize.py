@@ -163,8 +163,8 @@ def quantize(
             "--propagation",
             min=0.0,
             max=1.0,
-            help="Quantize layer after layer, and make up for this share of what the layers before have done to the inputs: 0.25 "
-            "for W4A8_DYNAMIC, W4A16, and W8A8S of about 3 bits. It takes about twice the time.",
+            help="Quantize layer after layer, and make up for this share of what the layers before have done to the inputs: "
+            "0.25 for W4A8_DYNAMIC, W4A16, and W8A8S of about 3 bits. It takes about twice the time.",
             rich_help_panel=o.QUANTIZATION,
         ),
     ] = 0.0,
