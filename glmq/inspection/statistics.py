@@ -66,6 +66,8 @@ class StatisticsSummary:
     inputs: tuple[InputSummary, ...]
     assessment: Assessment | None
     """None where one sample alone says nothing about it."""
+    text_inputs: bool
+    """What enters the text layers is kept, for propagation."""
 
     @property
     def unanswered(self) -> int:
@@ -80,6 +82,7 @@ class StatisticsSummary:
         parts += [str(self.settings["compute_dtype"])]
         parts += [f"images of at most {shrunk} pixels"] if shrunk is not None else []
         parts += ["second moments also of the vision tower and down_proj"] if self.settings["wide_moments"] else []
+        parts += ["what enters the text layers"] if self.text_inputs else []
         own = (
             f", {self.generated} of them written by the model ({self.generated_tokens} tokens)"
             if self.generated
@@ -154,6 +157,7 @@ def summarize_statistics(directory: Path) -> StatisticsSummary:
         generated_tokens=sum(answers),
         inputs=tuple(_summarize(statistics, site, settled.get(site)) for site in statistics.sites()),
         assessment=assess(settled, samples=len(samples)),
+        text_inputs=statistics.settings().text_inputs,
     )
 
 

@@ -19,6 +19,7 @@ from glmq.calibration.samples import Sample, read_samples
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import DeviceError, StatisticsError, UsageError
+from glmq.inspection.statistics import summarize_statistics
 from glmq.jobs.quantize import QuantizationJob, forecast_quantization
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
@@ -152,6 +153,9 @@ def test_kept_text_inputs_change_nothing_else(half: Path, stats: Path, lines: Pa
         name: sha for name, sha in without.items() if name != "statistics.json"
     }
     assert "text_inputs" not in json.loads((bare / "statistics.json").read_text())
+    told = [summarize_statistics(folder).in_words for folder in (bare, stats)]
+    assert told[1] == told[0].replace("; answers", ", what enters the text layers; answers")
+    assert told[1] != told[0]
     with pytest.raises(StatisticsError) as caught:
         quantize(half, bare, tmp_path / "out", propagation=0.5, **W4A8)
     assert str(caught.value) == (
