@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-import torch
 from torch import Tensor
 
 from glmq.calibration import text_inputs
@@ -121,7 +120,7 @@ def plan_calibration(
             files.append((f"{block.name}.safetensors", bare_file_bytes(specs)))
         sink.restore(StoredBlock(entries, {}))
     if settings.text_inputs:
-        code = dtype_code(getattr(torch, settings.compute_dtype))
+        code = dtype_code(settings.dtype)
         for index, size in enumerate(sizes):
             name = text_inputs.name_of(index)
             files.append((name, text_inputs.file_bytes(index, size.tokens, config.hidden_size, code)))

@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-import xxhash
 from safetensors import safe_open
-from safetensors.torch import save
 
 from glmq.calibration import text_inputs
 from glmq.calibration.manifest import parse_digests
 from glmq.calibration.samples import GeneratedAnswer
 from glmq.calibration.stats import StoredBlock
-from glmq.checkpoint.checksums import file_checksum
+from glmq.checkpoint.checksums import is_as_written
 from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.journal import NAME, NO_OPTIONS, Journal
-from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
+from glmq.checkpoint.json_file import JsonObject, JsonValue
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.writer import write_tensors
 from glmq.model.family import Family
 from glmq.model.streamed import BlockCall
 from glmq.ranks import Ranks
@@ -112,9 +111,7 @@ class CalibrationJournal:
         """A block is finished: keep its states whole or not at all, journal it, then drop the states of the one before."""
         states = {str(sample): call.hidden.contiguous() for sample, call in calls.items()}
         path = self._work / f"{STATES}{len(self.finished):03d}-{self._ranks.place.rank}"
-        content = save(states)
-        write_whole(path, content)
-        own = json.dumps({path.name: xxhash.xxh3_128_hexdigest(content)})
+        own = json.dumps({path.name: write_tensors(path, states)})
         every = {key: value for text in self._ranks.all_gather(own) for key, value in json.loads(text).items()}
         line = {"inputs": stored.inputs, "files": stored.files, "states": every, "weights": self._share_weights()}
         self._journal.record(name, line)
@@ -177,7 +174,7 @@ class CalibrationJournal:
             if number == len(found):
                 wanted |= {self._work / name: digest for name, digest in block.states.items()}
             for path, digest in wanted.items():
-                if not path.is_file() or file_checksum(path) != digest:
+                if not is_as_written(path, digest):
                     yield path.name
 
     def _scan(self, names: Iterator[str]) -> None:

@@ -18,7 +18,6 @@ from typing import Final, Literal
 
 import torch
 import xxhash
-from safetensors.torch import save
 from torch import Tensor
 
 from glmq.calibration import text_inputs
@@ -41,6 +40,7 @@ from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.json_file import JsonObject, JsonValue, json_bytes, write_whole
 from glmq.checkpoint.names import natural_key
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.writer import write_tensors
 from glmq.errors import OtherStatisticsError, StatisticsError
 from glmq.model.config import ModelConfig
 from glmq.model.family import InputGroup
@@ -65,6 +65,12 @@ class Settings:
     """Most tokens that the model answers to a sample without an answer; None leaves such samples as they are."""
     text_inputs: bool = False
     """What enters the text layers is kept too (text_inputs.py)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, as torch has it."""
+        found: torch.dtype = getattr(torch, self.compute_dtype)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +121,8 @@ class StatsWriter:
             checksums = {field: _tensor_digest(tensor) for field, tensor in fields.items()}
             shape = SiteShape(stats.width, stats.second_moment is not None, _rows(stats))
             entries[stats.name] = site_entry(block, shape, stats.tokens, settled, checksums)
-        content = save(tensors)
         path = self._directory / f"{block}.safetensors"
-        write_whole(path, content)
-        stored = StoredBlock(entries, {path.name: xxhash.xxh3_128_hexdigest(content)})
+        stored = StoredBlock(entries, {path.name: write_tensors(path, tensors)})
         self.restore(stored)
         return stored
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Final
 
@@ -161,7 +161,7 @@ class _Run:
     def start_vision(self) -> Calls:
         """The first vision block's call of every sample with an image."""
         calls: Calls = {}
-        with self._placed(*self._family.vision_stem):
+        with self.model.placed_in_time(self._clock, *self._family.vision_stem):
             for index in self._own:
                 if self._samples[index].image is not None:
                     inputs = self._inputs(self._samples[index])
@@ -178,7 +178,7 @@ class _Run:
         tokens: dict[int, int] = {}
         kept: dict[str, str] = {}
         parts = self._family.vision_tail if vision_calls else ()
-        with self._placed(*parts), watched.hooked(model) if watch else nullcontext():
+        with model.placed_in_time(self._clock, *parts), watched.hooked(model) if watch else nullcontext():
             for done, index in enumerate(self._turns):
                 if watch:
                     self._tell(block, done, len(self._turns), done / len(self._turns))
@@ -216,7 +216,11 @@ class _Run:
         layer = LayerWatch(block, model.config, self._ranks, self._clock)
         stage = "forward" if block.name.startswith(self._family.text) else "vision"
         tokens, passed, done = sum(call.tokens for call in calls.values()), 0, 0
-        with self._placed(*([block.name] if calls else [])), watched.hooked(model), layer.hooked(model):
+        with (
+            self.model.placed_in_time(self._clock, *([block.name] if calls else [])),
+            watched.hooked(model),
+            layer.hooked(model),
+        ):
             for index in self._turns:
                 if index in calls:
                     self._tell(block, done, len(calls), passed / tokens)
@@ -235,7 +239,7 @@ class _Run:
         """The statistics of lm_head's input; the head itself is not run."""
         model, block = self.model, self._family.head_block(self.model.config)
         watched = self._watch(block)
-        with self._placed(f"{self._family.text}.norm"), torch.no_grad():
+        with model.placed_in_time(self._clock, f"{self._family.text}.norm"), torch.no_grad():
             for index in self._turns:
                 if index in calls:
                     hidden = model.module(f"{self._family.text}.norm")(calls[index].hidden)
@@ -252,16 +256,6 @@ class _Run:
         """Have the block's weights read ahead."""
         source = self.model.source
         source.prefetch(name for name in source if name.startswith(f"{block.name}."))
-
-    @contextmanager
-    def _placed(self, *modules: str) -> Iterator[None]:
-        """As StreamedModel.placed, timed."""
-        source, prefixes = self.model.source, tuple(f"{module}." for module in modules)
-        with ExitStack() as stack:
-            with self._clock.stage("read"):
-                stack.enter_context(self.model.placed(*modules))
-            self._clock.count("read", nbytes=sum(source.nbytes(name) for name in source if name.startswith(prefixes)))
-            yield
 
     def _inputs(self, sample: Sample) -> ModelInputs:
         with self._clock.stage("images"):

@@ -13,11 +13,11 @@ from typing import Final
 
 import torch
 import xxhash
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
-from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.layout import TensorSpec, bare_file_bytes
+from glmq.checkpoint.writer import write_tensors
 from glmq.errors import StatisticsError
 
 BEGIN: Final = "text_inputs"
@@ -37,9 +37,8 @@ def among(files: Mapping[str, str]) -> dict[str, str]:
 def write(folder: Path, sample: int, hidden: Tensor, positions: Tensor) -> str:
     """Write one sample's file; returns its xxh3-128."""
     stem = _stem(sample)
-    content = save({f"{stem}.hidden": hidden.cpu().contiguous(), f"{stem}.positions": positions.cpu().to(torch.int32)})
-    write_whole(folder / name_of(sample), content)
-    return xxhash.xxh3_128_hexdigest(content)
+    tensors = {f"{stem}.hidden": hidden.cpu().contiguous(), f"{stem}.positions": positions.cpu().to(torch.int32)}
+    return write_tensors(folder / name_of(sample), tensors)
 
 
 def file_bytes(sample: int, tokens: int, width: int, dtype: str) -> int:
@@ -67,10 +66,10 @@ def read(folder: Path, files: Mapping[str, str]) -> list[tuple[Tensor, Tensor]]:
             "calibrate --text-inputs`, or leave --propagation out"
         )
     found = []
-    for sample, (name, digest) in enumerate(sorted(files.items())):
-        path = folder / name
+    for sample in range(len(files)):
+        path = folder / name_of(sample)
         content = path.read_bytes() if path.is_file() else b""
-        if xxhash.xxh3_128_hexdigest(content) != digest:
+        if xxhash.xxh3_128_hexdigest(content) != files.get(path.name):
             raise StatisticsError(
                 f"{path}: is missing or not as it was written; copy the folder again or run `glmq calibrate` again"
             )

@@ -85,6 +85,11 @@ def covered_files(folder: Path) -> list[Path]:
     )
 
 
+def is_as_written(path: Path, digest: str) -> bool:
+    """Whether a file is there with that xxh3-128."""
+    return path.is_file() and file_checksum(path) == digest
+
+
 def file_checksum(path: Path) -> str:
     """xxh3-128 of a file's bytes, in hexadecimal.
 

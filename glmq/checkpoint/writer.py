@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Final
 
 import xxhash
+from safetensors.torch import save
 from torch import Tensor
 
 from glmq.checkpoint.disk import (
@@ -22,7 +23,7 @@ from glmq.checkpoint.disk import (
     write_at,
 )
 from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo
-from glmq.checkpoint.json_file import JsonObject, write_json
+from glmq.checkpoint.json_file import JsonObject, write_json, write_whole
 from glmq.checkpoint.layout import PlannedFile, ShardPlan
 from glmq.checkpoint.reader import dtype_code, raw_bytes
 from glmq.checkpoint.weight_files import INDEX_SUFFIX
@@ -218,3 +219,14 @@ class ShardWriter:
         if not keep:
             for file in self.plan.files:
                 self._partial(file).unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a small safetensors file whole or not at all; returns the xxh3-128 of its bytes, in hexadecimal.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    content = save(dict(tensors))
+    write_whole(path, content)
+    return xxhash.xxh3_128_hexdigest(content)

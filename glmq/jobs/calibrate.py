@@ -273,7 +273,7 @@ class Calibration:
         samples = load_samples(options, watcher)
         device = resolve(options.device_type, local_rank=place.local_rank, world=place.world)
         settings = settings_of(options, device)
-        dtype: torch.dtype = getattr(torch, settings.compute_dtype)
+        dtype = settings.dtype
         preprocessor = Preprocessor(
             source.directory,
             config,

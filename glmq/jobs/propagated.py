@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from glmq.calibration.stats import Statistics
 from glmq.device import resolve
 from glmq.jobs.watcher import Watcher
@@ -30,7 +28,7 @@ def open_propagation(
     """
     if not recipe.propagation:
         return None
-    dtype: torch.dtype = getattr(torch, statistics.settings().compute_dtype)
+    dtype = statistics.settings().dtype
     model = StreamedModel(run.source, run.config, device=resolve(device_type), dtype=dtype)
     propagation = Propagation(model, statistics, recipe.propagation, work, run.journal)
     if propagation.note:

@@ -11,7 +11,7 @@ from typing import Final
 
 import torch
 import xxhash
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from glmq.calibration.dry_run import plan_calibration
 from glmq.calibration.encode import encode_sample
@@ -25,8 +25,8 @@ from glmq.calibration.samples import (
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.disk import read_input
 from glmq.checkpoint.journal import Journal
-from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.reader import Checkpoint
+from glmq.checkpoint.writer import write_tensors
 from glmq.errors import CheckpointError, NonFiniteError, UsageError
 from glmq.jobs.forecast import forecast_forward
 from glmq.jobs.verify import CaseOptions, load_cases
@@ -125,9 +125,8 @@ class Ruler:
         if stored is not None:
             return stored
         states = self._run(self.source, FLOAT, watcher)
-        content = save({"hidden": states.hidden, "targets": states.targets})
-        write_whole(path, content)
-        journal.record(FLOAT, {"states": xxhash.xxh3_128_hexdigest(content), "counts": list(states.counts)})
+        digest = write_tensors(path, {"hidden": states.hidden, "targets": states.targets})
+        journal.record(FLOAT, {"states": digest, "counts": list(states.counts)})
         return states
 
     def measure(self, folder: Path, reference: LastStates, title: str, watcher: Watcher) -> Divergence:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -28,6 +28,7 @@ from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
 from glmq.model.lean import lean_transformers
 from glmq.model.vision_tower import quicken_vision
+from glmq.progress import Stopwatch
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
@@ -127,6 +128,16 @@ class StreamedModel:
         finally:
             for name in names:
                 _drop(self.module(name))
+
+    @contextmanager
+    def placed_in_time(self, clock: Stopwatch, *names: str) -> Iterator[None]:
+        """As `placed`; the clock gets the reading as stage `read`."""
+        source, prefixes = self.source, tuple(f"{name}." for name in names)
+        with ExitStack() as stack:
+            with clock.stage("read"):
+                stack.enter_context(self.placed(*names))
+            clock.count("read", nbytes=sum(source.nbytes(name) for name in source if name.startswith(prefixes)))
+            yield
 
     @contextmanager
     def embedding_rows(self, ids: Tensor) -> Iterator[None]:

@@ -26,10 +26,14 @@ ROWS_AT_ONCE: Final = 4096
 class Drift:
     """What has become of one input, and what its linears can do about it."""
 
-    inputs: InputStats
-    """Statistics of the input with the second moment and mean squares that it has by now."""
+    moment: Tensor
+    """float32 [K, K]: the second moment that the input has by now."""
     correction: Tensor
     """float32 [K, K]: a C."""
+
+    def applied(self, stats: InputStats) -> InputStats:
+        """The statistics of the input in the float model, with the second moment and mean squares that it has by now."""
+        return replace(stats, second_moment=self.moment, square_mean=self.moment.diagonal().clone())
 
     def aim(self, weight: Tensor) -> Tensor:
         """The weights to round towards: float32 [N, K], as `weight`."""
@@ -57,20 +61,19 @@ class DriftAccumulator:
         self._moment.addmm_(moved.T, moved)
         self._cross.addmm_((x - moved).T, moved)
 
-    def finish(self, stats: InputStats, strength: float) -> Drift:
-        """What was seen of the input that has these statistics in the float model; the strength, a, is 0 to 1.
+    def finish(self, site: str, strength: float) -> Drift:
+        """What was seen of the input of that name; the strength, a, is 0 to 1.
 
         Raises:
             StatisticsError: the moved inputs are not finite.
         """
         moment, cross = self._moment.div_(self._tokens), self._cross.div_(self._tokens)
-        inputs = replace(stats, second_moment=moment, square_mean=moment.diagonal().clone())
-        deviation = input_deviation(inputs)
+        deviation = input_deviation(moment.diagonal().clone())
         root, failed = torch.linalg.cholesky_ex(shrunk_correlation(moment, deviation))
         if int(failed):
             raise StatisticsError(
-                f"{stats.name}: its inputs have no positive definite second moment once the linears before it are integers; "
+                f"{site}: its inputs have no positive definite second moment once the linears before it are integers; "
                 "leave --propagation out, or keep the layers before it float (--keep-float)"
             )
         solved = torch.cholesky_solve((cross / deviation).T, root)  # float32 [K, K]: (C D)^T
-        return Drift(inputs, (strength * solved / deviation[:, None]).T.contiguous())
+        return Drift(moment, (strength * solved / deviation[:, None]).T.contiguous())

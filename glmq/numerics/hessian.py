@@ -107,7 +107,7 @@ def order_inputs(stats: InputStats) -> Order | None:
     """
     if stats.second_moment is None:
         return None
-    deviation = input_deviation(stats)
+    deviation = input_deviation(stats.square_mean)
     return rounding_order(shrunk_correlation(stats.second_moment, deviation)).scaled(deviation)
 
 
@@ -118,7 +118,7 @@ def factor_inputs(stats: InputStats, order: Order) -> Factor:
         StatisticsError: not positive definite.
     """
     assert stats.second_moment is not None
-    deviation = input_deviation(stats)
+    deviation = input_deviation(stats.square_mean)
     return factor(shrunk_correlation(stats.second_moment, deviation), order.columns).scaled(deviation)
 
 
@@ -129,11 +129,11 @@ def shrunk_correlation(second_moment: Tensor, deviation: Tensor) -> Tensor:
     return moment
 
 
-def input_deviation(stats: InputStats) -> Tensor:
+def input_deviation(square_mean: Tensor) -> Tensor:
     """Root mean square of each channel, above zero: float32 [K]."""
-    mean = float(stats.square_mean.mean())
+    mean = float(square_mean.mean())
     floor = DIAGONAL_FLOOR * mean if mean > 0 else 1.0  # an input that is always zero: any integers do
-    return stats.square_mean.clamp_min(floor).sqrt()
+    return square_mean.clamp_min(floor).sqrt()
 
 
 def factor(moment: Tensor, order: Tensor | None = None) -> Factor:

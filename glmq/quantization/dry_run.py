@@ -94,7 +94,7 @@ class TextLoad:
 
     @classmethod
     def of(cls, samples: Iterable[SampleTokens], settings: Settings) -> TextLoad:
-        return cls(sum(sample.tokens for sample in samples), getattr(torch, settings.compute_dtype))
+        return cls(sum(sample.tokens for sample in samples), settings.dtype)
 
 
 def make_run_plan(

@@ -170,7 +170,7 @@ def factor_group(stats: InputStats, group: PreparedGroup) -> Factor | None:
     """
     if group.order is None:
         return None
-    factor = factor_inputs(stats if group.drift is None else group.drift.inputs, group.order)
+    factor = factor_inputs(stats if group.drift is None else group.drift.applied(stats), group.order)
     return factor if group.scales is None else factor.scaled(1 / group.scales)
 
 

@@ -10,25 +10,23 @@ other, and one process does them all.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import xxhash
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from glmq.calibration.manifest import parse_digests
 from glmq.calibration.stats import Statistics
-from glmq.checkpoint.checksums import file_checksum
+from glmq.checkpoint.checksums import is_as_written
 from glmq.checkpoint.journal import Journal
-from glmq.checkpoint.json_file import JsonObject, write_whole
+from glmq.checkpoint.json_file import JsonObject
+from glmq.checkpoint.writer import write_tensors
 from glmq.model.family import Block, InputGroup
 from glmq.model.streamed import BlockCall, StreamedModel
 from glmq.numerics.drift import Drift, DriftAccumulator
-from glmq.numerics.moments import InputStats
 from glmq.progress import Stopwatch
 from glmq.quantization.layer import GroupResult
 from glmq.quantization.linear_report import steps_of
@@ -67,12 +65,8 @@ class Propagation:
         if done and done[-1] != self._layers[-1]:
             self._load(parse_digests(journal.finished[done[-1]].get("streams")) or {}, done, journal)
 
-    def drift(self, block: Block, group: InputGroup, stats: InputStats, clock: Stopwatch) -> Drift | None:
-        """How the input of a group has moved; None outside of the text layers.
-
-        Args:
-            stats: of the input in the float model.
-        """
+    def drift(self, block: Block, group: InputGroup, clock: Stopwatch) -> Drift | None:
+        """How the input of a group has moved; None outside of the text layers."""
         if block.name not in self._layers:
             return None
         sums = DriftAccumulator(group.width)
@@ -84,7 +78,7 @@ class Propagation:
                 with clock.stage("statistics"):
                     sums.observe(x.float().cpu(), moved.float().cpu())
         with clock.stage("statistics"):
-            return sums.finish(stats, self._strength)
+            return sums.finish(group.site, self._strength)
 
     def take(self, block: Block, group: InputGroup, result: GroupResult, divisors: Mapping[str, Tensor]) -> None:
         """A group of the block is integers from now on.
@@ -135,24 +129,20 @@ class Propagation:
         without = {linear.name for group in left for linear in group.linears}
         modules = self._model.module(block.name).named_modules(prefix=block.name)
         wanted = [name for name, module in modules if name not in without and list(module.parameters(recurse=False))]
-        with ExitStack() as stack:
-            with clock.stage("read"):
-                stack.enter_context(self._model.placed(*wanted))
+        with self._model.placed_in_time(clock, *wanted):
             yield
 
     def _save(self, block: Block) -> JsonObject:
         number = self._layers.index(block.name)
-        content = save(
-            {
-                f"{kind}.{index}": call.hidden.contiguous()
-                for kind, calls in self._streams().items()
-                for index, call in calls.items()
-            }
-        )
+        states = {
+            f"{kind}.{index}": call.hidden.contiguous()
+            for kind, calls in self._streams().items()
+            for index, call in calls.items()
+        }
         name = _file_of(number)
-        write_whole(self._work / name, content)
+        digest = write_tensors(self._work / name, states)
         self._clear(keep=[name, _file_of(number - 1)])
-        return {name: xxhash.xxh3_128_hexdigest(content)}
+        return {name: digest}
 
     def _streams(self) -> Mapping[str, dict[int, BlockCall]]:
         return {"float": self._float, "quantized": self._quantized}
@@ -160,7 +150,7 @@ class Propagation:
     def _load(self, files: Mapping[str, str], done: list[str], journal: Journal) -> None:
         for name, digest in files.items():
             path = self._work / name
-            if path.is_file() and file_checksum(path) == digest:
+            if is_as_written(path, digest):
                 with safe_open(path, "pt") as stored:
                     for kind, calls in self._streams().items():
                         for index, call in calls.items():

@@ -153,7 +153,7 @@ class _Job:
         """Quantize and write one group with its norm."""
         recipe, group, folds, drift = self._recipe, plan.group, self._run.folds, None
         if self._propagation is not None and plan.quant_type.spec.weight_bits == 4:
-            drift = self._propagation.drift(block, group, folds.statistics.input(group.site), self._run.clock)
+            drift = self._propagation.drift(block, group, self._run.clock)
         result = quantize_plan(self._run, recipe, self._groups, plan, self._bits, drift)
         if self._propagation is not None:
             self._propagation.take(block, group, result, folds.divisors(recipe, self._groups, group))

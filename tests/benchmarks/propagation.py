@@ -85,7 +85,7 @@ class Chain:
         for x, moved in zip(self._inputs[site], self._reached(site, fold), strict=True):
             sums.observe(x, moved)
         known = replace(
-            prepare_group(linears, stats, scheme, norm_weight, dtype, fold), drift=sums.finish(stats, self._strength)
+            prepare_group(linears, stats, scheme, norm_weight, dtype, fold), drift=sums.finish(site, self._strength)
         )
         result = quantize_group(
             linears, stats, scheme, norm_weight=norm_weight, dtype=dtype, fold=fold, bits=bits, known=known

@@ -28,7 +28,7 @@ def drift(x: Tensor, moved: Tensor, strength: float) -> Drift:
     sums = DriftAccumulator(WIDTH)
     for part, its in zip(x.split(1500), moved.split(1500), strict=True):
         sums.observe(part, its)
-    return sums.finish(stats_of(x), strength)
+    return sums.finish("q_proj", strength)
 
 
 def test_the_aim_is_the_regression_on_the_moved_inputs_shrunk_towards_their_diagonal() -> None:
@@ -61,7 +61,7 @@ def test_without_drift_the_aim_is_the_weight_to_the_bit() -> None:
 
 def test_errors_are_weighed_by_the_moved_inputs_and_all_else_stays() -> None:
     x, y = inputs()
-    seen = drift(x, y, 0.5).inputs
+    seen = drift(x, y, 0.5).applied(stats_of(x))
     assert seen.second_moment is not None
     assert torch.allclose(seen.second_moment, y.T @ y / len(y), rtol=1e-4, atol=1e-4)
     assert torch.equal(seen.square_mean, seen.second_moment.diagonal())
