@@ -16,11 +16,14 @@ import torch
 
 from glmq.cann import find_ascend
 from glmq.errors import DeviceError
+from glmq.first_calls import make_first_calls
 from glmq.machine import available_memory, processor_features
 
 DUO_CHIP: Final = "310P"
 """Part of the name that torch_npu gives to the chips of the Atlas 300I Duo, e.g. `Ascend310P3`."""
 BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16"})
+
+make_first_calls()  # as glmq.numerics does: on import, since these two are what computes, in whatever order they come
 
 
 def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.device:

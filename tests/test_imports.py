@@ -28,7 +28,7 @@ MODULES = {
 }
 
 ROWS = (
-    "_native quoting threads version wording", "errors", "machine spec",
+    "_native first_calls quoting threads version wording", "errors", "machine spec",
     "cann engines records", "progress", "device ranks", "codec", "numerics", "checkpoint", "model",
     "calibration", "quantization", "compression", "inspection", "verification", "serve reporting",
     "jobs", "glmq", "cli", "__main__",
@@ -49,11 +49,12 @@ ALLOWED = {
     "records": {"errors", "spec"},
     "progress": {"records"},
     "threads": set(),
+    "first_calls": set(),
     "cann": {"machine"},
-    "device": {"errors", "machine", "cann"},
+    "device": {"errors", "machine", "cann", "first_calls"},
     "ranks": {"errors"},
     "codec": {"errors", "_native"},
-    "numerics": WORDS | {"_native", "codec.codec"},
+    "numerics": WORDS | {"_native", "codec.codec", "first_calls"},
     "checkpoint": WORDS,
     "model": WORDS | {"checkpoint", "device"},
     "calibration": WORDS | {"model", "numerics", "checkpoint", "device", "ranks"},
