@@ -200,6 +200,7 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
                 "files": [{"name": name, "bytes": count} for name, count in plan.files],
                 "output_bytes": plan.output_bytes,
                 "statistics_bytes": plan.statistics_bytes,
+                "work_bytes": plan.work_bytes,
                 "free_bytes": free,
                 "peak_bytes": plan.peak_bytes,
                 "available_bytes": memory,
@@ -213,7 +214,10 @@ def show_run_plan(plan: RunPlan, folder: Path, *, as_json: bool, verbose: bool) 
     stdout.print(areas_table(plan.areas))
     for name, count in plan.files:
         stdout.print(f"{name}: {count} bytes")
-    stdout.say(f"disk: {size(plan.output_bytes)} output, {size(plan.statistics_bytes)} statistics, {size(free)} free")
+    beside = f", {size(plan.work_bytes)} beside it while it runs" if plan.work_bytes else ""
+    stdout.say(
+        f"disk: {size(plan.output_bytes)} output{beside}, {size(plan.statistics_bytes)} statistics, {size(free)} free"
+    )
     stdout.say(f"memory: about {size(plan.peak_bytes)} resident at most, {size(memory)} available")
     if plan.quantization_seconds is not None:
         stdout.say(f"time: about {duration(plan.quantization_seconds)} on this machine as it is now")

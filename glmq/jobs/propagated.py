@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from glmq.calibration.stats import Statistics
+from glmq.checkpoint.disk import check_room
+from glmq.checkpoint.workplace import taken_bytes
 from glmq.device import resolve
+from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.streamed import StreamedModel
+from glmq.quantization.dry_run import TextLoad, kept_states_bytes
+from glmq.quantization.output import OutputPlan
 from glmq.quantization.passes import QuantizationRun
 from glmq.quantization.propagation import Propagation
 from glmq.quantization.recipe import Recipe
 
 
 def open_propagation(
-    run: QuantizationRun, recipe: Recipe, statistics: Statistics, work: Path, device_type: str, watcher: Watcher
+    run: QuantizationRun,
+    recipe: Recipe,
+    plan: OutputPlan,
+    statistics: Statistics,
+    folder: SharedFolder,
+    device_type: str,
+    watcher: Watcher,
 ) -> Propagation | None:
     """The samples behind the last layer that an interrupted run has finished; None where the recipe asks for none.
 
     Args:
         run: its journal drops the layers that must be done again.
-        work: the work folder.
+        plan: of the output, which the hidden states must leave room for.
+        folder: of the run.
 
     Raises:
+        SpaceError: the disk is too small.
         StatisticsError: the statistics lack what enters the text layers, or it is not as it was written.
         DeviceError: no such device.
     """
     if not recipe.propagation:
         return None
-    dtype = statistics.settings().dtype
-    model = StreamedModel(run.source, run.config, device=resolve(device_type), dtype=dtype)
-    propagation = Propagation(model, statistics, recipe.propagation, work, run.journal)
+    load = TextLoad.of(statistics.samples(), statistics.settings())
+    kept = kept_states_bytes(run.config, recipe, load)
+    check_room(folder.work, plan.shards.nbytes - taken_bytes(folder.path) + kept)
+    model = StreamedModel(run.source, run.config, device=resolve(device_type), dtype=load.dtype)
+    propagation = Propagation(model, statistics, recipe.propagation, folder.work, run.journal)
     if propagation.note:
         watcher.note(f"note: {propagation.note}")
     return propagation

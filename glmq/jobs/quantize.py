@@ -232,9 +232,11 @@ def forecast_quantization(job: QuantizationJob, *, overwrite: bool, watch: Watch
     with foreseen(obstacles):
         _check_places(job, overwrite=overwrite, resume=True)
     with _planned(job, Watcher(watch)) as (source, config, plan):
+        found = _forecast(job, source, config, plan, watch)
         with foreseen(obstacles):
-            check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
-        return replace(_forecast(job, source, config, plan, watch), obstacles=tuple(obstacles))
+            wanted = found.output_bytes + found.work_bytes
+            check_room(job.out_path, wanted - stored_bytes(job.out_path, job.work_dir))
+        return replace(found, obstacles=tuple(obstacles))
 
 
 def _forecast(
@@ -364,7 +366,7 @@ def _write_weights(
     }
     journal = Journal(folder.work, settings, writes=ranks.place.is_first, options=job.chosen())
     work = QuantizationRun(source, config, RowFolds(source, statistics), journal, ranks, step=watcher.step)
-    propagation = open_propagation(work, recipe, statistics, folder.work, job.calibration.device_type, watcher)
+    propagation = open_propagation(work, recipe, plan, statistics, folder, job.calibration.device_type, watcher)
     recipe, note = settle_allocation(recipe, plan.groups, statistics)
     if note:
         watcher.note(note)

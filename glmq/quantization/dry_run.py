@@ -63,6 +63,8 @@ class RunPlan:
     output_bytes: int
     statistics_bytes: int
     """Disk that calibration needs; 0 where statistics are given."""
+    work_bytes: int
+    """Disk that hidden states take beside the output while it runs; 0 without propagation."""
     calibration_seconds: float | None
     """Estimated time of the calibration that comes first; None where statistics are given."""
     quantization_seconds: float | None
@@ -127,6 +129,7 @@ def make_run_plan(
         files=tuple((file.name, file.nbytes) for file in plan.shards.files),
         output_bytes=plan.shards.nbytes,
         statistics_bytes=disk,
+        work_bytes=kept_states_bytes(config, recipe, load),
         calibration_seconds=calibration,
         quantization_seconds=rest,
         peak_bytes=max(peak, estimated_peak(config, recipe, plan, load)),
@@ -146,7 +149,12 @@ def estimated_peak(config: ModelConfig, recipe: Recipe, plan: OutputPlan, load: 
     carried = [group for group in layer.groups if plan.groups[group.site].is_quantized]
     rounding += max((4 * _weights(group) + 2 * 4 * group.width**2 for group in carried), default=0)
     running = 2 * _weights_in(layer) * load.dtype.itemsize
-    return PROCESS_BYTES + 2 * load.tokens * config.hidden_size * load.dtype.itemsize + max(rounding, running)
+    return PROCESS_BYTES + _states_bytes(config, load) + max(rounding, running)
+
+
+def kept_states_bytes(config: ModelConfig, recipe: Recipe, load: TextLoad) -> int:
+    """Disk for the hidden states that propagation keeps in the work folder, of two layers, so that a stopped run can go on."""
+    return 2 * _states_bytes(config, load) if recipe.propagation else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +270,11 @@ def plan_passes(
 def seconds_of(passes: Iterable[PassPlan]) -> float:
     """The time that all these passes are expected to take."""
     return sum(step.seconds for one in passes for step in one.steps)
+
+
+def _states_bytes(config: ModelConfig, load: TextLoad) -> int:
+    """Of two models, at one layer."""
+    return 2 * load.tokens * config.hidden_size * load.dtype.itemsize
 
 
 def _weights(group: InputGroup) -> int:

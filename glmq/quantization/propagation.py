@@ -139,10 +139,9 @@ class Propagation:
             for kind, calls in self._streams().items()
             for index, call in calls.items()
         }
+        self._clear(keep=_file_of(number - 1))
         name = _file_of(number)
-        digest = write_tensors(self._work / name, states)
-        self._clear(keep=[name, _file_of(number - 1)])
-        return {name: digest}
+        return {name: write_tensors(self._work / name, states)}
 
     def _streams(self) -> Mapping[str, dict[int, BlockCall]]:
         return {"float": self._float, "quantized": self._quantized}
@@ -162,9 +161,9 @@ class Propagation:
         )
         journal.drop(done)
 
-    def _clear(self, keep: list[str]) -> None:
+    def _clear(self, keep: str) -> None:
         for path in self._work.glob(f"{STREAMS}*"):
-            if path.name not in keep:
+            if path.name != keep:
                 path.unlink()
 
 

@@ -239,6 +239,35 @@ def test_an_interrupted_run_goes_on_with_the_states_that_it_left(
 
 
 @pytest.mark.slow
+def test_what_is_kept_beside_the_output_is_foretold_and_needs_room(
+    half: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(**options: object) -> Path:
+        return quantize(half, stats, tmp_path / "out", propagation=0.5, **options, **W4A8)
+
+    plan = glmq.quantize(
+        half, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5), dry_run=True
+    )
+    plain = glmq.quantize(half, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(), dry_run=True)
+    run_and_cut(run, VISION + 2)
+    kept = [load_file(path) for path in (tmp_path / ".out.partial").glob(".streams-*")]
+    assert len(kept) == 2
+    assert plan.work_bytes == sum(state.nbytes for states in kept for state in states.values())
+    assert plain.work_bytes == 0
+    shutil.rmtree(tmp_path / ".out.partial")
+
+    wanted = plan.output_bytes + plan.work_bytes
+    monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: wanted - 1)
+    sentence = f"{wanted} bytes are to be written, but its disk has {wanted - 1} free; make room or choose another disk"
+    found = glmq.quantize(
+        half, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5), dry_run=True
+    )
+    assert found.obstacles == (f"{tmp_path / 'out'}: {sentence}",)
+    assert refused(run) == (5, f"{tmp_path / '.out.partial'}: {sentence}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "altered"])
 def test_layers_whose_states_are_lost_are_done_again(
     damage: str, half: Path, stats: Path, unbroken: dict[str, str], tmp_path: Path
