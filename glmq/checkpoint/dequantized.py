@@ -51,8 +51,8 @@ class DequantizedCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor:
         return self._scaled(name, 0, super().read(name))
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self._scaled(name, start, super().read_rows(name, start, stop))
+    def read_rows(self, name: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:
+        return self._scaled(name, start, super().read_rows(name, start, stop, room))
 
     def _scaled(self, name: str, start: int, values: Tensor) -> Tensor:
         if name not in self._scales:

@@ -222,17 +222,17 @@ def json_bytes(document: Mapping[str, JsonValue], *, indent: int) -> bytes:
     return (json.dumps(document, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` through a temporary name, mode 0640 whatever the umask.
+def write_whole(path: Path, *parts: bytes | memoryview) -> None:
+    """Write bytes, one part after the other, to `path` through a temporary name, mode 0640 whatever the umask.
 
     Raises:
         SpaceError: the disk is full.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with naming_full_disk(path, len(content)):
+        with naming_full_disk(path, sum(map(len, parts))):
             with partial.open("wb") as file:
-                file.write(content)
+                file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())  # a journal may speak of it next
             set_mode(partial, FILE_MODE)

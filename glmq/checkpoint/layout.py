@@ -108,10 +108,16 @@ def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None)
     return ShardPlan(stem, files, is_numbered=shard_bytes is not None)
 
 
+def lay_out_bare(specs: Iterable[TensorSpec]) -> tuple[bytes, list[TensorSpec]]:
+    """The header of a safetensors file without metadata, and the order in which the tensors follow it."""
+    ordered = _in_order(specs)
+    return _make_header(ordered, {}), ordered
+
+
 def bare_file_bytes(specs: Iterable[TensorSpec]) -> int:
     """Size of a safetensors file of these tensors without metadata."""
-    ordered = _in_order(specs)
-    return len(_make_header(ordered, {})) + sum(spec.nbytes for spec in ordered)
+    header, ordered = lay_out_bare(specs)
+    return len(header) + sum(spec.nbytes for spec in ordered)
 
 
 def _lay_out(file_name: str, specs: Iterable[TensorSpec]) -> PlannedFile:

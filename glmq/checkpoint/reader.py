@@ -201,8 +201,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
         info = self.info(name)
         return self._read_range(info, info.shape, 0)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, room: Tensor | None = None) -> Tensor:
         """Rows start..stop (stop excluded) of dimension 0, read alone.
+
+        Args:
+            room: uint8 memory for the rows, of their size at least; what was read there before is lost. Fresh unless given.
 
         Raises:
             CheckpointError: no such tensor, or not 0 <= start <= stop <= rows.
@@ -213,7 +216,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 f"{self.file_of(name)}: tensor {name!r} has shape {info.shape}, so rows {start}..{stop} cannot be read"
             )
         row_bytes = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
-        return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes)
+        return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes, room)
 
     def pieces(
         self, name: str, start: int = 0, stop: int | None = None, size: int | None = None
@@ -245,8 +248,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if not info.shape:
             return self.read_finite(name).float()
         values, extremes = torch.empty(info.shape), list[Tensor]()
-        for start, piece in self.pieces(name, size=WIDENED_BYTES):
-            values[start : start + len(piece)] = piece
+        row_bytes = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
+        height = min(max(1, WIDENED_BYTES // max(row_bytes, 1)), info.shape[0])
+        room = torch.empty(height * row_bytes, dtype=torch.uint8)
+        for start in range(0, info.shape[0], max(height, 1)):
+            rows = values[start : start + height]
+            piece = self.read_rows(name, start, start + len(rows), room)
+            rows.copy_(piece)
             extremes += self._extremes(name, piece)
         self._check_extremes(name, extremes, values)
         return values
@@ -331,10 +339,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 self._handles[path] = open_input(path)
             return self._handles[path]
 
-    def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int) -> Tensor:
-        """`shape` elements of the tensor's dtype, `skip` bytes after its first."""
+    def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int, room: Tensor | None = None) -> Tensor:
+        """`shape` elements of the tensor's dtype, `skip` bytes after its first, at the beginning of `room` if given."""
         dtype = torch_dtype(info.dtype)
-        raw = torch.empty(math.prod(shape) * DTYPE_BYTES[info.dtype], dtype=torch.uint8)
+        nbytes = math.prod(shape) * DTYPE_BYTES[info.dtype]
+        raw = torch.empty(nbytes, dtype=torch.uint8) if room is None else room[:nbytes]
         self._fill(info, raw.numpy().data, skip)
         return raw.view(dtype).reshape(shape)
 

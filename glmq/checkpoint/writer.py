@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Final
 
 import xxhash
-from safetensors.torch import save
 from torch import Tensor
 
 from glmq.checkpoint.disk import (
@@ -24,7 +23,7 @@ from glmq.checkpoint.disk import (
 )
 from glmq.checkpoint.header import DTYPE_BYTES, TensorInfo
 from glmq.checkpoint.json_file import JsonObject, write_json, write_whole
-from glmq.checkpoint.layout import PlannedFile, ShardPlan
+from glmq.checkpoint.layout import PlannedFile, ShardPlan, TensorSpec, lay_out_bare
 from glmq.checkpoint.reader import dtype_code, raw_bytes
 from glmq.checkpoint.weight_files import INDEX_SUFFIX
 from glmq.errors import LeftOverError, PlanError
@@ -227,6 +226,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     Raises:
         SpaceError: the disk is full.
     """
-    content = save(dict(tensors))
-    write_whole(path, content)
-    return xxhash.xxh3_128_hexdigest(content)
+    specs = [TensorSpec(name, dtype_code(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+    header, ordered = lay_out_bare(specs)
+    parts: list[bytes | memoryview] = [header, *(raw_bytes(tensors[spec.name]) for spec in ordered)]
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    write_whole(path, *parts)
+    return digest.hexdigest()

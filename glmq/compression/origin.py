@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from safetensors.torch import save
-
 from glmq.checkpoint.disk import make_directory
 from glmq.checkpoint.header import Header, TensorInfo, parse_header
 from glmq.checkpoint.json_file import Fields, JsonObject, parse_json, write_json, write_whole
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import list_side_files
+from glmq.checkpoint.writer import write_tensors
 from glmq.compression.manifest import AGAIN, Manifest, checked_bytes
 from glmq.compression.shard import RankTensor, Slice
 from glmq.errors import CheckpointError, DamagedError
@@ -57,7 +56,7 @@ def keep_origin(source: Checkpoint, folder: Path, ranks: Sequence[Sequence[RankT
     if ranks is not None:
         document: JsonObject = {"schema": SCHEMA, "parts": [_slices_document(tensors) for tensors in ranks]}
         write_json(target / SLICES, document, indent=0)
-        write_whole(target / KEPT, save({name: source.read(name) for name in missing_tensors(source, ranks)}))
+        write_tensors(target / KEPT, {name: source.read(name) for name in missing_tensors(source, ranks)})
 
 
 def missing_tensors(source: Checkpoint, ranks: Sequence[Sequence[RankTensor]]) -> list[str]:

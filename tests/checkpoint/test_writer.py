@@ -13,13 +13,13 @@ import xxhash
 from helpers import tree
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.layout import ShardPlan, TensorSpec, plan_shards
 from glmq.checkpoint.reader import Checkpoint, dtype_code
-from glmq.checkpoint.writer import ShardWriter
+from glmq.checkpoint.writer import ShardWriter, write_tensors
 from glmq.errors import CheckpointError, SpaceError
 
 GENERATOR = torch.Generator().manual_seed(2)
@@ -431,3 +431,12 @@ def test_other_write_errors_are_passed_on(tmp_path: Path, monkeypatch: pytest.Mo
         sink.write("a", torch.zeros(8, dtype=torch.int8))
     assert Path(caught.value.filename).parent == tmp_path
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_file_has_the_bytes_of_the_formats_own_writer(tmp_path: Path) -> None:
+    tensors = TENSORS | {"turned": torch.arange(6).reshape(2, 3).T}
+    digest = write_tensors(tmp_path / "small", tensors)
+    written = (tmp_path / "small").read_bytes()
+    assert written == save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    assert digest == xxhash.xxh3_128_hexdigest(written)
+    assert os.listdir(tmp_path) == ["small"]
