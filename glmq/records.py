@@ -142,7 +142,7 @@ class PassTime:
     title: str
     seconds: float
     peak_bytes: int
-    """Largest resident memory of the process after a block."""
+    """The most memory that the process has held until the pass ended."""
     stages: tuple[StageTime, ...]
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from glmq.machine import peak_memory
 from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Unit, Watch, sum_stages
 from glmq.quoting import visible
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
@@ -75,11 +76,9 @@ class Watcher:
         Args:
             finished: how many an interrupted run has done.
         """
-        started, peak, stages = self._start(title, unit, total, finished), 0, list[StageTime]()
+        started, stages = self._start(title, unit, total, finished), list[StageTime]()
 
         def done(block: BlockDone) -> None:
-            nonlocal peak
-            peak = max(peak, block.resident_bytes)
             stages.extend(block.stages)
             log.info(
                 "%s: %d/%d %s, %.1f s, %.0f MiB resident",
@@ -88,21 +87,21 @@ class Watcher:
             self._tell(block)
 
         yield done
-        self._end(PassTime(title, time.perf_counter() - started, peak, tuple(sum_stages(stages))), 0)
+        self._end(title, started, tuple(sum_stages(stages)), 0)
 
     @contextmanager
     def bytes(self, title: str, total: int) -> Iterator[Callable[[str, int, int], None]]:
         """A pass over bytes; call what it gives with a tensor's name, the bytes done and the resident memory."""
-        started, peak, count = self._start(title, "bytes", total, 0), 0, 0
+        started, count = self._start(title, "bytes", total, 0), 0
 
         def done(name: str, nbytes: int, resident_bytes: int) -> None:
-            nonlocal peak, count
-            peak, count = max(peak, resident_bytes), count + nbytes
+            nonlocal count
+            count += nbytes
             log.debug("%s: %s, %d bytes, %.0f MiB resident", title, name, nbytes, resident_bytes / 2**20)
             self._tell(BytesDone(name, nbytes, resident_bytes))
 
         yield done
-        self._end(PassTime(title, time.perf_counter() - started, peak, ()), count)
+        self._end(title, started, (), count)
 
     def drain(self, title: str, total: int, steps: Generator[BytesDone, None, T]) -> T:
         """Run a generator to its end as a pass over `total` bytes; returns what it returns."""
@@ -133,7 +132,8 @@ class Watcher:
         self._tell(PassStarted(title, unit, total, finished))
         return time.perf_counter()
 
-    def _end(self, done: PassTime, nbytes: int) -> None:
+    def _end(self, title: str, started: float, stages: tuple[StageTime, ...], nbytes: int) -> None:
+        done = PassTime(title, time.perf_counter() - started, peak_memory(), stages)
         log.info("%s: done in %.1f s, at most %.0f MiB resident", done.title, done.seconds, done.peak_bytes / 2**20)
         self._times.append(done)
         self._tell(PassDone(done, nbytes))

@@ -7,7 +7,8 @@ from helpers import run_ranks
 
 from glmq.jobs import watcher as watcher_module
 from glmq.jobs.watcher import Watcher
-from glmq.progress import Event, Note, PassDone, PassStarted
+from glmq.machine import peak_memory
+from glmq.progress import Event, Note, PassDone, PassStarted, resident_bytes
 from glmq.ranks import Place, Ranks
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
@@ -29,7 +30,7 @@ def test_a_pass_over_blocks_tells_its_start_its_blocks_and_what_it_took() -> Non
         block(1, 200, StageTime("read", 2.0, 0, 4), StageTime("rounding", 1.0, 6, 0)),
     )
     assert isinstance(end, PassDone)
-    assert (end.time.title, end.time.peak_bytes, end.nbytes) == ("rate", 300 * 2**20, 0)
+    assert (end.time.title, end.nbytes) == ("rate", 0)
     assert end.time.stages == (StageTime("read", 3.0, 0, 12), StageTime("rounding", 1.0, 6, 0))
     assert watcher.times(Ranks(Place(0, 1))) == (end.time,)
 
@@ -42,7 +43,19 @@ def test_a_pass_over_bytes_adds_them_up() -> None:
     assert events[:3] == [PassStarted("compress", "bytes", 30), BytesDone("a", 10, 5), BytesDone("b", 20, 7)]
     end = events[3]
     assert isinstance(end, PassDone)
-    assert (end.nbytes, end.time.peak_bytes) == (30, 7)
+    assert end.nbytes == 30
+
+
+def test_a_pass_knows_what_was_held_between_its_blocks() -> None:
+    events: list[Event] = []
+    with Watcher(events.append).blocks("rate", 1) as done:
+        before = peak_memory()
+        held = bytearray(64 * 2**20 + before - resident_bytes())  # more than ever before
+        del held
+        done(block(0, 1))
+    (end,) = [event for event in events if isinstance(event, PassDone)]
+    assert end.time.peak_bytes == peak_memory()
+    assert end.time.peak_bytes - before > 48 * 2**20
 
 
 def test_what_is_counted_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
