@@ -38,6 +38,8 @@ USUAL_RATE: Final = 1e10
 """Weights times tokens a second."""
 MOST_CALLS: Final = 8
 """That are timed of one block."""
+WARM_SECONDS: Final = 0.2
+"""A call that takes longer is hardly slower for being the first."""
 WRITE_SECONDS: Final = 4e-9
 """For a byte of a file that must have reached the disk: of a small machine's."""
 TOKEN_TEXT: Final = 16
@@ -245,10 +247,15 @@ def _time_block(
 
 
 def _time_run(run: Callable[[], Result], share: float, times: int = 1) -> tuple[float, Result]:
-    """Seconds of a run over `share` times as much as one call, from some calls after a first one that also fills caches."""
-    result = run()
+    """Seconds of a run over `share` times as much as one call, from so many calls.
+
+    A short first call mostly starts threads and fills caches, so it is not counted.
+    """
     started = time.perf_counter()
-    for _ in range(times):
+    result = run()
+    counted = 1 if time.perf_counter() - started > WARM_SECONDS else 0
+    started = started if counted else time.perf_counter()
+    for _ in range(times - counted):
         result = run()
     return share * (time.perf_counter() - started) / times, result
 

@@ -8,6 +8,7 @@ import pytest
 from helpers import calibrate, edit_json, refused
 from PIL import Image
 
+from glmq.calibration import dry_run
 from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions
 from glmq.jobs.calibrate import calibrate as calibrate_or_forecast
 
@@ -107,3 +108,26 @@ def test_answers_that_the_model_will_write_are_foretold_at_their_longest(
     # The random model never stops, so tokens are the most; the texts of its answers are shorter than allowed for.
     assert dict(plan.files) == sizes | {"statistics.json": pytest.approx(sizes["statistics.json"], rel=0.2)}
     assert plan.output_bytes >= sum(sizes.values())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "times", "foretold", "calls"),
+    [
+        ([0.25, 9], 1, 4 * 0.25, 1),
+        ([0.25, 0.125, 9], 2, 4 * (0.25 + 0.125) / 2, 2),
+        ([0.125, 0.0625, 9], 1, 4 * 0.0625, 2),
+        ([0.125, 0.0625, 0.03125, 9], 2, 4 * (0.0625 + 0.03125) / 2, 3),
+    ],
+)
+def test_only_a_short_first_call_is_left_out_of_a_trial(
+    seconds: list[float], times: int, foretold: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, done = [8.0], [0]
+
+    def run() -> int:
+        now[0] += seconds[done[0]]
+        done[0] += 1
+        return done[0]
+
+    monkeypatch.setattr(dry_run.time, "perf_counter", lambda: now[0])
+    assert dry_run._time_run(run, 4, times) == (foretold, calls)
