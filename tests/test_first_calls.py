@@ -21,7 +21,7 @@ for child in range(60):
     if os.waitpid(pid, 0)[1]:
         sys.exit("the first call had other results than the second")
 """
-"""Without the calls that the import makes, one child in forty sees two results; then one of the two tests fails, 19 times in 20."""
+"""Without the calls that the import makes, one child in forty sees two results, and nearly always one of both tests fails."""
 
 
 @pytest.mark.slow
