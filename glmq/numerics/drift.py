@@ -70,7 +70,7 @@ class DriftAccumulator:
         moment, cross = self._moment.div_(self._tokens), self._cross.div_(self._tokens)
         deviation = input_deviation(moment.diagonal().clone())
         root, failed = torch.linalg.cholesky_ex(shrunk_correlation(moment, deviation))
-        if int(failed):
+        if int(failed) or not root.diagonal().isfinite().all():  # LAPACK on aarch64 lets NaN pass
             raise StatisticsError(
                 f"{site}: its inputs have no positive definite second moment once the linears before it are integers; "
                 "leave --propagation out, or keep the layers before it float (--keep-float)"

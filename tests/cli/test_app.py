@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -161,3 +162,15 @@ def test_verify_of_a_float_checkpoint_says_so(tiny: Path) -> None:
         f"error: {tiny}: is a float checkpoint, verify checks quantized ones; give what `glmq quantize` wrote, and this folder "
         "as --reference\n"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_spin_briefly_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
+    own = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import os, sys, glmq.cli.app; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=own | given, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{spins} False\n"  # torch reads it as it is imported
