@@ -27,8 +27,8 @@ from glmq.version import __version__
 
 # Large tensors in huge pages: a fresh one costs a quarter of the time. torch reads this when it is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# A thread of torch's that waits for another spins for milliseconds before it sleeps. Where another program wants the core too, it
-# takes the time of the thread that it waits for: with one of two cores busy, runs took 1.4 to 4 times as long. libgomp reads this.
+# A thread of torch's that waits for another spins for milliseconds before it sleeps. Where another program wants the core too,
+# it takes the time of the one that it waits for: with one of two cores busy, runs took 1.4 to 4 times as long. For libgomp.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # torch_npu is imported where an NPU is asked for: left to torch, a machine without CANN could not even run on its CPU.
