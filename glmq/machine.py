@@ -28,7 +28,6 @@ FEATURES: Final = (
     *("sse4_2", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve"),
 )
-STATUS: Final = Path("/proc/self/status")
 CGROUPS: Final = Path("/proc/self/cgroup")
 CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
 PACKAGES: Final = ("torch", "transformers", "safetensors", "numpy", "pillow", "torch-npu")
@@ -147,17 +146,6 @@ def available_memory() -> int:
         if limit is not None and used is not None:
             free.append(max(0, limit - used + _reclaimable(folder)))
     return min(free)
-
-
-def peak_memory() -> int:
-    """The most bytes of main memory that this process has held so far; where the system does not say, what it holds now."""
-    try:
-        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
-    return int(psutil.Process().memory_info().rss)
 
 
 def _cgroups() -> Iterator[Path]:

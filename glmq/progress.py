@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
 
 import psutil
 
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
+
+STATUS: Final = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +123,17 @@ def no_step(_: BlockStep) -> None:
 def resident_bytes() -> int:
     """Resident memory of this process."""
     return int(_process(os.getpid()).memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had so far; where the system does not say, what it has now."""
+    try:
+        for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return resident_bytes()
 
 
 @functools.cache

@@ -23,17 +23,6 @@ def group(root: Path, name: str, **files: object) -> None:
         (root / name / file.replace("__", ".")).write_text(f"{text}\n")
 
 
-def test_the_most_memory_that_was_held_is_what_linux_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "STATUS", tmp_path / "status")
-    (tmp_path / "status").write_text("Name:\tglmq\nVmPeak:\t  900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\n")
-    assert machine.peak_memory() == 300 * 1024
-    (tmp_path / "status").write_text("Name:\tglmq\n")
-    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: type("Memory", (), {"rss": 5}))
-    assert machine.peak_memory() == 5
-    (tmp_path / "status").unlink()
-    assert machine.peak_memory() == 5
-
-
 def test_without_a_limit_the_machines_memory_is_available(root: Path) -> None:
     assert machine.available_memory() == FREE
     (root / "cgroup").write_text("0::/\n")

@@ -1,3 +1,4 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -54,3 +55,14 @@ def test_what_another_stopwatch_measured_is_added(clock: SimpleNamespace) -> Non
 def test_stages_of_several_blocks_add_up_in_the_order_of_their_first_appearance() -> None:
     times = [StageTime("read", 1.0, 0, 5), StageTime("forward", 2.0, 8, 0), StageTime("read", 0.5, 0, 1)]
     assert sum_stages(times) == [StageTime("read", 1.5, 0, 6), StageTime("forward", 2.0, 8, 0)]
+
+
+def test_the_most_memory_that_was_held_is_what_linux_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "STATUS", tmp_path / "status")
+    (tmp_path / "status").write_text("Name:\tglmq\nVmPeak:\t  900 kB\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\n")
+    assert progress.peak_bytes() == 300 * 1024
+    (tmp_path / "status").write_text("Name:\tglmq\n")
+    monkeypatch.setattr(progress, "resident_bytes", lambda: 5)
+    assert progress.peak_bytes() == 5
+    (tmp_path / "status").unlink()
+    assert progress.peak_bytes() == 5

@@ -251,11 +251,11 @@ def _time_run(run: Callable[[], Result], share: float, times: int = 1) -> tuple[
 
     A short first call mostly starts threads and fills caches, so it is not counted.
     """
-    started = time.perf_counter()
+    started, done = time.perf_counter(), 1
     result = run()
-    counted = 1 if time.perf_counter() - started > WARM_SECONDS else 0
-    started = started if counted else time.perf_counter()
-    for _ in range(times - counted):
+    if time.perf_counter() - started <= WARM_SECONDS:
+        started, done = time.perf_counter(), 0
+    for _ in range(times - done):
         result = run()
     return share * (time.perf_counter() - started) / times, result
 

@@ -219,9 +219,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._read_range(info, (stop - start, *info.shape[1:]), start * row_bytes, room)
 
     def pieces(
-        self, name: str, start: int = 0, stop: int | None = None, size: int | None = None
+        self, name: str, start: int = 0, stop: int | None = None, size: int | None = None, *, reuse: bool = False
     ) -> Iterator[tuple[int, Tensor]]:
         """The tensor, or rows start..stop of its dimension 0, some `size` bytes (PIECE_BYTES) at a time and in order.
+
+        Args:
+            reuse: each piece is lost when the next one is asked for, which is read into its memory.
 
         Yields:
             the first row of each piece, and the piece: [rows, ...] in the stored dtype. A scalar comes whole.
@@ -235,8 +238,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
             return
         stop = info.shape[0] if stop is None else stop
         height = max(1, (size or PIECE_BYTES) * info.shape[0] // max(info.nbytes, 1))
+        room = None
+        if reuse:
+            rows = min(height, stop - start)
+            room = torch.empty(rows * info.nbytes // max(info.shape[0], 1), dtype=torch.uint8)
         for row in range(start, stop, height):
-            yield row, self.read_rows(name, row, min(row + height, stop))
+            yield row, self.read_rows(name, row, min(row + height, stop), room)
 
     def read_finite(self, name: str) -> Tensor:
         """As `read`; raises CheckpointError if the tensor holds NaN or infinity."""
@@ -248,13 +255,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         if not info.shape:
             return self.read_finite(name).float()
         values, extremes = torch.empty(info.shape), list[Tensor]()
-        row_bytes = math.prod(info.shape[1:]) * DTYPE_BYTES[info.dtype]
-        height = min(max(1, WIDENED_BYTES // max(row_bytes, 1)), info.shape[0])
-        room = torch.empty(height * row_bytes, dtype=torch.uint8)
-        for start in range(0, info.shape[0], max(height, 1)):
-            rows = values[start : start + height]
-            piece = self.read_rows(name, start, start + len(rows), room)
-            rows.copy_(piece)
+        for start, piece in self.pieces(name, size=WIDENED_BYTES, reuse=True):
+            values[start : start + len(piece)] = piece
             extremes += self._extremes(name, piece)
         self._check_extremes(name, extremes, values)
         return values

@@ -10,8 +10,19 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from glmq.machine import peak_memory
-from glmq.progress import BlockStep, Event, Note, PassDone, PassPlan, PassStarted, RunPlanned, Unit, Watch, sum_stages
+from glmq.progress import (
+    BlockStep,
+    Event,
+    Note,
+    PassDone,
+    PassPlan,
+    PassStarted,
+    RunPlanned,
+    Unit,
+    Watch,
+    peak_bytes,
+    sum_stages,
+)
 from glmq.quoting import visible
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
@@ -133,7 +144,7 @@ class Watcher:
         return time.perf_counter()
 
     def _end(self, title: str, started: float, stages: tuple[StageTime, ...], nbytes: int) -> None:
-        done = PassTime(title, time.perf_counter() - started, peak_memory(), stages)
+        done = PassTime(title, time.perf_counter() - started, peak_bytes(), stages)
         log.info("%s: done in %.1f s, at most %.0f MiB resident", done.title, done.seconds, done.peak_bytes / 2**20)
         self._times.append(done)
         self._tell(PassDone(done, nbytes))

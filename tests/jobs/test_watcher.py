@@ -8,8 +8,7 @@ from helpers import run_ranks
 
 from glmq.jobs import watcher as watcher_module
 from glmq.jobs.watcher import Watcher
-from glmq.machine import peak_memory
-from glmq.progress import Event, Note, PassDone, PassStarted, resident_bytes
+from glmq.progress import Event, Note, PassDone, PassStarted, peak_bytes, resident_bytes
 from glmq.ranks import Place, Ranks
 from glmq.records import BlockDone, BytesDone, PassTime, StageTime
 
@@ -50,13 +49,13 @@ def test_a_pass_over_bytes_adds_them_up() -> None:
 def test_a_pass_knows_what_was_held_between_its_blocks() -> None:
     events: list[Event] = []
     with Watcher(events.append).blocks("rate", 1) as done:
-        before = peak_memory()
+        before = peak_bytes()
         # More than ever before, in pages of its own: malloc may have kept some.
         size, flags = 64 * 2**20 + before - resident_bytes(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
         mmap.mmap(-1, size, flags=flags).close()
         done(block(0, 1))
     (end,) = [event for event in events if isinstance(event, PassDone)]
-    assert end.time.peak_bytes == peak_memory()
+    assert end.time.peak_bytes == peak_bytes()
     assert end.time.peak_bytes - before > 48 * 2**20
 
 
