@@ -94,6 +94,7 @@ def quantize(
     resume: bool = False,
     watch: Watch | None = None,
     keep_extra: bool = False,
+    reports: bool = True,
     **options: object,
 ) -> Path:
     """Quantize into `out`, which is returned; the options are fields of `glmq.quantization.recipe.Options`."""
@@ -112,6 +113,7 @@ def quantize(
         fallback_topk,
         max_error,
         keep_extra=keep_extra,
+        reports=reports,
     )
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch).folder
 
@@ -130,8 +132,9 @@ def findings_as_of_another_tool(folder: Path, reference: Path) -> list[Finding]:
     from glmq.verification.checks import verify_files
     from glmq.verification.findings import Finding
 
-    for own in ("glmq_checksums.json", "glmq_report.json", "glmq_report.csv"):
-        (folder / own).unlink()
+    (folder / "glmq_checksums.json").unlink()
+    for own in folder.glob("glmq_report.*"):
+        own.unlink()
     findings = [found for found in verify_files(folder, reference, []) if isinstance(found, Finding)]
     return [found for found in findings if "--channel-shift" not in found.message]
 

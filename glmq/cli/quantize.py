@@ -238,6 +238,15 @@ def quantize(
             rich_help_panel=o.OUTPUT,
         ),
     ] = None,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report/--no-report",
+            help="Measure every linear's error, and write report, page and model card. --method plain takes two thirds of the "
+            "time without.",
+            rich_help_panel=o.OUTPUT,
+        ),
+    ] = True,
     json_output: o.JsonOutput = False,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -260,6 +269,7 @@ def quantize(
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.cli.stopped import resuming_command
+    from glmq.errors import UsageError
     from glmq.jobs.calibrate import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
     from glmq.jobs.run_report import PAGE
@@ -268,6 +278,8 @@ def quantize(
     from glmq.ranks import read_place
 
     share_one_heap()
+    if html is not None and not report:
+        raise UsageError("--html: it is the page of the report, and --no-report writes none; leave one of the two out")
     options = Options(
         w_bit=w_bit,
         a_bit=a_bit,
@@ -325,6 +337,7 @@ def quantize(
         max_error=max_error,
         work_dir=work_dir,
         keep_extra=keep_extra,
+        reports=report,
         command=resuming_command(),
     )
     with ProgressView(quiet=quiet or json_output, verbose=verbose, events=events, verb="quantize") as view:

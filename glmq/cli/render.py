@@ -292,16 +292,18 @@ def areas_table(areas: Sequence[AreaBytes]) -> FittedTable:
 
 def show_quantization(result: QuantizationResult, model: Path, *, verbose: bool) -> None:
     """The error table, the bytes, and how the run ended: where the output lies, what it is worth, and what to do next."""
-    stdout.print(error_table(result.reports, verbose=verbose))
+    if result.reports:
+        stdout.print(error_table(result.reports, verbose=verbose))
     stdout.print(areas_table(result.areas))
     recipe, folder = result.recipe, result.folder
     stdout.say(f"{recipe.quant_type.value} ({recipe.dtype.value}) written to {folder} in {duration(result.seconds)}")
     before, after = sum(part.before for part in result.areas), sum(part.after for part in result.areas)
     stdout.say(f"  size: {size(before)} before, {size(after)} after")
-    errors = sorted(report.output_error for report in result.reports)
-    worst = max(result.reports, key=lambda report: report.output_error)
-    at = FAMILY.short_name(worst.name)
-    stdout.say(f"  output error: median {median(errors):.2%}, worst {errors[-1]:.2%} at {at}")
+    if result.reports:
+        errors = sorted(report.output_error for report in result.reports)
+        worst = max(result.reports, key=lambda report: report.output_error)
+        at = FAMILY.short_name(worst.name)
+        stdout.say(f"  output error: median {median(errors):.2%}, worst {errors[-1]:.2%} at {at}")
     show_settled(result.settled, verbose=verbose)
     stdout.print(f"  check it: glmq verify {quote(str(folder))} --reference {quote(str(model))}", soft_wrap=True)
     for line in next_steps(result.folder, recipe):

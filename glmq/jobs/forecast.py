@@ -62,6 +62,7 @@ def forecast_weight_passes(
     load: TextLoad,
     *,
     measures: bool,
+    reports: bool,
 ) -> tuple[PassPlan, ...]:
     """The passes of a quantization over the weights.
 
@@ -69,6 +70,7 @@ def forecast_weight_passes(
         seen: the statistics, or those of a few inputs over one sample, to try one group with.
         load: of the statistics.
         measures: every group is quantized once before, to see which stay float.
+        reports: each quantized linear is compared with its float original.
     """
     speed = usual_speed(recipe, load)
     if is_large(source):
@@ -76,7 +78,7 @@ def forecast_weight_passes(
         if isinstance(seen, Statistics):
             seen = {quantized[0].site: seen.input(quantized[0].site)}
         if any(group.site in seen for group in quantized):
-            speed = try_speed(source, seen, recipe, plan, load)
+            speed = try_speed(source, seen, recipe, plan, load, reports=reports)
     return plan_passes(source, config, recipe, plan, speed, measures=measures)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -19,7 +20,7 @@ from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
 from glmq.device import resolve
-from glmq.errors import LaunchError
+from glmq.errors import LaunchError, UsageError
 from glmq.jobs.calibrate import (
     Calibration,
     CalibrationOptions,
@@ -36,7 +37,7 @@ from glmq.jobs.measured import deal_bits, fall_back
 from glmq.jobs.notes import describe_large_weights, describe_recipe
 from glmq.jobs.propagated import open_propagation
 from glmq.jobs.run_log import run_log
-from glmq.jobs.run_report import calibration_facts, run_facts, write_reports
+from glmq.jobs.run_report import calibration_facts, describe, run_facts
 from glmq.jobs.settings import machine_settings
 from glmq.jobs.settled import Settled, assess_settled
 from glmq.jobs.shared_folder import SharedFolder
@@ -45,9 +46,8 @@ from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files, engine_side_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.numerics import gptq
-from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import RateCurve
-from glmq.progress import PassPlan, Watch
+from glmq.progress import Watch
 from glmq.quantization.bits import settle_allocation
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, TextLoad, make_run_plan
 from glmq.quantization.fold import RowFolds
@@ -81,6 +81,8 @@ class QuantizationJob:
     """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
     keep_extra: bool = False
     """Also copy tensors that are no part of the model."""
+    reports: bool = True
+    """Measure every linear's error, and leave report, page and model card beside the weights."""
     curves: tuple[RateCurve, ...] = field(default=(), repr=False)
     """What sparse linears lose at how many bits, if a run has measured that which differs in the target bits alone."""
 
@@ -98,6 +100,7 @@ class QuantizationJob:
             "--max-error": "" if self.max_error is None else number_text(self.max_error),
             "--part_file_size": in_units,
             "--keep-extra": str(self.keep_extra),
+            "--report": str(self.reports),
         }
 
     def chosen(self) -> dict[str, str]:
@@ -118,9 +121,10 @@ class QuantizationResult:
     folder: Path
     recipe: Recipe
     reports: tuple[LinearReport, ...]
+    """The error table; empty where none was asked for."""
     areas: tuple[AreaBytes, ...]
     document: JsonObject
-    """As glmq_report.json holds it."""
+    """As glmq_report.json holds it; without `linears` where none was asked for."""
     times: tuple[PassTime, ...]
     """Of each pass over the model, on rank 0."""
     settled: Settled
@@ -244,16 +248,20 @@ def _forecast(
 ) -> RunPlan:
     if job.stats_path is not None and Workplace.of(job.stats_path).contents():
         statistics = open_statistics(source, job.calibration, job.stats_path, Watcher(watch))
-        return make_run_plan(source, config, job.recipe, plan, statistics, measures=job.measures)
+        return make_run_plan(source, config, job.recipe, plan, statistics, measures=job.measures, reports=job.reports)
     work = Calibration.prepare(source, config, job.calibration, Place(0, 1), Watcher(watch))
     disk = work.plan.output_bytes + work.plan.work_bytes
     load = TextLoad.of(work.plan.samples, work.settings)
     needs = CalibrationNeeds(disk, work.plan.peak_bytes, work.seconds(), load)
-    return make_run_plan(source, config, job.recipe, plan, needs, measures=job.measures)
+    return make_run_plan(source, config, job.recipe, plan, needs, measures=job.measures, reports=job.reports)
 
 
 def _check_places(job: QuantizationJob, *, overwrite: bool, resume: bool) -> None:
     """Refuse output folders that cannot be written, or hold what is read, and several ranks where one does the work."""
+    if job.recipe.scheme.bias_correction and not job.reports:
+        raise UsageError(
+            "--no-report: verify checks what --bias-correction did by the report; leave one of the two out"
+        )
     if job.recipe.propagation and read_place().world > 1:
         raise LaunchError(
             "--propagation: each layer waits for the one before, so torchrun's processes cannot share them; run "
@@ -304,6 +312,9 @@ def _statistics(
     if ranks.place.is_first and stats_path is not None:
         tidy_up(stats_path, job.work_dir)
     ranks.barrier()
+    passes = partial(
+        forecast_weight_passes, source, config, job.recipe, plan, measures=job.measures, reports=job.reports
+    )
     if Workplace.of(place).contents():
         if stats_path is None:
             statistics = Statistics.open(place)
@@ -315,13 +326,13 @@ def _statistics(
             statistics = open_statistics(source, options, stats_path, watcher)
         if watcher.is_watched:
             load = TextLoad.of(statistics.samples(), statistics.settings())
-            watcher.plan(_weight_passes(source, config, plan, job, statistics, load))
+            watcher.plan(passes(statistics, load))
     else:
         work = Calibration.prepare(source, config, options, ranks.place, watcher)
         if watcher.is_watched:
             first, seen = work.forecast()
             load = TextLoad.of(work.plan.samples, work.settings)
-            watcher.plan([*first, *_weight_passes(source, config, plan, job, seen, load)])
+            watcher.plan([*first, *passes(seen, load)])
         work_dir = job.work_dir if stats_path else None  # others grow in the work folder already
         run = RunNote("quantize", job.command, job.chosen())
         output = OutputFolder(place, overwrite=False, resume=resume, work_dir=work_dir, run=run)
@@ -331,17 +342,6 @@ def _statistics(
         statistics = Statistics.open(place)
     source.contents = statistics.weights_wanted()
     return statistics
-
-
-def _weight_passes(
-    source: Checkpoint,
-    config: ModelConfig,
-    plan: OutputPlan,
-    job: QuantizationJob,
-    seen: Statistics | Mapping[str, InputStats],
-    load: TextLoad,
-) -> tuple[PassPlan, ...]:
-    return forecast_weight_passes(source, config, job.recipe, plan, seen, load, measures=job.measures)
 
 
 def _write_weights(
@@ -365,7 +365,8 @@ def _write_weights(
         **machine_settings(),
     }
     journal = Journal(folder.work, settings, writes=ranks.place.is_first, options=job.chosen())
-    work = QuantizationRun(source, config, RowFolds(source, statistics), journal, ranks, step=watcher.step)
+    folds = RowFolds(source, statistics)
+    work = QuantizationRun(source, config, folds, journal, ranks, step=watcher.step, reports=job.reports)
     propagation = open_propagation(work, recipe, plan, statistics, folder, job.calibration.device_type, watcher)
     recipe, note = settle_allocation(recipe, plan.groups, statistics)
     if note:
@@ -391,7 +392,7 @@ def _write_weights(
     kept = kept_float(plan.groups, recipe, job.recipe)
     run = run_facts(job.model_path, job.stats_path, job.out_path, times)
     report = Report(recipe, tuple(reports), tuple(areas), kept, checksums, calibration_facts(statistics), run)
-    document = write_reports(folder.path, report, ranks)
-    is_dense = all(report.quant_type.spec.weight_bits == 8 for report in reports)
+    document = describe(report, folder.path if job.reports else None, ranks)
+    is_dense = all(g.quant_type.spec.weight_bits == 8 for g in plan.groups.values() if g.is_quantized)
     settled = assess_settled(statistics, is_dense=is_dense)
     return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, curves, 0.0)

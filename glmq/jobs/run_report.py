@@ -55,10 +55,10 @@ def run_facts(model: Path, statistics: Path | None, output: Path, passes: Sequen
     )
 
 
-def write_reports(folder: Path, report: Report, ranks: Ranks) -> JsonObject:
-    """Rank 0 writes all of it into `folder`, and the checksums again; every rank gets the contents of its report."""
+def describe(report: Report, folder: Path | None, ranks: Ranks) -> JsonObject:
+    """Rank 0 writes all of it into `folder`, if one is given, and the checksums again; every rank gets what its report says."""
     document = report_document(report)
-    if ranks.place.is_first:
+    if ranks.place.is_first and folder is not None:
         write_report(folder, document, report.linears)
         write_page(folder / PAGE, quantization_page(report))
         write_whole(folder / CARD, model_card(report).encode(errors="backslashreplace"))

@@ -97,7 +97,14 @@ class SweepWork:
         measured: set[str | None] = set()
         for variant, plan in self.plans.items():
             passes = forecast_weight_passes(
-                self.source, self.config, variant.recipe, plan, self.statistics, load, measures=variant.measures
+                self.source,
+                self.config,
+                variant.recipe,
+                plan,
+                self.statistics,
+                load,
+                measures=variant.measures,
+                reports=True,
             )
             found[variant] = [one for one in passes if one.title != "rate" or variant.curves_key not in measured]
             measured.add(variant.curves_key)

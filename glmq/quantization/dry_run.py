@@ -20,7 +20,7 @@ from glmq.numerics.rate import mean_rule_bits, solve_bits
 from glmq.progress import PassPlan, StepPlan
 from glmq.quantization.bits import needs_curves
 from glmq.quantization.group import FloatLinear
-from glmq.quantization.layer import quantize_group, rate_curves
+from glmq.quantization.layer import measure_group, quantize_group, rate_curves
 from glmq.quantization.measure import measured_blocks, rated_blocks
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area
 from glmq.quantization.passes import effort, rating_effort
@@ -107,19 +107,21 @@ def make_run_plan(
     first: CalibrationNeeds | Statistics,
     *,
     measures: bool,
+    reports: bool,
 ) -> RunPlan:
     """Collect what is known before the run; with statistics, the smallest group is quantized to see how long it takes.
 
     Args:
         first: the statistics to quantize with, or what making them needs.
         measures: every group is quantized once before, to see which stay float.
+        reports: each quantized linear is compared with its float original.
     """
     disk, peak, calibration, rest = 0, 0, None, None
     match first:
         case Statistics():
             load = TextLoad.of(first.samples(), first.settings())
             site = min((g.group for g in plan.groups.values() if g.is_quantized), key=trial_order).site
-            speed = try_speed(source, {site: first.input(site)}, recipe, plan, load)
+            speed = try_speed(source, {site: first.input(site)}, recipe, plan, load, reports=reports)
             rest = seconds_of(plan_passes(source, config, recipe, plan, speed, measures=measures))
         case CalibrationNeeds():
             disk, peak, calibration, load = first.disk_bytes, first.peak_bytes, first.seconds, first.load
@@ -185,13 +187,20 @@ def trial_order(group: InputGroup) -> tuple[bool, float]:
 
 
 def try_speed(
-    source: Checkpoint, inputs: Mapping[str, InputStats], recipe: Recipe, plan: OutputPlan, load: TextLoad
+    source: Checkpoint,
+    inputs: Mapping[str, InputStats],
+    recipe: Recipe,
+    plan: OutputPlan,
+    load: TextLoad,
+    *,
+    reports: bool,
 ) -> Speed:
     """Read and quantize one group, the first in `trial_order` of those whose statistics are given; nothing is written.
 
     Args:
         inputs: statistics of some quantized inputs, by site.
         load: what goes through the text layers if the recipe asks for propagation.
+        reports: each quantized linear is compared with its float original.
     """
     groups = [group for group in plan.groups.values() if group.is_quantized and group.group.site in inputs]
     chosen = min(groups, key=lambda one: trial_order(one.group))
@@ -207,7 +216,9 @@ def try_speed(
         curves, known = rate_curves(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype)
         bits = solve_bits(curves, mean_rule_bits(curves))
         rate, started = (read + time.perf_counter() - started) / rating_effort(chosen.group), time.perf_counter()
-    quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known, bits=bits)
+    result = quantize_group(linears, stats, scheme, norm_weight=norm_weight, dtype=recipe.dtype, known=known, bits=bits)
+    if reports:
+        measure_group(linears, stats, scheme, result)
     quantize = (read + time.perf_counter() - started) / effort(chosen.group)
     carry = CARRIED * load.tokens * _time_of_weight(linears[0].weight.to(load.dtype)) if recipe.propagation else 0.0
     return Speed(rate, quantize, 2 * copy, carry)  # what is copied is read and written

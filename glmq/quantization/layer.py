@@ -1,4 +1,4 @@
-"""quantize_group(): the linears that read one input, quantized together: prepare, round, fold the biases, report.
+"""The linears that read one input, together: quantize_group() prepares, rounds and folds the biases, measure_group() reports.
 
 Pure on tensors: the same inputs give the same bits.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,6 @@ class GroupResult:
     """The quantized linears of one group, and the norm that now goes in front of them."""
 
     linears: list[QuantizedLinear]
-    reports: list[LinearReport]
     norm_weight: Tensor | None
     """[K] in the storage dtype; None where the group has no norm."""
     norm_bias: Tensor | None
@@ -52,9 +51,17 @@ class GroupResult:
     scales: Tensor | None
     """float32 [K]: what the input channels were divided by; None where nothing was scaled."""
     stages: tuple[StageTime, ...]
-    """Smoothing, rounding, report."""
+    """Smoothing, rounding, and once it is measured report."""
     prepared: PreparedGroup
     """What was chosen."""
+    smoothed: Sequence[Tensor]
+    """float32 [N_i, K]: the weights that the integers stand for, before the rows' divisors."""
+    method: Method
+    """That made the integers."""
+    seconds: Sequence[float]
+    """Of each linear; the first has what all share."""
+    reports: Sequence[LinearReport] = ()
+    """The error of each linear, once it is measured."""
 
 
 def quantize_group(
@@ -94,7 +101,7 @@ def quantize_group(
         with clock.stage("rate"):
             curves = _curves(linears, stats, scheme, group)
             bits = solve_bits(curves, mean_rule_bits(curves))
-    quantized, reports = [], []
+    quantized, seconds = [], []
     method = Method.PLAIN if scheme.weight.method is Method.COMPENSATED and factor is None else scheme.weight.method
     weights = [linear.weight if group.scales is None else linear.weight * group.scales for linear in linears]
     with clock.stage("rounding"):
@@ -104,16 +111,40 @@ def quantize_group(
         rounded = _round(linears, aims, scheme.weight, factor, dtype, method, bits)
     if factor is not None:
         clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
-    for linear, weight, aim, integers in zip(linears, weights, aims, rounded, strict=True):
+    for linear, aim, integers in zip(linears, aims, rounded, strict=True):
         with clock.stage("rounding"):
             result = _assemble(linear, linear.divided(aim), integers, stats, scheme, group)
         quantized.append(result)
-        seconds, started = time.perf_counter() - started, time.perf_counter()
+        seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+    return GroupResult(
+        quantized,
+        group.norm_weight,
+        None if group.shift is None else -group.shift,
+        group.scales,
+        clock.take(),
+        group,
+        weights,
+        method,
+        seconds,
+    )
+
+
+def measure_group(
+    linears: Sequence[FloatLinear], stats: InputStats, scheme: GroupScheme, result: GroupResult
+) -> GroupResult:
+    """The result with the error of each linear; the other arguments are those that `quantize_group` made it from."""
+    clock = Stopwatch()
+    reports = []
+    for linear, weight, quantized, seconds in zip(
+        linears, result.smoothed, result.linears, result.seconds, strict=True
+    ):
         with clock.stage("report"):
-            reports.append(report_linear(linear, weight, result, stats, scheme, group, method, seconds))
+            reports.append(
+                report_linear(linear, weight, quantized, stats, scheme, result.prepared, result.method, seconds)
+            )
         clock.count("report", flops=4 * stats.sample.shape[0] * weight.numel())
-    norm_bias = None if group.shift is None else -group.shift
-    return GroupResult(quantized, reports, group.norm_weight, norm_bias, group.scales, clock.take(), group)
+    return replace(result, reports=reports, stages=(*result.stages, *clock.take()))
 
 
 def _aim(weight: Tensor, drift: Drift, scales: Tensor | None) -> Tensor:

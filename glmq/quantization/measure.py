@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from glmq.checkpoint.json_file import JsonObject
@@ -38,6 +38,7 @@ def measure_checkpoint(
     run: QuantizationRun, recipe: Recipe, groups: Mapping[str, GroupPlan], *, bits: Mapping[str, float]
 ) -> Iterator[QuantizedBlock]:
     """Quantize every planned group and report its errors, but write nothing. Raises as `quantize_checkpoint` does."""
+    run = replace(run, reports=True)
     blocks = measured_blocks(run.config, groups)
 
     def measure(index: int, block: Block) -> JsonObject:

@@ -21,7 +21,7 @@ from glmq.numerics.rows import is_one_number
 from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
 from glmq.quantization.fold import RowFolds
 from glmq.quantization.group import FloatLinear, GroupScheme, PreparedGroup, RowFold, prepare_group
-from glmq.quantization.layer import GroupResult, quantize_group
+from glmq.quantization.layer import GroupResult, measure_group, quantize_group
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.ranks import Ranks
@@ -45,11 +45,13 @@ class QuantizationRun:
     """What an earlier pass of this process chose, by site, scheme and label of the row fold; without the factors."""
     step: Step = no_step
     """Is told how far the block is that this rank works on."""
+    reports: bool = True
+    """Each quantized linear is compared with its float original."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedBlock:
-    """One block is written: a step of the progress bar and the rows of its error table."""
+    """One block is written: a step of the progress bar and the rows of its error table, if one was asked for."""
 
     done: BlockDone
     reports: tuple[LinearReport, ...]
@@ -136,9 +138,11 @@ def quantize_plan(
         bits=[bits[linear.name] for linear in linears] if plan.group.linears[0].name in bits else None,
         known=known,
     )
+    if run.reports:
+        result = measure_group(linears, stats, scheme, result)
     run.prepared[key] = replace(result.prepared, drift=None)
     run.clock.include(result.stages)
-    return result
+    return replace(result, smoothed=())  # while it is written, the weights need not stay in memory
 
 
 def read_group(

@@ -149,7 +149,7 @@ class _Job:
         self._written |= set(written)
         return parse_reports(payload)
 
-    def quantize(self, block: Block, plan: GroupPlan) -> list[LinearReport]:
+    def quantize(self, block: Block, plan: GroupPlan) -> Sequence[LinearReport]:
         """Quantize and write one group with its norm."""
         recipe, group, folds, drift = self._recipe, plan.group, self._run.folds, None
         if self._propagation is not None and plan.quant_type.spec.weight_bits == 4:

@@ -130,6 +130,7 @@ ROWS: Mapping[str, Options] = {
     **{f"{name}, the worst float": {**TYPES[name], "fallback_topk": 1} for name in FOUR},
     "the worst float, packed": {**W4A16, "fallback_topk": 1},
     "large errors float": {**SPARSE, "max_error": 0.05},
+    "large errors float, no report": {**SPARSE, "max_error": 0.05, "report": False},
     "the 300I Duo's preset": {"preset": "300i-duo"},
     "a preset, packed": {"preset": "800i-a2-w8a16", "format": "compressed-tensors"},
     "300I Duo": {**SPARSE, "target": "mindie-300i-duo"},

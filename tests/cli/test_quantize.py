@@ -18,6 +18,7 @@ from programs import start_glmq
 
 from glmq import device
 from glmq.calibration.stats import Statistics
+from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.reader import Checkpoint
 
 SEED = ("--w_bit", 4, "--is_lowbit", "True", "--use_sigma", "True", "--torch_dtype", "fp16")
@@ -209,6 +210,54 @@ def test_the_output_describes_itself_and_equal_runs_differ_in_one_key_alone(
     card = (tmp_path / "a" / "README.md").read_text()
     assert "\nQuantized to W8A8 (ascendV1, bfloat16) by glmq.\n" in card
     assert re.search(r"^- MindIE.*: set `modelWeightPath` to this folder", card, re.MULTILINE)
+
+
+@pytest.mark.parametrize("options", [(), ("--fallback-topk", 1)])
+def test_without_a_report_the_same_weights_stand_alone(
+    options: tuple[object, ...], small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    full, bare = tmp_path / "full", tmp_path / "bare"
+    glmq(*command(small, small_stats, full, *options, "-q"))
+    result = glmq(*command(small, small_stats, bare, *options, "--no-report", "--json"))
+    with_report, without = tree(full), tree(bare)
+    written = {"README.md", "glmq_report.csv", "glmq_report.html", "glmq_report.json"}
+    assert set(with_report) - set(without) == written
+    assert set(without) <= set(with_report)
+    assert [name for name in without if without[name] != with_report[name]] == ["glmq_checksums.json"]
+    assert read_checksums(bare).tensors_digest == read_checksums(full).tensors_digest
+    found, wanted = json.loads(result.stdout), json.loads((full / "glmq_report.json").read_text())
+    assert found["linears"] == []
+    assert "report" not in {stage["stage"] for stage in found["passes"][-1]["stages"]}
+    for left_out in ("linears", "run"):
+        del found[left_out], wanted[left_out]
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_without_a_report_the_end_tells_of_sizes_and_statistics(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    shown = glmq(*command(small, small_stats, tmp_path / "out", "--no-report")).stdout
+    assert "output error" not in shown
+    assert re.findall(r"^  (\w[\w ]*):", shown, re.MULTILINE) == ["size", "statistics", "answers", "check it"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ("--html", "page.html"),
+            "--html: it is the page of the report, and --no-report writes none; leave one of the two out",
+        ),
+        (
+            ("--bias-correction",),
+            "--no-report: verify checks what --bias-correction did by the report; leave one of the two out",
+        ),
+    ],
+)
+def test_what_needs_the_report_is_refused_without(
+    options: tuple[str, ...], sentence: str, small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    result = run(*command(small, small_stats, tmp_path / "out", "--no-report", *options))
+    assert (result.exit_code, result.stderr) == (2, f"error: {sentence}\n")
+    assert not os.listdir(tmp_path)
 
 
 def test_patterns_say_how_many_linears_they_match(small: Path, small_stats: Path, tmp_path: Path) -> None:

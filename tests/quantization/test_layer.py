@@ -18,9 +18,9 @@ from glmq.numerics.int8_linear import run_linear
 from glmq.numerics.metrics import relative_l2
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import mean_rule_bits, solve_bits
-from glmq.quantization import group
+from glmq.quantization import group, layer
 from glmq.quantization.group import NO_FOLD, FloatLinear, GroupScheme, RowFold
-from glmq.quantization.layer import GroupResult, quantize_group, rate_curves
+from glmq.quantization.layer import GroupResult, rate_curves
 from glmq.spec import ActRange, FloatDtype, Method, QuantType, Smoothing, StepRule, WeightScheme
 
 K = 128
@@ -57,6 +57,13 @@ def problem() -> tuple[list[FloatLinear], InputStats]:
         FloatLinear("v", normals(16, K, seed=7) / loud / 10, None),
     ]
     return linears, stats_of(TOKENS * NORM.float() * loud)
+
+
+def quantize_group(
+    linears: list[FloatLinear], stats: InputStats, scheme: GroupScheme, **options: object
+) -> GroupResult:
+    """Quantized and measured."""
+    return layer.measure_group(linears, stats, scheme, layer.quantize_group(linears, stats, scheme, **options))
 
 
 @functools.cache
