@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from glmq.inspection.comparison import Comparison
     from glmq.inspection.statistics import StatisticsComparison, StatisticsSummary
     from glmq.jobs.ask import ask
-    from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions, CalibrationResult, calibrate
+    from glmq.jobs.calibrate import CalibrationForecast, CalibrationResult, calibrate
+    from glmq.jobs.calibration_options import CalibrationOptions
     from glmq.jobs.compare import compare, compare_statistics
     from glmq.jobs.compress import CompressionOptions, CompressionResult, compress
     from glmq.jobs.inspect import Choice, inspect
@@ -47,7 +48,8 @@ _HOMES = {
     "glmq.compression.dry_run": ("CompressionPlan",),
     "glmq.errors": ("GlmqError", "InputError", "ResourceError", "UsageError"),
     "glmq.jobs.ask": ("ask",),
-    "glmq.jobs.calibrate": ("CalibrationForecast", "CalibrationOptions", "CalibrationResult", "calibrate"),
+    "glmq.jobs.calibrate": ("CalibrationForecast", "CalibrationResult", "calibrate"),
+    "glmq.jobs.calibration_options": ("CalibrationOptions",),
     "glmq.jobs.compare": ("compare", "compare_statistics"),
     "glmq.jobs.compress": ("CompressionOptions", "CompressionResult", "compress"),
     "glmq.jobs.inspect": ("Choice", "inspect"),

@@ -32,7 +32,7 @@ from glmq.errors import GlmqError, LostRanksError
 from glmq.ranks import Place, Ranks
 
 if TYPE_CHECKING:
-    from glmq.jobs.calibrate import CalibrationOptions
+    from glmq.jobs.calibration_options import CalibrationOptions
     from glmq.model.config import ModelConfig
     from glmq.model.inputs import ModelInputs
     from glmq.progress import Watch

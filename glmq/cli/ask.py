@@ -12,6 +12,7 @@ import typer
 from glmq.cli import options as o
 from glmq.cli.help import Tier
 from glmq.cli.streams import without_echo
+from glmq.values import LEAST_PIXELS
 
 if TYPE_CHECKING:
     from glmq.cli.progress import ProgressView
@@ -55,7 +56,7 @@ def ask(
         int | None,
         typer.Option(
             "--max-pixels",
-            min=28 * 28,
+            min=LEAST_PIXELS,
             help="Shrink a larger picture to this many pixels, which saves time.",
             rich_help_panel=QUESTION,
         ),

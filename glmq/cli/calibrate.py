@@ -63,7 +63,8 @@ def calibrate(
     from glmq.cli.progress import ProgressView
     from glmq.cli.render import print_json, show_calibration, show_calibration_plan, times_json
     from glmq.cli.stopped import resuming_command
-    from glmq.jobs.calibrate import CalibrationOptions, forecast_calibration, run_calibration
+    from glmq.jobs.calibrate import forecast_calibration, run_calibration
+    from glmq.jobs.calibration_options import CalibrationOptions
     from glmq.ranks import read_place
 
     chosen = CalibrationOptions(

@@ -27,14 +27,13 @@ from glmq.cli.stopped import describe_rest, describe_stop, find_unfinished, reme
 from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, MemoryShortError, SpaceError, UnreadableError, UsageError
 from glmq.machine import is_out_of_memory, logging_to
 from glmq.quoting import visible
+from glmq.values import DTYPE_WORDS
 
 log = logging.getLogger(__name__)
 
 TRUE_WORDS: Final = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS: Final = frozenset({"false", "0", "no", "off"})
 BOOLEAN_WORDS: Final = TRUE_WORDS | FALSE_WORDS
-DTYPE_WORDS: Final = {"float16": "fp16", "bfloat16": "bf16"}
-"""torch's names of what --torch_dtype takes."""
 WANTED: Final = {
     r"Input should be a valid integer.*": "a whole number is needed",
     r"Input should be a valid number.*": "a number is needed",
@@ -123,7 +122,8 @@ class GlmqCommand(TyperCommand):
             file = _value_of("--config", args)
             chosen = read_config_file(file, self.params) if file is not None else {}
             ctx.default_map = {**defaults_of(_value_of("--preset", args) or chosen.get("preset")), **chosen}
-            return super().parse_args(ctx, args)
+            with _of_file(file, chosen, args):
+                return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write(self._help(ctx, everything=False))
@@ -174,6 +174,20 @@ class GlmqCommand(TyperCommand):
             code, message, exit_code = _describe_failure(error)
             _complain(code, message, json_wanted, debug)
             raise typer.Exit(exit_code) from error
+
+
+@contextmanager
+def _of_file(file: str | None, chosen: Mapping[str, object], args: Sequence[str]) -> Iterator[None]:
+    """Name the file of --config where what typer finds wrong is a value of it."""
+    typed = {arg.partition("=")[0] for arg in map(_dashed, args)}  # before typer empties the list
+    try:
+        yield
+    except Exception as error:
+        words = [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        option = (usage_sentence(error, words) or "").partition(":")[0].partition(" ")[0]
+        if option in words[::2] and option not in typed:
+            raise typer.BadParameter(f"--config {file}: {usage_sentence(error, words)}") from error
+        raise
 
 
 @contextmanager

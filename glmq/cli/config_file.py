@@ -14,6 +14,7 @@ import typer
 
 from glmq.checkpoint.disk import read_input
 from glmq.errors import CheckpointError, UsageError
+from glmq.values import DTYPE_WORDS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,9 +37,11 @@ def read_config_file(file: str, params: Sequence[object]) -> dict[str, object]:
     """
     names = {str(name) for param in params if (name := getattr(param, "name", None)) not in NOT_IN_FILES}
     try:
-        return {known_key(key, names, file): value for key, value in read_toml(file).items()}
+        found = {known_key(key, names, file): value for key, value in read_toml(file).items()}
     except UsageError as error:
         raise typer.BadParameter(f"--config {error}") from error
+    dtype = found.get("torch_dtype")
+    return {**found, "torch_dtype": DTYPE_WORDS.get(dtype, dtype)} if isinstance(dtype, str) else found
 
 
 def read_toml(file: str) -> dict[str, object]:

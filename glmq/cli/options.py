@@ -10,6 +10,7 @@ import typer
 
 from glmq.cli.help import Tier
 from glmq.errors import UsageError
+from glmq.values import LEAST_PIXELS
 
 MODEL: Final = "Model"
 CALIBRATION: Final = "Calibration"
@@ -95,7 +96,7 @@ MaxPixels = Annotated[
     int | None,
     typer.Option(
         "--max-pixels",
-        min=28 * 28,
+        min=LEAST_PIXELS,
         help="Shrink larger images to this many pixels, which saves memory and time.",
         rich_help_panel=SAMPLES,
     ),

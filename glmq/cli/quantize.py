@@ -270,7 +270,7 @@ def quantize(
     from glmq.cli.render import print_json, show_quantization, show_run_plan, times_json
     from glmq.cli.stopped import resuming_command
     from glmq.errors import UsageError
-    from glmq.jobs.calibrate import CalibrationOptions
+    from glmq.jobs.calibration_options import CalibrationOptions
     from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
     from glmq.jobs.run_report import PAGE
     from glmq.quantization.options import Options

@@ -10,7 +10,7 @@ from typing import Final
 import typer
 
 from glmq.checkpoint.journal import number_text
-from glmq.cli.command import CONTEXT, DTYPE_WORDS, usage_sentence
+from glmq.cli.command import CONTEXT, usage_sentence
 from glmq.cli.config_file import known_key, read_toml
 from glmq.cli.presets import PresetName, defaults_of
 from glmq.cli.quantize import quantize
@@ -18,6 +18,7 @@ from glmq.errors import UsageError
 from glmq.jobs.sweep_recipes import Variant
 from glmq.quantization.options import Options
 from glmq.quantization.recipe import make_recipe
+from glmq.values import DTYPE_WORDS
 
 OPTIONS: Final = {field.name: "form" if field.name == "format" else field.name for field in fields(Options)}
 """Field of Options -> parameter of `glmq quantize`."""

@@ -24,6 +24,7 @@ from glmq.progress import PassPlan, StepPlan, Watch, resident_bytes
 from glmq.records import BlockDone
 from glmq.reporting.documents import Answer
 from glmq.spec import assert_never
+from glmq.values import LEAST_PIXELS, check_least
 from glmq.verification.answering import Answering, AnswerPlan
 from glmq.verification.checks import open_reference
 
@@ -72,6 +73,7 @@ class Asker:
         Args:
             shrinks: pictures are shrunk before use, so that any number of pixels is read.
         """
+        check_least("--max-new-tokens", max_new_tokens, 1)
         try:
             inputs = self._preprocessor.encode(_picture(image, shrinks=shrinks), prompt, None)
         except PictureError:
@@ -131,6 +133,8 @@ def open_asker(
     folder: str | Path, *, max_pixels: int | None = None, chat_template: Path | None = None, watch: Watch | None = None
 ) -> Iterator[Asker]:
     """A model that can be asked more than once while the context lasts; arguments and errors as of `ask`."""
+    check_least("--max-pixels", max_pixels, LEAST_PIXELS)
+    chat_template = None if chat_template is None else Path(chat_template)
     scanned, watcher = scan_folder(Path(folder)), Watcher(watch)
     source = _open(scanned)
     with source:

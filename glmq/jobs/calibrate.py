@@ -29,7 +29,8 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.workplace import check_output, foreseen
 from glmq.device import resolve
-from glmq.errors import LaunchError
+from glmq.errors import LaunchError, UsageError
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.forecast import forecast_calibration_passes
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.notes import describe_few, describe_findings, describe_generation, describe_large_pictures
@@ -39,65 +40,13 @@ from glmq.jobs.settled import Settled, assess_settled
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import FAMILY, ModelConfig
-from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
+from glmq.model.inputs import Preprocessor
 from glmq.model.source import SourceOptions, open_source
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
-
-
-@dataclass(frozen=True, slots=True)
-class CalibrationOptions:
-    """Where calibration samples come from and how the float model runs them."""
-
-    images: Path | None = None
-    """Folder of pictures, one sample each; None: the 30 pictures that come with glmq, unless there is a `samples_file`."""
-    recursive: bool = False
-    """Enter the sub-folders of `images`."""
-    samples_file: Path | None = None
-    """JSON lines of samples with image, prompt and text (answer), each optional."""
-    texts: bool = True
-    """Add the texts that come with glmq."""
-    prompt: str = DEFAULT_PROMPT
-    """What is asked about each picture."""
-    limit: int | None = None
-    """Use only the first pictures and lines, this many of each."""
-    generate: int | None = None
-    """Let the model itself answer samples that have no answer, in at most this many tokens."""
-    max_pixels: int | None = None
-    """Shrink larger pictures to this many pixels."""
-    skip_bad: bool = False
-    """Leave out files that do not decode as pictures, instead of stopping."""
-    wide_moments: bool = False
-    """Collect second moments of the vision tower and of down_proj too."""
-    text_inputs: bool = False
-    """Keep what enters the text layers, too: for quantizing with propagation."""
-    device_type: str = "cpu"
-    """`cpu` or `npu`."""
-    compute_dtype: str = "auto"
-    """Of the float model: `fp32`, `bf16`, `fp16`, or `auto`, the fastest that the device has."""
-    trust_remote_code: bool = False
-    """Let the tokenizer run code that lies in the model folder."""
-    work_dir: Path | None = None
-    """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
-    dequantize: bool = False
-    """Take FP8 weights with scales as the float numbers that they stand for."""
-    chat_template: Path | None = None
-    """File of the chat template to use; None: the model folder's own."""
-
-    def chosen(self) -> dict[str, str]:
-        """Where the samples come from, by option; empty text for what is not given."""
-        return {
-            "--calib_images": "" if self.images is None else str(self.images),
-            "--recursive": str(self.recursive),
-            "--calib-samples": "" if self.samples_file is None else str(self.samples_file),
-            "--prompt": self.prompt,
-            "--texts": str(self.texts),
-            "--limit": "" if self.limit is None else str(self.limit),
-            "--generate": "" if self.generate is None else str(self.generate),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +134,8 @@ def calibrate(
         InputError: a model or a sample that cannot be used.
         ResourceError: no disk, memory or device.
     """
+    if images is not None and options.images is not None:
+        raise UsageError("images with options.images: they name the same folder; give one of them")
     if images is not None:
         options = replace(options, images=Path(images))
     if dry_run:

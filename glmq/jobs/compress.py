@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, get_args, overload
 
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart
@@ -53,6 +53,7 @@ from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
+from glmq.values import check_least, check_word, member, take_paths
 
 CodecName: TypeAlias = Literal["auto", "portable", "ascend"]
 
@@ -72,6 +73,11 @@ class CompressionOptions:
     split_dir: Path | None = None
     """Folder for the uncompressed parts of each rank, in MindIE's layout, beside the compressed ones; None: not kept."""
 
+    def __post_init__(self) -> None:
+        take_paths(self, "executor", "work_dir", "split_dir")
+        object.__setattr__(self, "layout", member("--layout", self.layout, Engine))
+        check_least("--jobs", self.jobs, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class CompressionJob:
@@ -83,6 +89,10 @@ class CompressionJob:
     """Tensor-parallel size; None: of torchrun, or 1."""
     codec_name: CodecName = "auto"
     options: CompressionOptions = CompressionOptions()
+
+    def __post_init__(self) -> None:
+        check_least("--tp", self.tp, 1)
+        check_word("--codec", self.codec_name, get_args(CodecName))
 
 
 @dataclass(frozen=True, slots=True)

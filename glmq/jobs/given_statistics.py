@@ -9,7 +9,8 @@ from glmq.calibration.samples import Sample, digest
 from glmq.calibration.stats import Settings, Statistics
 from glmq.checkpoint.journal import changed_error
 from glmq.checkpoint.reader import Checkpoint
-from glmq.jobs.calibrate import CalibrationOptions, load_samples
+from glmq.jobs.calibrate import load_samples
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.settings import COMPUTE_DTYPES, calibration_settings, dtype_name
 from glmq.jobs.watcher import Watcher
 

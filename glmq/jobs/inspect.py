@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, ModelError, StatisticsError
@@ -17,11 +17,14 @@ from glmq.model.config import parse_config
 from glmq.model.members import describe_member
 from glmq.progress import Watch
 from glmq.reporting.documents import Inspection
+from glmq.values import check_least, check_word
 from glmq.verification.engines.check import check_lookups
 
 if TYPE_CHECKING:
     from glmq.inspection.statistics import StatisticsSummary
     from glmq.inspection.values import TensorValues
+
+Order: TypeAlias = Literal["name", "bytes", "type", "role"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,14 @@ class Choice:
     """A text layer (`3`), or layers like `visual.*`; None: all."""
     name: str | None = None
     """A pattern (`*`, `?`) that names end in, or text that they contain; None: all."""
-    sort: Literal["name", "bytes", "type", "role"] = "name"
+    sort: Order = "name"
+    """By `name`, `bytes`, `type` or `role`."""
     limit: int | None = None
     """At most this many."""
+
+    def __post_init__(self) -> None:
+        check_word("--sort", self.sort, get_args(Order))
+        check_least("--limit", self.limit, 1)
 
 
 def inspect(

@@ -21,15 +21,8 @@ from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
 from glmq.device import resolve
 from glmq.errors import LaunchError, UsageError
-from glmq.jobs.calibrate import (
-    Calibration,
-    CalibrationOptions,
-    CalibrationResult,
-    load_samples,
-    settings_of,
-    sources_of,
-    write_statistics,
-)
+from glmq.jobs.calibrate import Calibration, CalibrationResult, load_samples, settings_of, sources_of, write_statistics
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.forecast import forecast_weight_passes
 from glmq.jobs.given_statistics import check_calibration, open_statistics
 from glmq.jobs.joined_ranks import join_ranks

@@ -21,6 +21,7 @@ from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
 from glmq.ranks import Ranks, read_place
 from glmq.records import PassTime
+from glmq.values import check_least
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ def restore(
         InputError: no portable folder, or a damaged one.
         ResourceError: no disk or memory.
     """
-    source, out = Path(source), Path(out)
+    source, out, work_dir = Path(source), Path(out), None if work_dir is None else Path(work_dir)
+    check_least("--jobs", jobs, 1)
     if read_place().world > 1:
         raise LaunchError(
             "--decompress: needs no torchrun, one process restores every rank; run `glmq compress` itself"

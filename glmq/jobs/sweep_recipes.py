@@ -13,11 +13,12 @@ from typing import Final
 
 from glmq.checkpoint.journal import number_text
 from glmq.errors import UsageError
-from glmq.jobs.calibrate import CalibrationOptions
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.verify import CaseOptions
 from glmq.quantization.bits import needs_curves
 from glmq.quantization.flags import recipe_flags
 from glmq.quantization.recipe import Recipe
+from glmq.values import check_least, take_paths
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,59}")
 """Names that are folders too, which the engines open."""
@@ -36,6 +37,10 @@ class Variant:
     """Keep this many of the worst groups float."""
     max_error: float | None = None
     """Keep groups with a larger relative output error float."""
+
+    def __post_init__(self) -> None:
+        check_least("--fallback-topk", self.fallback_topk, 0)
+        check_least("--max-error", self.max_error, 0.0)
 
     @property
     def measures(self) -> bool:
@@ -77,6 +82,9 @@ class SweepOptions:
     """File of the chat template to use; None: the model folder's own."""
     work_dir: Path | None = None
     """Where the reports and the weights grow; None: beside the output folder, on the same disk."""
+
+    def __post_init__(self) -> None:
+        take_paths(self, "keep", "chat_template", "work_dir")
 
     def chosen(self) -> dict[str, str]:
         """Where the samples come from, by option; empty text for what is not given."""

@@ -23,6 +23,7 @@ from glmq.model.inputs import DEFAULT_PROMPT
 from glmq.progress import PassPlan, StepPlan, Watch, resident_bytes
 from glmq.reporting.documents import Verification
 from glmq.serve.agreement import require_vllm
+from glmq.values import LEAST_PIXELS, check_least, member, take_paths
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.checks import (
     judge_block,
@@ -61,6 +62,11 @@ class CaseOptions:
     max_pixels: int | None = None
     """Shrink larger pictures to this many pixels."""
 
+    def __post_init__(self) -> None:
+        take_paths(self, "images", "cases")
+        check_least("--limit", self.limit, 1)
+        check_least("--max-pixels", self.max_pixels, LEAST_PIXELS)
+
 
 def verify(
     candidate: str | Path,
@@ -97,6 +103,8 @@ def verify(
         EngineError: vLLM is not installed.
         InputError: nothing to verify in `candidate`, or an unusable reference or sample.
     """
+    engines = [member("engines", engine, Engine) for engine in engines]
+    chip = None if chip is None else member("chip", chip, Chip)
     candidate = Path(candidate)
     reference = None if reference is None else Path(reference)
     samples = load_cases(cases)

@@ -11,12 +11,15 @@ from typing import Final
 from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.quantization.targets import Target
-from glmq.spec import Activation, Allocation, Method, QuantType, StepRule, assert_never
+from glmq.spec import Activation, Allocation, FloatDtype, Method, QuantType, Smoothing, StepRule, assert_never
+from glmq.values import DTYPE_WORDS, check_between, check_word
 
 GROUP_SIZES: Final = tuple(sorted({size for engine in Engine for size in engine.spec.group_sizes}))
 """Those that some engine accepts."""
 PACKED_GROUP_SIZES: Final = (32, 64, 128)
 """Those of weight-only types: what vLLM's fast kernels take."""
+DTYPES: Final = {"bf16": FloatDtype.BF16, "fp16": FloatDtype.FP16}
+"""What --torch_dtype names."""
 DEFAULT_GROUP_SIZE: Final = 64
 DEFAULT_FRACTION: Final = 0.01
 DEFAULT_SIGMA_FACTOR: Final = 3.0
@@ -58,8 +61,13 @@ class Options:
     target: str = Target.GENERIC.value
 
 
-def check_ranges(options: Options) -> None:
-    """Raise UsageError for a number that no model takes."""
+def check_values(options: Options) -> None:
+    """Raise UsageError for a word that is none, or a number that no model takes."""
+    check_word("--torch_dtype", options.torch_dtype, (*DTYPES, *DTYPE_WORDS))
+    check_word("--anti_method", options.anti_method, (Smoothing.M2.value, Smoothing.NONE.value))
+    check_word("--method", options.method, [method.value for method in Method])
+    check_word("--allocate", options.allocate, [allocation.value for allocation in Allocation])
+    check_word("--target", options.target, [target.value for target in Target])
     if options.w_bit not in (4, 8):
         raise UsageError(f"--w_bit {options.w_bit}: 4 or 8 is needed")
     if options.a_bit not in (8, 16):
@@ -68,15 +76,14 @@ def check_ranges(options: Options) -> None:
         raise UsageError(
             f"--act_method {options.act_method}: 1 (min-max), 2 (histogram) or 3 (the better of both) is needed"
         )
-    if not 0.01 <= options.fraction <= 0.1:
-        raise UsageError(f"--fraction {options.fraction}: a number from 0.01 to 0.1 is needed")
-    if not 1.0 <= options.sigma_factor <= 3.0:
-        raise UsageError(f"--sigma_factor {options.sigma_factor}: a number from 1.0 to 3.0 is needed")
+    check_between("--fraction", options.fraction, 0.01, 0.1)
+    check_between("--sigma_factor", options.sigma_factor, 1.0, 3.0)
     sizes = GROUP_SIZES if options.a_bit == 8 else PACKED_GROUP_SIZES
     if options.group_size not in sizes:
         raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, sizes))} is needed")
-    if not 0.0 <= options.propagation <= 1.0:
-        raise UsageError(f"--propagation {options.propagation}: a number from 0 to 1 is needed")
+    check_between("--propagation", options.propagation, 0, 1)
+    check_between("--target-bits", options.target_bits, 0.5, 8)
+    check_between("--target-ratio", options.target_ratio, 0.0625, 1)
 
 
 def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule) -> None:

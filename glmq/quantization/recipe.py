@@ -14,8 +14,9 @@ from glmq.quantization.options import (
     DEFAULT_FRACTION,
     DEFAULT_GROUP_SIZE,
     DEFAULT_SIGMA_FACTOR,
+    DTYPES,
     Options,
-    check_ranges,
+    check_values,
     refuse_without_effect,
 )
 from glmq.quantization.rules import LayerRule, parse_rule
@@ -32,6 +33,7 @@ from glmq.spec import (
     StepRule,
     WeightScheme,
 )
+from glmq.values import DTYPE_WORDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +186,11 @@ def make_recipe(options: Options) -> Recipe:
     Raises:
         UsageError: a value out of range, options that contradict each other, or an option without effect.
     """
-    check_ranges(options)
+    check_values(options)
     quant_type = _quant_type(options)
     rule = _step_rule(options, quant_type)
     refuse_without_effect(options, quant_type, rule)
-    dtype = FloatDtype.BF16 if options.torch_dtype == "bf16" else FloatDtype.FP16
+    dtype = DTYPES[DTYPE_WORDS.get(options.torch_dtype, options.torch_dtype)]
     target = Target(options.target)
     form = choose_form(options.format, mindie_format=options.mindie_format)
     _refuse_in_form(options, quant_type, form)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from glmq.values import check_between, check_least
 from glmq.verification.findings import Severity
 
 CHANCE: Final = 0.05
@@ -27,6 +28,13 @@ class Limits:
     """Share of a linear's inputs outside what its int8 activation covers; more is a warning."""
     max_wasted_bits: float = 2.0
     """Bits of a static int8 activation that no input uses."""
+
+    def __post_init__(self) -> None:
+        check_least("--max-kl", self.max_kl, 0.0)
+        check_between("--min-top1", self.min_top1, 0.0, 1.0)
+        check_least("--max-error", self.max_error, 0.0)
+        check_between("--max-clipped", self.max_clipped, 0.0, 1.0)
+        check_between("--max-wasted-bits", self.max_wasted_bits, 0.0, 8.0)
 
     def below(self, good: int, positions: int) -> Severity | None:
         """Whether too few positions have a good most likely token: an error; a warning where chance may be why.

@@ -27,7 +27,8 @@ import torch
 from fidelity import Judge, Peer
 
 from glmq.jobs import measured
-from glmq.jobs.calibrate import CalibrationOptions, calibrate
+from glmq.jobs.calibrate import calibrate
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.quantize import quantize
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.quantization.options import Options

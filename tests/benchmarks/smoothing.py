@@ -22,7 +22,8 @@ import torch
 from fidelity import Judge
 from torch import Tensor
 
-from glmq.jobs.calibrate import CalibrationOptions, calibrate
+from glmq.jobs.calibrate import calibrate
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.quantize import quantize
 from glmq.model.tiny import TINY_CHECKPOINT, TINY_PICTURES
 from glmq.numerics.moments import InputStats

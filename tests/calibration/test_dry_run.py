@@ -9,8 +9,9 @@ from helpers import calibrate, edit_json, refused
 from PIL import Image
 
 from glmq.calibration import dry_run
-from glmq.jobs.calibrate import CalibrationForecast, CalibrationOptions
+from glmq.jobs.calibrate import CalibrationForecast
 from glmq.jobs.calibrate import calibrate as calibrate_or_forecast
+from glmq.jobs.calibration_options import CalibrationOptions
 
 
 def forecast(model: Path, out: Path, pictures: Path | None, **options: object) -> CalibrationForecast:

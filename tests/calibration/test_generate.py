@@ -14,7 +14,7 @@ from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.reader import Checkpoint
-from glmq.jobs.calibrate import CalibrationOptions
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.model.config import read_config
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
 from glmq.model.streamed import StreamedModel

@@ -15,7 +15,8 @@ from helpers import tree
 
 from glmq.calibration.samples import default_images
 from glmq.calibration.stats import Statistics
-from glmq.jobs.calibrate import CalibrationOptions, calibrate
+from glmq.jobs.calibrate import calibrate
+from glmq.jobs.calibration_options import CalibrationOptions
 
 
 def command(model: Path, stats: Path, *options: object) -> list[object]:

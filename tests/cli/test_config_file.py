@@ -86,13 +86,40 @@ def test_a_device_in_place_of_the_file_is_wrong_usage() -> None:
     assert message == "--config /dev/zero: is a device, a regular file is needed; give the file itself"
 
 
-@pytest.mark.parametrize("line", ['w_bit = "four"', 'torch_dtype = "fp32"', "fraction = [1]"])
-def test_a_value_of_another_kind_is_wrong_usage(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('w_bit = "four"', "--w-bit four: a whole number is needed"),
+        ('torch_dtype = "fp32"', "--torch-dtype: 'fp32' is not one of 'bf16', 'fp16'"),
+        ("limit = 0", "--limit 0: at least 1 is needed"),
+    ],
+)
+def test_a_value_of_another_kind_is_wrong_usage_of_the_file(line: str, what: str, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text(line)
+    command = ("quantize", "--config", file, "--model_path", "m", "--save_directory", "o", "--json")
+    result = run(*command)
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"]["message"] == f"--config {file}: {what}"
+    typed = run(*command, "--w_bit", "x")
+    assert json.loads(typed.stdout)["error"]["message"] in (
+        f"--config {file}: {what}",
+        "--w_bit x: a whole number is needed",
+    )
+
+
+def test_a_list_for_a_number_is_wrong_usage(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("fraction = [1]")
     result = run("quantize", "--config", file, "--model_path", "m", "--save_directory", "o")
     assert result.exit_code == 2
-    assert f"--{line.split()[0].replace('_', '-')}" in result.stderr
+    assert f"--config {file}: --fraction" in result.stderr
+
+
+def test_a_file_takes_torchs_names_of_dtypes(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('torch_dtype = "bfloat16"\n')
+    assert dumped("--config", file)["torch_dtype"] == '"bf16"'
 
 
 def test_unset_values_are_left_out() -> None:

@@ -9,7 +9,7 @@ import torch
 from helpers import fork_ranks, free_port
 
 from glmq.errors import UsageError
-from glmq.jobs.calibrate import CalibrationOptions
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.numerics import gptq
 from glmq.ranks import read_place

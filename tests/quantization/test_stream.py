@@ -15,7 +15,7 @@ from glmq.calibration.stats import Statistics
 from glmq.checkpoint.checksums import CHECKSUMS, read_checksums
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
-from glmq.jobs.calibrate import CalibrationOptions
+from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.model.config import FAMILY, read_config
 from glmq.model.streamed import StreamedModel
 from glmq.numerics.rate import RateCurve, mean_rule_bits, solve_bits
