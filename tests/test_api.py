@@ -5,6 +5,7 @@ import inspect
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -161,3 +162,22 @@ def test_errors_are_those_of_errors_py_and_leave_nothing(workplace: Path) -> Non
     with pytest.raises(glmq.InputError, match=r"config\.json"):
         glmq.quantize("photos", out="w8a8")
     assert not (workplace / "w8a8").exists()
+
+
+@pytest.mark.slow
+def test_verbs_may_run_in_several_threads(workplace: Path) -> None:
+    """The results of each are those that it has alone."""
+    stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    alone = glmq.quantize("GLM-4.1V", stats, out="alone")
+    cases = glmq.CaseOptions(images=workplace / "photos")
+    wanted = glmq.verify("alone", reference="GLM-4.1V", cases=cases).predictions
+    with ThreadPoolExecutor(4) as pool:
+        calibrated = [pool.submit(glmq.calibrate, "GLM-4.1V", images="photos", out=f"stats-{i}") for i in range(2)]
+        quantized = [pool.submit(glmq.quantize, "GLM-4.1V", stats, out=f"w8a8-{i}") for i in range(2)]
+        verified = [pool.submit(glmq.verify, "alone", reference="GLM-4.1V", cases=cases) for _ in range(2)]
+    for run in calibrated:
+        assert run.result().statistics.digest == stats.statistics.digest
+    for run in quantized:
+        assert run.result().document["checksums"] == alone.document["checksums"]
+    for run in verified:
+        assert run.result().predictions == wanted

@@ -8,13 +8,14 @@ features that glmq does not use.
 from __future__ import annotations
 
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -23,10 +24,17 @@ from glmq.device import without_npu
 _COMPILER = "torch._dynamo"
 
 
+ALONE: Final = threading.RLock()
+"""Held while transformers is imported or builds a model, which changes what all threads of the process see."""
+
+
 @contextmanager
 def lean_transformers() -> Iterator[None]:
-    """Import transformers inside. On a CPU it takes torch_npu for not installed, which may be there without its libraries."""
-    with without_npu(), no_compiler():
+    """Import transformers inside. On a CPU it takes torch_npu for not installed, which may be there without its libraries.
+
+    What stands in for packages meanwhile is seen by every thread, so one at a time may be inside.
+    """
+    with ALONE, without_npu(), no_compiler():
         import_module("transformers.utils").is_torch_npu_available()  # it keeps its answer
         yield
 

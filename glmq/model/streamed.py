@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,16 +27,13 @@ from glmq.machine import is_out_of_memory
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import ModelInputs
-from glmq.model.lean import lean_transformers
+from glmq.model.lean import ALONE, lean_transformers
 from glmq.model.vision_tower import quicken_vision
 from glmq.progress import Stopwatch
 
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value")  # of a text layer's argument; it changed between versions
 
 OWN_WEIGHTS: Final[Mapping[str, Tensor]] = {}
-
-DTYPE_NAMES: Final = ("float32", "float16", "bfloat16")
-"""What transformers builds a model in, as config.json calls it."""
 
 
 @dataclass(slots=True)
@@ -309,17 +307,21 @@ class StreamedModel:
 
 def _of_the_model(section: JsonObject) -> JsonObject:
     """A deep copy without what has nothing to do with the float model: the classes of a classifier, of which transformers makes
-    as many as it is told to; a quantization; a dtype that is none of weights.
+    as many as it is told to; a quantization; dtypes, which transformers would make those of all that other threads compute.
     """
     return {
         key: _of_the_model(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in section.items()
-        if key not in ("num_labels", "id2label", "label2id", "quantization_config")
-        and not (key in ("dtype", "torch_dtype") and value not in DTYPE_NAMES)
+        if key not in ("num_labels", "id2label", "label2id", "quantization_config", "dtype", "torch_dtype")
     }
 
 
 def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    with ALONE:
+        return _build_alone(config, dtype)
+
+
+def _build_alone(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     family = config.family
     with lean_transformers():
         import transformers
@@ -346,9 +348,13 @@ def _build_on_meta(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Every parameter of a module made inside lies on meta; buffers are computed as ever, since no checkpoint holds them."""
+    """Every parameter of a module that this thread makes inside lies on meta; buffers are computed as ever, since no checkpoint
+    holds them."""
+    own = threading.get_ident()
 
     def move(_: nn.Module, __: str, parameter: nn.Parameter) -> nn.Parameter:
+        if threading.get_ident() != own:
+            return parameter  # torch calls the hook in every thread
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     # torch's annotation leaves out that a hook may return another parameter, which its documentation says.

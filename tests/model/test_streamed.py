@@ -1,5 +1,7 @@
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,46 @@ import torch
 from helpers import edit_json, edit_tensors, full_model_kwargs, load_full, streamed_logits
 from PIL import Image
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import FAMILY, read_config
 from glmq.model.inputs import ModelInputs, Preprocessor
-from glmq.model.streamed import StreamedModel
+from glmq.model.streamed import StreamedModel, _build_alone
 from glmq.model.tiny import TINY_CASES
 from glmq.model.vision_tower import quicken_vision
 
 LAYER = "model.language_model.layers.0"
 CPU = torch.device("cpu")
+
+
+def test_what_other_threads_make_meanwhile_is_no_part_of_a_model(tiny: Path) -> None:
+    made: set[tuple[torch.device, torch.dtype, torch.dtype]] = set()
+
+    def elsewhere() -> None:
+        made.add((nn.Linear(2, 2).weight.device, torch.ones(1).dtype, torch.get_default_dtype()))
+
+    def observe(_: nn.Module, __: str, ___: nn.Parameter) -> None:
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=elsewhere)
+            other.start()
+            other.join()
+
+    with closing_hook(register_module_parameter_registration_hook(observe)):
+        model = _build_alone(read_config(tiny), torch.bfloat16)
+    assert made == {(CPU, torch.float32, torch.float32)}
+    assert {(one.device.type, one.dtype) for one in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+@contextmanager
+def closing_hook(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Quick(TorchFunctionMode):
