@@ -30,6 +30,7 @@ TRAINED = {
     "W8A8S, one bit": {**W8A8S, "target_bits": 1.0},
     "W8A8S, reference": {**W8A8S, "method": "reference"},
     "W8A8_DYNAMIC, three bits": {**DYNAMIC, "target_bits": 3.0},
+    "W8A8S, half a bit": {**W8A8S, "target_bits": 0.5},
     "a type of its own for down_proj": DOWN_PROJ,
     "every linear dynamic": ALL_DYNAMIC,
 }
