@@ -19,6 +19,7 @@ from cli.command_line import glmq
 from helpers import W8A8S, calibrate, quantize
 
 from glmq.cli.app import app
+from glmq.cli.console import stdout
 
 ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
@@ -198,7 +199,7 @@ def _anchors(document: Path) -> set[str]:
 def test_the_readme_shows_what_step_1_prints(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns and sentences, on a terminal of 80 columns; the numbers are those of the whole embedded model."""
     monkeypatch.chdir(kitchen)
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(stdout, "_width", 80)
     (sample,) = re.findall(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
     assert sample in CHINESE.read_text(encoding="utf-8")
     (step,) = (
