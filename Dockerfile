@@ -5,7 +5,7 @@ USER root
 RUN command -v gcc || (apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*)
 COPY . /src
 # Where the base has a torch already, pip is told to leave that very version alone.
-RUN python -m pip freeze | grep -E '^torch(-npu|_npu)?==' > /tmp/installed.txt || true \
+RUN python -m pip list --format=freeze | grep -E '^torch(-npu|_npu)?==' > /tmp/installed.txt || true \
     && if [ -s /tmp/installed.txt ]; then python -m pip install --no-cache-dir -c /tmp/installed.txt /src; \
        else python -m pip install --no-cache-dir -c /src/constraints.txt /src; fi \
     && rm -r /src

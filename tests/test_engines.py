@@ -1,8 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 
 from glmq.engines import ENGINES, Chip, Engine, Place
 from glmq.spec import FloatDtype, QuantType
 
+ROOT = Path(__file__).parents[1]
 WRITTEN = {t for t in QuantType if t is not QuantType.FLOAT and not t.spec.is_compressed}
 
 
@@ -29,3 +33,27 @@ def test_a_place_without_a_chip_is_any_of_them() -> None:
     assert anywhere.types() == (QuantType.W8A8, QuantType.W8A8_DYNAMIC, QuantType.W8A8S)
     assert anywhere.dtypes(QuantType.W4A8_DYNAMIC) == ()
     assert anywhere.why_not(QuantType.W4A8_DYNAMIC) == "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
+
+
+@pytest.mark.parametrize("engine", Engine)
+def test_the_page_of_engines_says_what_each_reads_on_which_chip(engine: Engine) -> None:
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    (reads,) = re.findall(rf"^\| {engine.spec.title} \| (.*?) \|", page, flags=re.M)
+    said = {chip: set(types.strip().split(", ")) for types, chip in re.findall(r"([A-Z0-9_, ]+) \((.*?)\)", reads)}
+    assert said == {
+        chip.value: {quant_type.value for quant_type in support.dtypes}
+        for chip, support in engine.spec.chips.items()
+        if support.dtypes
+    }
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_table_of_commands_names_the_engines_that_read_each_recipe(readme: str) -> None:
+    """All types that are made on the way: W8A8S, then W8A8SC."""
+    page = (ROOT / readme).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| Atlas (.*?) \| (.*?) \| (.*?) \|", page, flags=re.M)
+    assert len(rows) == 4
+    for name, engines, recipe in rows:
+        types = {QuantType(word) for word in re.findall(r"W\dA[A-Z0-9_]+", recipe)}
+        readers = [one.spec.title for one in Engine if types <= set(one.spec.chips[Chip(name)].dtypes)]
+        assert re.split("[,、] ?", engines) == readers

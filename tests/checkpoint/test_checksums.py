@@ -72,3 +72,8 @@ def test_an_altered_file_is_refused(tmp_path: Path, old: str, new: str, message:
     with pytest.raises(CheckpointError) as caught:
         read_checksums(tmp_path)
     assert str(caught.value) == f"{path}: {message}"
+
+
+def test_a_digest_is_of_the_text_that_docs_formats_describes() -> None:
+    text = b'{"a\\u00e9":[1,true],"b":"\\ud834\\udd1e"}'
+    assert document_digest({"b": "\U0001d11e", "aé": [1, True]}) == xxhash.xxh3_128_hexdigest(text)

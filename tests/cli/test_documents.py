@@ -19,10 +19,13 @@ from cli.command_line import glmq
 from helpers import W8A8S, calibrate, quantize
 
 from glmq.cli.app import app
+from glmq.cli.console import stdout
 
 ROOT = Path(__file__).parents[2]
 README, CHINESE = ROOT / "README.md", ROOT / "README_zh.md"
 DOCUMENTS = [README, CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OTHERS = [ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
+"""Documents without commands."""
 RECIPES = re.compile(r"^```toml\n(.*?)^```", flags=re.M | re.S)
 SHELL_BLOCK = re.compile(r'^```shell(?: title="([^"]*)")?\n(.*?)^```', flags=re.M | re.S)
 NEEDS = {"with an NPU", "with several NPUs", "with vLLM", "with a network", "with Docker", "on the serving machine"}
@@ -161,20 +164,56 @@ def test_the_chinese_readme_has_the_headings_and_commands_of_the_english_one() -
 
 
 def test_links_between_documents_lead_somewhere() -> None:
-    for document in [*DOCUMENTS, ROOT / "SECURITY.md"]:
-        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
-        for link in re.findall(r"\]\(([^)\s]+)\)", text):
-            path, _, anchor = link.partition("#")
-            target = document.parent / path if path else document
-            if "://" not in link:
-                assert target.exists(), f"{document.name}: {link}"
-                assert not anchor or anchor in _anchors(target), f"{document.name}: {link}"
+    for document in [*DOCUMENTS, *OTHERS]:
+        for path, anchor in _links(document):
+            assert path.exists(), f"{document.name}: {path}"
+            assert not anchor or anchor in _anchors(path), f"{document.name}: {path}#{anchor}"
+
+
+def test_every_document_is_reached_from_the_readme() -> None:
+    seen, todo = set[Path](), [README]
+    while todo:
+        document = todo.pop()
+        if document not in seen:
+            seen.add(document)
+            todo += [path for path, _ in _links(document) if path.suffix == ".md"]
+    assert {str(path.relative_to(ROOT)) for path in {*DOCUMENTS, *OTHERS} - seen} == set()
+
+
+def _links(document: Path) -> Iterator[tuple[Path, str]]:
+    """The files that a document leads to, each with the anchor there."""
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<a href="([^"]+)"', text):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            yield (document.parent / path).resolve() if path else document, anchor
 
 
 def _anchors(document: Path) -> set[str]:
     """As GitHub and mkdocs name headings of plain words."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_step_1_prints(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns and sentences, on a terminal of 80 columns; the numbers are those of the whole embedded model."""
+    monkeypatch.chdir(kitchen)
+    monkeypatch.setattr(stdout, "_width", 80)
+    (sample,) = re.findall(r"```text\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    assert sample in CHINESE.read_text(encoding="utf-8")
+    (step,) = (
+        words for block in BLOCKS.values() if block.document == README for words in block.commands() if "m2" in words
+    )
+    here = {"npu": "cpu", "--calib_images": "--stats", PLACEHOLDERS["folder of images"]: PLACEHOLDERS["statistics"]}
+    said = _shape(glmq(*(here.get(word, word) for word in step), "--overwrite").stdout)
+    for part in sample.split("...\n"):
+        assert _shape(_filled(part)) in said
+
+
+def _shape(text: str) -> str:
+    """What is printed, whatever its numbers and wherever its lines break."""
+    return " ".join(re.sub(r"\d+(\.\d+)?", "0", text.replace("\u2500", "")).split())
 
 
 def test_the_readme_can_be_read_in_one_sitting() -> None:

@@ -15,8 +15,32 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.run_note import RunNote
 
 FILES = Path(__file__).parents[1] / "old_files"
-FORMATS = Path(__file__).parents[2] / "docs" / "formats.md"
+PAGES = Path(__file__).parents[2] / "docs"
+FORMATS, REPORT = PAGES / "formats.md", PAGES / "report.md"
 SCHEMA = re.compile(r'"(glmq\.[a-z-]+/\d+)"')
+SECTIONS = {
+    "statistics.json": {"statistics-1/statistics.json", "statistics-2/statistics.json"},
+    "glmq_report.json": {"report-1/glmq_report.json", "quantize-1.json"},
+    "glmq_sweep.json": {"sweep-1.json"},
+    "glmq_checksums.json": {"checksums-1/glmq_checksums.json", "checksums-2/glmq_checksums.json"},
+    "glmq_manifest.json": {"portable-1/glmq_manifest.json"},
+    "glmq_compress_report.json": {"compress-report-1.json"},
+    "glmq_slices.json": {"portable-1/glmq_source/glmq_slices.json"},
+    "inspect --json": {"inspect-1.json", "inspect-statistics-1.json"},
+    "inspect A B --json": {"compare-1.json"},
+    "inspect A B --json, of statistics": {"compare-statistics-1.json"},
+    "verify --json": {"verify-1.json", "verify-checks-1.json"},
+    "ask --json": {"ask-1.json"},
+    "doctor --json": {"doctor-1.json"},
+    "clean --json": {"clean-1.json"},
+    "compress --decompress --json": {"decompress-1.json"},
+    "--dry-run --json": {
+        *("calibration-plan-1.json", "plan-1.json", "sweep-plan-1.json", "compress-plan-1.json"),
+        "decompress-plan-1.json",
+    },
+    "Events": {"events-1.jsonl"},
+}
+"""Which old files a section of the page of formats speaks of."""
 MAPS = {"versions", "packages", "disks", "kernels", "counts", "schemes"}
 """Keys whose objects have names of the data for keys."""
 KINDS = {dict: "object", list: "list", bool: "truth", int: "number", float: "number", str: "text", type(None): "null"}
@@ -29,6 +53,25 @@ def test_every_schema_that_glmq_names_has_an_old_file_and_is_among_the_formats()
     said = FORMATS.read_text(encoding="utf-8")
     older = {"glmq.statistics/1", "glmq.checksums/1"}
     assert {name for name in named - older if f"`{name}`" not in said} == set()
+
+
+def test_every_key_of_an_old_document_is_in_the_section_of_its_format() -> None:
+    documents = {str(path.relative_to(FILES)) for path in FILES.rglob("*.json*") if SCHEMA.search(path.read_text())}
+    assert set().union(*SECTIONS.values()) == documents
+    for title, names in SECTIONS.items():
+        (section,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", FORMATS.read_text(), flags=re.M | re.S)
+        keys = {key for name in names for key in read_old(FILES / name)}
+        assert (title, keys - {"schema"} - named(section)) == (title, set())
+
+
+def named(text: str) -> set[str]:
+    """What a page sets in backquotes."""
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def read_old(path: Path) -> dict[str, object]:
+    text = path.read_text(encoding="utf-8")
+    return by_event(text) if path.suffix == ".jsonl" else json.loads(text)
 
 
 def documents(folder: Path, small: Path, stats: Path, pictures: Path) -> dict[str, object]:
@@ -122,9 +165,16 @@ def test_what_an_older_document_has_is_in_one_of_today(today: dict[str, object])
     olds = {path.name.rpartition("-")[0]: path for path in FILES.glob("*.json*")}
     assert set(olds) == set(today)
     for name, path in olds.items():
-        text = path.read_text(encoding="utf-8")
-        old = by_event(text) if path.suffix == ".jsonl" else json.loads(text)
-        assert (name, missed(old, today[name])) == (name, [])
+        assert (name, missed(read_old(path), today[name])) == (name, [])
+
+
+@pytest.mark.slow
+def test_every_key_of_today_at_any_depth_is_on_a_page(today: dict[str, object]) -> None:
+    """Columns of the error table are on the page of the report."""
+    on_pages = named(FORMATS.read_text(encoding="utf-8") + REPORT.read_text(encoding="utf-8"))
+    for name, document in today.items():
+        keys = {place.rpartition(".")[2].removesuffix("[]") for place, _ in shape(document)}
+        assert (name, {key.removesuffix("[]") for key in keys} - {"", "schema"} - on_pages) == (name, set())
 
 
 def test_a_key_that_is_gone_or_of_another_kind_is_missed() -> None:
