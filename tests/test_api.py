@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,18 @@ def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path)
         assert example.examples, verb
         runner.run(example)
     assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace", "all_texts")
+def test_the_examples_of_the_library_page_run_one_after_the_other() -> None:
+    page = Path(__file__).parents[1] / "docs" / "library.md"
+    names: dict[str, object] = {}
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, names)
+    assert isinstance(names["report"], glmq.Verification)
 
 
 @pytest.mark.slow
