@@ -197,7 +197,9 @@ def finding_document(finding: Finding) -> JsonObject:
 
 def checks_document() -> JsonObject:
     """`glmq verify --list-checks --json`."""
-    checks = [{"check": check.number, "title": check.title, "severities": list(check.severities)} for check in Check]
+    checks: list[JsonValue] = [
+        {"check": check.number, "title": check.title, "severities": list(check.severities)} for check in Check
+    ]
     return {"schema": VERIFY_CHECKS_SCHEMA, "checks": checks}
 
 
