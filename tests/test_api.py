@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -19,13 +20,21 @@ VERBS = (
     "calibrate", "quantize", "ask", "compress", "restore", "inspect", "compare", "compare_statistics", "verify", "sweep",
 )  # fmt: skip
 NAMES = [
-    "Answer", "BlockDone", "BlockStep", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationResult",
-    "CaseOptions", "Choice", "Comparison", "CompressionOptions", "CompressionPlan", "CompressionResult", "Divergence", "Event",
-    "Finding", "GlmqError", "InputError", "Inspection", "Limits", "LinearReport", "Note", "PassDone", "PassPlan", "PassStarted",
-    "PassTime", "QuantizationResult", "Recipe", "ResourceError", "RestorationPlan", "RestoreResult", "RunPlan", "RunPlanned",
-    "StatisticsComparison", "StatisticsSummary", "StepPlan", "Sweep", "SweepFailure", "SweepOptions", "SweepRow", "UsageError",
-    "Variant", "Verification", "__version__", "ask", "calibrate", "compare", "compare_statistics", "compress", "inspect",
-    "quantize", "restore", "sweep", "verify",
+    "ActRange", "Allocation", "Answer", "AnswerPlan", "Area", "AreaBytes", "AreaEstimate", "AreaSizes", "Assessment",
+    "BlockBehaviour", "BlockDone", "BlockStep", "BytesDone", "CalibrationForecast", "CalibrationOptions", "CalibrationPlan",
+    "CalibrationResult", "Caption", "CaseOptions", "Check", "Chip", "Choice", "CodecKind", "CodecName", "Comparison",
+    "CompressedLinear", "CompressionOptions", "CompressionPlan", "CompressionResult", "Convergence", "Divergence", "Engine",
+    "Event", "FileEstimate", "Finding", "FloatDtype", "Folder", "ForeignMethod", "Form", "GlmqError", "GroupScheme",
+    "HistogramPair", "Incomparable", "InputChange", "InputError", "InputSummary", "Inspection", "JsonObject", "JsonValue",
+    "KeyChange", "Kind", "LayerDiff", "LayerRule", "Layout", "Limits", "LinearArithmetic", "LinearBehaviour", "LinearPlan",
+    "LinearReport", "Method", "ModuleScheme", "NamePattern", "Note", "PackedWeight", "PassDone", "PassPlan", "PassStarted",
+    "PassTime", "Predictions", "QuantType", "QuantizationResult", "RankTotals", "RateCurve", "Recipe", "ResourceError",
+    "RestorationPlan", "RestoreResult", "RunPlan", "RunPlanned", "SamplePredictions", "SampleTokens", "Settled", "Severity",
+    "Situation", "Smoothing", "StageTime", "Statistics", "StatisticsComparison", "StatisticsSummary", "StepPlan", "StepRule",
+    "StoredTensor", "Sweep", "SweepFailure", "SweepOptions", "SweepRow", "Target", "TensorInfo", "TensorRow", "TensorValues",
+    "Trial", "Unit", "Unsharded", "UsageError", "Variant", "Verification", "Watch", "WeightDiff", "WeightDistance",
+    "WeightEstimate", "WeightScheme", "__version__", "ask", "calibrate", "compare", "compare_statistics", "compress", "errors",
+    "inspect", "quantize", "restore", "sweep", "verify",
 ]  # fmt: skip
 
 
@@ -41,13 +50,13 @@ def test_the_public_names_are_these_and_each_is_there() -> None:
 def test_names_are_imported_where_they_are_declared_for_the_type_checker() -> None:
     source = Path(glmq.__file__).read_text(encoding="utf-8")
     for module, names in glmq._HOMES.items():
-        assert f"    from {module} import {', '.join(names)}\n" in source
+        assert f"    from {module} import {names}\n" in source
 
 
 @pytest.mark.slow
 def test_importing_glmq_imports_no_library() -> None:
     code = (
-        "import sys, glmq; glmq.__all__, dir(glmq);"
+        "import sys, glmq; glmq.__all__, dir(glmq), glmq.errors.InputError;"
         "print([name for name in ('torch', 'transformers', 'numpy', 'rich', 'typer') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGES)
@@ -103,6 +112,18 @@ def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path)
         assert example.examples, verb
         runner.run(example)
     assert runner.summarize(verbose=False).failed == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("workplace", "all_texts")
+def test_the_examples_of_the_library_page_run_one_after_the_other() -> None:
+    page = Path(__file__).parents[1] / "docs" / "library.md"
+    names: dict[str, object] = {}
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, names)
+    assert isinstance(names["report"], glmq.Verification)
 
 
 @pytest.mark.slow

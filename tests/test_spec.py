@@ -15,6 +15,29 @@ from glmq.spec import TYPES, Activation, QuantType, assert_never
 
 PACKAGE = Path(glmq.__file__).parent
 
+CALLER = """
+import glmq
+
+def call(folder: str, flag: bool, recipe: glmq.Recipe | None, stats: glmq.CalibrationResult | None) -> None:
+    quantized: glmq.QuantizationResult = glmq.quantize(folder, out="o", recipe=None, dry_run=False)
+    quantized = glmq.quantize(folder, stats, out="o", recipe=recipe)
+    plan: glmq.RunPlan = glmq.quantize(folder, None, out="o", recipe=None, dry_run=True)
+    either = glmq.quantize(folder, "stats", out="o", recipe=recipe, resume=True, dry_run=flag)
+    names = either.files if isinstance(either, glmq.RunPlan) else either.reports
+    calibrated = glmq.calibrate(folder, out="o", images=None, dry_run=flag)
+    seconds = calibrated.plan if isinstance(calibrated, glmq.CalibrationForecast) else calibrated.statistics
+    packed = glmq.compress(folder, out="o", tp=None, dry_run=flag)
+    size = packed.disk_bytes if isinstance(packed, glmq.CompressionPlan) else packed.document
+    restored = glmq.restore(folder, out="o", work_dir=None, dry_run=flag)
+    more = restored.output_bytes if isinstance(restored, glmq.RestorationPlan) else restored.weight_bytes
+    glmq.verify(folder, reference=None, engines=[glmq.Engine.MINDIE], chip=glmq.Chip.DUO_300I, watch=None)
+    try:
+        glmq.quantize(folder, out="o", bits=4)
+    except glmq.errors.SpaceError as error:
+        print(error, quantized, plan, names, seconds, size, more)
+"""
+"""Calls as the Python page has them, and one that it has not."""
+
 PLACES = {
     "checkpoint/ascend.py": 2,
     "checkpoint/compressed_config.py": 1,
@@ -39,8 +62,8 @@ typed = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the package to which a kind of activation and a type of weights were added, and the cache of mypy
-    beside it, whose largest part is torch's: the project's own, if mypy was run there before."""
+    """A folder with a copy of the package to which a kind of activation, a type of weights and callers were added, and the
+    cache of mypy beside it, whose largest part is torch's: the project's own, if mypy was run there before."""
     root = tmp_path_factory.mktemp("house")
     project = Path(__file__).parents[1]
     shutil.copy(project / "pyproject.toml", root)
@@ -57,11 +80,17 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = text.replace(kind, f'    PER_GROUP = "per group"\n{kind}').replace(row, added)
     text = text.replace(member, f'{member}    W8A16N = "W8A16N"\n')
     spec.write_text(text, encoding="utf-8")
+    page = (project / "docs/library.md").read_text(encoding="utf-8")
+    (root / "glmq/caller.py").write_text(CALLER, encoding="utf-8")
+    (root / "glmq/page.py").write_text(
+        "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.S)), encoding="utf-8"
+    )
     return root
 
 
-def run_mypy(root: Path) -> str:
-    """mypy's output on the copy of the package in `root`, with this project's settings."""
+@pytest.fixture(scope="module")
+def said(copied: Path) -> list[str]:
+    """The errors that mypy finds in the copy of the package, with this project's settings."""
     command = [
         sys.executable,
         "-m",
@@ -72,20 +101,30 @@ def run_mypy(root: Path) -> str:
         "cache",
         "--no-error-summary",
     ]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False).stdout
+    done = subprocess.run(command, cwd=copied, capture_output=True, text=True, check=False)
+    return [line for line in done.stdout.splitlines() if ": error:" in line]
 
 
 @typed
 @pytest.mark.slow
-def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit_and_none_for_a_new_type(copied: Path) -> None:
-    lines = run_mypy(copied).splitlines()
+def test_mypy_names_every_place_that_a_new_kind_of_activation_must_visit_and_none_for_a_new_type(
+    said: list[str],
+) -> None:
+    lines = [line for line in said if not line.startswith("glmq/caller.py:")]
     refused = re.compile(
         r'glmq/(\S+):\d+: error: Argument 1 to "assert_never" has incompatible type '
         r'"(?:Literal\[)?Activation\.PER_GROUP\]?"; expected "Never"'
     )
     found = [match[1] for line in lines if (match := refused.match(line))]
     assert Counter(found) == PLACES
-    assert [line for line in lines if ": error:" in line and not refused.match(line)] == []
+    assert [line for line in lines if not refused.match(line)] == []
+
+
+@typed
+@pytest.mark.slow
+def test_mypy_takes_the_calls_that_the_python_page_has_and_no_other(said: list[str]) -> None:
+    refused = {int(line.split(":")[1]) for line in said if line.startswith("glmq/caller.py:")}
+    assert refused == {number for number, line in enumerate(CALLER.splitlines(), start=1) if "bits=4" in line}
 
 
 @pytest.mark.slow

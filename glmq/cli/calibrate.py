@@ -102,6 +102,7 @@ def calibrate(
             print_json(
                 {
                     **result.statistics.manifest,
+                    "schema": "glmq.calibrate/1",  # it has more than the file
                     "folder": str(stats),
                     "passes": times_json(result.times),
                     "seconds": result.seconds,

@@ -238,16 +238,20 @@ def _values_table(found: Inspection) -> FittedTable:
         [
             Column("tensor", left=True),
             Column("dtype", drop=6, left=True),
-            Column("histogram", drop=7, left=True),
+            Column(
+                "histogram",
+                drop=7,
+                left=True,
+                note="histogram: from min to max, its heights are square roots of counts",
+            ),
             Column("min"),
             Column("max"),
             Column("std", drop=1),
             Column("bits", drop=2),
             Column("zeros", drop=4),
-            Column("outliers", drop=3),
+            Column("outliers", drop=3, note="outliers: beyond 4 std"),
         ],
         rows,
-        caption="Histograms run from min to max, their heights are square roots of counts. Outliers: beyond 4 std.",
     )
 
 

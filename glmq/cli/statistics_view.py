@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from glmq.cli.console import stdout
 from glmq.cli.render import SHOWN_ROWS
@@ -17,16 +17,6 @@ from glmq.wording import size
 
 if TYPE_CHECKING:
     from glmq.inspection.statistics import InputChange, InputSummary, StatisticsComparison, StatisticsSummary
-
-COLUMNS: Final = (
-    Column("layers and role", left=True),
-    Column("channels", drop=4),
-    Column("tokens", drop=3),
-    Column("range"),
-    Column("outliers"),
-    Column("over median", drop=2),
-    Column("grew", drop=1),
-)
 
 
 def show_statistics(found: StatisticsSummary, nbytes: int, sites: Collection[str], *, one_by_one: bool) -> None:
@@ -51,15 +41,20 @@ def show_statistics(found: StatisticsSummary, nbytes: int, sites: Collection[str
             name = f"{entry.site}.weight"
             layer = layer_of(name) if one_by_one else re.sub("[0-9]+", "N", layer_of(name))
             grouped.setdefault((layer, role_of(name)), []).append(entry)
-    stdout.print(
-        FittedTable(
-            "Inputs of the linears",
-            COLUMNS,
-            [_input_cells(role, entries) for (_, role), entries in grouped.items()],
-            caption=f"outliers: channels whose largest magnitude is beyond {OUTLIER_FACTOR} times the median channel's; over "
-            "median: the largest of them; grew: the range, with the second half of the samples",
-        )
-    )
+    columns = [
+        Column("layers and role", left=True),
+        Column("channels", drop=4),
+        Column("tokens", drop=3),
+        Column("range"),
+        Column(
+            "outliers",
+            note=f"outliers: channels whose largest magnitude is beyond {OUTLIER_FACTOR} times the median channel's",
+        ),
+        Column("over median", drop=2, note="over median: the largest of them"),
+        Column("grew", drop=1, note="grew: the range, with the second half of the samples"),
+    ]
+    rows = [_input_cells(role, entries) for (_, role), entries in grouped.items()]
+    stdout.print(FittedTable("Inputs of the linears", columns, rows))
 
 
 def show_statistics_comparison(found: StatisticsComparison, *, limit: int | None, verbose: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Final
 
 from glmq.cli.console import stdout
@@ -25,7 +25,10 @@ COLUMNS: Final[tuple[tuple[Column, Callable[[SweepRow, bool, bool], Cell]], ...]
     (Column("recipe", left=True), lambda row, error, kl: row.name),
     (Column("type", drop=5, left=True), lambda row, error, kl: row.quant_type),
     (Column("bits", drop=1), lambda row, error, kl: f"{row.bits:.2f}"),
-    (Column("size"), lambda row, error, kl: size(row.expected_bytes)),
+    (
+        Column("size", note="size: as it is served, sparse types compressed"),
+        lambda row, error, kl: size(row.expected_bytes),
+    ),
     (Column("written", drop=6), lambda row, error, kl: size(row.output_bytes)),
     (
         Column("median error"),
@@ -69,16 +72,17 @@ def show_sweep(found: Sweep) -> None:
 
 def sweep_table(found: Sweep) -> FittedTable:
     """One row a recipe, the smallest first."""
-    caption = f"{BEST} no other recipe is both as small and as close; size: as it is served, sparse types compressed"
+    caption = f"{BEST} no other recipe is both as small and as close"
     if found.samples:
         positions = max(row.divergence.positions for row in found.rows if row.divergence is not None)
         caption += f"; KL in nats over {positions:,} positions of {counted(len(found.samples), 'sample')}"
-    caption = "; ".join(
-        [caption, *legend(error for row in found.rows for error in (row.median_error, row.worst_error))]
-    )
+    marks = {
+        "median error": legend(row.median_error for row in found.rows),
+        "worst error": legend(row.worst_error for row in found.rows),
+    }
     return FittedTable(
         f"Recipes, smallest first; the float model has {size(found.float_bytes)}",
-        [column for column, _ in COLUMNS],
+        [replace(column, note="".join(marks.get(column.header, [column.note]))) for column, _ in COLUMNS],
         [
             [cell(row, by_error, by_kl) for _, cell in COLUMNS]
             for row, by_error, by_kl in zip(found.rows, found.best_by_error, found.best_by_kl, strict=True)

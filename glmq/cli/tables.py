@@ -29,6 +29,8 @@ class Column:
     """Flush left, as words are; numbers are flush right."""
     wraps: bool = False
     """Cells are running text, which may be broken between words."""
+    note: str = ""
+    """What its head or its cells mean, said below the table where the column is shown."""
 
 
 class FittedTable:
@@ -40,7 +42,7 @@ class FittedTable:
         title: above it.
         columns: of every row, those of names or words first.
         rows: a cell for each column.
-        caption: below it; empty for none.
+        caption: below it, about all of it; empty for none.
         total: a last row in bold.
     """
 
@@ -95,7 +97,8 @@ class FittedTable:
             table.add_row(name, *(row[index] for index in others), style="bold" if row is self.total else None)
         yield table
         left_out = self.left_out(options.max_width)
-        notes = [self.caption] if self.caption else []
+        notes = [self.caption, *(self.columns[index].note for index in widths)]
+        notes = [note for note in dict.fromkeys(notes) if note]
         notes += [f"no room for: {', '.join(left_out)}"] if left_out else []
         if notes:
             yield Text(visible("; ".join(notes)) + "\n", style="dim")

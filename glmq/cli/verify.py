@@ -144,14 +144,14 @@ def verify(
     from glmq.cli.verify_view import show_checks, show_verification
     from glmq.jobs.verify import CaseOptions
     from glmq.jobs.verify import verify as verify_folder
-    from glmq.reporting.documents import VERIFY_SCHEMA, checks_document, verification_document
+    from glmq.reporting.documents import checks_document, verification_document
     from glmq.reporting.page import write_page
     from glmq.reporting.verification_page import verification_page
     from glmq.verification.limits import Limits
 
     if list_checks:
         if json_output:
-            print_json({"schema": VERIFY_SCHEMA, "checks": checks_document()})
+            print_json(dict(checks_document()))
         else:
             show_checks()
         return

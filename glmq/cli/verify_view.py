@@ -127,14 +127,13 @@ def _show_linears(found: Verification) -> None:
         Column("weight error", drop=1),
         Column("bits", drop=2),
         Column("clipped", drop=3),
-        Column("beyond", drop=4),
+        Column("beyond", drop=4, note="beyond: how far inputs go past what is covered, as a share of it"),
         Column("worst sample", drop=5, left=True),
         Column("max |y|", drop=6),
     ]
     order = ", worst output error first" if behaviours else ", largest weight error first" if distances else ""
-    notes = ["beyond: how far inputs go past what is covered, as a share of it"] if any(row[5] for row in rows) else []
-    notes += legend(one.error for one in behaviours.values())
-    stdout.print(FittedTable(f"Integer linears{order}", columns, rows, caption="; ".join(notes)))
+    marks = legend(one.error for one in behaviours.values())
+    stdout.print(FittedTable(f"Integer linears{order}", columns, rows, caption="".join(marks)))
 
 
 def _show_blocks(found: Verification) -> None:

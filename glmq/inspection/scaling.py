@@ -115,7 +115,7 @@ def _told_by_rows(before: StoredMatrix, after: StoredMatrix, scaling: Scaling, f
 
 
 def _denied_by_biases(before: Checkpoint, after: Checkpoint, source: RowSource) -> Tensor:
-    """Whether each row's bias is what it was: a fold divides it, exactly, where integers of few bits tell little. bool [rows]."""
+    """Whether each row's bias is what it was: a fold divides it exactly, where integers of few bits tell little. bool [N]."""
     name, first = f"{source.linear}.bias", source.first_row
     if name not in before or name not in after:
         return torch.zeros(1, dtype=torch.bool)

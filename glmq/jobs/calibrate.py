@@ -13,14 +13,7 @@ from glmq.calibration.dry_run import CalibrationPlan, plan_calibration, try_cali
 from glmq.calibration.generate import GenerationPlan, generate_answers, plan_generation, with_answers
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
-from glmq.calibration.samples import (
-    Sample,
-    builtin_texts,
-    default_images,
-    digest,
-    list_images,
-    read_samples,
-)
+from glmq.calibration.samples import Sample, builtin_texts, default_images, digest, list_images, read_samples
 from glmq.calibration.stats import Settings, Statistics, StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.disk import check_file_size, check_room
@@ -98,6 +91,18 @@ def calibrate(
     dry_run: Literal[True],
     watch: Watch | None = ...,
 ) -> CalibrationForecast: ...
+@overload
+def calibrate(
+    model: str | Path,
+    *,
+    out: str | Path,
+    images: str | Path | None = ...,
+    options: CalibrationOptions = ...,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    dry_run: bool,
+    watch: Watch | None = ...,
+) -> CalibrationResult | CalibrationForecast: ...
 def calibrate(
     model: str | Path,
     *,
@@ -167,14 +172,8 @@ def run_calibration(
             watcher.plan(work.forecast()[0])
         run = RunNote("calibrate", command, {"--model_path": str(model_path), **options.chosen()})
         output = OutputFolder(stats_path, overwrite=overwrite, resume=resume, work_dir=options.work_dir, run=run)
-        arguments = {
-            "model": model_path,
-            "out": stats_path,
-            "options": options,
-            "overwrite": overwrite,
-            "resume": resume,
-        }
-        with join_ranks(place, arguments) as ranks, SharedFolder(output, ranks) as folder:
+        given = {"model": model_path, "out": stats_path, "options": options, "overwrite": overwrite, "resume": resume}
+        with join_ranks(place, given) as ranks, SharedFolder(output, ranks) as folder:
             with run_log(folder.work, stats_path, options, ranks, watcher):
                 write_statistics(work, folder, ranks, watcher, run)
             times = watcher.times(ranks)

@@ -138,6 +138,18 @@ def compress(
     dry_run: Literal[True],
     watch: Watch | None = ...,
 ) -> CompressionPlan: ...
+@overload
+def compress(
+    source: str | Path,
+    *,
+    out: str | Path,
+    tp: int | None = ...,
+    codec: CodecName = ...,
+    options: CompressionOptions = ...,
+    overwrite: bool = ...,
+    dry_run: bool,
+    watch: Watch | None = ...,
+) -> CompressionResult | CompressionPlan: ...
 def compress(
     source: str | Path,
     *,

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from glmq.calibration.samples import Sample, digest
-from glmq.calibration.stats import Settings, Statistics
+from glmq.calibration.samples import digest
+from glmq.calibration.stats import Statistics
 from glmq.checkpoint.journal import changed_error
 from glmq.checkpoint.reader import Checkpoint
-from glmq.jobs.calibrate import load_samples
+from glmq.device import resolve
+from glmq.jobs.calibrate import load_samples, settings_of
 from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.settings import COMPUTE_DTYPES, calibration_settings, dtype_name
 from glmq.jobs.watcher import Watcher
 
 
-def check_calibration(
-    statistics: Statistics, samples: Sequence[Sample], settings: Settings, work: Path, options: Mapping[str, str]
-) -> None:
-    """Check that an interrupted run was calibrated as this one would be.
+def reopen_statistics(
+    source: Checkpoint, options: CalibrationOptions, folder: Path, work: Path, chosen: Mapping[str, str]
+) -> Statistics:
+    """The statistics that an interrupted run has finished, if this run would calibrate as that one did.
 
     Args:
-        statistics: of the interrupted run.
-        samples: of this run, like the rest.
-        work: the work folder.
-        options: what the user chose, by option.
+        source: the float weights.
+        options: of this run.
+        folder: with the statistics.
+        work: the work folder of both runs.
+        chosen: what the user chose, by option.
 
     Raises:
-        ResumeError: it was not.
+        ResumeError: this run would calibrate otherwise.
     """
-    manifest = statistics.manifest
-    had = calibration_settings(manifest.get("samples_sha256"), statistics.settings())
+    statistics = Statistics.open(folder)
+    statistics.check_model(source.fingerprint())
+    settings = settings_of(options, resolve(options.device_type))
+    samples = load_samples(options, Watcher(None))
+    had = calibration_settings(statistics.manifest.get("samples_sha256"), statistics.settings())
     has = calibration_settings(digest(samples, settings.generate), settings)
     changed = [key for key in had if had[key] != has[key]]
     if changed:
-        raise changed_error(work, changed, had, has, options)
+        raise changed_error(work, changed, had, has, chosen)
+    return statistics
 
 
 def open_statistics(source: Checkpoint, options: CalibrationOptions, folder: Path, watcher: Watcher) -> Statistics:

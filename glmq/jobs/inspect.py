@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Final, Literal
 
 from glmq.engines import Engine
 from glmq.errors import CheckpointError, ModelError, StatisticsError
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from glmq.inspection.statistics import StatisticsSummary
     from glmq.inspection.values import TensorValues
 
-Order: TypeAlias = Literal["name", "bytes", "type", "role"]
+ORDERS: Final = ("name", "bytes", "type", "role")
+"""Of the tensors that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,13 @@ class Choice:
     """A text layer (`3`), or layers like `visual.*`; None: all."""
     name: str | None = None
     """A pattern (`*`, `?`) that names end in, or text that they contain; None: all."""
-    sort: Order = "name"
+    sort: Literal["name", "bytes", "type", "role"] = "name"
     """By `name`, `bytes`, `type` or `role`."""
     limit: int | None = None
     """At most this many."""
 
     def __post_init__(self) -> None:
-        check_word("--sort", self.sort, get_args(Order))
+        check_word("--sort", self.sort, ORDERS)
         check_least("--limit", self.limit, 1)
 
 

@@ -19,12 +19,11 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
-from glmq.device import resolve
 from glmq.errors import LaunchError, UsageError
-from glmq.jobs.calibrate import Calibration, CalibrationResult, load_samples, settings_of, sources_of, write_statistics
+from glmq.jobs.calibrate import Calibration, CalibrationResult, sources_of, write_statistics
 from glmq.jobs.calibration_options import CalibrationOptions
 from glmq.jobs.forecast import forecast_weight_passes
-from glmq.jobs.given_statistics import check_calibration, open_statistics
+from glmq.jobs.given_statistics import open_statistics, reopen_statistics
 from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.measured import deal_bits, fall_back
 from glmq.jobs.notes import describe_large_weights, describe_recipe
@@ -134,7 +133,7 @@ def quantize(
     stats: str | Path | CalibrationResult | None = ...,
     *,
     out: str | Path,
-    recipe: Recipe = ...,
+    recipe: Recipe | None = ...,
     overwrite: bool = ...,
     resume: bool = ...,
     dry_run: Literal[False] = ...,
@@ -146,12 +145,24 @@ def quantize(
     stats: str | Path | CalibrationResult | None = ...,
     *,
     out: str | Path,
-    recipe: Recipe = ...,
+    recipe: Recipe | None = ...,
     overwrite: bool = ...,
     resume: bool = ...,
     dry_run: Literal[True],
     watch: Watch | None = ...,
 ) -> RunPlan: ...
+@overload
+def quantize(
+    model: str | Path,
+    stats: str | Path | CalibrationResult | None = ...,
+    *,
+    out: str | Path,
+    recipe: Recipe | None = ...,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    dry_run: bool,
+    watch: Watch | None = ...,
+) -> QuantizationResult | RunPlan: ...
 def quantize(
     model: str | Path,
     stats: str | Path | CalibrationResult | None = None,
@@ -310,11 +321,7 @@ def _statistics(
     )
     if Workplace.of(place).contents():
         if stats_path is None:
-            statistics = Statistics.open(place)
-            statistics.check_model(source.fingerprint())
-            settings = settings_of(options, resolve(options.device_type))
-            samples = load_samples(options, Watcher(None))
-            check_calibration(statistics, samples, settings, folder.work, job.chosen())
+            statistics = reopen_statistics(source, options, place, folder.work, job.chosen())
         else:
             statistics = open_statistics(source, options, stats_path, watcher)
         if watcher.is_watched:

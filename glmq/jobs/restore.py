@@ -72,6 +72,17 @@ def restore(
     dry_run: Literal[True],
     watch: Watch | None = ...,
 ) -> RestorationPlan: ...
+@overload
+def restore(
+    source: str | Path,
+    *,
+    out: str | Path,
+    jobs: int | None = ...,
+    overwrite: bool = ...,
+    work_dir: Path | None = ...,
+    dry_run: bool,
+    watch: Watch | None = ...,
+) -> RestoreResult | RestorationPlan: ...
 def restore(
     source: str | Path,
     *,

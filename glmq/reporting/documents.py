@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 INSPECT_SCHEMA: Final = "glmq.inspect/1"
 COMPARE_SCHEMA: Final = "glmq.compare/1"
+COMPARE_STATISTICS_SCHEMA: Final = "glmq.compare-statistics/1"
 VERIFY_SCHEMA: Final = "glmq.verify/1"
+VERIFY_CHECKS_SCHEMA: Final = "glmq.verify-checks/1"
 ASK_SCHEMA: Final = "glmq.ask/1"
 
 
@@ -193,9 +195,12 @@ def finding_document(finding: Finding) -> JsonObject:
     }
 
 
-def checks_document() -> list[JsonValue]:
+def checks_document() -> JsonObject:
     """`glmq verify --list-checks --json`."""
-    return [{"check": check.number, "title": check.title, "severities": list(check.severities)} for check in Check]
+    checks: list[JsonValue] = [
+        {"check": check.number, "title": check.title, "severities": list(check.severities)} for check in Check
+    ]
+    return {"schema": VERIFY_CHECKS_SCHEMA, "checks": checks}
 
 
 def _row_document(row: TensorRow, values: TensorValues | None) -> JsonObject:
@@ -268,7 +273,7 @@ def comparison_csv(found: Comparison) -> list[JsonObject]:
 def statistics_comparison_document(found: StatisticsComparison) -> JsonObject:
     """`glmq inspect STATS_A STATS_B --json`."""
     return {
-        "schema": COMPARE_SCHEMA,
+        "schema": COMPARE_STATISTICS_SCHEMA,
         "same_model": found.same_model,
         "same_samples": found.same_samples,
         **to_json(found),

@@ -141,7 +141,8 @@ def test_json_is_the_manifest_and_the_folder(small: Path, pictures: Path, tmp_pa
     assert times["forward"]["flops"] == sum(2 * n * layers + n * n * attention for n in tokens)
     assert done["seconds"] <= found.pop("seconds")
     assert found.pop("settled") is None
-    assert found == json.loads((stats / "statistics.json").read_text())
+    assert found.pop("schema") == "glmq.calibrate/1"
+    assert {"schema": "glmq.statistics/2", **found} == json.loads((stats / "statistics.json").read_text())
 
 
 def test_quiet_prints_the_folder_and_nothing_else(small: Path, pictures: Path, tmp_path: Path) -> None:

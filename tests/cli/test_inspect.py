@@ -151,7 +151,7 @@ def test_two_statistics_folders_are_compared(small_stats: Path, tmp_path: Path) 
     assert lines[2:4] == ["of the same float model", "from the same samples"]
     assert lines[4] == "Inputs of B against A, largest change of mean squares first".ljust(len(lines[4]))
     found = json.loads(glmq("inspect", small_stats, small_stats, "--json").stdout)
-    assert (found["same_model"], found["only_a"]) == (True, [])
+    assert (found["schema"], found["same_model"], found["only_a"]) == ("glmq.compare-statistics/1", True, [])
     assert {change["mean_squares"] for change in found["changes"]} == {0.0}
     assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(found["changes"])
     assert "largest change of mean squares first" in page.read_text(encoding="utf-8")

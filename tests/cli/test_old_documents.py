@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ PAGES = Path(__file__).parents[2] / "docs"
 FORMATS, REPORT = PAGES / "formats.md", PAGES / "report.md"
 SCHEMA = re.compile(r'"(glmq\.[a-z-]+/\d+)"')
 SECTIONS = {
-    "statistics.json": {"statistics-1/statistics.json", "statistics-2/statistics.json"},
+    "statistics.json": {"statistics-1/statistics.json", "statistics-2/statistics.json", "calibrate-1.json"},
     "glmq_report.json": {"report-1/glmq_report.json", "quantize-1.json"},
     "glmq_sweep.json": {"sweep-1.json"},
     "glmq_checksums.json": {"checksums-1/glmq_checksums.json", "checksums-2/glmq_checksums.json"},
@@ -41,7 +42,7 @@ SECTIONS = {
     "Events": {"events-1.jsonl"},
 }
 """Which old files a section of the page of formats speaks of."""
-MAPS = {"versions", "packages", "disks", "kernels", "counts", "schemes"}
+MAPS = {"versions", "packages", "disks", "kernels", "counts", "schemes", "weights", "inputs"}
 """Keys whose objects have names of the data for keys."""
 KINDS = {dict: "object", list: "list", bool: "truth", int: "number", float: "number", str: "text", type(None): "null"}
 
@@ -89,6 +90,7 @@ def documents(folder: Path, small: Path, stats: Path, pictures: Path) -> dict[st
     swept = (recipes, "--model-path", small, "--stats", stats, "--out", folder / "swept", "--calib-images", pictures)
     found = {
         "calibration-plan": said("calibrate", "--model-path", small, "--stats", folder / "stats", *given, "--dry-run"),
+        "calibrate": said("calibrate", "--model-path", small, "--stats", folder / "stats", *given),
         "plan": said("quantize", *sparse, "--save_directory", w8a8s, "--stats", stats, "--dry-run"),
         "quantize": said("quantize", *sparse, "--save_directory", w8a8s, *given, *events),
         "compress-plan": said("compress", w8a8s, packed, "--codec", "portable", "--tp", 1, "--dry-run"),
@@ -151,6 +153,17 @@ def missed(old: object, new: object) -> list[str]:
     return sorted(
         place for place, wanted in kinds(old).items() if place not in has or (wanted and not has[place] <= wanted)
     )
+
+
+def test_documents_of_one_schema_have_the_same_keys_or_all_that_the_others_have() -> None:
+    by_schema: dict[str, list[set[str]]] = {}
+    for path in FILES.rglob("*.json"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and "schema" in document:
+            by_schema.setdefault(document["schema"], []).append(set(document))
+    shared = {schema: sorted(keys, key=len) for schema, keys in by_schema.items() if len(keys) > 1}
+    assert {"glmq.inspect/1", "glmq.quantize/1"} <= set(shared)
+    assert [schema for schema, keys in shared.items() if any(not a <= b for a, b in pairwise(keys))] == []
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,10 @@ def check(table: FittedTable, width: int) -> None:
     assert all(cell_len(line.rstrip()) <= width for line in lines), (table.title, width, lines)
     shown, left_out = table.layout(width), table.left_out(width)
     notes = " ".join(" ".join(lines).split())
+    said = {table.columns[index].note for index in shown}
     for index, column in enumerate(table.columns):
+        assert (column.note in notes) == (column.note in said or not column.note), (table.title, width, column.note)
+        assert not column.drop or f"{column.header}: " not in table.caption.lower(), (table.title, column.header)
         cells = [str(row[index]) for row in table.rows if str(row[index])]
         if index in shown:
             first = index == next(iter(shown))
@@ -158,6 +161,29 @@ def test_columns_go_by_their_number_and_are_named_and_names_lose_their_beginning
         " …rs.10.self_attn.o_proj   !! 23.0%",
         "and more; no room for: type, SQNR dB",
     ]
+
+
+def test_a_note_is_said_where_its_column_is_shown() -> None:
+    columns = [
+        Column("linear", left=True, note="linear: of the text model"),
+        Column("clipped", drop=1, note="clipped: beyond the range"),
+        Column("beyond", drop=2, note="beyond: by how much"),
+        Column("greatest", drop=3, note="beyond: by how much"),
+        Column("seed", drop=4, note="seed: of the run"),
+    ]
+    table = FittedTable("T", columns, [["o_proj", "3.81", "12%", "9", ""]], caption="2 more")
+
+    def said(width: int) -> str:
+        terminal = Console(width=width)
+        with terminal.capture() as capture:
+            terminal.print(table)
+        return " ".join(capture.get().partition("o_proj")[2].partition("2 more; ")[2].split())
+
+    every = "linear: of the text model; clipped: beyond the range; beyond: by how much"
+    assert said(120) == every
+    assert said(30) == f"{every}; no room for: greatest"
+    assert said(20) == ("linear: of the text model; clipped: beyond the range; no room for: beyond, greatest")
+    assert said(16) == "linear: of the text model; no room for: clipped, beyond, greatest"
 
 
 def test_a_narrow_column_has_the_room_that_a_wide_one_of_more_worth_leaves() -> None:

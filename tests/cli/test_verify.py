@@ -214,7 +214,7 @@ def test_list_checks_needs_no_folder_and_prints_every_check() -> None:
     assert re.search(r"^ *12 +linears of one input agree +errors or warnings *$", shown, re.MULTILINE)
     assert re.search(r"^ *33 +bytes as glmq_manifest\.json says +errors *$", shown, re.MULTILINE)
     document = json.loads(glmq("verify", "--list-checks", "--json").stdout)
-    assert document["schema"] == "glmq.verify/1"
+    assert document["schema"] == "glmq.verify-checks/1"
     assert [check["check"] for check in document["checks"]] == [*range(1, 26), *range(27, 39)]
     assert document["checks"][11] == {
         "check": 12, "title": "linears of one input agree", "severities": ["error", "warning"],
