@@ -8,6 +8,7 @@ import logging
 import platform
 import shlex
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -38,6 +39,13 @@ class LogFile(logging.FileHandler):
 
     failure: OSError | None = None
     """Why lines were lost."""
+    is_over = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (
+            not self.is_over
+        ):  # another thread may have it still; the file would be opened again, wherever it lies by then
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging calls it so)
         error = sys.exc_info()[1]
@@ -47,29 +55,52 @@ class LogFile(logging.FileHandler):
         self.failure = error
 
     def close(self) -> None:
+        self.is_over = True
         try:
             super().close()
         except OSError as error:
             self.failure = error
 
 
+class _Level:
+    """The level of glmq's logger while log files are open, in however many threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._open, self._before = threading.Lock(), list[int](), logging.NOTSET
+
+    def lower(self, logger: logging.Logger, level: int) -> None:
+        with self._lock:
+            if not self._open:
+                self._before = logger.level
+            self._open.append(level)
+            if not logger.isEnabledFor(level):
+                logger.setLevel(level)
+
+    def restore(self, logger: logging.Logger, level: int) -> None:
+        with self._lock:
+            self._open.remove(level)
+            if not self._open:
+                logger.setLevel(self._before)
+
+
+_LEVEL: Final = _Level()
+
+
 @contextmanager
 def logging_to(path: Path, level: int) -> Iterator[LogFile]:
     """Append what the loggers of glmq say, at `level` and above, to a file, which begins with the machine."""
     logger = logging.getLogger("glmq")
-    before = logger.level
     handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     logger.addHandler(handler)
-    if not logger.isEnabledFor(level):
-        logger.setLevel(level)
+    _LEVEL.lower(logger, level)
     try:
         for line in describe_machine():
             log.info(line)
         yield handler
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        _LEVEL.restore(logger, level)
         handler.close()
 
 

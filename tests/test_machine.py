@@ -1,9 +1,11 @@
+import logging
 from pathlib import Path
 
 import psutil
 import pytest
 
 from glmq import machine
+from glmq.machine import logging_to
 
 FREE = 10**9
 
@@ -65,3 +67,28 @@ def test_the_processor_is_named_with_what_it_can(tmp_path: Path, monkeypatch: py
     assert machine.processor_features() == ("avx2", "amx_bf16")
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd i8mm\n")
     assert machine.processor_features() == ("asimd", "i8mm")
+
+
+def test_a_log_that_is_closed_takes_no_line_and_levels_last_as_long_as_a_log_wants_them(tmp_path: Path) -> None:
+    logger = logging.getLogger("glmq")
+    before = logger.level
+    with logging_to(tmp_path / "a", logging.DEBUG) as first:
+        with logging_to(tmp_path / "b", logging.INFO):
+            pass
+        assert logger.isEnabledFor(logging.DEBUG)
+    assert logger.level == before
+    (tmp_path / "a").unlink()
+    first.handle(logging.LogRecord("glmq", logging.INFO, "", 0, "late", None, None))  # of another thread
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_log_that_ends_before_one_that_began_later_leaves_it_its_level(tmp_path: Path) -> None:
+    logger = logging.getLogger("glmq")
+    before = logger.level
+    first, second = logging_to(tmp_path / "a", logging.INFO), logging_to(tmp_path / "b", logging.INFO)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert logger.isEnabledFor(logging.INFO)
+    second.__exit__(None, None, None)
+    assert logger.level == before

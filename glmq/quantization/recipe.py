@@ -58,6 +58,13 @@ class Recipe:
     propagation: float
     """Share of what earlier linears' errors do to a linear's input that its rounding makes up for; 0 to 1."""
 
+    def __post_init__(self) -> None:
+        """Raise UsageError for what no form or target holds, however the recipe was made: by `dataclasses.replace`, too."""
+        problem = why_not_in_form(self.quant_type, self.form)
+        if problem is not None:
+            raise UsageError(problem)
+        refuse_unloadable(self.target, self.quant_type, self.dtype, self.form)
+
     @classmethod
     def w8a8(cls, *, dtype: str = "bf16") -> Recipe:
         """Int8 weights, static int8 activations: MindIE on the Atlas 800I A2. `dtype`: `bf16` or `fp16`."""

@@ -9,6 +9,7 @@ from glmq.quantization.options import Options
 from glmq.quantization.plan import count_matches, plan_groups
 from glmq.quantization.recipe import Recipe, make_recipe
 from glmq.quantization.rules import LayerRule
+from glmq.quantization.targets import Target
 from glmq.spec import ActRange, FloatDtype, Form, Method, QuantType, Smoothing, StepRule
 
 FP16 = {"torch_dtype": "fp16"}
@@ -398,3 +399,11 @@ def test_settings_tell_numbers_apart_that_differ_in_the_last_digit() -> None:
     )
     assert (first, second) == ("0.012345678", "0.0123456785")
     assert recipe(**FP16, w_bit=4, is_lowbit=True, use_sigma=True, sigma_factor=2.0).settings()["--sigma_factor"] == "2"
+
+
+def test_a_changed_recipe_is_checked_as_well() -> None:
+    with pytest.raises(UsageError) as caught:
+        replace(Recipe.w8a8s(), form=Form.COMPRESSED_TENSORS)
+    assert str(caught.value) == "W8A8S is not written in the compressed-tensors form; pass --format ascendv1 or mindie"
+    with pytest.raises(UsageError, match="--target mindie-300i-duo"):
+        replace(Recipe.w8a8s(dtype="fp16"), target=Target.MINDIE_300I_DUO, dtype=FloatDtype.BF16)
