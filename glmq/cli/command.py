@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from glmq.cli.config_file import dump_config, read_config_file
+from glmq.cli.files import check_files
 from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
 from glmq.cli.lines import broken, width_of
 from glmq.cli.presets import defaults_of
@@ -151,6 +152,7 @@ class GlmqCommand(TyperCommand):
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
             _check_process()
+            check_files(ctx.params)
             with _logged(ctx.params.get("log_file")):
                 return super().invoke(ctx)
         except GlmqError as error:
