@@ -306,6 +306,30 @@ def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: 
     assert again.startswith("  to start again: ")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), None])
+def test_signals_that_come_while_a_stop_is_said_change_nothing(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        if error is not None:
+            raise error
+        signal.raise_signal(signal.SIGTERM)
+
+    def describe(by: str, _: object) -> str:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        return f"stopped by {by}"
+
+    monkeypatch.setattr(__name__ + ".work", work)
+    monkeypatch.setattr("glmq.cli.complaint.describe_stop", describe)
+    result = call("long-run", "--out", "out")
+    code, by = (143, "SIGTERM") if error is None else (130, "Ctrl-C")
+    assert result.exit_code == code
+    assert result.stderr == f"error[GLMQ-E{code}]: stopped by {by}\n  to start again: root long-run --out out\n"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)  # until the process has ended
+
+
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
     process = start("--rows", "200000")
