@@ -105,6 +105,15 @@ def _quick_files_and_words() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _heeded_signals() -> Iterator[None]:
+    """A command that was stopped ignores signals until its process ends; that of the tests goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def all_texts() -> Iterator[None]:
     """Every text that comes with glmq follows the pictures, as for its users."""

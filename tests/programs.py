@@ -26,16 +26,22 @@ SECONDS: Final = 300
 
 
 def start_glmq(
-    *arguments: object, environment: Mapping[str, str] | None = None, path: Path | None = None
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    path: Path | None = None,
+    before: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m glmq` with these arguments.
 
     Args:
         environment: variables that it has beside this process's.
         path: where glmq is imported from, if not from where this process has it.
+        before: what the child does first.
     """
 
     def program() -> None:
+        if before is not None:
+            before()
         forget("glmq")
         sys.path[:0] = [] if path is None else [str(path)]
         sys.argv = ["glmq", *map(str, arguments)]

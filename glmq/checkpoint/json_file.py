@@ -222,6 +222,19 @@ def json_bytes(document: Mapping[str, JsonValue], *, indent: int) -> bytes:
     return (json.dumps(document, indent=indent, ensure_ascii=False) + "\n").encode()
 
 
+def write_named(path: Path, content: bytes) -> None:
+    """Write a file that the user named: into a device or a pipe as it comes, else whole, through a link where that leads.
+
+    Raises:
+        SpaceError: the disk is full.
+    """
+    if path.exists() and not path.is_file():
+        with naming_full_disk(path, len(content)):
+            path.write_bytes(content)
+    else:
+        write_whole(Path(os.path.realpath(path)), content)
+
+
 def write_whole(path: Path, *parts: bytes | memoryview) -> None:
     """Write bytes, one part after the other, to `path` through a temporary name, mode 0640 whatever the umask.
 

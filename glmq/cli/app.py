@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import signal
+import sys
 from importlib import metadata
 from typing import Annotated
 
@@ -15,6 +17,7 @@ from glmq.cli.ask import ask
 from glmq.cli.calibrate import calibrate
 from glmq.cli.clean import clean
 from glmq.cli.command import CONTEXT, GlmqCommand, GlmqGroup
+from glmq.cli.complaint import complain, describe_failure
 from glmq.cli.compress import compress
 from glmq.cli.demo import demo
 from glmq.cli.doctor import doctor
@@ -81,4 +84,11 @@ def main() -> None:
     # more at the end, takes a quarter of the start and the whole of the second that a process takes to leave.
     gc.set_threshold(100_000)
     atexit.register(gc.freeze)
-    app(prog_name="glmq")
+    # Where the parent ignores it, as some supervisors do, the system forgets how a child ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        app(prog_name="glmq")
+    except OSError as error:  # of stdout, which does not take a help or a list of versions
+        code, message, exit_code = describe_failure(error)
+        complain(code, message, json_wanted="--json" in sys.argv, debug="--debug" in sys.argv)
+        sys.exit(exit_code)

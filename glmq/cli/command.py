@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +15,15 @@ from typing import Any, Final
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
+from glmq.cli.complaint import complain, describe_failure, say, say_stopped
 from glmq.cli.config_file import dump_config, read_config_file
+from glmq.cli.files import check_files
 from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
-from glmq.cli.lines import broken, width_of
 from glmq.cli.presets import defaults_of
-from glmq.cli.stopped import describe_rest, describe_stop, find_unfinished, remember_command, resuming_command
-from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, MemoryShortError, SpaceError, UnreadableError, UsageError
-from glmq.machine import is_out_of_memory, logging_to
-from glmq.quoting import visible
+from glmq.cli.stopped import remember_command
+from glmq.cli.streams import silence
+from glmq.errors import INTERRUPTED, TERMINATED, GlmqError, UsageError
+from glmq.machine import logging_to
 from glmq.values import DTYPE_WORDS
 
 log = logging.getLogger(__name__)
@@ -67,7 +64,6 @@ EXIT_CODES: Final = (
 )
 
 
-NOTHING_MORE: Final[Mapping[str, object]] = {}
 ARGUMENTS: Final = "glmq.arguments"
 """Key of a context's `meta`: the arguments as they were typed."""
 
@@ -144,35 +140,37 @@ class GlmqCommand(TyperCommand):
         return found
 
     def invoke(self, ctx: Any) -> Any:
-        if ctx.params.get("dump_config"):
-            typer.echo(dump_config(ctx.params), nl=False)
-            raise typer.Exit
-        json_wanted, debug = bool(ctx.params.get("json_output")), bool(ctx.params.get("debug"))
+        how = {"json_wanted": bool(ctx.params.get("json_output")), "debug": bool(ctx.params.get("debug"))}
         signal.signal(signal.SIGTERM, _raise_terminated)
         try:
+            if ctx.params.get("dump_config"):
+                typer.echo(dump_config(ctx.params).encode(), nl=False)  # TOML is UTF-8, whatever stdout is
+                raise typer.Exit
             _check_process()
+            check_files(ctx.params)
             with _logged(ctx.params.get("log_file")):
                 return super().invoke(ctx)
         except GlmqError as error:
-            _complain(error.code, _as_spelled(str(error), ctx.meta[ARGUMENTS]), json_wanted, debug)
+            complain(error.code, _as_spelled(str(error), ctx.meta[ARGUMENTS]), **how)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            _say_stopped(INTERRUPTED, "Ctrl-C", ctx.params, json_wanted, debug)
+            _ignore_signals()
+            say_stopped(INTERRUPTED, "Ctrl-C", ctx.params, **how)
             raise typer.Exit(130) from error
         except Terminated as error:
-            _say_stopped(TERMINATED, "SIGTERM", ctx.params, json_wanted, debug)
+            say_stopped(TERMINATED, "SIGTERM", ctx.params, **how)
             raise typer.Exit(143) from error
         except BrokenPipeError:
             # The reader of our output went away, as `| head` does.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            silence(sys.stdout)
             raise typer.Exit(1) from None
         except (typer.Exit, typer.Abort, SystemExit):
             raise
         except BaseException as error:  # a panic of a library written in Rust is no Exception
             if _is_usage_error(error):  # typer prints it
                 raise
-            code, message, exit_code = _describe_failure(error)
-            _complain(code, message, json_wanted, debug)
+            code, message, exit_code = describe_failure(error)
+            complain(code, message, **how)
             raise typer.Exit(exit_code) from error
 
 
@@ -200,9 +198,9 @@ def usage_errors(args: Sequence[str], command: str) -> Iterator[None]:
         if message is None:
             raise
         json_wanted = "--json" in args
-        _complain(
-            UsageError.code, message if json_wanted else f"{message}; see `{command} --help`", json_wanted, debug=False
-        )
+        if not json_wanted:
+            message = f"{message}; see `{command} --help`"
+        complain(UsageError.code, message, json_wanted=json_wanted, debug=False)
         raise typer.Exit(2) from error
 
 
@@ -251,29 +249,6 @@ def _check_process() -> None:
         raise UsageError("the folder that glmq was started in is gone; change to one that exists") from None
 
 
-def _describe_failure(error: BaseException) -> tuple[str, str, int]:
-    """The code, the sentence and the exit code of what is no error of glmq's own."""
-    if is_out_of_memory(error):
-        sentence = "the machine's memory is used up; close other programs, or use a machine with more"
-        return MemoryShortError.code, sentence, MemoryShortError.exit_code
-    if isinstance(error, OSError):
-        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UnreadableError
-        what = f"{error.filename}: " if error.filename else ""
-        advice = "check the path, its permissions and the disk"
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            advice = "raise the limit of open files (ulimit -n)"
-        elif kind is SpaceError:
-            advice = "make room there, for bytes and for files (df -h, df -i)"
-        sentence = f"{what}{error.strerror or error}; {advice}"
-        return kind.code, sentence, kind.exit_code
-    name = type(error).__name__
-    return (
-        GlmqError.code,
-        f"unexpected failure, {name}: {error}; run again with --debug and report the traceback",
-        GlmqError.exit_code,
-    )
-
-
 @contextmanager
 def _logged(path: Path | None) -> Iterator[None]:
     """Write what glmq logs into a file too, and the traceback of what stops the command."""
@@ -288,7 +263,7 @@ def _logged(path: Path | None) -> Iterator[None]:
                 log.exception("stopped by %s", type(error).__name__)
             raise
     if file.failure is not None:
-        typer.echo(f"warning: {visible(str(path))}: lines are missing in the log ({file.failure.strerror})", err=True)
+        say(f"warning: {path}: lines are missing in the log ({file.failure.strerror})")
 
 
 def _is_usage_error(error: BaseException) -> bool:
@@ -362,35 +337,12 @@ def _spell_dtypes(args: Sequence[str]) -> list[str]:
     return rewritten
 
 
-def _complain(
-    code: str, message: str, json_wanted: bool, debug: bool, more: Mapping[str, object] = NOTHING_MORE
-) -> None:
-    """One sentence on stderr, or an object on stdout with --json, with `more` in it; the traceback first with --debug."""
-    if debug:
-        traceback.print_exc()
-    message = visible(message)
-    if json_wanted:
-        typer.echo(json.dumps({"error": {"code": code, "message": message, **more}}, sort_keys=True))
-    else:
-        head, width = f"error[{code}]:", width_of(sys.stderr)
-        sentence = f"{head} {message}"
-        first, *rest = [sentence] if width is None else broken(sentence, width)
-        typer.secho(head, fg="red", bold=True, err=True, nl=False)
-        for line in (first.removeprefix(head), *rest):
-            typer.echo(line, err=True)
-
-
-def _say_stopped(code: str, by: str, params: Mapping[str, object], json_wanted: bool, debug: bool) -> None:
-    """How far the run came, where its unfinished output lies, and the command that continues it."""
-    left = find_unfinished(params) if resuming_command() else []
-    message, rest = describe_stop(by, left), describe_rest(left)
-    unfinished = [{"path": str(one.path), "bytes": one.nbytes} for one in left]
-    more = {"unfinished": unfinished, "resume": resuming_command()} if left else {}
-    _complain(code, message, json_wanted, debug, more)
-    if not json_wanted:
-        for line in rest:
-            typer.echo(visible(line), err=True)
-
-
 def _raise_terminated(_: int, __: FrameType | None) -> None:
+    _ignore_signals()
     raise Terminated
+
+
+def _ignore_signals() -> None:
+    """From now on until the end of the process: it is ending, and a second signal would only keep it from saying how."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

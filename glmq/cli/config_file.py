@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
@@ -27,6 +29,8 @@ NOT_IN_FILES: Final = frozenset(
     {"config", "dump_config", "help", "debug", "log_file", "events", "json_output", "quiet", "verbose", "dry_run"}
 )
 """Options of one run, not of a recipe."""
+CONTROLS: Final = re.compile("[\x7f-\x9f]")
+"""DEL, which TOML takes only as an escape, and others that a terminal would act on."""
 
 
 def read_config_file(file: str, params: Sequence[object]) -> dict[str, object]:
@@ -71,12 +75,21 @@ def known_key(key: str, names: Collection[str], where: str) -> str:
 
 
 def dump_config(params: Mapping[str, object]) -> str:
-    """The options in effect as TOML, sorted; what is unset is left out."""
+    """The options in effect as TOML, sorted; what is unset is left out.
+
+    Raises:
+        UsageError: a path that is no UTF-8, which TOML cannot hold.
+    """
     lines = []
     for name, value in sorted(params.items()):
         if name in NOT_IN_FILES or value is None:
             continue
-        lines.append(f"{name} = {_toml(value)}\n")
+        try:
+            lines.append(f"{name} = {_toml(value)}\n")
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: is not UTF-8, which TOML cannot hold; give it another name"
+            ) from None
     return "".join(lines)
 
 
@@ -84,5 +97,9 @@ def _toml(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_toml, value))}]"
     plain = str(value) if isinstance(value, Path) else value.value if isinstance(value, Enum) else value
-    # JSON's booleans, numbers and strings are TOML's too.
-    return json.dumps(plain, ensure_ascii=False)
+    if isinstance(plain, float) and not math.isfinite(plain):
+        return str(plain)
+    # JSON's booleans, other numbers and strings are TOML's too, but for control characters that JSON leaves as they are.
+    text = json.dumps(plain, ensure_ascii=False)
+    text.encode()  # fails at bytes of a path that are no UTF-8
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -37,12 +38,21 @@ class VisibleConsole(Console):
     """A console on which every text is one line of visible characters, whoever wrote it."""
 
     def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*map(_visible, objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Of rich: it would end the program here, without a word."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    def _check_buffer(self) -> None:
+        """Of rich: every way to show something, that of its moving lines too, ends here."""
         try:
-            super().print(*map(_visible, objects), **options)
+            super()._check_buffer()
         except OSError:
             if not self.stderr:
                 raise
-            self.quiet = True  # a log on a full disk: what the run makes is worth more than what it says
+            # A full disk, a reader or a terminal that went away: what the run makes is worth more than what it says.
+            self.quiet = True
 
     def say(self, sentence: str | Text, style: str | None = None, *, hang: int | None = None) -> None:
         """A sentence: broken between words on a terminal, one line for a file or another program.

@@ -131,14 +131,15 @@ def inspect(
             diff = compare(a, b, layer=layer, name=name, histograms=html is not None, watch=view)
             rows, document, page = comparison_csv(diff), comparison_document(diff), partial(comparison_page, diff)
             show = partial(show_comparison, diff, limit=limit, verbose=verbose)
-    if csv is not None:
-        write_csv(csv, rows)
-    if html is not None:
-        write_page(html, page())
     if json_output:
         print_json(dict(document))
     elif not quiet:
         show()
+    if csv is not None:  # after what was found, which no full disk may take away
+        write_csv(csv, rows)
+    if html is not None:
+        write_page(html, page())
+    if not (quiet or json_output):
         _say_written(csv, html)
 
 

@@ -263,7 +263,7 @@ def quantize(
     """
     from dataclasses import asdict
 
-    from glmq.checkpoint.json_file import write_whole
+    from glmq.checkpoint.json_file import write_named
     from glmq.cli.console import showing, stderr, stdout
     from glmq.cli.malloc import share_one_heap
     from glmq.cli.progress import ProgressView
@@ -350,8 +350,6 @@ def quantize(
         return
     if not read_place().is_first:
         return
-    if html is not None:
-        write_whole(html, (result.folder / PAGE).read_bytes())
     with showing(result.folder):
         if json_output:
             print_json(
@@ -367,3 +365,5 @@ def quantize(
             stdout.print(str(result.folder), soft_wrap=True)
         else:
             show_quantization(result, model_path, verbose=verbose)
+    if html is not None:
+        write_named(html, (result.folder / PAGE).read_bytes())

@@ -66,6 +66,7 @@ def print_json(document: dict[str, object]) -> None:
     """One JSON object on stdout: sorted keys, no NaN, a newline at the end."""
     text = json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1)
     sys.stdout.write(visible_json(text) + "\n")
+    sys.stdout.flush()  # a full disk shows here, where it can be said, and not when Python ends
 
 
 class Streamed:

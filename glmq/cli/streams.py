@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TextIO
 
 _LAST: Final = 2
 """Descriptor of the last of the three: standard input, output and errors."""
@@ -28,6 +28,17 @@ def mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def silence(stream: TextIO) -> None:
+    """Let what a stream that takes nothing still holds, and all that follows, go nowhere: Python's end would fail of it."""
+    try:
+        handle = stream.fileno()
+    except io.UnsupportedOperation:  # no stream of the process
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, handle)
+    os.close(nowhere)
 
 
 @contextmanager

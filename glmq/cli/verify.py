@@ -168,13 +168,13 @@ def verify(
             in_vllm=engine is ServingEngine.VLLM,
             watch=view,
         )
-    if html is not None:
-        write_page(html, verification_page(found))
     if json_output:
         print_json(dict(verification_document(found)))
     else:
         show_verification(found, quiet=quiet, verbose=verbose)
-        if html is not None and not quiet:
+    if html is not None:  # after what was found, which no full disk may take away
+        write_page(html, verification_page(found))
+        if not (quiet or json_output):
             stderr.print(f"written: {html}", soft_wrap=True)
     if not found.passed:
         raise typer.Exit(FAILED)

@@ -66,6 +66,13 @@ def diagnose() -> Diagnosis:
         for what, kernel in kernels.items()
         if kernel in ("numpy", "torch")
     ]
+    folders = [Path.cwd()]
+    try:
+        folders.append(Path(tempfile.gettempdir()))
+    except FileNotFoundError:
+        problems.append(
+            "no temporary folder can be written to (of TMPDIR, /tmp, /var/tmp and the current one); set TMPDIR to one that can"
+        )
     if ascend.torch_npu is not None:
         problems += [f"no NPU can be used: {reason}" for reason in ascend.missing()]
     return Diagnosis(
@@ -78,7 +85,7 @@ def diagnose() -> Diagnosis:
         cores=psutil.cpu_count() or 1,
         memory_total=psutil.virtual_memory().total,
         memory_available=available_memory(),
-        disks={str(folder): free_bytes(folder) for folder in (Path.cwd(), Path(tempfile.gettempdir()))},
+        disks={str(folder): free_bytes(folder) for folder in folders},
         kernels=kernels,
         ascend=ascend,
         compress_program=program,

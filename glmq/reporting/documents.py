@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from glmq.checkpoint.json_file import JsonObject, JsonValue
+from glmq.checkpoint.json_file import JsonObject, JsonValue, write_named
 from glmq.engines import Engine
 from glmq.inspection.folder import Folder
 from glmq.inspection.listing import TensorRow, describe_folder, tensor_rows, totals_by_area, totals_by_type
@@ -346,5 +346,5 @@ def answer_document(found: Answer) -> JsonObject:
 
 
 def write_csv(path: Path, rows: Sequence[JsonObject]) -> None:
-    """Write rows with the same keys."""
-    path.write_bytes(csv_text(list(rows[0]), rows).encode() if rows else b"")
+    """Write rows with the same keys, all or none."""
+    write_named(path, csv_text(list(rows[0]), rows).encode() if rows else b"")

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Final, Literal
 
-from glmq.checkpoint.json_file import write_whole
+from glmq.checkpoint.json_file import write_named
 from glmq.version import __version__
 
 Tone = Literal["good", "warn", "bad", "plain"]
@@ -163,7 +163,7 @@ def picture(jpeg: bytes, what: str) -> Cell:
 
 def write_page(path: Path, html: str) -> None:
     """Write the page whole or not at all."""
-    write_whole(path, html.encode(errors="backslashreplace"))  # names of files may hold what is no UTF-8
+    write_named(path, html.encode(errors="backslashreplace"))  # names of files may hold what is no UTF-8
 
 
 def page(title: str, subtitle: Sequence[str], *sections: str) -> str:

@@ -306,6 +306,30 @@ def test_a_signal_cleans_up_and_has_its_exit_code(number: signal.Signals, code: 
     assert again.startswith("  to start again: ")
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), None])
+def test_signals_that_come_while_a_stop_is_said_change_nothing(
+    error: BaseException | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work() -> None:
+        if error is not None:
+            raise error
+        signal.raise_signal(signal.SIGTERM)
+
+    def describe(by: str, _: object) -> str:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        return f"stopped by {by}"
+
+    monkeypatch.setattr(__name__ + ".work", work)
+    monkeypatch.setattr("glmq.cli.complaint.describe_stop", describe)
+    result = call("long-run", "--out", "out")
+    code, by = (143, "SIGTERM") if error is None else (130, "Ctrl-C")
+    assert result.exit_code == code
+    assert result.stderr == f"error[GLMQ-E{code}]: stopped by {by}\n  to start again: root long-run --out out\n"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)  # until the process has ended
+
+
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_program_quietly() -> None:
     process = start("--rows", "200000")
@@ -343,9 +367,10 @@ def test_a_log_file_has_the_machine_each_block_and_the_traceback_of_a_failure(
 
 def test_a_log_file_that_cannot_be_written_is_one_sentence(small: Path, tmp_path: Path) -> None:
     result = run("inspect", small, "--log-file", tmp_path / "none" / "run.log")
-    assert result.exit_code == 4
+    assert result.exit_code == 2
+    folder = tmp_path / "none"
     assert result.stderr == (
-        f"error: {tmp_path / 'none' / 'run.log'}: No such file or directory; check the path, its permissions and the disk\n"
+        f"error: --log-file {folder / 'run.log'}: there is no folder {folder}; make it, or choose another place\n"
     )
 
 

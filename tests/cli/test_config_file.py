@@ -1,8 +1,11 @@
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cli.command_line import glmq, run
+from programs import start_glmq
 
 from glmq.cli.config_file import dump_config, read_config_file
 
@@ -53,6 +56,34 @@ def test_what_was_dumped_reads_back_the_same(tmp_path: Path) -> None:
     first = dumped(*options)
     file.write_text("".join(f"{name} = {value}\n" for name, value in first.items()), encoding="utf-8")
     assert dumped("--config", file) == first
+
+
+def test_what_toml_spells_in_its_own_way_reads_back_the_same(tmp_path: Path) -> None:
+    folder = "a\x7f\x9b\x1b照片😀"
+    first = dumped("--save_directory", folder, "--max-error", "inf")
+    assert first["max_error"] == "inf"
+    assert first["save_directory"] == r'"a\u007f\u009b\u001b照片😀"'
+    file = tmp_path / "run.toml"
+    file.write_text("".join(f"{name} = {value}\n" for name, value in first.items()), encoding="utf-8")
+    params = [SimpleNamespace(name=name) for name in first]
+    assert read_config_file(str(file), params)["save_directory"] == folder
+    assert read_config_file(str(file), params)["max_error"] == math.inf
+
+
+def test_the_dump_is_utf8_whatever_the_encoding_of_stdout() -> None:
+    done = start_glmq("calibrate", "--model-path", "照片", "--stats", "s", "--dump-config")
+    assert 'model_path = "照片"\n' in done.stdout
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_a_path_that_toml_cannot_hold_is_wrong_usage(form: list[str]) -> None:
+    result = run("quantize", "--model_path", "m\udcff", "--save_directory", "o", *form, "--dump-config")
+    sentence = "--model_path m\\udcff: is not UTF-8, which TOML cannot hold; give it another name"
+    assert result.exit_code == 2
+    if form:
+        assert json.loads(result.stdout)["error"] == {"code": "GLMQ-E201", "message": sentence}
+    else:
+        assert (result.stdout, result.stderr) == ("", f"error: {sentence}\n")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from glmq.cli import command
+from glmq.cli.complaint import complain
 from glmq.cli.console import VisibleConsole
 from glmq.cli.lines import Flow, broken, width_of
 
@@ -54,9 +54,7 @@ def test_an_error_on_a_terminal_breaks_between_words_too(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("NO_COLOR", "1")
-    command._complain(
-        "GLMQ-E201", "--fractoin: no such option; see `glmq quantize --help`", json_wanted=False, debug=False
-    )
+    complain("GLMQ-E201", "--fractoin: no such option; see `glmq quantize --help`", json_wanted=False, debug=False)
     assert re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines() == [
         "error[GLMQ-E201]: --fractoin: no such",
         "option; see `glmq quantize --help`",

@@ -2,6 +2,7 @@ import errno
 import io
 import os
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from programs import start_glmq
+from rich.live import Live
 
 from glmq.cli.console import VisibleConsole
 from glmq.cli.streams import mend_streams, without_echo
@@ -54,6 +57,98 @@ def test_a_log_on_a_full_disk_does_not_end_the_run() -> None:
     talk.print("calibrate: 2/5")
     with pytest.raises(OSError, match="No space left on device"):
         VisibleConsole(file=Full()).print("the result")
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader went away."""
+
+    def flush(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize("stream", [Full, Gone])
+def test_moving_lines_that_nobody_can_be_shown_do_not_end_the_run(stream: type[io.StringIO]) -> None:
+    talk = VisibleConsole(file=stream(), stderr=True, force_terminal=True)
+    with Live("12 of 66 blocks", console=talk, auto_refresh=False) as live:
+        live.update("13 of 66 blocks", refresh=True)
+        talk.print("calibrate: done")
+    assert talk.quiet
+
+
+def test_a_reader_of_results_that_went_away_is_for_the_command_to_handle() -> None:
+    with pytest.raises(BrokenPipeError):
+        VisibleConsole(file=Gone()).print("the result")
+
+
+def lose_stderr() -> None:
+    """Make stderr of this process a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 2)
+    os.close(writing)
+    sys.stderr = open(2, "w", 1, closefd=False)  # noqa: SIM115  as Python opens it
+
+
+def fill_stdout() -> None:
+    """Make stdout of this process a file on a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_the_reader_of_its_progress_goes_away(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = ("quantize", "--model_path", small, "--stats", small_stats, "--save_directory", out)
+    done = start_glmq(*command, before=lose_stderr)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+    assert (out / "quant_model_description.json").is_file()
+    again = start_glmq(*command, before=lose_stderr)
+    assert (again.returncode, again.stdout, again.stderr) == (2, "", "")
+    wrong = start_glmq("quantize", "--w_bit", "x", before=lose_stderr)
+    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "")
+
+
+FULL = "error[GLMQ-E501]: No space left on device; make room there, for bytes and for files (df -h, df -i)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize", "--help"],
+        ["quantize", "--help-all"],
+        ["--help"],
+        ["--version"],
+        ["doctor", "--json"],
+        ["verify", "--list-checks"],
+        ["verify", "--list-checks", "--json"],
+        ["calibrate", "--model-path", "m", "--stats", "s", "--dump-config"],
+    ],
+    ids=" ".join,
+)
+def test_a_stdout_on_a_full_disk_is_said_on_stderr(arguments: list[str]) -> None:
+    done = start_glmq(*arguments, before=fill_stdout)
+    assert (done.returncode, done.stderr) == (5, FULL)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_an_error_that_stdout_does_not_take_is_said_on_stderr_with_its_code() -> None:
+    done = start_glmq("verify", "--json", before=fill_stdout)
+    sentence = "CANDIDATE: missing; give the folder of a quantized or compressed checkpoint"
+    assert (done.returncode, done.stderr) == (2, f"error[GLMQ-E201]: {sentence}\n")
+
+
+@pytest.mark.slow
+def test_a_child_is_waited_for_where_the_parent_ignores_its_children(
+    small: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = ("--calib-images", pictures, "--limit", 1, "--no-texts", "-q")
+    command = ("calibrate", "--model-path", small, "--stats", tmp_path / "stats", *options)
+    done = start_glmq(*command, before=lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN))
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'stats'}\n", "")
 
 
 class Pseudo:

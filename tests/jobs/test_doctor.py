@@ -26,3 +26,15 @@ def test_missing_kernels_and_a_torch_npu_of_another_torch_are_problems(monkeypat
         "no NPU can be used: torch_npu 2.9.0 belongs to torch 2.9.0, found torch 2.13.0; pip install torch==2.9.0, "
         "or the torch_npu of 2.13.0",
     )
+
+
+def test_a_machine_without_a_temporary_folder_is_diagnosed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", fail)
+    found = doctor.diagnose()
+    assert list(found.disks) == [str(Path.cwd())]
+    assert found.problems[-1] == (
+        "no temporary folder can be written to (of TMPDIR, /tmp, /var/tmp and the current one); set TMPDIR to one that can"
+    )
