@@ -195,6 +195,12 @@ def make_recipe(options: Options) -> Recipe:
     target = Target(options.target)
     form = choose_form(options.format, mindie_format=options.mindie_format)
     _refuse_in_form(options, quant_type, form)
+    rules = (
+        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
+        *(parse_rule(text, quant_type, target, form) for text in options.layer),
+        *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
+    )
+    check_group_size(options.group_size, quant_type, (rule.quant_type for rule in rules), form)
     refuse_unloadable(target, quant_type, dtype, form)
     weight = WeightScheme(
         quant_type=quant_type,
@@ -209,12 +215,6 @@ def make_recipe(options: Options) -> Recipe:
     scheme = GroupScheme(
         weight, smoothing, ActRange(options.act_method), options.bias_correction, options.channel_shift
     )
-    rules = (
-        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
-        *(parse_rule(text, quant_type, target, form) for text in options.layer),
-        *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
-    )
-    check_group_size(options.group_size, quant_type, (rule.quant_type for rule in rules), form)
     return Recipe(
         quant_type,
         dtype,
