@@ -34,7 +34,7 @@ class Description:
     version: str | None
     """None in the MindIE form."""
     group_size: int | None
-    """Input columns per second-stage scale; W4A8_DYNAMIC only."""
+    """Input columns per second-stage scale; None unless some linear is W4A8_DYNAMIC."""
     tensors: dict[str, str]
     """Tensor name -> quantization type or FLOAT, aliases included."""
 

@@ -45,7 +45,7 @@ class MindieSettings:
     """What `quantization_config` of the MindIE form says beside the type: how the weights were made."""
 
     group_size: int
-    """Input columns per second-stage scale; 0 unless the type has two stages. All that the engine reads."""
+    """Input columns per second-stage scale; 0 unless some linear has two stages. All that the engine reads."""
     act_method: int
     """How activation ranges were chosen, in the numbers of the vendor's tool."""
     is_lowbit: bool

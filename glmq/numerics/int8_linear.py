@@ -42,7 +42,7 @@ def fold_bias(q: Tensor, bias: Tensor | None, deq_scale: Tensor, offset: int, sh
         bias: float32 [N] in output units, or None for zero.
         deq_scale: float32 [N], positive.
         offset: of the input activation.
-        shift: float32 [K], what the norm in front takes off the input, in steps of it; None for nothing.
+        shift: float64 [K], what the norm in front takes off the input, in steps of it; None for nothing.
 
     Returns:
         int32 [N]. Computed in float64, where the integer part is exact.

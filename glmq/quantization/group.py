@@ -100,9 +100,9 @@ class PreparedGroup:
 
     @property
     def shift_in_steps(self) -> Tensor | None:
-        """The same in steps of the activation, which there must be."""
+        """float64 [K]: the same in steps of the activation, which there must be. quant_bias sums thousands of them."""
         assert self.activation is not None
-        return None if self.shift is None else self.shift / self.activation.scale
+        return None if self.shift is None else self.shift.double() / self.activation.scale
 
 
 def prepare_group(

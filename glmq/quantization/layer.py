@@ -19,7 +19,7 @@ from glmq.numerics.hessian import Factor
 from glmq.numerics.int8_linear import fold_bias
 from glmq.numerics.moments import InputStats
 from glmq.numerics.rate import CURVE_ROWS, INT8_BITS, CurveRows, RateCurve, mean_rule_bits, rate_curve, solve_bits
-from glmq.numerics.rows import even_rows, row_chunks
+from glmq.numerics.rows import LEAST_STEP, even_rows, row_chunks, row_max
 from glmq.progress import Stopwatch
 from glmq.quantization.group import (
     NO_FOLD,
@@ -31,12 +31,14 @@ from glmq.quantization.group import (
     prepare_group,
 )
 from glmq.quantization.linear_report import report_linear
-from glmq.quantization.methods import METHODS, Integers, WeightJob, spend_bits
+from glmq.quantization.methods import FP16_SPACING, METHODS, Integers, WeightJob, spend_bits
 from glmq.records import ActivationQParams, LinearReport, QuantizedLinear, StageTime
 from glmq.spec import INT8, FloatDtype, Method, WeightScheme
 
 LARGEST_BIAS = float(2**30)
 """Largest bias, in output steps (deq_scale), that goes into quant_bias: the integer sums need the rest of int32."""
+FINE_BIAS = float(2**23)
+"""The most output steps that the bias of a row of zeros gets, and at least half of them: what float32 holds exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def quantize_group(
         clock.count("rounding", flops=sum(weight.numel() * weight.shape[1] for weight in weights))
     for linear, aim, integers in zip(linears, aims, rounded, strict=True):
         with clock.stage("rounding"):
-            result = _assemble(linear, linear.divided(aim), integers, stats, scheme, group)
+            result = _assemble(linear, linear.divided(aim), integers, stats, scheme, group, dtype)
         quantized.append(result)
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
@@ -222,6 +224,7 @@ def _assemble(
     stats: InputStats,
     scheme: GroupScheme,
     group: PreparedGroup,
+    dtype: FloatDtype,
 ) -> QuantizedLinear:
     """Compute deq_scale and quant_bias, where the type has them, and put all parts of the linear together.
 
@@ -230,7 +233,12 @@ def _assemble(
     deq_scale = quant_bias = None
     own_bias = None if linear.bias is None else linear.divided(linear.bias)
     if group.activation is not None:
-        integers = _lift_steps(weight, integers, own_bias, group.activation)
+        if own_bias is not None:
+            integers = _lift_steps(weight, integers, own_bias, group.activation)
+            if scheme.weight.method is not Method.REFERENCE:  # whose steps are the vendor's
+                is_half = scheme.weight.quant_type.spec.step_in_model_dtype and dtype is FloatDtype.FP16
+                least = FP16_SPACING if is_half else LEAST_STEP
+                integers = _free_steps(weight, integers, own_bias, group.activation, least)
         deq_scale = (integers.step * group.activation.scale).reshape(-1)
         bias = own_bias
         if scheme.bias_correction:
@@ -249,10 +257,8 @@ def _assemble(
     )
 
 
-def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor | None, activation: ActivationQParams) -> Integers:
+def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor, activation: ActivationQParams) -> Integers:
     """Widen the steps of rows with such small weights that their bias, in output steps, would exceed int32; round them anew."""
-    if bias is None:
-        return integers
     least = (bias.abs() / (LARGEST_BIAS * activation.scale))[:, None]
     low = (integers.step < least)[:, 0]
     if not bool(low.any()):
@@ -260,6 +266,30 @@ def _lift_steps(weight: Tensor, integers: Integers, bias: Tensor | None, activat
     q, step = integers.q.clone(), torch.maximum(integers.step, least)
     q[low] = affine.quantize_weight(weight[low], step[low], INT8)
     return Integers(q, step)
+
+
+def _free_steps(
+    weight: Tensor, integers: Integers, bias: Tensor, activation: ActivationQParams, least: float
+) -> Integers:
+    """Narrow the steps of rows whose integers are all 0 until their bias, all that such a row gives, is many output steps.
+
+    The steps are powers of two, which every dtype stores as they are, and so wide that the row still rounds to zeros.
+
+    Args:
+        weight: float32 [N, K].
+        integers: of it.
+        bias: float32 [N].
+        activation: of the input.
+        least: the smallest step that the checkpoint holds.
+    """
+    idle = (bias != 0) & (integers.q.amin(1) == 0) & (integers.q.amax(1) == 0)
+    if not bool(idle.any()):
+        return integers
+    fine = bias[idle, None].abs() / (FINE_BIAS * activation.scale)
+    wanted = torch.maximum(fine, 2 * row_max(weight[idle])).clamp_min(least)
+    step = integers.step.clone()
+    step[idle] = torch.minimum(step[idle], wanted / torch.frexp(wanted).mantissa)  # the next power of two
+    return replace(integers, step=step)
 
 
 def _mean_error(weight: Tensor, integers: Integers, mean: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ Nothing is ignored in silence: an option without effect in the chosen mode is re
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from glmq.engines import Engine
 from glmq.errors import UsageError
 from glmq.quantization.targets import Target
-from glmq.spec import Activation, Allocation, FloatDtype, Method, QuantType, Smoothing, StepRule, assert_never
+from glmq.spec import Activation, Allocation, FloatDtype, Form, Method, QuantType, Smoothing, StepRule, assert_never
 from glmq.values import DTYPE_WORDS, check_between, check_word
 
 GROUP_SIZES: Final = tuple(sorted({size for engine in Engine for size in engine.spec.group_sizes}))
@@ -78,9 +79,6 @@ def check_values(options: Options) -> None:
         )
     check_between("--fraction", options.fraction, 0.01, 0.1)
     check_between("--sigma_factor", options.sigma_factor, 1.0, 3.0)
-    sizes = GROUP_SIZES if options.a_bit == 8 else PACKED_GROUP_SIZES
-    if options.group_size not in sizes:
-        raise UsageError(f"--group_size {options.group_size}: one of {', '.join(map(str, sizes))} is needed")
     check_between("--propagation", options.propagation, 0, 1)
     check_between("--target-bits", options.target_bits, 0.5, 8)
     check_between("--target-ratio", options.target_ratio, 0.0625, 1)
@@ -127,6 +125,29 @@ def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRul
     if options.method == Method.REFERENCE.value and options.a_bit == 16:
         raise UsageError(
             f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"
+        )
+
+
+def check_group_size(size: int, model_type: QuantType, others: Iterable[QuantType], form: Form) -> None:
+    """Raise UsageError for a --group_size that the types with groups do not take, or that no linear needs.
+
+    Args:
+        size: as given.
+        model_type: of the linears without a rule.
+        others: the types that rules give.
+        form: of the checkpoint.
+    """
+    grouped = [kind for kind in (model_type, *others) if kind.has_groups(form)]
+    for kind in grouped or [model_type]:
+        is_packed = kind.spec.activation is Activation.NONE
+        sizes = PACKED_GROUP_SIZES if is_packed else GROUP_SIZES
+        if size not in sizes:
+            raise UsageError(f"--group_size {size}: one of {', '.join(map(str, sizes))} is needed")
+    if size != DEFAULT_GROUP_SIZE and not grouped:
+        raise UsageError(
+            f"--group_size {size} has no effect in {model_type.value}: only W4A8_DYNAMIC "
+            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups, and with --format compressed-tensors W8A16 and W4A16 "
+            "(--a_bit 16); drop it"
         )
 
 

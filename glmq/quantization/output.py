@@ -129,11 +129,11 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
         CheckpointError: a side file cannot be read.
         SpaceError: the disk is full.
     """
-    scheme = recipe.scheme
+    scheme, group_size = recipe.scheme, _group_size(recipe, plan)
     is_mindie = recipe.form is Form.MINDIE
     is_described = recipe.form in ASCEND_FORMS
     settings = MindieSettings(
-        group_size=scheme.weight.group_size,
+        group_size=group_size,
         act_method=scheme.act_range.value,
         is_lowbit=scheme.weight.step_rule in (StepRule.SIGMA, StepRule.FRACTION),
         open_outlier=scheme.weight.keep_outliers,
@@ -157,10 +157,15 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
     description = Description(
         model_quant_type=recipe.quant_type.value,
         version=None if is_mindie else ASCEND_V1_VERSION,
-        group_size=None if is_mindie else scheme.weight.group_size or None,
+        group_size=None if is_mindie else group_size or None,
         tensors=types if is_mindie else types | config.family.engine_aliases(types),
     )
     write_description(folder, description)
+
+
+def _group_size(recipe: Recipe, plan: OutputPlan) -> int:
+    """Input columns per step, if any linear has groups, be it by a rule against the model's type; else 0."""
+    return recipe.group_size if any(kind.has_groups(recipe.form) for kind in plan.linears.values()) else 0
 
 
 def compressed_config(config: ModelConfig, recipe: Recipe, plan: OutputPlan) -> CompressedConfig:

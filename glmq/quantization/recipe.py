@@ -16,6 +16,7 @@ from glmq.quantization.options import (
     DEFAULT_SIGMA_FACTOR,
     DTYPES,
     Options,
+    check_group_size,
     check_values,
     refuse_without_effect,
 )
@@ -201,6 +202,12 @@ def make_recipe(options: Options) -> Recipe:
     target = Target(options.target)
     form = choose_form(options.format, mindie_format=options.mindie_format)
     _refuse_in_form(options, quant_type, form)
+    rules = (
+        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
+        *(parse_rule(text, quant_type, target, form) for text in options.layer),
+        *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
+    )
+    check_group_size(options.group_size, quant_type, (rule.quant_type for rule in rules), form)
     refuse_unloadable(target, quant_type, dtype, form)
     weight = WeightScheme(
         quant_type=quant_type,
@@ -214,11 +221,6 @@ def make_recipe(options: Options) -> Recipe:
     smoothing = Smoothing.SMOOTHQUANT if options.do_smooth else Smoothing(options.anti_method)
     scheme = GroupScheme(
         weight, smoothing, ActRange(options.act_method), options.bias_correction, options.channel_shift
-    )
-    rules = (
-        *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
-        *(parse_rule(text, quant_type, target, form) for text in options.layer),
-        *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
     )
     return Recipe(
         quant_type,
@@ -245,12 +247,6 @@ def _refuse_in_form(options: Options, quant_type: QuantType, form: Form) -> None
         )
     if options.channel_shift and form is Form.COMPRESSED_TENSORS:
         raise UsageError("--channel-shift with --format compressed-tensors: its norms have no bias; drop one of them")
-    if options.group_size != DEFAULT_GROUP_SIZE and not quant_type.has_groups(form):
-        raise UsageError(
-            f"--group_size {options.group_size} has no effect in {quant_type.value}: only W4A8_DYNAMIC "
-            "(--w_bit 4 --is_lowbit True --is_dynamic True) has groups, and with --format compressed-tensors W8A16 and W4A16 "
-            "(--a_bit 16); drop it"
-        )
 
 
 def _target_bits(options: Options, quant_type: QuantType) -> float | None:

@@ -54,6 +54,8 @@ class GlmqConfig(QuantizationConfig):
         for name, kind in description.tensors.items():
             if name.endswith(_ALWAYS_FLOAT) and kind != QuantType.FLOAT.value:
                 raise CheckpointError(f"{name}: is {kind}; the plugin serves embeddings and lm_head as float only")
+        if description.group_size is None and QuantType.W4A8_DYNAMIC.value in description.tensors.values():
+            raise CheckpointError(f"{ASCEND_V1}: has W4A8_DYNAMIC linears but no group_size; quantize it again")
         self.group_size = description.group_size
         self.deq_dtype = torch.float32
         self._types = description.tensors

@@ -38,6 +38,7 @@ from glmq.verification.findings import Check, Finding
 
 TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A16")
 GROUP_SIZES: Final = (64, 128, 256)
+_NOT_FOR_MINDIE: Final = (32, 512)
 
 
 _MAX_PATH: Final = 4096
@@ -98,14 +99,17 @@ def _check_form(path: Path, description: Description) -> Iterator[Finding]:
         wording = "the MindIE form" if form is Form.MINDIE else "ascendV1"
         yield Check.DESCRIPTION_KEYS.error("version", f"is {description.version!r}, {wording} wants {wanted!r}")
     size = description.group_size
-    if quant_type != QuantType.W4A8_DYNAMIC.value or form is Form.MINDIE:
+    has_groups = (
+        QuantType.W4A8_DYNAMIC.value in description.tensors.values()
+    )  # rules may give it to linears of any model
+    if not has_groups or form is Form.MINDIE:
         if size is not None:
             yield Check.GROUP_SIZE.error(
                 "group_size",
-                f"is {size}, wanted only in an ascendV1 description of W4A8_DYNAMIC",
+                f"is {size}, wanted only in an ascendV1 description with W4A8_DYNAMIC linears",
             )
-    elif size == 32:
-        yield Check.GROUP_SIZE.warning("group_size", "is 32, which the MindIE engine refuses")
+    elif size in _NOT_FOR_MINDIE:
+        yield Check.GROUP_SIZE.warning("group_size", f"is {size}, which the MindIE engine refuses")
     elif size not in GROUP_SIZES:
         yield Check.GROUP_SIZE.error("group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
 

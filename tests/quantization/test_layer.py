@@ -11,6 +11,7 @@ import torch
 from reference import stats_of
 from torch import Tensor
 
+from glmq.checkpoint.ascend import encode_row_scale
 from glmq.errors import StatisticsError
 from glmq.numerics import hessian, ranges
 from glmq.numerics.affine import activation_qparams
@@ -282,6 +283,57 @@ def test_a_bias_too_large_for_int32_widens_the_step_of_its_row() -> None:
     assert linear.deq_scale is not None
     assert abs(int(linear.quant_bias[4])) <= 2**30 + 128 * 128 * K
     assert float(linear.quant_bias[4]) * float(linear.deq_scale[4]) == pytest.approx(3.0, rel=1e-6)  # one step of 2^30
+
+
+@pytest.mark.parametrize("dtype", list(FloatDtype))
+@pytest.mark.parametrize("method", [Method.PLAIN, Method.COMPENSATED])
+@pytest.mark.parametrize("mode", ["w8a8", "sigma", "fraction"])
+@pytest.mark.parametrize("dead", [slice(2, 48, 4), slice(None)], ids=["some rows", "all rows"])
+def test_rows_of_zeros_keep_their_bias(mode: str, method: Method, dtype: FloatDtype, dead: slice) -> None:
+    linears, stats = problem()
+    linears[0].weight[1] *= 1000.0  # whose step was that of the rows of zeros too
+    linears[0].weight[dead] = 0.0
+    bias = linears[0].bias
+    assert bias is not None
+    bias[2] = 0.003
+    bias[6] = 0.0
+    group = scheme(replace(WEIGHTS[mode], method=method))
+    result = quantize_group(linears, stats, group, norm_weight=NORM, dtype=dtype)
+    linear = result.linears[0]
+    assert linear.quant_bias is not None
+    assert linear.deq_scale is not None
+    assert not linear.weight[dead].any()
+    assert torch.allclose((linear.quant_bias * linear.deq_scale)[dead], bias[dead], rtol=1e-5, atol=0)
+    assert int(linear.quant_bias[dead].abs().max()) <= 2**23
+    step = linear.weight_scale[dead][bias[dead] != 0]
+    if mode == "w8a8":  # the sparse type stores no steps
+        assert torch.equal(step, encode_row_scale(step, dtype).float())
+
+
+def test_a_row_that_rounds_to_zeros_still_does_on_the_step_that_its_bias_asks_for() -> None:
+    linears, stats = problem()
+    linears[0].weight[2] = linears[0].weight.abs().max() * 1e-5
+    bias = linears[0].bias
+    assert bias is not None
+    bias[2] = 1e-6
+    weight = replace(SIGMA, method=Method.PLAIN)
+    result = quantize_group(
+        linears, stats, scheme(weight, smoothing=Smoothing.NONE), norm_weight=NORM, dtype=FloatDtype.FP16,
+        bits=[3.0, 3.0, 3.0],
+    )  # fmt: skip
+    linear = result.linears[0]
+    assert not linear.weight[2].any()
+    top = float(linears[0].weight[2].max())
+    assert 2 * top < float(linear.weight_scale[2]) <= 4 * top
+
+
+@pytest.mark.parametrize("mode", ["w8a8", "sigma"])
+def test_the_reference_leaves_the_vendors_steps_to_rows_of_zeros(mode: str) -> None:
+    linears, stats = problem()
+    linears[0].weight[2] = 0.0
+    group = scheme(replace(WEIGHTS[mode], method=Method.REFERENCE))
+    result = quantize_group(linears, stats, group, norm_weight=NORM, dtype=FloatDtype.FP16)
+    assert float(result.linears[0].weight_scale[2]) == 1.0
 
 
 def test_bias_correction_returns_the_mean_output() -> None:

@@ -80,6 +80,22 @@ def test_every_group_size_of_the_vendors_tool_is_taken(group_size: int) -> None:
     assert recipe(**W4A8, group_size=group_size).scheme.weight.group_size == group_size
 
 
+@pytest.mark.parametrize("model", [{}, DYNAMIC, {"a_bit": 16}], ids=["W8A8", "W8A8_DYNAMIC", "W8A16"])
+def test_a_group_size_is_that_of_linears_which_a_rule_gives_groups(model: dict[str, object]) -> None:
+    made = recipe(**model, layer=("*.o_proj=W4A8_DYNAMIC",), group_size=256)
+    assert made.scheme.weight.group_size == 0
+    assert made.scheme_of(QuantType.W4A8_DYNAMIC).weight.group_size == 256
+    assert refusal(**model, layer=("*.o_proj=W4A8_DYNAMIC",), group_size=32) == (
+        "--group_size 32: one of 64, 128, 256, 512 is needed"
+    )
+
+
+def test_the_group_size_of_a_rule_is_one_that_its_type_takes() -> None:
+    packed: dict[str, object] = {"format": "compressed-tensors", "layer": ("*.o_proj=W4A16",)}
+    assert recipe(**packed, group_size=32).scheme_of(QuantType.W4A16).weight.group_size == 32
+    assert refusal(**packed, group_size=256) == "--group_size 256: one of 32, 64, 128 is needed"
+
+
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_every_activation_range_of_the_vendors_tool_is_taken(number: int) -> None:
     assert recipe(act_method=number).scheme.act_range is ActRange(number)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import edit_tensors, quantize
+from helpers import calibrate, edit_tensors, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -74,6 +74,16 @@ def test_verify_passes_it_and_says_what_it_relies_on(shifted: Path, small: Path)
             "is not zero (--channel-shift): answers are right only where the engine adds it; not yet run on hardware",
         )
     }
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_inputs_that_are_nearly_constant_are_given_back_exactly(tmp_path: Path, tiny: Path, dtype: str) -> None:
+    samples = tmp_path / "one.jsonl"
+    samples.write_text('{"text": "a"}\n')
+    stats = calibrate(tiny, tmp_path / "stats", None, samples_file=samples, texts=False)
+    out = quantize(tiny, stats, tmp_path / "q", torch_dtype=dtype, channel_shift=True)
+    found = glmq.verify(out, reference=tiny)
+    assert found.passed, found.findings
 
 
 @pytest.mark.parametrize("mode", ["lost", "moved"])

@@ -325,6 +325,14 @@ def test_the_older_mindie_layout(small: Path, small_stats: Path, tmp_path: Path)
     assert not (out / "quant_model_description.json").exists()
 
 
+def test_the_older_mindie_layout_says_the_group_size_that_a_rule_gives(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    rule = ("*.o_proj=W4A8_DYNAMIC",)
+    out = quantize(small, small_stats, tmp_path / "out", mindie_format=True, is_dynamic=True, layer=rule)
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["group_size"] == 64
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "version 5"])
 def test_another_layout_of_the_config_gives_the_same_weights_and_the_nested_config(

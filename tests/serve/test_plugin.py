@@ -58,6 +58,11 @@ def test_packed_and_plain_linears_have_their_described_types() -> None:
             "found {}.self_attn.o_proj: no entry; quantize it again",
         ),
         ({f"{LAYER}.self_attn.v_proj.weight": "FLOAT"}, "qkv_proj", "{}.self_attn.v_proj: FLOAT; quantize it again"),
+        (
+            {f"{LAYER}.self_attn.o_proj.weight": "W4A8_DYNAMIC"},
+            "o_proj",
+            "has W4A8_DYNAMIC linears but no group_size; quantize",
+        ),
         ({f"{LAYER}.self_attn.k_proj.deq_scale": None}, "qkv_proj", "lacks {}.self_attn.k_proj.deq_scale, which W8A8S"),
     ],
 )

@@ -1,6 +1,7 @@
 """What MindIE, vLLM-Ascend and SGLang would look up."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from helpers import edit_json, edit_tensors, quantize
 from torch import Tensor
 
 import glmq
+from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Chip, Engine, Place
 from glmq.inspection.folder import scan_folder
 from glmq.model.config import read_config
+from glmq.spec import QuantType
 from glmq.verification.engines.check import check_chip, check_lookups
 from glmq.verification.engines.schemes import group_schemes, module_schemes
+from glmq.verification.findings import Check, Finding
+from glmq.verification.structure import check_structure
 
 LAYER = "model.language_model.layers.0"
 DESCRIPTION = "quant_model_description.json"
@@ -55,6 +60,51 @@ def test_a_good_checkpoint_passes_both(w8a8: Path) -> None:
     assert list(check_lookups(scan_folder(w8a8), Engine.MINDIE)) == []
     assert errors(w8a8, Engine.VLLM_ASCEND) == []
     assert notes(w8a8, Engine.VLLM_ASCEND) == [UNSUPPORTED]
+
+
+@pytest.fixture(scope="module")
+def mixed(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rules = ("*.gate_up_proj=W4A8_DYNAMIC", "*.o_proj=W4A8_DYNAMIC")
+    return quantize(small, small_stats, tmp_path_factory.mktemp("mixed") / "out", is_dynamic=True, layer=rules)
+
+
+def test_groups_that_rules_give_are_described_and_loaded(mixed: Path, small: Path) -> None:
+    assert json.loads((mixed / DESCRIPTION).read_text())["group_size"] == 64
+    with Checkpoint.open(small) as source:
+        assert [found for found in check_structure(mixed, source) if found.severity == "error"] == []
+    assert errors(mixed, Engine.VLLM_ASCEND) == []
+    assert notes(mixed, Engine.VLLM_ASCEND) == [
+        UNSUPPORTED,
+        *Engine.VLLM_ASCEND.spec.by_release(QuantType.W4A8_DYNAMIC),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (..., "wants [64, 0]: 256 columns per group, its default, as the description has no group_size"),
+        (32, "wants [64, 2]: 32 columns per group, as the description says"),
+    ],
+)
+def test_groups_of_another_size_than_the_description_says_are_found(
+    mixed: Path, tmp_path: Path, size: object, said: str
+) -> None:
+    folder = shutil.copytree(mixed, tmp_path / "copy")
+    edit_json(folder / DESCRIPTION, lambda d: d.pop("group_size") if size is ... else d.update(group_size=size))
+    found = errors(folder, Engine.VLLM_ASCEND)
+    for suffix in ("weight_scale_second", "weight_offset_second"):
+        assert f"{LAYER}.self_attn.o_proj.{suffix}: has shape [64, 1], vLLM-Ascend {said}" in found
+
+
+def test_a_missing_group_size_is_found_where_rules_give_groups(mixed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(mixed, tmp_path / "copy")
+    edit_json(folder / DESCRIPTION, lambda d: d.pop("group_size"))
+    assert [f for f in check_structure(folder, None) if f.check is Check.GROUP_SIZE] == [
+        Finding(Check.GROUP_SIZE, "error", "group_size", "is None, wanted one of 64, 128, 256")
+    ]
+    edit_json(folder / DESCRIPTION, lambda d: d.update(group_size=0))
+    sentence = f"group_size: is 0 in the description; {LAYER}.self_attn.o_proj needs input columns per group"
+    assert sentence in errors(folder, Engine.VLLM_ASCEND)
 
 
 def test_the_float_model_passes_both(small: Path) -> None:

@@ -38,6 +38,7 @@ def test_a_broken_description_is_found(make: Make) -> None:
     assert found(directory, None) == [(2, "", f"{path}: 'model_quant_type' is 3, wanted a text; write the file again")]
 
 
+NO_GROUPS = "is 64, wanted only in an ascendV1 description with W4A8_DYNAMIC linears"
 FOREIGN = "the description has this key, which switches another feature on, even if null"
 
 
@@ -49,8 +50,8 @@ FOREIGN = "the description has this key, which switches another feature on, even
         ("w8a8", {"version": "-"}, (2, "version", "is None, ascendV1 wants '1.0.0'")),
         ("w8a8s-mindie", {"version": "1.0.0"}, (2, "version", "is '1.0.0', the MindIE form wants None")),
         ("w8a8", {"group_size": None}, (2, "group_size", "is null in the description; the key must be absent instead")),
-        ("w8a8", {"group_size": 64}, (3, "group_size", "is 64, wanted only in an ascendV1 description of W4A8_DYNAMIC")),
-        ("w4a8-mindie", {"group_size": 64}, (3, "group_size", "is 64, wanted only in an ascendV1 description of W4A8_DYNAMIC")),
+        ("w8a8", {"group_size": 64}, (3, "group_size", NO_GROUPS)),
+        ("w4a8-mindie", {"group_size": 64}, (3, "group_size", NO_GROUPS)),
         ("w4a8", {"group_size": "-"}, (3, "group_size", "is None, wanted one of 64, 128, 256")),
     ],
 )  # fmt: skip
@@ -62,11 +63,12 @@ def test_wrong_keys_of_the_description_are_found(
     assert found(directory, None) == [expected]
 
 
-def test_a_group_size_of_32_is_a_warning(make: Make) -> None:
+@pytest.mark.parametrize("size", [32, 512])
+def test_a_group_size_that_only_other_engines_take_is_a_warning(make: Make, size: int) -> None:
     directory = make("w4a8")
-    describe(directory, {"group_size": 32})
+    describe(directory, {"group_size": size})
     first, *rest = check_structure(directory, None)
-    assert first == Finding(Check.GROUP_SIZE, "warning", "group_size", "is 32, which the MindIE engine refuses")
+    assert first == Finding(Check.GROUP_SIZE, "warning", "group_size", f"is {size}, which the MindIE engine refuses")
     assert {finding.check for finding in rest} == {Check.SHAPES}
 
 

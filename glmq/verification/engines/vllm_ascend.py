@@ -8,12 +8,15 @@ from typing import Final
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.json_file import JsonValue
 from glmq.engines import Engine
-from glmq.inspection.folder import Folder, Kind
+from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig
+from glmq.model.family import LinearShape
 from glmq.spec import Form, QuantType
 from glmq.verification.engines.linears import DTYPE_NAMES, VLLM_TYPES, Complaint, check_linear_tensors, section
 
 RELEASES: Final = Engine.VLLM_ASCEND.spec.releases
+DEFAULT_GROUP_SIZE: Final = 256
+"""Of its W4A8_DYNAMIC linears where the description gives none."""
 
 
 def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Complaint]:
@@ -44,7 +47,7 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
             yield True, key, "is in the description and switches another feature on, even if null"
     if folder.kind is not Kind.SHARDED and (folder.directory / "model.safetensors.index.json").exists():
         yield True, "", "model.safetensors.index.json is there; vLLM drops every weight file that it does not name"
-    if folder.quant_type == "W4A8_DYNAMIC":
+    if "W4A8_DYNAMIC" in folder.description.values():  # of the model, or of some linears in it
         for sentence in Engine.VLLM_ASCEND.spec.by_release(QuantType.W4A8_DYNAMIC):
             yield False, "", sentence
     elif folder.quant_type in ("W8A8S", "W8A8SC"):
@@ -62,6 +65,29 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     for group in config.family.groups(config):
         for linear in group.linears:
             yield from check_linear_tensors(stored, linear.name, folder, dtype, VLLM_TYPES)
+            if folder.description.get(f"{linear.name}.weight") == "W4A8_DYNAMIC":
+                yield from _check_groups(stored, linear, folder.description)
+
+
+def _check_groups(
+    stored: Mapping[str, StoredTensor], linear: LinearShape, description: Mapping[str, JsonValue]
+) -> Iterator[Complaint]:
+    """Second-stage scales, for which vLLM-Ascend makes room by the description's group size, whatever the model's type."""
+    size = description.get("group_size", DEFAULT_GROUP_SIZE)
+    if not isinstance(size, int) or size < 1:
+        yield True, "group_size", f"is {size!r} in the description; {linear.name} needs input columns per group"
+        return
+    said = (
+        "as the description says"
+        if "group_size" in description
+        else "its default, as the description has no group_size"
+    )
+    wanted = [linear.rows, linear.cols // size]
+    for suffix in ("weight_scale_second", "weight_offset_second"):
+        tensor = stored.get(f"{linear.name}.{suffix}")
+        if tensor is not None and list(tensor.info.shape) != wanted:
+            found = list(tensor.info.shape)
+            yield True, tensor.name, f"has shape {found}, vLLM-Ascend wants {wanted}: {size} columns per group, {said}"
 
 
 def _check_foreign(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
