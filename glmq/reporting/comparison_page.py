@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -144,7 +143,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
         cell(FAMILY.short_name(diff.name), code=True, anchor=anchor_of("tensor", diff.name)),
         f"{diff.type_a}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{diff.type_b}",
         percent(diff.relative_l2),
-        "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
+        f"{diff.sqnr_db:.1f}".replace("inf", "∞"),
         f"{diff.max_abs:.3g}",
         f"{diff.cosine:.5f}",
         "" if diff.changed_share is None else percent(diff.changed_share),
