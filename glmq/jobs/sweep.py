@@ -16,9 +16,10 @@ from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.workplace import Workplace, check_output, foreseen, has_progress
 from glmq.errors import LaunchError, UsageError
 from glmq.jobs.given_statistics import open_statistics
-from glmq.jobs.sweep_recipes import SweepJob, SweepOptions, Variant, check_variants
+from glmq.jobs.sweep_recipes import KL_LIMIT, SweepJob, SweepOptions, Variant, check_variants
 from glmq.jobs.sweep_rows import SweepRows, SweepWork
 from glmq.jobs.sweep_samples import describe_samples, find_samples, open_ruler
+from glmq.jobs.verify import only_of_pictures, refuse_without_effect
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files
@@ -176,6 +177,15 @@ def _check_places(job: SweepJob, *, overwrite: bool, resume: bool) -> None:
     idle = {"--calib-images": options.cases.images, "--cases": options.cases.cases}
     for option in (name for name, path in idle.items() if path is not None and not options.kl):
         raise UsageError(f"{option} with --no-kl: no model is run over the samples; drop one of them")
+    if not options.kl:
+        refuse_without_effect(
+            {
+                **only_of_pictures(options.cases),
+                "--limit": options.cases.limit not in (None, KL_LIMIT),
+                "--max-pixels": options.cases.max_pixels is not None,
+            },
+            "--kl",
+        )
     inputs = {
         "the float weights": job.model_path,
         "the statistics": job.stats_path,
@@ -204,7 +214,7 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
         plans = {variant: _plan(source, opened.config, variant) for variant in job.variants}
         ruler = None
         if options.kl:
-            samples = find_samples(options.cases, statistics)
+            samples = find_samples(options.cases, statistics, watcher)
             max_pixels = options.cases.max_pixels or statistics.settings().max_pixels
             ruler = open_ruler(source, opened.config, samples, max_pixels, options.chat_template)
             known = counted(len(statistics.samples()), "sample")
