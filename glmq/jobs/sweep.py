@@ -26,6 +26,7 @@ from glmq.model.side_files import check_needed_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.progress import Watch
 from glmq.quantization.dry_run import TextLoad, estimated_peak, seconds_of
+from glmq.quantization.fallback import check_topk
 from glmq.quantization.output import OutputPlan, plan_output
 from glmq.quantization.plan import plan_groups
 from glmq.quoting import csv_text
@@ -226,7 +227,9 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
 def _plan(source: Checkpoint, config: ModelConfig, variant: Variant) -> OutputPlan:
     """The output of one recipe. Raises UsageError, with the recipe's name, for one that does not fit the model."""
     try:
-        return plan_output(source, config, variant.recipe, plan_groups(variant.recipe, config), None, {})
+        groups = plan_groups(variant.recipe, config)
+        check_topk(groups, variant.fallback_topk)
+        return plan_output(source, config, variant.recipe, groups, None, {})
     except UsageError as error:
         raise type(error)(f"recipe {variant.name!r}: {error}") from error
 
