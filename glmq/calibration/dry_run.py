@@ -264,7 +264,9 @@ def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:
     try:
         inputs = preprocessor.encode(open_image(sample), sample.prompt, sample.answer)
         if sample.generated is not None:
-            preprocessor.check_length(inputs.tokens, generated=len(sample.generated.ids))
+            preprocessor.check_length(
+                inputs.tokens, has_image=sample.image is not None, generated=len(sample.generated.ids)
+            )
         return inputs
     except SampleError as error:
         raise SampleError(f"{sample.name}: {error}") from error

@@ -21,7 +21,8 @@ from typing import Final
 from urllib.parse import unquote, urlsplit
 
 from glmq.calibration.pictures import InlinePicture, PictureFile
-from glmq.checkpoint.json_file import JsonObject, JsonValue
+from glmq.checkpoint.json_file import SURROGATE, JsonObject, JsonValue
+from glmq.errors import SampleError
 
 OWN_KEYS: Final = ("image", "prompt", "text")
 _TURNS: Final = ("messages", "conversations")
@@ -55,6 +56,24 @@ _BASE64_STARTS: Final = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0")
 """Of JPEG, PNG, GIF, WebP and BMP files."""
 _LONG: Final = 200
 """Characters: no file name is as long as a picture in base64."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionNames:
+    """What the command that reads samples calls its options, for its messages."""
+
+    lines: str
+    """A samples file."""
+    skip_bad: str | None
+    """Pictures that cannot be used are left out; None: it has no such option."""
+
+
+def check_prompt(what: str, prompt: str) -> None:
+    """Raise SampleError, with `what` it is, for a prompt that no tokenizer takes: a byte that was typed is no UTF-8."""
+    if not prompt.isascii() and SURROGATE.search(prompt):
+        raise SampleError(
+            f"{what} {prompt!a:.60} has half of a surrogate pair, which is no character; write it in UTF-8"
+        )
 
 
 class LineError(Exception):

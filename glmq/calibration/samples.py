@@ -13,7 +13,7 @@ from typing import Final
 
 from PIL import Image
 
-from glmq.calibration.lines import Left, LineError, parse_line, shortened
+from glmq.calibration.lines import Left, LineError, OptionNames, check_prompt, parse_line, shortened
 from glmq.calibration.picture_folder import list_entries
 from glmq.calibration.pictures import (
     IMAGE_SUFFIXES,
@@ -35,6 +35,7 @@ MAX_LINES_BYTES: Final = 256 * 2**20
 """Of a file of samples."""
 WANTED_IMAGES: Final = 30
 """Calibration images that good accuracy takes: with fewer the command still runs, and says so where it matters."""
+CALIBRATION_NAMES: Final = OptionNames("--calib-samples", "--skip-bad-images")
 _LISTED: Final = 5
 """Bad files and lines that a message names."""
 _START: Final = 4096
@@ -133,6 +134,7 @@ def list_images(
     limit: int | None,
     recursive: bool = False,
     rules: PictureRules = PictureRules(),
+    names: OptionNames = CALIBRATION_NAMES,
     read: Callable[[int], None] = lambda count: None,
 ) -> SampleSet:
     """One sample per image of the folder, sorted by name, each with the same prompt.
@@ -148,18 +150,20 @@ def list_images(
         limit: use only the first images, this many.
         recursive: enter sub-folders, in their place among the names.
         rules: for images.
+        names: of the options, for messages.
         read: is called after each file with how many were read.
 
     Raises:
-        SampleError: no such folder, no image in it, or a rejected file without `skip_bad`.
+        SampleError: no such folder, no image in it, a rejected file without `skip_bad`, or a prompt that is no UTF-8.
     """
+    check_prompt("the prompt", prompt)
     if not directory.is_dir():
         what = (
             "is a file; give the folder of the images"
             if directory.exists()
             else "no such folder; give a folder of images"
         )
-        raise SampleError(f"{directory}: {what} as --calib-images, or a list of samples as --calib-samples")
+        raise SampleError(f"{directory}: {what} as --calib-images, or a list of samples as {names.lines}")
     samples: list[Sample] = []
     rejected: list[Rejected] = []
     deep: list[str] = []
@@ -182,7 +186,7 @@ def list_images(
     if rejected and not skip_bad:
         raise PictureError(
             f"{directory}: {len(rejected)} of {len(rejected) + len(samples)} files are not usable images: "
-            f"{_reasons(rejected)}; remove them or pass --skip-bad-images"
+            f"{_reasons(rejected)}; remove them" + (f" or pass {names.skip_bad}" if names.skip_bad else "")
         )
     if not samples:
         raise SampleError(f"{directory}: holds no image {_why_none(directory, rejected, folders)}")
@@ -195,6 +199,7 @@ def read_samples(
     limit: int | None,
     skip_bad: bool = False,
     rules: PictureRules = PictureRules(),
+    names: OptionNames = CALIBRATION_NAMES,
     read: Callable[[int], None] = lambda count: None,
 ) -> SampleSet:
     """The samples of a file of JSON lines, or of one JSON array, in its order; `lines` says in which layouts.
@@ -206,6 +211,7 @@ def read_samples(
         limit: use only the first lines, this many.
         skip_bad: leave out lines whose image cannot be used, instead of stopping.
         rules: for images.
+        names: of the options, for messages.
         read: is called after each line with how many were read.
 
     Raises:
@@ -216,7 +222,7 @@ def read_samples(
     rejected: list[Rejected] = []
     deep: list[str] = []
     left: Counter[Left] = Counter()
-    for name, where, document in _documents(path):
+    for name, where, document in _documents(path, names.lines):
         if len(samples) == limit:
             break
         read(len(samples) + len(bad) + len(rejected) + 1)
@@ -263,9 +269,9 @@ def digest(samples: Sequence[Sample], generate: int | None) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
+def _documents(path: Path, option: str) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
     """What each line holds: how its sample is called, how messages call the line, and its JSON or why it is none."""
-    text, file = _read_text(path), file_text(path.name)
+    text, file = _read_text(path, option), file_text(path.name)
     start = text.lstrip()
     if start.startswith("["):
         try:
@@ -290,7 +296,7 @@ def _documents(path: Path) -> Iterator[tuple[str, str, JsonValue | ValueError]]:
                 yield f"{file}:{number}", f"line {number}", document
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, option: str) -> str:
     """The text of a samples file. Raises SampleError that names its encoding if that is not UTF-8."""
     if path.is_dir():
         raise SampleError(f"{path}: is a folder; give one of images as --calib-images, or a file of samples")
@@ -304,14 +310,14 @@ def _read_text(path: Path) -> str:
         )
     for magic, what in _FILE_MAGIC:
         if raw.startswith(magic):
-            raise SampleError(f"{path}: is {what}; give a JSON-lines file as --calib-samples")
+            raise SampleError(f"{path}: is {what}; give a JSON-lines file as {option}")
     convert = f"UTF-8 is needed; convert it: iconv -f {{}} -t UTF-8 {quote(path.name)} > new.jsonl"
     if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         raise SampleError(f"{path}: is UTF-32 text, {convert.format('UTF-32')}")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff", *_UTF16_STARTS)):
         raise SampleError(f"{path}: is UTF-16 text, {convert.format('UTF-16')}")
     if b"\0" in raw[:_START]:
-        raise SampleError(f"{path}: is no text; give a JSON-lines file as --calib-samples")
+        raise SampleError(f"{path}: is no text; give a JSON-lines file as {option}")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -320,7 +326,7 @@ def _read_text(path: Path) -> str:
             raw.decode("gb18030")
         except UnicodeDecodeError:
             raise SampleError(
-                f"{path}, line {number}: is not UTF-8 text ({error}); give a JSON-lines file as --calib-samples"
+                f"{path}, line {number}: is not UTF-8 text ({error}); give a JSON-lines file as {option}"
             ) from None
         raise SampleError(
             f"{path}, line {number}: is not UTF-8 text, perhaps GBK; {convert.format('GB18030')}"

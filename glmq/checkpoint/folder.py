@@ -142,9 +142,15 @@ class OutputFolder:
             if work != self.work or not self._resume or not is_folder(self.path):
                 remove_work(work)
         (self.work / WHOLE).unlink(missing_ok=True)  # from here on the result changes
-        make_work(self.work)
-        if self._run is not None:
-            write_note(self.work, self._run, self._places.place, self._places.locks())
+        is_new = not os.path.lexists(self.work)
+        try:
+            make_work(self.work)
+            if self._run is not None:
+                write_note(self.work, self._run, self._places.place, self._places.locks())
+        except BaseException:
+            if is_new:
+                remove_work(self.work)
+            raise
 
     def _look(self) -> Contents:
         return look(self._places.place, self._places.contents())

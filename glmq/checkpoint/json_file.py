@@ -30,9 +30,16 @@ MAX_DIGITS: Final = 40
 SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 """No character: half of one that JSON spells as two, or in the name of a file a byte that is no UTF-8."""
 
+_NO_BYTE: Final = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
+"""Those that stand for no byte of a path either."""
 
-def parse_json(raw: bytes | str) -> JsonValue:
+
+def parse_json(raw: bytes | str, *, has_paths: bool = False) -> JsonValue:
     """The JSON document in `raw`, keys in their order.
+
+    Args:
+        raw: text, or its bytes in UTF-8.
+        has_paths: glmq wrote it, paths among its texts: what stands for a byte that is no UTF-8 is taken.
 
     Raises:
         ValueError: not JSON, a key that appears twice, numbers that are not finite or have more than MAX_DIGITS digits, halves
@@ -51,7 +58,7 @@ def parse_json(raw: bytes | str) -> JsonValue:
         raise ValueError(f"more than {MAX_DEPTH} lists and objects lie within each other") from None
     _check_depth(document)
     if "\\u" in text or not text.isascii():
-        _check_texts(document)
+        _check_texts(document, _NO_BYTE if has_paths else SURROGATE)
     return document
 
 
@@ -99,26 +106,26 @@ def _items(value: JsonValue) -> Iterable[JsonValue]:
     return value if isinstance(value, list) else ()
 
 
-def _check_texts(document: JsonValue) -> None:
+def _check_texts(document: JsonValue, refused: re.Pattern[str]) -> None:
     """Refuse text that could never be written again."""
     stack = [document]
     while stack:
         value = stack.pop()
         if isinstance(value, str):
-            _check_text(value)
+            _check_text(value, refused)
         elif isinstance(value, dict):
             for key in value:
-                _check_text(key)
+                _check_text(key, refused)
         stack += _items(value)
 
 
-def _check_text(text: str) -> None:
-    if not text.isascii() and SURROGATE.search(text):
+def _check_text(text: str, refused: re.Pattern[str]) -> None:
+    if not text.isascii() and refused.search(text):
         raise ValueError(f"{text!a:.40} has half of a surrogate pair, which is no character")
 
 
-def read_json_object(path: Path) -> JsonObject:
-    """The JSON object in `path`, keys in file order.
+def read_json_object(path: Path, *, has_paths: bool = False) -> JsonObject:
+    """The JSON object in `path`, keys in file order. `has_paths`: see `parse_json`.
 
     Raises:
         CheckpointError: no regular file, unreadable, larger than MAX_JSON_BYTES, not an object, or what parse_json refuses.
@@ -129,7 +136,7 @@ def read_json_object(path: Path) -> JsonObject:
             f"{path}: is larger than {MAX_JSON_BYTES} bytes; it is not a file of a GLM-4.1V or GLM-4.6V-Flash"
         )
     try:
-        document = parse_json(raw)
+        document = parse_json(raw, has_paths=has_paths)
     except ValueError as error:
         raise DamagedError(f"{path}: is not JSON ({error}); download or write it again") from None
     if not isinstance(document, dict):
@@ -218,8 +225,14 @@ def write_json(path: Path, document: Mapping[str, JsonValue], *, indent: int) ->
 
 
 def json_bytes(document: Mapping[str, JsonValue], *, indent: int) -> bytes:
-    """The text of `document` as it is written: keys in their order, ending in a newline."""
-    return (json.dumps(document, indent=indent, ensure_ascii=False) + "\n").encode()
+    r"""The text of `document` as it is written: keys in their order, ending in a newline.
+
+    A byte of a path that is no UTF-8 is written as `\udcff`, which reads back as the same path.
+    """
+    text = json.dumps(document, indent=indent, ensure_ascii=False) + "\n"
+    if not text.isascii():
+        text = SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return text.encode()
 
 
 def write_named(path: Path, content: bytes) -> None:

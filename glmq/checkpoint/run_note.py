@@ -57,7 +57,7 @@ def write_note(work: Path, note: RunNote, target: Path, locks: Iterable[Path]) -
 def read_note(work: Path) -> FoundRun | None:
     """The run that a work folder is of; None where nothing readable says so, as in one of an older glmq."""
     try:
-        found = read_json_object(work / NAME)
+        found = read_json_object(work / NAME, has_paths=True)
     except (InputError, OSError):
         return None
     options, locks = found.get("options"), found.get("locks")

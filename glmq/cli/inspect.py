@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -119,8 +120,9 @@ def inspect(
                     "--layer, --name, --values and --sort: two statistics folders are compared as a whole; drop them"
                 )
             found_both = compare_statistics(a, b, watch=view)
-            rows, document = statistics_comparison_csv(found_both), statistics_comparison_document(found_both)
-            page = partial(statistics_comparison_page, found_both)
+            first = replace(found_both, changes=found_both.changes[:limit])
+            rows, document = statistics_comparison_csv(first), statistics_comparison_document(first)
+            page = partial(statistics_comparison_page, first)
             show = partial(show_statistics_comparison, found_both, limit=limit, verbose=verbose)
         elif values or sort != "name":
             raise UsageError("--values and --sort are for one checkpoint; two are compared by value, worst first")
@@ -129,7 +131,12 @@ def inspect(
 
             keep_freed_memory()
             diff = compare(a, b, layer=layer, name=name, histograms=html is not None, watch=view)
-            rows, document, page = comparison_csv(diff), comparison_document(diff), partial(comparison_page, diff)
+            worst = replace(diff, diffs=diff.diffs[:limit])
+            rows, document, page = (
+                comparison_csv(worst),
+                comparison_document(worst),
+                partial(comparison_page, diff, limit),
+            )
             show = partial(show_comparison, diff, limit=limit, verbose=verbose)
     if json_output:
         print_json(dict(document))

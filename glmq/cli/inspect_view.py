@@ -152,7 +152,7 @@ def _diff_cells(diff: WeightDiff) -> list[Cell]:
         FAMILY.short_name(diff.name),
         f"{diff.type_a} > {diff.type_b}",
         percent(diff.relative_l2) if coarser is None else f"equal within {coarser}",
-        "inf" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
+        f"{diff.sqnr_db:.1f}",
         f"{diff.max_abs:.3g}",
         f"{diff.cosine:.5f}",
         "" if diff.changed_share is None else f"{diff.changed_share:.1%}",
@@ -284,8 +284,12 @@ def _or_absent(value: str | None) -> str | Text:
 
 
 def percent(error: float) -> str:
-    """A relative error: `3.492%`, `<0.001%`, `inf`."""
-    return "inf" if math.isinf(error) else f"{error:.3%}" if error >= 1e-5 or error == 0 else "<0.001%"
+    """A relative error: `3.492%`, `<0.001%`, `1.2e+06%`, `inf`."""
+    if not math.isfinite(error):
+        return "inf"
+    if error >= 1e4:
+        return f"{100 * error:.2g}%"
+    return f"{error:.3%}" if error >= 1e-5 or error == 0 else "<0.001%"
 
 
 def _print_mark(severity: str, message: str) -> None:

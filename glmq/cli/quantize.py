@@ -9,15 +9,18 @@ import typer
 
 from glmq.cli import options as o
 from glmq.cli import vendor_options as v
+from glmq.cli.command import ARGUMENTS
 from glmq.cli.help import Tier
 from glmq.cli.presets import PRESETS, PresetName, flags_of, overridden
 from glmq.quantization.targets import Target
 
 
-def _list_presets(wanted: bool) -> None:
+def _list_presets(context: typer.Context, wanted: bool) -> None:
     if wanted:
         from glmq.cli.console import stdout
 
+        if "--json" in context.meta[ARGUMENTS]:
+            raise typer.BadParameter("presets are printed as text; drop --json")
         for name, preset in PRESETS.items():
             stdout.say(f"{name}: {preset.what}", hang=4)
             stdout.say(f"    {flags_of(name)}")

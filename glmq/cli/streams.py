@@ -17,7 +17,8 @@ def mend_streams() -> None:
     """Open the null device for streams that are closed, as cron, systemd and `>&-` leave them, and let none fail at a letter.
 
     Left closed, their numbers would go to the next files that are opened, and what a library prints would go into weights.
-    A character that the stream's encoding lacks is written as an escape.
+    A character that the stream's encoding lacks is written as an escape; a byte that is none in it is read as half of a
+    surrogate pair, which is refused where it is used.
     """
     while (handle := os.open(os.devnull, os.O_RDWR)) <= _LAST:
         pass
@@ -28,6 +29,8 @@ def mend_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def silence(stream: TextIO) -> None:

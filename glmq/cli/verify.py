@@ -150,6 +150,10 @@ def verify(
     from glmq.verification.limits import Limits
 
     if list_checks:
+        looking = {"--reference": reference, "--target": target, "--engine": engine, "--calib-images": calib_images}
+        for option, value in {**looking, "--cases": cases, "--html": html, "--events": events}.items():
+            if value is not None:
+                raise UsageError(f"{option} with --list-checks: no checkpoint is looked at; drop one of them")
         if json_output:
             print_json(dict(checks_document()))
         else:

@@ -23,11 +23,11 @@ from glmq.errors import CheckpointError, ModelError, UsageError
 from glmq.inspection.folder import LINEAR_SUFFIXES, Folder, Kind, layer_of, plain_name, role_of
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.inspection.sums import Sums, sum_rows
-from glmq.inspection.weights import StoredMatrix, column_scales
+from glmq.inspection.weights import StoredMatrix, column_scales, is_same, tells_scale
 from glmq.model.config import ModelConfig, parse_config
 from glmq.model.family import InputGroup
 from glmq.model.naming import find_naming
-from glmq.numerics.metrics import entropy_bits, sqnr_db
+from glmq.numerics.metrics import entropy_bits, error_of_energies, sqnr_db
 from glmq.threads import run_ahead
 
 _COMPARED: Final = (Kind.FLOAT, Kind.QUANTIZED)
@@ -56,11 +56,14 @@ class WeightDiff:
     identical: bool
     """The stored bytes, and for integers their steps, are equal."""
     noise: float
-    """Sum of squared differences, after the scales of smoothing are taken out."""
+    """Sum of squared differences, after the scales of smoothing are taken out; infinite where one of them is, as of a NaN or
+    an infinity that the other has not. What both have does not count."""
     signal: float
-    """Sum of squares of the first."""
+    """Sum of squares of the first, NaN and infinity left out."""
     max_abs: float
+    """Infinite with `noise`."""
     cosine: float
+    """0 where the difference is infinite."""
     undone: tuple[float, float] | None
     """Smallest and largest channel scale that was taken out; of a norm that was, only channels that are zero in one of both
     count as different. None where norms agree."""
@@ -91,10 +94,8 @@ class WeightDiff:
 
     @property
     def relative_l2(self) -> float:
-        """||B - A|| / ||A||; infinite where only A vanishes."""
-        if self.signal == 0:
-            return 0.0 if self.noise == 0 else math.inf
-        return math.sqrt(self.noise / self.signal)
+        """||B - A|| / ||A||; infinite where only A vanishes, or only one has a NaN or an infinity."""
+        return error_of_energies(self.noise, self.signal)
 
     @property
     def sqnr_db(self) -> float:
@@ -331,13 +332,16 @@ def _compare_plain(
     `scales` of a norm are those that linears carry, `rows` of a bias those that a fold multiplied its linear's rows by.
     """
     one, other = a.read(name), b.read(name)
-    sums = Sums()
-    values = other.float().clone()
+    values = other.to(one.dtype if one.dtype == torch.float64 else torch.float32, copy=True)
     if scales is not None:
-        values = torch.where((one == 0) | (other == 0), values, one.float())
+        values = torch.where(tells_scale(one) & tells_scale(other), one, values)
     if rows is not None:
         values /= rows
-    sums.add(one.float(), values)
+    sums = Sums()
+    sums.add(one.float(), values.float().clone())
+    if not sums.is_finite:
+        sums = Sums()
+        sums.add_any(one.double(), values.double())
     return WeightDiff(
         name=name,
         layer=layer_of(name),
@@ -345,7 +349,7 @@ def _compare_plain(
         type_a=a.info(name).dtype,
         type_b=b.info(name).dtype,
         shape=tuple(one.shape),
-        identical=one.dtype == other.dtype and torch.equal(one, other),
+        identical=is_same(one, other),
         noise=sums.noise,
         signal=sums.a,
         max_abs=sums.max_abs,
@@ -374,12 +378,11 @@ def _step_ratio(a: StoredMatrix, b: StoredMatrix) -> tuple[float, float, float] 
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
+    return a is b if a is None or b is None else is_same(a, b)
 
 
 def _sum(layer: str, diffs: list[WeightDiff]) -> LayerDiff:
     noise, signal = sum(d.noise for d in diffs), sum(d.signal for d in diffs)
     worst = max(diffs, key=lambda d: d.relative_l2)
-    error = math.sqrt(noise / signal) if signal else 0.0
     label = worst.role if layer != "total" else worst.name
-    return LayerDiff(layer, len(diffs), error, label, worst.relative_l2)
+    return LayerDiff(layer, len(diffs), error_of_energies(noise, signal), label, worst.relative_l2)

@@ -139,7 +139,7 @@ def _denied_by_columns(before: StoredMatrix, after: StoredMatrix, scales: Tensor
         for total, wanted in zip(left, (old * factor, old), strict=True):
             total += (new - wanted).square().sum(0)
     scaled, plain = (_to_rows(total, source) for total in left)
-    return (scaled > plain) & (scaled > torch.minimum(scaled, plain).median())
+    return (scaled > plain) & (scaled > torch.minimum(scaled, plain).nanmedian())
 
 
 def _to_channels(by_row: Tensor, source: RowSource) -> Tensor:

@@ -27,6 +27,7 @@ else:
 KERNELS: Final = _kernels
 """The compiled kernels that this processor runs, fastest first; empty without a compiler."""
 
+LARGEST: Final = torch.finfo(torch.float32).max
 _KINDS: Final = {torch.int8: 0, torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """What the kernel calls them."""
 
@@ -53,6 +54,25 @@ class Sums:
         low, high = torch.aminmax(y)
         self.max_abs = max(self.max_abs, -float(low), float(high))
 
+    def add_any(self, a: Tensor, b: Tensor) -> None:
+        """Two float64 pieces of one shape, of any numbers: what `add` cannot sum.
+
+        Equal infinities, and NaN on both sides, do not differ. Any other difference that float32 cannot hold is infinite;
+        values that it cannot hold count in no other sum.
+        """
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = torch.where(same, 0.0, (b - a).abs())
+        difference = torch.where(difference <= LARGEST, difference, math.inf)  # NaN is not <= either
+        self.a += float(torch.where(a.abs() <= LARGEST, a, 0.0).square().sum())
+        self.b += float(torch.where(b.abs() <= LARGEST, b, 0.0).square().sum())
+        self.noise += float(difference.square().sum())
+        self.max_abs = max(self.max_abs, float(difference.max()) if difference.numel() else 0.0)
+
+    @property
+    def is_finite(self) -> bool:
+        """No NaN or infinity was met, and no square left float32; else what was added belongs into `add_any`."""
+        return all(map(math.isfinite, (self.noise, self.a, self.b, self.max_abs)))
+
     def merge(self, other: Sums) -> None:
         """Add the sums over other rows."""
         self.noise += other.noise
@@ -65,7 +85,9 @@ class Sums:
 
     @property
     def cosine(self) -> float:
-        """a . b = (a . a + b . b - d . d) / 2; 1 where both vanish, 0 where one does."""
+        """a . b = (a . a + b . b - d . d) / 2; 1 where both vanish, 0 where one does or the difference is infinite."""
+        if math.isinf(self.noise):
+            return 0.0
         norms = math.sqrt(self.a) * math.sqrt(self.b)
         if norms == 0:
             return 1.0 if self.a == self.b else 0.0
@@ -79,8 +101,20 @@ def sum_rows(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, rows: tuple[int
     """
     x, y = a.stored(*rows), b.stored(*rows)
     if KERNELS and x.dtype in _KINDS and y.dtype in _KINDS and _match(a.second, b.second):
-        return _sum_compiled(a, b, scaling, rows[0], x, y)
-    return sum_by_torch(a, b, scaling, rows[0], x, y)
+        sums = _sum_compiled(a, b, scaling, rows[0], x, y)
+    else:
+        sums = sum_by_torch(a, b, scaling, rows[0], x, y)
+    if not sums.is_finite:
+        sums.noise = sums.a = sums.b = sums.max_abs = 0.0
+        for start, stop in row_ranges(0, x.shape[0], a.cols, CACHE_ELEMENTS):
+            others = _any_values(b, y[start:stop], rows[0] + start)
+            sums.add_any(_any_values(a, x[start:stop], rows[0] + start), scaling.undone(others, rows[0] + start))
+    return sums
+
+
+def _any_values(matrix: StoredMatrix, stored: Tensor, first: int) -> Tensor:
+    """float64, of float64 weights too, which float32 may not hold."""
+    return stored.double() if matrix.step is None else matrix.values(stored, first).double()
 
 
 def sum_by_torch(a: StoredMatrix, b: StoredMatrix, scaling: Scaling, first: int, x: Tensor, y: Tensor) -> Sums:

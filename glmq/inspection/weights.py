@@ -128,12 +128,24 @@ def column_scales(before: Checkpoint, after: Checkpoint, norm: str | None) -> Te
     """What smoothing multiplied the columns of `after`'s linears by: norm of `before` / norm of `after`.
 
     Returns:
-        float32 [K]; 1 where either norm is zero; None where there is no norm or nothing was scaled.
+        float32 [K]; 1 where either norm is zero or not finite; None where there is no norm or nothing was scaled.
     """
     name = f"{norm}.weight"
     if norm is None or name not in before or name not in after:
         return None
     old, new = before.read(name).float(), after.read(name).float()
-    if old.shape != new.shape or torch.equal(old, new):
+    if old.shape != new.shape or is_same(old, new):
         return None
-    return torch.where((old != 0) & (new != 0), old / new, 1.0)
+    return torch.where(tells_scale(old) & tells_scale(new), old / new, 1.0)
+
+
+def tells_scale(norm: Tensor) -> Tensor:
+    """Whether each value of a norm can be divided by another: bool, false where it is zero or not finite."""
+    return (norm != 0) & norm.isfinite()
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Both hold the same bytes, NaN among them or not."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)))

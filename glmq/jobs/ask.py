@@ -10,6 +10,7 @@ from typing import Final
 
 from PIL import Image
 
+from glmq.calibration.lines import check_prompt
 from glmq.calibration.pictures import PictureRules, examine_picture, load_picture
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import PictureError, SampleError, UsageError, WrongFolderError
@@ -74,6 +75,7 @@ class Asker:
             shrinks: pictures are shrunk before use, so that any number of pixels is read.
         """
         check_least("--max-new-tokens", max_new_tokens, 1)
+        check_prompt("the question", prompt)
         try:
             inputs = self._preprocessor.encode(_picture(image, shrinks=shrinks), prompt, None)
         except PictureError:
@@ -83,7 +85,8 @@ class Asker:
         if inputs.tokens + max_new_tokens > self._config.max_tokens:
             raise UsageError(
                 f"--max-new-tokens {max_new_tokens}: the question has {inputs.tokens} tokens, and the model takes "
-                f"{self._config.max_tokens} with its answer; allow fewer, or shrink the picture with --max-pixels"
+                f"{self._config.max_tokens} with its answer; allow fewer"
+                + (", or shrink the picture with --max-pixels" if image is not None else "")
             )
         if self._watcher.is_watched:
             self._watcher.plan(self._passes(inputs, max_new_tokens))

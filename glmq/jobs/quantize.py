@@ -42,6 +42,7 @@ from glmq.numerics.rate import RateCurve
 from glmq.progress import Watch
 from glmq.quantization.bits import settle_allocation
 from glmq.quantization.dry_run import CalibrationNeeds, RunPlan, TextLoad, make_run_plan
+from glmq.quantization.fallback import check_topk
 from glmq.quantization.fold import RowFolds
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
@@ -289,6 +290,7 @@ def _planned(job: QuantizationJob, watcher: Watcher) -> Iterator[tuple[Checkpoin
         for sentence in opened.notes:
             watcher.note(f"note: {sentence}")
         groups = plan_groups(job.recipe, config)
+        check_topk(groups, job.fallback_topk)
         list_side_files(job.model_path)  # refuses what could not be copied at the end
         check_needed_files(job.model_path)
         template, for_mindie = job.calibration.chat_template, job.recipe.form in ASCEND_FORMS

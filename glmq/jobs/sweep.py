@@ -16,15 +16,17 @@ from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.workplace import Workplace, check_output, foreseen, has_progress
 from glmq.errors import LaunchError, UsageError
 from glmq.jobs.given_statistics import open_statistics
-from glmq.jobs.sweep_recipes import SweepJob, SweepOptions, Variant, check_variants
+from glmq.jobs.sweep_recipes import KL_LIMIT, SweepJob, SweepOptions, Variant, check_variants
 from glmq.jobs.sweep_rows import SweepRows, SweepWork
 from glmq.jobs.sweep_samples import describe_samples, find_samples, open_ruler
+from glmq.jobs.verify import only_of_pictures, refuse_without_effect
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files
 from glmq.model.source import SourceOptions, open_source
 from glmq.progress import Watch
 from glmq.quantization.dry_run import TextLoad, estimated_peak, seconds_of
+from glmq.quantization.fallback import check_topk
 from glmq.quantization.output import OutputPlan, plan_output
 from glmq.quantization.plan import plan_groups
 from glmq.quoting import csv_text
@@ -176,6 +178,15 @@ def _check_places(job: SweepJob, *, overwrite: bool, resume: bool) -> None:
     idle = {"--calib-images": options.cases.images, "--cases": options.cases.cases}
     for option in (name for name, path in idle.items() if path is not None and not options.kl):
         raise UsageError(f"{option} with --no-kl: no model is run over the samples; drop one of them")
+    if not options.kl:
+        refuse_without_effect(
+            {
+                **only_of_pictures(options.cases),
+                "--limit": options.cases.limit not in (None, KL_LIMIT),
+                "--max-pixels": options.cases.max_pixels is not None,
+            },
+            "--kl",
+        )
     inputs = {
         "the float weights": job.model_path,
         "the statistics": job.stats_path,
@@ -204,7 +215,7 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
         plans = {variant: _plan(source, opened.config, variant) for variant in job.variants}
         ruler = None
         if options.kl:
-            samples = find_samples(options.cases, statistics)
+            samples = find_samples(options.cases, statistics, watcher)
             max_pixels = options.cases.max_pixels or statistics.settings().max_pixels
             ruler = open_ruler(source, opened.config, samples, max_pixels, options.chat_template)
             known = counted(len(statistics.samples()), "sample")
@@ -216,7 +227,9 @@ def _prepared(job: SweepJob, watcher: Watcher) -> Iterator[SweepWork]:
 def _plan(source: Checkpoint, config: ModelConfig, variant: Variant) -> OutputPlan:
     """The output of one recipe. Raises UsageError, with the recipe's name, for one that does not fit the model."""
     try:
-        return plan_output(source, config, variant.recipe, plan_groups(variant.recipe, config), None, {})
+        groups = plan_groups(variant.recipe, config)
+        check_topk(groups, variant.fallback_topk)
+        return plan_output(source, config, variant.recipe, groups, None, {})
     except UsageError as error:
         raise type(error)(f"recipe {variant.name!r}: {error}") from error
 

@@ -29,7 +29,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import write_tensors
 from glmq.errors import CheckpointError, NonFiniteError, UsageError
 from glmq.jobs.forecast import forecast_forward
-from glmq.jobs.verify import CaseOptions, load_cases
+from glmq.jobs.verify import CaseOptions, load_cases, only_of_pictures, refuse_without_effect
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
@@ -49,17 +49,18 @@ MOST_BYTES: Final = 2**34
 """Of that file."""
 
 
-def find_samples(options: CaseOptions, statistics: Statistics) -> tuple[Sample, ...]:
+def find_samples(options: CaseOptions, statistics: Statistics, watcher: Watcher) -> tuple[Sample, ...]:
     """The samples that the options name, or those of the statistics that can be found again.
 
     Statistics keep checksums of their samples, not the samples: what came with glmq is found by these.
 
     Raises:
-        UsageError: none can be found.
+        UsageError: none can be found, or an option has no effect on them.
         SampleError: a sample that the options name cannot be used.
     """
     if options.images is not None or options.cases is not None:
-        return load_cases(options)
+        return load_cases(options, watcher)
+    refuse_without_effect(only_of_pictures(options), "--calib-images")
     known = _described(statistics)
     pictures = list_images(default_images(), DEFAULT_PROMPT, skip_bad=True, limit=None).samples
     found = [sample for sample in pictures if sample.digest in known][: options.limit]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from glmq.calibration.lines import OptionNames
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.samples import Sample, list_images, read_samples
 from glmq.checkpoint.checksums import CHECKSUMS
@@ -38,6 +39,7 @@ from glmq.verification.limits import Limits
 from glmq.verification.situations import situation_of
 from glmq.wording import counted
 
+CASE_NAMES: Final = OptionNames("--cases", skip_bad=None)
 FILES: Final = "files"
 """The pass over the files."""
 COMPARED_RATE: Final = 1e8
@@ -66,6 +68,17 @@ class CaseOptions:
         take_paths(self, "images", "cases")
         check_least("--limit", self.limit, 1)
         check_least("--max-pixels", self.max_pixels, LEAST_PIXELS)
+
+
+def only_of_pictures(options: CaseOptions) -> dict[str, bool]:
+    """Whether options are given that say something of a folder of pictures and of no other samples."""
+    return {"--prompt": options.prompt != DEFAULT_PROMPT, "--recursive": options.recursive}
+
+
+def refuse_without_effect(given: Mapping[str, bool], needed: str) -> None:
+    """Raise UsageError for the first option that is given, as nothing that it would change is there without `needed`."""
+    for option in (option for option, is_given in given.items() if is_given):
+        raise UsageError(f"{option} has no effect without {needed}; drop it")
 
 
 def verify(
@@ -107,8 +120,9 @@ def verify(
     chip = None if chip is None else member("chip", chip, Chip)
     candidate = Path(candidate)
     reference = None if reference is None else Path(reference)
-    samples = load_cases(cases)
-    folder, watcher = scan_folder(candidate), Watcher(watch)
+    watcher = Watcher(watch)
+    samples = load_cases(cases, watcher)
+    folder = scan_folder(candidate)
     _check_samples(folder, reference, samples, in_vllm=in_vllm)
     if watcher.is_watched:
         watcher.plan(_forecast(folder, reference, samples, cases.max_pixels))
@@ -216,21 +230,31 @@ def _bytes_to_read(folder: Folder) -> int:
     return folder.nbytes + sum(tensor.info.nbytes for tensor in weights if tensor.info.dtype in ("I8", "I32"))
 
 
-def load_cases(options: CaseOptions) -> tuple[Sample, ...]:
-    """The samples that the options name; none if they name none."""
+def load_cases(options: CaseOptions, watcher: Watcher) -> tuple[Sample, ...]:
+    """The samples that the options name; none if they name none. What the user should know of them is noted."""
     if options.images is not None and options.cases is not None:
         raise UsageError("--calib-images and --cases: give one of them")
     rules = PictureRules(FAMILY, shrinks=options.max_pixels is not None)
     if options.images is not None:
-        return list_images(
+        found = list_images(
             options.images,
             options.prompt,
             skip_bad=False,
             limit=options.limit,
             recursive=options.recursive,
             rules=rules,
-        ).samples
-    return () if options.cases is None else read_samples(options.cases, limit=options.limit, rules=rules).samples
+            names=CASE_NAMES,
+        )
+    elif options.cases is None:
+        sizes = {"--limit": options.limit is not None, "--max-pixels": options.max_pixels is not None}
+        refuse_without_effect({**sizes, **only_of_pictures(options)}, "--calib-images or --cases")
+        return ()
+    else:
+        refuse_without_effect(only_of_pictures(options), "--calib-images")
+        found = read_samples(options.cases, limit=options.limit, rules=rules, names=CASE_NAMES)
+    for sentence in found.notes:
+        watcher.note(f"note: {sentence}")
+    return found.samples
 
 
 def _measure(

@@ -33,6 +33,7 @@ from glmq.model.side_files import (
     processor_settings,
     read_template,
 )
+from glmq.wording import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -174,10 +175,10 @@ class Preprocessor:
         found = (head + tail).count(self._config.image_token_id)
         if found != count:
             raise SampleError(
-                f"{found} image placeholders where {count} are needed: {self._image_token} must not be part of a prompt "
-                "or answer"
+                f"has {counted(found, 'image placeholder')} where {count} {'is' if count == 1 else 'are'} needed: "
+                f"{self._image_token} must not be part of a prompt or answer"
             )
-        self.check_length(len(head) + len(tail))
+        self.check_length(len(head) + len(tail), has_image=image is not None)
         largest = max(head + tail)
         if largest >= self._config.vocab_size:
             raise SideFileError(
@@ -192,12 +193,12 @@ class Preprocessor:
             image_token_id=self._config.image_token_id,
         )
 
-    def check_length(self, tokens: int, *, generated: int = 0) -> None:
+    def check_length(self, tokens: int, *, has_image: bool, generated: int = 0) -> None:
         """Raise SampleError if a sequence is longer than the model takes, `generated` tokens of an answer included."""
         most = self._config.max_tokens
         if tokens + generated <= most:
             return
-        answer, shorten = "", "shorten its texts, or its picture with --max-pixels"
+        answer, shorten = "", f"shorten its texts{', or its picture with --max-pixels' if has_image else ''}"
         if tokens <= most:
             answer, shorten = f" and up to {generated} of an answer", "lower --generate"
         raise SampleError(

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from glmq.errors import UsageError
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.rules import LayerRule
 from glmq.records import LinearReport
 from glmq.spec import QuantType
+from glmq.wording import counted
+
+
+def check_topk(groups: Mapping[str, GroupPlan], topk: int) -> None:
+    """Raise UsageError if no linear would be left to quantize, before a pass has measured which are the worst."""
+    quantized = sum(plan.is_quantized for plan in groups.values())
+    if topk >= quantized:
+        raise UsageError(
+            f"--fallback-topk {topk}: leaves no linear to quantize, of {counted(quantized, 'input')} with linears that become "
+            "integers; lower it"
+        )
 
 
 def worst_groups(
@@ -24,15 +36,24 @@ def worst_groups(
         groups: the plan of every group.
         topk: keep this many, whatever their error.
         max_error: also keep every group with a relative output error above this; None for no limit.
+
+    Raises:
+        UsageError: all have a larger error than that.
     """
     error = {report.name: report.output_error for report in reports}
     quantized = [plan for plan in groups.values() if plan.is_quantized]
     ranked = sorted(quantized, key=lambda plan: (-_worst(plan, error), plan.group.site))
-    return [
+    kept = [
         plan
         for rank, plan in enumerate(ranked)
         if rank < topk or (max_error is not None and _worst(plan, error) > max_error)
     ]
+    if max_error is not None and len(kept) == len(ranked):
+        raise UsageError(
+            f"--max-error {max_error:g}: leaves no linear to quantize, the smallest output error is "
+            f"{_worst(ranked[-1], error):.3g}; raise it"
+        )
+    return kept
 
 
 def with_fallback(recipe: Recipe, kept: Iterable[GroupPlan]) -> Recipe:

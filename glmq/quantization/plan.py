@@ -45,7 +45,9 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     for plan in plans.values():
         _check_width(plan, recipe)
     if not any(plan.is_quantized for plan in plans.values()):
-        raise PatternError("--keep-float and --layer leave no linear to quantize; narrow the patterns")
+        given = {rule.option.partition(" ")[0] for rule in recipe.rules if rule.option}
+        verb = "leaves" if len(given) == 1 else "leave"
+        raise PatternError(f"{' and '.join(sorted(given))} {verb} no linear to quantize; narrow the patterns")
     return plans
 
 

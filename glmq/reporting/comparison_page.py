@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -35,9 +34,9 @@ NEGLIGIBLE: Final = 1e-6
 """Casting bfloat16 to float16 loses a few subnormal numbers, no more."""
 
 
-def comparison_page(found: Comparison) -> str:
-    """`glmq inspect A B --html`."""
-    sections = [_cards(found), *_charts(found)]
+def comparison_page(found: Comparison, limit: int | None) -> str:
+    """`glmq inspect A B --html`; at most `limit` rows of tensors."""
+    sections = [_cards(found), *_charts(found, limit)]
     if found.histograms:
         pairs = [
             figure(
@@ -58,7 +57,7 @@ def comparison_page(found: Comparison) -> str:
     sections.append(
         section(
             "Tensors, largest difference first",
-            split_table(header, [_diff_row(diff) for diff in found.diffs], 2),
+            split_table(header, [_diff_row(diff) for diff in found.diffs[:limit]], 2),
             note="Smoothing is taken out through the norms, so that a difference is one of the function."
             + (f" {found.verdict_place} `{found.verifying_command}`" if found.verdict_place else ""),
         )
@@ -109,7 +108,7 @@ def _cards(found: Comparison) -> str:
     )
 
 
-def _charts(found: Comparison) -> list[str]:
+def _charts(found: Comparison, limit: int | None) -> list[str]:
     matrices = [diff for diff in found.diffs if diff.name.endswith(".weight") and "norm" not in diff.role]
     columns = sorted({d.layer for d in matrices if "." in d.layer and "visual" not in d.layer}, key=natural_key)
     roles = list(dict.fromkeys(diff.role for diff in sorted(matrices, key=lambda d: d.name) if diff.layer in columns))
@@ -129,7 +128,12 @@ def _charts(found: Comparison) -> list[str]:
     if not columns:
         return sections
     drawn = {pair.name for pair in found.histograms}
-    links = {(d.layer, d.role): anchor_of("histogram" if d.name in drawn else "tensor", d.name) for d in matrices}
+    rows = {diff.name for diff in found.diffs[:limit]}
+    links = {
+        (d.layer, d.role): anchor_of("histogram" if d.name in drawn else "tensor", d.name)
+        for d in matrices
+        if d.name in drawn or d.name in rows
+    }
     chart = heat_map(columns, roles, errors, "relative difference", links)
     note = "||B - A|| / ||A|| of each weight, darker is larger, logarithmic. A cell leads to the histogram or the row of that "
     note += "weight."
@@ -144,7 +148,7 @@ def _diff_row(diff: WeightDiff) -> list[str | Cell]:
         cell(FAMILY.short_name(diff.name), code=True, anchor=anchor_of("tensor", diff.name)),
         f"{diff.type_a}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{diff.type_b}",
         percent(diff.relative_l2),
-        "∞" if math.isinf(diff.sqnr_db) else f"{diff.sqnr_db:.1f}",
+        f"{diff.sqnr_db:.1f}".replace("inf", "∞"),
         f"{diff.max_abs:.3g}",
         f"{diff.cosine:.5f}",
         "" if diff.changed_share is None else percent(diff.changed_share),

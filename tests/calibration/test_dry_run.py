@@ -71,10 +71,7 @@ def test_samples_that_are_longer_than_the_model_takes_are_refused_together(small
         chosen = {"samples_file": tmp_path / "s.jsonl", "texts": False, **options}
         return refused(lambda: forecast(small_copy, tmp_path / "stats", None, limit=limit, **chosen))
 
-    first = (
-        "s.jsonl:1: has 60 tokens, the model takes 20 (max_position_embeddings of config.json); "
-        "shorten its texts, or its picture with --max-pixels"
-    )
+    first = "s.jsonl:1: has 60 tokens, the model takes 20 (max_position_embeddings of config.json); shorten its texts"
     assert run(1) == (4, first)
     assert run(None) == (4, f"2 of 3 samples are none for this model, the first: {first}")
     (tmp_path / "s.jsonl").write_text('{"prompt": "Go"}')

@@ -115,6 +115,14 @@ def test_files_that_do_not_decode_stop_the_run_by_name(folder: Path) -> None:
     )
 
 
+def test_a_prompt_that_is_no_utf8_is_refused(folder: Path) -> None:
+    with pytest.raises(SampleError) as caught:
+        list_images(folder, os.fsdecode("Était-".encode("latin-1")), skip_bad=False, limit=None)
+    assert str(caught.value) == (
+        r"the prompt '\udcc9tait-' has half of a surrogate pair, which is no character; write it in UTF-8"
+    )
+
+
 def test_at_most_five_bad_files_are_listed(folder: Path) -> None:
     for number in range(7):
         (folder / f"bad{number}.png").write_bytes(b"?")

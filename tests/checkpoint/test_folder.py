@@ -17,6 +17,7 @@ from glmq.checkpoint import disk, filesystem, folder, lock, workplace
 from glmq.checkpoint.folder import OutputFolder, tidy_up
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_whole
+from glmq.checkpoint.run_note import RunNote, read_note
 from glmq.checkpoint.workplace import check_output, is_folder, stored_bytes
 from glmq.errors import BusyError, CheckpointError, KeptError, NoLocksError, SpaceError, UsageError
 
@@ -941,3 +942,43 @@ def test_a_limit_of_file_size_is_named(tmp_path: Path) -> None:
 def test_a_quota_and_a_largest_file_are_named(tmp_path: Path, code: int, reason: str) -> None:
     sentence = f"{tmp_path}: 7 bytes are to be written, but {reason}"
     assert str(disk.no_room(tmp_path, 7, OSError(code, ""))) == sentence
+
+
+def test_a_run_whose_note_cannot_be_written_leaves_nothing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SpaceError("full")
+
+    monkeypatch.setattr(folder, "write_note", full)
+    with pytest.raises(SpaceError), OutputFolder(target, overwrite=False, run=RunNote("quantize", "", {})):
+        raise AssertionError("entered")
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_resumed_run_whose_note_cannot_be_written_keeps_what_it_resumes(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise SpaceError("full")
+
+    interrupt(target, blocks=1)
+    before = tree(target.parent)
+    monkeypatch.setattr(folder, "write_note", full)
+    with pytest.raises(SpaceError), OutputFolder(target, overwrite=False, resume=True, run=RunNote("quantize", "", {})):
+        raise AssertionError("entered")
+    assert tree(target.parent) == before
+
+
+def test_a_run_in_and_into_folders_that_are_no_utf8_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / os.fsdecode(b"cwd\xff")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    target = Path(os.fsdecode(b"a\xff/o"))
+    options = {"--calib-images": os.fsdecode(b"pics\xff")}
+    note = RunNote("calibrate", f"glmq calibrate --stats {target}", options)
+    with OutputFolder(target, overwrite=False, run=note) as output:
+        found = read_note(output.work)
+        assert found is not None
+        assert (found.note, found.directory, found.target) == (note, str(here), str(here / target))
+        (output.path / "new.txt").write_text("new")
+        output.finish()
+    assert list(tree(here)) == [os.fsdecode(b"a\xff"), str(target), f"{target}/new.txt"]

@@ -152,3 +152,24 @@ def test_other_failures_of_writing_are_not_called_a_full_disk(tmp_path: Path, mo
     with pytest.raises(PermissionError):
         write_whole(tmp_path / "a", b"new")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("path", [b"a\xffb", "\u9898\u00e9".encode() + b"\x80", b"\xed\xa0\x80", b"plain"], ids=repr)
+def test_a_path_that_is_no_utf8_is_written_and_reads_back_where_paths_are_expected(path: bytes, tmp_path: Path) -> None:
+    name = os.fsdecode(path)
+    file = tmp_path / "run.json"
+    write_json(file, {"path": name, name: ["\u9898"]}, indent=1)
+    assert "\u9898" in file.read_text(encoding="utf-8")
+    found = read_json_object(file, has_paths=True)
+    assert found == {"path": name, name: ["\u9898"]}
+    assert os.fsencode(str(found["path"])) == path
+
+
+def test_half_of_a_pair_that_is_no_byte_is_refused_even_in_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"a": "\\ud800"}', encoding="utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        read_json_object(file, has_paths=True)
+    assert str(caught.value) == (
+        f"{file}: is not JSON ('\\ud800' has half of a surrogate pair, which is no character); download or write it again"
+    )

@@ -114,6 +114,18 @@ def test_what_cannot_answer_is_said(
         "error: --max-new-tokens 5000: the question has 38 tokens, and the model takes 4096 with its answer; allow fewer, or "
         "shrink the picture with --max-pixels",
     )
+    assert said(tiny, "--prompt", "hi", "--max-new-tokens", 99999999) == (
+        2,
+        "error: --max-new-tokens 99999999: the question has 8 tokens, and the model takes 4096 with its answer; allow fewer",
+    )
+    assert said(tiny, "--prompt", "<|image|>") == (
+        4,
+        "error: the question has 1 image placeholder where 0 are needed: <|image|> must not be part of a prompt or answer",
+    )
+    assert said(tiny, "--prompt", "caf\udce9") == (
+        4,
+        r"error: the question 'caf\udce9' has half of a surrogate pair, which is no character; write it in UTF-8",
+    )
 
 
 def test_a_model_that_does_not_fit_says_how_slow_it_will_be() -> None:
@@ -215,6 +227,30 @@ def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture
         "The background",
         "> ",
     ]
+
+
+def test_bytes_that_are_no_utf8_end_one_question(
+    tiny: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter(["caf\udce9?", "Describe it."])
+
+    def type_in(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", type_in)
+    view: AbstractContextManager[object] = nullcontext()
+    with open_asker(tiny) as asker:
+        _Question(asker, picture, 5, shrinks=False).answer_lines(view)
+    out, err = capsys.readouterr()
+    assert out == "The background is sky.\n"
+    said = " ".join(err.split())
+    assert (
+        r"error: the question 'caf\udce9?' has half of a surrogate pair, which is no character; write it in UTF-8"
+        in said
+    )
 
 
 def test_nothing_moves_while_a_question_is_typed(tiny: Path, picture: Path, tmp_path: Path) -> None:

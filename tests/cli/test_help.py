@@ -1,5 +1,6 @@
 """`--help` holds at every width, its examples run, the shell completes it, and presets are the flags that they print."""
 
+import json
 import re
 import shlex
 import shutil
@@ -273,6 +274,10 @@ def test_the_presets_are_listed_and_another_name_is_wrong_usage() -> None:
         f"    {flags_of('300i-duo')}",
     ]
     assert len(lines) == 2 * len(PRESETS)
+    result = run("quantize", "--list-presets", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["error"]["message"]) == (
+        2, "--list-presets: presets are printed as text; drop --json"
+    )  # fmt: skip
     result = run("quantize", "--model_path", "m", "--save_directory", "o", "--preset", "300i")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: --preset: ")

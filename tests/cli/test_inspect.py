@@ -82,6 +82,23 @@ def test_two_checkpoints_are_compared_worst_first(tiny: Path, tiny_seed: Path) -
     assert "BF16 > INT8" in shown
 
 
+def test_a_limit_holds_for_table_document_csv_and_page_of_two(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
+    whole, table, page = document(tiny, tiny_seed), tmp_path / "rows.csv", tmp_path / "page.html"
+    limited = json.loads(
+        glmq("inspect", tiny, tiny_seed, "--limit", 2, "--csv", table, "--html", page, "--json").stdout
+    )
+    assert limited == {**whole, "tensors": whole["tensors"][:2]}
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 3
+    anchors = set(re.findall(r'id="([^"]+)"', page.read_text(encoding="utf-8")))
+    assert sum(anchor.startswith("tensor") for anchor in anchors) == 2
+    assert set(re.findall(r'href="#([^"]+)"', page.read_text(encoding="utf-8"))) <= anchors
+
+
+def test_a_limit_holds_for_the_document_of_two_statistics(small_stats: Path) -> None:
+    whole = document(small_stats, small_stats)
+    assert document(small_stats, small_stats, "--limit", 1) == {**whole, "changes": whole["changes"][:1]}
+
+
 def test_a_difference_of_weights_is_no_verdict(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
     for path in tiny_seed.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -212,6 +212,26 @@ def test_the_output_describes_itself_and_equal_runs_differ_in_one_key_alone(
     assert re.search(r"^- MindIE.*: set `modelWeightPath` to this folder", card, re.MULTILINE)
 
 
+def test_as_many_linears_float_as_there_are_is_refused_by_the_option_that_asks_for_it(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    groups = 6  # of 2 layers: q, k and v; o; gate and up
+    for topk in (groups, 100):
+        result = run(*command(small, small_stats, tmp_path / "out", "--fallback-topk", topk, "-v"))
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"error: --fallback-topk {topk}: leaves no linear to quantize, of 6 inputs with linears that become integers; "
+            "lower it\n"
+        )
+    result = run(*command(small, small_stats, tmp_path / "out", "--max-error", 0, "--fallback-topk", groups - 1))
+    assert result.exit_code == 2
+    assert re.fullmatch(
+        r"error: --max-error 0: leaves no linear to quantize, the smallest output error is 0\.0\d+; raise it",
+        result.stderr.splitlines()[-1],
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("options", [(), ("--fallback-topk", 1)])
 def test_without_a_report_the_same_weights_stand_alone(
     options: tuple[object, ...], small: Path, small_stats: Path, tmp_path: Path

@@ -219,3 +219,12 @@ def test_what_is_no_terminal_and_every_system_without_them_is_left_alone(
     monkeypatch.setitem(sys.modules, "termios", None)
     with without_echo(terminal.program):
         assert terminal.echoes
+
+
+def test_a_byte_that_is_no_utf8_is_read_as_half_of_a_surrogate_pair() -> None:
+    code = "import sys; from glmq.cli.streams import mend_streams; mend_streams(); print(ascii(input()))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], input=b"caf\xe9\n", capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert (found.returncode, found.stdout) == (0, b"'caf\\udce9'\n"), found.stderr

@@ -169,6 +169,9 @@ def test_a_sweep_over_nothing_and_one_without_statistics_are_refused(small: Path
         2,
         "error: --cases with --no-kl: no model is run over the samples; drop one of them\n",
     )
+    for option, value in {"--max-pixels": ["10000"], "--prompt": ["hi"], "--limit": ["3"], "--recursive": []}.items():
+        idle = run(*base, "--target-bits", "3", "--no-kl", option, *value)
+        assert (idle.exit_code, idle.stderr) == (2, f"error: {option} has no effect without --kl; drop it\n")
     without = run(*base, "--target-bits", "3")
     assert without.exit_code == 4
     assert "has no statistics.json, so it is not a finished statistics folder; run `glmq calibrate` first" in (

@@ -209,6 +209,59 @@ def test_options_that_do_not_fit_are_refused(tiny: Path, tiny_seed: Path, pictur
     assert f"{small_stats}: holds calibration statistics, no weights; give a quantized checkpoint" in result.stderr
 
 
+@pytest.mark.parametrize("option", [("--limit", 3), ("--max-pixels", 1000), ("--prompt", "hello"), ("--recursive",)])
+def test_options_of_samples_are_refused_without_samples(option: tuple[object, ...], tiny_seed: Path) -> None:
+    result = run("verify", tiny_seed, *option)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {option[0]} has no effect without --calib-images or --cases; drop it\n"
+
+
+@pytest.mark.parametrize("option", [("--prompt", "hello"), ("--recursive",)])
+def test_options_of_pictures_are_refused_with_cases(option: tuple[object, ...], tiny: Path, tiny_seed: Path) -> None:
+    result = run("verify", tiny_seed, "--reference", tiny, "--cases", CASES, *option)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {option[0]} has no effect without --calib-images; drop it\n"
+
+
+def test_messages_name_only_options_that_verify_has(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
+    def said(*samples: object) -> tuple[int, str]:
+        result = run("verify", tiny_seed, "--reference", tiny, *samples)
+        return result.exit_code, result.stderr
+
+    (tmp_path / "a.png").touch()
+    assert said("--calib-images", tmp_path) == (
+        4, f"error: {tmp_path}: 1 of 1 files are not usable images: a.png (is empty); remove them\n"
+    )  # fmt: skip
+    assert said("--calib-images", tmp_path / "none") == (
+        4,
+        f"error: {tmp_path / 'none'}: no such folder; give a folder of images as --calib-images, or a list of samples as "
+        "--cases\n",
+    )
+    (tmp_path / "b.jsonl").write_bytes(b"PAR1")
+    assert said("--cases", tmp_path / "b.jsonl") == (
+        4, f"error: {tmp_path / 'b.jsonl'}: is a Parquet file; give a JSON-lines file as --cases\n"
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_is_to_be_known_of_the_pictures_is_said(
+    tiny: Path, tiny_seed: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name in ("a.png", "deeper/b.png"):
+        (tmp_path / name).write_bytes((pictures / "00.png").read_bytes())
+    result = run("verify", tiny_seed, "--reference", tiny, "--calib-images", tmp_path)
+    assert "note: 1 sub-folder of pictures not entered: deeper; --recursive enters them\n" in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--html", "--reference", "--cases"])
+def test_list_checks_refuses_options_that_it_would_ignore(option: str, tmp_path: Path) -> None:
+    result = run("verify", "--list-checks", option, tmp_path / "z")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: {option} with --list-checks: no checkpoint is looked at; drop one of them\n"
+    assert not (tmp_path / "z").exists()
+
+
 def test_list_checks_needs_no_folder_and_prints_every_check() -> None:
     shown = glmq("verify", "--list-checks").stdout
     assert re.search(r"^ *12 +linears of one input agree +errors or warnings *$", shown, re.MULTILINE)

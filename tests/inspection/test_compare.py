@@ -1,5 +1,6 @@
 """Weights of two checkpoints against each other."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import glmq
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, UsageError
 from glmq.inspection import compare
+from glmq.inspection import sums as compare_sums
 from glmq.inspection.compare import (
     Incomparable,
     WeightDiff,
@@ -24,6 +26,8 @@ from glmq.inspection.compare_keys import KeyChange, NamePattern, config_changes,
 from glmq.inspection.folder import scan_folder
 from glmq.inspection.weights import StoredMatrix
 from glmq.progress import Note
+from glmq.reporting.comparison_page import comparison_page
+from glmq.reporting.documents import comparison_document
 from glmq.threads import run_ahead
 
 LAYER = "model.language_model.layers.0"
@@ -247,6 +251,81 @@ def test_layers_add_up_to_the_total(small: Path, kinds: dict[str, Path]) -> None
     total = math.sqrt(sum(diff.noise for diff in diffs) / sum(diff.signal for diff in diffs))
     assert layers[-1].relative_l2 == pytest.approx(total, rel=1e-12)
     assert layers[-1].worst == max(diffs, key=lambda diff: diff.relative_l2).name
+
+
+def with_numbers(model: Path, folder: Path, *numbers: float, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A copy of the model whose q_proj holds these numbers first, and whose o_proj is changed by about 1 %."""
+    shutil.copytree(model, folder)
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{O}.weight"] = (tensors[f"{O}.weight"].float() * 1.01).bfloat16()
+        tensors[f"{Q}.weight"] = tensors[f"{Q}.weight"].to(dtype)
+        tensors[f"{Q}.weight"].view(-1)[: len(numbers)] = torch.tensor(numbers, dtype=dtype)
+
+    edit_tensors(folder, edit)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("number", "dtype"),
+    [
+        (math.nan, torch.bfloat16),
+        (-math.inf, torch.bfloat16),
+        (math.nan, torch.float64),
+        (1e308, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernels", [compare_sums.KERNELS, ()], ids=["compiled", "torch"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_weight_that_is_finite_on_one_side_only_differs_most(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: float, dtype: torch.dtype, kernels: tuple[str, ...],
+    turned: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(compare_sums, "KERNELS", kernels)
+    folders = [small, with_numbers(small, tmp_path / "b", number, dtype=dtype)]
+    found = glmq.compare(*(folders[::-1] if turned else folders), histograms=True)
+    worst, second = found.diffs[:2]
+    assert (worst.name, worst.relative_l2, worst.noise, worst.max_abs, worst.cosine, worst.sqnr_db) == (
+        f"{Q}.weight", math.inf, math.inf, math.inf, 0.0, -math.inf
+    )  # fmt: skip
+    assert math.isfinite(worst.signal)
+    assert second.name == f"{O}.weight"
+    assert 0.005 < second.relative_l2 < 0.02
+    layers = {layer.layer: layer for layer in found.layers}
+    for label, name in (("layers.0", "self_attn.q_proj"), ("total", f"{Q}.weight")):
+        assert (layers[label].relative_l2, layers[label].worst, layers[label].worst_relative_l2) == (
+            math.inf, name, math.inf
+        ), label  # fmt: skip
+    assert found.histograms[0].name == f"{Q}.weight"
+    document = comparison_document(found)
+    json.dumps(document, allow_nan=False)
+    assert [document["tensors"][0][key] for key in ("relative_l2", "noise", "max_abs", "sqnr_db")] == [None] * 4
+    assert "∞" in comparison_page(found, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_what_is_not_finite_on_both_sides_does_not_differ(small: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers = (math.nan, math.inf, -math.inf, 1e308)
+    one = with_numbers(small, tmp_path / "a", *numbers, dtype=dtype)
+    assert glmq.compare(one, one).identical
+    other = with_numbers(small, tmp_path / "b", *numbers, 3.0, dtype=dtype)
+    diff = diff_of(one, other, f"{Q}.weight")
+    change = 3.0 - float(real_weight(one, Q).view(-1)[4])
+    assert (diff.identical, diff.noise, diff.max_abs) == (
+        False, pytest.approx(change**2, rel=1e-6), pytest.approx(change, rel=1e-6)
+    )  # fmt: skip
+    assert math.isfinite(diff.relative_l2)
+    apart = with_numbers(small, tmp_path / "c", *numbers[:3], -1e308, dtype=dtype)
+    assert diff_of(one, apart, f"{Q}.weight").max_abs == math.inf
+
+
+def test_norms_that_are_not_finite_scale_nothing(small: Path, small_copy: Path) -> None:
+    edit_tensors(small_copy, lambda tensors: tensors[NORM].view(-1)[:1].fill_(math.nan))
+    assert glmq.compare(small_copy, small_copy).identical
+    diffs = diffs_of(small, small_copy)
+    assert {name for name, diff in diffs.items() if isinstance(diff, WeightDiff) and diff.noise} == {NORM}
+    assert diff_of(small, small_copy, NORM).relative_l2 == math.inf
 
 
 def test_histograms_count_every_weight_over_the_same_bins(small: Path, kinds: dict[str, Path]) -> None:

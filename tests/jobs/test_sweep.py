@@ -18,6 +18,7 @@ from glmq.jobs.sweep import SweepJob, forecast_sweep, run_sweep
 from glmq.jobs.sweep_recipes import SweepOptions, Variant, check_variants
 from glmq.jobs.sweep_samples import describe_samples, find_samples
 from glmq.jobs.verify import CaseOptions, load_cases
+from glmq.jobs.watcher import Watcher
 from glmq.progress import Event, Note, PassStarted, RunPlanned
 from glmq.quantization.options import Options
 from glmq.quantization.recipe import Recipe, make_recipe
@@ -266,23 +267,36 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert os.listdir(tmp_path) == ["keep"]
 
 
+@pytest.mark.parametrize(
+    ("cases", "sentence"),
+    [
+        (CaseOptions(recursive=True), "--recursive has no effect without --calib-images; drop it"),
+        (CaseOptions(prompt="hi"), "--prompt has no effect without --calib-images; drop it"),
+        (CaseOptions(cases=Path("a.jsonl"), prompt="hi"), "--prompt has no effect without --calib-images; drop it"),
+    ],
+    ids=str,
+)
+def test_options_of_pictures_are_refused_without_pictures(cases: CaseOptions, sentence: str, small_stats: Path) -> None:
+    assert refused(lambda: find_samples(cases, Statistics.open(small_stats), Watcher(None))) == (2, sentence)
+
+
 def test_pictures_and_texts_are_counted_apart(pictures: Path) -> None:
-    (picture,), text = load_cases(CaseOptions(images=pictures, limit=1)), builtin_texts()[0]
+    (picture,), text = load_cases(CaseOptions(images=pictures, limit=1), Watcher(None)), builtin_texts()[0]
     assert describe_samples([picture, text, picture]) == "2 pictures and 1 text"
     assert describe_samples([text, text]) == "2 texts"
 
 
 def test_the_samples_of_the_statistics_are_found_again_by_their_checksums(small_stats: Path) -> None:
     statistics = Statistics.open(small_stats)
-    found = find_samples(CaseOptions(limit=2), statistics)
+    found = find_samples(CaseOptions(limit=2), statistics, Watcher(None))
     assert [sample.name for sample in found] == ["texts.jsonl:7", "texts.jsonl:8"]  # the limit counts pictures
     entries = statistics.manifest["samples"]
     entries[-1]["generated"] = {"ids": [5, 6], "text": "ab"}
-    (*_, last) = find_samples(CaseOptions(limit=2), statistics)
+    (*_, last) = find_samples(CaseOptions(limit=2), statistics, Watcher(None))
     assert last.generated is not None
     assert (last.generated.ids, digest(found, None)) == ((5, 6), digest((*found[:-1], last), None))
     statistics.manifest["samples"] = entries[:2]
-    assert refused(lambda: find_samples(CaseOptions(), statistics)) == (
+    assert refused(lambda: find_samples(CaseOptions(), statistics, Watcher(None))) == (
         2,
         f"KL: none of the 2 samples that the statistics in {small_stats} were taken from came with glmq; name pictures with "
         "--calib-images or samples with --cases, or leave KL out with --no-kl",

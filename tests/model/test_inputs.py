@@ -126,7 +126,8 @@ def test_a_text_with_the_image_placeholder_is_refused(
     with pytest.raises(SampleError) as caught:
         preprocessor().encode(*sample)
     assert str(caught.value) == (
-        f"{found} image placeholders where {wanted} are needed: <|image|> must not be part of a prompt or answer"
+        f"has {found} image placeholder{'s' * (found > 1)} where {wanted} are needed: <|image|> must not be part of a prompt "
+        "or answer"
     )
 
 

@@ -338,10 +338,20 @@ def test_a_pattern_that_splits_the_linears_of_one_input_is_refused(pattern: str,
     )
 
 
-def test_patterns_that_leave_nothing_to_quantize_are_refused(config: ModelConfig) -> None:
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ({"keep_float": ("*.self_attn.*", "*.gate_up_proj")}, "--keep-float leaves"),
+        ({"layer": ("*.self_attn.*=FLOAT", "*.gate_up_proj=FLOAT")}, "--layer leaves"),
+        ({"keep_float": ("*.self_attn.*",), "layer": ("*.gate_up_proj=FLOAT",)}, "--keep-float and --layer leave"),
+    ],
+)
+def test_patterns_that_leave_nothing_to_quantize_are_refused(
+    patterns: dict[str, tuple[str, ...]], said: str, config: ModelConfig
+) -> None:
     with pytest.raises(UsageError) as caught:
-        plan_groups(recipe(keep_float=("*.self_attn.*", "*.gate_up_proj")), config)
-    assert str(caught.value) == "--keep-float and --layer leave no linear to quantize; narrow the patterns"
+        plan_groups(recipe(**patterns), config)
+    assert str(caught.value) == f"{said} no linear to quantize; narrow the patterns"
 
 
 def test_a_rule_gives_a_default_float_linear_a_type(config: ModelConfig) -> None:
