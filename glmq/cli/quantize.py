@@ -245,8 +245,8 @@ def quantize(
         bool,
         typer.Option(
             "--report/--no-report",
-            help="Measure every linear's error, and write report, page and model card. --method plain takes two thirds of the "
-            "time without.",
+            help="Measure every linear's error, and write report, page and model card. Without, --method plain takes three "
+            "quarters of the time.",
             rich_help_panel=o.OUTPUT,
         ),
     ] = True,
