@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Final, TypeVar
@@ -33,20 +33,17 @@ def check_between(option: str, value: float | None, least: float, most: float) -
         raise UsageError(f"{option} {value}: a number from {least} to {most} is needed")
 
 
-def check_word(option: str, value: object, words: Iterable[str]) -> None:
-    """Raise UsageError unless an option has one of its words."""
-    known = list(words)
-    if value not in known:
-        raise UsageError(f"{option} {value}: one of {', '.join(known)} is needed")
+def check_word(option: str, value: object, words: Collection[object]) -> None:
+    """Raise UsageError unless an option has one of its words, or numbers."""
+    if value not in words:
+        raise UsageError(f"{option} {value}: one of {', '.join(map(str, words))} is needed")
 
 
 def member(option: str, value: object, kind: type[Member]) -> Member:
     """The member that an option names, by itself or by its value. Raises UsageError for what names none."""
-    try:
-        return kind(value)
-    except ValueError:
-        known = ", ".join(str(one.value) for one in kind)
-        raise UsageError(f"{option} {value}: one of {known} is needed") from None
+    if not isinstance(value, kind):
+        check_word(option, value, [one.value for one in kind])
+    return kind(value)
 
 
 def take_paths(record: object, *names: str) -> None:

@@ -182,9 +182,10 @@ def _of_file(file: str | None, chosen: Mapping[str, object], args: Sequence[str]
         yield
     except Exception as error:
         words = [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        option = (usage_sentence(error, words) or "").partition(":")[0].partition(" ")[0]
+        sentence = usage_sentence(error, words) or ""
+        option = sentence.partition(":")[0].partition(" ")[0]
         if option in words[::2] and option not in typed:
-            raise typer.BadParameter(f"--config {file}: {usage_sentence(error, words)}") from error
+            raise typer.BadParameter(f"--config {file}: {sentence}") from error
         raise
 
 

@@ -41,11 +41,9 @@ def read_config_file(file: str, params: Sequence[object]) -> dict[str, object]:
     """
     names = {str(name) for param in params if (name := getattr(param, "name", None)) not in NOT_IN_FILES}
     try:
-        found = {known_key(key, names, file): value for key, value in read_toml(file).items()}
+        return known_values(read_toml(file), names, file)
     except UsageError as error:
         raise typer.BadParameter(f"--config {error}") from error
-    dtype = found.get("torch_dtype")
-    return {**found, "torch_dtype": DTYPE_WORDS.get(dtype, dtype)} if isinstance(dtype, str) else found
 
 
 def read_toml(file: str) -> dict[str, object]:
@@ -64,7 +62,19 @@ def read_toml(file: str) -> dict[str, object]:
     return values
 
 
-def known_key(key: str, names: Collection[str], where: str) -> str:
+def known_values(table: Mapping[str, object], names: Collection[str], where: str) -> dict[str, object]:
+    """The values of a table by parameter, torch's names of dtypes as --torch_dtype takes them.
+
+    Raises:
+        UsageError: a key that is no parameter.
+    """
+    found = {_known_key(key, names, where): value for key, value in table.items()}
+    if isinstance(dtype := found.get("torch_dtype"), str):
+        found["torch_dtype"] = DTYPE_WORDS.get(dtype, dtype)
+    return found
+
+
+def _known_key(key: str, names: Collection[str], where: str) -> str:
     """The parameter that a key stands for, dashes and underscores being alike. Raises UsageError if there is none."""
     name = key.replace("-", "_")
     if name not in names:

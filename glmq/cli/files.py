@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.filesystem import is_writable
-from glmq.checkpoint.workplace import LONGEST_NAME
 from glmq.errors import OutputError
 
 WHOLE: Final = ("html", "csv")
@@ -49,6 +47,9 @@ def check_files(params: Mapping[str, object]) -> None:
 
 
 def _check(what: str, path: Path, params: Mapping[str, object], *, grows: bool) -> None:
+    from glmq.checkpoint.filesystem import is_writable
+    from glmq.checkpoint.workplace import LONGEST_NAME
+
     if path.is_dir():
         raise OutputError(f"{what}: is a folder; name a file")
     if _is_stream(path):

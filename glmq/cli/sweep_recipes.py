@@ -11,14 +11,13 @@ import typer
 
 from glmq.checkpoint.journal import number_text
 from glmq.cli.command import CONTEXT, usage_sentence
-from glmq.cli.config_file import known_key, read_toml
+from glmq.cli.config_file import known_values, read_toml
 from glmq.cli.presets import PresetName, defaults_of
 from glmq.cli.quantize import quantize
 from glmq.errors import UsageError
 from glmq.jobs.sweep_recipes import Variant
 from glmq.quantization.options import Options
 from glmq.quantization.recipe import make_recipe
-from glmq.values import DTYPE_WORDS
 
 OPTIONS: Final = {field.name: "form" if field.name == "format" else field.name for field in fields(Options)}
 """Field of Options -> parameter of `glmq quantize`."""
@@ -67,13 +66,11 @@ class RecipeReader:
         return found
 
     def _variant(self, where: str, number: int, table: Mapping[str, object]) -> Variant:
-        values = {known_key(key, KEYS, where.removesuffix(": ")): value for key, value in table.items()}
+        values = known_values(table, KEYS, where.removesuffix(": "))
         name = values.pop("name", None)
         if name is not None and not isinstance(name, str):
             raise UsageError(f"{where}name {name!r:.60}: a text is needed")
         chosen = {OPTIONS.get(key, key): value for key, value in values.items()}
-        if isinstance(dtype := chosen.get("torch_dtype"), str):
-            chosen["torch_dtype"] = DTYPE_WORDS.get(dtype, dtype)
         try:
             context = self._command.make_context(
                 "quantize",

@@ -95,8 +95,7 @@ def _find_fold(
     if source.first_row + count > maker[0].rows or reader[0].cols != group.width:
         return None
     scales = _told_by_rows(*maker, found[source.linear], source.first_row, count)
-    unmoved = _denied_by_biases(before, after, source)[:count]
-    scales = torch.where(unmoved, 1.0, scales)
+    scales = torch.where(_denied_by_biases(before, after, source, count), 1.0, scales)
     if bool((scales == 1).all()):
         return None
     scales = torch.where(_denied_by_columns(*reader, scales, source), 1.0, scales)
@@ -114,15 +113,13 @@ def _told_by_rows(before: StoredMatrix, after: StoredMatrix, scaling: Scaling, f
     return torch.ldexp(torch.ones(count), torch.where(exponent.isfinite(), exponent, 0.0))
 
 
-def _denied_by_biases(before: Checkpoint, after: Checkpoint, source: RowSource) -> Tensor:
-    """Whether each row's bias is what it was: a fold divides it exactly, where integers of few bits tell little. bool [N]."""
-    name, first = f"{source.linear}.bias", source.first_row
-    if name not in before or name not in after:
-        return torch.zeros(1, dtype=torch.bool)
-    old, new = before.read(name)[first:], after.read(name)[first:]
-    if old.shape != new.shape:
-        return torch.zeros(1, dtype=torch.bool)
-    return (old.to(new.dtype) == new) & (new != 0)
+def _denied_by_biases(before: Checkpoint, after: Checkpoint, source: RowSource, count: int) -> Tensor:
+    """Whether each row's bias is what it was: a fold divides it exactly, where few bits tell little. bool [count]."""
+    name, cut = f"{source.linear}.bias", slice(source.first_row, source.first_row + count)
+    if name in before and name in after and before[name].shape == after[name].shape:
+        old, new = before.read(name)[cut], after.read(name)[cut]
+        return (old.to(new.dtype) == new) & (new != 0)
+    return torch.zeros(count, dtype=torch.bool)
 
 
 def _denied_by_columns(before: StoredMatrix, after: StoredMatrix, scales: Tensor, source: RowSource) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Final
 
 from glmq.errors import UsageError
 from glmq.spec import Form, QuantType
+from glmq.values import check_word
 
 FORMATS: Final = {
     "ascendv1": Form.ASCEND_V1,
@@ -23,9 +24,8 @@ def choose_form(name: str | None, *, mindie_format: bool) -> Form:
     """
     if name is None:
         return Form.MINDIE if mindie_format else Form.ASCEND_V1
-    form = FORMATS.get(name)
-    if form is None:
-        raise UsageError(f"--format {name}: one of {', '.join(FORMATS)} is needed")
+    check_word("--format", name, FORMATS)
+    form = FORMATS[name]
     if mindie_format and form is not Form.MINDIE:
         raise UsageError(f"--mindie_format True with --format {name}: they name two forms; drop one of them")
     return form

@@ -140,9 +140,7 @@ def check_group_size(size: int, model_type: QuantType, others: Iterable[QuantTyp
     grouped = [kind for kind in (model_type, *others) if kind.has_groups(form)]
     for kind in grouped or [model_type]:
         is_packed = kind.spec.activation is Activation.NONE
-        sizes = PACKED_GROUP_SIZES if is_packed else GROUP_SIZES
-        if size not in sizes:
-            raise UsageError(f"--group_size {size}: one of {', '.join(map(str, sizes))} is needed")
+        check_word("--group_size", size, PACKED_GROUP_SIZES if is_packed else GROUP_SIZES)
     if size != DEFAULT_GROUP_SIZE and not grouped:
         raise UsageError(
             f"--group_size {size} has no effect in {model_type.value}: only W4A8_DYNAMIC "

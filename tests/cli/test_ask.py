@@ -25,6 +25,19 @@ def picture(pictures: Path) -> Path:
     return pictures / "00.png"
 
 
+def type_in(monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """Let these lines be typed where glmq asks for one, and then the end of the input."""
+    typed = iter(lines)
+
+    def read(_: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+
+
 def test_the_answer_goes_to_stdout_piece_by_piece_and_is_the_librarys(tiny: Path, picture: Path) -> None:
     pieces: list[str] = []
     answer = library.ask(tiny, image=picture, max_new_tokens=10, tell=pieces.append)
@@ -55,15 +68,7 @@ def test_json_says_how_it_ended(tiny_seed: Path, picture: Path) -> None:
 def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
     tiny: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = iter(["Describe it.", "", "stop", "stop at once", "Describe it."])
-
-    def type_in(_: str) -> str:
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", type_in)
+    type_in(monkeypatch, ["Describe it.", "", "stop", "stop at once", "Describe it."])
     with open_asker(tiny) as asker:
         ask = asker.ask
 
@@ -232,15 +237,7 @@ def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture
 def test_bytes_that_are_no_utf8_end_one_question(
     tiny: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    typed = iter(["caf\udce9?", "Describe it."])
-
-    def type_in(_: str) -> str:
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", type_in)
+    type_in(monkeypatch, ["caf\udce9?", "Describe it."])
     view: AbstractContextManager[object] = nullcontext()
     with open_asker(tiny) as asker:
         _Question(asker, picture, 5, shrinks=False).answer_lines(view)
