@@ -42,9 +42,7 @@ class LogFile(logging.FileHandler):
     is_over = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if (
-            not self.is_over
-        ):  # another thread may have it still; the file would be opened again, wherever it lies by then
+        if not self.is_over:  # else a thread that has it still would open the file again, wherever it lies by then
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging calls it so)

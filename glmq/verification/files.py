@@ -99,9 +99,7 @@ def _check_form(path: Path, description: Description) -> Iterator[Finding]:
         wording = "the MindIE form" if form is Form.MINDIE else "ascendV1"
         yield Check.DESCRIPTION_KEYS.error("version", f"is {description.version!r}, {wording} wants {wanted!r}")
     size = description.group_size
-    has_groups = (
-        QuantType.W4A8_DYNAMIC.value in description.tensors.values()
-    )  # rules may give it to linears of any model
+    has_groups = QuantType.W4A8_DYNAMIC.value in description.tensors.values()  # of any model, by a rule
     if not has_groups or form is Form.MINDIE:
         if size is not None:
             yield Check.GROUP_SIZE.error(
