@@ -84,9 +84,19 @@ def check_values(options: Options) -> None:
     check_between("--target-ratio", options.target_ratio, 0.0625, 1)
 
 
-def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule) -> None:
-    """Raise UsageError for an option that changes nothing in this type, with this rule of steps."""
+def refuse_without_effect(
+    options: Options, quant_type: QuantType, rule: StepRule, others: Iterable[QuantType]
+) -> None:
+    """Raise UsageError for an option that changes nothing.
+
+    Args:
+        options: as given.
+        quant_type: of the linears without a rule.
+        rule: of their steps.
+        others: the types that rules give.
+    """
     spec = quant_type.spec
+    kinds = (quant_type, *others)
     sparse = spec.is_sparse
     by_fraction = sparse and rule in (StepRule.FRACTION, StepRule.TENSOR_FRACTION)
     if options.use_sigma and rule is not StepRule.SIGMA:
@@ -103,7 +113,7 @@ def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRul
     if options.fraction != DEFAULT_FRACTION and not by_fraction:
         why = "--use_sigma True chooses outliers by sigma" if sparse else f"{quant_type.value} splits no outliers off"
         raise UsageError(f"--fraction {options.fraction} has no effect here: {why}; drop it")
-    if not options.open_outlier and not sparse and not spec.two_stage:
+    if not options.open_outlier and not any(kind.spec.is_sparse or kind.spec.two_stage for kind in kinds):
         raise UsageError(f"--open_outlier False has no effect here: {quant_type.value} splits no outliers off; drop it")
     dealt = options.method == Method.COMPENSATED.value or options.target_bits or options.target_ratio
     if options.allocate != Allocation.ANSWER.value and not (sparse and dealt):
@@ -111,17 +121,17 @@ def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRul
             f"--allocate {options.allocate} has no effect here: no bits are dealt out to sparse linears; drop it"
         )
     if options.act_method != 2:
-        _refuse_range(options.act_method, quant_type)
-    if options.bias_correction and "quant_bias" not in spec.suffixes:
+        _refuse_range(options.act_method, kinds)
+    if options.bias_correction and not any("quant_bias" in kind.spec.suffixes for kind in kinds):
         raise UsageError(
             f"--bias-correction has no effect in {quant_type.value}: its linears have no quant_bias to correct; drop it"
         )
     if options.bias_correction and options.method == Method.REFERENCE.value:
         raise UsageError("--bias-correction with --method reference: the vendor's tool corrects none; drop one of them")
-    if options.channel_shift and spec.activation is not Activation.STATIC:
+    if options.channel_shift and all(kind.spec.activation is not Activation.STATIC for kind in kinds):
         raise UsageError(f"--channel-shift: engines ignore norms' biases before {quant_type.value} linears; drop it")
     if options.propagation:
-        _refuse_propagation(options, quant_type)
+        _refuse_propagation(options, quant_type, kinds)
     if options.method == Method.REFERENCE.value and options.a_bit == 16:
         raise UsageError(
             f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"
@@ -139,8 +149,12 @@ def check_group_size(size: int, model_type: QuantType, others: Iterable[QuantTyp
     """
     grouped = [kind for kind in (model_type, *others) if kind.has_groups(form)]
     for kind in grouped or [model_type]:
-        is_packed = kind.spec.activation is Activation.NONE
-        check_word("--group_size", size, PACKED_GROUP_SIZES if is_packed else GROUP_SIZES)
+        if kind.spec.activation is Activation.NONE:
+            check_word("--group_size", size, PACKED_GROUP_SIZES)
+        elif form is Form.MINDIE:  # which MindIE alone reads
+            check_word("--format mindie with --group_size", size, Engine.MINDIE.spec.group_sizes)
+        else:
+            check_word("--group_size", size, GROUP_SIZES)
     if size != DEFAULT_GROUP_SIZE and not grouped:
         raise UsageError(
             f"--group_size {size} has no effect in {model_type.value}: only W4A8_DYNAMIC "
@@ -149,24 +163,26 @@ def check_group_size(size: int, model_type: QuantType, others: Iterable[QuantTyp
         )
 
 
-def _refuse_range(act_method: int, quant_type: QuantType) -> None:
-    """Raise UsageError unless the type stores an activation range, which --act_method chooses."""
-    match quant_type.spec.activation:
-        case Activation.STATIC:
-            return
-        case Activation.PER_TOKEN:
-            why = "with --is_dynamic True: ranges are found at run time"
-        case Activation.NONE:
-            why = f"in {quant_type.value}: its activations stay float"
-        case other:
-            assert_never(other)
-    raise UsageError(f"--act_method {act_method} has no effect {why}; drop it")
+def _refuse_range(act_method: int, kinds: Iterable[QuantType]) -> None:
+    """Raise UsageError unless one of the types, the model's first, stores an activation range, which --act_method chooses."""
+    reasons = []
+    for kind in kinds:
+        match kind.spec.activation:
+            case Activation.STATIC:
+                return
+            case Activation.PER_TOKEN:
+                reasons.append("with --is_dynamic True: ranges are found at run time")
+            case Activation.NONE:
+                reasons.append(f"in {kind.value}: its activations stay float")
+            case other:
+                assert_never(other)
+    raise UsageError(f"--act_method {act_method} has no effect {reasons[0]}; drop it")
 
 
-def _refuse_propagation(options: Options, quant_type: QuantType) -> None:
-    """Raise UsageError unless rounding compensates errors and the weights have four bits."""
+def _refuse_propagation(options: Options, quant_type: QuantType, kinds: Iterable[QuantType]) -> None:
+    """Raise UsageError unless rounding compensates errors and the weights of some linears have four bits."""
     given = f"--propagation {options.propagation:g}"
-    if quant_type.spec.weight_bits != 4:
+    if all(kind.spec.weight_bits != 4 for kind in kinds):
         raise UsageError(f"{given} in {quant_type.value}: it is for W8A8S, W4A8_DYNAMIC and W4A16; drop it")
     if options.method != Method.COMPENSATED.value:
         raise UsageError(

@@ -197,14 +197,15 @@ def make_recipe(options: Options) -> Recipe:
     check_values(options)
     quant_type = _quant_type(options)
     rule = _step_rule(options, quant_type)
-    refuse_without_effect(options, quant_type, rule)
     dtype = DTYPES[DTYPE_WORDS.get(options.torch_dtype, options.torch_dtype)]
     target = Target(options.target)
     form = choose_form(options.format, mindie_format=options.mindie_format)
     _refuse_in_form(options, quant_type, form)
+    of_layers = tuple(parse_rule(text, quant_type, target, form) for text in options.layer)
+    refuse_without_effect(options, quant_type, rule, (given.quant_type for given in of_layers))
     rules = (
         *(LayerRule(pattern, QuantType.FLOAT, "") for pattern in FAMILY.float_by_default),
-        *(parse_rule(text, quant_type, target, form) for text in options.layer),
+        *of_layers,
         *(LayerRule(pattern, QuantType.FLOAT, f"--keep-float {pattern!r}") for pattern in options.keep_float),
     )
     check_group_size(options.group_size, quant_type, (rule.quant_type for rule in rules), form)

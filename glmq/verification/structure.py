@@ -20,6 +20,7 @@ from glmq.checkpoint.description import Description, find_descriptions
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
@@ -42,8 +43,9 @@ from glmq.verification.files import (
     row_of,
     run_dtype,
 )
-from glmq.verification.findings import Check, Finding, Severity
+from glmq.verification.findings import Check, Finding
 from glmq.verification.linears import SUFFIXES, Subject, check_linear
+from glmq.wording import counted
 
 BIASED_NORMS: Final = (".input_layernorm", ".post_attention_layernorm")
 """The norms whose bias every engine adds; elsewhere a bias is ignored."""
@@ -212,15 +214,11 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
                 name,
                 f"is described as {value} but not stored, and is no alias of what is",
             )
-        elif value not in ("FLOAT", quant_type):
-            # vLLM-Ascend reads a type per layer, MindIE one for the model: a mixture is wrong for one engine only.
-            severity: Severity = "warning" if value in _known_types() else "error"
-            yield Finding(
-                Check.SHARED_INPUT,
-                severity,
-                name,
-                f"is described as {value}, all of a {quant_type} model is FLOAT or {quant_type}",
+        elif value not in ("FLOAT", quant_type, *_known_types()):
+            yield Check.SHARED_INPUT.error(
+                name, f"is described as {value}, all of a {quant_type} model is FLOAT or {quant_type}"
             )
+    yield from _check_mixture(case)
     for name, value in stored.items():
         base, _, suffix = name.rpartition(".")
         if base in case.linears:
@@ -235,6 +233,22 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
             name = f"{case.config.family.vision}.blocks.{index}.mlp.{part}.weight"
             if name not in tensors:
                 yield Check.VISION_KEYS.error(name, "is not in the description, where the engine looks it up")
+
+
+def _check_mixture(case: _Case) -> Iterator[Finding]:
+    """Check 12: linears of another type than the model's are wrong for some engines only, so it is said once for each type."""
+    quant_type = case.description.model_quant_type
+    others: dict[str, list[str]] = {}
+    for base, kind in case.linears.items():
+        if kind.value != quant_type:
+            others.setdefault(kind.value, []).append(base)
+    whole = " and ".join(engine.spec.title for engine in Engine if not engine.spec.mixes_types)
+    for value, names in others.items():
+        yield Check.SHARED_INPUT.warning(
+            f"{names[0]}.weight",
+            f"is described as {value}, {counted(len(names), 'linear')} of this {quant_type} model so: "
+            f"{whole} reads one type per model, other engines one per linear",
+        )
 
 
 def _check_names(case: _Case) -> Iterator[Finding]:

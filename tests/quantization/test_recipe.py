@@ -90,6 +90,23 @@ def test_a_group_size_is_that_of_linears_which_a_rule_gives_groups(model: dict[s
     )
 
 
+def test_an_option_has_an_effect_where_a_rule_gives_a_type_that_it_changes() -> None:
+    static = {"is_dynamic": True, "layer": ("*.o_proj=W8A8",)}
+    assert recipe(**static, act_method=1).scheme_of(QuantType.W8A8).act_range is ActRange.MINMAX
+    assert recipe(**static, bias_correction=True).scheme_of(QuantType.W8A8).bias_correction
+    assert recipe(**static, channel_shift=True).scheme_of(QuantType.W8A8).channel_shift
+    four_bits: dict[str, object] = {"layer": ("*.o_proj=W4A8_DYNAMIC",)}
+    assert recipe(**four_bits, propagation=0.5).propagation == 0.5
+    assert not recipe(**four_bits, open_outlier=False).scheme_of(QuantType.W4A8_DYNAMIC).weight.keep_outliers
+    floats = {"is_dynamic": True, "layer": ("*.o_proj=FLOAT",)}
+    assert refusal(**floats, act_method=1) == (
+        "--act_method 1 has no effect with --is_dynamic True: ranges are found at run time; drop it"
+    )
+    assert refusal(**floats, propagation=0.5) == (
+        "--propagation 0.5 in W8A8_DYNAMIC: it is for W8A8S, W4A8_DYNAMIC and W4A16; drop it"
+    )
+
+
 def test_the_group_size_of_a_rule_is_one_that_its_type_takes() -> None:
     packed: dict[str, object] = {"format": "compressed-tensors", "layer": ("*.o_proj=W4A16",)}
     assert recipe(**packed, group_size=32).scheme_of(QuantType.W4A16).weight.group_size == 32
@@ -156,6 +173,10 @@ def test_every_method_of_rounding_is_taken_by_its_name(method: Method) -> None:
             "--channel-shift with --format compressed-tensors: its norms have no bias; drop one of them",
         ),
         (W4A8 | {"group_size": 32}, "--group_size 32: one of 64, 128, 256, 512 is needed"),
+        (
+            W4A8 | {"group_size": 512, "format": "mindie"},
+            "--format mindie with --group_size 512: one of 64, 128, 256 is needed",
+        ),
         (
             LOWBIT | {"co_sparse": True},
             "--co_sparse True with --is_lowbit True: they are two algorithms for the same type; choose one",

@@ -313,6 +313,16 @@ def test_a_chip_that_does_not_load_the_type_is_an_error(copy: Path) -> None:
     assert list(check_chip(scan_folder(copy), Place(Engine.MINDIE, None))) == []
 
 
+def test_a_chip_that_does_not_load_the_type_of_a_layer_is_an_error(copy: Path) -> None:
+    edit_json(copy / DESCRIPTION, lambda d: d.update({f"{LAYER}.self_attn.o_proj.weight": "W8A16"}))
+    (found,) = check_chip(scan_folder(copy), Place(Engine.VLLM_ASCEND, Chip.DUO_300I))
+    assert (found.tensor, found.message) == (
+        f"{LAYER}.self_attn.o_proj.weight",
+        "vLLM-Ascend on the Atlas 300I Duo does not load W8A16: its registry for the 300I Duo has no weight-only types",
+    )
+    assert list(check_chip(scan_folder(copy), Place(Engine.VLLM_ASCEND, Chip.A2_800I))) == []
+
+
 def test_vllm_ascend_loads_w8a16_and_mindie_does_not(small: Path, small_stats: Path, tmp_path: Path) -> None:
     out = quantize(small, small_stats, tmp_path / "out", a_bit=16)
     assert errors(out, Engine.VLLM_ASCEND) == []

@@ -72,13 +72,20 @@ def _look_ups_of(engine: Engine) -> tuple[Check, Callable[[Folder, ModelConfig |
 
 
 def check_chip(folder: Folder, place: Place) -> Iterator[Finding]:
-    """That the engine does not load the folder's type on that chip; nothing if it does."""
+    """Which of the types in the folder the engine does not load on that chip; nothing if it loads all."""
+    if place.chip is None:
+        return
     check, _ = _look_ups_of(place.engine)
-    known = {quant_type.value: quant_type for quant_type in QuantType}
-    quant_type = known.get(folder.quant_type or "")
-    if quant_type is not None and place.chip is not None and not place.dtypes(quant_type):
-        where = f"{place.engine.spec.title} on the Atlas {place.chip.value}"
-        yield check.error("", f"{where} does not load {quant_type.value}: {place.why_not(quant_type)}")
+    where = f"{place.engine.spec.title} on the Atlas {place.chip.value}"
+    first = {tensor.quant_type: tensor.name for tensor in reversed(folder.tensors)}
+    if folder.quant_type is not None:
+        first[folder.quant_type] = ""  # of the model, not of one tensor
+    for quant_type in QuantType:
+        is_here = quant_type is not QuantType.FLOAT and quant_type.value in first
+        if is_here and not place.dtypes(quant_type):
+            yield check.error(
+                first[quant_type.value], f"{where} does not load {quant_type.value}: {place.why_not(quant_type)}"
+            )
 
 
 def is_for(folder: Folder, engine: Engine) -> bool:
