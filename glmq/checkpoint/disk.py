@@ -134,7 +134,13 @@ def no_room(path: Path, wanted: int, error: OSError) -> SpaceError:
             f"{to_write} files are limited to {limit} bytes here (ulimit -f); raise the limit, "
             "or write smaller weight files with --part_file_size"
         )
-    return _no_space(path, wanted, shutil.disk_usage(path.parent).free)
+    free = shutil.disk_usage(path.parent).free
+    if free >= wanted:
+        return SpaceError(
+            f"{to_write} its disk takes no more, with {free} bytes free: it may have as many files as it can hold (df -i); "
+            "remove some or choose another disk"
+        )
+    return _no_space(path, wanted, free)
 
 
 def check_file_size(directory: Path, largest: int) -> None:

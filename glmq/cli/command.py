@@ -15,7 +15,7 @@ from typing import Any, Final
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from glmq.cli.complaint import complain, describe_failure, say, say_stopped
+from glmq.cli.complaint import ANSWERED, complain, describe_failure, say, say_stopped
 from glmq.cli.config_file import dump_config, read_config_file
 from glmq.cli.files import check_files
 from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
@@ -142,6 +142,7 @@ class GlmqCommand(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         how = {"json_wanted": bool(ctx.params.get("json_output")), "debug": bool(ctx.params.get("debug"))}
         signal.signal(signal.SIGTERM, _raise_terminated)
+        ANSWERED.set(False)
         try:
             if ctx.params.get("dump_config"):
                 typer.echo(dump_config(ctx.params).encode(), nl=False)  # TOML is UTF-8, whatever stdout is

@@ -7,6 +7,8 @@ import json
 import sys
 import traceback
 from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Final
 
 import typer
 
@@ -17,10 +19,13 @@ from glmq.errors import GlmqError, MemoryShortError, SpaceError, UnreadableError
 from glmq.machine import is_out_of_memory
 from glmq.quoting import visible
 
+ANSWERED: Final = ContextVar("answered", default=False)
+"""Whether the one object that --json promises on stdout has been printed by this command."""
+
 
 def complain(code: str, message: str, *, json_wanted: bool, debug: bool, **more: object) -> None:
     """Say what stopped the command: one sentence on stderr, or an object on stdout with --json, or the sentence after all where
-    stdout takes nothing.
+    stdout takes nothing or has the command's own object already.
 
     Args:
         code: of the error.
@@ -34,7 +39,7 @@ def complain(code: str, message: str, *, json_wanted: bool, debug: bool, **more:
     try:
         if debug:
             traceback.print_exc()
-        if not json_wanted or not _say_object(said):
+        if not json_wanted or ANSWERED.get() or not _say_object(said):
             _say_sentence(code, message)
     except OSError:  # nobody hears it; the exit code still says it
         silence(sys.stderr)
@@ -74,7 +79,7 @@ def say_stopped(code: str, by: str, params: Mapping[str, object], *, json_wanted
     unfinished = [{"path": str(one.path), "bytes": one.nbytes} for one in left]
     more = {"unfinished": unfinished, "resume": resuming_command()} if left else {}
     complain(code, message, json_wanted=json_wanted, debug=debug, **more)
-    for line in rest if not json_wanted else ():
+    for line in rest if not json_wanted or ANSWERED.get() else ():
         say(line)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.text import Text
 
+from glmq.cli.complaint import ANSWERED
 from glmq.cli.console import stdout
 from glmq.cli.lines import Flow, width_of
 from glmq.cli.tables import Cell, Column, FittedTable
@@ -67,6 +68,7 @@ def print_json(document: dict[str, object]) -> None:
     text = json.dumps(document, sort_keys=True, allow_nan=False, ensure_ascii=False, indent=1)
     sys.stdout.write(visible_json(text) + "\n")
     sys.stdout.flush()  # a full disk shows here, where it can be said, and not when Python ends
+    ANSWERED.set(True)
 
 
 class Streamed:

@@ -84,9 +84,7 @@ def check_values(options: Options) -> None:
     check_between("--target-ratio", options.target_ratio, 0.0625, 1)
 
 
-def refuse_without_effect(
-    options: Options, quant_type: QuantType, rule: StepRule, others: Iterable[QuantType]
-) -> None:
+def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRule, others: Iterable[QuantType]) -> None:
     """Raise UsageError for an option that changes nothing.
 
     Args:

@@ -153,6 +153,6 @@ def test_a_block_counts_only_if_its_line_is_on_the_disk(
     with pytest.raises(error) as caught:
         journal.record("b", {})
     if error is SpaceError:
-        met = "your quota on its disk is used up" if number == errno.EDQUOT else "its disk has "
+        met = "your quota on its disk is used up" if number == errno.EDQUOT else "its disk takes no more, with "
         assert str(caught.value).startswith(f"{path}: 59 bytes are to be written, but {met}")
     assert list(journal.finished) == ["a"]

@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_partial_one(tmp_path: Path, monk
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SpaceError) as caught:
         write_whole(path, b"new!")
-    assert str(caught.value).startswith(f"{path}: 4 bytes are to be written, but its disk has ")
+    assert str(caught.value).startswith(f"{path}: 4 bytes are to be written, but its disk takes no more, with ")
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a", b"old")]
 
 

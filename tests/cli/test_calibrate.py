@@ -260,8 +260,9 @@ def test_a_disk_that_fills_up_is_named_and_the_run_can_be_resumed(
         result = run(*arguments)
     assert result.exit_code == 5
     assert re.fullmatch(
-        r"error: \S+/model\.language_model\.layers\.1\.safetensors: \d+ bytes are to be written, but its disk has "
-        r"\d+ free; make room or choose another disk\n",
+        r"error: \S+/model\.language_model\.layers\.1\.safetensors: \d+ bytes are to be written, but its disk takes "
+        r"no more, with \d+ bytes free: it may have as many files as it can hold \(df -i\); "
+        r"remove some or choose another disk\n",
         result.stderr,
     )
     assert not stats.exists()

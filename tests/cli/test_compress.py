@@ -319,7 +319,7 @@ def test_a_full_disk_leaves_nothing(w8a8s: Path, tmp_path: Path, monkeypatch: py
     (out / "mine").write_text("kept")
     monkeypatch.setattr(os, "pwrite", full)
     sentence = complaint(5, *compress(w8a8s, out, "--overwrite"))
-    assert "bytes are to be written, but its disk has" in sentence
+    assert "bytes are to be written, but its disk takes no more, with " in sentence
     assert left_over(tmp_path) == ["out"]
     assert left_over(out) == ["mine"]
 

@@ -155,7 +155,9 @@ def test_what_was_found_is_shown_before_a_file_is_written(
     result = run(verb, tiny_seed, option, "/dev/full")
     assert (result.exit_code, result.stdout) == (5, shown)
     last = result.stderr.splitlines()[-1]
-    assert re.fullmatch(r"error: /dev/full: \d+ bytes are to be written, but its disk has \d+ free; make .*", last)
+    assert re.fullmatch(
+        r"error: /dev/full: \d+ bytes are to be written, but its disk takes no more, with \d+ bytes free: .*", last
+    )
 
 
 def test_a_table_that_does_not_fit_on_the_disk_leaves_the_old_one(

@@ -143,6 +143,18 @@ def test_csv_and_html_are_written_beside_the_table(two: bool, tiny: Path, tiny_s
     assert "for which SGLang has no linear" not in html  # no problem of those who serve it elsewhere
 
 
+def test_a_table_that_cannot_be_written_leaves_one_object_on_stdout(small: Path) -> None:
+    result = run("inspect", small, "--json", "--csv", "/dev/full")
+    assert result.exit_code == 5
+    assert json.loads(result.stdout)["schema"] == "glmq.inspect/1"
+    assert re.fullmatch(
+        r"error: /dev/full: \d+ bytes are to be written, but its disk takes no more, with \d+ bytes free: it may have as many "
+        r"files as it can hold \(df -i\); remove some or choose another disk\n",
+        " ".join(result.stderr.split("\n")).strip() + "\n",
+    )
+    assert json.loads(run("inspect", small / "nowhere", "--json").stdout)["error"]["code"] == "GLMQ-E403"
+
+
 def test_statistics_say_what_they_were_taken_from_and_what_the_inputs_look_like(small_stats: Path) -> None:
     shown = glmq("inspect", small_stats).stdout
     lines = shown.splitlines()

@@ -59,7 +59,8 @@ def test_tensors_and_keys_without_their_counterpart_are_found(make: Make) -> Non
         (
             12,
             f"{LAYER}.mlp.down_proj.weight",
-            "is described as W8A8S, 1 linear of this W8A8 model so: MindIE reads one type per model, other engines one per linear",
+            "is described as W8A8S, 1 linear of this W8A8 model so: MindIE reads one type per model, "
+            "other engines one per linear",
         ),
     ]  # fmt: skip
 
