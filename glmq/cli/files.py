@@ -13,12 +13,8 @@ WHOLE: Final = ("html", "csv")
 """Parameters that name a file which is written at the end, whole or not at all."""
 GROWING: Final = ("log_file", "events")
 """Parameters that name a file which is appended to."""
-USED: Final = (
-    *("a", "b", "candidate", "reference", "folder", "folders", "model_path", "stats", "calib_images"),
-    *("calib_samples", "cases", "image", "chat_template", "recipes", "config"),
-    *("save_directory", "out", "keep"),
-)
-"""Parameters that name what a verb reads, or the folder that it makes."""
+SHARED: Final = "work_dir"
+"""A folder that files may lie in, beside the one that a run makes there."""
 
 
 def check_files(params: Mapping[str, object]) -> None:
@@ -76,7 +72,8 @@ def _is_stream(path: Path) -> bool:
 
 
 def _paths(params: Mapping[str, object]) -> Iterator[Path]:
-    for value in map(params.get, USED):
+    """What a verb reads, and the folders that it makes."""
+    for value in (value for name, value in params.items() if name not in (*WHOLE, *GROWING, SHARED)):
         yield from (one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, Path))
 
 

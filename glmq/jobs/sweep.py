@@ -19,7 +19,7 @@ from glmq.jobs.given_statistics import open_statistics
 from glmq.jobs.sweep_recipes import KL_LIMIT, SweepJob, SweepOptions, Variant, check_variants
 from glmq.jobs.sweep_rows import SweepRows, SweepWork
 from glmq.jobs.sweep_samples import describe_samples, find_samples, open_ruler
-from glmq.jobs.verify import only_of_pictures, refuse_without_effect
+from glmq.jobs.verify import only_of_pictures, refuse_unused
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.side_files import check_needed_files
@@ -179,7 +179,7 @@ def _check_places(job: SweepJob, *, overwrite: bool, resume: bool) -> None:
     for option in (name for name, path in idle.items() if path is not None and not options.kl):
         raise UsageError(f"{option} with --no-kl: no model is run over the samples; drop one of them")
     if not options.kl:
-        refuse_without_effect(
+        refuse_unused(
             {
                 **only_of_pictures(options.cases),
                 "--limit": options.cases.limit not in (None, KL_LIMIT),

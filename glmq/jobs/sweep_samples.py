@@ -29,7 +29,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.writer import write_tensors
 from glmq.errors import CheckpointError, NonFiniteError, UsageError
 from glmq.jobs.forecast import forecast_forward
-from glmq.jobs.verify import CaseOptions, load_cases, only_of_pictures, refuse_without_effect
+from glmq.jobs.verify import CaseOptions, load_cases, only_of_pictures, refuse_unused
 from glmq.jobs.watcher import Watcher
 from glmq.model.config import ModelConfig
 from glmq.model.inputs import DEFAULT_PROMPT, Preprocessor
@@ -60,7 +60,7 @@ def find_samples(options: CaseOptions, statistics: Statistics, watcher: Watcher)
     """
     if options.images is not None or options.cases is not None:
         return load_cases(options, watcher)
-    refuse_without_effect(only_of_pictures(options), "--calib-images")
+    refuse_unused(only_of_pictures(options), "--calib-images")
     known = _described(statistics)
     pictures = list_images(default_images(), DEFAULT_PROMPT, skip_bad=True, limit=None).samples
     found = [sample for sample in pictures if sample.digest in known][: options.limit]

@@ -75,7 +75,7 @@ def only_of_pictures(options: CaseOptions) -> dict[str, bool]:
     return {"--prompt": options.prompt != DEFAULT_PROMPT, "--recursive": options.recursive}
 
 
-def refuse_without_effect(given: Mapping[str, bool], needed: str) -> None:
+def refuse_unused(given: Mapping[str, bool], needed: str) -> None:
     """Raise UsageError for the first option that is given, as nothing that it would change is there without `needed`."""
     for option in (option for option, is_given in given.items() if is_given):
         raise UsageError(f"{option} has no effect without {needed}; drop it")
@@ -247,10 +247,10 @@ def load_cases(options: CaseOptions, watcher: Watcher) -> tuple[Sample, ...]:
         )
     elif options.cases is None:
         sizes = {"--limit": options.limit is not None, "--max-pixels": options.max_pixels is not None}
-        refuse_without_effect({**sizes, **only_of_pictures(options)}, "--calib-images or --cases")
+        refuse_unused({**sizes, **only_of_pictures(options)}, "--calib-images or --cases")
         return ()
     else:
-        refuse_without_effect(only_of_pictures(options), "--calib-images")
+        refuse_unused(only_of_pictures(options), "--calib-images")
         found = read_samples(options.cases, limit=options.limit, rules=rules, names=CASE_NAMES)
     for sentence in found.notes:
         watcher.note(f"note: {sentence}")

@@ -50,9 +50,7 @@ def test_a_folder_or_file_that_is_not_writable_is_refused(tmp_path: Path, monkey
     assert refusal(log_file=log) == f"--log-file {log}: is not writable; choose another file"
 
 
-@pytest.mark.parametrize(
-    "name", ["a", "candidate", "reference", "folder", "model_path", "stats", "save_directory", "out"]
-)
+@pytest.mark.parametrize("name", ["candidate", "folder", "model_path", "save_directory", "save_split_w8a8s_dir"])
 def test_nothing_is_written_into_a_folder_that_is_read_or_made(name: str, tmp_path: Path) -> None:
     used = tmp_path / "used"
     (used / "deeper").mkdir(parents=True)
@@ -66,6 +64,7 @@ def test_nothing_is_written_into_a_folder_that_is_read_or_made(name: str, tmp_pa
         f"--html {link}: lies in {used}, which the command reads or writes; choose another place"
     )
     check_files({"html": tmp_path / "x.html", name: used})
+    check_files({"html": used / "x.html", "work_dir": used})
 
 
 def test_a_file_that_is_read_is_no_place_nor_are_its_neighbours_of_a_checkpoint(tmp_path: Path) -> None:
