@@ -16,6 +16,12 @@ from glmq.spec import FloatDtype, Form, QuantType
 FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
 
 
+WITHOUT_BIAS: Final = "give those another type: --layer '*.self_attn.[qkv]_proj=W8A8_DYNAMIC'"
+"""What helps where an engine leaves out the bias of a type's linears."""
+LARGE_GROUPS: Final = "VLLM_ASCEND_ENABLE_NZ=0"
+"""The setting with which vLLM-Ascend takes groups beyond `largest_group`."""
+
+
 class Chip(Enum):
     """An Atlas card, without the family's name."""
 
@@ -74,7 +80,15 @@ class EngineSpec:
     """Tensor-parallel sizes whose parts have been compared with what its own loader makes."""
     documented_world_sizes: tuple[int, ...]
     """Those that its support table names for GLM-4.1V."""
+    dtype_reasons: Mapping[QuantType, str]
+    """Why it does not run a type in the dtypes that `chips` leave out, where its code or its users say so."""
     chips: Mapping[Chip, ChipSupport]
+    packed_types: tuple[QuantType, ...] = ()
+    """The types that it reads in the compressed-tensors form."""
+    drops_bias: tuple[QuantType, ...] = ()
+    """The types whose linears it runs without their bias."""
+    largest_group: int | None = None
+    """Columns per group up to which it runs as it is installed; None: all of `group_sizes`."""
     releases: tuple[Release, ...] = ()
     """Oldest first; empty where all that were read are alike."""
     legal_path: str | None = None
@@ -88,8 +102,19 @@ class EngineSpec:
         """What becomes of the type in which release, as one sentence; none where all that were read are alike."""
         if quant_type is not QuantType.W4A8_DYNAMIC or not self.releases:
             return []
-        said = "; ".join(f"{release.versions}: {release.dense_w4a8}" for release in self.releases)
+        versions: dict[str, list[str]] = {}
+        for release in self.releases:
+            versions.setdefault(release.dense_w4a8, []).append(release.versions)
+        said = "; ".join(f"{', '.join(names)}: {what}" for what, names in versions.items())
         return [f"W4A8_DYNAMIC of a dense linear depends on the release of {self.title}: {said}"]
+
+    def refuses_dtype(self, quant_type: QuantType, dtype: FloatDtype) -> str | None:
+        """That it runs the type in another dtype only, on every chip; None if it runs it, or does not load it at all."""
+        dtypes = [known for support in self.chips.values() for known in support.dtypes.get(quant_type, ())]
+        if not dtypes or dtype in dtypes:
+            return None
+        why = f": {self.dtype_reasons[quant_type]}" if quant_type in self.dtype_reasons else ""
+        return f"{self.title} runs {quant_type.value} in {dtypes[0].value} only, not in {dtype.value}{why}"
 
     def chips_for(self, quant_type: QuantType) -> tuple[Chip, ...]:
         """The chips on which it loads that type."""
@@ -100,6 +125,11 @@ _MINDIE_W4A8: Final = "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
 _VLLM_310P_W4A8: Final = "its registry for the 300I Duo has no W4A8_DYNAMIC"
 _MINDIE_A16: Final = "its support table for GLM-4.1V has no weight-only types"
 _VLLM_W4A16: Final = "it has the linears of 8-bit weights alone"
+_VLLM_310P_DYNAMIC: Final = (
+    "its kernel takes no float bias there, which q_proj, k_proj and v_proj have (its issue 14152)"
+)
+_FLOAT16_SCALES: Final = "its kernel takes no float16 scales (vLLM-Ascend's issue 7443)"
+_BFLOAT16_BIAS: Final = "its kernel takes no bfloat16 bias, which q_proj, k_proj and v_proj have (its issue 7039)"
 _VLLM_310P_A16: Final = "its registry for the 300I Duo has no weight-only types"
 _NOT_IN_SGLANG: Final = "SGLang's ModelSlim loader has no such linear"
 _SGLANG_310P: Final = "not checked on the 300I Duo"
@@ -117,6 +147,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
         world_sizes=(1, 2, 4),
         documented_world_sizes=(1, 2),
         legal_path=r"[0-9A-Za-z_./-]*",
+        dtype_reasons={},
         chips={
             Chip.A2_800I: ChipSupport(
                 dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
@@ -144,14 +175,18 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
         forms=(Form.ASCEND_V1, Form.COMPRESSED_TENSORS),
         mixes_types=True,
         group_sizes=(64, 128, 256, 512),
+        largest_group=128,
         world_sizes=(1, 2, 4),
         documented_world_sizes=(),
+        packed_types=(QuantType.W8A8_DYNAMIC,),
+        drops_bias=(QuantType.W4A8_DYNAMIC,),
+        dtype_reasons={QuantType.W8A8_DYNAMIC: _FLOAT16_SCALES, QuantType.W8A16: _BFLOAT16_BIAS},
         chips={
             Chip.A2_800I: ChipSupport(
                 dtypes={
                     QuantType.W8A8: (BF16, FP16),
-                    QuantType.W8A8_DYNAMIC: (BF16, FP16),
-                    QuantType.W8A16: (BF16, FP16),
+                    QuantType.W8A8_DYNAMIC: (BF16,),
+                    QuantType.W8A16: (FP16,),
                     QuantType.W4A8_DYNAMIC: (BF16, FP16),
                 },
                 refusals={
@@ -162,11 +197,11 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
             Chip.DUO_300I: ChipSupport(
                 dtypes={
                     QuantType.W8A8: (FP16,),
-                    QuantType.W8A8_DYNAMIC: (FP16,),
                     QuantType.W8A8S: (FP16,),
                     QuantType.W8A8SC: (FP16,),
                 },
                 refusals={
+                    QuantType.W8A8_DYNAMIC: _VLLM_310P_DYNAMIC,
                     QuantType.W4A8_DYNAMIC: _VLLM_310P_W4A8,
                     QuantType.W8A16: _VLLM_310P_A16,
                     QuantType.W4A16: _VLLM_310P_A16,
@@ -181,24 +216,31 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                 dense_w4a8="loaded, its activations are not quantized",
             ),
             Release(
-                "main since September 2026",
+                "0.27",
+                missing_key="KeyError",
+                missing_packed_key="KeyError",
+                dense_w4a8="NotImplementedError",
+            ),
+            Release(
+                "0.28 to 0.30",
                 missing_key="it runs as float, without a word",
                 missing_packed_key="KeyError",
                 dense_w4a8="NotImplementedError",
             ),
         ),
     ),
-    # Its ModelSlim loader, 0.5.23, read and emulated.
+    # Its ModelSlim loader, 0.5.23, read and emulated. Its compressed-tensors loader maps no names of this family.
     Engine.SGLANG: EngineSpec(
         title="SGLang",
-        forms=(Form.ASCEND_V1, Form.COMPRESSED_TENSORS),
+        forms=(Form.ASCEND_V1,),
         mixes_types=True,
         group_sizes=(),
         world_sizes=(),
         documented_world_sizes=(),
+        dtype_reasons={QuantType.W8A8_DYNAMIC: _FLOAT16_SCALES},
         chips={
             Chip.A2_800I: ChipSupport(
-                dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16, FP16)},
+                dtypes={QuantType.W8A8: (BF16, FP16), QuantType.W8A8_DYNAMIC: (BF16,)},
                 refusals={
                     QuantType.W8A8S: _SPARSE_ELSEWHERE,
                     QuantType.W4A8_DYNAMIC: _NOT_IN_SGLANG,

@@ -27,7 +27,7 @@ class Form(Enum):
     """The older one: `quant_model_description_{type}.json`, `quantize` in config.json, every norm a second time as
     `.module`."""
     COMPRESSED_TENSORS = "compressed-tensors"
-    """That of the library of this name, which vLLM, SGLang and transformers read: `quantization_config` in config.json, no
+    """That of the library of this name, which vLLM and transformers read: `quantization_config` in config.json, no
     description file, norms as in the float model, weights of weight-only types packed into int32."""
 
 

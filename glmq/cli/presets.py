@@ -41,7 +41,7 @@ PRESETS: Final[Mapping[PresetName, Preset]] = {
     ),
     "800i-a2-w8a16": Preset(
         "W8A16 for vLLM-Ascend on the Atlas 800I A2",
-        {"w_bit": 8, "a_bit": 16, "torch_dtype": "bf16"},
+        {"w_bit": 8, "a_bit": 16, "torch_dtype": "fp16"},
     ),
 }
 

@@ -209,7 +209,7 @@ def quantize(
         Literal["ascendv1", "mindie", "compressed-tensors"] | None,
         typer.Option(
             "--format",
-            help="Layout of the checkpoint. The first two are for Ascend engines; compressed-tensors for vLLM, SGLang and "
+            help="Layout of the checkpoint. The first two are for Ascend engines; compressed-tensors for vLLM and "
             "transformers (W8A8, W8A8_DYNAMIC, W8A16, W4A16).",
             rich_help_panel=o.OUTPUT,
             show_default="ascendv1",

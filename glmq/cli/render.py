@@ -338,9 +338,7 @@ def next_steps(folder: Path, recipe: Recipe) -> list[str]:
             f"  glmq compress --model_path {quote(str(folder))} --save_directory {quote(f'{folder}-sc')} --tp 1",
         ]
     if recipe.form is Form.COMPRESSED_TENSORS:
-        return [
-            f"Next: serve it with vLLM or SGLang (vllm serve {folder}), or load it with transformers and compressed-tensors."
-        ]
+        return [f"Next: serve it with vLLM (vllm serve {folder}), or load it with transformers and compressed-tensors."]
     places = [Place(engine, None) for engine in Engine]
     if not Place(Engine.MINDIE, None).dtypes(quant_type):
         titles = [place.engine.spec.title for place in places if place.dtypes(quant_type)]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import WANTED_IMAGES, SampleSet
-from glmq.engines import Engine
+from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Engine, EngineSpec
 from glmq.model.config import FAMILY, ModelConfig
+from glmq.model.family import LinearShape
 from glmq.numerics import gptq
 from glmq.quantization.plan import count_matches
 from glmq.quantization.recipe import Recipe
-from glmq.spec import Form
+from glmq.spec import Form, QuantType
 from glmq.wording import counted
 
 ANSWERS_COUNT: Final = (
@@ -142,7 +143,7 @@ def describe_large_weights(linears: Iterable[str], beyond_float16: Collection[st
 def describe_recipe(recipe: Recipe, config: ModelConfig, out: Path) -> list[str]:
     """What is to be said of a quantization before it starts."""
     path, patterns = describe_path(out, recipe.form), describe_patterns(recipe, config)
-    return [*describe_releases(recipe), *patterns, *path, *describe_kernel()]
+    return [*describe_engines(recipe, config), *patterns, *path, *describe_kernel()]
 
 
 def describe_kernel() -> list[str]:
@@ -162,11 +163,40 @@ def describe_path(out: Path, form: Form) -> list[str]:
     ]
 
 
-def describe_releases(recipe: Recipe) -> list[str]:
-    """That the type is not loaded alike by all releases of an engine that reads the form; nothing if it is."""
+def describe_engines(recipe: Recipe, config: ModelConfig) -> list[str]:
+    """What engines that read the form do with the recipe that one would not think, or refuse though they load its type."""
+    types: dict[QuantType, list[LinearShape]] = {}
+    for linear in (linear for group in config.family.groups(config) for linear in group.linears):
+        rule = recipe.rule_of(linear.name)
+        types.setdefault(recipe.quant_type if rule is None else rule.quant_type, []).append(linear)
     readers = [engine.spec for engine in Engine if recipe.form in engine.spec.forms]
-    types = dict.fromkeys((recipe.quant_type, *(rule.quant_type for rule in recipe.rules)))
-    return [f"warning: {said}" for spec in readers for kind in types for said in spec.by_release(kind)]
+    return [
+        f"warning: {said}"
+        for spec in readers
+        for kind, linears in types.items()
+        for said in (
+            *spec.by_release(kind),
+            *filter(None, (spec.refuses_dtype(kind, recipe.dtype),)),
+            *_without_bias(spec, kind, linears),
+            *_large_groups(spec, kind, recipe.group_size),
+        )
+    ]
+
+
+def _without_bias(spec: EngineSpec, kind: QuantType, linears: Sequence[LinearShape]) -> list[str]:
+    biased = [linear.name for linear in linears if linear.has_bias]
+    if kind not in spec.drops_bias or not biased:
+        return []
+    return [
+        f"{spec.title} runs {kind.value} linears without their bias, which {len(biased)} of them have, {biased[0]} first: "
+        f"its answers will be wrong; {WITHOUT_BIAS}"
+    ]
+
+
+def _large_groups(spec: EngineSpec, kind: QuantType, size: int) -> list[str]:
+    if not kind.spec.two_stage or spec.largest_group is None or size <= spec.largest_group:
+        return []
+    return [f"{spec.title} takes groups of more than {spec.largest_group} columns with {LARGE_GROUPS} alone"]
 
 
 def describe_patterns(recipe: Recipe, config: ModelConfig) -> list[str]:

@@ -6,7 +6,8 @@ import difflib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from glmq.errors import PatternError, UsageError
+from glmq.engines import WITHOUT_BIAS
+from glmq.errors import PatternError, TargetError, UsageError
 from glmq.model.config import ModelConfig
 from glmq.model.family import InputGroup
 from glmq.quantization.recipe import Recipe
@@ -31,7 +32,8 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     """The plan of every group, keyed by site, in model order.
 
     Raises:
-        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize.
+        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize, or a bias that the
+            target drops.
     """
     groups = config.family.groups(config)
     for rule in recipe.rules:
@@ -44,6 +46,7 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
     for plan in plans.values():
         _check_width(plan, recipe)
+        _check_biases(plan, recipe)
     if not any(plan.is_quantized for plan in plans.values()):
         given = {rule.option.partition(" ")[0] for rule in recipe.rules if rule.option}
         verb = "leaves" if len(given) == 1 else "leave"
@@ -59,6 +62,17 @@ def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
         raise UsageError(
             f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
             "less than one; pass a larger --fraction or another --method"
+        )
+
+
+def _check_biases(plan: GroupPlan, recipe: Recipe) -> None:
+    """An engine that leaves out the bias of a type's linears answers wrongly with it."""
+    place = recipe.target.place
+    biased = [linear.name for linear in plan.group.linears if linear.has_bias]
+    if place is not None and plan.quant_type in place.engine.spec.drops_bias and biased:
+        raise TargetError(
+            f"--target {recipe.target.value}: {place.engine.spec.title} runs {plan.quant_type.value} linears without their "
+            f"bias, which {biased[0]} has; {WITHOUT_BIAS}"
         )
 
 

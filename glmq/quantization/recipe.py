@@ -64,7 +64,9 @@ class Recipe:
         problem = why_not_in_form(self.quant_type, self.form)
         if problem is not None:
             raise UsageError(problem)
-        refuse_unloadable(self.target, self.quant_type, self.dtype, self.form)
+        for quant_type in dict.fromkeys((self.quant_type, *(rule.quant_type for rule in self.rules))):
+            if quant_type is not QuantType.FLOAT:
+                refuse_unloadable(self.target, quant_type, self.dtype, self.form)
 
     @classmethod
     def w8a8(cls, *, dtype: str = "bf16") -> Recipe:

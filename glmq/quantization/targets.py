@@ -17,7 +17,7 @@ class Target(Enum):
     MINDIE_800I_A2 = "mindie-800i-a2"
     VLLM_ASCEND = "vllm-ascend"
     GENERIC = "generic"
-    """Not known yet: a type is refused only in a dtype in which no engine loads it, though some load the type."""
+    """Not known yet: sparse types in bfloat16 alone are refused, and what the engines of today do not run is warned of."""
 
     @property
     def place(self) -> Place | None:
@@ -38,31 +38,37 @@ def refuse_unloadable(target: Target, quant_type: QuantType, dtype: FloatDtype, 
     if place is None:
         _refuse_dtype(quant_type, dtype)
         return
-    dtypes = place.dtypes(quant_type)
+    dtypes, spec = place.dtypes(quant_type), place.engine.spec
     if not dtypes:
         known = ", ".join(known.value for known in place.types())
         raise TargetError(
             f"--target {target.value} does not load {quant_type.value}: {place.why_not(quant_type)}; it loads {known}"
         )
     if dtype not in dtypes:
+        why = f", {spec.dtype_reasons[quant_type]}" if quant_type in spec.dtype_reasons else ""
         raise TargetError(
-            f"--target {target.value} loads {quant_type.value} in {dtypes[0].value} only, not {dtype.value}; "
+            f"--target {target.value} loads {quant_type.value} in {dtypes[0].value} only, not {dtype.value}{why}; "
             f"pass --torch_dtype {'fp16' if dtypes[0] is FloatDtype.FP16 else 'bf16'}"
         )
-    if form not in place.engine.spec.forms:
+    if form not in spec.forms:
         if form is Form.MINDIE:
             raise TargetError(
                 f"--mindie_format True with --target {target.value}: it reads the ascendV1 layout alone; drop --mindie_format"
             )
         raise TargetError(
-            f"--format {form.value} with --target {target.value}: {place.engine.spec.title} does not read it; drop one of them"
+            f"--format {form.value} with --target {target.value}: {spec.title} does not read it; drop one of them"
+        )
+    if form is Form.COMPRESSED_TENSORS and quant_type not in spec.packed_types:
+        known = ", ".join(known.value for known in spec.packed_types)
+        raise TargetError(
+            f"--format {form.value} with --target {target.value}: {spec.title} reads {known} alone in it, "
+            f"not {quant_type.value}; drop one of them"
         )
 
 
 def _refuse_dtype(quant_type: QuantType, dtype: FloatDtype) -> None:
-    """Raise UsageError if engines load the type, but none in that dtype; a type that none loads yet may have either."""
-    dtypes = {known for engine in Engine for known in Place(engine, None).dtypes(quant_type)}
-    if dtypes and dtype not in dtypes:
+    """Raise TargetError for sparse types in bfloat16, which their chip lacks; later engines may run other types."""
+    if quant_type.spec.is_sparse and dtype is not FloatDtype.FP16:
         raise TargetError(
             f"{quant_type.value} with {dtype.value} float weights (--torch_dtype is bf16 unless given): no engine loads it, "
             "the 300I Duo has no bfloat16; pass --torch_dtype fp16"

@@ -87,7 +87,7 @@ def _serving(report: Report) -> str:
             lines.append(f"- {spec.title} ({on}): {SERVING[engine]}.")
     plugin = "with glmq's plugin (`pip install 'glmq[vllm]'`)"
     if recipe.form is Form.COMPRESSED_TENSORS:
-        lines.append("- vLLM or SGLang on a CPU or an NVIDIA card: `vllm serve FOLDER`.")
+        lines.append("- vLLM on a CPU or an NVIDIA card: `vllm serve FOLDER`.")
     else:
         lines.append(f"- vLLM on a CPU or an NVIDIA card, {plugin}: `vllm serve FOLDER`.")
     return "\n".join(lines)

@@ -215,13 +215,6 @@ def check_attention_bias(directory: Path, checkpoint: Checkpoint) -> Iterator[Fi
         )
 
 
-def run_dtype(config: ModelConfig) -> FloatDtype | None:
-    """The dtype that the engine will run in; None where config.json does not say it."""
-    text = config.nested["text_config"]
-    value = text.get("dtype") if isinstance(text, Mapping) else None
-    return next((dtype for dtype in FloatDtype if dtype.value == value), None)
-
-
 def _section(raw: Mapping[str, JsonValue], key: str) -> Mapping[str, JsonValue]:
     value = raw.get(key)
     return value if isinstance(value, Mapping) else {}

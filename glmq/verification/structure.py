@@ -31,6 +31,7 @@ from glmq.verification.compressed_linears import (
     check_compressed_config,
     check_compressed_linear,
 )
+from glmq.verification.engines.linears import run_dtype
 from glmq.verification.files import (
     check_attention_bias,
     check_config,
@@ -41,7 +42,6 @@ from glmq.verification.files import (
     form_by_name,
     read_report,
     row_of,
-    run_dtype,
 )
 from glmq.verification.findings import Check, Finding
 from glmq.verification.linears import SUFFIXES, Subject, check_linear

@@ -143,10 +143,16 @@ ROWS: Mapping[str, Options] = {
     "a preset, packed": {"preset": "800i-a2-w8a16", "format": "compressed-tensors"},
     "300I Duo": {**SPARSE, "target": "mindie-300i-duo"},
     "800I A2": {"target": "mindie-800i-a2"},
-    "vLLM-Ascend": {**W4A8, "target": "vllm-ascend"},
+    "vLLM-Ascend": {**W4A8, "target": "vllm-ascend", "layer": "*.self_attn.[qkv]_proj=W8A8_DYNAMIC"},
     "numbered files": {"part_file_size": "1MB"},
     "numbered files, the older form": {"mindie_format": True, "part_file_size": "1MB", "torch_dtype": "fp16"},
 }
+
+OF_MIXTURES = {
+    "a layer of four bits, propagated": "is described as W4A8_DYNAMIC, 1 linear of this W8A8 model so",
+    "vLLM-Ascend": "is described as W8A8_DYNAMIC, 3 linears of this W4A8_DYNAMIC model so",
+}
+"""What verify warns of where types are mixed."""
 
 WRITES_NOTHING_ELSE = (
     *("model_path", "save_directory", "overwrite", "work_dir", "stats", "resume", "dry_run", "config", "dump_config"),
@@ -219,8 +225,8 @@ def test_what_an_option_writes_passes(row: str, model: Path, stats: Path, tmp_pa
         found = glmq.verify(out, engines=engines)
         assert found.passed, found.findings
     if not options.get("bias_correction"):  # of that only the report tells
-        warned = ["is described as W4A8_DYNAMIC, 1 linear of this W8A8 model so"] if "four bits" in row else []
-        assert [found.message.partition(":")[0] for found in findings_as_of_another_tool(out, model)] == warned
+        warned = [found.message.partition(":")[0] for found in findings_as_of_another_tool(out, model)]
+        assert warned == [said for name, said in OF_MIXTURES.items() if name == row]
 
 
 COMPRESSIONS: Mapping[str, Options] = {

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +6,14 @@ from glmq.calibration.convergence import assess
 from glmq.calibration.stats import Statistics
 from glmq.jobs.notes import (
     describe_convergence,
+    describe_engines,
     describe_kernel,
     describe_large_weights,
     describe_path,
-    describe_releases,
 )
-from glmq.quantization.recipe import Recipe
+from glmq.model.config import read_config
+from glmq.quantization.options import Options
+from glmq.quantization.recipe import make_recipe
 from glmq.spec import Form
 
 
@@ -55,10 +56,33 @@ def test_a_path_that_mindie_does_not_open_is_told_before_the_work() -> None:
         ]
 
 
-def test_a_type_that_only_some_releases_load_is_said_with_each_release() -> None:
-    assert describe_releases(Recipe.w4a8_dynamic()) == [
-        "warning: W4A8_DYNAMIC of a dense linear depends on the release of vLLM-Ascend: 0.18 to 0.26: loaded, its "
-        "activations are not quantized; main since September 2026: NotImplementedError"
+RELEASES = (
+    "warning: W4A8_DYNAMIC of a dense linear depends on the release of vLLM-Ascend: 0.18 to 0.26: loaded, its "
+    "activations are not quantized; 0.27, 0.28 to 0.30: NotImplementedError"
+)
+
+
+def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
+    def said(**options: object) -> list[str]:
+        return describe_engines(make_recipe(Options(**options)), read_config(small))  # type: ignore[arg-type]
+
+    four_bits = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True}
+    assert said(**four_bits) == [
+        RELEASES,
+        "warning: vLLM-Ascend runs W4A8_DYNAMIC linears without their bias, which 6 of them have, "
+        "model.language_model.layers.0.self_attn.q_proj first: its answers will be wrong; give those another type: "
+        "--layer '*.self_attn.[qkv]_proj=W8A8_DYNAMIC'",
     ]
-    assert describe_releases(Recipe.w8a8_dynamic()) == []
-    assert describe_releases(replace(Recipe.w4a8_dynamic(), form=Form.MINDIE)) == []
+    without = ("*.self_attn.[qkv]_proj=W8A8_DYNAMIC",)
+    assert said(**four_bits, layer=without) == [RELEASES]
+    assert said(**four_bits, layer=without, group_size=256) == [
+        RELEASES,
+        "warning: vLLM-Ascend takes groups of more than 128 columns with VLLM_ASCEND_ENABLE_NZ=0 alone",
+    ]
+    assert said(**four_bits, format="mindie") == []
+    assert said(a_bit=16) == [
+        "warning: vLLM-Ascend runs W8A16 in float16 only, not in bfloat16: its kernel takes no bfloat16 bias, which q_proj, "
+        "k_proj and v_proj have (its issue 7039)"
+    ]
+    assert said(a_bit=16, torch_dtype="fp16") == said() == said(is_dynamic=True) == []
+    assert len(said(is_dynamic=True, torch_dtype="fp16")) == 2

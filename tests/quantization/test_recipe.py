@@ -282,6 +282,26 @@ def test_options_without_effect_are_refused(options: dict[str, object], sentence
             "it loads W8A8, W8A8_DYNAMIC",
         ),
         (
+            FP16 | DYNAMIC | {"target": "vllm-ascend"},
+            "--target vllm-ascend loads W8A8_DYNAMIC in bfloat16 only, not float16, its kernel takes no float16 scales "
+            "(vLLM-Ascend's issue 7443); pass --torch_dtype bf16",
+        ),
+        (
+            {"a_bit": 16, "target": "vllm-ascend"},
+            "--target vllm-ascend loads W8A16 in float16 only, not bfloat16, its kernel takes no bfloat16 bias, which q_proj, "
+            "k_proj and v_proj have (its issue 7039); pass --torch_dtype fp16",
+        ),
+        (
+            {"layer": ("*.o_proj=W8A16",), "target": "vllm-ascend"},
+            "--target vllm-ascend loads W8A16 in float16 only, not bfloat16, its kernel takes no bfloat16 bias, which q_proj, "
+            "k_proj and v_proj have (its issue 7039); pass --torch_dtype fp16",
+        ),
+        (
+            {"format": "compressed-tensors", "target": "vllm-ascend"},
+            "--format compressed-tensors with --target vllm-ascend: vLLM-Ascend reads W8A8_DYNAMIC alone in it, not W8A8; "
+            "drop one of them",
+        ),
+        (
             FP16 | DYNAMIC | {"target": "mindie-300i-duo"},
             "--target mindie-300i-duo does not load W8A8_DYNAMIC: the 300I Duo recipe is W8A8S, then W8A8SC; "
             "it loads W8A8S, W8A8",
@@ -305,8 +325,22 @@ def test_what_the_target_does_not_load_is_refused_with_its_reason(options: dict[
     assert refusal(**options) == sentence
 
 
-def test_what_some_releases_of_the_target_load_is_accepted() -> None:
-    assert recipe(**W4A8, target="vllm-ascend").quant_type is QuantType.W4A8_DYNAMIC
+def test_a_target_that_drops_biases_takes_a_type_that_some_releases_load_for_linears_without(
+    config: ModelConfig,
+) -> None:
+    asked = recipe(**W4A8, target="vllm-ascend")
+    with pytest.raises(UsageError) as caught:
+        plan_groups(asked, config)
+    assert str(caught.value) == (
+        "--target vllm-ascend: vLLM-Ascend runs W4A8_DYNAMIC linears without their bias, which "
+        "model.language_model.layers.0.self_attn.q_proj has; give those another type: "
+        "--layer '*.self_attn.[qkv]_proj=W8A8_DYNAMIC'"
+    )
+    layer = ("*.self_attn.[qkv]_proj=W8A8_DYNAMIC",)
+    plans = plan_groups(recipe(**W4A8, target="vllm-ascend", layer=layer), config)
+    first = "model.language_model.layers.0."
+    assert plans[f"{first}self_attn.q_proj"].quant_type is QuantType.W8A8_DYNAMIC
+    assert plans[f"{first}mlp.gate_up_proj"].quant_type is QuantType.W4A8_DYNAMIC
 
 
 def test_by_default_only_attention_and_gate_up_of_the_text_layers_are_quantized(config: ModelConfig) -> None:

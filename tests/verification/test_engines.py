@@ -250,7 +250,7 @@ def test_a_plain_linear_without_a_key_depends_on_the_release_of_vllm(copy: Path)
     edit_json(copy / DESCRIPTION, lambda d: d.pop(key))
     assert (
         f"{key}: is not in the description, vLLM looks it up for {LAYER}.self_attn.o_proj: "
-        "0.18 to 0.26: KeyError; main since September 2026: it runs as float, without a word"
+        "0.18 to 0.26: KeyError; 0.27: KeyError; 0.28 to 0.30: it runs as float, without a word"
     ) in errors(copy, Engine.VLLM_ASCEND)
 
 
@@ -323,8 +323,57 @@ def test_a_chip_that_does_not_load_the_type_of_a_layer_is_an_error(copy: Path) -
     assert list(check_chip(scan_folder(copy), Place(Engine.VLLM_ASCEND, Chip.A2_800I))) == []
 
 
+def test_a_config_that_names_ascend_alone_is_read_by_the_newest_vllm_ascend(copy: Path) -> None:
+    edit_json(copy / "config.json", lambda c: c.update(quantization_config={"quant_method": "ascend"}))
+    assert errors(copy, Engine.VLLM_ASCEND) == []
+    assert (
+        "config.json has quantization_config, which releases before 0.30 take for the whole description: every look-up fails"
+        in notes(copy, Engine.VLLM_ASCEND)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "engine", "sentence"),
+    [
+        (
+            {"a_bit": 16},
+            Engine.VLLM_ASCEND,
+            ": vLLM-Ascend runs W8A16 in float16 only, not in bfloat16: its kernel takes no bfloat16 bias, which q_proj, "
+            "k_proj and v_proj have (its issue 7039)",
+        ),
+        (
+            {"is_dynamic": True, "torch_dtype": "fp16"},
+            Engine.SGLANG,
+            ": SGLang runs W8A8_DYNAMIC in bfloat16 only, not in float16: its kernel takes no float16 scales "
+            "(vLLM-Ascend's issue 7443)",
+        ),
+        (
+            {"w_bit": 4, "is_lowbit": True, "is_dynamic": True},
+            Engine.VLLM_ASCEND,
+            f"{LAYER}.self_attn.q_proj.bias: is left out of its linear's result, one of 6 such W4A8_DYNAMIC linears; "
+            "give those another type: --layer '*.self_attn.[qkv]_proj=W8A8_DYNAMIC'",
+        ),
+        (
+            {"format": "compressed-tensors"},
+            Engine.VLLM_ASCEND,
+            ": is W8A8 in the compressed-tensors form, of which vLLM-Ascend reads W8A8_DYNAMIC alone",
+        ),
+        (
+            {"format": "compressed-tensors", "is_dynamic": True},
+            Engine.SGLANG,
+            ": is in the compressed-tensors form, which SGLang does not read; pass --format ascendv1",
+        ),
+    ],
+)
+def test_what_a_kernel_of_the_engine_does_not_run_is_an_error(
+    options: dict[str, object], engine: Engine, sentence: str, small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    out = quantize(small, small_stats, tmp_path / "out", **options)
+    assert errors(out, engine) == [sentence]
+
+
 def test_vllm_ascend_loads_w8a16_and_mindie_does_not(small: Path, small_stats: Path, tmp_path: Path) -> None:
-    out = quantize(small, small_stats, tmp_path / "out", a_bit=16)
+    out = quantize(small, small_stats, tmp_path / "out", a_bit=16, torch_dtype="fp16")
     assert errors(out, Engine.VLLM_ASCEND) == []
     assert (
         f"{LAYER}.mlp.gate_up_proj.weight: is stored as I8 but described as W8A16: its integers run as float"

@@ -1,7 +1,7 @@
 """What a serving engine would look up in a folder, and what would make it refuse: from names, dtypes and JSON alone.
 
-The steps are those of MindIE-LLM 8b4871a, vLLM-Ascend 182b75e and SGLang 0.5.23, as read or run when this project's format
-notes were made; all are emulated here, not run. Values are not read: `check_structure` does that.
+The steps are those of MindIE-LLM 8b4871a, vLLM-Ascend 0.18 to 0.30.0rc2 and SGLang 0.5.23, as read or run in November 2026;
+all are emulated here, not run. Values are not read: `check_structure` does that.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig, parse_config
 from glmq.spec import Form, QuantType, assert_never
-from glmq.verification.engines.linears import Complaint
+from glmq.verification.engines.linears import Complaint, run_dtype
 from glmq.verification.engines.mindie import check_mindie
 from glmq.verification.engines.sglang import check_sglang
 from glmq.verification.engines.vllm_ascend import check_vllm_ascend
@@ -40,7 +40,14 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
         yield check.error("", problem)
     if folder.form is Form.COMPRESSED_TENSORS:
         title = engine.spec.title
-        if folder.form in engine.spec.forms:
+        packed = [known.value for known in engine.spec.packed_types]
+        others = sorted({tensor.quant_type for tensor in folder.tensors} - {QuantType.FLOAT.value, *packed})
+        if folder.form in engine.spec.forms and others:
+            yield check.error(
+                "",
+                f"is {', '.join(others)} in the compressed-tensors form, of which {title} reads {', '.join(packed)} alone",
+            )
+        elif folder.form in engine.spec.forms:
             yield check.warning("", f"is in the compressed-tensors form; how {title} reads that is not emulated")
         else:
             yield check.error(
@@ -55,6 +62,12 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
             yield check.error("", str(error))
     for severity, tensor, message in look_up(folder, config):
         yield Finding(check, "error" if severity else "warning", tensor, message)
+    dtype = None if config is None else run_dtype(config)
+    stored = {tensor.quant_type for tensor in folder.tensors}
+    for quant_type in (known for known in QuantType if known.value in stored):
+        refused = None if dtype is None else engine.spec.refuses_dtype(quant_type, dtype)
+        if refused is not None:
+            yield check.error("", refused)
 
 
 def _look_ups_of(engine: Engine) -> tuple[Check, Callable[[Folder, ModelConfig | None], Iterator[Complaint]]]:
@@ -97,7 +110,7 @@ def is_for(folder: Folder, engine: Engine) -> bool:
 def describe_engines(folder: Folder) -> str:
     """For which engine and chip a folder is, in one line."""
     if folder.form is Form.COMPRESSED_TENSORS:
-        return "vLLM, SGLang, and transformers with the compressed-tensors library"
+        return "vLLM, and transformers with the compressed-tensors library"
     match folder.quant_type, folder.kind:
         case "W8A8SC", Kind.SHARDED:
             return "vLLM-Ascend (load_format sharded_state) on the Atlas 300I Duo; GLM-4.1V is not in its support table"
@@ -113,7 +126,7 @@ def describe_engines(folder: Folder) -> str:
         case "W8A16", _:
             return "vLLM-Ascend on the Atlas 800I A2; GLM-4.1V is not in its support table"
         case "W4A8_DYNAMIC", _:
-            return "vLLM-Ascend 0.18 to 0.26, where activations stay float; neither its main nor MindIE loads it"
+            return "vLLM-Ascend 0.18 to 0.26, where activations stay float; neither later releases nor MindIE load it"
         case _, Kind.FLOAT:
             return "any engine for float GLM-4.1V and GLM-4.6V-Flash; the input of `glmq quantize`"
         case _, Kind.FOREIGN:

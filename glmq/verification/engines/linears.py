@@ -1,4 +1,4 @@
-"""What both engines need of one linear of an un-sharded checkpoint, by its quantization type."""
+"""What the engines need of one linear of an un-sharded checkpoint, by its quantization type."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Final, TypeAlias
 from glmq.checkpoint.header import FLOAT_CODES
 from glmq.checkpoint.json_file import JsonValue
 from glmq.inspection.folder import Folder, StoredTensor
+from glmq.model.config import ModelConfig
+from glmq.spec import FloatDtype
 
 STATIC: Final = ("W8A8", "W8A8S")
 TYPES: Final = ("FLOAT", *STATIC, "W8A8SC", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
@@ -26,6 +28,13 @@ DTYPE_NAMES: Final = {"float16": "F16", "bfloat16": "BF16"}
 
 Complaint: TypeAlias = tuple[bool, str, str]
 """(is an error, tensor, message)."""
+
+
+def run_dtype(config: ModelConfig) -> FloatDtype | None:
+    """The dtype that the engine will run in; None where config.json does not say it."""
+    text = config.nested["text_config"]
+    value = text.get("dtype") if isinstance(text, Mapping) else None
+    return next((dtype for dtype in FloatDtype if dtype.value == value), None)
 
 
 def check_linear_tensors(

@@ -7,12 +7,13 @@ from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.json_file import JsonValue
-from glmq.engines import Engine
+from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Engine
 from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig
 from glmq.model.family import LinearShape
 from glmq.spec import Form, QuantType
 from glmq.verification.engines.linears import DTYPE_NAMES, VLLM_TYPES, Complaint, check_linear_tensors, section
+from glmq.wording import counted
 
 RELEASES: Final = Engine.VLLM_ASCEND.spec.releases
 DEFAULT_GROUP_SIZE: Final = 256
@@ -27,10 +28,17 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     """
     yield False, "", "vLLM-Ascend does not list GLM-4.1V as supported; that look-ups succeed does not mean that it runs"
     if "quantization_config" in folder.config:
+        of_file = section(folder.config, "quantization_config")
+        names_form_only = of_file.get("quant_method") == "ascend" and set(of_file) <= {
+            "quant_method",
+            "model_quant_type",
+        }
         yield (
-            True,
+            not names_form_only,
             "",
-            "config.json has quantization_config, which vLLM takes for the whole description: every look-up fails",
+            "config.json has quantization_config, which "
+            + ("releases before 0.30 take" if names_form_only else "vLLM takes")
+            + " for the whole description: every look-up fails",
         )
     if folder.kind is Kind.PARTS:
         yield True, "", "the weights are parts for MindIE; vLLM-Ascend reads model-rank-*.safetensors"
@@ -61,12 +69,34 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     if folder.kind is Kind.SHARDED:
         return
     stored = {tensor.name: tensor for tensor in folder.tensors}
+    yield from _check_biases(stored, folder.description, config)
     dtype = DTYPE_NAMES.get(str(section(folder.config, "text_config").get("dtype")))
     for group in config.family.groups(config):
         for linear in group.linears:
             yield from check_linear_tensors(stored, linear.name, folder, dtype, VLLM_TYPES)
             if folder.description.get(f"{linear.name}.weight") == "W4A8_DYNAMIC":
                 yield from _check_groups(stored, linear, folder.description)
+
+
+def _check_biases(
+    stored: Mapping[str, StoredTensor], description: Mapping[str, JsonValue], config: ModelConfig
+) -> Iterator[Complaint]:
+    """Biases that it leaves out, of a type's linears, once for each type."""
+    spec = Engine.VLLM_ASCEND.spec
+    for quant_type in spec.drops_bias:
+        linears = [linear.name for group in config.family.groups(config) for linear in group.linears]
+        lost = [
+            f"{name}.bias"
+            for name in linears
+            if description.get(f"{name}.weight") == quant_type.value and f"{name}.bias" in stored
+        ]
+        if lost:
+            yield (
+                True,
+                lost[0],
+                f"is left out of its linear's result, one of {counted(len(lost), f'such {quant_type.value} linear')}; "
+                f"{WITHOUT_BIAS}",
+            )
 
 
 def _check_groups(
@@ -77,6 +107,9 @@ def _check_groups(
     if not isinstance(size, int) or size < 1:
         yield True, "group_size", f"is {size!r} in the description; {linear.name} needs input columns per group"
         return
+    largest = Engine.VLLM_ASCEND.spec.largest_group
+    if largest is not None and size > largest:
+        yield False, "group_size", f"is {size}; vLLM-Ascend takes more than {largest} with {LARGE_GROUPS} alone"
     said = (
         "as the description says"
         if "group_size" in description
