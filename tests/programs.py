@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import glmq
 
@@ -89,6 +89,38 @@ def start_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
             Path(glmq.__file__).parents[1]
         )  # the ranks import glmq from where this process has it
         run.main(["--standalone", *map(str, arguments)])
+
+    return start(torchrun)
+
+
+def fork_torchrun(
+    world: int, *arguments: object, before: Callable[[], object] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`torchrun --standalone --nproc_per_node world -m glmq` with these arguments: its ranks are forks of it.
+
+    Args:
+        before: what each rank does first, in the glmq that it has imported.
+    """
+
+    def rank() -> None:
+        forget("glmq")
+        if before is not None:
+            before()
+        sys.argv = ["glmq", *map(str, arguments)]
+        runpy.run_module("glmq", run_name="__main__", alter_sys=True)
+
+    def torchrun() -> None:
+        from torch.distributed import run
+
+        parsed = run.config_from_args
+
+        def forking(args: Any) -> tuple[object, object, list[str]]:
+            config, *_ = parsed(args)
+            config.start_method = "fork"
+            return config, rank, []
+
+        run.config_from_args = forking
+        run.main(["--standalone", "--nproc_per_node", str(world), "glmq"])
 
     return start(torchrun)
 

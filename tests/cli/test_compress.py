@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cli.command_line import glmq, run
 from helpers import PACKAGES, tree
-from programs import start_torchrun
+from programs import fork_torchrun, start_torchrun
 from random_w8a8s import write_stand_in, write_w8a8s
 
 from glmq.compression import stream
@@ -370,14 +370,12 @@ def test_tp_must_agree_with_torchrun(w8a8s: Path, tmp_path: Path, monkeypatch: p
     )
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return start_torchrun("--nproc_per_node", 2, "-m", "glmq", *arguments)
-
-
 @pytest.mark.slow
 def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -> None:
+    """Its ranks are new Python processes, which import all that they need."""
     glmq(*compress(w8a8s, tmp_path / "one", "--tp", 2, "--codec", "portable"))
-    result = torchrun(*compress(w8a8s, tmp_path / "two", "--codec", "portable"))
+    arguments = compress(w8a8s, tmp_path / "two", "--codec", "portable")
+    result = start_torchrun("--nproc_per_node", 2, "-m", "glmq", *arguments)
     assert result.returncode == 0, result.stderr
     assert tree(tmp_path / "two") == tree(tmp_path / "one")
     assert result.stdout.count("written to") == 1
@@ -386,7 +384,7 @@ def test_torchrun_writes_the_bytes_of_one_process(w8a8s: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Path, tmp_path: Path) -> None:
     program = write_stand_in(tmp_path, "kills rank 1")
-    result = torchrun(*compress(w8a8s, tmp_path / "out", "--executor", program))
+    result = fork_torchrun(2, *compress(w8a8s, tmp_path / "out", "--executor", program))
     assert result.returncode != 0
     assert "Signal 9 (SIGKILL)" in result.stderr
     assert left_over(tmp_path) == ["compress_excutor"]
