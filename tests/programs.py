@@ -68,15 +68,26 @@ def start(
         the exit code (negative: the signal that ended it), and what it wrote.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = _fork()
-        if child == 0:
-            _be_program(program, {1: out.fileno(), 2: err.fileno()}, environment or {})
+        child = begin(program, {1: out.fileno(), 2: err.fileno()}, environment or {})
         _, status = os.waitpid(child, 0)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
     return subprocess.CompletedProcess([], os.waitstatus_to_exitcode(status), *texts)
+
+
+def begin(program: Callable[[], object], streams: Mapping[int, int], environment: Mapping[str, str]) -> int:
+    """Do `program` in a child process, of which others may see the end; returns its id.
+
+    Args:
+        streams: by the number of a stream of its own (0 is stdin), the file of this process that it is.
+        environment: variables that it has beside this process's.
+    """
+    child = _fork()
+    if child == 0:
+        _be_program(program, streams, environment)
+    return child
 
 
 def start_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -140,6 +151,8 @@ def _be_program(program: Callable[[], object], streams: Mapping[int, int], envir
         signal.alarm(SECONDS)
         for number, handle in streams.items():
             os.dup2(handle, number)
+        if 0 in streams:
+            sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         logging.root.handlers.clear()  # pytest's
