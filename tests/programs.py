@@ -30,6 +30,7 @@ def start_glmq(
     environment: Mapping[str, str] | None = None,
     path: Path | None = None,
     before: Callable[[], object] | None = None,
+    anew: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """`python -m glmq` with these arguments.
 
@@ -37,12 +38,13 @@ def start_glmq(
         environment: variables that it has beside this process's.
         path: where glmq is imported from, if not from where this process has it.
         before: what the child does first.
+        anew: import glmq once more: where not what an import does is of interest, it costs half a second for nothing.
     """
 
     def program() -> None:
         if before is not None:
             before()
-        forget("glmq")
+        forget("glmq" if anew else "glmq.__main__")
         sys.path[:0] = [] if path is None else [str(path)]
         sys.argv = ["glmq", *map(str, arguments)]
         runpy.run_module("glmq", run_name="__main__", alter_sys=True)
@@ -52,7 +54,7 @@ def start_glmq(
 
 def forget(*packages: str) -> None:
     """Take packages out of this process, which is a child's, so that their next import is their first."""
-    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+    for name in [name for name in sys.modules if name in packages or name.partition(".")[0] in packages]:
         del sys.modules[name]
 
 

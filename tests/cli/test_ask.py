@@ -97,19 +97,19 @@ def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
 
 
 def test_what_cannot_answer_is_said(
-    tiny: Path, tiny_stats: Path, tiny_seed: Path, picture: Path, tmp_path: Path
+    tiny: Path, small_stats: Path, small_seed: Path, picture: Path, tmp_path: Path
 ) -> None:
     def said(*args: object) -> tuple[int, str]:
         result = run("ask", *args)
         return result.exit_code, result.stderr.splitlines()[-1]
 
     assert said(tiny) == (2, "error: give a question with --prompt, a picture with --image, or both")
-    assert said(tiny_stats, "--prompt", "What?") == (
+    assert said(small_stats, "--prompt", "What?") == (
         4,
-        f"error: {tiny_stats}: holds calibration statistics, no weights; give a checkpoint",
+        f"error: {small_stats}: holds calibration statistics, no weights; give a checkpoint",
     )
     glmq(
-        "compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "packed", "--tp", 1, "--codec", "portable"
+        "compress", "--model_path", small_seed, "--save_directory", tmp_path / "packed", "--tp", 1, "--codec", "portable"
     )
     assert said(tmp_path / "packed", "--prompt", "What?") == (
         4,

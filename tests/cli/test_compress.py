@@ -386,7 +386,8 @@ def test_no_rank_of_torchrun_leaves_a_half_tree_when_another_is_killed(w8a8s: Pa
     program = write_stand_in(tmp_path, "kills rank 1")
     result = fork_torchrun(2, *compress(w8a8s, tmp_path / "out", "--executor", program))
     assert result.returncode != 0
-    assert "Signal 9 (SIGKILL)" in result.stderr
+    # torchrun names one rank that ended, and they end within a moment of each other
+    assert "Signal 9 (SIGKILL)" in result.stderr or "rank 0 of 2: lost the other ranks" in result.stderr
     assert left_over(tmp_path) == ["compress_excutor"]
 
 
