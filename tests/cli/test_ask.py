@@ -109,7 +109,15 @@ def test_what_cannot_answer_is_said(
         f"error: {small_stats}: holds calibration statistics, no weights; give a checkpoint",
     )
     glmq(
-        "compress", "--model_path", small_seed, "--save_directory", tmp_path / "packed", "--tp", 1, "--codec", "portable"
+        "compress",
+        "--model_path",
+        small_seed,
+        "--save_directory",
+        tmp_path / "packed",
+        "--tp",
+        1,
+        "--codec",
+        "portable",
     )
     assert said(tmp_path / "packed", "--prompt", "What?") == (
         4,

@@ -63,12 +63,9 @@ ROWS: Mapping[str, Options] = {
             "reference": {"method": "reference"} | ({"use_sigma": True} if name == "W8A8S" else {}),
         }.items()
     },
-    "no smoothing": {**DYNAMIC, "anti_method": "none"},
-    "SmoothQuant": {"do_smooth": True},
-    "the better range": {"act_method": 3},
+    "no smoothing, float16": {**DYNAMIC, "anti_method": "none", "torch_dtype": "fp16"},
+    "SmoothQuant, float16": {"do_smooth": True, "torch_dtype": "fp16"},
     "the better range, sparse, corrected": {**SPARSE, "act_method": 3, "bias_correction": True},
-    "float16": {"torch_dtype": "fp16"},
-    "W8A8_DYNAMIC, float16": {**DYNAMIC, "torch_dtype": "fp16"},
     "SmoothQuant, shifted": {"do_smooth": True, "channel_shift": True},
     "SmoothQuant, the better range, packed": {**PACKED, "do_smooth": True, "act_method": 3},
     "shifted, min-max, corrected": {"channel_shift": True, "act_method": 1, "bias_correction": True},
@@ -81,9 +78,7 @@ ROWS: Mapping[str, Options] = {
     "shifted, sparse, the older form": {**SPARSE, "channel_shift": True, "mindie_format": True},
     "corrected, plain": {"bias_correction": True, "method": "plain"},
     "one sigma, min-max": {**SPARSE, "use_sigma": True, "sigma_factor": 1.0, "act_method": 1},
-    "the largest fraction": {**SPARSE, "fraction": 0.1},
     "over the whole tensor": {"co_sparse": True, "torch_dtype": "fp16"},
-    "no outliers": {**SPARSE, "open_outlier": False},
     "no outliers, reference": {**SPARSE, "use_sigma": True, "open_outlier": False, "method": "reference"},
     "two bits of dense": {"target_bits": 2.0},
     "two bits of W4A8, float16": {**W4A8, "target_bits": 2.0, "torch_dtype": "fp16"},
@@ -96,21 +91,19 @@ ROWS: Mapping[str, Options] = {
     "W4A16, propagated": {**W4A16, "propagation": 1.0},
     "a ratio": {**SPARSE, "target_ratio": 0.3},
     "three bits, packed": {**PACKED, **DYNAMIC, "target_bits": 3.0},
-    "groups of 32": {**W4A16, "group_size": 32},
     "groups of 32 of 8 bits, float16": {**PACKED, **W8A16, "group_size": 32, "torch_dtype": "fp16"},
     "float o_proj, packed": {**PACKED, "keep_float": "*.o_proj"},
     "all linears": {**DYNAMIC, "layer": "*=W8A8_DYNAMIC"},
     "down_proj too": {"layer": "*.mlp.down_proj=W8A8", "channel_shift": True},
     "all linears, packed": {**PACKED, **DYNAMIC, "layer": "*=W8A8_DYNAMIC"},
-    "mixed with floats": {**SPARSE, "layer": "*.o_proj=FLOAT"},
-    "the worst float": {**SPARSE, "fallback_topk": 1},
-    "the worst float, packed": {**W4A16, "fallback_topk": 1},
+    "no outliers, mixed with floats": {**SPARSE, "open_outlier": False, "layer": "*.o_proj=FLOAT"},
+    "the largest fraction, the worst float": {**SPARSE, "fraction": 0.1, "fallback_topk": 1},
+    "groups of 32, the worst float": {**W4A16, "group_size": 32, "fallback_topk": 1},
     "large errors float, no report": {**SPARSE, "max_error": 0.05, "report": False},
     "the 300I Duo's preset": {"preset": "300i-duo", "target": "mindie-300i-duo"},
     "a preset, packed": {"preset": "800i-a2-w8a16", "format": "compressed-tensors"},
-    "800I A2": {"target": "mindie-800i-a2"},
     "vLLM-Ascend": {**W4A8, "target": "vllm-ascend"},
-    "numbered files": {"part_file_size": "1MB"},
+    "800I A2, numbered files": {"target": "mindie-800i-a2", "part_file_size": "1MB"},
     "numbered files, the older form": {"mindie_format": True, "part_file_size": "1MB", "torch_dtype": "fp16"},
 }
 """Every value of every option, and what of them touches the same numbers together; forms, float types and what chooses the
@@ -341,6 +334,11 @@ def split(folder: Path) -> None:
         save_file({name: stored[name] for name in names}, folder / f"model-0000{number}-of-00002.safetensors")
 
 
+def both(first: Callable[[Path], object], second: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Two changes that have nothing to do with each other."""
+    return lambda folder: (first(folder), second(folder))
+
+
 EXTRA = {"score.weight": torch.ones(2, 64), "position_ids": torch.arange(3), "rotary_emb.inv_freq": torch.ones(2)}
 SOURCES: Mapping[str, tuple[Callable[[Path], object], Options]] = {
     "older names": (
@@ -353,17 +351,19 @@ SOURCES: Mapping[str, tuple[Callable[[Path], object], Options]] = {
     "extra tensors kept": (tensors(lambda t: t.update(EXTRA)), {"keep_extra": True}),
     "extra tensors kept, packed": (tensors(lambda t: t.update(EXTRA)), {**PACKED, "keep_extra": True}),
     "float16": (cast(lambda name: torch.float16), SPARSE),
-    "float64": (cast(lambda name: torch.float64), {}),
-    "mixed": (cast(lambda name: torch.float32 if "norm" in name or name.endswith("bias") else torch.float16), {}),
+    "float64, with a template in tokenizer_config": (
+        both(cast(lambda name: torch.float64), move_template("tokenizer_config.json", "chat_template")), {},
+    ),
+    "mixed, with a template in JSON": (
+        both(cast(lambda name: torch.float32 if "norm" in name or name.endswith("bias") else torch.float16),
+             move_template("chat_template.json", "chat_template")), {},
+    ),
     "FP8": (to_fp8, {"dequantize": True}),
     "FP8, shifted": (to_fp8, {**SPARSE, "dequantize": True, "channel_shift": True}),
-    "transformers 5": (of_transformers_5, {}),
-    "a template in tokenizer_config": (move_template("tokenizer_config.json", "chat_template"), {}),
-    "a template in JSON": (move_template("chat_template.json", "chat_template"), {}),
+    "transformers 5, two files without an index": (both(of_transformers_5, split), {}),
     "a given template": (lambda folder: shutil.move(folder / "chat_template.jinja", folder.parent / "own.jinja"),
                          {"chat_template": "own.jinja"}),
     "other files and settings": (with_other_files, {}),
-    "two files without an index": (split, {}),
     "rows as good as dead": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-30)), {}),
     "rows as good as dead, sparse": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-30)), SPARSE),
     "rows as good as dead, float16": (tensors(lambda t: t[f"{LAYER}.self_attn.q_proj.weight"].mul_(1e-30)),

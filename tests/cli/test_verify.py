@@ -143,7 +143,9 @@ def test_problems_are_grouped_counted_and_end_with_3(small: Path, copy: Path) ->
 def test_limits_decide_what_behaviour_is_right(
     small: Path, small_seed: Path, limits: tuple[object, ...], message: str
 ) -> None:
-    result = run("verify", small_seed, "--reference", small, "--cases", TINY_CASES / "texts.jsonl", "--limit", 1, *limits)
+    result = run(
+        "verify", small_seed, "--reference", small, "--cases", TINY_CASES / "texts.jsonl", "--limit", 1, *limits
+    )
     assert result.exit_code == 3
     assert message in result.stdout
 
