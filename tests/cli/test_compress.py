@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import errno
 import json
 import os
@@ -8,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cli.command_line import glmq, run
@@ -19,6 +22,9 @@ from glmq.compression import stream
 from glmq.compression.executor import how_to_build
 from glmq.compression.stream import PORTABLE_STEM
 from glmq.compression.weight_codec import PortableCodec
+
+if TYPE_CHECKING:
+    from typer.testing import Result
 
 
 @pytest.fixture(autouse=True)
@@ -113,29 +119,29 @@ def test_the_way_back_of_several_ranks_is_the_source_too(w8a8s: Path, tmp_path: 
     assert tree(tmp_path / "back") == tree(w8a8s)
 
 
-@pytest.mark.parametrize("by_variable", [False, True])
-def test_with_the_vendors_program_the_engines_form_is_written(
-    w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_variable: bool
+@pytest.fixture(scope="module", params=["mindie", "vllm-ascend"])
+def parts(
+    request: pytest.FixtureRequest, w8a8s: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, Path, Result]:
+    """A layout of an engine, what was made for it with the vendor's program, that program, and what was said meanwhile."""
+    root = tmp_path_factory.mktemp("parts")
+    program, out = write_stand_in(root), root / "out"
+    result = glmq(*compress(w8a8s, out, "--tp", 2, "--layout", request.param, "--executor", program))
+    return request.param, out, program, result
+
+
+def test_with_the_vendors_program_the_engines_form_is_written_and_how_to_serve_it_said(
+    parts: tuple[str, Path, Path, Result],
 ) -> None:
-    program, out = write_stand_in(tmp_path), tmp_path / "out"
-    options: list[object] = ["--tp", 2]
-    if by_variable:
-        monkeypatch.setenv("GLMQ_EXECUTOR", str(program))
-    else:
-        options += ["--executor", program]
-    result = glmq(*compress(w8a8s, out, *options))
+    layout, out, program, result = parts
     assert result.stderr.splitlines()[0] == f"codec ascend: {program}"
-    assert result.stdout.splitlines()[-1] == (
-        "Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
-        f"{out}, worldSize to 2 and npuDeviceIds to [[0, 1]], then start mindieservice_daemon."
-    )
-    assert (out / "part1-of-2" / "quant_model_weight_w8a8sc.safetensors").is_file()
-
-
-def test_the_vllm_layout_is_called_a_best_effort(w8a8s: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    program = write_stand_in(tmp_path)
-    result = glmq(*compress(w8a8s, out, "--tp", 2, "--layout", "vllm-ascend", "--executor", program))
+    if layout == "mindie":
+        assert result.stdout.splitlines()[-1] == (
+            "Next: serve it with MindIE on the Atlas 300I Duo: in conf/config.json of mindie-service set modelWeightPath to "
+            f"{out}, worldSize to 2 and npuDeviceIds to [[0, 1]], then start mindieservice_daemon."
+        )
+        assert (out / "part1-of-2" / "quant_model_weight_w8a8sc.safetensors").is_file()
+        return
     assert result.stdout.splitlines()[-2:] == [
         "Note: this layout is a best effort, from reading vLLM-Ascend's source and never run; MindIE's is the tested one.",
         f"Next, on the Atlas 300I Duo: vllm serve {out} --quantization ascend --load-format sharded_state --dtype float16 "
@@ -144,12 +150,23 @@ def test_the_vllm_layout_is_called_a_best_effort(w8a8s: Path, tmp_path: Path) ->
     assert (out / "model-rank-1-part-0.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("layout", "qkv"), [("mindie", "query_key_value"), ("vllm-ascend", "qkv_proj")])
-def test_parts_are_inspected_by_role_and_held_against_the_engine_that_they_are_for(
-    layout: str, qkv: str, w8a8s: Path, tmp_path: Path
+def test_the_vendors_program_may_be_named_by_a_variable(
+    w8a8s: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    program, out = write_stand_in(tmp_path), tmp_path / "out"
+    monkeypatch.setenv("GLMQ_EXECUTOR", str(program))
+    result = glmq(*compress(w8a8s, out))
+    assert result.stderr.splitlines()[0] == f"codec ascend: {program}"
+    assert (out / "part0-of-1" / "quant_model_weight_w8a8sc.safetensors").is_file()
+
+
+def test_parts_are_inspected_by_role_and_held_against_the_engine_that_they_are_for(
+    parts: tuple[str, Path, Path, Result], tmp_path: Path
+) -> None:
+    layout, made, *_ = parts
+    qkv = {"mindie": "query_key_value", "vllm-ascend": "qkv_proj"}[layout]
     out, page = tmp_path / "out", tmp_path / "page.html"
-    glmq(*compress(w8a8s, out, "--tp", 2, "--layout", layout, "--executor", write_stand_in(tmp_path)))
+    shutil.copytree(made, out)
     shown = glmq("inspect", out, "--html", page).stdout
     html = page.read_text()
     assert "!! " not in shown
