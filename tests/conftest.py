@@ -204,6 +204,14 @@ def small_stats(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFa
     return once(tmp_path_factory, "small-stats", lambda out: calibrate(small, out, pictures, limit=2))
 
 
+@pytest.fixture(scope="session")
+def small_seed(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model quantized: W8A8S by sigma, fp16. Do not write into it."""
+    from helpers import W8A8S, quantize
+
+    return once(tmp_path_factory, "small-w8a8s", lambda out: quantize(small, small_stats, out, **W8A8S))
+
+
 @pytest.fixture
 def small_copy(small: Path, tmp_path: Path) -> Path:
     """The small model, to be damaged."""

@@ -115,8 +115,10 @@ def test_the_examples_of_the_docstrings_run_one_after_the_other(workplace: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("workplace", "all_texts")
-def test_the_examples_of_the_library_page_run_one_after_the_other() -> None:
+@pytest.mark.usefixtures("workplace")
+def test_the_examples_of_the_library_page_run_one_after_the_other_and_nothing_else_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     page = Path(__file__).parents[1] / "docs" / "library.md"
     names: dict[str, object] = {}
     examples = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
@@ -124,22 +126,13 @@ def test_the_examples_of_the_library_page_run_one_after_the_other() -> None:
     for example in examples:
         exec(example, names)
     assert isinstance(names["report"], glmq.Verification)
-
-
-@pytest.mark.slow
-def test_all_verbs_take_less_than_ten_lines_and_nothing_is_printed(
-    workplace: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats")
-    result = glmq.quantize("GLM-4.1V", stats, out="w8a8s", recipe=glmq.Recipe.w8a8s(sigma=3.0))
-    packed = glmq.compress("w8a8s", out="packed", tp=1, codec="portable")
-    restored = glmq.restore("packed", out="restored")
+    out, err = capfd.readouterr()
+    assert (out, err) == (f"{out.splitlines()[0]}\n", "")  # what an example prints itself
+    assert "compress_excutor" in out
+    assert glmq.restore("w8a8sc", out="restored").folder == Path("restored")
     assert glmq.compare("w8a8s", "restored").identical
-    assert glmq.inspect("packed").folder.kind.name == "PORTABLE"
-    assert glmq.verify("w8a8s", reference="GLM-4.1V").passed
-    assert (stats.folder, result.folder, packed.folder, restored.folder) == tuple(
-        Path(name) for name in ("stats", "w8a8s", "packed", "restored")
-    )
+    assert glmq.inspect("w8a8sc").folder.kind.name == "PORTABLE"
+    assert [names[name].folder for name in ("stats", "packed")] == [Path("stats"), Path("w8a8sc")]  # type: ignore[attr-defined]
     assert capfd.readouterr() == ("", "")
 
 
@@ -188,12 +181,13 @@ def test_errors_are_those_of_errors_py_and_leave_nothing(workplace: Path) -> Non
 @pytest.mark.slow
 def test_verbs_may_run_in_several_threads(workplace: Path) -> None:
     """The results of each are those that it has alone."""
-    stats = glmq.calibrate("GLM-4.1V", images="photos", out="stats")
+    options = glmq.CalibrationOptions(images=workplace / "photos", limit=1, texts=False)
+    stats = glmq.calibrate("GLM-4.1V", options=options, out="stats")
     alone = glmq.quantize("GLM-4.1V", stats, out="alone")
-    cases = glmq.CaseOptions(images=workplace / "photos")
+    cases = glmq.CaseOptions(images=workplace / "photos", limit=1)
     wanted = glmq.verify("alone", reference="GLM-4.1V", cases=cases).predictions
     with ThreadPoolExecutor(4) as pool:
-        calibrated = [pool.submit(glmq.calibrate, "GLM-4.1V", images="photos", out=f"stats-{i}") for i in range(2)]
+        calibrated = [pool.submit(glmq.calibrate, "GLM-4.1V", options=options, out=f"stats-{i}") for i in range(2)]
         quantized = [pool.submit(glmq.quantize, "GLM-4.1V", stats, out=f"w8a8-{i}") for i in range(2)]
         verified = [pool.submit(glmq.verify, "alone", reference="GLM-4.1V", cases=cases) for _ in range(2)]
     for run in calibrated:

@@ -91,7 +91,7 @@ def test_others_do_not_find_torch_npu_where_it_is_hidden(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_cpu_run_does_not_need_what_torch_npu_needs(tiny: Path, tmp_path: Path) -> None:
+def test_a_cpu_run_does_not_need_what_torch_npu_needs(small: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     (site / "torch_npu-2.13.0.dist-info").mkdir(parents=True)
     (site / "torch_npu-2.13.0.dist-info" / "METADATA").write_text(
@@ -104,7 +104,7 @@ def test_a_cpu_run_does_not_need_what_torch_npu_needs(tiny: Path, tmp_path: Path
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r}); import os, glmq\n"
         f"options = glmq.CalibrationOptions(limit=1, texts=False)\n"
-        f"glmq.calibrate({str(tiny)!r}, out={str(tmp_path / 'stats')!r}, options=options, dry_run=True)\n"
+        f"glmq.calibrate({str(small)!r}, out={str(tmp_path / 'stats')!r}, options=options, dry_run=True)\n"
         "assert 'TORCH_DEVICE_BACKEND_AUTOLOAD' not in os.environ\n"
         "import glmq.cli.app\n"
         "assert os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] == '0'\n"

@@ -69,7 +69,7 @@ def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(project / "pyproject.toml", root)
     if (project / ".mypy_cache").exists():
         shutil.copytree(project / ".mypy_cache", root / "cache")
-    shutil.copytree(PACKAGE, root / "glmq", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, root / "glmq")  # with what is compiled already
     spec = root / "glmq/spec.py"
     text = spec.read_text(encoding="utf-8")
     kind, member, row = '    NONE = "none"\n', '    W8A8SC = "W8A8SC"\n', "    QuantType.W8A8SC: TypeSpec("

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from typer import testing
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from glmq.cli.app import app
@@ -38,6 +39,13 @@ def glmq(*args: object) -> Result:
 
 
 @functools.cache
-def _commands(app: Typer) -> object:
+def _commands(app: Typer) -> TyperGroup:
     """The commands of the app, read from their signatures once a process rather than once a run: that takes 50 ms."""
-    return get_command(app)
+    command = get_command(app)
+    assert isinstance(command, TyperGroup)
+    return command
+
+
+def commands() -> TyperGroup:
+    """Every verb of `glmq`, as typer has read it. Do not change it."""
+    return _commands(app)

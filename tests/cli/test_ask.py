@@ -3,15 +3,18 @@
 import fcntl
 import json
 import os
-import subprocess
+import signal
 import sys
 import termios
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from cli.command_line import glmq, run
+from programs import begin, forget
 
 import glmq as library
 from glmq.cli.ask import _Question
@@ -94,19 +97,27 @@ def test_lines_are_answered_until_the_input_ends_and_ctrl_c_ends_one_answer(
 
 
 def test_what_cannot_answer_is_said(
-    tiny: Path, tiny_stats: Path, tiny_seed: Path, picture: Path, tmp_path: Path
+    tiny: Path, small_stats: Path, small_seed: Path, picture: Path, tmp_path: Path
 ) -> None:
     def said(*args: object) -> tuple[int, str]:
         result = run("ask", *args)
         return result.exit_code, result.stderr.splitlines()[-1]
 
     assert said(tiny) == (2, "error: give a question with --prompt, a picture with --image, or both")
-    assert said(tiny_stats, "--prompt", "What?") == (
+    assert said(small_stats, "--prompt", "What?") == (
         4,
-        f"error: {tiny_stats}: holds calibration statistics, no weights; give a checkpoint",
+        f"error: {small_stats}: holds calibration statistics, no weights; give a checkpoint",
     )
     glmq(
-        "compress", "--model_path", tiny_seed, "--save_directory", tmp_path / "packed", "--tp", 1, "--codec", "portable"
+        "compress",
+        "--model_path",
+        small_seed,
+        "--save_directory",
+        tmp_path / "packed",
+        "--tp",
+        1,
+        "--codec",
+        "portable",
     )
     assert said(tmp_path / "packed", "--prompt", "What?") == (
         4,
@@ -142,24 +153,6 @@ def test_a_model_that_does_not_fit_says_how_slow_it_will_be() -> None:
     )
 
 
-SLOW = """
-import sys, time
-from pathlib import Path
-from glmq.jobs.ask import Asker
-answer, go = Asker.ask, Path(sys.argv.pop(1))
-def slow(self, *question, tell, **options):
-    def wait(piece):
-        tell(piece)
-        while "back" in piece and not go.exists():
-            time.sleep(0.01)
-    return answer(self, *question, tell=wait, **options)
-Asker.ask = slow
-from glmq.__main__ import main
-main()
-"""
-"""`glmq` that goes on after `The back` once a file is there."""
-
-
 class Terminal:
     """`glmq ask` in a terminal, what stands there, and the hand at its keyboard.
 
@@ -173,21 +166,31 @@ class Terminal:
         self.hand, self.program = os.openpty()
         os.set_blocking(self.hand, False)
         self.screen, self._seen = "", 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SLOW, *map(str, (go, "ask", *question))], stdin=self.program, stdout=self.program,
-            stderr=self.program if draws else subprocess.DEVNULL, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-            env=os.environ | {"TERM": "xterm" if draws else "dumb", "COLUMNS": "80"},
-        )  # fmt: skip
+
+        def program() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            ask_slowly(go, "ask", *question)
+
+        with open(os.devnull, "w") as nowhere:
+            streams = {0: self.program, 1: self.program, 2: self.program if draws else nowhere.fileno()}
+            self._child = begin(program, streams, {"TERM": "xterm" if draws else "dumb", "COLUMNS": "80"})
 
     def __enter__(self) -> "Terminal":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.process.kill()
-        self.process.wait()
+        if self._child:
+            os.kill(self._child, signal.SIGKILL)
+            os.waitpid(self._child, 0)
         os.close(self.hand)
         os.close(self.program)
+
+    def wait_for_its_end(self) -> int:
+        """Its exit code."""
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        return os.waitstatus_to_exitcode(status)
 
     def type(self, text: str) -> None:
         os.write(self.hand, text.encode())
@@ -206,6 +209,25 @@ class Terminal:
         self._seen = self.screen.index(text, self._seen) + len(text)
 
 
+def ask_slowly(go: Path, *arguments: object) -> None:
+    """`glmq` as a new import, which goes on after `The back` once a file is there."""
+    forget("glmq")
+    asker = import_module("glmq.jobs.ask").Asker
+    answer = asker.ask
+
+    def slow(self: object, *question: object, tell: Callable[[str], object], **options: object) -> object:
+        def wait(piece: str) -> None:
+            tell(piece)
+            while "back" in piece and not go.exists():
+                time.sleep(0.01)
+
+        return answer(self, *question, tell=wait, **options)
+
+    asker.ask = slow
+    sys.argv = ["glmq", *map(str, arguments)]
+    import_module("glmq.__main__").main()
+
+
 def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture: Path, tmp_path: Path) -> None:
     go = tmp_path / "go"
     with Terminal(go, tiny, "--image", picture, "--max-new-tokens", 5, draws=False) as terminal:
@@ -221,7 +243,7 @@ def test_what_is_typed_while_it_answers_is_the_next_question(tiny: Path, picture
         terminal.type("\x03")
         terminal.wait_for("\r\n> ")
         terminal.type("\x04")
-        assert terminal.process.wait(60) == 0
+        assert terminal.wait_for_its_end() == 0
         assert termios.tcgetattr(terminal.program)[3] & termios.ECHO
     assert terminal.screen.splitlines() == [
         "> Describe it.",

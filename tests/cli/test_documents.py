@@ -1,4 +1,4 @@
-"""The documents hold what a reader can do: shell blocks run on half of the tiny model, links lead somewhere, languages agree.
+"""The documents hold what a reader can do: shell blocks run on a small model, links lead somewhere, languages agree.
 
 A block whose fence has a title, like ```` ```shell title="with an NPU" ````, needs what tests do not have; it is parsed alone.
 """
@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-import typer
-from cli.command_line import glmq
+from cli.command_line import commands, glmq
 from helpers import W8A8S, calibrate, quantize
 
-from glmq.cli.app import app
 from glmq.cli.console import stdout
 
 ROOT = Path(__file__).parents[2]
@@ -107,29 +105,28 @@ def _runs(block: Block, words: list[str]) -> bool:
 
 def _parse(words: list[str]) -> None:
     """Raises what a user would see for an option or value that is none."""
-    command = typer.main.get_command(app).commands[words[0]]
-    command.make_context(words[0], words[1:])
+    commands().commands[words[0]].make_context(words[0], words[1:])
 
 
 @pytest.fixture(scope="module")
-def kitchen(half: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kitchen(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the blocks run, with what a reader has: weights, pictures, and what earlier steps wrote."""
     folder = tmp_path_factory.mktemp("documents")
     images = folder / PLACEHOLDERS["folder of images"]
     images.mkdir()
     for picture in sorted(pictures.iterdir())[:2]:
         (images / picture.name).symlink_to(picture)
-    (folder / PLACEHOLDERS["float weights"]).symlink_to(half)
-    stats = calibrate(half, folder / PLACEHOLDERS["statistics"], images, texts=False)
-    quantize(half, stats, folder / PLACEHOLDERS["weights"])
-    quantize(half, stats, folder / PLACEHOLDERS["W8A8S weights"], **W8A8S)
+    (folder / PLACEHOLDERS["float weights"]).symlink_to(small)
+    stats = calibrate(small, folder / PLACEHOLDERS["statistics"], images, texts=False)
+    quantize(small, stats, folder / PLACEHOLDERS["weights"])
+    quantize(small, stats, folder / PLACEHOLDERS["W8A8S weights"], **W8A8S)
     (recipes,) = RECIPES.findall((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"))
     (folder / "recipes.toml").write_text(recipes, encoding="utf-8")
     return folder
 
 
 @pytest.mark.slow
-def test_the_blocks_run_on_half_of_the_embedded_model(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blocks_run_on_a_small_model(kitchen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command once, however often the documents name it: they share what the first has written."""
     monkeypatch.chdir(kitchen)
     images = kitchen / PLACEHOLDERS["folder of images"]
@@ -149,7 +146,8 @@ def _run(words: list[str]) -> None:
     into = words[words.index(">") + 1] if ">" in words else None
     words = words[: words.index(">")] if into else words
     writes = words[0] in ("calibrate", "quantize", "sweep", "compress") and "--overwrite" not in words
-    result = glmq(*words, *(["--overwrite"] if writes else []))
+    talks = words[0] == "ask" and "--max-new-tokens" not in words  # random weights know no end
+    result = glmq(*words, *(["--overwrite"] if writes else []), *(["--max-new-tokens", 4] if talks else []))
     if into:
         Path(into).write_text(result.stdout, encoding="utf-8")
 

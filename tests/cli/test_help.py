@@ -10,10 +10,9 @@ from typing import Annotated, Literal
 
 import pytest
 import typer
-from cli.command_line import glmq, run
+from cli.command_line import commands, glmq, run
 from helpers import tree
 from random_w8a8s import write_stand_in
-from typer.main import get_command
 
 from glmq.cli.app import app
 from glmq.cli.help import Tier, entries, examples, help_of_verb
@@ -161,20 +160,19 @@ def test_help_has_colours_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if examples(VERBS[verb])])
 def test_the_examples_of_the_help_run(
     verb: str,
-    tiny: Path,
     small: Path,
     small_stats: Path,
-    tiny_seed: Path,
+    small_seed: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On small models and one picture, each example after the other in one folder."""
+    """On a small model and one picture, each example after the other in one folder."""
     (tmp_path / "OUTPUTS").mkdir()
     (tmp_path / "PHOTOS").mkdir()
     shutil.copy(min(pictures.iterdir()), tmp_path / "PHOTOS")
-    (tmp_path / "W8A8S").symlink_to(tiny_seed)
-    (tmp_path / "FLOAT").symlink_to(small if verb in ("calibrate", "quantize", "sweep") else tiny)
+    (tmp_path / "W8A8S").symlink_to(small_seed)
+    (tmp_path / "FLOAT").symlink_to(small)
     if verb == "sweep":
         (tmp_path / "STATS").symlink_to(small_stats)
     (tmp_path / "RECIPES.toml").write_text('[[recipe]]\npreset = "800i-a2"\n')
@@ -186,6 +184,7 @@ def test_the_examples_of_the_help_run(
             "quantize": ["--stats", str(small_stats), "--overwrite"],
             "calibrate": ["--no-texts"],
             "sweep": ["--no-kl"],
+            "ask": ["--max-new-tokens", "4"],
         }.get(verb, [])
         result = run(*words[1:], *quickly, *(["--overwrite"] if verb == "compress" else []))
         assert result.exit_code == 0, (line, result.output)
@@ -193,7 +192,7 @@ def test_the_examples_of_the_help_run(
 
 def completions(*words: str) -> list[str]:
     """What a shell offers for the last word."""
-    command = get_command(app)
+    command = commands()
     context = command.make_context("glmq", list(words[:1]), resilient_parsing=True)
     _, verb, rest = command.resolve_command(context, list(words[:-1]))
     inner = verb.make_context(words[0], rest, parent=context, resilient_parsing=True)

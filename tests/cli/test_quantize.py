@@ -13,7 +13,7 @@ import PIL
 import pytest
 import torch
 from cli.command_line import glmq, run
-from helpers import StandInNpu, edit_json, tree, with_all_texts
+from helpers import StandInNpu, edit_json, tree
 from programs import start_glmq
 
 from glmq import device
@@ -27,7 +27,7 @@ WEIGHTS = "quant_model_weight_w8a8s.safetensors"
 
 
 def the_sparse_command(model: Path, out: Path, images: Path, device_type: str) -> list[object]:
-    """README's step 1, flag by flag."""
+    """README's step 1, flag by flag, on pictures alone."""
     return [
         "--model_path", model,
         "--save_directory", out,
@@ -41,6 +41,7 @@ def the_sparse_command(model: Path, out: Path, images: Path, device_type: str) -
         "--use_sigma", "True",
         "--torch_dtype", "fp16",
         "--trust_remote_code", "True",
+        "--no-texts",
     ]  # fmt: skip
 
 
@@ -57,8 +58,7 @@ def few(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seed_output(small: Path, few: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What README's sparse command writes on a CPU."""
     out = tmp_path_factory.mktemp("seed") / "out"
-    with with_all_texts():
-        glmq("quantize", *the_sparse_command(small, out, few, "cpu"))
+    glmq("quantize", *the_sparse_command(small, out, few, "cpu"))
     return tree(out)
 
 
@@ -76,7 +76,6 @@ def test_the_sparse_command_runs_as_a_program(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("all_texts")
 def test_the_sparse_command_runs_on_an_npu(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,13 +90,12 @@ def test_the_sparse_command_runs_on_an_npu(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("all_texts")
 def test_dashes_and_flags_are_the_same_command(
     small: Path, few: Path, seed_output: dict[str, str], tmp_path: Path
 ) -> None:
     glmq(
         "quantize", "--model-path", small, "--save-directory", tmp_path / "out", "--calib-images", few,
-        "--w-bit", 4, "--is-lowbit", "--use-sigma", "--torch-dtype", "fp16", "--no-overwrite",
+        "--w-bit", 4, "--is-lowbit", "--use-sigma", "--torch-dtype", "fp16", "--no-overwrite", "--no-texts",
     )  # fmt: skip
     assert tree(tmp_path / "out") == seed_output
 
@@ -665,15 +663,19 @@ def test_ctrl_c_before_the_first_block_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "named", "dry"),
     [
-        (("--device_type", "npu", "--trust_remote_code", "True"), "--device_type npu, --trust_remote_code True have"),
-        (("--prompt", "What is it?"), "--prompt has"),
-        (("--no-texts",), "--no-texts has"),
-        (("--limit", 1, "--skip-bad-images"), "--limit, --skip-bad-images have"),
+        (
+            ("--device_type", "npu", "--trust_remote_code", "True"),
+            "--device_type npu, --trust_remote_code True have",
+            True,
+        ),
+        (("--prompt", "What is it?"), "--prompt has", True),
+        (("--no-texts",), "--no-texts has", True),
+        (("--limit", 1, "--skip-bad-images"), "--limit, --skip-bad-images have", True),
+        (("--limit", 1, "--skip-bad-images"), "--limit, --skip-bad-images have", False),
     ],
 )
-@pytest.mark.parametrize("dry", [False, True])
 def test_options_that_statistics_leave_without_effect_are_named_once(
     options: tuple[object, ...], named: str, dry: bool, small: Path, small_stats: Path, tmp_path: Path
 ) -> None:

@@ -105,9 +105,9 @@ def test_a_run_goes_on_when_the_reader_of_its_progress_goes_away(
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
     assert (out / "quant_model_description.json").is_file()
-    again = start_glmq(*command, before=lose_stderr)
+    again = start_glmq(*command, before=lose_stderr, anew=False)
     assert (again.returncode, again.stdout, again.stderr) == (2, "", "")
-    wrong = start_glmq("quantize", "--w_bit", "x", before=lose_stderr)
+    wrong = start_glmq("quantize", "--w_bit", "x", before=lose_stderr, anew=False)
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (2, "", "")
 
 
@@ -119,7 +119,6 @@ FULL = "error[GLMQ-E501]: No space left on device; make room there, for bytes an
     "arguments",
     [
         ["quantize", "--help"],
-        ["quantize", "--help-all"],
         ["--help"],
         ["--version"],
         ["doctor", "--json"],
@@ -130,13 +129,13 @@ FULL = "error[GLMQ-E501]: No space left on device; make room there, for bytes an
     ids=" ".join,
 )
 def test_a_stdout_on_a_full_disk_is_said_on_stderr(arguments: list[str]) -> None:
-    done = start_glmq(*arguments, before=fill_stdout)
+    done = start_glmq(*arguments, before=fill_stdout, anew=False)
     assert (done.returncode, done.stderr) == (5, FULL)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_an_error_that_stdout_does_not_take_is_said_on_stderr_with_its_code() -> None:
-    done = start_glmq("verify", "--json", before=fill_stdout)
+    done = start_glmq("verify", "--json", before=fill_stdout, anew=False)
     sentence = "CANDIDATE: missing; give the folder of a quantized or compressed checkpoint"
     assert (done.returncode, done.stderr) == (2, f"error[GLMQ-E201]: {sentence}\n")
 

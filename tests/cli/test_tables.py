@@ -83,30 +83,29 @@ def check(table: FittedTable, width: int) -> None:
 
 @pytest.mark.slow
 def test_every_table_of_every_verb_holds_at_every_width(
-    tiny: Path,
-    tiny_seed: Path,
     small: Path,
     small_stats: Path,
+    small_seed: Path,
     pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parts = compress(tiny_seed, out=tmp_path / "parts", codec="portable", tp=2).folder
+    parts = compress(small_seed, out=tmp_path / "parts", codec="portable", tp=2).folder
     stats, taken = tmp_path / "stats", ["--calib-images", pictures, "--limit", 1]
     swept = ["--model_path", small, "--stats", small_stats, "--out", tmp_path / "s", "--target-bits", "2.5,3", *taken]
     with collected(monkeypatch) as (tables, places):
         console.stdout.print(captions_table("000.png", {"float": "A red car on a long road. " * 6, "W8A8S": "A car."}))
         commands: list[list[object]] = [
-            ["compress", tiny_seed, tmp_path / "sc", "--codec", "portable"],
-            ["compress", tiny_seed, tmp_path / "plan", "--codec", "portable", "--tp", 2, "--dry-run"],
-            ["inspect", tiny_seed],
-            ["inspect", tiny_seed, "--layer", 0],
-            ["inspect", tiny_seed, "--layer", 0, "--values"],
+            ["compress", small_seed, tmp_path / "sc", "--codec", "portable"],
+            ["compress", small_seed, tmp_path / "plan", "--codec", "portable", "--tp", 2, "--dry-run"],
+            ["inspect", small_seed],
+            ["inspect", small_seed, "--layer", 0],
+            ["inspect", small_seed, "--layer", 0, "--values"],
             ["inspect", parts],
             ["inspect", small_stats],
             ["inspect", small_stats, "--layer", 0],
-            ["inspect", tiny, tiny_seed],
-            ["verify", tiny_seed, "--reference", tiny, *taken, "-v", "--target", "mindie"],
+            ["inspect", small, small_seed],
+            ["verify", small_seed, "--reference", small, *taken, "-v", "--target", "mindie"],
             ["verify", "--list-checks"],
             ["calibrate", "--model-path", small, *taken, "--stats", stats, "--no-texts"],
             ["inspect", small_stats, stats],
