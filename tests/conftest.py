@@ -189,6 +189,26 @@ def half(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_stats(half: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those three layers' statistics over three pictures, with the second moments of wide inputs."""
+    from helpers import calibrate, with_all_texts
+
+    def make(folder: Path) -> None:
+        with with_all_texts():
+            calibrate(half, folder, pictures, limit=3, wide_moments=True)
+
+    return once(tmp_path_factory, "half-stats", make)
+
+
+@pytest.fixture(scope="session")
+def half_seed(half: Path, half_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Those three layers quantized: W8A8S by sigma, fp16."""
+    from helpers import W8A8S, quantize
+
+    return once(tmp_path_factory, "half-w8a8s", lambda out: quantize(half, half_stats, out, **W8A8S))
+
+
+@pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with random weights: 2 text layers of width 64, 1 vision block of width 32, bf16. Do not write into it."""
     from make_checkpoint import Size, make_checkpoint
