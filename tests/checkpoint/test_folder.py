@@ -509,8 +509,7 @@ def killed_one_file(target: Path, number: int, **options: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, True), (True, False)])
 def test_the_next_run_tidies_up_even_where_it_finds_the_output_whole(
     target: Path, resume: bool, overwrite: bool
 ) -> None:
