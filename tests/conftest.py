@@ -11,6 +11,7 @@ import fcntl
 import gc
 import json
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -74,14 +75,15 @@ def _quick_files_and_words() -> Iterator[None]:
             rendered[key] = render_once(self, has_image, prompt)
         return rendered[key]
 
-    models: dict[str, torch.nn.Module] = {}
+    models: dict[str, bytes] = {}  # a third of the time of a deep copy
     build_on_meta = streamed._build_on_meta
 
     def build(config: ModelConfig, dtype: torch.dtype) -> torch.nn.Module:
         key = f"{dtype} {config.family.model_class} {json.dumps(config.nested)}"
         if key not in models:
-            models[key] = build_on_meta(config, dtype)
-        return copy.deepcopy(models[key])
+            models[key] = pickle.dumps(build_on_meta(config, dtype))
+        model: torch.nn.Module = pickle.loads(models[key])
+        return model
 
     tokenizers: dict[tuple[tuple[str, bytes], ...], PreTrainedTokenizerBase] = {}
     load_tokenizer = inputs._load_tokenizer
