@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,7 +24,12 @@ def run_ahead(calls: Iterable[Callable[[], T]], workers: int, stop: Callable[[],
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[T]] = deque()
         try:
-            for call in calls:
+            calls = iter(calls)
+            begin = list(islice(calls, 2))
+            if len(begin) == 1 and stop is None:  # what would a thread do meanwhile
+                yield begin[0]()
+                return
+            for call in chain(begin, calls):
                 waiting.append(pool.submit(call))
                 if len(waiting) > workers + 1:
                     yield waiting.popleft().result()

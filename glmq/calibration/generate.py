@@ -125,7 +125,7 @@ def generate_answers(
             members = plan.rounds[number]
             run = _Round(model, [samples[index] for index in members], preprocessor, plan)
             for done in run.steps():
-                if clock.elapsed() >= RECORD_SECONDS:
+                if done < plan.max_tokens and clock.elapsed() >= RECORD_SECONDS:  # the last is the round's
                     yield clock.record(f"token {done}", turn * plan.max_tokens + done)
             for index, ids in zip(members, run.answers, strict=True):
                 answers[str(index)] = {"ids": list(ids), "text": preprocessor.decode(ids)}

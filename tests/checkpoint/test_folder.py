@@ -1,24 +1,23 @@
 import errno
-import functools
 import os
 import resource
 import shutil
 import stat
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from disk_kills import in_child, in_new_process, leave_no_traces, lose_nothing, tidy_up_what_is_read
 from helpers import tree
 
 from glmq.checkpoint import disk, filesystem, folder, lock, workplace
-from glmq.checkpoint.folder import OutputFolder, tidy_up
+from glmq.checkpoint.folder import OutputFolder
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import write_whole
 from glmq.checkpoint.run_note import RunNote, read_note
-from glmq.checkpoint.workplace import check_output, is_folder, stored_bytes
+from glmq.checkpoint.workplace import check_output, stored_bytes
 from glmq.errors import BusyError, CheckpointError, KeptError, NoLocksError, SpaceError, UsageError
 
 
@@ -399,113 +398,15 @@ def test_a_planted_folder_that_appears_after_the_check_is_refused_too(target: Pa
 # A kill at any moment.
 
 
-WRITES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "ctypes.call_function"}
-
-
-def die_at(number: int) -> None:
-    """Kill this process before its `number`-th change of the disk."""
-    count = 0
-
-    def watch(event: str, arguments: tuple[object, ...]) -> None:
-        nonlocal count
-        opens = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_CREAT | os.O_WRONLY)
-        if event in WRITES or opens:
-            count += 1
-            if count == number:
-                os._exit(9)
-
-    sys.addaudithook(watch)
-
-
-def in_child(work: Callable[[], object]) -> tuple[int, str]:
-    """Exit code and error of `work` in a forked process."""
-    read, written = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            work()
-        except BaseException as error:
-            os.write(written, f"{type(error).__name__}: {error}".encode())
-            os._exit(1)
-        os._exit(0)
-    os.close(written)
-    with open(read, encoding="utf-8") as file:
-        said = file.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said
-
-
-def tried(work: Callable[[], object]) -> tuple[int, str]:
-    """The same in this process, for what nothing kills: a fork takes longer than such a run."""
-    try:
-        work()
-    except Exception as error:
-        return 1, f"{type(error).__name__}: {error}"
-    return 0, ""
-
-
-def long_run(target: Path) -> None:
-    with OutputFolder(target, overwrite=True, resume=True) as output:
-        Journal(output.work, {}).record("block", {})
-        (output.path / "new.txt").write_text("new")
-        (output.path / "part").mkdir(exist_ok=True)
-        (output.path / "part" / "b.txt").write_text("b")
-        output.finish()
-
-
-def killed_run(target: Path, number: int) -> None:
-    die_at(number)
-    long_run(target)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("swaps", "overwritten", "inside"),
     [(True, True, False), (False, True, False), (True, False, False), (False, True, True), (True, False, True)],
 )
 def test_a_run_killed_at_any_change_of_the_disk_loses_nothing_and_the_next_one_is_whole(
-    tmp_path: Path, swaps: bool, overwritten: bool, inside: bool, monkeypatch: pytest.MonkeyPatch
+    target: Path, swaps: bool, overwritten: bool, inside: bool
 ) -> None:
-    """Killed at its first change, its second, and so on; each time either the former contents are there or the new ones."""
-    target = tmp_path / "parent" / "out"
-    if inside:
-        monkeypatch.setattr(workplace, "is_mount", lambda path: path == target)
-    if not swaps:
-        monkeypatch.setattr(filesystem, "_rename2", lambda one, two, flags: False)
-    wanted = {"out", "out/new.txt", "out/part", "out/part/b.txt"}
-    for number in range(1, 200):
-        if inside or overwritten:
-            target.mkdir(parents=True)
-        if overwritten:
-            (target / "old.txt").write_text("old")
-        code, said = in_child(functools.partial(killed_run, target, number))
-        found = tree(target.parent).keys() if target.parent.exists() else set()
-        if code == 0:
-            break
-        assert code == 9, said
-        is_old, is_new = any(name.endswith("/old.txt") for name in found), wanted <= found
-        assert is_old or is_new or not overwritten, number
-        code, said = tried(lambda: long_run(target))
-        assert code == 0 or (is_new and "is whole, the interrupted run had put it in its place" in said), (number, said)
-        assert tree(target.parent).keys() == wanted, number
-        shutil.rmtree(target.parent)
-    assert 15 < number < 199
-    assert found == wanted
-
-
-def modes(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): stat.filemode(path.lstat().st_mode) for path in folder.rglob("*")}
-
-
-def one_file(target: Path, **options: bool) -> None:
-    with OutputFolder(target, **{"overwrite": False, **options}) as output:
-        Journal(output.work, {}).record("block", {})
-        write_whole(output.path / "new.txt", b"new")
-        output.finish()
-
-
-def killed_one_file(target: Path, number: int, **options: bool) -> None:
-    die_at(number)
-    one_file(target, **options)
+    in_new_process(lose_nothing, target, swaps=swaps, overwritten=overwritten, inside=inside)
 
 
 @pytest.mark.slow
@@ -514,39 +415,12 @@ def killed_one_file(target: Path, number: int, **options: bool) -> None:
 def test_the_next_run_tidies_up_even_where_it_finds_the_output_whole(
     target: Path, resume: bool, overwrite: bool
 ) -> None:
-    """Killed anywhere: what is there after the next run has the names and modes that an unbroken run leaves."""
-    target.parent.mkdir()
-    for number in range(1, 200):
-        code, said = in_child(functools.partial(killed_one_file, target, number, overwrite=overwrite))
-        if code == 0:
-            break
-        assert code == 9, said
-        code, said = tried(functools.partial(one_file, target, resume=resume))
-        if not resume and "--overwrite to start again" in said:  # there is a finished block, or a finished result
-            code, said = tried(functools.partial(one_file, target, overwrite=True))
-        assert code == 0 or "had put it in its place" in said or "is not empty" in said, (number, said)
-        assert modes(target.parent) == {"out": "drwxr-x---", "out/new.txt": "-rw-r-----"}, (number, said)
-        shutil.rmtree(target)
-    assert 20 < number < 199
+    in_new_process(leave_no_traces, target, resume=resume, overwrite=overwrite)
 
 
 @pytest.mark.slow
 def test_folders_that_are_read_are_tidied_up_and_those_at_work_are_not(target: Path) -> None:
-    """A run that takes another's finished statistics removes what that one's killed run has left beside them."""
-    one_file(target)
-    whole = tree(target.parent)
-    for number in range(1, 200):
-        tidy_up(target)  # there is nothing to do
-        if in_child(functools.partial(killed_one_file, target, number, overwrite=True))[0] == 0:
-            break
-        is_interrupted = is_folder(target.parent / ".out.partial" / "result")
-        tidy_up(target)
-        assert is_interrupted or tree(target.parent) == whole, number
-        assert (target / "new.txt").read_text() == "new"
-        assert tried(functools.partial(one_file, target, overwrite=True))[0] == 0
-    with OutputFolder(target, overwrite=True) as output:
-        tidy_up(target)
-        assert output.path.is_dir()
+    in_new_process(tidy_up_what_is_read, target)
 
 
 @pytest.mark.slow

@@ -16,14 +16,14 @@ from glmq.quantization.recipe import make_recipe
 
 @pytest.mark.slow
 def test_what_a_killed_calibration_left_beside_its_whole_statistics_goes(
-    tiny: Path, tiny_stats: Path, tmp_path: Path
+    small: Path, small_stats: Path, tmp_path: Path
 ) -> None:
     """The calibration of an earlier `glmq quantize --stats NAME` was killed when it had only to tidy up."""
-    stats = shutil.copytree(tiny_stats, tmp_path / "stats")
+    stats = shutil.copytree(small_stats, tmp_path / "stats")
     make_work(tmp_path / ".stats.partial")
     (tmp_path / ".stats.partial" / RESULT).rmdir()
     (tmp_path / ".stats.glmq-lock").write_bytes(b"glmq lock: process 1 on another machine\n")
-    quantize(tiny, stats, tmp_path / "out", **W8A8S)
+    quantize(small, stats, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["out", "stats"]
 
 

@@ -28,11 +28,11 @@ def passes(events: list[Event]) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.slow
 def test_verify_plans_the_passes_that_it_runs_and_tells_the_sample_within_a_block(
-    tiny: Path, tiny_seed: Path, pictures: Path
+    half: Path, half_seed: Path, pictures: Path
 ) -> None:
     events: list[Event] = []
     cases = glmq.CaseOptions(images=pictures, limit=2)
-    glmq.verify(tiny_seed, reference=tiny, cases=cases, watch=events.append)
+    glmq.verify(half_seed, reference=half, cases=cases, watch=events.append)
     (planned,) = (event for event in events if isinstance(event, RunPlanned))
     assert events[0] == planned
     done = passes(events)
@@ -49,9 +49,9 @@ def test_verify_plans_the_passes_that_it_runs_and_tells_the_sample_within_a_bloc
 
 
 @pytest.mark.slow
-def test_ask_plans_the_question_and_the_longest_answer(tiny: Path, pictures: Path) -> None:
+def test_ask_plans_the_question_and_the_longest_answer(half: Path, pictures: Path) -> None:
     events: list[Event] = []
-    glmq.ask(tiny, image=pictures / "00.png", max_new_tokens=3, watch=events.append)
+    glmq.ask(half, image=pictures / "00.png", max_new_tokens=3, watch=events.append)
     (planned,) = (event for event in events if isinstance(event, RunPlanned))
     question, answer = planned.passes
     (first, blocks), (second, tokens) = passes(events)

@@ -34,10 +34,10 @@ TEXT = "model.language_model.layers.0"
 
 
 @pytest.fixture(scope="module")
-def written(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The tiny model in every type of the form, bf16."""
+def written(half: Path, half_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trained layers in every type of the form, bf16."""
     folder = tmp_path_factory.mktemp("compressed")
-    return {name: quantize(tiny, tiny_stats, folder / name, **options) for name, options in OPTIONS.items()}
+    return {name: quantize(half, half_stats, folder / name, **options) for name, options in OPTIONS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def few(small: Path, small_stats: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.slow
 @pytest.mark.parametrize("quant_type", OPTIONS)
 def test_what_is_written_passes_verify_and_is_known_to_inspect(
-    quant_type: str, written: dict[str, Path], tiny: Path
+    quant_type: str, written: dict[str, Path], half: Path
 ) -> None:
     folder = written[quant_type]
-    report = verify(folder, reference=tiny)
+    report = verify(folder, reference=half)
     assert report.findings == []
-    assert len(report.linears) == 30
+    assert len(report.linears) == 15
     assert {linear.type for linear in report.linears} == {"INT4" if quant_type == "W4A16" else "INT8"}
     assert report.what == f"quantized checkpoint, {quant_type} (compressed-tensors), bfloat16 floats"
     scanned = scan_folder(folder)

@@ -266,8 +266,8 @@ def test_m2_folds_outliers_into_rows(loud: Path, loud_stats: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_m2_leaves_rows_without_outliers_alone(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
-    out = quantize(tiny, tiny_stats, tmp_path / "out", **MODES["W8A8"])
+def test_m2_leaves_rows_without_outliers_alone(half: Path, half_stats: Path, tmp_path: Path) -> None:
+    out = quantize(half, half_stats, tmp_path / "out", **MODES["W8A8"])
     assert {label for name, label in labels(out).items() if name.endswith("o_proj")} == {"none (no clear gain)"}
 
 

@@ -285,8 +285,7 @@ def test_a_bias_too_large_for_int32_widens_the_step_of_its_row() -> None:
     assert float(linear.quant_bias[4]) * float(linear.deq_scale[4]) == pytest.approx(3.0, rel=1e-6)  # one step of 2^30
 
 
-@pytest.mark.parametrize("dtype", list(FloatDtype))
-@pytest.mark.parametrize("method", [Method.PLAIN, Method.COMPENSATED])
+@pytest.mark.parametrize(("method", "dtype"), [(Method.PLAIN, FloatDtype.FP16), (Method.COMPENSATED, FloatDtype.BF16)])
 @pytest.mark.parametrize("mode", ["w8a8", "sigma", "fraction"])
 @pytest.mark.parametrize("dead", [slice(2, 48, 4), slice(None)], ids=["some rows", "all rows"])
 def test_rows_of_zeros_keep_their_bias(mode: str, method: Method, dtype: FloatDtype, dead: slice) -> None:

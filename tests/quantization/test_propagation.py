@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import calibrate, quantize, refused, tree
+from make_checkpoint import Size, make_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -55,10 +56,22 @@ def lines(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stats(half: Path, lines: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of three trained text layers, with what enters them."""
-    out = tmp_path_factory.mktemp("propagation") / "stats"
-    return calibrate(half, out, None, samples_file=lines, texts=False, text_inputs=True)
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three text layers, with random weights."""
+    folder = tmp_path_factory.mktemp("propagation") / "model"
+    make_checkpoint(folder, Size(layers=3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stats(model: Path, lines: Path) -> Path:
+    """The model's, with what enters the text layers."""
+    return calibrate(model, model.with_name("stats"), None, samples_file=lines, texts=False, text_inputs=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, stats: Path) -> Path:
+    return quantize(model, stats, model.with_name("unbroken"), propagation=0.5, **W4A8)
 
 
 @pytest.fixture
@@ -97,11 +110,11 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"do_smooth": True}, {"keep_float": ("*.layers.1.*",)}])
 def test_both_streams_are_those_of_the_float_checkpoint_and_of_the_one_that_is_written(
-    options: dict[str, object], half: Path, stats: Path, lines: Path, kept: list[Propagation], tmp_path: Path
+    options: dict[str, object], model: Path, stats: Path, lines: Path, kept: list[Propagation], tmp_path: Path
 ) -> None:
-    out = quantize(half, stats, tmp_path / "out", propagation=0.5, **W4A16, **options)
+    out = quantize(model, stats, tmp_path / "out", propagation=0.5, **W4A16, **options)
     (streams,) = kept
-    for folder, calls in ((half, streams._float), (out, streams._quantized)):
+    for folder, calls in ((model, streams._float), (out, streams._quantized)):
         for index, states in enumerate(states_of(folder, lines)):
             assert distance(calls[index].hidden, states) < 2e-5
     assert distance(streams._quantized[0].hidden, streams._float[0].hidden) > 1e-2
@@ -110,8 +123,9 @@ def test_both_streams_are_those_of_the_float_checkpoint_and_of_the_one_that_is_w
 
 @pytest.mark.slow
 def test_the_quantized_layers_stay_nearer_to_the_float_ones(
-    half: Path, stats: Path, kept: list[Propagation], tmp_path: Path
+    half: Path, lines: Path, kept: list[Propagation], tmp_path: Path
 ) -> None:
+    stats = calibrate(half, tmp_path / "stats", None, samples_file=lines, texts=False, text_inputs=True)
     away = []
     for strength in (1e-6, 0.5):
         quantize(half, stats, tmp_path / f"{strength}", propagation=strength, **W4A8)
@@ -122,17 +136,11 @@ def test_the_quantized_layers_stay_nearer_to_the_float_ones(
 
 @pytest.mark.slow
 def test_the_first_group_has_nothing_to_make_up_for_and_the_rest_of_the_model_does_not_change(
-    half: Path, stats: Path, tmp_path: Path
+    model: Path, stats: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     plain, moved = (
-        {
-            name: tensor
-            for path in quantize(half, stats, tmp_path / f"{strength}", propagation=strength, **W4A8).glob(
-                "*.safetensors"
-            )
-            for name, tensor in load_file(path).items()
-        }
-        for strength in (0.0, 0.5)
+        {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        for folder in (quantize(model, stats, tmp_path / "plain", propagation=0.0, **W4A8), unbroken)
     )
     assert moved.keys() == plain.keys()
     others = {name for name in plain if not torch.equal(plain[name], moved[name])}
@@ -145,8 +153,8 @@ def test_the_first_group_has_nothing_to_make_up_for_and_the_rest_of_the_model_do
 
 
 @pytest.mark.slow
-def test_kept_text_inputs_change_nothing_else(half: Path, stats: Path, lines: Path, tmp_path: Path) -> None:
-    bare = calibrate(half, tmp_path / "bare", None, samples_file=lines, texts=False)
+def test_kept_text_inputs_change_nothing_else(model: Path, stats: Path, lines: Path, tmp_path: Path) -> None:
+    bare = calibrate(model, tmp_path / "bare", None, samples_file=lines, texts=False)
     with_inputs, without = tree(stats), tree(bare)
     more = {"statistics.json", *(f"text_inputs-{index:04d}.safetensors" for index in range(3))}
     assert {name: sha for name, sha in with_inputs.items() if name not in more} == {
@@ -157,7 +165,7 @@ def test_kept_text_inputs_change_nothing_else(half: Path, stats: Path, lines: Pa
     assert told[1] == told[0].replace("; answers", ", what enters the text layers; answers")
     assert told[1] != told[0]
     with pytest.raises(StatisticsError) as caught:
-        quantize(half, bare, tmp_path / "out", propagation=0.5, **W4A8)
+        quantize(model, bare, tmp_path / "out", propagation=0.5, **W4A8)
     assert str(caught.value) == (
         f"{bare}: these statistics do not hold what enters the text layers, which --propagation needs; run `glmq calibrate "
         "--text-inputs`, or leave --propagation out"
@@ -165,13 +173,13 @@ def test_kept_text_inputs_change_nothing_else(half: Path, stats: Path, lines: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]
 
 
-def test_text_inputs_that_were_altered_are_refused(half: Path, stats: Path, tmp_path: Path) -> None:
+def test_text_inputs_that_were_altered_are_refused(model: Path, stats: Path, tmp_path: Path) -> None:
     shutil.copytree(stats, tmp_path / "stats")
     path = tmp_path / "stats" / "text_inputs-0001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert refused(lambda: quantize(half, tmp_path / "stats", tmp_path / "out", propagation=0.5, **W4A8)) == (
+    assert refused(lambda: quantize(model, tmp_path / "stats", tmp_path / "out", propagation=0.5, **W4A8)) == (
         4,
         f"{path}: is missing or not as it was written; copy the folder again or run `glmq calibrate` again",
     )
@@ -207,26 +215,29 @@ def run_and_cut(work: Callable[[], object], records: int) -> None:
             work()
 
 
-@pytest.fixture(scope="module")
-def unbroken(half: Path, stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return weights_in(quantize(half, stats, tmp_path_factory.mktemp("unbroken") / "out", propagation=0.5, **W4A8))
-
-
 def weights_in(folder: Path) -> dict[str, str]:
     return {name: sha for name, sha in tree(folder).items() if name.endswith(".safetensors")}
 
 
-VISION = 4
-"""Blocks before the text layers: three of the vision tower, and the merger."""
+VISION = 2
+"""Blocks before the text layers: one of the vision tower, and the merger."""
+
+
+@pytest.fixture(scope="module")
+def stopped(model: Path, stats: Path) -> Path:
+    """What a run leaves that is stopped after two text layers."""
+    out = model.with_name("stopped")
+    run_and_cut(lambda: quantize(model, stats, out, propagation=0.5, **W4A8), VISION + 2)
+    return out.with_name(".stopped.partial")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [0, 1, 2, 3])
 def test_an_interrupted_run_goes_on_with_the_states_that_it_left(
-    layers: int, half: Path, stats: Path, unbroken: dict[str, str], tmp_path: Path
+    layers: int, model: Path, stats: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     def run(**options: object) -> Path:
-        return quantize(half, stats, tmp_path / "out", propagation=0.5, **options, **W4A8)
+        return quantize(model, stats, tmp_path / "out", propagation=0.5, **options, **W4A8)
 
     run_and_cut(run, VISION + layers)
     left = sorted(path.name for path in (tmp_path / ".out.partial").glob(".streams-*"))
@@ -234,59 +245,52 @@ def test_an_interrupted_run_goes_on_with_the_states_that_it_left(
     notes: list[Event] = []
     run(resume=True, watch=notes.append)
     assert not [note for note in notes if isinstance(note, Note) and "missing" in note.text]
-    assert weights_in(tmp_path / "out") == unbroken
+    assert weights_in(tmp_path / "out") == weights_in(unbroken)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
 def test_what_is_kept_beside_the_output_is_foretold_and_needs_room(
-    half: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, stats: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(**options: object) -> Path:
-        return quantize(half, stats, tmp_path / "out", propagation=0.5, **options, **W4A8)
-
     plan = glmq.quantize(
-        half, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5), dry_run=True
+        model, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5), dry_run=True
     )
-    plain = glmq.quantize(half, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(), dry_run=True)
-    run_and_cut(run, VISION + 2)
-    kept = [load_file(path) for path in (tmp_path / ".out.partial").glob(".streams-*")]
+    plain = glmq.quantize(model, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(), dry_run=True)
+    kept = [load_file(path) for path in stopped.glob(".streams-*")]
     assert len(kept) == 2
     assert plan.work_bytes == sum(state.nbytes for states in kept for state in states.values())
     assert plain.work_bytes == 0
-    shutil.rmtree(tmp_path / ".out.partial")
 
     wanted = plan.output_bytes + plan.work_bytes
     monkeypatch.setattr("glmq.checkpoint.disk.free_bytes", lambda _: wanted - 1)
     sentence = f"{wanted} bytes are to be written, but its disk has {wanted - 1} free; make room or choose another disk"
     found = glmq.quantize(
-        half, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5), dry_run=True
+        model, stats, out=tmp_path / "out", recipe=glmq.Recipe.w4a8_dynamic(propagation=0.5), dry_run=True
     )
     assert found.obstacles == (f"{tmp_path / 'out'}: {sentence}",)
-    assert refused(run) == (5, f"{tmp_path / '.out.partial'}: {sentence}")
+    said = refused(lambda: quantize(model, stats, tmp_path / "out", propagation=0.5, **W4A8))
+    assert said == (5, f"{tmp_path / '.out.partial'}: {sentence}")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["gone", "altered"])
 def test_layers_whose_states_are_lost_are_done_again(
-    damage: str, half: Path, stats: Path, unbroken: dict[str, str], tmp_path: Path
+    damage: str, model: Path, stats: Path, stopped: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    def run(**options: object) -> Path:
-        return quantize(half, stats, tmp_path / "out", propagation=0.5, **options, **W4A8)
-
-    run_and_cut(run, VISION + 2)
+    shutil.copytree(stopped, tmp_path / ".out.partial")
     path = tmp_path / ".out.partial" / ".streams-001"
     if damage == "gone":
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] + b"x")
     notes: list[Event] = []
-    run(resume=True, watch=notes.append)
+    quantize(model, stats, tmp_path / "out", propagation=0.5, resume=True, watch=notes.append, **W4A8)
     assert [note.text for note in notes if isinstance(note, Note) and "missing" in note.text] == [
         "note: .streams-001 of the unfinished run is missing or altered, so its 2 finished text layers are done again"
     ]
-    assert weights_in(tmp_path / "out") == unbroken
+    assert weights_in(tmp_path / "out") == weights_in(unbroken)
 
 
 def test_the_recipes_of_the_library_have_it() -> None:
@@ -317,47 +321,47 @@ def test_where_it_has_no_effect_it_is_refused(options: dict[str, object], senten
 
 
 def test_several_processes_are_refused(
-    half: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    assert refused(lambda: quantize(half, stats, tmp_path / "out", propagation=0.5, **W4A8)) == (
+    assert refused(lambda: quantize(model, stats, tmp_path / "out", propagation=0.5, **W4A8)) == (
         2,
         "--propagation: each layer waits for the one before, so torchrun's processes cannot share them; run `glmq quantize` "
         "itself",
     )
 
 
-def test_the_samples_run_on_the_device_that_is_named(half: Path, stats: Path, tmp_path: Path) -> None:
+def test_the_samples_run_on_the_device_that_is_named(model: Path, stats: Path, tmp_path: Path) -> None:
     options = glmq.CalibrationOptions(text_inputs=True, device_type="npu", prompt="What?")
     events: list[Event] = []
     with pytest.raises(DeviceError):
-        quantize(half, stats, tmp_path / "out", calibration=options, propagation=0.5, watch=events.append, **W4A8)
+        quantize(model, stats, tmp_path / "out", calibration=options, propagation=0.5, watch=events.append, **W4A8)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert f"note: --prompt has no effect: the statistics in {stats} are used" in notes
 
 
-def test_the_dry_run_counts_the_samples_in(half: Path, stats: Path, tmp_path: Path) -> None:
+def test_the_dry_run_counts_the_samples_in(model: Path, stats: Path, tmp_path: Path) -> None:
     def plan(strength: float) -> RunPlan:
         recipe = make_recipe(Options(propagation=strength, **W4A8))  # type: ignore[arg-type]
-        job = QuantizationJob(half, tmp_path / "out", recipe, glmq.CalibrationOptions(), stats)
+        job = QuantizationJob(model, tmp_path / "out", recipe, glmq.CalibrationOptions(), stats)
         return forecast_quantization(job, overwrite=False, watch=None)
 
     without, with_it = plan(0.0), plan(0.5)
     tokens = sum(sample["tokens"] for sample in json.loads((stats / "statistics.json").read_text())["samples"])
-    config = read_config(half)
+    config = read_config(model)
     width = config.hidden_size
     largest = max(linear.rows for linear in config.family.text_block(config, 0).groups[2].linears) * width
     assert with_it.peak_bytes - without.peak_bytes == 4 * (2 * tokens * width + largest + 2 * width**2)
     assert with_it.output_bytes == without.output_bytes
 
 
-def test_the_text_layers_are_expected_to_take_longer_and_nothing_else(half: Path) -> None:
-    config = read_config(half)
+def test_the_text_layers_are_expected_to_take_longer_and_nothing_else(model: Path) -> None:
+    config = read_config(model)
 
     def seconds(strength: float) -> dict[str, float]:
         recipe = make_recipe(Options(propagation=strength, **W4A8))  # type: ignore[arg-type]
-        with Checkpoint.open(half) as source:
+        with Checkpoint.open(model) as source:
             plan = plan_output(source, config, recipe, plan_groups(recipe, config), None, {})
             speed = usual_speed(recipe, TextLoad(1000, torch.float32))
             (only,) = plan_passes(source, config, recipe, plan, speed, measures=False)

@@ -50,9 +50,9 @@ def test_each_channels_middle_becomes_zero(shifted: Path, small: Path, small_sta
 
 
 @pytest.mark.slow
-def test_error_falls_and_ranges_narrow(tiny: Path, tiny_stats: Path, tmp_path: Path) -> None:
-    shifted = quantize(tiny, tiny_stats, tmp_path / "shifted", torch_dtype="fp16", channel_shift=True)
-    plain = quantize(tiny, tiny_stats, tmp_path / "plain", torch_dtype="fp16")
+def test_error_falls_and_ranges_narrow(half: Path, half_stats: Path, tmp_path: Path) -> None:
+    shifted = quantize(half, half_stats, tmp_path / "shifted", torch_dtype="fp16", channel_shift=True)
+    plain = quantize(half, half_stats, tmp_path / "plain", torch_dtype="fp16")
     rows = [json.loads((folder / "glmq_report.json").read_text())["linears"] for folder in (shifted, plain)]
     own, other = ({row["name"]: row for row in side} for side in rows)
     normed = [name for name in own if not name.endswith("o_proj")]
@@ -77,12 +77,12 @@ def test_verify_passes_it_and_says_what_it_relies_on(shifted: Path, small: Path)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_inputs_that_are_nearly_constant_are_given_back_exactly(tmp_path: Path, tiny: Path, dtype: str) -> None:
+def test_inputs_that_are_nearly_constant_are_given_back_exactly(tmp_path: Path, half: Path, dtype: str) -> None:
     samples = tmp_path / "one.jsonl"
     samples.write_text('{"text": "a"}\n')
-    stats = calibrate(tiny, tmp_path / "stats", None, samples_file=samples, texts=False)
-    out = quantize(tiny, stats, tmp_path / "q", torch_dtype=dtype, channel_shift=True)
-    found = glmq.verify(out, reference=tiny)
+    stats = calibrate(half, tmp_path / "stats", None, samples_file=samples, texts=False)
+    out = quantize(half, stats, tmp_path / "q", torch_dtype=dtype, channel_shift=True)
+    found = glmq.verify(out, reference=half)
     assert found.passed, found.findings
 
 

@@ -72,8 +72,8 @@ def compare(reference: Path, candidate: Path, inputs: Sequence[ModelInputs]) -> 
 
 
 @pytest.fixture(scope="module")
-def compared(tiny: Path, tiny_seed: Path, inputs: list[ModelInputs]) -> Compared:
-    return compare(tiny, tiny_seed, inputs)
+def compared(half: Path, half_seed: Path, inputs: list[ModelInputs]) -> Compared:
+    return compare(half, half_seed, inputs)
 
 
 def logits_of(folder: Path, inputs: Sequence[ModelInputs]) -> Iterator[Tensor]:
@@ -86,21 +86,21 @@ def test_every_block_reports_once_and_in_order(compared: Compared) -> None:
     names = [block.done.name for block in compared.blocks]
     assert names == [
         *(f"model.visual.blocks.{i}" for i in range(3)), "model.visual.merger",
-        *(f"model.language_model.layers.{i}" for i in range(6)),
+        *(f"model.language_model.layers.{i}" for i in range(3)),
     ]  # fmt: skip
-    assert [block.done.index for block in compared.blocks] == list(range(10))
-    assert {block.done.total for block in compared.blocks} == {10}
+    assert [block.done.index for block in compared.blocks] == list(range(7))
+    assert {block.done.total for block in compared.blocks} == {7}
     # The tower is float16 in one and bfloat16 in the other: casting loses subnormal numbers only.
     assert all(block.error < 1e-6 for block in compared.blocks[:4])
     assert all(0.001 < block.error < 0.1 for block in compared.blocks[4:])
 
 
 def test_predictions_are_those_of_the_whole_models(
-    compared: Compared, tiny: Path, tiny_seed: Path, inputs: list[ModelInputs]
+    compared: Compared, half: Path, half_seed: Path, inputs: list[ModelInputs]
 ) -> None:
     kl = top1 = nll_float = nll_candidate = count = 0.0
     pairs = zip(
-        inputs, logits_of(tiny, inputs), logits_of(tiny_seed, inputs), compared.predictions.samples, strict=True
+        inputs, logits_of(half, inputs), logits_of(half_seed, inputs), compared.predictions.samples, strict=True
     )
     for one, a, b, sample in pairs:
         start = max(one.answer_start, 1)
@@ -122,13 +122,13 @@ def test_predictions_are_those_of_the_whole_models(
 
 
 def test_a_linears_error_is_measured_on_the_float_models_own_input(
-    compared: Compared, tiny: Path, tiny_seed: Path, inputs: list[ModelInputs]
+    compared: Compared, half: Path, half_seed: Path, inputs: list[ModelInputs]
 ) -> None:
     noise = signal = 0.0
-    with Checkpoint.open(tiny_seed) as other:
+    with Checkpoint.open(half_seed) as other:
         linear = decode_linear(Q, other)
         norm = other.read(f"{LAYER}.input_layernorm.weight").float()
-    with whole_model(tiny) as model, torch.no_grad():
+    with whole_model(half) as model, torch.no_grad():
 
         def watch(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             seen.append(args[0])
@@ -152,22 +152,22 @@ def test_a_linears_error_is_measured_on_the_float_models_own_input(
     assert found.error == pytest.approx(math.sqrt(noise / signal), rel=1e-3)
 
 
-def test_a_checkpoint_behaves_like_itself(tiny: Path, inputs: list[ModelInputs]) -> None:
-    same = compare(tiny, tiny, inputs[:1])
-    assert [block.error for block in same.blocks] == [0.0] * 10
+def test_a_checkpoint_behaves_like_itself(half: Path, inputs: list[ModelInputs]) -> None:
+    same = compare(half, half, inputs[:1])
+    assert [block.error for block in same.blocks] == [0.0] * 7
     assert (same.predictions.kl, same.predictions.top1) == (0.0, 1.0)
     assert same.predictions.nll_float == same.predictions.nll_candidate
 
 
 def test_the_head_may_come_in_pieces_of_any_size(
-    compared: Compared, tiny: Path, tiny_seed: Path, inputs: list[ModelInputs], monkeypatch: pytest.MonkeyPatch
+    compared: Compared, half: Path, half_seed: Path, inputs: list[ModelInputs], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictions, "HEAD_ROWS", 100)
-    found = compare(tiny, tiny_seed, inputs[2:])
+    found = compare(half, half_seed, inputs[2:])
     wanted = compared.predictions.samples[2]
     assert found.predictions.samples[0].top1 == wanted.top1
     assert found.predictions.kl == pytest.approx(wanted.kl, rel=1e-5)
-    assert len(found.blocks) == 6  # without a picture the tower does not run
+    assert len(found.blocks) == 3  # without a picture the tower does not run
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])
@@ -182,11 +182,11 @@ def test_a_tie_is_a_token_that_the_float_model_finds_nearly_as_likely_as_its_own
 
 
 def test_inputs_without_an_answer_are_scored_after_their_image(
-    tiny: Path, tiny_seed: Path, preprocessor: Preprocessor
+    half: Path, half_seed: Path, preprocessor: Preprocessor
 ) -> None:
     with Image.open(TINY_CASES / "images" / "000.png") as image:
         question = preprocessor.encode(image, "What is it?", None)
-    found = compare(tiny, tiny_seed, [question])
+    found = compare(half, half_seed, [question])
     last = int((question.ids[0] == question.image_token_id).nonzero()[-1])
     assert found.predictions.positions == question.tokens - last
     assert (found.predictions.nll_float, found.predictions.nll_candidate) == (None, None)
@@ -200,11 +200,11 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def test_inputs_that_clip_are_told_with_their_sample(
-    compared: Compared, tiny: Path, tiny_seed: Path, inputs: list[ModelInputs], tmp_path: Path
+    compared: Compared, half: Path, half_seed: Path, inputs: list[ModelInputs], tmp_path: Path
 ) -> None:
-    candidate = copy_of(tiny_seed, tmp_path / "clips")
+    candidate = copy_of(half_seed, tmp_path / "clips")
     edit_tensors(candidate, lambda tensors: tensors.update({f"{O}.input_scale": tensors[f"{O}.input_scale"] / 4}))
-    found = compare(tiny, candidate, inputs[:2])
+    found = compare(half, candidate, inputs[:2])
     (before,), (after,) = (
         [x for block in result.blocks for x in block.linears if x.name == O] for result in (compared, found)
     )
@@ -217,11 +217,11 @@ def test_inputs_that_clip_are_told_with_their_sample(
     assert after.error > before.error
 
 
-@pytest.mark.parametrize(("factor", "is_wrong"), [(1.0, False), (2.0, False), (8.0, True), (100.0, True)])
+@pytest.mark.parametrize(("factor", "is_wrong"), [(2.0, False), (8.0, True)])
 def test_a_range_that_wastes_more_than_two_bits_is_an_error(
-    tiny: Path, tiny_seed: Path, inputs: list[ModelInputs], tmp_path: Path, factor: float, is_wrong: bool
+    half: Path, half_seed: Path, inputs: list[ModelInputs], tmp_path: Path, factor: float, is_wrong: bool
 ) -> None:
-    folder = Path(shutil.copytree(tiny_seed, tmp_path / "wide"))
+    folder = Path(shutil.copytree(half_seed, tmp_path / "wide"))
 
     def widen(tensors: dict[str, Tensor]) -> None:  # o_proj has no bias, so that no other tensor contradicts it
         deq = tensors[f"{O}.deq_scale"].int().view(torch.float32) * factor
@@ -229,15 +229,15 @@ def test_a_range_that_wastes_more_than_two_bits_is_an_error(
         tensors[f"{O}.input_scale"] *= factor
 
     edit_tensors(folder, widen)
-    (block,) = [b for b in compare(tiny, folder, inputs[:1]).blocks if b.done.name == LAYER]
+    (block,) = [b for b in compare(half, folder, inputs[:1]).blocks if b.done.name == LAYER]
     wasted = [f for f in judge_block(block, Limits(max_error=100), is_fp16=True) if "bits are wasted" in f.message]
     assert [(f.tensor, f.severity) for f in wasted] == [(O, "error")] * is_wrong
 
 
 def test_an_int8_head_and_norm_biases_are_honoured(
-    tiny: Path, tiny_seed: Path, inputs: list[ModelInputs], tmp_path: Path
+    half: Path, half_seed: Path, inputs: list[ModelInputs], tmp_path: Path
 ) -> None:
-    candidate = copy_of(tiny_seed, tmp_path / "int8 head")
+    candidate = copy_of(half_seed, tmp_path / "int8 head")
 
     def edit(tensors: dict[str, Tensor]) -> None:
         weight = tensors["lm_head.weight"].float()
@@ -248,8 +248,8 @@ def test_an_int8_head_and_norm_biases_are_honoured(
         tensors["model.language_model.norm.bias"] += 0.01
 
     edit_tensors(candidate, edit)
-    found = compare(tiny, candidate, inputs[2:])
-    (logits,), (float_logits,) = logits_of(candidate, inputs[2:]), logits_of(tiny, inputs[2:])
+    found = compare(half, candidate, inputs[2:])
+    (logits,), (float_logits,) = logits_of(candidate, inputs[2:]), logits_of(half, inputs[2:])
     p, q = float_logits[:-1].log_softmax(-1), logits[:-1].log_softmax(-1)
     assert found.predictions.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
 
@@ -270,24 +270,24 @@ def test_a_caption_is_what_transformers_itself_generates(
     assert preprocessor.decode(ids).startswith("The background is")
 
 
-def test_compressed_weights_are_refused(tiny: Path, tiny_seed: Path, tmp_path: Path) -> None:
-    candidate = copy_of(tiny_seed, tmp_path / "renamed")
+def test_compressed_weights_are_refused(half: Path, half_seed: Path, tmp_path: Path) -> None:
+    candidate = copy_of(half_seed, tmp_path / "renamed")
 
     def edit(tensors: dict[str, Tensor]) -> None:
         tensors["language_model.o_proj.weight"] = tensors.pop(f"{O}.weight")
 
     edit_tensors(candidate, edit)
     with Checkpoint.open(candidate) as checkpoint, pytest.raises(CheckpointError) as error:
-        open_model(checkpoint, read_config(tiny))
+        open_model(checkpoint, read_config(half))
     assert str(error.value) == (
         f"{candidate}: language_model.o_proj.weight is int8, but language_model.o_proj is no linear of the model; "
         "is this a compressed or sharded checkpoint? Run `glmq compress --decompress` first"
     )
 
 
-def test_integers_are_in_memory_only_while_they_are_placed(tiny_seed: Path) -> None:
-    with Checkpoint.open(tiny_seed) as checkpoint:
-        model = open_model(checkpoint, read_config(tiny_seed))
+def test_integers_are_in_memory_only_while_they_are_placed(half_seed: Path) -> None:
+    with Checkpoint.open(half_seed) as checkpoint:
+        model = open_model(checkpoint, read_config(half_seed))
         linear = model.module(O)
         with placed(model, LAYER):
             assert linear.linear.weight.shape == (192, 192)

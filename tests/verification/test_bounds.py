@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import W8A8S, edit_tensors, quantize
+from helpers import edit_tensors, quantize
 from torch import Tensor
 
 from glmq.verification.checks import verify_files
 from glmq.verification.findings import Check, Finding
 
-pytestmark = pytest.mark.slow  # three checkpoints of the trained model, 2 s
+pytestmark = pytest.mark.slow  # three checkpoints of trained layers
 
-RECIPES: dict[str, dict[str, object]] = {"W8A8S": W8A8S, "W8A8": {}, "W8A8_DYNAMIC": {"is_dynamic": True}}
+RECIPES: dict[str, dict[str, object]] = {"W8A8": {}, "W8A8_DYNAMIC": {"is_dynamic": True}}
+LABELS = ["W8A8S", *RECIPES]
 LAYER = "model.language_model.layers.1"
 NORM = f"{LAYER}.input_layernorm.weight"
 Q, O, GATE_UP = f"{LAYER}.self_attn.q_proj", f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.gate_up_proj"
@@ -24,14 +25,16 @@ LINEARS = (Q, O, GATE_UP)
 
 
 @pytest.fixture(scope="module")
-def outputs(tiny: Path, tiny_stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def outputs(half: Path, half_stats: Path, half_seed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """As another tool would have written them: without checksums and report."""
     root = tmp_path_factory.mktemp("bounds")
+    shutil.copytree(half_seed, root / "W8A8S")
     for name, options in RECIPES.items():
-        quantize(tiny, tiny_stats, root / name, **options)
+        quantize(half, half_stats, root / name, **options)
+    for name in LABELS:
         for own in ("glmq_checksums.json", "glmq_report.json", "glmq_report.csv"):
             (root / name / own).unlink()
-    return {name: root / name for name in RECIPES}
+    return {name: root / name for name in LABELS}
 
 
 FACTORS = {"W8A8S": 1.03, "W8A8": 1.02}
@@ -106,10 +109,12 @@ def in_layer(tensors: dict[str, Tensor], layer: str, damage: Callable[[dict[str,
     tensors.update({name.replace(f"{LAYER}.", f"{layer}."): tensor for name, tensor in own.items()})
 
 
-@pytest.mark.parametrize("labels", [list(DAMAGES)[:4], list(DAMAGES)[4:]], ids=["first", "last"])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "labels", [list(DAMAGES)[:3], list(DAMAGES)[3:6], list(DAMAGES)[6:]], ids=["first", "more", "last"]
+)
+@pytest.mark.parametrize("recipe", LABELS)
 def test_a_small_damage_is_an_error_without_checksums(
-    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, labels: list[str]
+    outputs: dict[str, Path], half: Path, tmp_path: Path, recipe: str, labels: list[str]
 ) -> None:
     """One damage a layer."""
     folder = Path(shutil.copytree(outputs[recipe], tmp_path / "damaged"))
@@ -120,7 +125,7 @@ def test_a_small_damage_is_an_error_without_checksums(
             in_layer(tensors, layer, DAMAGES[label][0])
 
     edit_tensors(folder, edit)
-    found = errors(folder, tiny)
+    found = errors(folder, half)
     for label, layer in layers.items():
         _, check, named = DAMAGES[label]
         said = [f"{f.tensor} {f.message}" for f in found if f.check is check and f.tensor.startswith(f"{layer}.")]
@@ -140,11 +145,11 @@ def edit_linears(folder: Path, edit: Callable[[str], Callable[[dict[str, Tensor]
 
 @pytest.mark.parametrize("recipe", ["W8A8S", "W8A8"])
 def test_a_quant_bias_off_by_one_everywhere_is_an_error(
-    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str
+    outputs: dict[str, Path], half: Path, tmp_path: Path, recipe: str
 ) -> None:
     folder = Path(shutil.copytree(outputs[recipe], tmp_path / "damaged"))
     edit_linears(folder, lambda linear: more(f"{linear}.quant_bias"))
-    found = errors(folder, tiny)
+    found = errors(folder, half)
     assert {f.tensor for f in found} == {f"{linear}.quant_bias" for linear in LINEARS}
     sentence = r"is \+(1|0\.9\d) from bias / deq_scale - input_offset \* rowsum on average, rounding gives 0"
     assert all(f.check is Check.RECOMPUTED and re.fullmatch(sentence, f.message) for f in found), found
@@ -153,17 +158,17 @@ def test_a_quant_bias_off_by_one_everywhere_is_an_error(
 @pytest.mark.parametrize("suffix", ["deq_scale", "input_scale", "input_offset"])
 @pytest.mark.parametrize("recipe", ["W8A8S", "W8A8"])
 def test_a_number_of_a_static_linear_that_is_changed_alone_is_an_error(
-    outputs: dict[str, Path], tiny: Path, tmp_path: Path, recipe: str, suffix: str
+    outputs: dict[str, Path], half: Path, tmp_path: Path, recipe: str, suffix: str
 ) -> None:
     """It contradicts the others, or the float weights."""
     folder = Path(shutil.copytree(outputs[recipe], tmp_path / "damaged"))
     change = more if suffix == "input_offset" else functools.partial(scaled, factor=FACTORS[recipe])
     edit_linears(folder, lambda linear: change(f"{linear}.{suffix}"))
-    found = errors(folder, tiny)
+    found = errors(folder, half)
     for linear in LINEARS:
         assert any(finding.tensor.startswith(f"{linear}.") for finding in found), found
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_an_undamaged_output_has_no_findings(outputs: dict[str, Path], tiny: Path, recipe: str) -> None:
-    assert [f for f in verify_files(outputs[recipe], tiny, []) if isinstance(f, Finding)] == []
+@pytest.mark.parametrize("recipe", LABELS)
+def test_an_undamaged_output_has_no_findings(outputs: dict[str, Path], half: Path, recipe: str) -> None:
+    assert [f for f in verify_files(outputs[recipe], half, []) if isinstance(f, Finding)] == []

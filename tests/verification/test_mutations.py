@@ -44,7 +44,7 @@ NORM = f"{LAYER}.input_layernorm"
 VISION = "model.visual.blocks.0"
 DESCRIPTION = "quant_model_description.json"
 PART = "part{}-of-2/quant_model_weight_w8a8sc.safetensors"
-SIZE = Size(hidden=128, intermediate=160, layers=2, heads=4, kv_heads=2)
+SIZE = Size(hidden=128, intermediate=160, layers=1, heads=4, kv_heads=2)
 
 OPTIONS = {
     "w8a8s": W8A8S,
@@ -63,6 +63,11 @@ class Good:
     source: Path
     folders: dict[str, Path]
 
+    def reference(self, label: str) -> Path:
+        if label == "deep":
+            return self.source.with_name("deep-float")
+        return self.folders["w8a8s"] if label in ("portable", "parts", "ranks") else self.source
+
 
 @pytest.fixture(scope="module")
 def good(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Good:
@@ -72,6 +77,10 @@ def good(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Good:
     stats = calibrate(source, root / "stats", pictures, limit=4, texts=False)
     for label, options in OPTIONS.items():
         quantize(source, stats, root / label, **options)
+    deeper = root / "deep-float"
+    make_checkpoint(deeper, replace(SIZE, layers=2))
+    calibration = glmq.CalibrationOptions(images=pictures, limit=1, texts=False)
+    quantize(deeper, None, root / "deep", calibration=calibration, **OPTIONS["dynamic"])
     glmq.compress(root / "w8a8s", out=root / "portable", codec="portable")
     program = write_stand_in(root)
     for label, engine in {"parts": Engine.MINDIE, "ranks": Engine.VLLM_ASCEND}.items():
@@ -80,12 +89,13 @@ def good(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Good:
     return Good(source, {path.name: path for path in root.iterdir() if path.name in KINDS})
 
 
-KINDS = (*OPTIONS, "portable", "parts", "ranks")
+KINDS = (*OPTIONS, "deep", "portable", "parts", "ranks")
 
 
 def findings(folder: Path, good: Good, label: str) -> list[Finding]:
-    reference = good.folders["w8a8s"] if label in ("portable", "parts", "ranks") else good.source
-    found = [record for record in verify_files(folder, reference, []) if not isinstance(record, LinearArithmetic)]
+    found = [
+        record for record in verify_files(folder, good.reference(label), []) if not isinstance(record, LinearArithmetic)
+    ]
     return [finding for finding in found if isinstance(finding, Finding)]
 
 
@@ -388,11 +398,11 @@ MUTATIONS: dict[str, tuple[str, Damage, int, str]] = {
     "a bit of scale_bias": ("w4a8", flip(f"{O}.scale_bias", (4, 2), 25), 11, f"{O}.scale_bias"),
     "a turned square weight": ("w8a8s", put(f"{O}.weight", torch.t), 16, f"{O}.weight"),
     "k and v exchanged": ("w8a8s", swap(K, V, "weight", "bias", "deq_scale", "quant_bias"), 16, f"{K}.weight"),
-    "layers exchanged": (
-        "w8a8", swap(O, O.replace(LAYER, OTHER), "weight", "deq_scale", "quant_bias", "weight_scale", "input_scale",
-                     "input_offset"), 16, f"{O}.weight",
+    "q and o exchanged": (
+        "w8a8", swap(Q, O, "weight", "deq_scale", "quant_bias", "weight_scale", "input_scale", "input_offset"),
+        16, f"{O}.weight",
     ),
-    "dynamic layers exchanged": ("dynamic", swap(O, O.replace(LAYER, OTHER), "weight", "weight_scale"), 16, f"{O}.weight"),
+    "layers exchanged": ("deep", swap(O, O.replace(LAYER, OTHER), "weight", "weight_scale"), 16, f"{O}.weight"),
     "two rows exchanged": ("w8a8s", swap_rows(O, "weight", "deq_scale", "quant_bias"), 30, f"{O}.weight"),
     "two dynamic rows exchanged": ("dynamic", swap_rows(O, "weight", "weight_scale"), 30, f"{O}.weight"),
     "an exponent bit of a sparse deq_scale": ("w8a8s", flip(f"{O}.deq_scale", 9, 23), 30, f"{O}.weight row 9"),
@@ -427,7 +437,7 @@ MUTATIONS: dict[str, tuple[str, Damage, int, str]] = {
         "mindie", lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].update(group_size=512)), 17, "512"
     ),
     "no rope": ("w8a8", config("text_config", "rope_scaling", ...), 17, "rope_scaling"),
-    "a layer more": ("w8a8", config("text_config", "num_hidden_layers", 3), 6, "layers.2"),
+    "a layer more": ("w8a8", config("text_config", "num_hidden_layers", 2), 6, "layers.1"),
     "another epsilon": ("w8a8", config("text_config", "rms_norm_eps", 1e-6), 17, "rms_norm_eps"),
     "another image token": ("w8a8", config("", "image_token_id", 3), 17, "image_token_id"),
     "another model": ("w8a8", config("", "model_type", "glm4v_moe"), 17, "glm4v_moe"),
@@ -614,7 +624,7 @@ def test_lost_or_altered_checksums_are_an_error(good: Good, tmp_path: Path, dama
 
 def test_only_the_portable_form_of_one_rank_keeps_the_checksums_and_gives_them_back(good: Good, tmp_path: Path) -> None:
     kept = [path.relative_to(good.source.parent) for path in good.source.parent.glob(f"*/**/{CHECKSUMS}")]
-    folders = [*OPTIONS, "portable/glmq_source"]
+    folders = [*OPTIONS, "deep", "portable/glmq_source"]
     assert sorted(map(str, kept)) == sorted(f"{folder}/{CHECKSUMS}" for folder in folders)
     glmq.restore(good.folders["portable"], out=tmp_path / "back")
     assert (tmp_path / "back" / CHECKSUMS).read_bytes() == (good.folders["w8a8s"] / CHECKSUMS).read_bytes()
