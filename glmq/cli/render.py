@@ -339,10 +339,19 @@ def next_steps(folder: Path, recipe: Recipe) -> list[str]:
         ]
     if recipe.form is Form.COMPRESSED_TENSORS:
         return [f"Next: serve it with vLLM (vllm serve {folder}), or load it with transformers and compressed-tensors."]
-    places = [Place(engine, None) for engine in Engine]
-    if not Place(Engine.MINDIE, None).dtypes(quant_type):
-        titles = [place.engine.spec.title for place in places if place.dtypes(quant_type)]
-        return [f"Next: serve it with {' or '.join(titles)}; MindIE does not load {quant_type.value}."]
+    loaders = [engine for engine in Engine if Place(engine, None).dtypes(quant_type)]
+    readers = [engine for engine in loaders if recipe.form in engine.spec.forms]
+    if not readers:
+        titles = " or ".join(engine.spec.title for engine in loaders)
+        return [
+            f"No engine is known to load {quant_type.value} in this form; for {titles} write it with --format ascendv1."
+        ]
+    if Engine.MINDIE not in readers:
+        engine = readers[0]
+        return [
+            f"Next: serve it with {engine.spec.title}, MindIE does not load {quant_type.value}; what that makes of it:",
+            f"  glmq verify {quote(str(folder))} --target {engine.value}",
+        ]
     return [
         f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder.absolute()} "
         "in conf/config.json of mindie-service, then start mindieservice_daemon. "

@@ -217,8 +217,6 @@ def run_quantization(job: QuantizationJob, *, overwrite: bool, resume: bool, wat
     watcher = Watcher(watch if place.is_first else None)
     _check_places(job, overwrite=overwrite, resume=resume)
     with _planned(job, watcher) as (source, config, plan):
-        for sentence in describe_recipe(job.recipe, config, job.out_path):
-            watcher.note(sentence)
         check_room(job.out_path, plan.shards.nbytes - stored_bytes(job.out_path, job.work_dir))
         run = RunNote("quantize", job.command, job.chosen())
         output = OutputFolder(job.out_path, overwrite=overwrite, resume=resume, work_dir=job.work_dir, run=run)
@@ -297,6 +295,8 @@ def _planned(job: QuantizationJob, watcher: Watcher) -> Iterator[tuple[Checkpoin
         side_files = engine_side_files(job.model_path, config.family, for_mindie=for_mindie, chat_template=template)
         plan = plan_output(source, config, job.recipe, groups, job.shard_bytes, side_files)
         check_file_size(job.out_path, max(file.nbytes for file in plan.shards.files))
+        for sentence in describe_recipe(job.recipe, config, job.out_path):
+            watcher.note(sentence)
         yield source, config, plan
 
 

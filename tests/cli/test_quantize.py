@@ -344,6 +344,11 @@ def test_a_dry_run_foretells_and_writes_nothing(small: Path, small_stats: Path, 
     assert found["quantization_seconds"] > 0
 
 
+def test_a_dry_run_says_what_engines_do_not_run(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    said = glmq(*command(small, small_stats, tmp_path / "out", "--dry-run", "--a_bit", 16)).stderr
+    assert "warning: vLLM-Ascend runs W8A16 in float16 only, not in bfloat16: " in " ".join(said.split())
+
+
 def test_a_dry_run_without_statistics_counts_the_calibration(small: Path, pictures: Path, tmp_path: Path) -> None:
     images = ["--calib-images", pictures, "--limit", 2]
     first = glmq("calibrate", "--model-path", small, "--stats", tmp_path / "stats", *images, "--dry-run", "--json")

@@ -115,7 +115,14 @@ def test_the_next_step_depends_on_the_type() -> None:
     relative = next_steps(Path("out"), make_recipe(Options()))[0]
     assert f"set modelWeightPath to {Path.cwd() / 'out'} in" in relative
     w4a8 = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True))
-    assert next_steps(folder, w4a8) == ["Next: serve it with vLLM-Ascend; MindIE does not load W4A8_DYNAMIC."]
+    assert next_steps(folder, w4a8) == [
+        "Next: serve it with vLLM-Ascend, MindIE does not load W4A8_DYNAMIC; what that makes of it:",
+        "  glmq verify '/data/my out' --target vllm-ascend",
+    ]
+    older = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True, mindie_format=True))
+    assert next_steps(folder, older) == [
+        "No engine is known to load W4A8_DYNAMIC in this form; for vLLM-Ascend write it with --format ascendv1."
+    ]
 
 
 def test_paths_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
