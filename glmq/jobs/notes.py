@@ -143,7 +143,7 @@ def describe_large_weights(linears: Iterable[str], beyond_float16: Collection[st
 def describe_recipe(recipe: Recipe, config: ModelConfig, out: Path) -> list[str]:
     """What is to be said of a quantization before it starts."""
     path, patterns = describe_path(out, recipe.form), describe_patterns(recipe, config)
-    return [*describe_engines(recipe, config), *patterns, *path, *describe_kernel()]
+    return [*describe_limits(recipe, config), *patterns, *path, *describe_kernel()]
 
 
 def describe_kernel() -> list[str]:
@@ -163,7 +163,7 @@ def describe_path(out: Path, form: Form) -> list[str]:
     ]
 
 
-def describe_engines(recipe: Recipe, config: ModelConfig) -> list[str]:
+def describe_limits(recipe: Recipe, config: ModelConfig) -> list[str]:
     """What engines that read the form do with the recipe that one would not think, or refuse though they load its type."""
     types: dict[QuantType, list[LinearShape]] = {}
     for linear in (linear for group in config.family.groups(config) for linear in group.linears):
@@ -174,6 +174,7 @@ def describe_engines(recipe: Recipe, config: ModelConfig) -> list[str]:
         f"warning: {said}"
         for spec in readers
         for kind, linears in types.items()
+        if recipe.form is not Form.COMPRESSED_TENSORS or kind in spec.packed_types
         for said in (
             *spec.by_release(kind),
             *filter(None, (spec.refuses_dtype(kind, recipe.dtype),)),

@@ -6,9 +6,9 @@ from glmq.calibration.convergence import assess
 from glmq.calibration.stats import Statistics
 from glmq.jobs.notes import (
     describe_convergence,
-    describe_engines,
     describe_kernel,
     describe_large_weights,
+    describe_limits,
     describe_path,
 )
 from glmq.model.config import read_config
@@ -64,7 +64,7 @@ RELEASES = (
 
 def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
     def said(**options: object) -> list[str]:
-        return describe_engines(make_recipe(Options(**options)), read_config(small))  # type: ignore[arg-type]
+        return describe_limits(make_recipe(Options(**options)), read_config(small))  # type: ignore[arg-type]
 
     four_bits = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True}
     assert said(**four_bits) == [
@@ -86,3 +86,6 @@ def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
     ]
     assert said(a_bit=16, torch_dtype="fp16") == said() == said(is_dynamic=True) == []
     assert len(said(is_dynamic=True, torch_dtype="fp16")) == 2
+    packed = {"format": "compressed-tensors"}
+    assert said(**packed, a_bit=16) == []
+    assert len(said(**packed, is_dynamic=True, torch_dtype="fp16")) == 1
