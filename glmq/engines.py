@@ -108,14 +108,6 @@ class EngineSpec:
         said = "; ".join(f"{', '.join(names)}: {what}" for what, names in versions.items())
         return [f"W4A8_DYNAMIC of a dense linear depends on the release of {self.title}: {said}"]
 
-    def refuses_dtype(self, quant_type: QuantType, dtype: FloatDtype) -> str | None:
-        """That it runs the type in another dtype only, on every chip; None if it runs it, or does not load it at all."""
-        dtypes = [known for support in self.chips.values() for known in support.dtypes.get(quant_type, ())]
-        if not dtypes or dtype in dtypes:
-            return None
-        why = f": {self.dtype_reasons[quant_type]}" if quant_type in self.dtype_reasons else ""
-        return f"{self.title} runs {quant_type.value} in {dtypes[0].value} only, not in {dtype.value}{why}"
-
     def chips_for(self, quant_type: QuantType) -> tuple[Chip, ...]:
         """The chips on which it loads that type."""
         return tuple(chip for chip, support in self.chips.items() if quant_type in support.dtypes)
@@ -268,6 +260,14 @@ class Place:
         """The float dtypes in which a model of that type is loaded here, the usual one first; empty if it is not."""
         found = [support.dtypes.get(quant_type, ()) for support in self._supports()]
         return tuple(dict.fromkeys(dtype for dtypes in found for dtype in dtypes))
+
+    def refuses_dtype(self, quant_type: QuantType, dtype: FloatDtype) -> str | None:
+        """That the type runs here in another dtype only; None if it runs in this one, or is not loaded at all."""
+        dtypes, spec = self.dtypes(quant_type), self.engine.spec
+        if not dtypes or dtype in dtypes:
+            return None
+        why = f": {spec.dtype_reasons[quant_type]}" if quant_type in spec.dtype_reasons else ""
+        return f"{spec.title} runs {quant_type.value} in {dtypes[0].value} only, not in {dtype.value}{why}"
 
     def why_not(self, quant_type: QuantType) -> str:
         """Why that type is not loaded here."""

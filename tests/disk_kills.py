@@ -80,6 +80,10 @@ def names_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")} if folder.exists() else set()
 
 
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
 def modes_in(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): stat.filemode(path.lstat().st_mode) for path in folder.rglob("*")}
 
@@ -158,15 +162,14 @@ def leave_no_traces(target: Path, *, resume: bool, overwrite: bool) -> None:
 def tidy_up_what_is_read(target: Path) -> None:
     """A run that takes another's finished statistics removes what that one's killed run has left beside them."""
     one_file(target)
-    whole = {(path.name, path.read_bytes() if path.is_file() else b"") for path in target.parent.rglob("*")}
+    whole = contents_of(target.parent)
     for number in range(1, 200):
         tidy_up(target)  # there is nothing to do
         if in_child(functools.partial(killed_one_file, target, number, overwrite=True))[0] == 0:
             break
         is_interrupted = is_folder(target.parent / ".out.partial" / "result")
         tidy_up(target)
-        found = {(path.name, path.read_bytes() if path.is_file() else b"") for path in target.parent.rglob("*")}
-        assert is_interrupted or found == whole, number
+        assert is_interrupted or contents_of(target.parent) == whole, number
         assert (target / "new.txt").read_text() == "new"
         assert tried(functools.partial(one_file, target, overwrite=True))[0] == 0
     with OutputFolder(target, overwrite=True) as output:

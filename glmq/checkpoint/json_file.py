@@ -94,8 +94,9 @@ def _check_depth(document: JsonValue) -> None:
     """Refuse what is nested too deep, level by level."""
     level = [document] if isinstance(document, dict | list) else []
     for _ in range(MAX_DEPTH):
-        inner = (value.values() if isinstance(value, dict) else value for value in level)
-        level = [item for items in inner for item in items if isinstance(item, (dict, list))]  # a union takes longer
+        level = [
+            item for value in level for item in _items(value) if isinstance(item, (dict, list))
+        ]  # a union is slower
         if not level:
             return
     raise ValueError(f"more than {MAX_DEPTH} lists and objects lie within each other")

@@ -9,11 +9,11 @@ from typing import Final
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import WANTED_IMAGES, SampleSet
-from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Engine, EngineSpec
+from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Engine, EngineSpec, Place
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import LinearShape
 from glmq.numerics import gptq
-from glmq.quantization.plan import count_matches
+from glmq.quantization.plan import GroupPlan, count_matches
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form, QuantType
 from glmq.wording import counted
@@ -140,10 +140,10 @@ def describe_large_weights(linears: Iterable[str], beyond_float16: Collection[st
     ]
 
 
-def describe_recipe(recipe: Recipe, config: ModelConfig, out: Path) -> list[str]:
+def describe_recipe(recipe: Recipe, groups: Iterable[GroupPlan], config: ModelConfig, out: Path) -> list[str]:
     """What is to be said of a quantization before it starts."""
     path, patterns = describe_path(out, recipe.form), describe_patterns(recipe, config)
-    return [*describe_limits(recipe, config), *patterns, *path, *describe_kernel()]
+    return [*describe_limits(recipe, groups), *patterns, *path, *describe_kernel()]
 
 
 def describe_kernel() -> list[str]:
@@ -163,23 +163,26 @@ def describe_path(out: Path, form: Form) -> list[str]:
     ]
 
 
-def describe_limits(recipe: Recipe, config: ModelConfig) -> list[str]:
-    """What engines that read the form do with the recipe that one would not think, or refuse though they load its type."""
+def describe_limits(recipe: Recipe, groups: Iterable[GroupPlan]) -> list[str]:
+    """What engines that read the form do with the recipe that one would not think, or refuse though they load its type.
+
+    Args:
+        groups: of the model, as the recipe has them.
+    """
     types: dict[QuantType, list[LinearShape]] = {}
-    for linear in (linear for group in config.family.groups(config) for linear in group.linears):
-        rule = recipe.rule_of(linear.name)
-        types.setdefault(recipe.quant_type if rule is None else rule.quant_type, []).append(linear)
-    readers = [engine.spec for engine in Engine if recipe.form in engine.spec.forms]
+    for plan in groups:
+        types.setdefault(plan.quant_type, []).extend(plan.group.linears)
+    readers = [engine for engine in Engine if recipe.form in engine.spec.forms]
     return [
         f"warning: {said}"
-        for spec in readers
+        for engine in readers
         for kind, linears in types.items()
-        if recipe.form is not Form.COMPRESSED_TENSORS or kind in spec.packed_types
+        if recipe.form is not Form.COMPRESSED_TENSORS or kind in engine.spec.packed_types
         for said in (
-            *spec.by_release(kind),
-            *filter(None, (spec.refuses_dtype(kind, recipe.dtype),)),
-            *_without_bias(spec, kind, linears),
-            *_large_groups(spec, kind, recipe.group_size),
+            *engine.spec.by_release(kind),
+            *filter(None, (Place(engine, None).refuses_dtype(kind, recipe.dtype),)),
+            *_without_bias(engine.spec, kind, linears),
+            *_large_groups(engine.spec, kind, recipe.group_size),
         )
     ]
 

@@ -295,7 +295,7 @@ def _planned(job: QuantizationJob, watcher: Watcher) -> Iterator[tuple[Checkpoin
         side_files = engine_side_files(job.model_path, config.family, for_mindie=for_mindie, chat_template=template)
         plan = plan_output(source, config, job.recipe, groups, job.shard_bytes, side_files)
         check_file_size(job.out_path, max(file.nbytes for file in plan.shards.files))
-        for sentence in describe_recipe(job.recipe, config, job.out_path):
+        for sentence in describe_recipe(job.recipe, groups.values(), config, job.out_path):
             watcher.note(sentence)
         yield source, config, plan
 

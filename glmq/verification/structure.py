@@ -214,10 +214,11 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
                 name,
                 f"is described as {value} but not stored, and is no alias of what is",
             )
-        elif value not in ("FLOAT", quant_type, *_known_types()):
-            yield Check.SHARED_INPUT.error(
-                name, f"is described as {value}, all of a {quant_type} model is FLOAT or {quant_type}"
-            )
+        elif value not in ("FLOAT", quant_type):
+            is_known = value in _known_types()
+            if not is_known or (name in case.checkpoint and name.rpartition(".")[0] not in case.linears):
+                message = f"is described as {value}, all of a {quant_type} model is FLOAT or {quant_type}"
+                yield Finding(Check.SHARED_INPUT, "warning" if is_known else "error", name, message)
     yield from _check_mixture(case)
     for name, value in stored.items():
         base, _, suffix = name.rpartition(".")

@@ -56,7 +56,7 @@ def unbroken(small: Path, pictures: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("record", [0, 2, BLOCKS, BLOCKS + 3, LINES - 1])
+@pytest.mark.parametrize("record", [0, 2, BLOCKS - 1, BLOCKS, BLOCKS + 1, BLOCKS + 3, LINES - 1])
 def test_a_run_killed_around_any_block_resumes_to_the_same_bytes(
     small: Path, pictures: Path, unbroken: dict[str, str], tmp_path: Path, record: int
 ) -> None:
@@ -202,7 +202,10 @@ def test_a_rank_of_torchrun_that_is_killed_stops_the_other_and_one_process_resum
     died = fork_torchrun(2, *arguments, before=die_in_the_second_pass)
     assert died.returncode == 1
     assert died.stderr.count("error[GLMQ-E") == 1
-    told = died.stderr  # torchrun writes into it meanwhile, also into lines
+    told = (
+        died.stderr
+    )  # torchrun writes into it meanwhile, also into lines; of ranks that end within a moment it names one
+    assert "Signal 9 (SIGKILL)" in told or "rank 0 of 2: lost the other ranks" in told
     assert "stopped by SIGTERM; quantize (pass 3 of 3)" in told or "rank 0 of 2: lost the other ranks" in told
     assert sorted(path.name for path in tmp_path.iterdir()) in (
         [".out.partial"],

@@ -13,6 +13,7 @@ from glmq.jobs.notes import (
 )
 from glmq.model.config import read_config
 from glmq.quantization.options import Options
+from glmq.quantization.plan import plan_groups
 from glmq.quantization.recipe import make_recipe
 from glmq.spec import Form
 
@@ -64,7 +65,8 @@ RELEASES = (
 
 def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
     def said(**options: object) -> list[str]:
-        return describe_limits(make_recipe(Options(**options)), read_config(small))  # type: ignore[arg-type]
+        asked = make_recipe(Options(**options))  # type: ignore[arg-type]
+        return describe_limits(asked, plan_groups(asked, read_config(small)).values())
 
     four_bits = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True}
     assert said(**four_bits) == [

@@ -96,6 +96,14 @@ def test_groups_of_another_size_than_the_description_says_are_found(
         assert f"{LAYER}.self_attn.o_proj.{suffix}: has shape [64, 1], vLLM-Ascend {said}" in found
 
 
+def test_groups_that_need_a_setting_of_vllm_ascend_are_said_once(mixed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(mixed, tmp_path / "copy")
+    edit_json(folder / DESCRIPTION, lambda d: d.update(group_size=256))
+    assert [said for said in notes(folder, Engine.VLLM_ASCEND) if "ENABLE_NZ" in said] == [
+        "is 256; vLLM-Ascend takes more than 128 with VLLM_ASCEND_ENABLE_NZ=0 alone"
+    ]
+
+
 def test_a_missing_group_size_is_found_where_rules_give_groups(mixed: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(mixed, tmp_path / "copy")
     edit_json(folder / DESCRIPTION, lambda d: d.pop("group_size"))

@@ -44,6 +44,7 @@ def test_tensors_and_keys_without_their_counterpart_are_found(make: Make) -> Non
             "model.visual.merger.gate_up_proj.weight": "W8A8",
             f"{LAYER}.mlp.down_proj.weight": "W8A8S",
             f"{Q}.deq_scale": "FLOAT",
+            f"{LAYER}.input_layernorm.bias": "W8A16",
         },
     )
     assert sorted(found(directory, None)) == [
@@ -56,6 +57,7 @@ def test_tensors_and_keys_without_their_counterpart_are_found(make: Make) -> Non
         (7, f"{LAYER}.mlp.down_proj.quant_bias", "is missing, a W8A8S linear has it"),
         (7, f"{Q}.deq_scale", "is described as FLOAT, wanted W8A8 as its linear's weight is"),
         (9, f"{LAYER}.mlp.down_proj.weight", "has dtype F16, wanted I8"),
+        (12, f"{LAYER}.input_layernorm.bias", "is described as W8A16, all of a W8A8 model is FLOAT or W8A8"),
         (
             12,
             f"{LAYER}.mlp.down_proj.weight",

@@ -65,7 +65,7 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
     dtype = None if config is None else run_dtype(config)
     stored = {tensor.quant_type for tensor in folder.tensors}
     for quant_type in (known for known in QuantType if known.value in stored):
-        refused = None if dtype is None else engine.spec.refuses_dtype(quant_type, dtype)
+        refused = None if dtype is None else Place(engine, None).refuses_dtype(quant_type, dtype)
         if refused is not None:
             yield check.error("", refused)
 

@@ -15,7 +15,7 @@ from glmq.spec import Form, QuantType
 from glmq.verification.engines.linears import DTYPE_NAMES, VLLM_TYPES, Complaint, check_linear_tensors, section
 from glmq.wording import counted
 
-RELEASES: Final = Engine.VLLM_ASCEND.spec.releases
+SPEC: Final = Engine.VLLM_ASCEND.spec
 DEFAULT_GROUP_SIZE: Final = 256
 """Of its W4A8_DYNAMIC linears where the description gives none."""
 
@@ -56,8 +56,15 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
     if folder.kind is not Kind.SHARDED and (folder.directory / "model.safetensors.index.json").exists():
         yield True, "", "model.safetensors.index.json is there; vLLM drops every weight file that it does not name"
     if "W4A8_DYNAMIC" in folder.description.values():  # of the model, or of some linears in it
-        for sentence in Engine.VLLM_ASCEND.spec.by_release(QuantType.W4A8_DYNAMIC):
+        for sentence in SPEC.by_release(QuantType.W4A8_DYNAMIC):
             yield False, "", sentence
+        size = folder.description.get("group_size", DEFAULT_GROUP_SIZE)
+        if isinstance(size, int) and SPEC.largest_group is not None and size > SPEC.largest_group:
+            yield (
+                False,
+                "group_size",
+                f"is {size}; vLLM-Ascend takes more than {SPEC.largest_group} with {LARGE_GROUPS} alone",
+            )
     elif folder.quant_type in ("W8A8S", "W8A8SC"):
         yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only"
     if config is None:
@@ -82,14 +89,10 @@ def _check_biases(
     stored: Mapping[str, StoredTensor], description: Mapping[str, JsonValue], config: ModelConfig
 ) -> Iterator[Complaint]:
     """Biases that it leaves out, of a type's linears, once for each type."""
-    spec = Engine.VLLM_ASCEND.spec
-    for quant_type in spec.drops_bias:
-        linears = [linear.name for group in config.family.groups(config) for linear in group.linears]
-        lost = [
-            f"{name}.bias"
-            for name in linears
-            if description.get(f"{name}.weight") == quant_type.value and f"{name}.bias" in stored
-        ]
+    linears = [linear.name for group in config.family.groups(config) for linear in group.linears]
+    for quant_type in SPEC.drops_bias:
+        of_type = [f"{name}.bias" for name in linears if description.get(f"{name}.weight") == quant_type.value]
+        lost = [name for name in of_type if name in stored]
         if lost:
             yield (
                 True,
@@ -107,9 +110,6 @@ def _check_groups(
     if not isinstance(size, int) or size < 1:
         yield True, "group_size", f"is {size!r} in the description; {linear.name} needs input columns per group"
         return
-    largest = Engine.VLLM_ASCEND.spec.largest_group
-    if largest is not None and size > largest:
-        yield False, "group_size", f"is {size}; vLLM-Ascend takes more than {largest} with {LARGE_GROUPS} alone"
     said = (
         "as the description says"
         if "group_size" in description
@@ -158,7 +158,7 @@ def vllm_modules(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 def missing_key(module: str) -> str:
     """What becomes of a linear whose key is missing, by release where they differ."""
     is_packed = module.endswith(("qkv_proj", "gate_up_proj"))  # in vLLM's map, be it of one linear
-    said = [(r.versions, r.missing_packed_key if is_packed else r.missing_key) for r in RELEASES]
+    said = [(r.versions, r.missing_packed_key if is_packed else r.missing_key) for r in SPEC.releases]
     if len({what for _, what in said}) == 1:
         return said[0][1]
     return "; ".join(f"{versions}: {what}" for versions, what in said)
