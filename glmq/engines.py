@@ -267,7 +267,12 @@ class Place:
         if not dtypes or dtype in dtypes:
             return None
         why = f": {spec.dtype_reasons[quant_type]}" if quant_type in spec.dtype_reasons else ""
-        return f"{spec.title} runs {quant_type.value} in {dtypes[0].value} only, not in {dtype.value}{why}"
+        return f"{self.title} runs {quant_type.value} in {dtypes[0].value} only, not in {dtype.value}{why}"
+
+    @property
+    def title(self) -> str:
+        """Engine and chip for people."""
+        return self.engine.spec.title + ("" if self.chip is None else f" on the Atlas {self.chip.value}")
 
     def why_not(self, quant_type: QuantType) -> str:
         """Why that type is not loaded here."""

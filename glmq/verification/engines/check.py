@@ -13,7 +13,7 @@ from glmq.engines import Engine, Place, reads_type
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig, parse_config
-from glmq.spec import Form, QuantType, assert_never
+from glmq.spec import FloatDtype, Form, QuantType, assert_never
 from glmq.verification.engines.linears import Complaint, run_dtype
 from glmq.verification.engines.mindie import check_mindie
 from glmq.verification.engines.sglang import check_sglang
@@ -85,20 +85,35 @@ def _look_ups_of(engine: Engine) -> tuple[Check, Callable[[Folder, ModelConfig |
 
 
 def check_chip(folder: Folder, place: Place) -> Iterator[Finding]:
-    """Which of the types in the folder the engine does not load on that chip; nothing if it loads all."""
+    """Which of the types in the folder the engine does not load on that chip, or not in the folder's dtype.
+
+    Nothing if it loads all, or where it is the same on every chip, which `check_lookups` finds.
+    """
     if place.chip is None:
         return
     check, _ = _look_ups_of(place.engine)
-    where = f"{place.engine.spec.title} on the Atlas {place.chip.value}"
+    dtype = _run_dtype(folder)
     first = {tensor.quant_type: tensor.name for tensor in reversed(folder.tensors)}
     if folder.quant_type is not None:
         first[folder.quant_type] = ""  # of the model, not of one tensor
     for quant_type in QuantType:
-        is_here = quant_type is not QuantType.FLOAT and quant_type.value in first
-        if is_here and not place.dtypes(quant_type):
-            yield check.error(
-                first[quant_type.value], f"{where} does not load {quant_type.value}: {place.why_not(quant_type)}"
-            )
+        if quant_type is QuantType.FLOAT or quant_type.value not in first:
+            continue
+        tensor = first[quant_type.value]
+        if not place.dtypes(quant_type):
+            yield check.error(tensor, f"{place.title} does not load {quant_type.value}: {place.why_not(quant_type)}")
+        elif dtype is not None and Place(place.engine, None).refuses_dtype(quant_type, dtype) is None:
+            refused = place.refuses_dtype(quant_type, dtype)
+            if refused is not None:
+                yield check.error(tensor, refused)
+
+
+def _run_dtype(folder: Folder) -> FloatDtype | None:
+    """Of its config.json; None where that cannot be read, which `check_lookups` says, or does not say it."""
+    try:
+        return run_dtype(parse_config(folder.config, "config.json"))
+    except ModelError:
+        return None
 
 
 def is_for(folder: Folder, engine: Engine) -> bool:
