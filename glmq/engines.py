@@ -6,7 +6,7 @@ From the engines' documentation and loaders; nothing here has run on hardware.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -18,6 +18,10 @@ FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
 
 WITHOUT_BIAS: Final = "give those another type: --layer '*.self_attn.[qkv]_proj=W8A8_DYNAMIC'"
 """What helps where an engine leaves out the bias of a type's linears."""
+FLOAT_ELSEWHERE: Final = "the vision tower and lm_head in float alone"
+"""How an engine that is `text_only` reads them."""
+NOT_COMPRESSED: Final = "`glmq compress` takes the ascendV1 form alone; to compress, quantize without --mindie_format"
+"""Of sparse models in the MindIE form."""
 LARGE_GROUPS: Final = "VLLM_ASCEND_ENABLE_NZ=0"
 """The setting with which vLLM-Ascend takes groups beyond `largest_group`."""
 
@@ -85,6 +89,8 @@ class EngineSpec:
     chips: Mapping[Chip, ChipSupport]
     packed_types: tuple[QuantType, ...] = ()
     """The types that it reads in the compressed-tensors form."""
+    text_only: bool = False
+    """It has integer kernels for the linears of text layers alone: the vision tower and lm_head must be float."""
     drops_bias: tuple[QuantType, ...] = ()
     """The types whose linears it runs without their bias."""
     largest_group: int | None = None
@@ -108,9 +114,10 @@ class EngineSpec:
         said = "; ".join(f"{', '.join(names)}: {what}" for what, names in versions.items())
         return [f"W4A8_DYNAMIC of a dense linear depends on the release of {self.title}: {said}"]
 
-    def chips_for(self, quant_type: QuantType) -> tuple[Chip, ...]:
-        """The chips on which it loads that type."""
-        return tuple(chip for chip, support in self.chips.items() if quant_type in support.dtypes)
+    def chips_for(self, quant_type: QuantType, dtype: FloatDtype | None) -> tuple[Chip, ...]:
+        """The chips on which it loads that type in that dtype; None: in some dtype."""
+        loaded = {chip: support.dtypes.get(quant_type, ()) for chip, support in self.chips.items()}
+        return tuple(chip for chip, dtypes in loaded.items() if (bool(dtypes) if dtype is None else dtype in dtypes))
 
 
 _MINDIE_W4A8: Final = "MindIE's GLM-4.1V has no W4A8_DYNAMIC loader"
@@ -135,6 +142,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
         title="MindIE",
         forms=(Form.ASCEND_V1, Form.MINDIE),
         mixes_types=False,
+        text_only=True,
         group_sizes=(64, 128, 256),
         world_sizes=(1, 2, 4),
         documented_world_sizes=(1, 2),
@@ -273,6 +281,20 @@ class Place:
     def title(self) -> str:
         """Engine and chip for people."""
         return self.engine.spec.title + ("" if self.chip is None else f" on the Atlas {self.chip.value}")
+
+    def loads(self, types: Collection[QuantType], dtype: FloatDtype, form: Form, *, text_only: bool) -> bool:
+        """Whether a model is loaded here.
+
+        Args:
+            types: those of its linears that are integers.
+            dtype: of its float tensors.
+            form: in which it is written.
+            text_only: whether all of these linears are those of text layers.
+        """
+        spec = self.engine.spec
+        is_read = form in spec.forms and (form is not Form.COMPRESSED_TENSORS or set(types) <= set(spec.packed_types))
+        fits = (spec.mixes_types or len(set(types)) == 1) and (text_only or not spec.text_only)
+        return is_read and fits and all(dtype in self.dtypes(quant_type) for quant_type in types)
 
     def why_not(self, quant_type: QuantType) -> str:
         """Why that type is not loaded here."""

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from glmq.engines import ENGINES, Chip, Engine, Place
-from glmq.spec import FloatDtype, QuantType
+from glmq.spec import FloatDtype, Form, QuantType
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = {t for t in QuantType if t is not QuantType.FLOAT and not t.spec.is_compressed}
@@ -22,8 +22,31 @@ def test_every_engine_says_yes_or_why_not_to_every_type_on_every_chip(engine: En
 def test_sparse_types_are_float16_on_the_300i_duo_only() -> None:
     for engine in (Engine.MINDIE, Engine.VLLM_ASCEND):
         for quant_type in (QuantType.W8A8S, QuantType.W8A8SC):
-            assert engine.spec.chips_for(quant_type) == (Chip.DUO_300I,)
+            assert engine.spec.chips_for(quant_type, None) == (Chip.DUO_300I,)
+            assert engine.spec.chips_for(quant_type, FloatDtype.BF16) == ()
             assert Place(engine, None).dtypes(quant_type) == (FloatDtype.FP16,)
+
+
+def test_w8a8_in_bfloat16_is_not_for_the_300i_duo() -> None:
+    for engine in (Engine.MINDIE, Engine.VLLM_ASCEND):
+        assert engine.spec.chips_for(QuantType.W8A8, FloatDtype.FP16) == (Chip.A2_800I, Chip.DUO_300I)
+        assert engine.spec.chips_for(QuantType.W8A8, FloatDtype.BF16) == (Chip.A2_800I,)
+
+
+def test_a_place_loads_a_model_if_it_reads_its_form_and_every_type_in_its_dtype() -> None:
+    mindie, vllm = Place(Engine.MINDIE, Chip.A2_800I), Place(Engine.VLLM_ASCEND, Chip.A2_800I)
+    bf16, form = FloatDtype.BF16, Form.ASCEND_V1
+    dense, mixed = [QuantType.W8A8], [QuantType.W8A8, QuantType.W8A8_DYNAMIC]
+    assert mindie.loads(dense, bf16, form, text_only=True)
+    assert mindie.loads(dense, bf16, Form.MINDIE, text_only=True)
+    assert not mindie.loads(dense, bf16, form, text_only=False)
+    assert not mindie.loads(mixed, bf16, form, text_only=True)
+    assert not Place(Engine.MINDIE, Chip.DUO_300I).loads(dense, bf16, form, text_only=True)
+    assert vllm.loads(mixed, bf16, form, text_only=False)
+    assert not vllm.loads(mixed, FloatDtype.FP16, form, text_only=True)
+    assert not vllm.loads(dense, bf16, Form.MINDIE, text_only=True)
+    assert not vllm.loads(dense, bf16, Form.COMPRESSED_TENSORS, text_only=True)
+    assert vllm.loads([QuantType.W8A8_DYNAMIC], bf16, Form.COMPRESSED_TENSORS, text_only=True)
 
 
 def test_a_place_without_a_chip_is_any_of_them() -> None:

@@ -23,6 +23,8 @@ FOREIGN_KEYS: Final = ("fa_quant_type", "kv_cache_type", "kv_quant_type", "index
 """Model-wide keys of other features. We never write them: an engine takes even a null `fa_quant_type` as "enabled"."""
 
 _OWN_KEYS: Final = ("version", "model_quant_type", "group_size")
+_NOTES: Final = ("metadata", "optional")
+"""Model-wide keys of the vendor's one-command flow, which no engine reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def parse_description(path: Path, document: JsonObject) -> Description:
     version = None if document.get("version") is None else fields.text("version")
     if version is not None and not re.fullmatch(r"[1-9]\d*\.\d+\.\d+", version):
         raise CheckpointError(f"{path}: version is {version!a:.60}, wanted one like '1.0.0'; write the file again")
-    group_size = None if document.get("group_size") is None else fields.count("group_size")
-    tensors = {name: fields.text(name) for name in fields if name not in (*_OWN_KEYS, *FOREIGN_KEYS)}
-    return Description(quant_type, version, group_size, tensors)
+    # No groups is 0 in the one-command flow.
+    size = 0 if document.get("group_size") is None else fields.count("group_size")
+    tensors = {name: fields.text(name) for name in fields if name not in (*_OWN_KEYS, *_NOTES, *FOREIGN_KEYS)}
+    return Description(quant_type, version, size or None, tensors)

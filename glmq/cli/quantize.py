@@ -125,8 +125,8 @@ def quantize(
         list[str] | None,
         typer.Option(
             "--layer",
-            help="PATTERN=TYPE, e.g. '*.layers.0.*=FLOAT', or, but for W8A8S, '*.mlp.down_proj=W8A8'. Repeatable, the last "
-            "match counts.",
+            help="PATTERN=TYPE, e.g. '*.layers.0.*=FLOAT', or, but for W8A8S, '*.layers.*.down_proj=W8A8'. Repeatable, "
+            "the last match counts.",
             rich_help_panel=o.QUANTIZATION,
             show_default=False,
         ),

@@ -16,7 +16,7 @@ from glmq.cli.complaint import ANSWERED
 from glmq.cli.console import stdout
 from glmq.cli.lines import Flow, width_of
 from glmq.cli.tables import Cell, Column, FittedTable
-from glmq.engines import Engine, Place
+from glmq.engines import NOT_COMPRESSED, Chip, Engine, Place
 from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.machine import available_memory
@@ -309,7 +309,7 @@ def show_quantization(result: QuantizationResult, model: Path, *, verbose: bool)
         stdout.say(f"  output error: median {median(errors):.2%}, worst {errors[-1]:.2%} at {at}")
     show_settled(result.settled, verbose=verbose)
     stdout.print(f"  check it: glmq verify {quote(str(folder))} --reference {quote(str(model))}", soft_wrap=True)
-    for line in next_steps(result.folder, recipe):
+    for line in next_steps(result.folder, recipe, result.engines):
         show_line(line)
 
 
@@ -329,31 +329,36 @@ def show_line(line: str) -> None:
     stdout.print(line, soft_wrap=True) if line.startswith("  ") else stdout.say(line)
 
 
-def next_steps(folder: Path, recipe: Recipe) -> list[str]:
-    """The exact next command for a fresh checkpoint, and which engine takes it."""
-    quant_type = recipe.quant_type
-    if quant_type.spec.is_sparse:
+def next_steps(folder: Path, recipe: Recipe, loaders: Mapping[Engine, Sequence[Chip]]) -> list[str]:
+    """The exact next command for a fresh checkpoint, which these engines load on these chips."""
+    is_sparse, of_mindie = recipe.quant_type.spec.is_sparse, loaders.get(Engine.MINDIE)
+    if is_sparse and of_mindie and recipe.form is Form.ASCEND_V1:
         return [
             "Next, for the Atlas 300I Duo: compress it for the tensor-parallel size that you will serve with:",
             f"  glmq compress --model_path {quote(str(folder))} --save_directory {quote(f'{folder}-sc')} --tp 1",
         ]
     if recipe.form is Form.COMPRESSED_TENSORS:
         return [f"Next: serve it with vLLM (vllm serve {folder}), or load it with transformers and compressed-tensors."]
-    loaders = [engine for engine in Engine if Place(engine, None).dtypes(quant_type)]
-    readers = [engine for engine in loaders if recipe.form in engine.spec.forms]
-    if not readers:
-        titles = " or ".join(engine.spec.title for engine in loaders)
+    if of_mindie:
         return [
-            f"No engine is known to load {quant_type.value} in this form; for {titles} write it with --format ascendv1."
+            f"Next: serve it with MindIE on the {_cards(of_mindie)} (world size 1 or 2): set modelWeightPath to "
+            f"{folder.absolute()} in conf/config.json of mindie-service, then start mindieservice_daemon. "
+            "The speed-up needs the NPU engine.",
+            *([f"Note: {NOT_COMPRESSED}."] if is_sparse else []),
         ]
-    if Engine.MINDIE not in readers:
-        engine = readers[0]
+    engines = list(loaders) or [engine for engine in Engine if Place(engine, None).dtypes(recipe.quant_type)]
+    command = f"  glmq verify {quote(str(folder))} --target {engines[0].value}"
+    if loaders:
+        first = engines[0]
         return [
-            f"Next: serve it with {engine.spec.title}, MindIE does not load {quant_type.value}; what that makes of it:",
-            f"  glmq verify {quote(str(folder))} --target {engine.value}",
+            f"Next: serve it with {first.spec.title} on the {_cards(loaders[first])}; what that makes of it:",
+            command,
         ]
-    return [
-        f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): set modelWeightPath to {folder.absolute()} "
-        "in conf/config.json of mindie-service, then start mindieservice_daemon. "
-        "The speed-up needs the NPU engine."
-    ]
+    if recipe.form is Form.MINDIE and Engine.MINDIE not in engines:
+        titles = " or ".join(engine.spec.title for engine in engines)
+        return [f"No engine is known to load it in this form; for {titles} write it with --format ascendv1."]
+    return ["No engine is known to load it as it is; this says why:", command]
+
+
+def _cards(chips: Sequence[Chip]) -> str:
+    return f"Atlas {' or '.join(chip.value for chip in chips)}"

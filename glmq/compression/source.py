@@ -13,6 +13,7 @@ from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.sidecar import check_link
 from glmq.compression.manifest import MANIFEST, read_manifest
+from glmq.engines import NOT_COMPRESSED
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY, ModelConfig, read_config
 from glmq.spec import FloatDtype, Form, QuantType
@@ -86,10 +87,7 @@ def _read_description(directory: Path, config: JsonObject) -> Description:
     if quant_type != QuantType.W8A8S.value:
         raise WrongFolderError(f"{directory}: is {quant_type}, but only W8A8S can be compressed; {_HOW}")
     if description.form is Form.MINDIE:
-        raise WrongFolderError(
-            f"{directory}: is W8A8S in the older MindIE form; only the ascendV1 form is compressed: "
-            "quantize again without --mindie_format"
-        )
+        raise WrongFolderError(f"{directory}: is W8A8S in the older MindIE form; {NOT_COMPRESSED}")
     if config.get("torch_dtype") != FloatDtype.FP16.value:
         raise WrongFolderError(
             f"{directory}: config.json says {config.get('torch_dtype')!r}, but W8A8S exists in float16 only, as the engine "

@@ -9,11 +9,11 @@ from typing import Final
 from glmq.calibration.convergence import Assessment, Convergence
 from glmq.calibration.generate import GenerationPlan
 from glmq.calibration.samples import WANTED_IMAGES, SampleSet
-from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Engine, EngineSpec, Place
+from glmq.engines import FLOAT_ELSEWHERE, LARGE_GROUPS, NOT_COMPRESSED, WITHOUT_BIAS, Engine, EngineSpec, Place
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import LinearShape
 from glmq.numerics import gptq
-from glmq.quantization.plan import GroupPlan, count_matches
+from glmq.quantization.plan import GroupPlan, beyond_text, count_matches
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form, QuantType
 from glmq.wording import counted
@@ -169,11 +169,19 @@ def describe_limits(recipe: Recipe, groups: Iterable[GroupPlan]) -> list[str]:
     Args:
         groups: of the model, as the recipe has them.
     """
+    plans = list(groups)
     types: dict[QuantType, list[LinearShape]] = {}
-    for plan in groups:
+    for plan in plans:
         types.setdefault(plan.quant_type, []).extend(plan.group.linears)
     readers = [engine for engine in Engine if recipe.form in engine.spec.forms]
-    return [
+    general = [NOT_COMPRESSED] if recipe.quant_type.spec.is_sparse and recipe.form is Form.MINDIE else []
+    others = beyond_text(plans)
+    general += [
+        f"{engine.spec.title} reads {FLOAT_ELSEWHERE}, and {len(others)} of their linears become integers, {others[0]} first"
+        for engine in readers
+        if others and engine.spec.text_only
+    ]
+    return [f"warning: {said}" for said in general] + [
         f"warning: {said}"
         for engine in readers
         for kind, linears in types.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
 from glmq.checkpoint.sidecar import list_side_files
 from glmq.checkpoint.workplace import STATISTICS, Workplace, check_output, foreseen, stored_bytes
+from glmq.engines import Chip, Engine
 from glmq.errors import LaunchError, UsageError
 from glmq.jobs.calibrate import Calibration, CalibrationResult, sources_of, write_statistics
 from glmq.jobs.calibration_options import CalibrationOptions
@@ -46,7 +47,7 @@ from glmq.quantization.fallback import check_topk
 from glmq.quantization.fold import RowFolds
 from glmq.quantization.output import AreaBytes, OutputPlan, bytes_by_area, plan_output
 from glmq.quantization.passes import QuantizationRun
-from glmq.quantization.plan import plan_groups
+from glmq.quantization.plan import loading_engines, plan_groups
 from glmq.quantization.recipe import Recipe
 from glmq.quantization.report import Report, kept_float
 from glmq.quantization.stream import quantize_checkpoint
@@ -116,6 +117,8 @@ class QuantizationResult:
     reports: tuple[LinearReport, ...]
     """The error table; empty where none was asked for."""
     areas: tuple[AreaBytes, ...]
+    engines: Mapping[Engine, tuple[Chip, ...]]
+    """Those that load it, by the engines' table, each with the chips on which it does; with a target that one alone."""
     document: JsonObject
     """As glmq_report.json holds it; without `linears` where none was asked for."""
     times: tuple[PassTime, ...]
@@ -203,9 +206,8 @@ def quantize(
     """
     stats_path = stats.folder if isinstance(stats, CalibrationResult) else None if stats is None else Path(stats)
     recipe = recipe or Recipe.w8a8()
-    job = QuantizationJob(
-        Path(model), Path(out), recipe, CalibrationOptions(text_inputs=recipe.propagation > 0), stats_path
-    )
+    options = CalibrationOptions(text_inputs=recipe.propagation > 0)
+    job = QuantizationJob(Path(model), Path(out), recipe, options, stats_path)
     if dry_run:
         return forecast_quantization(job, overwrite=overwrite, watch=watch)
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch)
@@ -262,9 +264,7 @@ def _forecast(
 def _check_places(job: QuantizationJob, *, overwrite: bool, resume: bool) -> None:
     """Refuse output folders that cannot be written, or hold what is read, and several ranks where one does the work."""
     if job.recipe.scheme.bias_correction and not job.reports:
-        raise UsageError(
-            "--no-report: verify checks what --bias-correction did by the report; leave one of the two out"
-        )
+        raise UsageError("--no-report: verify checks what --bias-correction did by the report; leave one of them out")
     if job.recipe.propagation and read_place().world > 1:
         raise LaunchError(
             "--propagation: each layer waits for the one before, so torchrun's processes cannot share them; run "
@@ -387,14 +387,14 @@ def _write_weights(
     if recipe.dtype is FloatDtype.FP16:
         for sentence in describe_large_weights(plan.linears, source.beyond_float16):
             watcher.note(sentence)
-    areas = bytes_by_area(source, plan.shards)
+    table, areas = tuple(reports), tuple(bytes_by_area(source, plan.shards))
+    engines = loading_engines(recipe, plan.groups.values())
     ranks.barrier()  # rank 0 has written the checksums
     times = watcher.times(ranks)
     checksums = read_checksums(folder.path).tensors_digest
     kept = kept_float(plan.groups, recipe, job.recipe)
     run = run_facts(job.model_path, job.stats_path, job.out_path, times)
-    report = Report(recipe, tuple(reports), tuple(areas), kept, checksums, calibration_facts(statistics), run)
+    report = Report(recipe, table, areas, kept, checksums, calibration_facts(statistics), run, engines)
     document = describe(report, folder.path if job.reports else None, ranks)
-    is_dense = all(g.quant_type.spec.weight_bits == 8 for g in plan.groups.values() if g.is_quantized)
-    settled = assess_settled(statistics, is_dense=is_dense)
-    return QuantizationResult(job.out_path, recipe, tuple(reports), tuple(areas), document, times, settled, curves, 0.0)
+    settled = assess_settled(statistics, plan.linears.values())
+    return QuantizationResult(job.out_path, recipe, table, areas, engines, document, times, settled, curves, 0.0)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from glmq.calibration.convergence import Assessment, assess
 from glmq.calibration.stats import Statistics
 from glmq.jobs.notes import describe_convergence
+from glmq.spec import QuantType
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +32,9 @@ class Settled:
         return None if found is None else found.suffices(is_dense=bool(self.is_dense))
 
 
-def assess_settled(statistics: Statistics, *, is_dense: bool | None = None) -> Settled:
-    """Whether the samples were enough; the log gets it line by line."""
+def assess_settled(statistics: Statistics, types: Collection[QuantType] = ()) -> Settled:
+    """Whether the samples were enough, for linears of these types where they are given; the log gets it line by line."""
+    is_dense = all(quant_type.spec.weight_bits == 8 for quant_type in types) if types else None
     samples = statistics.samples()
     unanswered = sum(not sample.has_answer for sample in samples)
     settled = Settled(assess(statistics.settled(), samples=len(samples)), unanswered, is_dense)

@@ -236,6 +236,10 @@ class Family:
     area: Callable[[str], Area]
     """The area that a tensor belongs to, by its name in a float or quantized checkpoint."""
 
+    def in_text_layers(self, linear: str) -> bool:
+        """Whether a linear is one of a text layer, not of the vision tower, nor lm_head."""
+        return self.area(f"{linear}.weight") in (Area.TEXT_LINEARS, Area.DOWN_PROJ)
+
     def picture_defect(self, width: int, height: int) -> str | None:
         """Why the image processor takes no picture of that many pixels, or None."""
         smallest, aspect = self.image_processor.smallest_side, self.image_processor.largest_aspect

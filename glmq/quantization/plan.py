@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from glmq.engines import WITHOUT_BIAS
+from glmq.engines import FLOAT_ELSEWHERE, WITHOUT_BIAS, Chip, Engine, Place
 from glmq.errors import PatternError, TargetError, UsageError
-from glmq.model.config import ModelConfig
+from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import InputGroup
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Method, QuantType, StepRule
@@ -32,8 +33,8 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     """The plan of every group, keyed by site, in model order.
 
     Raises:
-        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize, or a bias that the
-            target drops.
+        UsageError: a pattern that matches no linear, splits a group, or leaves nothing to quantize, or linears that the
+            target cannot run.
     """
     groups = config.family.groups(config)
     for rule in recipe.rules:
@@ -46,7 +47,7 @@ def plan_groups(recipe: Recipe, config: ModelConfig) -> dict[str, GroupPlan]:
     plans = {group.site: GroupPlan(group, _group_type(group, recipe)) for group in groups}
     for plan in plans.values():
         _check_width(plan, recipe)
-        _check_biases(plan, recipe)
+        _check_target(plan, recipe)
     if not any(plan.is_quantized for plan in plans.values()):
         given = {rule.option.partition(" ")[0] for rule in recipe.rules if rule.option}
         verb = "leaves" if len(given) == 1 else "leave"
@@ -65,9 +66,40 @@ def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
         )
 
 
-def _check_biases(plan: GroupPlan, recipe: Recipe) -> None:
-    """An engine that leaves out the bias of a type's linears answers wrongly with it."""
+def loading_engines(recipe: Recipe, plans: Iterable[GroupPlan]) -> dict[Engine, tuple[Chip, ...]]:
+    """The engines that load what the recipe makes, each with the chips on which it does; with a target that one alone."""
+    quantized = [plan for plan in plans if plan.is_quantized]
+    types, text_only = {plan.quant_type for plan in quantized}, not beyond_text(quantized)
+    target = recipe.target.place
+    found: dict[Engine, tuple[Chip, ...]] = {}
+    for engine in Engine if target is None else [target.engine]:
+        chips = engine.spec.chips if target is None or target.chip is None else [target.chip]
+        fits = [c for c in chips if Place(engine, c).loads(types, recipe.dtype, recipe.form, text_only=text_only)]
+        if fits:
+            found[engine] = tuple(fits)
+    return found
+
+
+def beyond_text(plans: Iterable[GroupPlan]) -> list[str]:
+    """The linears that become integers and are not those of text layers."""
+    return [
+        linear.name
+        for plan in plans
+        if plan.is_quantized
+        for linear in plan.group.linears
+        if not FAMILY.in_text_layers(linear.name)
+    ]
+
+
+def _check_target(plan: GroupPlan, recipe: Recipe) -> None:
+    """Linears that the engine of --target lacks kernels for, or whose bias it leaves out, so that it answers wrongly."""
     place = recipe.target.place
+    others = [] if place is None or not place.engine.spec.text_only else beyond_text([plan])
+    if place is not None and others:
+        raise TargetError(
+            f"--target {recipe.target.value}: {place.engine.spec.title} reads {FLOAT_ELSEWHERE}, and {others[0]} would be "
+            f"{plan.quant_type.value}; narrow the pattern to the text layers, like '*.layers.*.down_proj'"
+        )
     biased = [linear.name for linear in plan.group.linears if linear.has_bias]
     if place is not None and plan.quant_type in place.engine.spec.drops_bias and biased:
         raise TargetError(

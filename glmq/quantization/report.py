@@ -10,6 +10,7 @@ from typing import Final
 
 from glmq.calibration.manifest import SampleTokens
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_json, write_whole
+from glmq.engines import Chip, Engine
 from glmq.quantization.output import AreaBytes
 from glmq.quantization.plan import GroupPlan
 from glmq.quantization.recipe import Recipe
@@ -80,6 +81,8 @@ class Report:
     """Digest of the tensors' entries in glmq_checksums.json, so that a lost or replaced one is noticed."""
     calibration: CalibrationFacts
     run: RunFacts
+    engines: Mapping[Engine, tuple[Chip, ...]]
+    """Those that load the checkpoint, each with the chips on which it does."""
 
 
 def report_document(report: Report) -> JsonObject:

@@ -28,7 +28,7 @@ def parse_rule(text: str, model_type: QuantType, target: Target, form: Form) -> 
     """
     pattern, equals, name = text.rpartition("=")
     if not equals or not pattern:
-        raise PatternError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'")
+        raise PatternError(f"--layer {text!r}: PATTERN=TYPE is needed, like '*.layers.*.down_proj=W8A8'")
     known = {t.value: t for t in QuantType if not t.spec.is_compressed}
     quant_type = known.get(name.upper())
     if quant_type is None:

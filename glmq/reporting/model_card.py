@@ -74,16 +74,15 @@ glmq ask FOLDER --image PHOTO
 
 def _serving(report: Report) -> str:
     recipe = report.recipe
-    if recipe.quant_type.spec.is_sparse:
+    if recipe.quant_type.spec.is_sparse and recipe.form is Form.ASCEND_V1:
         return (
             "Sparse weights are compressed first, for the number of ranks that serve them (Atlas 300I Duo, MindIE):\n\n"
             "```\nglmq compress --model_path FOLDER --save_directory OUT --tp 1\n```"
         )
     lines = []
     for engine, spec in ENGINES.items():
-        chips = spec.chips_for(recipe.quant_type)
-        if recipe.form in spec.forms and chips:
-            on = ", ".join(f"Atlas {chip.value}" for chip in chips)
+        if engine in report.engines:
+            on = ", ".join(f"Atlas {chip.value}" for chip in report.engines[engine])
             lines.append(f"- {spec.title} ({on}): {SERVING[engine]}.")
     plugin = "with glmq's plugin (`pip install 'glmq[vllm]'`)"
     if recipe.form is Form.COMPRESSED_TENSORS:

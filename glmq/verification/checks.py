@@ -75,8 +75,8 @@ def verify_files(
         case Kind.FLOAT | Kind.FOREIGN | Kind.QUANTIZED:
             source = None if reference is None else open_reference(reference)
             try:
-                yield from check_structure(candidate, source, read=read)
-                yield from _verify_linears(candidate, source, read)
+                is_whole = yield from check_structure(candidate, source, read=read)
+                yield from _verify_linears(candidate, source, read, is_whole=is_whole)
             finally:
                 if source is not None:
                     source.close()
@@ -98,6 +98,8 @@ def _verify_compressed(folder: Folder, reference: Path | None) -> Iterator[Verif
     if folder.kind is not Kind.PORTABLE:
         yield from check_parts(folder, reference)
         yield Checked(f"names, dtypes and shapes of {_count_tensors(folder)}")
+        if reference is None:
+            yield from check_side_files(folder.directory, None)
     elif reference is not None:
         yield from check_portable(folder.directory, reference)
     if reference is not None:
@@ -111,16 +113,21 @@ def _count_tensors(folder: Folder) -> str:
     return f"{counted(len(folder.tensors), 'tensor')} in {counted(files, 'file')}"
 
 
-def _verify_linears(candidate: Path, source: Checkpoint | None, read: Read) -> Iterator[VerifyRecord]:
+def _verify_linears(
+    candidate: Path, source: Checkpoint | None, read: Read, *, is_whole: bool
+) -> Iterator[VerifyRecord]:
+    """What needs the tensors alone, with `is_whole` after all that needs the folder's other files."""
     config = usable_config(candidate, source)
     groups = [] if config is None else config.family.groups(config)
     report = read_report(candidate)
     try:
         checkpoint = Checkpoint.open(candidate)
     except CheckpointError:  # the structure's findings say why
+        yield Skipped("tensors and integers (the weight files cannot be read)")
         return
     with checkpoint:
-        yield Checked(f"names, dtypes, shapes and values of {counted(len(checkpoint), 'tensor')}")
+        tensors = f"names, dtypes, shapes and values of {counted(len(checkpoint), 'tensor')}"
+        yield Checked(tensors) if is_whole else Skipped(f"{tensors} (an error in a file that says what they must be)")
         yield from check_checksums(checkpoint, report)
         yield from check_shifts(checkpoint, groups)
         if source is not None:

@@ -45,6 +45,8 @@ _MAX_PATH: Final = 4096
 _MAX_ENTRIES: Final = 1024
 _QKV_BIASES: Final = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 _DTYPE_KEYS: Final = ("torch_dtype", "dtype")
+_STEM_OF_ONE_COMMAND: Final = "quant_model_weights"
+"""How weight files of the vendor's one-command flow begin, whatever their type."""
 
 
 def form_by_name(directory: Path) -> Form:
@@ -112,8 +114,18 @@ def _check_form(path: Path, description: Description) -> Iterator[Finding]:
         yield Check.GROUP_SIZE.error("group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
 
 
+def weights_stem(directory: Path, quant_type: str) -> str:
+    """How the names of weight files of that type begin."""
+    is_of_one_command = any(directory.glob(f"{_STEM_OF_ONE_COMMAND}*.safetensors"))
+    return _STEM_OF_ONE_COMMAND if is_of_one_command else f"quant_model_weight_{quant_type.lower()}"
+
+
 def check_weight_files(directory: Path, quant_type: str, stem: str) -> Generator[Finding, None, Checkpoint | None]:
-    """Checks 4 and 5: the one file or all parts whose names begin with `stem`, no other, and no tensor in two of them."""
+    """Checks 4 and 5: the one file or all parts whose names begin with `stem`, no other, and no tensor in two of them.
+
+    Returns:
+        Those files, or whatever weight files are there if none has such a name; None if they are not complete.
+    """
     present = {path.name for path in directory.glob("*.safetensors")}
     indexes = {path.name for path in directory.glob(f"*{INDEX_SUFFIX}")}
     wanted, index = _wanted_files(stem, present)
@@ -124,6 +136,7 @@ def check_weight_files(directory: Path, quant_type: str, stem: str) -> Generator
         )
     for name in sorted(wanted - present):
         yield Check.WEIGHT_FILES.error("", f"{name} is missing")
+    used = wanted if wanted & present else present
     headers: dict[Path, Header] = {}
     places: dict[str, str] = {}
     for name in sorted(present):
@@ -136,11 +149,11 @@ def check_weight_files(directory: Path, quant_type: str, stem: str) -> Generator
             if tensor in places:
                 yield Check.DESCRIBED_TENSORS.error(tensor, f"is in {places[tensor]} and in {name}")
             places.setdefault(tensor, name)
-        if name in wanted:
+        if name in used:
             headers[directory / name] = header
     if index is not None:
         yield from _check_index(directory / index, headers)
-    if wanted - {path.name for path in headers}:
+    if not headers or used - {path.name for path in headers}:
         return None
     try:
         return Checkpoint(directory, headers)
@@ -229,7 +242,8 @@ def _check_dtypes(raw: JsonObject) -> Iterator[Finding]:
             yield Check.CONFIG.error("", f"{key} is {found.get(key)!r} in config.json, wanted {' or '.join(wanted)}")
     if len({str(value) for value in found.values()}) > 1:
         listed = ", ".join(f"{key} {value}" for key, value in found.items())
-        yield Check.CONFIG.error("", f"the dtypes in config.json differ: {listed}")
+        message = f"the dtypes in config.json differ: {listed}; write the dtype of the float tensors in all places"
+        yield Check.CONFIG.error("", message)
 
 
 def _check_quantization_keys(raw: JsonObject, description: Description, form: Form) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ their relations, 12-14 what must agree between linears, 15 norms, 16 distance fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -42,6 +42,7 @@ from glmq.verification.files import (
     form_by_name,
     read_report,
     row_of,
+    weights_stem,
 )
 from glmq.verification.findings import Check, Finding
 from glmq.verification.linears import SUFFIXES, Subject, check_linear
@@ -72,12 +73,13 @@ class _Case:
     linears: Mapping[str, QuantType]
     """Quantized linears and their types, by the description."""
 
-    @property
-    def dtype(self) -> FloatDtype | None:
-        return run_dtype(self.config)
+    dtype: FloatDtype | None
+    """Of its float tensors."""
 
 
-def check_structure(candidate: Path, source: Checkpoint | None, *, read: Read = no_read) -> Iterator[Finding]:
+def check_structure(
+    candidate: Path, source: Checkpoint | None, *, read: Read = no_read
+) -> Generator[Finding, None, bool]:
     """Examine the quantized checkpoint in `candidate`.
 
     Args:
@@ -88,25 +90,26 @@ def check_structure(candidate: Path, source: Checkpoint | None, *, read: Read = 
     Yields:
         What is wrong, nothing for a good checkpoint. Where a file cannot be read, what depends on it is left out.
 
+    Returns:
+        Whether nothing was left out.
+
     Raises:
         CheckpointError: `candidate` is not a folder.
     """
     if not candidate.is_dir():
         raise WrongFolderError(f"{candidate}: is not a folder; give the folder of the quantized checkpoint")
     if _is_compressed_tensors(candidate):
-        yield from _check_compressed_tensors(candidate, source, read)
-        return
+        return (yield from _check_compressed_tensors(candidate, source, read))
     description = yield from check_description(candidate)
     config = yield from check_config(candidate, description, source)
     yield from check_side_files(candidate, None if source is None else source.directory)
     yield from check_modes(candidate)
     if description is None or config is None:
-        return
-    checkpoint = yield from check_weight_files(
-        candidate, description.model_quant_type, f"quant_model_weight_{description.model_quant_type.lower()}"
-    )
+        return False
+    model_type = description.model_quant_type
+    checkpoint = yield from check_weight_files(candidate, model_type, weights_stem(candidate, model_type))
     if checkpoint is None:
-        return
+        return False
     with checkpoint:
         linears = {
             base: QuantType(quant_type)
@@ -114,7 +117,8 @@ def check_structure(candidate: Path, source: Checkpoint | None, *, read: Read = 
             for base in [name.removesuffix(".weight")]
             if name in checkpoint and base != name and not base.endswith(".module") and quant_type in _known_types()
         }
-        case = _Case(checkpoint, description, config, source, form_by_name(candidate), linears)
+        form, dtype = form_by_name(candidate), _float_dtype(config, checkpoint)
+        case = _Case(checkpoint, description, config, source, form, linears, dtype)
         yield from check_attention_bias(candidate, checkpoint)
         yield from _check_keys(case)
         yield from _check_names(case)
@@ -142,6 +146,7 @@ def check_structure(candidate: Path, source: Checkpoint | None, *, read: Read = 
                 )
             )
             _tell_weight(name, checkpoint, read)
+    return True
 
 
 def _is_compressed_tensors(candidate: Path) -> bool:
@@ -154,26 +159,27 @@ def _is_compressed_tensors(candidate: Path) -> bool:
     return is_compressed_tensors(config)
 
 
-def _check_compressed_tensors(candidate: Path, source: Checkpoint | None, read: Read) -> Iterator[Finding]:
+def _check_compressed_tensors(candidate: Path, source: Checkpoint | None, read: Read) -> Generator[Finding, None, bool]:
     """What check_structure does, for this form: no description, float norms as they were, other tensors of the linears."""
     config = yield from check_config(candidate, None, source)
     yield from check_side_files(candidate, None if source is None else source.directory)
     yield from check_modes(candidate)
     if config is None:
-        return
+        return False
     compressed = yield from check_compressed_config(candidate, config)
     if compressed is None:
-        return
+        return False
     checkpoint = yield from check_weight_files(candidate, compressed.quant_type.value, "model")
     if checkpoint is None:
-        return
+        return False
     with checkpoint:
         found = [
             (linear, compressed.group_of(linear.name)) for g in config.family.groups(config) for linear in g.linears
         ]
         linears = {linear.name: group.quant_type for linear, group in found if group is not None}
         described = Description(compressed.quant_type.value, None, None, compressed.tensor_types(checkpoint))
-        case = _Case(checkpoint, described, config, source, Form.COMPRESSED_TENSORS, linears)
+        dtype = _float_dtype(config, checkpoint)
+        case = _Case(checkpoint, described, config, source, Form.COMPRESSED_TENSORS, linears, dtype)
         yield from check_attention_bias(candidate, checkpoint)
         yield from _check_names(case)
         yield from _check_agreement(case)
@@ -188,6 +194,16 @@ def _check_compressed_tensors(candidate: Path, source: Checkpoint | None, read: 
                     )
                 )
                 _tell_weight(linear.name, checkpoint, read)
+    return True
+
+
+def _float_dtype(config: ModelConfig, checkpoint: Checkpoint) -> FloatDtype | None:
+    """By config.json; where its places contradict each other, that of most tensors, lest each be found besides."""
+    said, at_root = run_dtype(config), config.nested.get("torch_dtype")
+    if said is None or at_root not in [dtype.value for dtype in FloatDtype if dtype is not said]:
+        return said
+    codes = [checkpoint[name].dtype for name in checkpoint]
+    return max(FloatDtype, key=lambda dtype: codes.count(dtype.code))
 
 
 def _tell_weight(linear: str, checkpoint: Checkpoint, read: Read) -> None:

@@ -266,7 +266,7 @@ def test_without_a_report_the_end_tells_of_sizes_and_statistics(small: Path, sma
         ),
         (
             ("--bias-correction",),
-            "--no-report: verify checks what --bias-correction did by the report; leave one of the two out",
+            "--no-report: verify checks what --bias-correction did by the report; leave one of them out",
         ),
     ],
 )

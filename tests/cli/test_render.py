@@ -10,9 +10,11 @@ from rich.text import Text
 from glmq.cli import console
 from glmq.cli.console import stdout
 from glmq.cli.render import areas_table, error_table, next_steps, print_json
+from glmq.model.config import read_config
 from glmq.model.family import Area
 from glmq.quantization.options import Options
 from glmq.quantization.output import AreaBytes
+from glmq.quantization.plan import loading_engines, plan_groups
 from glmq.quantization.recipe import make_recipe
 from glmq.records import LinearReport
 from glmq.spec import QuantType
@@ -105,24 +107,41 @@ def test_json_has_sorted_keys_and_no_nan(capsys: pytest.CaptureFixture[str]) -> 
         print_json({"a": float("nan")})
 
 
-def test_the_next_step_depends_on_the_type() -> None:
+def test_the_next_step_depends_on_the_type_and_on_what_loads_it(small: Path) -> None:
     folder = Path("/data/my out")
-    sparse = make_recipe(Options(w_bit=4, is_lowbit=True, torch_dtype="fp16"))
-    assert next_steps(folder, sparse)[-1] == (
-        "  glmq compress --model_path '/data/my out' --save_directory '/data/my out-sc' --tp 1"
+
+    def steps(folder: Path = folder, **options: object) -> list[str]:
+        recipe = make_recipe(Options(**options))  # type: ignore[arg-type]
+        return next_steps(folder, recipe, loading_engines(recipe, plan_groups(recipe, read_config(small)).values()))
+
+    sparse = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
+    assert (
+        steps(**sparse)[-1] == "  glmq compress --model_path '/data/my out' --save_directory '/data/my out-sc' --tp 1"
     )
-    assert "set modelWeightPath to /data/my out in" in next_steps(folder, make_recipe(Options()))[0]
-    relative = next_steps(Path("out"), make_recipe(Options()))[0]
-    assert f"set modelWeightPath to {Path.cwd() / 'out'} in" in relative
-    w4a8 = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True))
-    assert next_steps(folder, w4a8) == [
-        "Next: serve it with vLLM-Ascend, MindIE does not load W4A8_DYNAMIC; what that makes of it:",
+    set_path = "set modelWeightPath to /data/my out in"
+    older, note = steps(**sparse, mindie_format=True)
+    assert older.startswith(f"Next: serve it with MindIE on the Atlas 300I Duo (world size 1 or 2): {set_path}")
+    assert note == (
+        "Note: `glmq compress` takes the ascendV1 form alone; to compress, quantize without --mindie_format."
+    )
+    assert steps()[0].startswith(f"Next: serve it with MindIE on the Atlas 800I A2 (world size 1 or 2): {set_path}")
+    assert f"set modelWeightPath to {Path.cwd() / 'out'} in" in steps(Path("out"))[0]
+    assert "MindIE on the Atlas 800I A2 or 300I Duo" in steps(torch_dtype="fp16")[0]
+    assert "MindIE on the Atlas 300I Duo" in steps(torch_dtype="fp16", target="mindie-300i-duo")[0]
+    four_bits = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True}
+    with_vllm = [
+        "Next: serve it with vLLM-Ascend on the Atlas 800I A2; what that makes of it:",
         "  glmq verify '/data/my out' --target vllm-ascend",
     ]
-    older = make_recipe(Options(w_bit=4, is_lowbit=True, is_dynamic=True, mindie_format=True))
-    assert next_steps(folder, older) == [
-        "No engine is known to load W4A8_DYNAMIC in this form; for vLLM-Ascend write it with --format ascendv1."
+    assert steps(**four_bits) == steps(layer=("*.o_proj=W8A8_DYNAMIC",)) == steps(layer=("lm_head=W8A8",)) == with_vllm
+    assert steps(target="vllm-ascend") == with_vllm
+    assert steps(**sparse, layer=("*.blocks.*=W8A8S",))[0].startswith(
+        "Next: serve it with vLLM-Ascend on the Atlas 300I"
+    )
+    assert steps(**four_bits, mindie_format=True) == [
+        "No engine is known to load it in this form; for vLLM-Ascend write it with --format ascendv1."
     ]
+    assert steps(a_bit=16) == ["No engine is known to load it as it is; this says why:", with_vllm[1]]
 
 
 def test_paths_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

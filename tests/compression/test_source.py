@@ -79,8 +79,8 @@ def test_float_weights_are_called_so(tiny: Path) -> None:
         ),
         (
             {"version": None},
-            "DIR: is W8A8S in the older MindIE form; only the ascendV1 form is compressed: quantize again without "
-            "--mindie_format",
+            "DIR: is W8A8S in the older MindIE form; `glmq compress` takes the ascendV1 form alone; to compress, quantize "
+            "without --mindie_format",
         ),
         (
             {f"{Q}.weight": None},

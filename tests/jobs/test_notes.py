@@ -88,6 +88,15 @@ def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
     ]
     assert said(a_bit=16, torch_dtype="fp16") == said() == said(is_dynamic=True) == []
     assert len(said(is_dynamic=True, torch_dtype="fp16")) == 2
+    sparse = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
+    assert said(**sparse) == []
+    assert said(**sparse, format="mindie") == [
+        "warning: `glmq compress` takes the ascendV1 form alone; to compress, quantize without --mindie_format"
+    ]
+    assert said(layer=("lm_head=W8A8", "*.mlp.down_proj=W8A8")) == [
+        "warning: MindIE reads the vision tower and lm_head in float alone, and 2 of their linears become integers, "
+        "model.visual.blocks.0.mlp.down_proj first"
+    ]
     packed = {"format": "compressed-tensors"}
-    assert said(**packed, a_bit=16) == []
+    assert said(**packed, layer=("lm_head=W8A8",)) == said(**packed, a_bit=16) == []
     assert len(said(**packed, is_dynamic=True, torch_dtype="fp16")) == 1

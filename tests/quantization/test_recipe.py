@@ -325,6 +325,27 @@ def test_what_the_target_does_not_load_is_refused_with_its_reason(options: dict[
     assert refusal(**options) == sentence
 
 
+@pytest.mark.parametrize(
+    ("layer", "first"),
+    [
+        ("*.mlp.down_proj=W8A8", "model.visual.blocks.0.mlp.down_proj"),
+        ("lm_head=W8A8", "lm_head"),
+        ("*=W8A8", "model.visual.blocks.0.attn.qkv"),
+    ],
+)
+def test_a_target_that_computes_the_vision_tower_and_lm_head_in_float_refuses_their_integers(
+    config: ModelConfig, layer: str, first: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        plan_groups(recipe(layer=(layer,), target="mindie-800i-a2"), config)
+    assert str(caught.value) == (
+        f"--target mindie-800i-a2: MindIE reads the vision tower and lm_head in float alone, and {first} would be W8A8; "
+        "narrow the pattern to the text layers, like '*.layers.*.down_proj'"
+    )
+    plan_groups(recipe(layer=(layer,), target="vllm-ascend"), config)
+    plan_groups(recipe(layer=("*.layers.*.down_proj=W8A8",), target="mindie-800i-a2"), config)
+
+
 def test_a_target_that_drops_biases_takes_a_type_that_some_releases_load_for_linears_without(
     config: ModelConfig,
 ) -> None:
@@ -444,8 +465,8 @@ def test_linears_of_another_type_are_scaled_by_their_row_maximum() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"layer": ("*.o_proj",)}, "--layer '*.o_proj': PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'"),
-        ({"layer": ("=W8A8",)}, "--layer '=W8A8': PATTERN=TYPE is needed, like '*.mlp.down_proj=W8A8'"),
+        ({"layer": ("*.o_proj",)}, "--layer '*.o_proj': PATTERN=TYPE is needed, like '*.layers.*.down_proj=W8A8'"),
+        ({"layer": ("=W8A8",)}, "--layer '=W8A8': PATTERN=TYPE is needed, like '*.layers.*.down_proj=W8A8'"),
         (
             {"layer": ("*.o_proj=int8",)},
             "--layer '*.o_proj=int8': unknown type 'int8'; "

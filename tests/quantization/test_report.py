@@ -81,7 +81,7 @@ RUN = RunFacts(
 def document() -> JsonObject:
     facts = CalibrationFacts("ab" * 32, (SampleTokens("a.png", 40, False),), {"compute_dtype": "float32"})
     kept = (KeptFloat("lm_head", "by default (lm_head)"),)
-    return report_document(Report(RECIPE, (REPORT, PERFECT), tuple(PARTS), kept, "cd" * 16, facts, RUN))
+    return report_document(Report(RECIPE, (REPORT, PERFECT), tuple(PARTS), kept, "cd" * 16, facts, RUN, {}))
 
 
 def test_the_document_says_what_was_done() -> None:

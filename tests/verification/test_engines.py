@@ -253,6 +253,27 @@ def test_sparse_types_in_bfloat16_are_refused(tiny_seed: Path, tmp_path: Path) -
     assert notes(tmp_path, Engine.VLLM_ASCEND)[1] == "W8A8S is known to vLLM-Ascend on the Atlas 300I Duo only"
 
 
+def test_mindie_reads_one_type_per_model_in_text_layers_alone(copy: Path) -> None:
+    o_proj = f"{LAYER}.self_attn.o_proj.weight"
+    edit_json(copy / DESCRIPTION, lambda d: d.update({o_proj: "W8A8_DYNAMIC", "lm_head.weight": "W8A8"}))
+    assert errors(copy, Engine.MINDIE)[:2] == [
+        f"{o_proj.removesuffix('.weight')}: is W8A8_DYNAMIC, one of 1 such linear; MindIE reads one type per model, here W8A8",
+        "lm_head: is quantized, one of 1 such linear; MindIE reads the vision tower and lm_head in float alone",
+    ]
+    qkv = {f"{LAYER}.self_attn.{part}_proj.weight": "W8A8_DYNAMIC" for part in "qkv"}
+    edit_json(copy / DESCRIPTION, lambda d: d.update({**qkv, "lm_head.weight": "FLOAT"}))
+    assert errors(copy, Engine.MINDIE)[0] == (
+        f"{LAYER}.self_attn.q_proj: is W8A8_DYNAMIC, one of 4 such linears; MindIE reads one type per model, here W8A8"
+    )
+
+
+def test_a_static_linear_of_a_dynamic_model_is_run_as_a_dynamic_one(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    out = quantize(small, small_stats, tmp_path / "out", is_dynamic=True, layer=("*.o_proj=W8A8",))
+    assert errors(out, Engine.MINDIE) == []
+
+
 def test_a_plain_linear_without_a_key_depends_on_the_release_of_vllm(copy: Path) -> None:
     key = f"{LAYER}.self_attn.o_proj.weight"
     edit_json(copy / DESCRIPTION, lambda d: d.pop(key))

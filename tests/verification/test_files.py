@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from handmade import K, Make, Q, configure, describe, found
+from handmade import K, Make, Q, alter, configure, describe, found
 from safetensors.torch import load_file, save_file
 
 from glmq.checkpoint.reader import Checkpoint
@@ -87,7 +87,33 @@ def test_a_description_of_another_type_than_its_name_or_an_unknown_type_is_found
     belongs = (
         "quant_model_weight_w8a8.safetensors does not belong to a W8A8SC checkpoint; engines take every weight file"
     )
-    assert findings[1:] == [(4, "", belongs), (4, "", "quant_model_weight_w8a8sc.safetensors is missing")]
+    assert findings[1:3] == [(4, "", belongs), (4, "", "quant_model_weight_w8a8sc.safetensors is missing")]
+    assert [check for check, _, _ in findings[3:]] == [12]  # the types of linears, read from the file that is there
+
+
+def test_the_names_and_notes_of_the_vendors_one_command_flow_are_taken(make: Make) -> None:
+    directory = make("w8a8")
+    describe(directory, {"metadata": {}, "optional": {"x": 1}, "group_size": 0})
+    assert found(directory, None) == []
+    (weights,) = directory.glob("*.safetensors")
+    weights.rename(directory / "quant_model_weights.safetensors")
+    assert found(directory, None) == []
+    directory = make("w4a8")
+    describe(directory, {"group_size": 0})
+    assert found(directory, None)[0] == (3, "group_size", "is None, wanted one of 64, 128, 256")
+
+
+def test_weights_of_another_name_are_looked_into_all_the_same(make: Make) -> None:
+    directory = make("w8a8")
+    (weights,) = directory.glob("*.safetensors")
+    weights.rename(directory / "model.safetensors")
+    names = [
+        (4, "", "model.safetensors does not belong to a W8A8 checkpoint; engines take every weight file"),
+        (4, "", "quant_model_weight_w8a8.safetensors is missing"),
+    ]
+    assert found(directory, None) == names
+    alter(directory, {f"{Q}.deq_scale": None})
+    assert found(directory, None) == [*names, (7, f"{Q}.deq_scale", "is missing, a W8A8 linear has it")]
 
 
 def test_files_of_another_checkpoint_and_tensors_in_two_files_are_found(make: Make) -> None:
@@ -145,7 +171,16 @@ WRONG_CONFIGS = {
         {"dtype": "bfloat16"},
         [
             "the dtypes in config.json differ: torch_dtype float16, text_config.dtype float16, "
-            "vision_config.dtype bfloat16"
+            "vision_config.dtype bfloat16; write the dtype of the float tensors in all places"
+        ],
+    ),
+    "another dtype for the text layers": (
+        "w8a8s",
+        "text_config",
+        {"dtype": "bfloat16"},
+        [
+            "the dtypes in config.json differ: torch_dtype float16, text_config.dtype bfloat16; write the dtype of the float "
+            "tensors in all places"
         ],
     ),
     "quantize": ("w8a8", "", {"quantize": "w8a8"}, ["config.json has quantize, which ascendV1 must not have"]),

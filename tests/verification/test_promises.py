@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers import W8A8S, edit_json, quantize
+from random_w8a8s import write_stand_in
 
 import glmq
 from glmq.checkpoint.checksums import CHECKSUMS, OLD_SCHEMA, SCHEMA, read_checksums
@@ -64,6 +65,20 @@ def test_a_pass_says_what_was_checked(w8a8s: Path, small: Path, portable: Path) 
     assert verdict(portable)[2]["checked"] == [
         f"the bytes of {stored} tensors and {len(manifest.files)} files by glmq_manifest.json"
     ]
+
+
+def test_what_was_left_out_is_not_said_to_be_checked(copy: Path) -> None:
+    tensors = len(read_checksums(copy).tensors)
+    every = f"names, dtypes, shapes and values of {tensors} tensors"
+    edit_json(copy / "quant_model_description.json", lambda d: d.update(model_quant_type=3))
+    document = verdict(copy)[2]
+    assert every not in document["checked"]
+    assert f"{every} (an error in a file that says what they must be)" in document["not_checked"]
+    (weights,) = copy.glob("*.safetensors")
+    weights.write_bytes(b"")
+    document = verdict(copy)[2]
+    assert document["checked"] == []
+    assert document["not_checked"][0] == "tensors and integers (the weight files cannot be read)"
 
 
 def touch(name: str) -> Callable[[Path], object]:
@@ -180,6 +195,17 @@ def test_a_lost_side_file_is_found_and_one_that_glmq_did_not_write_is_listed(cop
     passed, wrong, _ = verdict(copy)
     assert not passed
     assert any("chat_template.jinja is missing, glmq_checksums.json lists it" in sentence for sentence in wrong)
+
+
+def test_parts_without_the_processors_files_fail_without_a_reference(small: Path, w8a8s: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sc"
+    glmq.compress(w8a8s, out=folder, codec="ascend", options=glmq.CompressionOptions(executor=write_stand_in(tmp_path)))
+    assert verdict(folder)[0]
+    for path in (*folder.glob("glmq*"), folder / "README.md", folder / "preprocessor_config.json"):
+        path.unlink(missing_ok=True)  # as the engine's own compress command leaves it
+    passed, wrong, _ = verdict(folder)
+    assert not passed
+    assert wrong == [" preprocessor_config.json is missing; the engine cannot build its processor without it"]
 
 
 def test_checksums_of_an_older_glmq_are_read_and_what_they_lack_is_said(copy: Path) -> None:

@@ -130,12 +130,12 @@ def describe_engines(folder: Folder) -> str:
         case "W8A8SC", Kind.SHARDED:
             return "vLLM-Ascend (load_format sharded_state) on the Atlas 300I Duo; GLM-4.1V is not in its support table"
         case "W8A8SC", _:
-            return f"{_mindie_on(QuantType.W8A8SC)}, with as many ranks as there are parts"
+            return f"{_mindie_on(QuantType.W8A8SC, None)}, with as many ranks as there are parts"
         case "W8A8S", _:
-            return f"the input of `glmq compress`; as it is, {_mindie_on(QuantType.W8A8S)}"
+            return f"the input of `glmq compress`; as it is, {_mindie_on(QuantType.W8A8S, None)}"
         case "W8A8", _:
             sizes = " or ".join(map(str, Engine.MINDIE.spec.documented_world_sizes))
-            return f"{_mindie_on(QuantType.W8A8)}, {sizes} ranks"
+            return f"{_mindie_on(QuantType.W8A8, _run_dtype(folder))}, {sizes} ranks"
         case "W8A8_DYNAMIC", _:
             return "MindIE loads it, though it is not in its support table for GLM-4.1V"
         case "W8A16", _:
@@ -156,6 +156,6 @@ def describe_engines(folder: Folder) -> str:
             return "unknown"
 
 
-def _mindie_on(quant_type: QuantType) -> str:
+def _mindie_on(quant_type: QuantType, dtype: FloatDtype | None) -> str:
     spec = Engine.MINDIE.spec
-    return f"{spec.title} on the Atlas {' or '.join(chip.value for chip in spec.chips_for(quant_type))}"
+    return f"{spec.title} on the Atlas {' or '.join(chip.value for chip in spec.chips_for(quant_type, dtype))}"

@@ -7,7 +7,7 @@ from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.sidecar import PROCESSOR_FILES
-from glmq.engines import Engine
+from glmq.engines import FLOAT_ELSEWHERE, Engine
 from glmq.errors import InputError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import FAMILY, ModelConfig
@@ -22,6 +22,7 @@ from glmq.verification.engines.linears import (
     check_linear_tensors,
     section,
 )
+from glmq.wording import counted
 
 GROUP_SIZES: Final = (0, *Engine.MINDIE.spec.group_sizes)
 TEXT_KEYS: Final = (
@@ -168,16 +169,41 @@ def _check_description(folder: Folder, config: ModelConfig) -> Iterator[Complain
         if 0 < types.count("W8A8_DYNAMIC") < len(types):
             yield True, f"{block.name}.self_attn", f"q, k, v are {', '.join(types)}; MindIE refuses such a mixture"
         elif 0 < sum(found in STATIC for found in types) < len(types):
-            yield False, f"{block.name}.self_attn", f"q, k, v are {', '.join(types)}; this cannot be compressed"
+            message = (
+                f"q, k, v are {', '.join(types)}: they cannot be compressed, and 4 ranks share out k and v wrongly"
+            )
+            yield False, f"{block.name}.self_attn", message
         for name, kinds in ((f"{block.name}.self_attn", types), (key, [str(gate_up)])):
             if "W4A8_DYNAMIC" in kinds:
                 yield True, name, "is W4A8_DYNAMIC, for which MindIE has no dense kernel: AssertionError"
+    yield from _check_kinds(folder, config)
     for index in range(config.vision_depth):
         for part in ("gate_proj", "up_proj"):
             key = f"{config.family.vision}.blocks.{index}.mlp.{part}.weight"
             found = folder.description.get(key)
             if found not in TYPES:
                 yield True, key, f"is {found!r} in the description; MindIE looks it up and knows {', '.join(TYPES)}"
+
+
+def _check_kinds(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
+    """Linears of types that MindIE does not expect in this model, and integers where it computes in float alone."""
+    model, strange, others = str(folder.quant_type), dict[str, list[str]](), list[str]()
+    for group in config.family.groups(config):
+        for linear in group.linears:
+            kind = str(folder.description.get(f"{linear.name}.weight", "FLOAT"))
+            # Static linears of a dynamic model are run as dynamic ones.
+            if kind not in ("FLOAT", model) and (kind, model) != ("W8A8", "W8A8_DYNAMIC"):
+                strange.setdefault(kind, []).append(linear.name)
+            if kind != "FLOAT" and not config.family.in_text_layers(linear.name):
+                others.append(linear.name)
+    for kind, names in strange.items():
+        message = (
+            f"is {kind}, one of {counted(len(names), 'such linear')}; MindIE reads one type per model, here {model}"
+        )
+        yield True, names[0], message
+    if others:
+        message = f"is quantized, one of {counted(len(others), 'such linear')}; MindIE reads {FLOAT_ELSEWHERE}"
+        yield True, others[0], message
 
 
 def _check_tensors(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
