@@ -258,8 +258,12 @@ def test_mindie_reads_one_type_per_model_in_text_layers_alone(copy: Path) -> Non
     edit_json(copy / DESCRIPTION, lambda d: d.update({o_proj: "W8A8_DYNAMIC", "lm_head.weight": "W8A8"}))
     assert errors(copy, Engine.MINDIE)[:2] == [
         f"{o_proj.removesuffix('.weight')}: is W8A8_DYNAMIC, one of 1 such linear; MindIE reads one type per model, here W8A8",
-        "lm_head: is quantized, one of 1 such linear; MindIE reads the vision tower and lm_head in float alone",
+        "lm_head: is W8A8, one of 1 such linear; MindIE reads the vision tower and lm_head in float alone",
     ]
+    schemes = {one.module: one.scheme for one in module_schemes(scan_folder(copy), read_config(copy), Engine.MINDIE)}
+    assert schemes[f"{LAYER}.self_attn.o_proj"] == "refused: it reads one type per model, here W8A8"
+    assert schemes["lm_head"] == "refused: it reads the vision tower and lm_head in float alone"
+    assert schemes[f"{LAYER}.mlp.gate_up_proj"] == "W8A8"
     qkv = {f"{LAYER}.self_attn.{part}_proj.weight": "W8A8_DYNAMIC" for part in "qkv"}
     edit_json(copy / DESCRIPTION, lambda d: d.update({**qkv, "lm_head.weight": "FLOAT"}))
     assert errors(copy, Engine.MINDIE)[0] == (

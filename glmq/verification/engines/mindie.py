@@ -185,25 +185,28 @@ def _check_description(folder: Folder, config: ModelConfig) -> Iterator[Complain
                 yield True, key, f"is {found!r} in the description; MindIE looks it up and knows {', '.join(TYPES)}"
 
 
+def why_not(kind: str, linear: str, model: str) -> str | None:
+    """What MindIE reads instead of a linear of that type in a model of that type; None where it takes it."""
+    if kind == "FLOAT":
+        return None
+    if not FAMILY.in_text_layers(linear):
+        return f"reads {FLOAT_ELSEWHERE}"
+    # Static linears of a dynamic model are run as dynamic ones.
+    is_known = kind == model or (kind, model) == ("W8A8", "W8A8_DYNAMIC")
+    return None if is_known else f"reads one type per model, here {model}"
+
+
 def _check_kinds(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
-    """Linears of types that MindIE does not expect in this model, and integers where it computes in float alone."""
-    model, strange, others = str(folder.quant_type), dict[str, list[str]](), list[str]()
+    """Linears of types that MindIE does not take there, each reason once."""
+    refused: dict[tuple[str, str], list[str]] = {}
     for group in config.family.groups(config):
         for linear in group.linears:
             kind = str(folder.description.get(f"{linear.name}.weight", "FLOAT"))
-            # Static linears of a dynamic model are run as dynamic ones.
-            if kind not in ("FLOAT", model) and (kind, model) != ("W8A8", "W8A8_DYNAMIC"):
-                strange.setdefault(kind, []).append(linear.name)
-            if kind != "FLOAT" and not config.family.in_text_layers(linear.name):
-                others.append(linear.name)
-    for kind, names in strange.items():
-        message = (
-            f"is {kind}, one of {counted(len(names), 'such linear')}; MindIE reads one type per model, here {model}"
-        )
-        yield True, names[0], message
-    if others:
-        message = f"is quantized, one of {counted(len(others), 'such linear')}; MindIE reads {FLOAT_ELSEWHERE}"
-        yield True, others[0], message
+            reason = why_not(kind, linear.name, str(folder.quant_type))
+            if reason is not None:
+                refused.setdefault((kind, reason), []).append(linear.name)
+    for (kind, reason), names in refused.items():
+        yield True, names[0], f"is {kind}, one of {counted(len(names), 'such linear')}; MindIE {reason}"
 
 
 def _check_tensors(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:

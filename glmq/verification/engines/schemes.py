@@ -10,6 +10,7 @@ from glmq.inspection.folder import Folder, Kind, layer_of, role_of
 from glmq.inspection.listing import describe_layers
 from glmq.model.config import ModelConfig
 from glmq.spec import Form, assert_never
+from glmq.verification.engines.mindie import why_not
 from glmq.verification.engines.sglang import sglang_modules
 from glmq.verification.engines.vllm_ascend import missing_key, vllm_modules
 
@@ -49,6 +50,9 @@ def module_schemes(folder: Folder, config: ModelConfig, engine: Engine) -> list[
         else:
             kinds = list(dict.fromkeys(str(kind) for kind in types))
             scheme = kinds[0] if len(kinds) == 1 else f"refused: mixes {', '.join(kinds)}"
+            reason = why_not(kinds[0], members[0], str(folder.quant_type)) if engine is Engine.MINDIE else None
+            if len(kinds) == 1 and reason is not None:
+                scheme = f"refused: it {reason}"
         found.append(ModuleScheme(module, scheme))
     return found
 
