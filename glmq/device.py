@@ -58,7 +58,19 @@ def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.d
             "run one process, without torchrun, or use --device-type cpu"
         )
     npu.set_device(local_rank)
+    npu.set_compile_mode(
+        jit_compile=False
+    )  # the 300I Duo's default is to compile each operator for each new shape: minutes
     return _npu_device(npu)
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise DeviceError for an NPU without bfloat16 and any dtype but float16: it multiplies float32 in float16 as well."""
+    if device.type != "cpu" and dtype is not torch.float16 and not _load_npu().is_bf16_supported():
+        raise DeviceError(
+            f"--device-type npu: the Atlas 300I Duo multiplies in float16 alone, not in {str(dtype).removeprefix('torch.')}; "
+            "use --compute-dtype fp16, or --device-type cpu"
+        )
 
 
 def default_compute_dtype(device: torch.device) -> torch.dtype:
@@ -89,18 +101,19 @@ def release(device: torch.device) -> None:
 
 @contextmanager
 def without_npu() -> Iterator[None]:
-    """Keep others from importing torch_npu inside, unless it is there already.
+    """Keep others from importing torch_npu inside.
 
-    transformers imports it wherever it is installed, which fails on a machine without CANN although nothing asks for an NPU.
+    transformers imports it wherever it is installed, which fails on a machine without CANN although nothing asks for an NPU;
+    and with it transformers 4.53 imports einops, which nobody may have installed, for attention that glmq does not use.
     """
-    if "torch_npu" in sys.modules:
-        yield
-        return
+    loaded = sys.modules.get("torch_npu")
     sys.modules["torch_npu"] = cast(ModuleType, None)  # what Python takes for "there is none"
     try:
         yield
     finally:
         del sys.modules["torch_npu"]
+        if loaded is not None:
+            sys.modules["torch_npu"] = loaded
 
 
 def _load_npu() -> ModuleType:

@@ -397,6 +397,9 @@ class StandInNpu:
     def set_device(self, device: int) -> None:
         self._current = device
 
+    def set_compile_mode(self, *, jit_compile: bool) -> None:
+        self.calls.append(f"jit_compile={jit_compile}")
+
     def current_device(self) -> int:
         return self._current
 

@@ -12,6 +12,7 @@ from helpers import StandInNpu
 
 from glmq import device, machine
 from glmq.errors import DeviceError
+from glmq.jobs.settings import compute_dtype
 
 ANY_ACCELERATOR = torch.device("meta")
 """Stands for an NPU: what matters is that it is no CPU."""
@@ -86,8 +87,9 @@ def test_others_do_not_find_torch_npu_where_it_is_hidden(tmp_path: Path, monkeyp
     assert importlib.util.find_spec("torch_npu") is not None
     loaded = ModuleType("torch_npu")
     monkeypatch.setitem(sys.modules, "torch_npu", loaded)
-    with device.without_npu():
-        assert sys.modules["torch_npu"] is loaded
+    with device.without_npu():  # transformers 4.53 would import einops with it
+        assert importlib.util.find_spec("torch_npu") is None
+    assert sys.modules["torch_npu"] is loaded
 
 
 @pytest.mark.slow
@@ -120,6 +122,22 @@ def test_the_visible_npu_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "_npu_device", lambda found: asked.append(found) or ANY_ACCELERATOR)
     assert device.resolve("npu") is ANY_ACCELERATOR
     assert asked == [npu]
+    assert npu.calls == ["jit_compile=False"]
+
+
+def test_an_npu_without_bfloat16_computes_in_float16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, StandInNpu(bf16=False, name="Ascend310P3"))
+    assert compute_dtype("auto", ANY_ACCELERATOR) is compute_dtype("fp16", ANY_ACCELERATOR) is torch.float16
+    for name, dtype in (("bf16", "bfloat16"), ("fp32", "float32")):
+        with pytest.raises(DeviceError) as caught:
+            compute_dtype(name, ANY_ACCELERATOR)
+        assert str(caught.value) == (
+            f"--device-type npu: the Atlas 300I Duo multiplies in float16 alone, not in {dtype}; "
+            "use --compute-dtype fp16, or --device-type cpu"
+        )
+    install(monkeypatch, StandInNpu())
+    assert compute_dtype("fp32", ANY_ACCELERATOR) is torch.float32
+    assert compute_dtype("fp32", torch.device("cpu")) is torch.float32
 
 
 @pytest.mark.parametrize("local_rank", [0, 3])

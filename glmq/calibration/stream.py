@@ -25,7 +25,7 @@ from glmq.errors import NonFiniteError
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import StreamedModel
-from glmq.numerics.moments import InputAccumulator
+from glmq.numerics.moments import FP16_END, InputAccumulator, is_cut_off
 from glmq.progress import BlockStep, Step, Stopwatch, no_step, resident_bytes
 from glmq.ranks import Ranks
 from glmq.records import BlockDone
@@ -267,8 +267,11 @@ class _Run:
         try:
             yield
         except FloatingPointError as error:
-            narrow = self.model.dtype is not torch.float32
-            advice = "use --compute-dtype fp32, or leave this sample out" if narrow else "leave this sample out"
+            advice = "leave this sample out"
+            if self.model.dtype is not torch.float32:
+                # An NPU that computes in float16 does so because it has nothing else.
+                has_others = self.model.device.type == "cpu" or self.model.dtype is not torch.float16
+                advice = f"use {'--compute-dtype fp32' if has_others else '--device-type cpu'}, or {advice}"
             raise NonFiniteError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
 
     def _watch(self, block: Block) -> Watch:
@@ -307,6 +310,9 @@ def _flops(block: Block, tokens: int) -> int:
 
 
 def _check_finite(hidden: Tensor, block: str) -> None:
-    """Raise FloatingPointError for NaN or infinity."""
-    if not torch.isfinite(hidden).all():
+    """Raise FloatingPointError for NaN, infinity, or the largest float16, at which the 300I Duo leaves what overflows."""
+    there = hidden.cpu()  # the 300I Duo has no isfinite
+    if not torch.isfinite(there).all():
         raise FloatingPointError(f"the hidden states after {block} hold NaN or infinity")
+    if is_cut_off(there):
+        raise FloatingPointError(f"the hidden states after {block} reach {FP16_END:g}, where float16 ends,")

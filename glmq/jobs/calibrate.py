@@ -279,6 +279,7 @@ def write_statistics(work: Calibration, folder: SharedFolder, ranks: Ranks, watc
         {
             "model": fingerprint,
             **calibration_settings(digest(work.samples, settings.generate), settings),
+            "--device-type": work.model.device.type,
             **machine_settings(),
         },
         work.model.source,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from glmq.calibration.stats import Statistics
 from glmq.checkpoint.disk import check_room
 from glmq.checkpoint.workplace import taken_bytes
-from glmq.device import resolve
+from glmq.device import check_dtype, resolve
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
 from glmq.model.streamed import StreamedModel
@@ -35,14 +35,16 @@ def open_propagation(
     Raises:
         SpaceError: the disk is too small.
         StatisticsError: the statistics lack what enters the text layers, or it is not as it was written.
-        DeviceError: no such device.
+        DeviceError: no such device, or it does not compute in the dtype of the statistics.
     """
     if not recipe.propagation:
         return None
     load = TextLoad.of(statistics.samples(), statistics.settings())
     kept = kept_states_bytes(run.config, recipe, load)
     check_room(folder.work, plan.shards.nbytes - taken_bytes(folder.path) + kept)
-    model = StreamedModel(run.source, run.config, device=resolve(device_type), dtype=load.dtype)
+    device = resolve(device_type)
+    check_dtype(device, load.dtype)
+    model = StreamedModel(run.source, run.config, device=device, dtype=load.dtype)
     propagation = Propagation(model, statistics, recipe.propagation, folder.work, run.journal)
     if propagation.note:
         watcher.note(f"note: {propagation.note}")

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 
 from glmq.calibration.stats import Settings
-from glmq.device import default_compute_dtype
+from glmq.device import check_dtype, default_compute_dtype
 from glmq.machine import version_of
 from glmq.version import __version__
 
@@ -15,8 +15,14 @@ COMPUTE_DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": 
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype that --compute-dtype names."""
-    return default_compute_dtype(device) if name == "auto" else COMPUTE_DTYPES[name]
+    """The torch dtype that --compute-dtype names.
+
+    Raises:
+        DeviceError: the device does not compute in it.
+    """
+    dtype = default_compute_dtype(device) if name == "auto" else COMPUTE_DTYPES[name]
+    check_dtype(device, dtype)
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -201,6 +201,8 @@ class Family:
     """Module name of the vision tower."""
     lm_head: str
     """Module name of the linear that gives the logits."""
+    cpu_modules: tuple[str, ...]
+    """Those that are computed on the CPU beside any device (cpu_modules.py)."""
     vision_stem: tuple[str, ...]
     """Modules that run before the first vision block."""
     vision_tail: tuple[str, ...]

@@ -213,6 +213,7 @@ GLM4V: Final = Family(
     text=TEXT,
     vision=VISION,
     lm_head=LM_HEAD,
+    cpu_modules=(f"{VISION}.embeddings", f"{TEXT}.rotary_emb"),
     vision_stem=tuple(f"{VISION}.{part}" for part in ("patch_embed", "post_conv_layernorm", "embeddings")),
     vision_tail=tuple(f"{VISION}.{part}" for part in ("post_layernorm", "downsample", "merger")),
     row_parallel=(".o_proj", ".down_proj", ".attn.proj"),

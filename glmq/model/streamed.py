@@ -26,6 +26,7 @@ from glmq.errors import CheckpointError, ModelError, SideFileError
 from glmq.machine import is_out_of_memory
 from glmq.model.cache import PromptCache, TokenCache
 from glmq.model.config import ModelConfig
+from glmq.model.cpu_modules import CPU, keep_on_cpu
 from glmq.model.inputs import ModelInputs
 from glmq.model.lean import ALONE, lean_transformers
 from glmq.model.vision_tower import quicken_vision
@@ -70,7 +71,7 @@ class _EmbeddingRows(nn.Module):
     """An embedding with only some rows of its table.
 
     Args:
-        ids: int64 [rows], ascending: the tokens.
+        ids: int64 [rows], ascending: the tokens; on the CPU, as the 300I Duo does not search.
         rows: [rows, width]: their embeddings.
     """
 
@@ -79,7 +80,7 @@ class _EmbeddingRows(nn.Module):
         self._ids, self._rows = ids, rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self._rows[torch.searchsorted(self._ids, ids)]
+        return self._rows[torch.searchsorted(self._ids, ids.cpu()).to(self._rows.device)]
 
 
 class StreamedModel:
@@ -99,9 +100,12 @@ class StreamedModel:
         self.source, self.config, self.device, self.dtype = source, config, device, dtype
         self._text, self._vision, self._lm_head = config.family.text, config.family.vision, config.family.lm_head
         self.model = _build_on_meta(config, dtype)
-        for buffer_owner in self.model.modules():
-            for name, buffer in list(buffer_owner.named_buffers(recurse=False)):
-                setattr(buffer_owner, name, buffer.to(device))
+        self._on_cpu = config.family.cpu_modules if device.type != "cpu" else ()
+        for name in self._on_cpu:
+            keep_on_cpu(self.module(name), device)
+        for owner_name, owner in self.model.named_modules():
+            for name, buffer in list(owner.named_buffers(recurse=False)):
+                setattr(owner, name, buffer.to(self._device_of(owner_name)))
         self._inject = _Inject()
         parameters = inspect.signature(type(self.model.get_submodule("model")).forward).parameters
         self._wants_token_types = "mm_token_type_ids" in parameters
@@ -143,7 +147,7 @@ class StreamedModel:
         text = self.module(self._text)
         table = text.embed_tokens
         name = f"{self._text}.embed_tokens.weight"
-        unique = ids.unique()
+        unique = ids.cpu().unique()
         if int(unique[-1]) >= self.source.info(name).shape[0]:
             raise SideFileError(
                 f"the tokenizer gives token {int(unique[-1])}, but {name} has {self.source.info(name).shape[0]} rows; "
@@ -151,7 +155,7 @@ class StreamedModel:
             )
         rows = torch.cat([self.source.read_rows(name, i, i + 1) for i in unique.tolist()])
         rows = self.source.check_finite(name, rows).to(device=self.device, dtype=self.dtype)
-        text.embed_tokens = _EmbeddingRows(unique.to(self.device), rows)
+        text.embed_tokens = _EmbeddingRows(unique, rows)
         try:
             yield
         finally:
@@ -268,6 +272,9 @@ class StreamedModel:
         assert inputs.pixel_values is not None
         return inputs.pixel_values.to(device=self.device, dtype=self.dtype)
 
+    def _device_of(self, module: str) -> torch.device:
+        return CPU if module in self._on_cpu else self.device
+
     def _place(self, name: str) -> None:
         module = self.module(name)
         tensors = {}
@@ -279,7 +286,7 @@ class StreamedModel:
                     f"{self.source.file_of(full).name}: tensor {full!r} has shape {tuple(tensor.shape)}, "
                     f"config.json asks for {tuple(parameter.shape)}; take both from the same release"
                 )
-            tensors[key] = tensor.to(device=self.device, dtype=self.dtype)
+            tensors[key] = tensor.to(device=self._device_of(name), dtype=self.dtype)
         module.load_state_dict(tensors, strict=False, assign=True)  # strict would ask for buffers that are not stored
         module.requires_grad_(False)
 

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+SCORES_AT_ONCE = 2**28
+"""Of queries and keys, 1 GiB of float32. An NPU without a fused attention, the 300I Duo, keeps more than twice that of all
+scores at once: a photo of 24,128 patches would take 60 GiB."""
+
 
 def quicken_vision(model: nn.Module) -> None:
     """Change how the vision tower inside `model` computes; what it computes stays, up to float32's last bits.
@@ -50,11 +54,17 @@ def _attend(
     q, k, v = _heads(attention, hidden_states, position_embeddings)
     pictures = [slice(*ends) for ends in pairwise(cu_seqlens.tolist())]
     scale = q.shape[-1] ** -0.5
-    seen = [
-        nn.functional.scaled_dot_product_attention(q[:, :, p], k[:, :, p], v[:, :, p], scale=scale) for p in pictures
-    ]
+    at_once = len(q[0, 0]) if q.device.type == "cpu" else SCORES_AT_ONCE // (q.shape[1] * len(q[0, 0]))
+    seen = [attend_to_all(q[:, :, p], k[:, :, p], v[:, :, p], scale=scale, at_once=at_once) for p in pictures]
     projected: Tensor = attention.proj(torch.cat(seen, 2)[0].transpose(0, 1).flatten(1))
     return projected
+
+
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor, *, scale: float, at_once: int) -> Tensor:
+    """Attention of `at_once` queries at a time (at least one) to all keys: each [1, heads, patches, head size]."""
+    attend = nn.functional.scaled_dot_product_attention
+    turns = [attend(part, k, v, scale=scale) for part in q.split(max(1, at_once), 2)]
+    return turns[0] if len(turns) == 1 else torch.cat(turns, 2)
 
 
 def _heads(attention: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> list[Tensor]:

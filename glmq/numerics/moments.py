@@ -38,6 +38,7 @@ BAND_ROWS = 512
 """Rows of the second moment that are summed by one product. Only the upper triangle is: half the work of the square."""
 TOKENS_AT_ONCE = 1024
 """Of several samples, that one product adds to the second moment, at least: every product reads and writes all of it."""
+FP16_END: Final = torch.finfo(torch.float16).max
 VALUES_PER_THREAD = 2**18
 """A second thread begins where there are more values than this."""
 
@@ -80,6 +81,11 @@ class InputStats:
         stored += [] if self.sensitivity is None else [self.sensitivity]
         triangle = 0 if self.second_moment is None else 4 * (self.width * (self.width + 1) // 2)
         return triangle + sum(tensor.nbytes for tensor in stored)
+
+
+def is_cut_off(x: Tensor) -> bool:
+    """Whether values of a float16 tensor lie at its very end, where some chips leave what goes beyond."""
+    return x.dtype is torch.float16 and x.numel() > 0 and float(x.cpu().abs().max()) >= FP16_END
 
 
 def bin_centers(exponent: Tensor) -> Tensor:
@@ -159,8 +165,10 @@ class InputAccumulator:
             keep_rows: how many evenly spaced tokens of this sample to keep.
 
         Raises:
-            FloatingPointError: NaN or infinity; nothing is counted then.
+            FloatingPointError: NaN, infinity, or the end of float16; nothing is counted then.
         """
+        if is_cut_off(x):
+            raise FloatingPointError(f"the input of {self.name} reaches {FP16_END:g}, where float16 ends,")
         x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
         tokens = x.shape[0]
         low, high = x.amin(0), x.amax(0)  # hand NaN on; torch.aminmax is several times slower along a dimension

@@ -3,6 +3,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, Statistics, StatsWriter
-from glmq.calibration.stream import calibrate_checkpoint
+from glmq.calibration.stream import _check_finite, _Run, calibrate_checkpoint
 from glmq.checkpoint.reader import Checkpoint
-from glmq.errors import CheckpointError, SampleError, StatisticsError
+from glmq.errors import CheckpointError, NonFiniteError, SampleError, StatisticsError
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.model.streamed import StreamedModel
@@ -398,6 +399,23 @@ def test_hidden_states_that_overflow_stop_the_run_by_place_and_sample(
     with pytest.raises(SampleError) as caught:
         list(calibrate(small_copy, samples, tmp_path / "stats", dtype=dtype))
     assert str(caught.value) == f"s.jsonl:1: {what} NaN or infinity in {dtype}; {advice}"
+
+
+@pytest.mark.parametrize(
+    ("device", "advice"),
+    [("cpu", "use --compute-dtype fp32"), ("meta", "use --device-type cpu")],  # meta: an NPU that has float16 alone
+)
+def test_what_an_npu_cuts_off_at_the_end_of_float16_is_an_overflow(
+    device: str, advice: str, samples: tuple[Sample, ...]
+) -> None:
+    model = SimpleNamespace(dtype=torch.float16, device=torch.device(device))
+    with pytest.raises(NonFiniteError) as caught, _Run._blaming(SimpleNamespace(model=model), samples[0]):
+        _check_finite(torch.tensor([1.0, -65504.0]).half(), "layers.0")
+    assert str(caught.value) == (
+        f"{samples[0].name}: the hidden states after layers.0 reach 65504, where float16 ends, in torch.float16; {advice}, or "
+        "leave this sample out"
+    )
+    _check_finite(torch.tensor([65504.0]), "layers.0")
 
 
 def test_an_image_that_the_model_cannot_take_stops_the_run_by_its_name(small: Path, tmp_path: Path) -> None:

@@ -149,6 +149,10 @@ def test_every_kind_of_error_has_its_own_code() -> None:
         ),
         (MemoryError(), 5, "GLMQ-E502", "the machine's memory is used up; close other programs, or use a machine with more"),
         (
+            RuntimeError("NPU out of memory. Tried to allocate 26.00 GiB (NPU 0; 21.02 GiB total capacity)"), 5, "GLMQ-E502",
+            "the NPU's memory is used up; pass --max-pixels for smaller pictures, or --device-type cpu",
+        ),
+        (
             OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5, "GLMQ-E501",
             "/data/out: No space left on device; make room there, for bytes and for files (df -h, df -i)",
         ),
@@ -393,7 +397,7 @@ class PanicException(BaseException):
         RuntimeError(
             "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"
         ),
-        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         PanicException("memory allocation of 1024 bytes failed"),
     ],
     ids=lambda error: type(error).__name__,

@@ -17,10 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, ModelError
 from glmq.model.config import FAMILY, read_config
+from glmq.model.cpu_modules import keep_on_cpu
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import StreamedModel, _build_alone
 from glmq.model.tiny import TINY_CASES
-from glmq.model.vision_tower import quicken_vision
+from glmq.model.vision_tower import attend_to_all, quicken_vision
 
 LAYER = "model.language_model.layers.0"
 CPU = torch.device("cpu")
@@ -287,6 +288,43 @@ def test_a_call_is_made_again_from_its_hidden_states_and_positions(kind: str, ti
         first = family.text_block(config, 0)
         with model.placed(first.name):
             assert torch.equal(model.replay(first.name, again), model.replay(first.name, call))
+
+
+class _Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.ones(2)), list[torch.device]()
+
+    def forward(self, x: torch.Tensor, *, sizes: list[int], ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.seen += [x.device, ids.device]
+        return x + self.weight + sizes[0], ids
+
+
+def test_what_npus_lack_is_computed_on_the_cpu_beside_them(small: Path) -> None:
+    elsewhere = torch.device("meta")
+    module = _Sums()
+    keep_on_cpu(module, elsewhere)
+    results = module(torch.ones(2), sizes=[3], ids=torch.arange(2))
+    assert module.seen == [CPU, CPU]
+    assert {result.device for result in results} == {elsewhere}
+    kept = ("model.visual.embeddings", "model.language_model.rotary_emb")
+    others = ("model.visual.patch_embed", "model.language_model.norm", "model.visual.rotary_pos_emb")
+    with Checkpoint.open(small) as source:
+        for device in (elsewhere, CPU):
+            model = StreamedModel(source, read_config(small), device=device, dtype=torch.float32)
+            with model.placed(*kept, *others):
+                for names, wanted in ((kept, CPU), (others, device)):
+                    modules = [model.module(name) for name in names]
+                    assert {t.device for m in modules for t in (*m.parameters(), *m.buffers())} == {wanted}
+                    hooked = wanted != device
+                    assert [bool(m._forward_hooks) for m in modules] == [hooked] * len(names)
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 3, 7, 8])
+def test_attention_in_turns_is_that_of_all_queries(at_once: int) -> None:
+    q, k, v = torch.randn(3, 1, 2, 7, 4).unbind()
+    whole = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)
+    torch.testing.assert_close(attend_to_all(q, k, v, scale=0.5, at_once=at_once), whole)
 
 
 def test_a_block_runs_with_other_weights_than_its_own(streamed: StreamedModel) -> None:

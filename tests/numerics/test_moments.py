@@ -192,6 +192,17 @@ def test_numbers_that_are_not_finite_are_refused_and_leave_nothing(bad: float) -
     assert torch.equal(found.second_moment, wanted.second_moment)
 
 
+def test_the_end_of_float16_counts_as_beyond_it_in_float16_alone() -> None:
+    accumulator = InputAccumulator("layers.0.q_proj", 2, with_moment=False)
+    x = torch.tensor([[1.0, -65504.0]])
+    with pytest.raises(FloatingPointError) as caught:
+        accumulator.update(x.half(), keep_rows=1)
+    assert str(caught.value) == "the input of layers.0.q_proj reaches 65504, where float16 ends,"
+    accumulator.update(x, keep_rows=1)
+    accumulator.update(x.half() / 2, keep_rows=1)
+    assert accumulator.finish().tokens == 2
+
+
 def test_equal_inputs_give_equal_bits() -> None:
     x = normals(64, 16)
     one, other = accumulate(*x.split(10), with_moment=True), accumulate(*x.split(10), with_moment=True)
