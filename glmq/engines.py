@@ -54,6 +54,8 @@ class ChipSupport:
     """The quantization types that it loads, and in which float dtypes, the usual one first."""
     refusals: Mapping[QuantType, str]
     """Why it does not load others that `glmq quantize` writes."""
+    fails: str | None = None
+    """Why the family's model does not run there although its types are loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,10 @@ _BFLOAT16_BIAS: Final = "its kernel takes no bfloat16 bias, which q_proj, k_proj
 _VLLM_310P_A16: Final = "its registry for the 300I Duo has no weight-only types"
 _NOT_IN_SGLANG: Final = "SGLang's ModelSlim loader has no such linear"
 _SGLANG_310P: Final = "not checked on the 300I Duo"
+_VLLM_310P_ROTARY: Final = (
+    "vLLM-Ascend does not run GLM-4.1V on the Atlas 300I Duo, "
+    "where its rotary kernel has no interleaved mode; MindIE does"
+)
 _SPARSE_ELSEWHERE: Final = "sparse types run on the 300I Duo only"
 
 _WRITTEN: Final = tuple(t for t in QuantType if t is not QuantType.FLOAT and not t.spec.is_compressed)
@@ -195,6 +201,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
                 },
             ),
             Chip.DUO_300I: ChipSupport(
+                fails=_VLLM_310P_ROTARY,
                 dtypes={
                     QuantType.W8A8: (FP16,),
                     QuantType.W8A8S: (FP16,),
@@ -283,7 +290,7 @@ class Place:
         return self.engine.spec.title + ("" if self.chip is None else f" on the Atlas {self.chip.value}")
 
     def loads(self, types: Collection[QuantType], dtype: FloatDtype, form: Form, *, text_only: bool) -> bool:
-        """Whether a model is loaded here.
+        """Whether a model is loaded here, and runs.
 
         Args:
             types: those of its linears that are integers.
@@ -294,7 +301,8 @@ class Place:
         spec = self.engine.spec
         is_read = form in spec.forms and (form is not Form.COMPRESSED_TENSORS or set(types) <= set(spec.packed_types))
         fits = (spec.mixes_types or len(set(types)) == 1) and (text_only or not spec.text_only)
-        return is_read and fits and all(dtype in self.dtypes(quant_type) for quant_type in types)
+        runs = any(support.fails is None for support in self._supports())
+        return runs and is_read and fits and all(dtype in self.dtypes(quant_type) for quant_type in types)
 
     def why_not(self, quant_type: QuantType) -> str:
         """Why that type is not loaded here."""

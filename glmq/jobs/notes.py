@@ -13,7 +13,7 @@ from glmq.engines import FLOAT_ELSEWHERE, LARGE_GROUPS, NOT_COMPRESSED, WITHOUT_
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.family import LinearShape
 from glmq.numerics import gptq
-from glmq.quantization.plan import GroupPlan, beyond_text, count_matches
+from glmq.quantization.plan import GroupPlan, beyond_text, count_matches, loading_engines
 from glmq.quantization.recipe import Recipe
 from glmq.spec import Form, QuantType
 from glmq.wording import counted
@@ -181,6 +181,9 @@ def describe_limits(recipe: Recipe, groups: Iterable[GroupPlan]) -> list[str]:
         for engine in readers
         if others and engine.spec.text_only
     ]
+    if recipe.target.place is not None and not loading_engines(recipe, plans):
+        supports = recipe.target.place.engine.spec.chips.values()
+        general += [one.fails for one in supports if one.fails is not None and recipe.quant_type in one.dtypes]
     return [f"warning: {said}" for said in general] + [
         f"warning: {said}"
         for engine in readers

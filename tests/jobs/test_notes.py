@@ -90,6 +90,10 @@ def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
     assert len(said(is_dynamic=True, torch_dtype="fp16")) == 2
     sparse = {"w_bit": 4, "is_lowbit": True, "torch_dtype": "fp16"}
     assert said(**sparse) == []
+    assert said(**sparse, target="vllm-ascend") == [
+        "warning: vLLM-Ascend does not run GLM-4.1V on the Atlas 300I Duo, where its rotary kernel has no interleaved mode; "
+        "MindIE does"
+    ]
     assert said(**sparse, format="mindie") == [
         "warning: `glmq compress` takes the ascendV1 form alone; to compress, quantize without --mindie_format"
     ]

@@ -250,7 +250,10 @@ def test_sparse_types_in_bfloat16_are_refused(tiny_seed: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = errors(tmp_path, Engine.MINDIE)
     assert found[0] == ": text_config.dtype is bfloat16; W8A8S runs on the Atlas 300I Duo, in float16 only"
-    assert notes(tmp_path, Engine.VLLM_ASCEND)[1] == "W8A8S is known to vLLM-Ascend on the Atlas 300I Duo only"
+    assert notes(tmp_path, Engine.VLLM_ASCEND)[1] == (
+        "W8A8S is known to vLLM-Ascend on the Atlas 300I Duo only; vLLM-Ascend does not run GLM-4.1V on the Atlas 300I Duo, "
+        "where its rotary kernel has no interleaved mode; MindIE does"
+    )
 
 
 def test_mindie_reads_one_type_per_model_in_text_layers_alone(copy: Path) -> None:

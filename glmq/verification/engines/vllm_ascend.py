@@ -7,7 +7,7 @@ from typing import Final
 
 from glmq.checkpoint.description import ASCEND_V1, FOREIGN_KEYS
 from glmq.checkpoint.json_file import JsonValue
-from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Engine
+from glmq.engines import LARGE_GROUPS, WITHOUT_BIAS, Chip, Engine
 from glmq.inspection.folder import Folder, Kind, StoredTensor
 from glmq.model.config import ModelConfig
 from glmq.model.family import LinearShape
@@ -66,7 +66,8 @@ def check_vllm_ascend(folder: Folder, config: ModelConfig | None) -> Iterator[Co
                 f"is {size}; vLLM-Ascend takes more than {SPEC.largest_group} with {LARGE_GROUPS} alone",
             )
     elif folder.quant_type in ("W8A8S", "W8A8SC"):
-        yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only"
+        fails = SPEC.chips[Chip.DUO_300I].fails
+        yield False, "", f"{folder.quant_type} is known to vLLM-Ascend on the Atlas 300I Duo only; {fails}"
     if config is None:
         return
     if folder.kind is Kind.QUANTIZED:
