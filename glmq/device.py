@@ -58,18 +58,22 @@ def resolve(device_type: str, *, local_rank: int = 0, world: int = 1) -> torch.d
             "run one process, without torchrun, or use --device-type cpu"
         )
     npu.set_device(local_rank)
-    npu.set_compile_mode(
-        jit_compile=False
-    )  # the 300I Duo's default is to compile each operator for each new shape: minutes
+    # The 300I Duo's default is to compile each operator for each new shape, which takes minutes.
+    npu.set_compile_mode(jit_compile=False)
     return _npu_device(npu)
 
 
-def check_dtype(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise DeviceError for an NPU without bfloat16 and any dtype but float16: it multiplies float32 in float16 as well."""
-    if device.type != "cpu" and dtype is not torch.float16 and not _load_npu().is_bf16_supported():
+def has_float16_alone(device: torch.device) -> bool:
+    """Whether it multiplies in float16 alone: an NPU without bfloat16, which takes float32 for float16 as well."""
+    return device.type != "cpu" and not _load_npu().is_bf16_supported()
+
+
+def check_dtype(device: torch.device, dtype: torch.dtype, *, advice: str = "use --compute-dtype fp16") -> None:
+    """Raise DeviceError, with the advice, if the device does not multiply in that dtype."""
+    if dtype is not torch.float16 and has_float16_alone(device):
         raise DeviceError(
             f"--device-type npu: the Atlas 300I Duo multiplies in float16 alone, not in {str(dtype).removeprefix('torch.')}; "
-            "use --compute-dtype fp16, or --device-type cpu"
+            f"{advice}, or --device-type cpu"
         )
 
 
@@ -106,14 +110,15 @@ def without_npu() -> Iterator[None]:
     transformers imports it wherever it is installed, which fails on a machine without CANN although nothing asks for an NPU;
     and with it transformers 4.53 imports einops, which nobody may have installed, for attention that glmq does not use.
     """
-    loaded = sys.modules.get("torch_npu")
+    was_there = "torch_npu" in sys.modules
+    before = sys.modules.get("torch_npu")
     sys.modules["torch_npu"] = cast(ModuleType, None)  # what Python takes for "there is none"
     try:
         yield
     finally:
         del sys.modules["torch_npu"]
-        if loaded is not None:
-            sys.modules["torch_npu"] = loaded
+        if was_there:
+            sys.modules["torch_npu"] = cast(ModuleType, before)
 
 
 def _load_npu() -> ModuleType:

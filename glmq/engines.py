@@ -91,6 +91,8 @@ class EngineSpec:
     chips: Mapping[Chip, ChipSupport]
     packed_types: tuple[QuantType, ...] = ()
     """The types that it reads in the compressed-tensors form."""
+    mixtures: tuple[tuple[QuantType, QuantType], ...] = ()
+    """Linears of the first type that it takes in a model of the second although it does not mix types."""
     text_only: bool = False
     """It has integer kernels for the linears of text layers alone: the vision tower and lm_head must be float."""
     drops_bias: tuple[QuantType, ...] = ()
@@ -115,6 +117,10 @@ class EngineSpec:
             versions.setdefault(release.dense_w4a8, []).append(release.versions)
         said = "; ".join(f"{', '.join(names)}: {what}" for what, names in versions.items())
         return [f"W4A8_DYNAMIC of a dense linear depends on the release of {self.title}: {said}"]
+
+    def takes(self, quant_type: QuantType, model: QuantType) -> bool:
+        """Whether it takes linears of that type in a model of the other."""
+        return self.mixes_types or quant_type is model or (quant_type, model) in self.mixtures
 
     def chips_for(self, quant_type: QuantType, dtype: FloatDtype | None) -> tuple[Chip, ...]:
         """The chips on which it loads that type in that dtype; None: in some dtype."""
@@ -148,6 +154,7 @@ ENGINES: Final[Mapping[Engine, EngineSpec]] = {
         title="MindIE",
         forms=(Form.ASCEND_V1, Form.MINDIE),
         mixes_types=False,
+        mixtures=((QuantType.W8A8, QuantType.W8A8_DYNAMIC),),  # run as dynamic ones
         text_only=True,
         group_sizes=(64, 128, 256),
         world_sizes=(1, 2, 4),
@@ -289,10 +296,13 @@ class Place:
         """Engine and chip for people."""
         return self.engine.spec.title + ("" if self.chip is None else f" on the Atlas {self.chip.value}")
 
-    def loads(self, types: Collection[QuantType], dtype: FloatDtype, form: Form, *, text_only: bool) -> bool:
+    def loads(
+        self, model: QuantType, types: Collection[QuantType], dtype: FloatDtype, form: Form, *, text_only: bool
+    ) -> bool:
         """Whether a model is loaded here, and runs.
 
         Args:
+            model: its own type.
             types: those of its linears that are integers.
             dtype: of its float tensors.
             form: in which it is written.
@@ -300,7 +310,7 @@ class Place:
         """
         spec = self.engine.spec
         is_read = form in spec.forms and (form is not Form.COMPRESSED_TENSORS or set(types) <= set(spec.packed_types))
-        fits = (spec.mixes_types or len(set(types)) == 1) and (text_only or not spec.text_only)
+        fits = all(spec.takes(quant_type, model) for quant_type in types) and (text_only or not spec.text_only)
         runs = any(support.fails is None for support in self._supports())
         return runs and is_read and fits and all(dtype in self.dtypes(quant_type) for quant_type in types)
 

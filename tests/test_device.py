@@ -90,6 +90,13 @@ def test_others_do_not_find_torch_npu_where_it_is_hidden(tmp_path: Path, monkeyp
     with device.without_npu():  # transformers 4.53 would import einops with it
         assert importlib.util.find_spec("torch_npu") is None
     assert sys.modules["torch_npu"] is loaded
+    with device.without_npu(), device.without_npu():
+        assert sys.modules["torch_npu"] is None
+    assert sys.modules["torch_npu"] is loaded
+    monkeypatch.delitem(sys.modules, "torch_npu")
+    with device.without_npu(), device.without_npu():
+        assert sys.modules["torch_npu"] is None
+    assert "torch_npu" not in sys.modules
 
 
 @pytest.mark.slow

@@ -36,20 +36,22 @@ def test_w8a8_in_bfloat16_is_not_for_the_300i_duo() -> None:
 def test_a_place_loads_a_model_if_it_reads_its_form_and_every_type_in_its_dtype() -> None:
     mindie, vllm = Place(Engine.MINDIE, Chip.A2_800I), Place(Engine.VLLM_ASCEND, Chip.A2_800I)
     bf16, form = FloatDtype.BF16, Form.ASCEND_V1
-    dense, mixed = [QuantType.W8A8], [QuantType.W8A8, QuantType.W8A8_DYNAMIC]
-    assert mindie.loads(dense, bf16, form, text_only=True)
-    assert mindie.loads(dense, bf16, Form.MINDIE, text_only=True)
-    assert not mindie.loads(dense, bf16, form, text_only=False)
-    assert not mindie.loads(mixed, bf16, form, text_only=True)
-    assert not Place(Engine.MINDIE, Chip.DUO_300I).loads(dense, bf16, form, text_only=True)
-    assert vllm.loads(mixed, bf16, form, text_only=False)
-    assert not vllm.loads(mixed, FloatDtype.FP16, form, text_only=True)
-    assert not vllm.loads(dense, bf16, Form.MINDIE, text_only=True)
-    assert not vllm.loads(dense, bf16, Form.COMPRESSED_TENSORS, text_only=True)
-    assert vllm.loads([QuantType.W8A8_DYNAMIC], bf16, Form.COMPRESSED_TENSORS, text_only=True)
+    w8a8, dynamic = QuantType.W8A8, QuantType.W8A8_DYNAMIC
+    assert mindie.loads(w8a8, [w8a8], bf16, form, text_only=True)
+    assert mindie.loads(w8a8, [w8a8], bf16, Form.MINDIE, text_only=True)
+    assert not mindie.loads(w8a8, [w8a8], bf16, form, text_only=False)
+    assert not mindie.loads(w8a8, [w8a8, dynamic], bf16, form, text_only=True)
+    assert not mindie.loads(w8a8, [dynamic], bf16, form, text_only=True)
+    assert mindie.loads(dynamic, [w8a8, dynamic], bf16, form, text_only=True)
+    assert not Place(Engine.MINDIE, Chip.DUO_300I).loads(w8a8, [w8a8], bf16, form, text_only=True)
+    assert vllm.loads(w8a8, [w8a8, dynamic], bf16, form, text_only=False)
+    assert not vllm.loads(w8a8, [w8a8, dynamic], FloatDtype.FP16, form, text_only=True)
+    assert not vllm.loads(w8a8, [w8a8], bf16, Form.MINDIE, text_only=True)
+    assert not vllm.loads(w8a8, [w8a8], bf16, Form.COMPRESSED_TENSORS, text_only=True)
+    assert vllm.loads(dynamic, [dynamic], bf16, Form.COMPRESSED_TENSORS, text_only=True)
     in_vllm = Place(Engine.VLLM_ASCEND, Chip.DUO_300I)  # which has the type, but cannot run the model
     assert in_vllm.dtypes(QuantType.W8A8S) == (FloatDtype.FP16,)
-    assert not in_vllm.loads([QuantType.W8A8S], FloatDtype.FP16, form, text_only=True)
+    assert not in_vllm.loads(QuantType.W8A8S, [QuantType.W8A8S], FloatDtype.FP16, form, text_only=True)
 
 
 def test_a_place_without_a_chip_is_any_of_them() -> None:

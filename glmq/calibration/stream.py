@@ -20,7 +20,7 @@ from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.resume import CalibrationJournal, Calls
 from glmq.calibration.samples import Sample
 from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
-from glmq.device import release
+from glmq.device import has_float16_alone, release
 from glmq.errors import NonFiniteError
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
@@ -269,9 +269,8 @@ class _Run:
         except FloatingPointError as error:
             advice = "leave this sample out"
             if self.model.dtype is not torch.float32:
-                # An NPU that computes in float16 does so because it has nothing else.
-                has_others = self.model.device.type == "cpu" or self.model.dtype is not torch.float16
-                advice = f"use {'--compute-dtype fp32' if has_others else '--device-type cpu'}, or {advice}"
+                wider = "--device-type cpu" if has_float16_alone(self.model.device) else "--compute-dtype fp32"
+                advice = f"use {wider}, or {advice}"
             raise NonFiniteError(f"{sample.name}: {error} in {self.model.dtype}; {advice}") from error
 
     def _watch(self, block: Block) -> Watch:
@@ -314,5 +313,5 @@ def _check_finite(hidden: Tensor, block: str) -> None:
     there = hidden.cpu()  # the 300I Duo has no isfinite
     if not torch.isfinite(there).all():
         raise FloatingPointError(f"the hidden states after {block} hold NaN or infinity")
-    if is_cut_off(there):
+    if is_cut_off(there.dtype, float(there.abs().max())):
         raise FloatingPointError(f"the hidden states after {block} reach {FP16_END:g}, where float16 ends,")

@@ -88,7 +88,9 @@ def describe_failure(error: BaseException) -> tuple[str, str, int]:
     if is_out_of_memory(error):
         sentence = "the machine's memory is used up; close other programs, or use a machine with more"
         if "NPU out of memory" in str(error):  # torch_npu's words
-            sentence = "the NPU's memory is used up; pass --max-pixels for smaller pictures, or --device-type cpu"
+            sentence = (
+                "the NPU's memory is used up; begin again with smaller pictures (--max-pixels), or --device-type cpu"
+            )
         return MemoryShortError.code, sentence, MemoryShortError.exit_code
     if isinstance(error, OSError):
         kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else UnreadableError

@@ -346,7 +346,9 @@ def next_steps(folder: Path, recipe: Recipe, loaders: Mapping[Engine, Sequence[C
             "The speed-up needs the NPU engine.",
             *([f"Note: {NOT_COMPRESSED}."] if is_sparse else []),
         ]
-    engines = list(loaders) or [engine for engine in Engine if Place(engine, None).dtypes(recipe.quant_type)]
+    target = recipe.target.place
+    able = [engine for engine in Engine if Place(engine, None).dtypes(recipe.quant_type)]
+    engines = list(loaders) or (able if target is None else [target.engine])
     command = f"  glmq verify {quote(str(folder))} --target {engines[0].value}"
     if loaders:
         first = engines[0]

@@ -173,7 +173,9 @@ def describe_limits(recipe: Recipe, groups: Iterable[GroupPlan]) -> list[str]:
     types: dict[QuantType, list[LinearShape]] = {}
     for plan in plans:
         types.setdefault(plan.quant_type, []).extend(plan.group.linears)
-    readers = [engine for engine in Engine if recipe.form in engine.spec.forms]
+    target = recipe.target.place
+    asked = Engine if target is None else (target.engine,)
+    readers = [engine for engine in asked if recipe.form in engine.spec.forms]
     general = [NOT_COMPRESSED] if recipe.quant_type.spec.is_sparse and recipe.form is Form.MINDIE else []
     others = beyond_text(plans)
     general += [
@@ -181,8 +183,16 @@ def describe_limits(recipe: Recipe, groups: Iterable[GroupPlan]) -> list[str]:
         for engine in readers
         if others and engine.spec.text_only
     ]
-    if recipe.target.place is not None and not loading_engines(recipe, plans):
-        supports = recipe.target.place.engine.spec.chips.values()
+    general += [
+        f"{engine.spec.title} reads one type per model, here {recipe.quant_type.value}, and {counted(len(linears), 'linear')} "
+        f"will be {kind.value}, {linears[0].name} first"
+        for engine in readers
+        for kind, linears in types.items()
+        if kind is not QuantType.FLOAT and Place(engine, None).dtypes(recipe.quant_type)
+        if not engine.spec.takes(kind, recipe.quant_type)
+    ]
+    if target is not None and not loading_engines(recipe, plans):
+        supports = target.engine.spec.chips.values()
         general += [one.fails for one in supports if one.fails is not None and recipe.quant_type in one.dtypes]
     return [f"warning: {said}" for said in general] + [
         f"warning: {said}"

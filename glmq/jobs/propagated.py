@@ -43,7 +43,8 @@ def open_propagation(
     kept = kept_states_bytes(run.config, recipe, load)
     check_room(folder.work, plan.shards.nbytes - taken_bytes(folder.path) + kept)
     device = resolve(device_type)
-    check_dtype(device, load.dtype)
+    again = "the statistics were taken in it: calibrate again with --compute-dtype fp16"
+    check_dtype(device, load.dtype, advice=again)
     model = StreamedModel(run.source, run.config, device=device, dtype=load.dtype)
     propagation = Propagation(model, statistics, recipe.propagation, folder.work, run.journal)
     if propagation.note:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 SCORES_AT_ONCE = 2**28
-"""Of queries and keys, 1 GiB of float32. An NPU without a fused attention, the 300I Duo, keeps more than twice that of all
-scores at once: a photo of 24,128 patches would take 60 GiB."""
+"""Scores of queries against keys, 1 GiB of float32. An NPU without a fused attention, the 300I Duo, holds the scores twice and
+more: for all queries of a photo of 24,128 patches at once that would be 60 GiB."""
 
 
 def quicken_vision(model: nn.Module) -> None:
@@ -54,16 +54,21 @@ def _attend(
     q, k, v = _heads(attention, hidden_states, position_embeddings)
     pictures = [slice(*ends) for ends in pairwise(cu_seqlens.tolist())]
     scale = q.shape[-1] ** -0.5
-    at_once = len(q[0, 0]) if q.device.type == "cpu" else SCORES_AT_ONCE // (q.shape[1] * len(q[0, 0]))
+    at_once = queries_at_once(q.device, heads=q.shape[1], patches=q.shape[2])
     seen = [attend_to_all(q[:, :, p], k[:, :, p], v[:, :, p], scale=scale, at_once=at_once) for p in pictures]
     projected: Tensor = attention.proj(torch.cat(seen, 2)[0].transpose(0, 1).flatten(1))
     return projected
 
 
+def queries_at_once(device: torch.device, *, heads: int, patches: int) -> int:
+    """How many queries attend to all keys in one turn: all of them on a CPU, whose attention keeps no scores."""
+    return patches if device.type == "cpu" else max(1, SCORES_AT_ONCE // (heads * patches))
+
+
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor, *, scale: float, at_once: int) -> Tensor:
-    """Attention of `at_once` queries at a time (at least one) to all keys: each [1, heads, patches, head size]."""
+    """Attention of `at_once` queries at a time to all keys: each [1, heads, patches, head size]."""
     attend = nn.functional.scaled_dot_product_attention
-    turns = [attend(part, k, v, scale=scale) for part in q.split(max(1, at_once), 2)]
+    turns = [attend(part, k, v, scale=scale) for part in q.split(at_once, 2)]
     return turns[0] if len(turns) == 1 else torch.cat(turns, 2)
 
 

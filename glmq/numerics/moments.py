@@ -83,9 +83,9 @@ class InputStats:
         return triangle + sum(tensor.nbytes for tensor in stored)
 
 
-def is_cut_off(x: Tensor) -> bool:
-    """Whether values of a float16 tensor lie at its very end, where some chips leave what goes beyond."""
-    return x.dtype is torch.float16 and x.numel() > 0 and float(x.cpu().abs().max()) >= FP16_END
+def is_cut_off(dtype: torch.dtype, largest: float) -> bool:
+    """Whether a largest magnitude is the very end of float16, where some chips leave what goes beyond."""
+    return dtype is torch.float16 and largest >= FP16_END
 
 
 def bin_centers(exponent: Tensor) -> Tensor:
@@ -167,13 +167,13 @@ class InputAccumulator:
         Raises:
             FloatingPointError: NaN, infinity, or the end of float16; nothing is counted then.
         """
-        if is_cut_off(x):
-            raise FloatingPointError(f"the input of {self.name} reaches {FP16_END:g}, where float16 ends,")
-        x = x.detach().to(device="cpu", dtype=torch.float32).contiguous()
+        dtype, x = x.dtype, x.detach().to(device="cpu", dtype=torch.float32).contiguous()
         tokens = x.shape[0]
         low, high = x.amin(0), x.amax(0)  # hand NaN on; torch.aminmax is several times slower along a dimension
         if not torch.isfinite(torch.stack((low, high))).all():
             raise FloatingPointError(f"the input of {self.name} holds NaN or infinity")
+        if is_cut_off(dtype, max(float(high.max()), -float(low.min()))):
+            raise FloatingPointError(f"the input of {self.name} reaches {FP16_END:g}, where float16 ends,")
         self.latest = Extremes(tokens, low, high)
         self._count_in(tokens, low, high, exponents_of(torch.maximum(low.abs(), high.abs())))
         sums = _count_and_sum(x, self._exponent, self._counts)

@@ -74,9 +74,10 @@ def loading_engines(recipe: Recipe, plans: Iterable[GroupPlan]) -> dict[Engine, 
     found: dict[Engine, tuple[Chip, ...]] = {}
     for engine in Engine if target is None else [target.engine]:
         chips = engine.spec.chips if target is None or target.chip is None else [target.chip]
-        fits = [c for c in chips if Place(engine, c).loads(types, recipe.dtype, recipe.form, text_only=text_only)]
+        asked = recipe.quant_type, types, recipe.dtype, recipe.form
+        fits = tuple(chip for chip in chips if Place(engine, chip).loads(*asked, text_only=text_only))
         if fits:
-            found[engine] = tuple(fits)
+            found[engine] = fits
     return found
 
 

@@ -44,7 +44,7 @@ def parse_rule(text: str, model_type: QuantType, target: Target, form: Form) -> 
             "their engine reads one type; use FLOAT or the model's own type"
         )
     place = target.place
-    if place is not None and not place.engine.spec.mixes_types:
+    if place is not None and not place.engine.spec.takes(quant_type, model_type):
         raise PatternError(
             f"--layer {text!r} with --target {target.value}: {place.engine.spec.title} reads one quantization type per model, "
             f"this one is {model_type.value}; use FLOAT, or another target"

@@ -74,7 +74,7 @@ glmq ask FOLDER --image PHOTO
 
 def _serving(report: Report) -> str:
     recipe = report.recipe
-    if recipe.quant_type.spec.is_sparse and recipe.form is Form.ASCEND_V1:
+    if recipe.quant_type.spec.is_sparse and recipe.form is Form.ASCEND_V1 and Engine.MINDIE in report.engines:
         return (
             "Sparse weights are compressed first, for the number of ranks that serve them (Atlas 300I Duo, MindIE):\n\n"
             "```\nglmq compress --model_path FOLDER --save_directory OUT --tp 1\n```"

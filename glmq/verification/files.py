@@ -111,7 +111,8 @@ def _check_form(path: Path, description: Description) -> Iterator[Finding]:
     elif size in _NOT_FOR_MINDIE:
         yield Check.GROUP_SIZE.warning("group_size", f"is {size}, which the MindIE engine refuses")
     elif size not in GROUP_SIZES:
-        yield Check.GROUP_SIZE.error("group_size", f"is {size}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
+        found = "missing or 0" if size is None else size
+        yield Check.GROUP_SIZE.error("group_size", f"is {found}, wanted one of {', '.join(map(str, GROUP_SIZES))}")
 
 
 def weights_stem(directory: Path, quant_type: str) -> str:

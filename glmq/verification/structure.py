@@ -255,17 +255,19 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
 def _check_mixture(case: _Case) -> Iterator[Finding]:
     """Check 12: linears of another type than the model's are wrong for some engines only, so it is said once for each type."""
     quant_type = case.description.model_quant_type
-    others: dict[str, list[str]] = {}
+    model = next((known for known in QuantType if known.value == quant_type), None)
+    others: dict[QuantType, list[str]] = {}
     for base, kind in case.linears.items():
-        if kind.value != quant_type:
-            others.setdefault(kind.value, []).append(base)
-    whole = " and ".join(engine.spec.title for engine in Engine if not engine.spec.mixes_types)
-    for value, names in others.items():
-        yield Check.SHARED_INPUT.warning(
-            f"{names[0]}.weight",
-            f"is described as {value}, {counted(len(names), 'linear')} of this {quant_type} model so: "
-            f"{whole} reads one type per model, other engines one per linear",
-        )
+        if kind is not model:
+            others.setdefault(kind, []).append(base)
+    for kind, names in others.items():
+        whole = [engine.spec.title for engine in Engine if model is None or not engine.spec.takes(kind, model)]
+        if whole:
+            yield Check.SHARED_INPUT.warning(
+                f"{names[0]}.weight",
+                f"is described as {kind.value}, {counted(len(names), 'linear')} of this {quant_type} model so: "
+                f"{' and '.join(whole)} reads one type per model, other engines one per linear",
+            )
 
 
 def _check_names(case: _Case) -> Iterator[Finding]:

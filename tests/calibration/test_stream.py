@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import edit_tensors, full_model_kwargs, load_full, run_ranks, slow_histogram, tree
+from helpers import StandInNpu, edit_tensors, full_model_kwargs, load_full, run_ranks, slow_histogram, tree
 from PIL import Image
 from torch import Tensor, nn
 
@@ -402,18 +402,23 @@ def test_hidden_states_that_overflow_stop_the_run_by_place_and_sample(
 
 
 @pytest.mark.parametrize(
-    ("device", "advice"),
-    [("cpu", "use --compute-dtype fp32"), ("meta", "use --device-type cpu")],  # meta: an NPU that has float16 alone
+    ("device", "bf16", "advice"),  # meta stands for an NPU
+    [
+        ("cpu", False, "--compute-dtype fp32"),
+        ("meta", True, "--compute-dtype fp32"),
+        ("meta", False, "--device-type cpu"),
+    ],
 )
 def test_what_an_npu_cuts_off_at_the_end_of_float16_is_an_overflow(
-    device: str, advice: str, samples: tuple[Sample, ...]
+    device: str, bf16: bool, advice: str, samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("glmq.device._load_npu", lambda: StandInNpu(bf16=bf16))
     model = SimpleNamespace(dtype=torch.float16, device=torch.device(device))
     with pytest.raises(NonFiniteError) as caught, _Run._blaming(SimpleNamespace(model=model), samples[0]):
         _check_finite(torch.tensor([1.0, -65504.0]).half(), "layers.0")
     assert str(caught.value) == (
-        f"{samples[0].name}: the hidden states after layers.0 reach 65504, where float16 ends, in torch.float16; {advice}, or "
-        "leave this sample out"
+        f"{samples[0].name}: the hidden states after layers.0 reach 65504, where float16 ends, in torch.float16; "
+        f"use {advice}, or leave this sample out"
     )
     _check_finite(torch.tensor([65504.0]), "layers.0")
 

@@ -15,6 +15,7 @@ from helpers import tree
 
 from glmq.calibration.samples import default_images
 from glmq.calibration.stats import Statistics
+from glmq.errors import UsageError
 from glmq.jobs.calibrate import calibrate
 from glmq.jobs.calibration_options import CalibrationOptions
 
@@ -190,6 +191,21 @@ def test_the_prompt_and_the_pixels_change_the_samples(small: Path, pictures: Pat
     assert asked < plain
     # 112 x 112 pixels are 4 x 4 merged patches, 84 x 84 are 3 x 3.
     assert plain - shrunk == 16 - 9
+
+
+def test_an_unfinished_calibration_knows_its_kind_of_device(
+    small: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def look(_: object, __: object, settings: dict[str, str], *___: object) -> None:
+        asked.append(settings["--device-type"])
+        raise UsageError("enough")
+
+    monkeypatch.setattr("glmq.jobs.calibrate.CalibrationJournal", look)
+    result = run(*command(small, tmp_path / "stats", "--calib-images", pictures, "--limit", 1))
+    assert result.exit_code == UsageError.exit_code
+    assert asked == ["cpu"]
 
 
 def test_the_compute_dtype_is_written_down(

@@ -150,7 +150,7 @@ def test_every_kind_of_error_has_its_own_code() -> None:
         (MemoryError(), 5, "GLMQ-E502", "the machine's memory is used up; close other programs, or use a machine with more"),
         (
             RuntimeError("NPU out of memory. Tried to allocate 26.00 GiB (NPU 0; 21.02 GiB total capacity)"), 5, "GLMQ-E502",
-            "the NPU's memory is used up; pass --max-pixels for smaller pictures, or --device-type cpu",
+            "the NPU's memory is used up; begin again with smaller pictures (--max-pixels), or --device-type cpu",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "/data/out"), 5, "GLMQ-E501",

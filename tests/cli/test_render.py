@@ -135,6 +135,11 @@ def test_the_next_step_depends_on_the_type_and_on_what_loads_it(small: Path) -> 
     ]
     assert steps(**four_bits) == steps(layer=("*.o_proj=W8A8_DYNAMIC",)) == steps(layer=("lm_head=W8A8",)) == with_vllm
     assert steps(target="vllm-ascend") == with_vllm
+    assert "MindIE on the Atlas 800I A2" in steps(is_dynamic=True, layer=("*.o_proj=W8A8",))[0]
+    assert steps(**sparse, target="vllm-ascend") == [
+        "No engine is known to load it as it is; this says why:",
+        with_vllm[1],
+    ]
     assert steps(**sparse, layer=("*.blocks.*=W8A8S",)) == [
         "No engine is known to load it as it is; this says why:",
         "  glmq verify '/data/my out' --target mindie",

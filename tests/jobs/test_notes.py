@@ -101,6 +101,12 @@ def test_what_engines_do_not_run_is_said_before_the_work(small: Path) -> None:
         "warning: MindIE reads the vision tower and lm_head in float alone, and 2 of their linears become integers, "
         "model.visual.blocks.0.mlp.down_proj first"
     ]
+    mixed = ("*.o_proj=W8A8_DYNAMIC",)
+    assert said(layer=mixed) == [
+        "warning: MindIE reads one type per model, here W8A8, and 2 linears will be W8A8_DYNAMIC, "
+        "model.language_model.layers.0.self_attn.o_proj first"
+    ]
+    assert said(layer=mixed, target="vllm-ascend") == said(is_dynamic=True, layer=("*.o_proj=W8A8",)) == []
     packed = {"format": "compressed-tensors"}
     assert said(**packed, layer=("lm_head=W8A8",)) == said(**packed, a_bit=16) == []
     assert len(said(**packed, is_dynamic=True, torch_dtype="fp16")) == 1

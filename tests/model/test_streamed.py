@@ -21,7 +21,7 @@ from glmq.model.cpu_modules import keep_on_cpu
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import StreamedModel, _build_alone
 from glmq.model.tiny import TINY_CASES
-from glmq.model.vision_tower import attend_to_all, quicken_vision
+from glmq.model.vision_tower import attend_to_all, queries_at_once, quicken_vision
 
 LAYER = "model.language_model.layers.0"
 CPU = torch.device("cpu")
@@ -320,7 +320,15 @@ def test_what_npus_lack_is_computed_on_the_cpu_beside_them(small: Path) -> None:
                     assert [bool(m._forward_hooks) for m in modules] == [hooked] * len(names)
 
 
-@pytest.mark.parametrize("at_once", [0, 1, 3, 7, 8])
+def test_queries_take_turns_beside_a_cpu_where_their_scores_are_too_many() -> None:
+    npu = torch.device("meta")
+    assert queries_at_once(CPU, heads=12, patches=24_128) == 24_128
+    assert queries_at_once(npu, heads=12, patches=24_128) == 927  # 268,388,  of 2^28 = 268,435, thousand scores
+    assert queries_at_once(npu, heads=12, patches=1_564) > 1_564
+    assert queries_at_once(npu, heads=12, patches=2**28) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 8])
 def test_attention_in_turns_is_that_of_all_queries(at_once: int) -> None:
     q, k, v = torch.randn(3, 1, 2, 7, 4).unbind()
     whole = nn.functional.scaled_dot_product_attention(q, k, v, scale=0.5)

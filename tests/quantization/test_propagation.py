@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import calibrate, quantize, refused, tree
+from helpers import StandInNpu, calibrate, quantize, refused, tree
 from make_checkpoint import Size, make_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -339,6 +339,21 @@ def test_the_samples_run_on_the_device_that_is_named(model: Path, stats: Path, t
         quantize(model, stats, tmp_path / "out", calibration=options, propagation=0.5, watch=events.append, **W4A8)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert f"note: --prompt has no effect: the statistics in {stats} are used" in notes
+
+
+def test_an_npu_that_does_not_multiply_in_the_statistics_dtype_is_refused(
+    model: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glmq.device._load_npu", lambda: StandInNpu(bf16=False, name="Ascend310P3"))
+    monkeypatch.setattr("glmq.device._npu_device", lambda _: torch.device("meta"))
+    chosen = glmq.CalibrationOptions(device_type="npu", text_inputs=True)
+    with pytest.raises(DeviceError) as caught:
+        quantize(model, stats, tmp_path / "out", calibration=chosen, propagation=0.5, **W4A8)
+    dtype = json.loads((stats / "statistics.json").read_text())["compute_dtype"]
+    assert str(caught.value) == (
+        f"--device-type npu: the Atlas 300I Duo multiplies in float16 alone, not in {dtype}; the statistics were taken in "
+        "it: calibrate again with --compute-dtype fp16, or --device-type cpu"
+    )
 
 
 def test_the_dry_run_counts_the_samples_in(model: Path, stats: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_missing_group_size_is_found_where_rules_give_groups(mixed: Path, tmp_
     folder = shutil.copytree(mixed, tmp_path / "copy")
     edit_json(folder / DESCRIPTION, lambda d: d.pop("group_size"))
     assert [f for f in check_structure(folder, None) if f.check is Check.GROUP_SIZE] == [
-        Finding(Check.GROUP_SIZE, "error", "group_size", "is None, wanted one of 64, 128, 256")
+        Finding(Check.GROUP_SIZE, "error", "group_size", "is missing or 0, wanted one of 64, 128, 256")
     ]
     edit_json(folder / DESCRIPTION, lambda d: d.update(group_size=0))
     sentence = f"group_size: is 0 in the description; {LAYER}.self_attn.o_proj needs input columns per group"

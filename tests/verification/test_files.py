@@ -52,7 +52,7 @@ FOREIGN = "the description has this key, which switches another feature on, even
         ("w8a8", {"group_size": None}, (2, "group_size", "is null in the description; the key must be absent instead")),
         ("w8a8", {"group_size": 64}, (3, "group_size", NO_GROUPS)),
         ("w4a8-mindie", {"group_size": 64}, (3, "group_size", NO_GROUPS)),
-        ("w4a8", {"group_size": "-"}, (3, "group_size", "is None, wanted one of 64, 128, 256")),
+        ("w4a8", {"group_size": "-"}, (3, "group_size", "is missing or 0, wanted one of 64, 128, 256")),
     ],
 )  # fmt: skip
 def test_wrong_keys_of_the_description_are_found(
@@ -100,7 +100,7 @@ def test_the_names_and_notes_of_the_vendors_one_command_flow_are_taken(make: Mak
     assert found(directory, None) == []
     directory = make("w4a8")
     describe(directory, {"group_size": 0})
-    assert found(directory, None)[0] == (3, "group_size", "is None, wanted one of 64, 128, 256")
+    assert found(directory, None)[0] == (3, "group_size", "is missing or 0, wanted one of 64, 128, 256")
 
 
 def test_weights_of_another_name_are_looked_into_all_the_same(make: Make) -> None:

@@ -12,7 +12,7 @@ from glmq.errors import InputError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.side_files import TEMPLATE, TOKENIZER_CONFIG, engine_side_files
-from glmq.spec import Form
+from glmq.spec import Form, QuantType
 from glmq.verification.engines.linears import (
     DTYPE_NAMES,
     STATIC,
@@ -191,9 +191,11 @@ def why_not(kind: str, linear: str, model: str) -> str | None:
         return None
     if not FAMILY.in_text_layers(linear):
         return f"reads {FLOAT_ELSEWHERE}"
-    # Static linears of a dynamic model are run as dynamic ones.
-    is_known = kind == model or (kind, model) == ("W8A8", "W8A8_DYNAMIC")
-    return None if is_known else f"reads one type per model, here {model}"
+    known = {quant_type.value: quant_type for quant_type in QuantType}
+    both = kind in known and model in known
+    if kind == model or (both and Engine.MINDIE.spec.takes(known[kind], known[model])):
+        return None
+    return f"reads one type per model, here {model}"
 
 
 def _check_kinds(folder: Folder, config: ModelConfig) -> Iterator[Complaint]:
