@@ -12,7 +12,7 @@ from glmq.cli.console import stdout
 from glmq.cli.render import SHOWN_ROWS, duration, print_json, show_line, show_obstacles
 from glmq.cli.tables import Column, FittedTable
 from glmq.compression.manifest import CodecKind
-from glmq.engines import Engine
+from glmq.engines import Chip, Engine
 from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.model.config import FAMILY
@@ -136,6 +136,7 @@ def next_steps(result: CompressionResult) -> list[str]:
     if result.layout is Engine.VLLM_ASCEND:
         return [
             "Note: this layout is a best effort, from reading vLLM-Ascend's source and never run; MindIE's is the tested one.",
+            f"Note: {Engine.VLLM_ASCEND.spec.chips[Chip.DUO_300I].fails}.",
             f"Next, on the Atlas 300I Duo: vllm serve {folder} --quantization ascend --load-format sharded_state "
             f"--dtype float16 --tensor-parallel-size {world}",
         ]
