@@ -6,12 +6,12 @@ From the engines' documentation and loaders; nothing here has run on hardware.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from glmq.spec import FloatDtype, Form, QuantType
+from glmq.spec import FloatDtype, Form, QuantType, type_named
 
 FP16, BF16 = FloatDtype.FP16, FloatDtype.BF16
 
@@ -331,5 +331,10 @@ class Place:
 
 def reads_type(engine: Engine, name: str | None) -> bool:
     """Whether the engine loads the quantization type of that name on any chip; True for a name that is no type of ours."""
-    known = {one.value: one for one in QuantType}
-    return name not in known or bool(Place(engine, None).dtypes(known[name]))
+    quant_type = type_named(name)
+    return quant_type is None or bool(Place(engine, None).dtypes(quant_type))
+
+
+def name_cards(chips: Iterable[Chip]) -> str:
+    """Some chips for people, e.g. `Atlas 800I A2 or 300I Duo`."""
+    return f"Atlas {' or '.join(chip.value for chip in chips)}"

@@ -173,6 +173,11 @@ class ActRange(Enum):
     """Per linear, whichever of the two loses less."""
 
 
+def type_named(name: str | None) -> QuantType | None:
+    """The quantization type that a description file calls so; None for a name that is none of ours."""
+    return next((quant_type for quant_type in QuantType if quant_type.value == name), None)
+
+
 class StepRule(Enum):
     """A rule of the vendor's tool that gives each weight row its step.
 

@@ -16,7 +16,7 @@ from glmq.cli.complaint import ANSWERED
 from glmq.cli.console import stdout
 from glmq.cli.lines import Flow, width_of
 from glmq.cli.tables import Cell, Column, FittedTable
-from glmq.engines import NOT_COMPRESSED, Chip, Engine, Place
+from glmq.engines import NOT_COMPRESSED, Chip, Engine, Place, name_cards
 from glmq.inspection.folder import layer_of, role_of
 from glmq.inspection.listing import describe_place
 from glmq.machine import available_memory
@@ -341,7 +341,7 @@ def next_steps(folder: Path, recipe: Recipe, loaders: Mapping[Engine, Sequence[C
         return [f"Next: serve it with vLLM (vllm serve {folder}), or load it with transformers and compressed-tensors."]
     if of_mindie:
         return [
-            f"Next: serve it with MindIE on the {_cards(of_mindie)} (world size 1 or 2): set modelWeightPath to "
+            f"Next: serve it with MindIE on the {name_cards(of_mindie)} (world size 1 or 2): set modelWeightPath to "
             f"{folder.absolute()} in conf/config.json of mindie-service, then start mindieservice_daemon. "
             "The speed-up needs the NPU engine.",
             *([f"Note: {NOT_COMPRESSED}."] if is_sparse else []),
@@ -353,14 +353,10 @@ def next_steps(folder: Path, recipe: Recipe, loaders: Mapping[Engine, Sequence[C
     if loaders:
         first = engines[0]
         return [
-            f"Next: serve it with {first.spec.title} on the {_cards(loaders[first])}; what that makes of it:",
+            f"Next: serve it with {first.spec.title} on the {name_cards(loaders[first])}; what that makes of it:",
             command,
         ]
     if recipe.form is Form.MINDIE and Engine.MINDIE not in engines:
         titles = " or ".join(engine.spec.title for engine in engines)
         return [f"No engine is known to load it in this form; for {titles} write it with --format ascendv1."]
     return ["No engine is known to load it as it is; this says why:", command]
-
-
-def _cards(chips: Sequence[Chip]) -> str:
-    return f"Atlas {' or '.join(chip.value for chip in chips)}"

@@ -25,7 +25,7 @@ from glmq.errors import CheckpointError, WrongFolderError
 from glmq.inspection.scaling import UNSCALED, Scaling, find_scalings
 from glmq.model.config import ModelConfig
 from glmq.progress import Read, no_read
-from glmq.spec import FloatDtype, Form, QuantType
+from glmq.spec import FloatDtype, Form, QuantType, type_named
 from glmq.verification.compressed_linears import (
     CompressedSubject,
     check_compressed_config,
@@ -255,7 +255,7 @@ def _check_keys(case: _Case) -> Iterator[Finding]:
 def _check_mixture(case: _Case) -> Iterator[Finding]:
     """Check 12: linears of another type than the model's are wrong for some engines only, so it is said once for each type."""
     quant_type = case.description.model_quant_type
-    model = next((known for known in QuantType if known.value == quant_type), None)
+    model = type_named(quant_type)
     others: dict[QuantType, list[str]] = {}
     for base, kind in case.linears.items():
         if kind is not model:

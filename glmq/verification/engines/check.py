@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from glmq.engines import Engine, Place, reads_type
+from glmq.engines import Engine, Place, name_cards, reads_type
 from glmq.errors import ModelError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import ModelConfig, parse_config
@@ -158,4 +158,4 @@ def describe_engines(folder: Folder) -> str:
 
 def _mindie_on(quant_type: QuantType, dtype: FloatDtype | None) -> str:
     spec = Engine.MINDIE.spec
-    return f"{spec.title} on the Atlas {' or '.join(chip.value for chip in spec.chips_for(quant_type, dtype))}"
+    return f"{spec.title} on the {name_cards(spec.chips_for(quant_type, dtype))}"

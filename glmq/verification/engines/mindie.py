@@ -12,7 +12,7 @@ from glmq.errors import InputError
 from glmq.inspection.folder import Folder, Kind
 from glmq.model.config import FAMILY, ModelConfig
 from glmq.model.side_files import TEMPLATE, TOKENIZER_CONFIG, engine_side_files
-from glmq.spec import Form, QuantType
+from glmq.spec import Form, type_named
 from glmq.verification.engines.linears import (
     DTYPE_NAMES,
     STATIC,
@@ -191,9 +191,10 @@ def why_not(kind: str, linear: str, model: str) -> str | None:
         return None
     if not FAMILY.in_text_layers(linear):
         return f"reads {FLOAT_ELSEWHERE}"
-    known = {quant_type.value: quant_type for quant_type in QuantType}
-    both = kind in known and model in known
-    if kind == model or (both and Engine.MINDIE.spec.takes(known[kind], known[model])):
+    if kind == model:
+        return None
+    quant_type, of_model = type_named(kind), type_named(model)
+    if quant_type is not None and of_model is not None and Engine.MINDIE.spec.takes(quant_type, of_model):
         return None
     return f"reads one type per model, here {model}"
 

@@ -49,10 +49,11 @@ def module_schemes(folder: Folder, config: ModelConfig, engine: Engine) -> list[
             scheme = f"no key: {missing or missing_key(module)}"
         else:
             kinds = list(dict.fromkeys(str(kind) for kind in types))
-            scheme = kinds[0] if len(kinds) == 1 else f"refused: mixes {', '.join(kinds)}"
             reason = why_not(kinds[0], members[0], str(folder.quant_type)) if engine is Engine.MINDIE else None
-            if len(kinds) == 1 and reason is not None:
-                scheme = f"refused: it {reason}"
+            if len(kinds) > 1:
+                scheme = f"refused: mixes {', '.join(kinds)}"
+            else:
+                scheme = kinds[0] if reason is None else f"refused: it {reason}"
         found.append(ModuleScheme(module, scheme))
     return found
 
