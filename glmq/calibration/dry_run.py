@@ -25,7 +25,7 @@ from glmq.model.config import ModelConfig
 from glmq.model.family import Block
 from glmq.model.inputs import ModelInputs, Preprocessor
 from glmq.model.streamed import BlockCall, StreamedModel
-from glmq.numerics.moments import BINS, TOKENS_AT_ONCE, InputAccumulator, InputStats
+from glmq.numerics.moments import BINS, InputAccumulator, InputStats
 from glmq.progress import StepPlan, Stopwatch
 from glmq.ranks import Place, Ranks
 
@@ -36,8 +36,6 @@ PROCESS_BYTES: Final = 430 * 2**20
 """Python with torch and transformers loaded; measured on Linux x86-64."""
 USUAL_RATE: Final = 1e10
 """Weights times tokens a second."""
-MOST_CALLS: Final = 8
-"""That are timed of one block."""
 WARM_SECONDS: Final = 0.2
 """A call that takes longer is hardly slower for being the first."""
 WRITE_SECONDS: Final = 4e-9
@@ -85,7 +83,7 @@ class CalibrationTrial:
     steps: tuple[StepPlan, ...]
     """The time that each block of the calibration takes, scaled to all samples."""
     inputs: Mapping[str, InputStats]
-    """Statistics of the first text layer's inputs over that sample, taken several times, by site."""
+    """Statistics of the first text layer's inputs over that sample, by site."""
 
 
 def plan_calibration(
@@ -225,20 +223,20 @@ def _time_block(
         for group in block.groups
     }
     ranks = Ranks(Place(0, 1))
-    # So often that the second moment gets its products, which wait for that many tokens.
-    times = min(-(-TOKENS_AT_ONCE // call.hidden.shape[-2]), MOST_CALLS)
     watched = Watch(block, accumulators, ranks, Stopwatch(), keep_rows=SAMPLE_ROWS, own=1)
     layer = LayerWatch(block, model.config, ranks, Stopwatch())
 
     def replay() -> Tensor:
         hidden = model.replay(block.name, call)
         layer.take_turn()
+        for accumulator in accumulators.values():
+            accumulator.state()  # has the second moment's products, which would wait for more tokens
         return hidden
 
     started = time.perf_counter()
     with model.placed(block.name), watched.hooked(model), layer.hooked(model):
         read = time.perf_counter() - started
-        run, hidden = _time_run(replay, share, times)
+        run, hidden = _time_run(replay, share)
         started = time.perf_counter()
         layer.finish(model)
     seen = {stats.name: stats for stats, _ in watched.finish()}
@@ -246,18 +244,17 @@ def _time_block(
     return read + run + time.perf_counter() - started, seen
 
 
-def _time_run(run: Callable[[], Result], share: float, times: int = 1) -> tuple[float, Result]:
-    """Seconds of a run over `share` times as much as one call, from so many calls.
+def _time_run(run: Callable[[], Result], share: float) -> tuple[float, Result]:
+    """Seconds of a run over `share` times as much as one call.
 
-    A short first call mostly starts threads and fills caches, so it is not counted.
+    A short first call mostly starts threads and fills caches, so another one is timed.
     """
-    started, done = time.perf_counter(), 1
+    started = time.perf_counter()
     result = run()
     if time.perf_counter() - started <= WARM_SECONDS:
-        started, done = time.perf_counter(), 0
-    for _ in range(times - done):
+        started = time.perf_counter()
         result = run()
-    return share * (time.perf_counter() - started) / times, result
+    return share * (time.perf_counter() - started), result
 
 
 def _encode(sample: Sample, preprocessor: Preprocessor) -> ModelInputs:

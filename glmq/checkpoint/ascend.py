@@ -269,7 +269,7 @@ def _decode_static(
     """A linear with a stored activation scale and offset."""
     deq_scale = decode_deq_scale(f"{name}.deq_scale", checkpoint.read(f"{name}.deq_scale"))
     activation = _decode_activation(name, checkpoint)
-    if "weight_scale" in quant_type.spec.suffixes:
+    if f"{name}.weight_scale" in checkpoint:
         scale = checkpoint.read(f"{name}.weight_scale").float()
     else:
         scale = (deq_scale / activation.scale)[:, None]
@@ -290,18 +290,22 @@ def _decode_steps(
 
 
 def _type_of(name: str, checkpoint: Checkpoint) -> QuantType:
-    """The one type whose linears have these scales; of W8A8_DYNAMIC and W8A16, which store the same, the described one."""
+    """The type whose linears have these scales; where several have, the described one, else the first that stores just these.
+
+    W8A8_DYNAMIC and W8A16 store the same, and other tools leave W8A8 without the row steps that deq_scale tells.
+    """
     if f"{name}.index" in checkpoint:
         raise WrongFolderError(f"{name}: is compressed (W8A8SC); decompress the checkpoint first")
     found = {suffix for suffix in _TELLING if f"{name}.{suffix}" in checkpoint}
-    fitting = [t for t, spec in TYPES.items() if spec.suffixes and found == _TELLING & set(spec.suffixes)]
-    if len(fitting) > 1:
-        description = read_description(checkpoint.directory)
-        described = "" if description is None else description.tensors.get(f"{name}.weight")
-        fitting = [t for t in fitting if t.value == described] or [QuantType.W8A8_DYNAMIC]
-    if len(fitting) != 1:
+    stored = {t: _TELLING & set(spec.suffixes) for t, spec in TYPES.items() if spec.suffixes}
+    fitting = [t for t, own in stored.items() if found == own or (found == own - {"weight_scale"} == {"deq_scale"})]
+    if not fitting:
         listed = ", ".join(sorted(found)) or "neither deq_scale nor weight_scale"
         raise CheckpointError(f"{name}: is not a quantized linear of a known type, it has {listed}")
+    if len(fitting) > 1:
+        description = read_description(checkpoint.directory)
+        described = None if description is None else description.tensors.get(f"{name}.weight")
+        fitting = [t for t in fitting if t.value == described] or [t for t in fitting if stored[t] == found]
     return fitting[0]
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from handmade import KINDS, LAYER, K, Make, O, Q, V, alter, configure, describe, found, stored
 
+from glmq.checkpoint.ascend import decode_linear
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
+from glmq.spec import QuantType
 from glmq.verification import linears
 from glmq.verification.structure import check_structure
 
@@ -112,6 +114,26 @@ def test_missing_and_superfluous_tensors_of_a_linear_are_found(make: Make, sourc
         (7, f"{O}.bias", "does not belong to a W8A8S linear"),
         (7, f"{O}.weight_scale", "does not belong to a W8A8S linear"),
     ]
+
+
+def test_static_linears_without_row_steps_are_whole(make: Make, source: Checkpoint) -> None:
+    """As other tools write W8A8: no engine reads the steps, and deq_scale / input_scale tells them."""
+    directory = make("w8a8")
+    with Checkpoint.open(directory) as checkpoint:
+        steps = [name for name in checkpoint if name.endswith((".weight_scale", ".weight_offset"))]
+        before = decode_linear(Q, checkpoint)
+    alter(directory, dict.fromkeys(steps))
+    describe(directory, dict.fromkeys(steps, "-"))
+    assert len(steps) == 10
+    assert (found(directory, source), found(directory, None)) == ([], [])
+    with Checkpoint.open(directory) as checkpoint:
+        after = decode_linear(Q, checkpoint)
+    assert (after.quant_type, before.quant_type) == (QuantType.W8A8, QuantType.W8A8)
+    assert torch.allclose(after.weight_scale, before.weight_scale, rtol=2**-11, atol=0)
+    dynamic = make("dynamic")
+    alter(dynamic, {f"{Q}.weight_scale": None})
+    describe(dynamic, {f"{Q}.weight_scale": "-"})
+    assert found(dynamic, None) == [(7, f"{Q}.weight_scale", "is missing, a W8A8_DYNAMIC linear has it")]
 
 
 def test_linears_of_one_input_with_different_scales_are_found(make: Make) -> None:
