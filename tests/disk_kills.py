@@ -91,9 +91,9 @@ def modes_in(folder: Path) -> dict[str, str]:
 def long_run(target: Path) -> None:
     with OutputFolder(target, overwrite=True, resume=True) as output:
         Journal(output.work, {}).record("block", {})
-        (output.path / "new.txt").write_text("new")
-        (output.path / "part").mkdir(exist_ok=True)
-        (output.path / "part" / "b.txt").write_text("b")
+        (output.path / "glmq_new.json").write_text("new")
+        (output.path / "part0-of-1").mkdir(exist_ok=True)
+        (output.path / "part0-of-1" / "b.txt").write_text("b")
         output.finish()
 
 
@@ -105,7 +105,7 @@ def killed_run(target: Path, number: int) -> None:
 def one_file(target: Path, **options: bool) -> None:
     with OutputFolder(target, **{"overwrite": False, **options}) as output:
         Journal(output.work, {}).record("block", {})
-        write_whole(output.path / "new.txt", b"new")
+        write_whole(output.path / "glmq_new.json", b"new")
         output.finish()
 
 
@@ -120,18 +120,18 @@ def lose_nothing(target: Path, *, swaps: bool, overwritten: bool, inside: bool) 
         workplace.is_mount = lambda path: path == target
     if not swaps:
         filesystem._rename2 = lambda one, two, flags: False
-    wanted = {"out", "out/new.txt", "out/part", "out/part/b.txt"}
+    wanted = {"out", "out/glmq_new.json", "out/part0-of-1", "out/part0-of-1/b.txt"}
     for number in range(1, 200):
         if inside or overwritten:
             target.mkdir(parents=True)
         if overwritten:
-            (target / "old.txt").write_text("old")
+            (target / "glmq_old.json").write_text("old")
         code, said = in_child(functools.partial(killed_run, target, number))
         found = names_in(target.parent)
         if code == 0:
             break
         assert code == 9, said
-        is_old, is_new = any(name.endswith("/old.txt") for name in found), wanted <= found
+        is_old, is_new = any(name.endswith("/glmq_old.json") for name in found), wanted <= found
         assert is_old or is_new or not overwritten, number
         code, said = tried(lambda: long_run(target))
         is_told = is_new and "is whole, the interrupted run had put it in its place" in said
@@ -154,7 +154,7 @@ def leave_no_traces(target: Path, *, resume: bool, overwrite: bool) -> None:
         if not resume and "--overwrite to start again" in said:  # there is a finished block, or a finished result
             code, said = tried(functools.partial(one_file, target, overwrite=True))
         assert code == 0 or "had put it in its place" in said or "is not empty" in said, (number, said)
-        assert modes_in(target.parent) == {"out": "drwxr-x---", "out/new.txt": "-rw-r-----"}, (number, said)
+        assert modes_in(target.parent) == {"out": "drwxr-x---", "out/glmq_new.json": "-rw-r-----"}, (number, said)
         shutil.rmtree(target)
     assert 20 < number < 199
 
@@ -170,7 +170,7 @@ def tidy_up_what_is_read(target: Path) -> None:
         is_interrupted = is_folder(target.parent / ".out.partial" / "result")
         tidy_up(target)
         assert is_interrupted or contents_of(target.parent) == whole, number
-        assert (target / "new.txt").read_text() == "new"
+        assert (target / "glmq_new.json").read_text() == "new"
         assert tried(functools.partial(one_file, target, overwrite=True))[0] == 0
     with OutputFolder(target, overwrite=True) as output:
         tidy_up(target)

@@ -17,6 +17,7 @@ from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode, sync_direc
 from glmq.checkpoint.filesystem import exchange, is_writable, rename_new
 from glmq.checkpoint.json_file import json_bytes, read_json_object, write_whole
 from glmq.checkpoint.lock import FolderLock, acquire_first
+from glmq.checkpoint.own_files import check_contents
 from glmq.checkpoint.run_note import RunNote, write_note
 from glmq.checkpoint.workplace import (
     REPLACED,
@@ -31,7 +32,6 @@ from glmq.checkpoint.workplace import (
     is_put,
     is_whole,
     make_work,
-    not_empty,
     owner_of,
     remove_work,
 )
@@ -135,8 +135,7 @@ class OutputFolder:
                 f"{self.target}: is whole, the interrupted run had put it in its place; what else it left is removed now"
             )
         self._before = self._look()  # this one look decides: between two, somebody could put a file there
-        if self._before.entries and not self._overwrite:
-            raise not_empty(self.target)
+        check_contents(self.target, self._places.contents(), overwrite=self._overwrite)
         check_place(self.target, overwrite=self._overwrite, resume=self._resume, work_dir=self._places.work_dir)
         for work in self._places.works():
             if work != self.work or not self._resume or not is_folder(self.path):

@@ -30,6 +30,7 @@ from glmq.checkpoint.disk import DIRECTORY_MODE, FILE_MODE, set_mode
 from glmq.checkpoint.filesystem import is_mount, is_writable
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.lock import FolderLock
+from glmq.checkpoint.own_files import check_contents
 from glmq.errors import BusyError, OutputError, ResumeError, SpaceError, UsageError
 from glmq.wording import counted
 
@@ -216,17 +217,17 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
     """Check that `target` can become an output folder, whoever has its lock. Changes nothing.
 
     Raises:
-        UsageError: it is a file; it is not empty and `overwrite` is false; nothing can be written there; something foreign
-            has the name of a hidden file; or a run lies there, interrupted or kept, that neither `resume` continues nor
-            `overwrite` drops.
+        UsageError: it is a file; it is not empty and `overwrite` is false, or it holds what glmq did not write; nothing can be
+            written there; something foreign has the name of a hidden file; or a run lies there, interrupted or kept, that
+            neither `resume` continues nor `overwrite` drops.
     """
     places = Workplace.of(target, work_dir)
     if places.place.exists() and not places.place.is_dir():
         raise OutputError(f"{target}: is a file, a folder is needed; choose another name")
     is_left = resume and owner_of(places.work) is Owner.GLMQ
     # Where a run was killed, perhaps while it moved its result, OutputFolder looks when it has the lock.
-    if places.contents() and not overwrite and not is_left and not has_remains(places):
-        raise not_empty(target)
+    if places.contents() and not is_left and not has_remains(places):
+        check_contents(target, places.contents(), overwrite=overwrite)
     for path in (*places.works(), *places.locks()):
         _check_folder(path.parent, places)
         if len(os.fsencode(path.name)) > LONGEST_NAME:
@@ -241,11 +242,6 @@ def check_place(target: Path, *, overwrite: bool, resume: bool = False, work_dir
             raise foreign(work)
     if not resume and not overwrite:
         _refuse_interrupted(places)
-
-
-def not_empty(target: Path) -> UsageError:
-    """The output folder has contents, and nobody said that they may go."""
-    return OutputError(f"{target}: is not empty; choose another folder, or pass --overwrite to replace its contents")
 
 
 def _check_folder(folder: Path, places: Workplace) -> None:

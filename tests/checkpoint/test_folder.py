@@ -28,7 +28,7 @@ def target(tmp_path: Path) -> Path:
 
 def fill(folder: Path, text: str) -> None:
     folder.mkdir(parents=True)
-    (folder / "old.txt").write_text(text)
+    (folder / "glmq_old.json").write_text(text)
 
 
 def interrupt(target: Path, *, blocks: int = 0, error: type[BaseException] = KeyboardInterrupt) -> None:
@@ -48,7 +48,7 @@ def interrupt(target: Path, *, blocks: int = 0, error: type[BaseException] = Key
 def write(target: Path, *, meanwhile: Callable[[], object] = lambda: None, **options: object) -> None:
     """A run that writes one file; `meanwhile` happens before it ends."""
     with OutputFolder(target, **{"overwrite": False, **options}) as output:
-        (output.path / "new.txt").write_text("new")
+        (output.path / "glmq_new.json").write_text("new")
         meanwhile()
         output.finish()
 
@@ -58,10 +58,10 @@ WORK = {".out.partial": "", ".out.partial/.glmq-work": "", ".out.partial/result"
 
 def test_the_folder_appears_whole_and_with_all_its_parents(target: Path) -> None:
     with OutputFolder(target, overwrite=False) as output:
-        (output.path / "a.txt").write_text("a")
+        (output.path / "glmq_a.json").write_text("a")
         assert not target.exists()
         output.finish()
-    assert [path.name for path in target.iterdir()] == ["a.txt"]
+    assert [path.name for path in target.iterdir()] == ["glmq_a.json"]
     assert [path.name for path in target.parent.iterdir()] == ["out"]
 
 
@@ -98,7 +98,7 @@ def test_the_group_may_read_it_whatever_the_umask(umask: int, target: Path) -> N
 def test_an_empty_folder_is_a_good_place(target: Path) -> None:
     target.mkdir(parents=True)
     write(target)
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 def test_a_folder_with_contents_is_refused_and_left_as_it_is(target: Path) -> None:
@@ -123,8 +123,8 @@ def test_a_file_in_the_place_is_refused(overwrite: bool, target: Path) -> None:
 
 def test_overwriting_replaces_the_contents_at_the_end_and_not_before(target: Path) -> None:
     fill(target, "old")
-    write(target, overwrite=True, meanwhile=lambda: (target / "old.txt").read_text())
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    write(target, overwrite=True, meanwhile=lambda: (target / "glmq_old.json").read_text())
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 def test_an_error_leaves_the_old_contents_and_nothing_else(target: Path) -> None:
@@ -140,11 +140,11 @@ def test_a_link_to_a_folder_stays_a_link(overwrite: bool, tmp_path: Path) -> Non
     place, link = tmp_path / "disk" / "place", tmp_path / "out"
     place.mkdir(parents=True)
     if overwrite:
-        (place / "old.txt").touch()
+        (place / "glmq_old.json").touch()
     link.symlink_to(place)
     write(link, overwrite=overwrite)
     assert link.is_symlink()
-    assert tree(tmp_path / "disk").keys() == {"place", "place/new.txt"}
+    assert tree(tmp_path / "disk").keys() == {"place", "place/glmq_new.json"}
 
 
 def test_the_current_folder_is_a_good_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +152,7 @@ def test_the_current_folder_is_a_good_place(tmp_path: Path, monkeypatch: pytest.
     here.mkdir()
     monkeypatch.chdir(here)
     write(Path())
-    assert tree(tmp_path).keys() == {"here", "here/new.txt"}
+    assert tree(tmp_path).keys() == {"here", "here/glmq_new.json"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, SpaceError, OSError, CheckpointError])
@@ -237,8 +237,8 @@ def test_a_folder_that_somebody_makes_during_the_run_is_left_alone(target: Path)
         write(target, meanwhile=lambda: fill(target, "thesis"))
     assert str(caught.value) == f"{target}: {CHANGED}; {kept(target)}"
     assert caught.value.exit_code == 5
-    assert (target / "old.txt").read_text() == "thesis"
-    assert (target.parent / ".out.partial" / "result" / "new.txt").read_text() == "new"
+    assert (target / "glmq_old.json").read_text() == "thesis"
+    assert (target.parent / ".out.partial" / "result" / "glmq_new.json").read_text() == "new"
 
 
 @pytest.mark.parametrize("swaps", [True, False])
@@ -246,8 +246,8 @@ def test_a_folder_that_somebody_makes_during_the_run_is_left_alone(target: Path)
     "change",
     [
         lambda target: (target / "thesis.txt").touch(),
-        lambda target: (target / "old.txt").write_text("more"),
-        lambda target: (target / "deep" / "thesis.txt").touch(),
+        lambda target: (target / "glmq_old.json").write_text("more"),
+        lambda target: (target / "part0-of-2" / "thesis.txt").touch(),
         lambda target: (target.rename(target.parent / "aside"), fill(target, "another")),
     ],
 )
@@ -256,7 +256,7 @@ def test_contents_that_change_after_the_run_has_begun_are_not_overwritten(
 ) -> None:
     """Also when they change after the last look, right before they are moved."""
     fill(target, "old")
-    (target / "deep").mkdir()
+    (target / "part0-of-2").mkdir()
     if not swaps:
         monkeypatch.setattr(folder, "exchange", lambda one, other: False)
     real = folder.write_whole
@@ -274,7 +274,7 @@ def test_contents_that_change_after_the_run_has_begun_are_not_overwritten(
         write(target, overwrite=True)
     assert str(caught.value) == f"{target}: {CHANGED}; {kept(target)}"
     assert folder.look(target, os.listdir(target)) == seen[0]
-    assert (target.parent / ".out.partial" / "result" / "new.txt").read_text() == "new"
+    assert (target.parent / ".out.partial" / "result" / "glmq_new.json").read_text() == "new"
 
 
 def test_a_file_that_comes_while_the_run_begins_stays(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def test_a_folder_that_comes_at_the_last_moment_is_not_replaced(
     with pytest.raises(KeptError, match=r"cannot be put in its place \(File exists\)"):
         write(target)
     assert os.listdir(target) == []
-    assert (target.parent / ".out.partial" / "result" / "new.txt").exists()
+    assert (target.parent / ".out.partial" / "result" / "glmq_new.json").exists()
 
 
 def test_a_link_that_is_redirected_during_the_run_is_not_followed(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_a_link_that_is_redirected_during_the_run_is_not_followed(tmp_path: Path
     with pytest.raises(KeptError, match="is a link that was changed while the run was at work"):
         write(link, meanwhile=redirect)
     assert os.listdir(first) == os.listdir(second) == []
-    assert (tmp_path / ".first.partial" / "result" / "new.txt").exists()
+    assert (tmp_path / ".first.partial" / "result" / "glmq_new.json").exists()
 
 
 def test_a_folder_of_the_users_own_with_the_work_folders_name_is_refused(target: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_folder_that_is_called_old_is_nothing_to_us(target: Path) -> None:
     fill(target, "old")
     fill(target.parent / ".out.old", "mine")
     write(target, overwrite=True)
-    assert tree(target.parent).keys() == {".out.old", ".out.old/old.txt", "out", "out/new.txt"}
+    assert tree(target.parent).keys() == {".out.old", ".out.old/glmq_old.json", "out", "out/glmq_new.json"}
 
 
 @pytest.mark.parametrize("marked", [False, True])
@@ -375,7 +375,7 @@ def test_a_planted_link_is_not_followed(target: Path, tmp_path: Path, marked: bo
     (target.parent / ".out.partial").symlink_to(victim)
     with pytest.raises(UsageError, match="glmq did not write it"):
         write(target, overwrite=True)
-    assert (victim / "old.txt").read_text() == "mine"
+    assert (victim / "glmq_old.json").read_text() == "mine"
     assert victim.stat().st_mode & 0o777 == 0o700
 
 
@@ -392,7 +392,7 @@ def test_a_planted_folder_that_appears_after_the_check_is_refused_too(target: Pa
     fill(target.parent / ".out.partial", "mine")
     with pytest.raises(UsageError, match="glmq did not write it"):
         output.__enter__()
-    assert tree(target.parent).keys() == {".out.partial", ".out.partial/old.txt"}
+    assert tree(target.parent).keys() == {".out.partial", ".out.partial/glmq_old.json"}
 
 
 # A kill at any moment.
@@ -436,8 +436,8 @@ def test_contents_that_a_killed_overwrite_has_moved_away_come_back(
     monkeypatch.undo()
     with pytest.raises(UsageError, match="is not empty"):
         OutputFolder(target, overwrite=False, resume=True).__enter__()
-    assert (target / "old.txt").read_text() == "old"
-    assert (target.parent / ".out.partial" / "result" / "new.txt").read_text() == "new"
+    assert (target / "glmq_old.json").read_text() == "old"
+    assert (target.parent / ".out.partial" / "result" / "glmq_new.json").read_text() == "new"
 
 
 @pytest.mark.slow
@@ -445,7 +445,7 @@ def test_a_killed_run_leaves_a_lock_that_holds_nobody_up(target: Path) -> None:
     assert in_child(lambda: (OutputFolder(target, overwrite=False).__enter__(), os._exit(9)))[0] == 9
     assert sorted(os.listdir(target.parent)) == [".out.glmq-lock", ".out.partial"]
     write(target)
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 # --overwrite whose last rename fails.
@@ -471,12 +471,12 @@ def test_a_failing_last_rename_keeps_the_old_contents_and_the_new(
     with pytest.raises(KeptError) as caught:
         write(target, overwrite=True)
     assert str(caught.value) == f"{target}: cannot be put in its place (Input/output error); {kept(target)}"
-    assert (target / "old.txt").read_text() == "old"
-    assert (target.parent / ".out.partial" / "result" / "new.txt").read_text() == "new"
+    assert (target / "glmq_old.json").read_text() == "old"
+    assert (target.parent / ".out.partial" / "result" / "glmq_new.json").read_text() == "new"
     with pytest.raises(UsageError) as refused:
         check_output(target, overwrite=False)
     assert "is not empty" in str(refused.value)
-    (target / "old.txt").unlink()
+    (target / "glmq_old.json").unlink()
     with pytest.raises(UsageError) as refused:
         check_output(target, overwrite=False)
     assert str(refused.value) == (
@@ -502,7 +502,7 @@ def test_when_even_the_old_contents_cannot_go_back_the_sentence_says_where_both_
         f"{target}: cannot be put in its place (Input/output error); {kept(target)}; "
         f"the former contents of {target} are in {replaced}"
     )
-    assert (replaced / "old.txt").read_text() == "old"
+    assert (replaced / "glmq_old.json").read_text() == "old"
     monkeypatch.undo()
     fill(target, "another")  # now they have no place to go back to
     with pytest.raises(UsageError) as refused:
@@ -511,7 +511,7 @@ def test_when_even_the_old_contents_cannot_go_back_the_sentence_says_where_both_
         f"{replaced}: holds the former contents of {target}, which an interrupted run could not put back; "
         "move them where they belong first"
     )
-    assert (replaced / "old.txt").read_text() == "old"
+    assert (replaced / "glmq_old.json").read_text() == "old"
 
 
 # One run at a time.
@@ -552,7 +552,7 @@ def test_a_file_system_without_locks_is_named(target: Path, monkeypatch: pytest.
     assert caught.value.exit_code == 5
     assert tree(target.parent) == {}
     write(target, work_dir=tmp_path / "work")
-    assert tree(tmp_path).keys() == {"parent", "parent/out", "parent/out/new.txt", "work"}
+    assert tree(tmp_path).keys() == {"parent", "parent/out", "parent/out/glmq_new.json", "work"}
 
 
 # Where output may lie.
@@ -570,9 +570,9 @@ def mount(target: Path) -> Iterator[Path]:
 def test_a_mount_point_is_filled(mount: Path) -> None:
     with OutputFolder(mount, overwrite=False) as output:
         assert output.work == mount / ".out.partial"
-        (output.path / "new.txt").touch()
+        (output.path / "glmq_new.json").touch()
         output.finish()
-    assert tree(mount.parent).keys() == {"out", "out/new.txt"}
+    assert tree(mount.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 def test_a_part_of_the_same_disk_mounted_elsewhere_is_a_mount_point_too(tmp_path: Path) -> None:
@@ -583,7 +583,7 @@ def test_a_part_of_the_same_disk_mounted_elsewhere_is_a_mount_point_too(tmp_path
         pytest.skip("a mount needs root")
     try:
         write(target)
-        assert os.listdir(source) == ["new.txt"]
+        assert os.listdir(source) == ["glmq_new.json"]
     finally:
         subprocess.run(["umount", target], check=True)
 
@@ -591,11 +591,11 @@ def test_a_part_of_the_same_disk_mounted_elsewhere_is_a_mount_point_too(tmp_path
 def test_an_empty_file_system_is_empty(mount: Path) -> None:
     (mount / "lost+found").mkdir()
     write(mount)
-    assert tree(mount).keys() == {"lost+found", "new.txt"}
+    assert tree(mount).keys() == {"lost+found", "glmq_new.json"}
     with pytest.raises(UsageError, match="is not empty"):
         write(mount)
     write(mount, overwrite=True)
-    assert tree(mount).keys() == {"lost+found", "new.txt"}
+    assert tree(mount).keys() == {"lost+found", "glmq_new.json"}
 
 
 def test_a_folder_that_is_no_mount_point_but_has_what_they_have_is_not_empty(tmp_path: Path) -> None:
@@ -608,7 +608,7 @@ def test_a_folder_that_is_no_mount_point_but_has_what_they_have_is_not_empty(tmp
 def test_a_mount_point_that_somebody_fills_during_the_run_is_left_alone(mount: Path) -> None:
     with pytest.raises(KeptError, match=CHANGED):
         write(mount, meanwhile=(mount / "thesis.txt").touch)
-    assert {"thesis.txt", ".out.partial/result/new.txt"} <= tree(mount).keys()
+    assert {"thesis.txt", ".out.partial/result/glmq_new.json"} <= tree(mount).keys()
     with pytest.raises(UsageError, match="is not empty"):
         write(mount)
 
@@ -624,7 +624,7 @@ def test_a_folder_of_our_own_in_one_that_is_not_is_filled(target: Path, monkeypa
     target.mkdir(parents=True)
     refuse_writing(target.parent, monkeypatch)
     write(target)
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_the_work(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,16 +665,16 @@ def test_a_name_that_leaves_no_room_for_the_hidden_ones_is_said_before_the_work(
     )
 
 
-@pytest.mark.parametrize("below", ["", "deeper"])
+@pytest.mark.parametrize("below", ["", "part1-of-2"])
 def test_the_folder_in_which_the_user_stands_stays_the_same(
     below: str, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(target, "old")
-    (target / "deeper").mkdir()
+    (target / "part1-of-2").mkdir()
     monkeypatch.chdir(target / below)
     before = target.stat().st_ino
     write(target, overwrite=True)
-    assert (target.stat().st_ino, os.listdir(target)) == (before, ["new.txt"])
+    assert (target.stat().st_ino, os.listdir(target)) == (before, ["glmq_new.json"])
     assert os.path.samefile(target, "." if not below else target)
 
 
@@ -685,13 +685,13 @@ def test_a_run_goes_on_where_it_began_wherever_the_user_stands(target: Path, mon
     monkeypatch.chdir(target.parent)
     assert {"out/.out.partial/journal.jsonl"} <= tree(target.parent).keys()
     write(target, resume=True)
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
-    target.joinpath("new.txt").unlink()
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
+    target.joinpath("glmq_new.json").unlink()
     interrupt(target, blocks=1)
     monkeypatch.chdir(target)
     assert {".out.partial/journal.jsonl"} <= tree(target.parent).keys()
     write(target, resume=True)
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 def refuse_writing(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -716,11 +716,17 @@ def test_the_work_folder_may_lie_elsewhere(
         other_disk(target.parent, monkeypatch)
     with OutputFolder(target, overwrite=overwrite, work_dir=tmp_path / "work") as output:
         assert output.work.parent == tmp_path / "work"
-        (output.path / "part").mkdir()
-        (output.path / "part" / "new.txt").write_text("new")
+        (output.path / "part0-of-1").mkdir()
+        (output.path / "part0-of-1" / "glmq_new.json").write_text("new")
         output.finish()
-    assert tree(tmp_path).keys() == {"parent", "parent/out", "parent/out/part", "parent/out/part/new.txt", "work"}
-    assert (target / "part" / "new.txt").stat().st_mode & 0o777 == 0o640 or not elsewhere
+    assert tree(tmp_path).keys() == {
+        "parent",
+        "parent/out",
+        "parent/out/part0-of-1",
+        "parent/out/part0-of-1/glmq_new.json",
+        "work",
+    }
+    assert (target / "part0-of-1" / "glmq_new.json").stat().st_mode & 0o777 == 0o640 or not elsewhere
 
 
 def test_a_copy_from_elsewhere_that_fails_keeps_old_and_new(
@@ -737,9 +743,9 @@ def test_a_copy_from_elsewhere_that_fails_keeps_old_and_new(
         KeptError, match=r"cannot be put in its place \(No space left on device\); the output is finished"
     ):
         write(target, overwrite=True, work_dir=tmp_path / "work")
-    assert tree(target.parent).keys() == {"out", "out/old.txt"}
+    assert tree(target.parent).keys() == {"out", "out/glmq_old.json"}
     (kept,) = (tmp_path / "work").iterdir()
-    assert (kept / "result" / "new.txt").read_text() == "new"
+    assert (kept / "result" / "glmq_new.json").read_text() == "new"
 
 
 def test_a_work_dir_in_the_output_is_refused(target: Path) -> None:
@@ -780,7 +786,7 @@ def test_file_systems_without_modes_and_folder_syncs_will_do(
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr(os, "fsync", fsync)
     write(target)
-    assert tree(target.parent).keys() == {"out", "out/new.txt"}
+    assert tree(target.parent).keys() == {"out", "out/glmq_new.json"}
 
 
 def test_a_limit_of_file_size_is_named(tmp_path: Path) -> None:
@@ -853,6 +859,6 @@ def test_a_run_in_and_into_folders_that_are_no_utf8_is_noted(tmp_path: Path, mon
         found = read_note(output.work)
         assert found is not None
         assert (found.note, found.directory, found.target) == (note, str(here), str(here / target))
-        (output.path / "new.txt").write_text("new")
+        (output.path / "glmq_new.json").write_text("new")
         output.finish()
-    assert list(tree(here)) == [os.fsdecode(b"a\xff"), str(target), f"{target}/new.txt"]
+    assert list(tree(here)) == [os.fsdecode(b"a\xff"), str(target), f"{target}/glmq_new.json"]

@@ -230,13 +230,13 @@ def test_every_row_is_shown_with_verbose_only(tmp_path: Path) -> None:
 def test_an_existing_output_is_kept_without_overwrite_and_replaced_with_it(w8a8s: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine").write_text("kept")
+    (out / "glmq_report.json").write_text("kept")
     assert complaint(2, *compress(w8a8s, out)) == (
         f"error: {out}: is not empty; choose another folder, or pass --overwrite to replace its contents"
     )
-    assert left_over(out) == ["mine"]
+    assert left_over(out) == ["glmq_report.json"]
     glmq(*compress(w8a8s, out, "--overwrite"))
-    assert "mine" not in left_over(out)
+    assert "glmq_report.json" not in left_over(out)
     assert left_over(tmp_path) == ["out"]
 
 
@@ -335,12 +335,12 @@ def test_a_full_disk_leaves_nothing(w8a8s: Path, tmp_path: Path, monkeypatch: py
 
     out = tmp_path / "out"
     out.mkdir()
-    (out / "mine").write_text("kept")
+    (out / "glmq_report.json").write_text("kept")
     monkeypatch.setattr(os, "pwrite", full)
     sentence = complaint(5, *compress(w8a8s, out, "--overwrite"))
     assert "bytes are to be written, but its disk takes no more, with " in sentence
     assert left_over(tmp_path) == ["out"]
-    assert left_over(out) == ["mine"]
+    assert left_over(out) == ["glmq_report.json"]
 
 
 @pytest.mark.parametrize(

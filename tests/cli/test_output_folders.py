@@ -150,8 +150,12 @@ def test_a_dry_run_goes_on_whatever_lies_in_the_output_folder(
     if verb in ("calibrate", "quantize"):
         option = "--stats" if verb == "calibrate" else "--save_directory"
         itself = f"is the folder of the float weights; choose another {option}"
+    foreign = (
+        "is not empty, and glmq did not write thesis.txt in it, so that even --overwrite replaces nothing there; choose "
+        "another folder, or empty this one yourself"
+    )
     for place, why in (
-        (tmp_path / "full", "is not empty; choose another folder, or pass --overwrite to replace its contents"),
+        (tmp_path / "full", foreign),
         (tmp_path / "full" / "thesis.txt", "is a file, a folder is needed; choose another name"),
         (read, itself),
     ):
@@ -161,10 +165,13 @@ def test_a_dry_run_goes_on_whatever_lies_in_the_output_folder(
         ]
         assert tree(read) == before
         assert run(*commands[verb], place).exit_code == 2
-    assert (
-        json.loads(glmq(*commands[verb], tmp_path / "full", "--dry-run", "--json", "--overwrite").stdout)["obstacles"]
-        == []
-    )
+    answer = glmq(*commands[verb], tmp_path / "full", "--dry-run", "--json", "--overwrite").stdout
+    assert json.loads(answer)["obstacles"] == [f"{tmp_path / 'full'}: {foreign}"]
+    assert run(*commands[verb], tmp_path / "full", "--overwrite").exit_code == 2
+    assert os.listdir(tmp_path / "full") == ["thesis.txt"]
+    (tmp_path / "full" / "thesis.txt").rename(tmp_path / "full" / "glmq_report.json")
+    answer = glmq(*commands[verb], tmp_path / "full", "--dry-run", "--json", "--overwrite").stdout
+    assert json.loads(answer)["obstacles"] == []
 
 
 @pytest.mark.parametrize(("verb", "options"), [("quantize", ["--dry-run"]), ("calibrate", ["-q"])])

@@ -461,8 +461,11 @@ def no_tokenizer(work: Path, _: Path, pictures: Path) -> tuple[list[object], int
 def output_not_empty(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:
     (work / "out").mkdir()
     (work / "out" / "notes.txt").touch()
-    sentence = f"{work / 'out'}: is not empty; choose another folder, or pass --overwrite to replace its contents"
-    return command(work / "model", stats, work / "out"), 2, sentence
+    sentence = (
+        f"{work / 'out'}: is not empty, and glmq did not write notes.txt in it, so that even --overwrite replaces nothing "
+        "there; choose another folder, or empty this one yourself"
+    )
+    return command(work / "model", stats, work / "out", "--overwrite"), 2, sentence
 
 
 def output_is_a_file(work: Path, stats: Path, _: Path) -> tuple[list[object], int, str]:

@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
         f"{tmp_path}/out: is the folder of the weights that stay; choose another --out",
     )
     (tmp_path / "keep" / "w8a8").mkdir(parents=True)
-    (tmp_path / "keep" / "w8a8" / "mine").touch()
+    (tmp_path / "keep" / "w8a8" / "glmq_report.json").touch()
     keeping = replace(here, options=SweepOptions(keep=tmp_path / "keep", kl=False))
     taken = f"{tmp_path}/keep/w8a8: is not empty; choose another folder, or pass --overwrite to replace its contents"
     assert said(keeping) == (2, taken)
