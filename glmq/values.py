@@ -46,9 +46,16 @@ def member(option: str, value: object, kind: type[Member]) -> Member:
     return kind(value)
 
 
+def to_path(value: str | Path) -> Path:
+    """A path from text. Raises UsageError for an empty one, which would stand for the current folder."""
+    if value == "":
+        raise UsageError("an empty text was given where a path is needed; name a folder or a file")
+    return Path(value)
+
+
 def take_paths(record: object, *names: str) -> None:
     """Turn the text in these fields of a frozen record into paths, in its `__post_init__`."""
     for name in names:
         value = getattr(record, name)
         if value is not None:
-            object.__setattr__(record, name, Path(value))
+            object.__setattr__(record, name, to_path(value))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +18,8 @@ from glmq.errors import CheckpointError
 _DTYPE_ORDER: Final = {code: order for order, code in enumerate(DTYPE_BYTES)}
 _METADATA_KEY: Final = "__metadata__"
 _METADATA: Final = {"format": "pt"}
+_EMPTY_FILE_BYTES: Final = 8 + len('{"__metadata__":{"format":"pt"}}') + 7
+"""The length of a header, one without tensors, and padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +80,14 @@ def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None)
         specs: every tensor, in the order in which shards are filled.
         stem: file name without number and suffix.
         shard_bytes: None for the single file `{stem}.safetensors`; else names are numbered (even if one is enough),
-            and a new file starts before a tensor that would bring the tensor bytes of the current one to `shard_bytes`
-            or more.
+            and a new file starts before a tensor that would bring the current one, header included, to `shard_bytes` or more.
 
     Raises:
         CheckpointError: a name occurs twice or is the format's own, or a header would be larger than readers accept.
     """
     shards: list[list[TensorSpec]] = [[]]
     names: set[str] = set()
-    filled = 0
+    filled = _EMPTY_FILE_BYTES
     for spec in specs:
         if spec.name in names:
             raise CheckpointError(f"tensor {spec.name!r} is planned twice; each tensor is written once")
@@ -95,11 +96,12 @@ def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None)
                 f"no tensor can be called {_METADATA_KEY}: a safetensors header keeps its own notes there"
             )
         names.add(spec.name)
-        if shard_bytes is not None and shards[-1] and filled + spec.nbytes >= shard_bytes:
+        needed = 0 if shard_bytes is None else spec.nbytes + _most_header_bytes(spec, shard_bytes)
+        if shard_bytes is not None and shards[-1] and filled + needed >= shard_bytes:
             shards.append([])
-            filled = 0
+            filled = _EMPTY_FILE_BYTES
         shards[-1].append(spec)
-        filled += spec.nbytes
+        filled += needed
     if shard_bytes is None:
         file_names = [f"{stem}.safetensors"]
     else:
@@ -134,6 +136,13 @@ def _lay_out(file_name: str, specs: Iterable[TensorSpec]) -> PlannedFile:
     return PlannedFile(file_name, header, tuple(tensors))
 
 
+def _most_header_bytes(spec: TensorSpec, file_bytes: int) -> int:
+    """What a tensor takes at most of the header of a file of `file_bytes`: its offsets are not known yet."""
+    end = max(file_bytes, spec.nbytes)
+    entry = {spec.name: {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [end, end]}}
+    return len(_json(entry)) - len("{}") + len(",")
+
+
 def _in_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """The order in which the format's own writer puts tensors."""
     return sorted(specs, key=lambda spec: (-_DTYPE_ORDER[spec.dtype], spec.name))
@@ -145,6 +154,10 @@ def _make_header(ordered: Sequence[TensorSpec], entries: dict[str, object]) -> b
     for spec in ordered:
         entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [at, at + spec.nbytes]}
         at += spec.nbytes
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _json(entries)
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _json(entries: Mapping[str, object]) -> bytes:
+    return json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
 from glmq.cli.complaint import ANSWERED, complain, describe_failure, say, say_stopped
-from glmq.cli.config_file import dump_config, read_config_file
+from glmq.cli.config_file import MAY_BE_EMPTY, dump_config, read_config_file
 from glmq.cli.files import check_files
 from glmq.cli.help import HELP_ALL, help_of_group, help_of_verb
 from glmq.cli.presets import defaults_of
@@ -114,6 +114,7 @@ class GlmqCommand(TyperCommand):
         can_resume = any(isinstance(param, TyperOption) and param.name == "resume" for param in self.params)
         remember_command(ctx.command_path.split(), _without_resume(args), can_resume=can_resume)
         with usage_errors(args, ctx.command_path):
+            _refuse_empty(args)
             args = _spell_dtypes(_spell_booleans(args, self.params))
             file = _value_of("--config", args)
             chosen = read_config_file(file, self.params) if file is not None else {}
@@ -286,6 +287,16 @@ def _value_of(option: str, args: Sequence[str]) -> str | None:
         if arg.startswith(f"{option}="):
             return arg.partition("=")[2]
     return None
+
+
+def _refuse_empty(args: Sequence[str]) -> None:
+    """Raise for an empty value: mostly a variable of the shell that is not set, and as a path the current folder."""
+    for before, arg in zip(("", *args), args):
+        option, equals, value = (before, "=", arg) if not arg and before.startswith("--") else arg.partition("=")
+        if value or (arg and not (equals and option.startswith("--"))) or _dashed(option)[2:] in MAY_BE_EMPTY:
+            continue
+        what = option if option.startswith("--") else "an argument"
+        raise typer.BadParameter(f"{what}: is empty; give a value (perhaps a variable of the shell is not set)")
 
 
 def _spell_booleans(args: Sequence[str], params: Sequence[object]) -> list[str]:

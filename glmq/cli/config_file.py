@@ -29,6 +29,8 @@ NOT_IN_FILES: Final = frozenset(
     {"config", "dump_config", "help", "debug", "log_file", "events", "json_output", "quiet", "verbose", "dry_run"}
 )
 """Options of one run, not of a recipe."""
+MAY_BE_EMPTY: Final = ("prompt",)
+"""Parameters that an empty text may be given for."""
 CONTROLS: Final = re.compile("[\x7f-\x9f]")
 """DEL, which TOML takes only as an escape, and others that a terminal would act on."""
 
@@ -66,9 +68,12 @@ def known_values(table: Mapping[str, object], names: Collection[str], where: str
     """The values of a table by parameter, torch's names of dtypes as --torch_dtype takes them.
 
     Raises:
-        UsageError: a key that is no parameter.
+        UsageError: a key that is no parameter, or an empty text, which as a path would be the current folder.
     """
     found = {_known_key(key, names, where): value for key, value in table.items()}
+    for name, value in found.items():
+        if value == "" and name not in MAY_BE_EMPTY:
+            raise UsageError(f"{where}: {name} is empty; give a value, or leave the key out")
     if isinstance(dtype := found.get("torch_dtype"), str):
         found["torch_dtype"] = DTYPE_WORDS.get(dtype, dtype)
     return found

@@ -25,7 +25,7 @@ from glmq.progress import PassPlan, StepPlan, Watch, resident_bytes
 from glmq.records import BlockDone
 from glmq.reporting.documents import Answer
 from glmq.spec import assert_never
-from glmq.values import LEAST_PIXELS, check_least
+from glmq.values import LEAST_PIXELS, check_least, to_path
 from glmq.verification.answering import Answering, AnswerPlan
 from glmq.verification.checks import open_reference
 
@@ -138,7 +138,7 @@ def open_asker(
     """A model that can be asked more than once while the context lasts; arguments and errors as of `ask`."""
     check_least("--max-pixels", max_pixels, LEAST_PIXELS)
     chat_template = None if chat_template is None else Path(chat_template)
-    scanned, watcher = scan_folder(Path(folder)), Watcher(watch)
+    scanned, watcher = scan_folder(to_path(folder)), Watcher(watch)
     source = _open(scanned)
     with source:
         config = read_config(scanned.directory)

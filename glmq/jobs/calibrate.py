@@ -40,6 +40,7 @@ from glmq.numerics.moments import InputStats
 from glmq.progress import PassPlan, Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
+from glmq.values import to_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,10 @@ def calibrate(
     if images is not None and options.images is not None:
         raise UsageError("images with options.images: they name the same folder; give one of them")
     if images is not None:
-        options = replace(options, images=Path(images))
+        options = replace(options, images=to_path(images))
     if dry_run:
-        return forecast_calibration(Path(model), Path(out), options, overwrite=overwrite, watch=watch)
-    return run_calibration(Path(model), Path(out), options, overwrite=overwrite, resume=resume, watch=watch)
+        return forecast_calibration(to_path(model), to_path(out), options, overwrite=overwrite, watch=watch)
+    return run_calibration(to_path(model), to_path(out), options, overwrite=overwrite, resume=resume, watch=watch)
 
 
 def run_calibration(

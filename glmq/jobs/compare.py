@@ -17,6 +17,7 @@ from glmq.inspection.statistics import StatisticsComparison
 from glmq.inspection.statistics import compare_statistics as compare_folders_of_statistics
 from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
+from glmq.values import to_path
 
 PAGE_HISTOGRAMS: Final = 6
 """Weights whose distributions are compared, the worst ones."""
@@ -52,7 +53,7 @@ def compare(
         InputError: nothing that can be compared.
     """
     watcher = Watcher(watch)
-    scanned = scan_folder(Path(a)), scan_folder(Path(b))
+    scanned = scan_folder(to_path(a)), scan_folder(to_path(b))
     one, other = (named_as_model(folder, beside) for folder, beside in zip(scanned, scanned[::-1], strict=True))
     for folder in (one, other):
         if folder.stored is not None:
@@ -85,7 +86,7 @@ def compare_statistics(a: str | Path, b: str | Path, *, watch: Watch | None = No
     Raises:
         InputError: not finished statistics folders, or damaged ones.
     """
-    one, other = Path(a), Path(b)
+    one, other = to_path(a), to_path(b)
     total = sum(tensor.info.nbytes for tensor in scan_folder(one).tensors if tensor.name.endswith(".square_mean"))
     return Watcher(watch).drain("compare statistics", 2 * total, compare_folders_of_statistics(one, other))
 

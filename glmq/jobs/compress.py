@@ -53,7 +53,7 @@ from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
-from glmq.values import check_least, check_word, member, take_paths
+from glmq.values import check_least, check_word, member, take_paths, to_path
 
 CodecName: TypeAlias = Literal["auto", "portable", "ascend"]
 
@@ -187,7 +187,7 @@ def compress(
         InputError: weights that are no W8A8S checkpoint of the family, or damaged.
         ResourceError: no disk or memory, or the vendor's program is not there.
     """
-    job = CompressionJob(Path(source), Path(out), tp, codec, options)
+    job = CompressionJob(to_path(source), to_path(out), tp, codec, options)
     if dry_run:
         return forecast_compression(job, overwrite=overwrite, watch=watch)
     return run_compression(job, overwrite=overwrite, watch=watch)

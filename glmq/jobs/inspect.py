@@ -17,7 +17,7 @@ from glmq.model.config import parse_config
 from glmq.model.members import describe_member
 from glmq.progress import Watch
 from glmq.reporting.documents import Inspection
-from glmq.values import check_least, check_word
+from glmq.values import check_least, check_word, to_path
 from glmq.verification.engines.check import check_lookups
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def inspect(
     Raises:
         InputError: nothing that can be inspected.
     """
-    place = Path(folder)
+    place = to_path(folder)
     scanned, statistics = _with_statistics(scan_file(place) if place.is_file() else scan_folder(place))
     rows = choose_rows(tensor_rows(scanned), layer=choice.layer, name=choice.name, sort=choice.sort)[: choice.limit]
     is_model = place.is_dir() and scanned.kind in (Kind.QUANTIZED, Kind.PARTS, Kind.SHARDED)

@@ -54,6 +54,7 @@ from glmq.quantization.stream import quantize_checkpoint
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import LinearReport, PassTime
 from glmq.spec import ASCEND_FORMS, FloatDtype
+from glmq.values import to_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,10 +205,10 @@ def quantize(
         InputError: a model, a sample or statistics that cannot be used.
         ResourceError: no disk, memory or device.
     """
-    stats_path = stats.folder if isinstance(stats, CalibrationResult) else None if stats is None else Path(stats)
+    stats_path = stats.folder if isinstance(stats, CalibrationResult) else None if stats is None else to_path(stats)
     recipe = recipe or Recipe.w8a8()
     options = CalibrationOptions(text_inputs=recipe.propagation > 0)
-    job = QuantizationJob(Path(model), Path(out), recipe, options, stats_path)
+    job = QuantizationJob(to_path(model), to_path(out), recipe, options, stats_path)
     if dry_run:
         return forecast_quantization(job, overwrite=overwrite, watch=watch)
     return run_quantization(job, overwrite=overwrite, resume=resume, watch=watch)

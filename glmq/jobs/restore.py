@@ -21,7 +21,7 @@ from glmq.jobs.watcher import Watcher
 from glmq.progress import Watch
 from glmq.ranks import Ranks, read_place
 from glmq.records import PassTime
-from glmq.values import check_least
+from glmq.values import check_least, to_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def restore(
         InputError: no portable folder, or a damaged one.
         ResourceError: no disk or memory.
     """
-    source, out, work_dir = Path(source), Path(out), None if work_dir is None else Path(work_dir)
+    source, out, work_dir = to_path(source), to_path(out), None if work_dir is None else to_path(work_dir)
     check_least("--jobs", jobs, 1)
     if read_place().world > 1:
         raise LaunchError(

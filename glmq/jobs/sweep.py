@@ -34,6 +34,7 @@ from glmq.ranks import read_place
 from glmq.reporting.page import write_page
 from glmq.reporting.sweep_page import sweep_page
 from glmq.reporting.sweeps import SWEEP, Sweep, SweepFailure, SweepRow, sweep_document, sweep_rows
+from glmq.values import to_path
 from glmq.wording import counted
 
 
@@ -108,7 +109,7 @@ def sweep(
         InputError: a model, statistics or samples that cannot be used.
         ResourceError: no disk or memory.
     """
-    job = SweepJob(Path(model), Path(stats), Path(out), tuple(recipes), options)
+    job = SweepJob(to_path(model), to_path(stats), to_path(out), tuple(recipes), options)
     return run_sweep(job, overwrite=overwrite, resume=resume, watch=watch)
 
 

@@ -24,7 +24,7 @@ from glmq.model.inputs import DEFAULT_PROMPT
 from glmq.progress import PassPlan, StepPlan, Watch, resident_bytes
 from glmq.reporting.documents import Verification
 from glmq.serve.agreement import require_vllm
-from glmq.values import LEAST_PIXELS, check_least, member, take_paths
+from glmq.values import LEAST_PIXELS, check_least, member, take_paths, to_path
 from glmq.verification.arithmetic import LinearArithmetic
 from glmq.verification.checks import (
     judge_block,
@@ -118,8 +118,8 @@ def verify(
     """
     engines = [member("engines", engine, Engine) for engine in engines]
     chip = None if chip is None else member("chip", chip, Chip)
-    candidate = Path(candidate)
-    reference = None if reference is None else Path(reference)
+    candidate = to_path(candidate)
+    reference = None if reference is None else to_path(reference)
     watcher = Watcher(watch)
     samples = load_cases(cases, watcher)
     folder = scan_folder(candidate)

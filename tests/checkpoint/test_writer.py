@@ -90,7 +90,7 @@ def test_any_set_of_tensors_gives_the_bytes_of_the_formats_own_writer(
 
 def test_parts_are_numbered_filled_in_order_and_indexed(tmp_path: Path) -> None:
     tensors = {name: torch.full((100,), fill, dtype=torch.int8) for fill, name in enumerate("edcba")}
-    plan = plan_shards(specs_of(tensors), STEM, 300)
+    plan = plan_shards(specs_of(tensors), STEM, 400)
     assert [[info.name for info in file.tensors] for file in plan.files] == [["d", "e"], ["b", "c"], ["a"]]
     with ShardWriter(plan, tmp_path) as sink:
         for name in "abcde":
@@ -121,8 +121,8 @@ def test_parts_are_numbered_filled_in_order_and_indexed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sizes", "limit", "parts"),
     [
-        ([100, 100], 200, [[0], [1]]),  # 200 bytes would reach the limit
-        ([100, 99], 200, [[0, 1]]),
+        ([100_000, 99_900], 200_000, [[0], [1]]),  # with their header they would reach the limit
+        ([100_000, 99_800], 200_000, [[0, 1]]),
         ([500, 1, 500], 200, [[0], [1], [2]]),  # a tensor above the limit has a file of its own
         ([10], 200, [[0]]),
         ([], 200, [[]]),
@@ -133,6 +133,7 @@ def test_a_new_part_starts_before_the_tensor_that_would_reach_the_limit(
 ) -> None:
     plan = plan_shards([TensorSpec(str(i), "I8", (size,)) for i, size in enumerate(sizes)], "m", limit)
     assert [[int(info.name) for info in file.tensors] for file in plan.files] == parts
+    assert all(file.nbytes < limit for file in plan.files if len(file.tensors) > 1)
     count = f"{len(parts):05d}"
     assert [file.name for file in plan.files] == [
         f"m-{number:05d}-of-{count}.safetensors" for number in range(1, len(parts) + 1)

@@ -251,6 +251,9 @@ def test_a_traceback_is_shown_only_with_debug(monkeypatch: pytest.MonkeyPatch) -
     [
         (["--w_bit", "four"], "--w_bit four: a whole number is needed"),
         (["--is_lowbit=maybe"], "--is_lowbit maybe: True or False is needed"),
+        (["--is_lowbit="], "--is_lowbit: is empty; give a value (perhaps a variable of the shell is not set)"),
+        (["--w_bit", ""], "--w_bit: is empty; give a value (perhaps a variable of the shell is not set)"),
+        (["--prompt", "", ""], "an argument: is empty; give a value (perhaps a variable of the shell is not set)"),
         (["--no-such-option"], "--no-such-option: no such option"),
         (["surplus"], "surplus: not expected"),
     ],

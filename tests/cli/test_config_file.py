@@ -89,6 +89,7 @@ def test_a_path_that_toml_cannot_hold_is_wrong_usage(form: list[str]) -> None:
 @pytest.mark.parametrize(
     ("content", "what"),
     [
+        (b'save_directory = ""', "save_directory is empty; give a value, or leave the key out"),
         (b"w_bits = 4", "unknown key 'w_bits'; did you mean 'w_bit'?"),
         (b"debug = true", "unknown key 'debug'; "),
         (b"w_bit = ", "is not TOML ("),
