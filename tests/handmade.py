@@ -26,7 +26,7 @@ LAYER = "model.language_model.layers.0"
 Q, K, V, O = (f"{LAYER}.self_attn.{part}_proj" for part in "qkvo")
 GATE_UP = f"{LAYER}.mlp.gate_up_proj"
 GROUP = 64
-SETTINGS = MindieSettings(group_size=0, act_method=2, is_lowbit=True, open_outlier=True)
+SETTINGS = MindieSettings(group_size=0, act_method=2, anti_method="m2", is_lowbit=True, open_outlier=True)
 SIDE_FILES = ("chat_template.jinja", *PROCESSOR_FILES)
 
 

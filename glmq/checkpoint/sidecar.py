@@ -48,8 +48,10 @@ class MindieSettings:
     """Input columns per second-stage scale; 0 unless some linear has two stages. All that the engine reads."""
     act_method: int
     """How activation ranges were chosen, in the numbers of the vendor's tool."""
+    anti_method: str
+    """How outlier input channels were smoothed, in the words of --anti_method; `smoothquant` for --do_smooth."""
     is_lowbit: bool
-    """The steps follow one of the low-bit rules, by row."""
+    """The weights have 4 bits by one of the low-bit rules, by row or by group."""
     open_outlier: bool
     """Weight outliers keep their value."""
 
@@ -65,7 +67,7 @@ class MindieSettings:
         return {
             "group_size": self.group_size,
             "act_method": self.act_method,
-            "anti_method": "m2",  # a constant, whatever smoothing ran: no engine reads it
+            "anti_method": self.anti_method,
             "is_lowbit": self.is_lowbit,
             "mm_tensor": False,
             "w_sym": True,

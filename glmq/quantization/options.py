@@ -96,6 +96,8 @@ def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRul
     spec = quant_type.spec
     kinds = (quant_type, *others)
     sparse = spec.is_sparse
+    if sparse and not options.open_outlier:
+        _refuse_rule_of_outliers(options)
     by_fraction = sparse and rule in (StepRule.FRACTION, StepRule.TENSOR_FRACTION)
     if options.use_sigma and rule is not StepRule.SIGMA:
         why = (
@@ -134,6 +136,19 @@ def refuse_without_effect(options: Options, quant_type: QuantType, rule: StepRul
         raise UsageError(
             f"--method reference with --a_bit 16: the vendor's tool makes no {quant_type.value} of this model; drop one of them"
         )
+
+
+def _refuse_rule_of_outliers(options: Options) -> None:
+    """Raise UsageError for what chooses the outliers of a sparse type, which --open_outlier False leaves without any."""
+    given = [
+        (options.use_sigma, "--use_sigma True"),
+        (options.fraction != DEFAULT_FRACTION, f"--fraction {options.fraction}"),
+    ]
+    for is_given, name in given:
+        if is_given:
+            raise UsageError(
+                f"{name} has no effect with --open_outlier False, which splits no outliers off; drop one of them"
+            )
 
 
 def check_group_size(size: int, model_type: QuantType, others: Iterable[QuantType], form: Form) -> None:

@@ -132,11 +132,13 @@ def write_side_files(source: Checkpoint, config: ModelConfig, recipe: Recipe, pl
     scheme, group_size = recipe.scheme, _group_size(recipe, plan)
     is_mindie = recipe.form is Form.MINDIE
     is_described = recipe.form in ASCEND_FORMS
+    two_stage = recipe.quant_type.spec.two_stage
     settings = MindieSettings(
         group_size=group_size,
         act_method=scheme.act_range.value,
-        is_lowbit=scheme.weight.step_rule in (StepRule.SIGMA, StepRule.FRACTION),
-        open_outlier=scheme.weight.keep_outliers,
+        anti_method=scheme.smoothing.value,
+        is_lowbit=two_stage or scheme.weight.step_rule in (StepRule.SIGMA, StepRule.FRACTION),
+        open_outlier=scheme.weight.keep_outliers and not two_stage,
     )
     edited = edit_config(
         config.nested,

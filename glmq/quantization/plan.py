@@ -59,7 +59,12 @@ def _check_width(plan: GroupPlan, recipe: Recipe) -> None:
     """The vendor's fraction rule needs at least one outlier per row; glmq's own methods do without."""
     weight = recipe.scheme_of(plan.quant_type).weight
     by_fraction = plan.quant_type.spec.is_sparse and weight.step_rule is StepRule.FRACTION
-    if by_fraction and weight.method is Method.REFERENCE and int(weight.fraction * plan.group.width) < 1:
+    if (
+        by_fraction
+        and weight.keep_outliers
+        and weight.method is Method.REFERENCE
+        and int(weight.fraction * plan.group.width) < 1
+    ):
         raise UsageError(
             f"--fraction {weight.fraction} with --method reference: of {plan.group.site}'s {plan.group.width} columns that is "
             "less than one; pass a larger --fraction or another --method"

@@ -12,7 +12,7 @@ from glmq.model.config import parse_config
 from glmq.spec import FloatDtype, QuantType
 
 TINY = Path(__file__).parents[2] / "glmq" / "model" / "tiny_glm4v"
-SETTINGS = MindieSettings(group_size=0, act_method=2, is_lowbit=True, open_outlier=True)
+SETTINGS = MindieSettings(group_size=0, act_method=2, anti_method="m2", is_lowbit=True, open_outlier=True)
 
 
 def tiny_config() -> JsonObject:

@@ -79,7 +79,7 @@ ROWS: Mapping[str, Options] = {
     "corrected, plain": {"bias_correction": True, "method": "plain"},
     "one sigma, min-max": {**SPARSE, "use_sigma": True, "sigma_factor": 1.0, "act_method": 1},
     "over the whole tensor": {"co_sparse": True, "torch_dtype": "fp16"},
-    "no outliers, reference": {**SPARSE, "use_sigma": True, "open_outlier": False, "method": "reference"},
+    "no outliers, reference": {**SPARSE, "open_outlier": False, "method": "reference"},
     "two bits of dense": {"target_bits": 2.0},
     "two bits of W4A8, float16": {**W4A8, "target_bits": 2.0, "torch_dtype": "fp16"},
     "one bit": {**SPARSE, "use_sigma": True, "target_bits": 1.0},

@@ -35,7 +35,7 @@ MODES = (
         "sigma",
         {"w_bit": 4, "is_lowbit": True, "use_sigma": True},
         "W8A8S",
-        frozenset({"act_method", "do_smooth", "open_outlier", "sigma_factor", "use_sigma"}),
+        frozenset({"act_method", "do_smooth", "sigma_factor", "use_sigma"}),
     ),
     Mode(
         "fraction",

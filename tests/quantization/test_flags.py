@@ -19,7 +19,7 @@ CHOSEN: list[dict[str, object]] = [
     {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "group_size": 256},
     {"target_ratio": 0.7},
     {**SPARSE, "use_sigma": True, "sigma_factor": 2.5, "target": "mindie-300i-duo"},
-    {**SPARSE, "fraction": 0.05, "open_outlier": False},
+    {**SPARSE, "open_outlier": False},
     {**SPARSE, "target_bits": 2.9000000000000004, "allocate": "error"},
     {"co_sparse": True, "torch_dtype": "fp16", "method": "reference"},
     {"layer": ("*.layers.0.*=FLOAT", "a b=W8A8_DYNAMIC"), "keep_float": ("it's *", "*.o_proj")},

@@ -233,6 +233,14 @@ def test_wrong_and_contradicting_options_are_refused(options: dict[str, object],
             LOWBIT | {"fraction": 0.02, "use_sigma": True},
             "--fraction 0.02 has no effect here: --use_sigma True chooses outliers by sigma; drop it",
         ),
+        (
+            LOWBIT | {"open_outlier": False, "use_sigma": True, "sigma_factor": 2.0},
+            "--use_sigma True has no effect with --open_outlier False, which splits no outliers off; drop one of them",
+        ),
+        (
+            LOWBIT | {"open_outlier": False, "fraction": 0.05},
+            "--fraction 0.05 has no effect with --open_outlier False, which splits no outliers off; drop one of them",
+        ),
         ({"open_outlier": False}, "--open_outlier False has no effect here: W8A8 splits no outliers off; drop it"),
         (
             DYNAMIC | {"open_outlier": False},

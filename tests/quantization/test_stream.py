@@ -327,6 +327,17 @@ def test_the_older_mindie_layout_says_the_group_size_that_a_rule_gives(
     assert json.loads((out / "config.json").read_text())["quantization_config"]["group_size"] == 64
 
 
+def test_the_older_mindie_layout_says_how_the_weights_were_made(small: Path, small_stats: Path, tmp_path: Path) -> None:
+    def said(name: str, **options: object) -> list[object]:
+        out = quantize(small, small_stats, tmp_path / name, mindie_format=True, reports=False, **options)
+        settings = json.loads((out / "config.json").read_text())["quantization_config"]
+        return [settings[key] for key in ("anti_method", "is_lowbit", "open_outlier", "is_dynamic", "w_bit")]
+
+    four_bits = {"w_bit": 4, "is_lowbit": True, "is_dynamic": True, "torch_dtype": "fp16"}
+    assert said("groups", anti_method="none", **four_bits) == ["none", True, False, True, 4]
+    assert said("smooth", do_smooth=True) == ["smoothquant", False, True, False, 8]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "version 5"])
 def test_another_layout_of_the_config_gives_the_same_weights_and_the_nested_config(
