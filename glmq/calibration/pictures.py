@@ -161,7 +161,7 @@ def _reason(file: PictureFile, error: Exception) -> str:
     """Why a file that could not be opened or decoded is no usable picture."""
     match error:
         case FileNotFoundError():
-            return NO_FILE
+            return "a link to a file that is not there" if isinstance(file, Path) and file.is_symlink() else NO_FILE
         case PermissionError():
             return "no permission to read it"
         case OSError(errno=int(), strerror=str(what)):

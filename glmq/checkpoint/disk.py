@@ -80,7 +80,17 @@ def refuse_pointer(path: Path, start: bytes) -> None:
         raise DamagedError(f"{path}: {LFS_POINTER}")
 
 
+def refuse_dangling(path: Path) -> None:
+    """Raise UnreadableError for a link that leads nowhere, as those of a hub snapshot do that was mounted without its cache."""
+    if path.is_symlink() and not path.exists():
+        raise UnreadableError(
+            f"{path}: is a link to {os.readlink(path)}, which is not there; mount or copy what it leads to as well "
+            "(cp -rL copies the files themselves)"
+        )
+
+
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    refuse_dangling(path)
     return UnreadableError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions")
 
 

@@ -12,9 +12,9 @@ from typing import Final
 
 import xxhash
 
-from glmq.checkpoint.disk import make_directory, read_input
+from glmq.checkpoint.disk import make_directory, read_input, refuse_dangling
 from glmq.checkpoint.json_file import JsonObject, JsonValue, write_whole
-from glmq.errors import CheckpointError, DamagedError, UnreadableError
+from glmq.errors import CheckpointError, DamagedError
 from glmq.spec import Activation, FloatDtype, QuantType, assert_never
 
 SIDE_FILES: Final = (
@@ -137,11 +137,8 @@ def list_side_files(source_dir: Path) -> list[str]:
 
 
 def _is_side_file(path: Path) -> bool:
+    refuse_dangling(path)
     if path.is_symlink():
-        if not path.exists():
-            raise UnreadableError(
-                f"{path}: is a link to {os.readlink(path)}, which is not there; download the file again, or remove the link"
-            )
         check_link(path)
     return path.is_file() and path.stat().st_size <= _MAX_SIDE_FILE_BYTES
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -100,6 +101,8 @@ def describe_failure(error: BaseException) -> tuple[str, str, int]:
             advice = "raise the limit of open files (ulimit -n)"
         elif kind is SpaceError:
             advice = "make room there, for bytes and for files (df -h, df -i)"
+        elif error.filename and os.path.islink(error.filename):
+            advice = f"it is a link to {os.readlink(error.filename)}: mount or copy what it leads to as well"
         sentence = f"{what}{error.strerror or error}; {advice}"
         return kind.code, sentence, kind.exit_code
     name = type(error).__name__

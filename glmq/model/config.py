@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from glmq.checkpoint.disk import refuse_dangling
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.weight_files import folders_below
 from glmq.errors import ModelError, OtherModelError
@@ -92,6 +93,7 @@ def read_config(directory: Path) -> ModelConfig:
     if not directory.is_dir():
         raise ModelError(_why_no_folder(directory))
     path = directory / "config.json"
+    refuse_dangling(path)
     if not path.is_file():
         if (directory / ADAPTER_CONFIG).is_file():
             raise OtherModelError(_describe_adapter(directory / ADAPTER_CONFIG))

@@ -144,7 +144,9 @@ def test_bad_files_are_left_out_when_asked_to(folder: Path) -> None:
 
 def test_a_dangling_link_is_named_and_not_passed_over(folder: Path) -> None:
     os.symlink(folder / "nowhere.png", folder / "link.png")
-    assert list_images(folder, PROMPT, skip_bad=True, limit=None).rejected == (Rejected("link.png", "no such file"),)
+    assert list_images(folder, PROMPT, skip_bad=True, limit=None).rejected == (
+        Rejected("link.png", "a link to a file that is not there"),
+    )
 
 
 def test_a_file_without_permission_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,8 @@ def test_a_side_file_that_an_engine_could_not_read_is_refused(tmp_path: Path) ->
     with pytest.raises(CheckpointError) as caught:
         list_side_files(tmp_path)
     assert str(caught.value) == (
-        f"{path}: is a link to ../../blobs/abc, which is not there; download the file again, or remove the link"
+        f"{path}: is a link to ../../blobs/abc, which is not there; mount or copy what it leads to as well "
+        "(cp -rL copies the files themselves)"
     )
 
 

@@ -180,6 +180,16 @@ def test_other_failures_are_one_sentence_too(
     assert json.loads(call("act", "--json").stdout) == {"error": {"code": code, "message": sentence}}
 
 
+def test_a_link_that_leads_nowhere_is_called_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    link = tmp_path / "README.md"
+    link.symlink_to("../../blobs/abc")
+    raising(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file or directory", str(link)))
+    assert call("act").stderr == (
+        f"error[GLMQ-E406]: {link}: No such file or directory; it is a link to ../../blobs/abc: mount or copy what it leads "
+        "to as well\n"
+    )
+
+
 def test_a_folder_that_is_gone_and_python_without_docstrings_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone() -> Path:
         raise FileNotFoundError(2, "No such file or directory")

@@ -365,6 +365,14 @@ def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path}: has no config.json, so it is not a model folder; give the folder that holds it"
     )
+    (tmp_path / "config.json").symlink_to("../../blobs/abc")
+    with pytest.raises(CheckpointError) as refused:
+        read_config(tmp_path)
+    assert str(refused.value) == (
+        f"{tmp_path / 'config.json'}: is a link to ../../blobs/abc, which is not there; mount or copy what it leads to as well "
+        "(cp -rL copies the files themselves)"
+    )
+    (tmp_path / "config.json").unlink()
     (tmp_path / "GLM-4.6V-Flash").mkdir()
     (tmp_path / "GLM-4.6V-Flash" / "config.json").touch()
     with pytest.raises(ModelError) as caught:
