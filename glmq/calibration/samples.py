@@ -311,11 +311,10 @@ def _read_text(path: Path, option: str) -> str:
     for magic, what in _FILE_MAGIC:
         if raw.startswith(magic):
             raise SampleError(f"{path}: is {what}; give a JSON-lines file as {option}")
-    convert = f"UTF-8 is needed; convert it: iconv -f {{}} -t UTF-8 {quote(path.name)} > new.jsonl"
     if raw.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
-        raise SampleError(f"{path}: is UTF-32 text, {convert.format('UTF-32')}")
+        raise SampleError(f"{path}: is UTF-32 text, {_convert(path, 'UTF-32')}")
     if raw.startswith((b"\xff\xfe", b"\xfe\xff", *_UTF16_STARTS)):
-        raise SampleError(f"{path}: is UTF-16 text, {convert.format('UTF-16')}")
+        raise SampleError(f"{path}: is UTF-16 text, {_convert(path, 'UTF-16')}")
     if b"\0" in raw[:_START]:
         raise SampleError(f"{path}: is no text; give a JSON-lines file as {option}")
     try:
@@ -329,8 +328,13 @@ def _read_text(path: Path, option: str) -> str:
                 f"{path}, line {number}: is not UTF-8 text ({error}); give a JSON-lines file as {option}"
             ) from None
         raise SampleError(
-            f"{path}, line {number}: is not UTF-8 text, perhaps GBK; {convert.format('GB18030')}"
+            f"{path}, line {number}: is not UTF-8 text, perhaps GBK; {_convert(path, 'GB18030')}"
         ) from None
+
+
+def _convert(path: Path, encoding: str) -> str:
+    new = path.with_suffix(".utf8.jsonl")  # beside it: pictures are named from there
+    return f"UTF-8 is needed; convert it: iconv -f {encoding} -t UTF-8 {quote(str(path))} > {quote(str(new))}"
 
 
 def _why_none(directory: Path, rejected: Sequence[Rejected], folders: Sequence[str]) -> str:

@@ -143,7 +143,9 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
             f"give the folder of a {family.title}"
         )
     nested = _nest(raw, where)
-    text = _with_rope_fields(_section(nested, "text_config", where), where)
+    text = _with_rope_fields(
+        _section(nested, "text_config", where), where, "text_config " if "text_config" in raw else ""
+    )
     vision = _section(nested, "vision_config", where)
     nested |= {"text_config": text, "architectures": [family.model_class]}  # trainers save that of their wrapper
     ties = _untie(text, nested)
@@ -151,19 +153,18 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
 
     def number(section: str, key: str, default: int | None = None) -> int:
         value = sections[section].get(key, default)
-        place = f"{section}.{key}" if section else key
+        place = f"{section}.{key}" if section in raw else key  # a flat file has no text_config
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{where}: {place} is {value!r:.60}, a positive integer is needed; restore the file")
-        if value > LARGEST.get(key, vocab_size):
-            raise ModelError(
-                f"{where}: {place} is {value!r:.60}, at most {LARGEST.get(key, vocab_size)} is possible; restore the file"
-            )
+        largest = LARGEST.get(key, vocab_size - 1)  # others are tokens' numbers
+        if value > largest:
+            raise ModelError(f"{where}: {place} is {value!r:.60}, at most {largest} is possible; restore the file")
         return value
 
     vocab_size = LARGEST["vocab_size"]
     vocab_size = number("text_config", "vocab_size")
     for section, fields in sections.items():
-        _check_options(fields, f"{where}: {section}." if section else f"{where}: ")
+        _check_options(fields, f"{where}: {section}." if section in raw else f"{where}: ")
     text["attention_bias"] = True
     heads, hidden = number("text_config", "num_attention_heads"), number("text_config", "hidden_size")
     config = ModelConfig(
@@ -245,7 +246,7 @@ def _section(nested: JsonObject, key: str, where: str) -> JsonObject:
     return value
 
 
-def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
+def _with_rope_fields(text: JsonObject, where: str, place: str) -> JsonObject:
     """A copy of text_config with the three older rope fields, beside `rope_parameters` (transformers 5) if it has that."""
     text = dict(text)
     if isinstance(text.get("rope_parameters"), dict):
@@ -257,7 +258,7 @@ def _with_rope_fields(text: JsonObject, where: str) -> JsonObject:
     rope_scaling = text.get("rope_scaling")
     if not isinstance(rope_scaling, Mapping) or not isinstance(rope_scaling.get("mrope_section"), list):
         raise ModelError(
-            f"{where}: text_config has no rope_scaling.mrope_section (found {rope_scaling!r:.200}); "
+            f"{where}: {place}has no rope_scaling.mrope_section (found {rope_scaling!r:.200}); "
             "without it the positions of image tokens are wrong: take the config.json that belongs to the weights"
         )
     kind = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))

@@ -200,7 +200,7 @@ def check_source(source: Checkpoint, config: ModelConfig, others: Sequence[str])
     if missing == [f"{config.family.lm_head}.weight"]:
         raise CheckpointError(
             f"{source.directory}: has no {missing[0]!r}, and config.json does not tie it to the embeddings; set "
-            "tie_word_embeddings to true in text_config if the model does, or save the model with its head"
+            "tie_word_embeddings to true there, beside hidden_size, if the model does, or save the model with its head"
         )
     if missing:
         found = ""
@@ -236,7 +236,7 @@ def _check_vocabulary(source: Checkpoint, config: ModelConfig) -> None:
     if len(sizes) == 1:
         raise CheckpointError(
             f"{source.directory}: embeddings and lm_head have {sizes.pop()} rows, config.json says vocab_size "
-            f"{config.vocab_size}: the weights were resized, and both agree; set text_config.vocab_size to their number"
+            f"{config.vocab_size}: the weights were resized, and both agree; set vocab_size to their number"
         )
     listed = ", ".join(f"{name} {size}" for name, (size,) in rows.items())
     raise CheckpointError(
@@ -252,7 +252,7 @@ def _refuse_other_layers(directory: Path, extra: Sequence[str], config: ModelCon
     """
     family, expected = config.family, config.family.shapes(config)
     for prefix, key, count in (
-        (f"{family.text}.layers.", "text_config.num_hidden_layers", config.layers),
+        (f"{family.text}.layers.", "num_hidden_layers", config.layers),
         (f"{family.vision}.blocks.", "vision_config.depth", config.vision_depth),
     ):
         wanted = {name.removeprefix(f"{prefix}0.") for name in expected if name.startswith(f"{prefix}0.")}

@@ -94,6 +94,19 @@ def test_the_flat_layout_leaves_no_text_field_at_the_root() -> None:
     assert set(root) == set(NESTED)
 
 
+def test_what_is_wrong_in_a_flat_file_is_named_where_it_stands() -> None:
+    for key, value, what in (
+        ("num_hidden_layers", "2", "num_hidden_layers is '2', a positive integer is needed"),
+        ("vocab_size", 10**9, "vocab_size is 1000000000, at most 2097152 is possible"),
+        ("rms_norm_eps", 0, "rms_norm_eps is 0, a number from 1e-12 to 0.01 is needed"),
+    ):
+        with pytest.raises(ModelError) as caught:
+            parse_config(flat() | {key: value}, "config.json")
+        assert str(caught.value) == f"config.json: {what}; restore the file"
+    with pytest.raises(ModelError, match=r"^config.json: has no rope_scaling.mrope_section \(found None\); "):
+        parse_config(flat() | {"rope_scaling": None}, "config.json")
+
+
 def test_a_flat_config_without_a_dtype_is_taken_for_the_releases_bfloat16() -> None:
     config = flat()
     del config["torch_dtype"]
@@ -229,7 +242,7 @@ def test_a_size_that_is_no_positive_integer_is_refused(section: str, key: str, v
     ("section", "key", "largest"),
     [
         ("text_config", "num_hidden_layers", 512), ("vision_config", "depth", 512), ("text_config", "hidden_size", 2**15),
-        ("text_config", "vocab_size", 2**21), ("vision_config", "image_size", 2**13), ("", "image_token_id", 1536),
+        ("text_config", "vocab_size", 2**21), ("vision_config", "image_size", 2**13), ("", "image_token_id", 1535),
     ],
 )  # fmt: skip
 def test_a_size_that_no_model_of_the_family_has_is_refused_at_once(section: str, key: str, largest: int) -> None:

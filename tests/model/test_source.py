@@ -142,7 +142,7 @@ def test_a_tied_head_is_the_embeddings_and_one_that_is_stored_counts(model: Path
     edit_json(model / "config.json", lambda c: c["text_config"].update(tie_word_embeddings=False))
     assert refusal(model) == (
         "FOLDER: has no 'lm_head.weight', and config.json does not tie it to the embeddings; set tie_word_embeddings to true "
-        "in text_config if the model does, or save the model with its head"
+        "there, beside hidden_size, if the model does, or save the model with its head"
     )
 
 
@@ -158,7 +158,7 @@ def test_a_resized_vocabulary_says_which_of_both_is_right(model: Path) -> None:
     grow(f"{TEXT}embed_tokens.weight")
     assert refusal(model) == (
         "FOLDER: embeddings and lm_head have 1600 rows, config.json says vocab_size 1536: the weights were resized, and both "
-        "agree; set text_config.vocab_size to their number"
+        "agree; set vocab_size to their number"
     )
 
 
@@ -166,7 +166,7 @@ def test_a_resized_vocabulary_says_which_of_both_is_right(model: Path) -> None:
     ("section", "key", "said"),
     [
         ("text_config", "num_hidden_layers", "model.language_model.layers"),
-        ("vision_config", "depth", "model.visual.blocks"),
+        ("vision_config", "vision_config.depth", "model.visual.blocks"),
     ],
 )
 def test_whole_layers_that_the_config_does_not_count_are_refused(
@@ -180,7 +180,7 @@ def test_whole_layers_that_the_config_does_not_count_are_refused(
     edit_tensors(model, grow)
     count = 2 if section == "text_config" else 1
     assert refusal(model) == (
-        f"FOLDER: the weights have {count + 1} whole {said}, config.json says {section}.{key} {count}; take both from the "
+        f"FOLDER: the weights have {count + 1} whole {said}, config.json says {key} {count}; take both from the "
         "same release"
     )
     if section == "text_config":  # a layer that predicts further tokens has more than the others
