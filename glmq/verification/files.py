@@ -35,6 +35,7 @@ from glmq.model.side_files import PREPROCESSOR, TEMPLATE, engine_side_files, pro
 from glmq.records import REPORT
 from glmq.spec import FloatDtype, Form, QuantType
 from glmq.verification.findings import Check, Finding
+from glmq.verification.tokens import check_tokens
 
 TYPES: Final = ("W8A8", "W8A8S", "W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A16")
 GROUP_SIZES: Final = (64, 128, 256)
@@ -314,6 +315,7 @@ def check_side_files(directory: Path, source_dir: Path | None) -> Iterator[Findi
     for name in PROCESSOR_FILES:
         if name not in expected and not (directory / name).is_file() and not _is_elsewhere(directory, name):
             yield Check.SIDE_FILES.error("", f"{name} is missing; the engine cannot build its processor without it")
+    yield from check_tokens(directory)
 
 
 def _is_elsewhere(directory: Path, name: str) -> bool:
