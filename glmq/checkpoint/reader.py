@@ -33,6 +33,8 @@ PIECE_BYTES: Final = 64 * 2**20
 WIDENED_BYTES: Final = 4 * 2**20
 """So much is read at a time and widened to float32: it stays in the cache, and in memory that the process has had before."""
 
+EXPONENTS: Final = "F8_E8M0"
+"""The dtype of the scales of some FP8 checkpoints, which older torch does not know: read as float32, never stored."""
 _TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -343,11 +345,11 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     def _read_range(self, info: TensorInfo, shape: tuple[int, ...], skip: int, room: Tensor | None = None) -> Tensor:
         """`shape` elements of the tensor's dtype, `skip` bytes after its first, at the beginning of `room` if given."""
-        dtype = torch_dtype(info.dtype)
+        dtype = None if info.dtype == EXPONENTS else torch_dtype(info.dtype)
         nbytes = math.prod(shape) * DTYPE_BYTES[info.dtype]
         raw = torch.empty(nbytes, dtype=torch.uint8) if room is None else room[:nbytes]
         self._fill(info, raw.numpy().data, skip)
-        return raw.view(dtype).reshape(shape)
+        return (_powers_of_two(raw) if dtype is None else raw.view(dtype)).reshape(shape)
 
     def _fill(self, info: TensorInfo, view: memoryview, skip: int) -> None:
         """Fill `view` with what lies `skip` bytes after the tensor's first."""
@@ -368,6 +370,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
             done += count
         if self.contents is not None:
             self.contents.observe(path, info.name, info.nbytes, skip, view)
+
+
+def _powers_of_two(exponents: Tensor) -> Tensor:
+    """The numbers that bytes of an EXPONENTS tensor stand for: float32, 2^(byte - 127), NaN for 255."""
+    powers = torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - 127)
+    return torch.where(exponents == 255, torch.nan, powers)
 
 
 def _read_ahead(ranges: Sequence[tuple[int, TensorInfo]]) -> None:

@@ -12,6 +12,7 @@ from helpers import edit_json, edit_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import GlmqError
 from glmq.model.config import read_config
 from glmq.model.source import SourceOptions, open_source
@@ -209,6 +210,15 @@ def make_fp8(folder: Path, *, scales: str) -> dict[str, Tensor]:
     quantization = {"quant_method": "fp8", "weight_block_size": [32, 16]}
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=quantization))
     return stands_for
+
+
+def test_scales_that_are_exponents_are_powers_of_two(tmp_path: Path) -> None:
+    header = {"s": {"dtype": "F8_E8M0", "shape": [2, 2], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "m.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes([127, 126, 0, 255]))
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert checkpoint.read("s").flatten().tolist()[:3] == [1.0, 0.5, 2.0**-127]
+        assert checkpoint.read_rows("s", 1, 2).isnan().tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("scales", ["block", "row", "tensor"])
