@@ -21,3 +21,14 @@ def size(nbytes: int) -> str:
 def dimensions(shape: Sequence[int]) -> str:
     """A shape: `96 x 128`."""
     return " x ".join(map(str, shape))
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first five names and how many more there are."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest
+
+
+def say_absent(names: Sequence[str]) -> str:
+    """`a.txt, which is not in the folder`."""
+    return f"{list_names(names)}, which {'is' if len(names) == 1 else 'are'} not in the folder"

@@ -27,6 +27,7 @@ from glmq.calibration.convergence import Convergence
 from glmq.checkpoint.checksums import document_digest
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.layout import TensorSpec
+from glmq.checkpoint.names import natural_key
 from glmq.errors import StatisticsError
 from glmq.numerics.moments import BINS
 
@@ -62,6 +63,8 @@ class SiteShape:
 class Site:
     """What the manifest says of one input."""
 
+    file: str
+    """Where its tensors are."""
     tokens: int
     shape: SiteShape
     settled: Convergence | None
@@ -89,6 +92,10 @@ class Manifest:
     def digest(self) -> str:
         """Of everything in the folder that has a checksum."""
         return digest_of(self.document)
+
+    def files(self) -> list[str]:
+        """Every file that must lie beside it, in natural order."""
+        return sorted({site.file for site in self.sites.values()} | set(self.text_inputs), key=natural_key)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -186,12 +193,13 @@ def _parse_sites(found: JsonValue, *, has_checksums: bool) -> dict[str, Site] | 
 def _parse_site(entry: JsonValue, *, has_checksums: bool) -> Site | None:
     if not isinstance(entry, Mapping):
         return None
-    width, tokens, moment = entry.get("width"), entry.get("tokens"), entry.get("second_moment")
+    file, width, tokens, moment = (entry.get(key) for key in ("file", "width", "tokens", "second_moment"))
     rows = entry.get("sensitivity_rows", 0)  # folders of an older glmq have none
     checksums = parse_digests(entry.get("xxh3")) if has_checksums else {}
     settled = _parse_convergence(entry.get("settled"))
     if (
-        not _is_count(width)
+        not isinstance(file, str)
+        or not _is_count(width)
         or not _is_count(tokens)
         or not isinstance(moment, bool)
         or not _is_row_count(rows)
@@ -202,7 +210,7 @@ def _parse_site(entry: JsonValue, *, has_checksums: bool) -> Site | None:
     shape = SiteShape(width, moment, rows)
     if has_checksums and set(checksums) != {spec.name[1:] for spec in field_specs("", shape, 1)}:
         return None
-    return Site(tokens, shape, settled, checksums)
+    return Site(file, tokens, shape, settled, checksums)
 
 
 def _parse_convergence(found: JsonValue) -> Convergence | Literal[False] | None:

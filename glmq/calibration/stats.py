@@ -47,6 +47,7 @@ from glmq.model.family import InputGroup
 from glmq.numerics.moments import InputStats
 from glmq.numerics.triangle import pack_triangle, unpack_triangle
 from glmq.version import __version__
+from glmq.wording import say_absent
 
 SAMPLE_ROWS: Final = 256
 """Tokens of each input that are kept as they are for error tables, evenly over all samples."""
@@ -207,7 +208,8 @@ class Statistics:
         """Open a folder that `glmq calibrate` has finished.
 
         Raises:
-            StatisticsError: not such a folder, an unfinished one, one of another version of glmq, or a damaged manifest.
+            StatisticsError: not such a folder, an unfinished or incomplete one, one of another version of glmq, or a damaged
+                manifest.
             CheckpointError: a damaged file in it.
         """
         path = directory / MANIFEST
@@ -215,7 +217,15 @@ class Statistics:
             raise StatisticsError(
                 f"{directory}: has no {MANIFEST}, so it is not a finished statistics folder; run `glmq calibrate` first"
             )
-        return cls(directory, read_manifest(path), Checkpoint.open(directory))
+        manifest = read_manifest(path)
+        present = {file.name for file in directory.glob("*.safetensors") if file.is_file()}
+        missing = [name for name in manifest.files() if name not in present]
+        if missing:
+            raise StatisticsError(
+                f"{directory}: is incomplete: {MANIFEST} names {say_absent(missing)}; copy the folder again or run "
+                "`glmq calibrate` again"
+            )
+        return cls(directory, manifest, Checkpoint.open(directory))
 
     def check_model(self, fingerprint: str) -> None:
         """Raise StatisticsError unless the statistics come from a checkpoint with that fingerprint.

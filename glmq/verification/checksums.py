@@ -22,7 +22,8 @@ from glmq.checkpoint.checksums import (
 from glmq.checkpoint.json_file import JsonValue
 from glmq.checkpoint.reader import Checkpoint, raw_bytes
 from glmq.errors import CheckpointError
-from glmq.verification.findings import Check, Checked, Finding, Skipped, list_names
+from glmq.verification.findings import Check, Checked, Finding, Skipped
+from glmq.wording import list_names
 
 _AGAIN: Final = "copy the folder again, or quantize again"
 

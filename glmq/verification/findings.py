@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal, TypeAlias
@@ -99,9 +98,3 @@ class Skipped:
 
     what: str
     """And in brackets what was missing for it."""
-
-
-def list_names(names: Sequence[str]) -> str:
-    """The first five names and how many more there are."""
-    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + rest

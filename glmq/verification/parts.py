@@ -30,7 +30,8 @@ from glmq.model.config import ModelConfig, parse_config
 from glmq.spec import QuantType
 from glmq.verification.checksums import checksum_of
 from glmq.verification.engines.check import ENGINE_OF_PARTS
-from glmq.verification.findings import Check, Checked, Finding, Skipped, list_names
+from glmq.verification.findings import Check, Checked, Finding, Skipped
+from glmq.wording import list_names
 
 TILING: Final = 8
 """The engine's kernel has it built in."""

@@ -192,6 +192,7 @@ def test_statistics_of_another_version_are_refused(folder: Path) -> None:
         ("inputs", lambda m: m["inputs"][SITE].update(width="5")),
         ("inputs", lambda m: m["inputs"][SITE].update(tokens=None)),
         ("inputs", lambda m: m["inputs"][SITE].update(tokens=True)),
+        ("inputs", lambda m: m["inputs"][SITE].pop("file")),
         ("inputs", lambda m: m["inputs"][SITE].update(tokens=0)),
         ("inputs", lambda m: m["inputs"][SITE].update(tokens=-9)),
         ("inputs", lambda m: m["inputs"][SITE].update(width=10**30)),
@@ -226,12 +227,18 @@ def test_a_truncated_file_is_named(folder: Path) -> None:
         Statistics.open(folder)
 
 
-def test_a_missing_file_is_named_when_its_input_is_wanted(folder: Path) -> None:
+def test_files_that_the_manifest_names_and_that_are_missing_are_named_when_the_folder_is_opened(folder: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(StatisticsError) as caught:
+            Statistics.open(folder)
+        return str(caught.value)
+
+    advice = "copy the folder again or run `glmq calibrate` again"
+    names = f"{folder}: is incomplete: {MANIFEST} names"
     (folder / "block.1.safetensors").unlink()
-    statistics = Statistics.open(folder)
-    assert statistics.input(SITE).tokens == 9
-    with pytest.raises(CheckpointError, match=r"has no tensor 'other\.sample'"):
-        statistics.input("other")
+    assert refusal() == f"{names} block.1.safetensors, which is not in the folder; {advice}"
+    (folder / "block.0.safetensors").unlink()
+    assert refusal() == f"{names} block.0.safetensors, block.1.safetensors, which are not in the folder; {advice}"
 
 
 def test_equal_statistics_give_equal_bytes(folder: Path) -> None:

@@ -17,6 +17,7 @@ import glmq
 from glmq.calibration.convergence import convergence_order
 from glmq.calibration.encode import encode_sample
 from glmq.calibration.samples import Sample, read_samples
+from glmq.calibration.stats import Statistics
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import DeviceError, StatisticsError, UsageError
@@ -182,6 +183,16 @@ def test_text_inputs_that_were_altered_are_refused(model: Path, stats: Path, tmp
     assert refused(lambda: quantize(model, tmp_path / "stats", tmp_path / "out", propagation=0.5, **W4A8)) == (
         4,
         f"{path}: is missing or not as it was written; copy the folder again or run `glmq calibrate` again",
+    )
+
+
+def test_text_inputs_that_are_missing_are_named_when_the_folder_is_opened(stats: Path, tmp_path: Path) -> None:
+    shutil.copytree(stats, tmp_path / "stats")
+    (tmp_path / "stats" / "text_inputs-0001.safetensors").unlink()
+    assert refused(lambda: Statistics.open(tmp_path / "stats")) == (
+        4,
+        f"{tmp_path / 'stats'}: is incomplete: statistics.json names text_inputs-0001.safetensors, which is not in the "
+        "folder; copy the folder again or run `glmq calibrate` again",
     )
 
 
