@@ -50,6 +50,7 @@ from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.run_log import run_log
 from glmq.jobs.shared_folder import SharedFolder
 from glmq.jobs.watcher import Watcher
+from glmq.model.side_files import check_needed_files
 from glmq.progress import Watch
 from glmq.ranks import Place, Ranks, read_place
 from glmq.records import PassTime
@@ -249,6 +250,7 @@ def _prepared(job: CompressionJob, world: int, numbers: Sequence[int], watcher: 
     source = open_source(job.model_path)
     with source.checkpoint:
         list_side_files(job.model_path)  # refuses what could not be copied at the end
+        check_needed_files(job.model_path)
         if world > 1:  # wrong wherever it runs, so it is said before what this machine lacks
             check_world(source.config, world, job.options.layout)
         codec = choose_codec(job.codec_name, job.options.executor, watcher)

@@ -98,12 +98,10 @@ def _verify_compressed(folder: Folder, reference: Path | None) -> Iterator[Verif
     if folder.kind is not Kind.PORTABLE:
         yield from check_parts(folder, reference)
         yield Checked(f"names, dtypes and shapes of {_count_tensors(folder)}")
-        if reference is None:
-            yield from check_side_files(folder.directory, None)
     elif reference is not None:
         yield from check_portable(folder.directory, reference)
+    yield from check_side_files(folder.directory, reference)
     if reference is not None:
-        yield from check_side_files(folder.directory, reference)
         yield from check_config_kept(folder.config, reference)
         yield Checked("config.json, side files and weights against the W8A8S checkpoint")
 

@@ -310,6 +310,24 @@ def test_what_is_no_w8a8s_is_bad_input(tiny: Path, tmp_path: Path) -> None:
     assert left_over(tmp_path) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("tokenizer.json", "has no tokenizer.json, which is the tokenizer; copy it from the model's release"),
+        ("preprocessor_config.json", "has no preprocessor_config.json; copy it from the model's release"),
+    ],
+)
+def test_what_no_engine_could_build_its_processor_from_is_bad_input(
+    name: str, sentence: str, w8a8s: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(w8a8s, source)
+    (source / name).unlink()
+    assert complaint(4, *compress(source, tmp_path / "out")) == f"error: {source}: {sentence}"
+    assert complaint(4, *compress(source, tmp_path / "out", "--dry-run")) == f"error: {source}: {sentence}"
+    assert left_over(tmp_path) == ["source"]
+
+
 def test_a_planted_link_is_bad_input_and_its_target_is_not_kept(w8a8s: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(w8a8s, source)

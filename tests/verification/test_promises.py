@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from random_w8a8s import write_stand_in
 import glmq
 from glmq.checkpoint.checksums import CHECKSUMS, OLD_SCHEMA, SCHEMA, read_checksums
 from glmq.checkpoint.json_file import write_json
+from glmq.checkpoint.sidecar import PROCESSOR_FILES
 from glmq.compression.manifest import MANIFEST, read_manifest, record_files, write_manifest
 from glmq.reporting.documents import verification_document
 
@@ -135,6 +137,16 @@ def test_a_portable_folder_without_its_manifest_never_passes(packed: Path, damag
     assert not passed
     assert document["checked"] == []
     assert any(f"{MANIFEST} is missing, `glmq compress` writes one" in sentence for sentence in wrong)
+
+
+@pytest.mark.parametrize("name", PROCESSOR_FILES)
+def test_a_portable_folder_without_what_an_engine_needs_never_passes(packed: Path, name: str) -> None:
+    manifest = read_manifest(packed)
+    (packed / name).unlink()
+    write_manifest(
+        packed, replace(manifest, files={file: manifest.files[file] for file in manifest.files if file != name})
+    )
+    assert verdict(packed)[:2] == (False, [f" {name} is missing; the engine cannot build its processor without it"])
 
 
 @pytest.mark.slow
