@@ -11,6 +11,7 @@ from glmq.checkpoint.header import Header
 from glmq.checkpoint.json_file import Fields, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import DamagedError, WrongFolderError
+from glmq.wording import say_absent
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -89,11 +90,12 @@ def read_index(path: Path) -> dict[str, str]:
             raise DamagedError(
                 f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
             )
-    for file in sorted(set(weight_map.values())):
-        if not (path.parent / file).is_file():
-            other = SINGLE if (path.parent / SINGLE).is_file() else ""
-            choice = f", or remove the index if {other} is the whole model" if other else ""
-            raise DamagedError(f"{path}: names {file}, which is not in the folder; download the missing file{choice}")
+    missing = [file for file in sorted(set(weight_map.values())) if not (path.parent / file).is_file()]
+    if missing:
+        files = "files" if len(missing) > 1 else "file"
+        other = SINGLE if (path.parent / SINGLE).is_file() else ""
+        choice = f", or remove the index if {other} is the whole model" if other else ""
+        raise DamagedError(f"{path}: names {say_absent(missing)}; download the missing {files}{choice}")
     check_downloaded(path.parent / file for file in sorted(set(weight_map.values())))
     return weight_map
 

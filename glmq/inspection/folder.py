@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -15,7 +15,7 @@ from glmq.checkpoint.foreign import ForeignMethod, find_method
 from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
-from glmq.checkpoint.weight_files import folders_below
+from glmq.checkpoint.weight_files import INDEX_SUFFIX, folders_below, read_index
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY, how_to_fetch
 from glmq.spec import PACKED_SUFFIXES, Form, QuantType
@@ -85,6 +85,8 @@ class Folder:
     """In natural order of their names."""
     problems: tuple[str, ...]
     """Why something here could not be read, one sentence each."""
+    is_whole: bool
+    """Every weight file that is there can be read, and those that an index names are there."""
     method: ForeignMethod | None = None
     """Of a FOREIGN one."""
     stored: Mapping[str, str] | None = None
@@ -152,6 +154,7 @@ def _scan(directory: Path, groups: Mapping[str, list[Path]]) -> Folder:
         form = Form.COMPRESSED_TENSORS
         compressed = _compressed_config(directory, config, problems)
         quant_type = None if compressed is None else compressed.quant_type.value
+    damaged = _damaged_indexes(directory, groups.get("", []), kind)
     tensors: list[StoredTensor] = []
     for prefix, files in groups.items():
         seen: dict[str, Path] = {}
@@ -160,7 +163,7 @@ def _scan(directory: Path, groups: Mapping[str, list[Path]]) -> Folder:
             try:
                 header = read_header(file)
             except CheckpointError as error:
-                problems.append(str(error))
+                damaged.append(str(error))
                 continue
             own = own if compressed is None else {**compressed.tensor_types(header.tensors)}
             for name, info in header.tensors.items():
@@ -187,7 +190,8 @@ def _scan(directory: Path, groups: Mapping[str, list[Path]]) -> Folder:
         config,
         description,
         tuple(tensors),
-        tuple(problems),
+        (*problems, *damaged),
+        not damaged,
         method,
     )
 
@@ -230,6 +234,22 @@ def _weight_files(directory: Path) -> dict[str, list[Path]]:
         for part in sorted(directory.iterdir(), key=lambda path: natural_key(path.name))
         if _PART.fullmatch(part.name) and (files := sorted(part.glob("*.safetensors")))
     }
+
+
+def _damaged_indexes(directory: Path, files: Sequence[Path], kind: Kind) -> list[str]:
+    """What is wrong with the indexes of un-sharded weight files, or with the files that they name.
+
+    The float model's index beside quantized weights is none of theirs; `check_lookups` says what an engine makes of it.
+    """
+    found = []
+    for path in sorted(directory.glob(f"*{INDEX_SUFFIX}")) if files else []:
+        stem = path.name.removesuffix(INDEX_SUFFIX)
+        if kind is Kind.FLOAT or any(file.name.startswith(stem) for file in files):
+            try:
+                read_index(path)
+            except CheckpointError as error:
+                found.append(str(error))
+    return found
 
 
 def _rank(path: Path) -> int:

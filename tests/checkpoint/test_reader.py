@@ -267,6 +267,11 @@ def test_an_index_that_names_a_missing_file_is_refused(sharded: Path) -> None:
         f"{sharded / 'model.safetensors.index.json'}: names model-00002-of-00002.safetensors, "
         "which is not in the folder; download the missing file"
     )
+    (sharded / "model-00001-of-00002.safetensors").unlink()
+    assert refusal(sharded) == (
+        f"{sharded / 'model.safetensors.index.json'}: names model-00001-of-00002.safetensors, "
+        "model-00002-of-00002.safetensors, which are not in the folder; download the missing files"
+    )
 
 
 def test_an_index_and_files_that_disagree_are_refused(single: Path) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,17 @@ def test_a_broken_checkpoint_is_described_with_what_is_wrong(tiny_seed: Path, tm
     shown = glmq("inspect", tmp_path).stdout
     assert f"!! error: {tmp_path}: has no config.json, so no engine can load it" in shown
     assert "!! error: mindie: tokenizer.json is missing" in shown
+
+
+def test_an_incomplete_checkpoint_is_called_fit_for_nothing(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "float"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    lines = glmq("inspect", folder).stdout.splitlines()
+    index = folder / "model.safetensors.index.json"
+    sentence = f"{index}: names model-00002-of-00002.safetensors, which is not in the folder; download the missing file"
+    assert lines[3:5] == ["for: nothing as it is; the errors say why", f"!! error: {sentence}"]
+    found = document(folder)
+    assert (found["for"], found["problems"]) == ("nothing as it is; the errors say why", [sentence])
 
 
 def test_json_has_every_tensor_with_sizes_that_add_up(tiny_seed: Path) -> None:

@@ -1,13 +1,16 @@
 """What a folder is, from its headers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import quantize
 from safetensors.torch import load_file, save_file
 
 import glmq
+from glmq.engines import Engine
 from glmq.errors import CheckpointError, UsageError
 from glmq.inspection.folder import Kind, layer_of, role_of, scan_folder
 from glmq.inspection.listing import (
@@ -18,7 +21,7 @@ from glmq.inspection.listing import (
     tensor_rows,
     totals_by_area,
 )
-from glmq.verification.engines.check import describe_engines
+from glmq.verification.engines.check import check_lookups, describe_engines
 
 
 def test_a_float_checkpoint_is_known_by_its_dtype(small: Path) -> None:
@@ -90,6 +93,43 @@ def test_a_tensor_in_two_files_and_a_missing_config_are_problems(small_copy: Pat
         problems[0] == f"{small_copy}: has no config.json, so no engine can load it; copy it from the float checkpoint"
     )
     assert problems[1] == f"z.safetensors: has 'lm_head.weight', which is also in {first.name}; engines refuse that"
+
+
+def test_a_folder_with_missing_weight_files_names_them_and_is_for_nothing(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "float"))
+    assert scan_folder(folder).is_whole
+    index, lost = folder / "model.safetensors.index.json", "model-00002-of-00002.safetensors"
+    (folder / lost).unlink()
+    found = scan_folder(folder)
+    assert found.problems == (f"{index}: names {lost}, which is not in the folder; download the missing file",)
+    assert not found.is_whole
+    assert describe_engines(found) == "nothing as it is; the errors say why"
+
+
+def test_a_dangling_link_in_place_of_the_weights_is_a_problem(small_copy: Path) -> None:
+    for path in small_copy.glob("*.safetensors*"):
+        path.unlink()
+    (small_copy / "model.safetensors").symlink_to("gone")
+    found = scan_folder(small_copy)
+    assert found.problems == (
+        f"{small_copy / 'model.safetensors'}: cannot be read (No such file or directory); check the path and its permissions",
+    )
+    assert describe_engines(found) == "nothing as it is; the errors say why"
+
+
+def test_nothing_is_looked_up_for_engines_in_quantized_weights_that_are_not_whole(
+    small: Path, small_stats: Path, tmp_path: Path
+) -> None:
+    folder = quantize(small, small_stats, tmp_path / "w8a8", shard_bytes=2**18)
+    lost, other, *_ = sorted(path.name for path in folder.glob("*.safetensors"))
+    (folder / lost).unlink()
+    (folder / other).unlink()
+    sentence = (
+        f"{folder / 'quant_model_weight_w8a8.safetensors.index.json'}: names {lost}, {other}, which are not in the folder; "
+        "download the missing files"
+    )
+    for engine in (Engine.MINDIE, Engine.VLLM_ASCEND):
+        assert [found.message for found in check_lookups(scan_folder(folder), engine)] == [sentence]
 
 
 def test_integers_without_a_description_are_a_problem(tiny_seed: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def check_lookups(folder: Folder, engine: Engine) -> Iterator[Finding]:
         return
     for problem in folder.problems:
         yield check.error("", problem)
+    if not folder.is_whole:  # whatever is looked up may lie in what is missing
+        return
     if folder.form is Form.COMPRESSED_TENSORS:
         title = engine.spec.title
         packed = [known.value for known in engine.spec.packed_types]
@@ -124,6 +126,8 @@ def is_for(folder: Folder, engine: Engine) -> bool:
 
 def describe_engines(folder: Folder) -> str:
     """For which engine and chip a folder is, in one line."""
+    if folder.problems:
+        return "nothing as it is; the errors say why"
     if folder.form is Form.COMPRESSED_TENSORS:
         return "vLLM, and transformers with the compressed-tensors library"
     match folder.quant_type, folder.kind:
