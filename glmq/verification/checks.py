@@ -60,6 +60,11 @@ def verify_files(
     if folder.kind is Kind.STATISTICS:
         raise WrongFolderError(f"{candidate}: holds calibration statistics, no weights; give a quantized checkpoint")
     if folder.kind is Kind.FLOAT and folder.tensors and not folder.has_integers:
+        if folder.problems:
+            raise WrongFolderError(
+                f"{candidate}: is a float checkpoint, verify checks quantized ones, and as it is no --reference either: "
+                f"{folder.problems[0]}"
+            )
         raise WrongFolderError(
             f"{candidate}: is a float checkpoint, verify checks quantized ones; give what `glmq quantize` wrote, and this "
             "folder as --reference"

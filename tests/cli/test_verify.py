@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,18 @@ def test_lost_checksums_are_an_error(copy: Path) -> None:
     assert (
         "error: glmq_checksums.json is missing, glmq_report.json says it was written; "
         "copy the folder again, or quantize again" in result.stdout
+    )
+
+
+def test_a_float_checkpoint_with_missing_files_is_not_recommended_as_reference(tiny: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny, tmp_path / "float"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    result = run("verify", folder)
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert result.stderr == (
+        f"error: {folder}: is a float checkpoint, verify checks quantized ones, and as it is no --reference either: "
+        f"{folder / 'model.safetensors.index.json'}: names model-00002-of-00002.safetensors, which is not in the folder; "
+        "download the missing file\n"
     )
 
 
