@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +12,7 @@ from glmq.checkpoint.header import Header
 from glmq.checkpoint.json_file import Fields, read_json_object
 from glmq.checkpoint.names import natural_key
 from glmq.errors import DamagedError, WrongFolderError
-from glmq.wording import say_absent
+from glmq.wording import list_names, say_absent
 
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -22,6 +23,10 @@ BESIDE: Final[Mapping[str, str]] = {
     "optimizer*.safetensors": "the state of a trainer, which no engine reads",
 }
 """Weight files that trainers leave beside a checkpoint's own, and what each is."""
+PART_FOLDER: Final = re.compile(r"part([0-9]{1,4})-of-([0-9]{1,4})")
+"""What MindIE calls the folder of one rank's weights."""
+RANK_FILE: Final = re.compile(r"model-rank-([0-9]{1,4})-part-[0-9]{1,4}\.safetensors")
+"""What vLLM-Ascend calls a file of one rank's weights."""
 MOST_FOLDERS: Final = 3
 """So many sub-folders are named, of more the first and the last."""
 
@@ -32,18 +37,34 @@ def left_beside(directory: Path) -> dict[str, str]:
 
 
 def bare_files(directory: Path) -> list[Path]:
-    """The weight files of a folder without an index, sorted. Raises CheckpointError if there are none."""
+    """The weight files of a folder without an index, sorted.
+
+    Raises:
+        CheckpointError: there are none, or they are the parts of single ranks.
+    """
     files = sorted(
         path
         for path in directory.glob("*.safetensors")
         if not path.name.startswith(".") and not any(fnmatchcase(path.name, pattern) for pattern in BESIDE)
     )
+    if files and all(RANK_FILE.fullmatch(path.name) for path in files):
+        raise _is_cut(directory, [path.name for path in files])
     if not files:
+        parts = {path.parent.name for path in directory.glob("part*-of-*/*.safetensors")}
+        if parts:
+            raise _is_cut(directory, parts)
         raise WrongFolderError(
             f"{directory}: wanted *.safetensors weight files, but there are none; {_found_instead(directory)}"
         )
     check_downloaded(files)
     return files
+
+
+def _is_cut(directory: Path, parts: Iterable[str]) -> WrongFolderError:
+    named = list_names(sorted(parts, key=natural_key))
+    return WrongFolderError(
+        f"{directory}: is quantized already and cut into the parts of single ranks ({named}); give the float model"
+    )
 
 
 def check_downloaded(files: Iterable[Path]) -> None:
@@ -60,7 +81,8 @@ def check_downloaded(files: Iterable[Path]) -> None:
 def folders_below(directory: Path, pattern: str) -> str:
     """Which sub-folders hold files like `pattern`, as part of a sentence; empty where none does."""
     holders = {path.parent.name for path in directory.glob(f"*/{pattern}")}
-    names = sorted((name for name in holders if not name.startswith(".")), key=natural_key)
+    models = (name for name in holders if not name.startswith(".") and not PART_FOLDER.fullmatch(name))
+    names = sorted(models, key=natural_key)
     if not names:
         return ""
     shown = names if len(names) <= MOST_FOLDERS else [names[0], "...", names[-1]]

@@ -15,7 +15,7 @@ from glmq.checkpoint.foreign import ForeignMethod, find_method
 from glmq.checkpoint.header import FLOAT_CODES, TensorInfo, read_header
 from glmq.checkpoint.json_file import JsonObject, JsonValue, read_json_object
 from glmq.checkpoint.names import natural_key
-from glmq.checkpoint.weight_files import INDEX_SUFFIX, folders_below, read_index
+from glmq.checkpoint.weight_files import INDEX_SUFFIX, PART_FOLDER, RANK_FILE, folders_below, read_index
 from glmq.errors import CheckpointError, WrongFolderError
 from glmq.model.config import FAMILY, how_to_fetch
 from glmq.spec import PACKED_SUFFIXES, Form, QuantType
@@ -38,8 +38,6 @@ LINEAR_SUFFIXES: Final = (
     "weight_shape",
 )
 """Tensors that belong to an integer linear beside its `.weight`; a packed one has none of that name."""
-_PART: Final = re.compile(r"part([0-9]{1,4})-of-([0-9]{1,4})")
-_RANK: Final = re.compile(r"model-rank-([0-9]{1,4})-part-[0-9]{1,4}\.safetensors")
 
 
 class Kind(Enum):
@@ -86,7 +84,7 @@ class Folder:
     problems: tuple[str, ...]
     """Why something here could not be read, one sentence each."""
     is_whole: bool
-    """Every weight file that is there can be read, and those that an index names are there."""
+    """Every weight file that is there can be read, those that an index names are there, and it is not one rank's part."""
     method: ForeignMethod | None = None
     """Of a FOREIGN one."""
     stored: Mapping[str, str] | None = None
@@ -136,7 +134,7 @@ def scan_file(path: Path) -> Folder:
         CheckpointError: it is no safetensors file.
     """
     read_header(path)
-    found = _scan(path.parent, {f"rank{_rank(path)}/" if _RANK.fullmatch(path.name) else "": [path]})
+    found = _scan(path.parent, {f"rank{_rank(path)}/" if RANK_FILE.fullmatch(path.name) else "": [path]})
     return replace(found, directory=path, problems=())
 
 
@@ -145,7 +143,10 @@ def _scan(directory: Path, groups: Mapping[str, list[Path]]) -> Folder:
     problems: list[str] = []
     config = _read(directory / "config.json", problems) if (directory / "config.json").is_file() else {}
     kind = _kind(directory, groups, config)
-    if not config and kind is not Kind.STATISTICS and not problems:
+    damaged = _damaged_indexes(directory, groups.get("", []), kind)
+    if not config and PART_FOLDER.fullmatch(directory.resolve().name):
+        damaged.append(f"{directory}: is one rank's part of a model; inspect the folder above it")
+    elif not config and kind is not Kind.STATISTICS and not problems:
         problems.append(f"{directory}: has no config.json, so no engine can load it; copy it from the float checkpoint")
     description, form = _description(directory, groups, problems)
     quant_type = description.get("model_quant_type")
@@ -154,7 +155,6 @@ def _scan(directory: Path, groups: Mapping[str, list[Path]]) -> Folder:
         form = Form.COMPRESSED_TENSORS
         compressed = _compressed_config(directory, config, problems)
         quant_type = None if compressed is None else compressed.quant_type.value
-    damaged = _damaged_indexes(directory, groups.get("", []), kind)
     tensors: list[StoredTensor] = []
     for prefix, files in groups.items():
         seen: dict[str, Path] = {}
@@ -222,7 +222,7 @@ def foreign_entries(folder: Folder) -> list[str]:
 def _weight_files(directory: Path) -> dict[str, list[Path]]:
     """Weight files by the prefix that their tensors get: none, or a rank's."""
     own = sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith("."))
-    if own and all(_RANK.fullmatch(path.name) for path in own):
+    if own and all(RANK_FILE.fullmatch(path.name) for path in own):
         groups: dict[str, list[Path]] = {}
         for path in own:
             groups.setdefault(f"rank{_rank(path)}/", []).append(path)
@@ -232,7 +232,7 @@ def _weight_files(directory: Path) -> dict[str, list[Path]]:
     return {
         f"{part.name}/": files
         for part in sorted(directory.iterdir(), key=lambda path: natural_key(path.name))
-        if _PART.fullmatch(part.name) and (files := sorted(part.glob("*.safetensors")))
+        if PART_FOLDER.fullmatch(part.name) and (files := sorted(part.glob("*.safetensors")))
     }
 
 
@@ -253,7 +253,7 @@ def _damaged_indexes(directory: Path, files: Sequence[Path], kind: Kind) -> list
 
 
 def _rank(path: Path) -> int:
-    match = _RANK.fullmatch(path.name)
+    match = RANK_FILE.fullmatch(path.name)
     assert match is not None
     return int(match[1])
 

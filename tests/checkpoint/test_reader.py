@@ -216,6 +216,21 @@ def test_a_folder_of_folders_with_weights_names_them(tmp_path: Path) -> None:
             assert refusal(tmp_path) == f"{tmp_path}: {advice}{said} may be meant; give {tmp_path / newest}"
 
 
+def test_the_parts_of_single_ranks_are_no_model_and_are_never_advised(tmp_path: Path) -> None:
+    files = {
+        "mindie": ["part0-of-2/weights.safetensors", "part1-of-2/weights.safetensors"],
+        "vllm": ["model-rank-0-part-0.safetensors", "model-rank-1-part-0.safetensors"],
+    }
+    for name, parts in files.items():
+        for part in parts:
+            (tmp_path / name / part).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / part).touch()
+        listed = ", ".join(part.removesuffix("/weights.safetensors") for part in parts)
+        assert refusal(tmp_path / name) == (
+            f"{tmp_path / name}: is quantized already and cut into the parts of single ranks ({listed}); give the float model"
+        )
+
+
 @pytest.mark.parametrize("shards", [True, False])
 def test_a_file_that_aria2_has_not_finished_is_refused(shards: bool, sharded: Path) -> None:
     if not shards:

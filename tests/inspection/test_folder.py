@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import quantize
+from random_w8a8s import write_stand_in
 from safetensors.torch import load_file, save_file
 
 import glmq
@@ -130,6 +131,19 @@ def test_nothing_is_looked_up_for_engines_in_quantized_weights_that_are_not_whol
     )
     for engine in (Engine.MINDIE, Engine.VLLM_ASCEND):
         assert [found.message for found in check_lookups(scan_folder(folder), engine)] == [sentence]
+
+
+def test_one_ranks_part_is_said_to_be_one(small_seed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = write_stand_in(tmp_path)
+    codec = glmq.CompressionOptions(executor=program)
+    out = glmq.compress(small_seed, out=tmp_path / "parts", tp=2, codec="ascend", options=codec).folder
+    assert scan_folder(out).is_whole
+    part = scan_folder(out / "part1-of-2")
+    sentence = f"{out / 'part1-of-2'}: is one rank's part of a model; inspect the folder above it"
+    assert part.problems == (sentence,)
+    assert [found.message for found in check_lookups(part, Engine.MINDIE)] == [sentence]
+    monkeypatch.chdir(out / "part1-of-2")
+    assert scan_folder(Path()).problems == (".: is one rank's part of a model; inspect the folder above it",)
 
 
 def test_integers_without_a_description_are_a_problem(tiny_seed: Path, tmp_path: Path) -> None:

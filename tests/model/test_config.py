@@ -373,6 +373,8 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_config_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "part0-of-2").mkdir()
+    (tmp_path / "part0-of-2" / "config.json").touch()
     with pytest.raises(ModelError) as caught:
         read_config(tmp_path)
     assert str(caught.value) == (
