@@ -113,7 +113,8 @@ def test_a_dangling_link_in_place_of_the_weights_is_a_problem(small_copy: Path) 
     (small_copy / "model.safetensors").symlink_to("gone")
     found = scan_folder(small_copy)
     assert found.problems == (
-        f"{small_copy / 'model.safetensors'}: cannot be read (No such file or directory); check the path and its permissions",
+        f"{small_copy / 'model.safetensors'}: is a link to gone, which is not there; mount or copy what it leads to as well "
+        "(cp -rL copies the files themselves)",
     )
     assert describe_engines(found) == "nothing as it is; the errors say why"
 
