@@ -98,7 +98,8 @@ def quantize(
     **options: object,
 ) -> Path:
     """Quantize into `out`, which is returned; the options are fields of `glmq.quantization.recipe.Options`."""
-    from glmq.jobs.quantize import QuantizationJob, run_quantization
+    from glmq.jobs.quantization_job import QuantizationJob
+    from glmq.jobs.quantize import run_quantization
     from glmq.quantization.options import Options
     from glmq.quantization.recipe import make_recipe
 

@@ -274,7 +274,8 @@ def quantize(
     from glmq.cli.stopped import resuming_command
     from glmq.errors import UsageError
     from glmq.jobs.calibration_options import CalibrationOptions
-    from glmq.jobs.quantize import QuantizationJob, forecast_quantization, run_quantization
+    from glmq.jobs.quantization_job import QuantizationJob
+    from glmq.jobs.quantize import forecast_quantization, run_quantization
     from glmq.jobs.run_report import PAGE
     from glmq.quantization.options import Options
     from glmq.quantization.recipe import make_recipe

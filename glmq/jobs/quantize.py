@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, overload
@@ -13,7 +13,7 @@ from glmq.calibration.stats import Statistics
 from glmq.checkpoint.checksums import read_checksums
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart, tidy_up
-from glmq.checkpoint.journal import Journal, number_text
+from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.run_note import RunNote
@@ -29,6 +29,7 @@ from glmq.jobs.joined_ranks import join_ranks
 from glmq.jobs.measured import deal_bits, fall_back
 from glmq.jobs.notes import describe_large_weights, describe_recipe
 from glmq.jobs.propagated import open_propagation
+from glmq.jobs.quantization_job import QuantizationJob
 from glmq.jobs.run_log import run_log
 from glmq.jobs.run_report import calibration_facts, describe, run_facts
 from glmq.jobs.settings import machine_settings
@@ -55,58 +56,6 @@ from glmq.ranks import Place, Ranks, read_place
 from glmq.records import LinearReport, PassTime
 from glmq.spec import ASCEND_FORMS, FloatDtype
 from glmq.values import to_path
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationJob:
-    """What to quantize, how, and where to."""
-
-    model_path: Path
-    out_path: Path
-    recipe: Recipe
-    calibration: CalibrationOptions
-    stats_path: Path | None = None
-    """Statistics to reuse, or to write if the folder does not exist; None makes temporary ones."""
-    shard_bytes: int | None = None
-    fallback_topk: int = 0
-    """Keep this many of the worst groups float."""
-    max_error: float | None = None
-    """Keep groups with a larger relative output error float."""
-    work_dir: Path | None = None
-    """Where the output grows until it is whole; None: beside the output folder, on the same disk."""
-    keep_extra: bool = False
-    """Also copy tensors that are no part of the model."""
-    reports: bool = True
-    """Measure every linear's error, and leave report, page and model card beside the weights."""
-    curves: tuple[RateCurve, ...] = field(default=(), repr=False)
-    """What sparse linears lose at how many bits, if a run has measured that which differs in the target bits alone."""
-
-    command: str = ""
-    """That resumes it, for whom finds it interrupted."""
-
-    def settings(self) -> dict[str, str]:
-        """What the weight files depend on beside the recipe, by option; empty text for what is not given."""
-        size, in_units = self.shard_bytes, ""
-        if size is not None:
-            unit, bytes_each = next((u for u in (("GB", 2**30), ("MB", 2**20)) if size % u[1] == 0), (" bytes", 1))
-            in_units = f"{size // bytes_each}{unit}"
-        return {
-            "--fallback-topk": str(self.fallback_topk),
-            "--max-error": "" if self.max_error is None else number_text(self.max_error),
-            "--part_file_size": in_units,
-            "--keep-extra": str(self.keep_extra),
-            "--report": str(self.reports),
-        }
-
-    def chosen(self) -> dict[str, str]:
-        """Where everything comes from, by option; empty text for what is not given."""
-        stats = "" if self.stats_path is None else str(self.stats_path)
-        return {"--model_path": str(self.model_path), "--stats": stats, **self.calibration.chosen()}
-
-    @property
-    def measures(self) -> bool:
-        """Every group is quantized once before, to see which stay float."""
-        return bool(self.fallback_topk) or self.max_error is not None
 
 
 @dataclass(frozen=True, slots=True)

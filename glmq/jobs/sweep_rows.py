@@ -19,7 +19,8 @@ from glmq.checkpoint.reader import Checkpoint
 from glmq.checkpoint.workplace import stored_bytes
 from glmq.errors import GlmqError, InputError, OutputError, ResumeError, UsageError
 from glmq.jobs.forecast import forecast_weight_passes
-from glmq.jobs.quantize import QuantizationJob, run_quantization
+from glmq.jobs.quantization_job import QuantizationJob
+from glmq.jobs.quantize import run_quantization
 from glmq.jobs.settings import machine_settings
 from glmq.jobs.sweep_recipes import SweepJob, Variant
 from glmq.jobs.sweep_samples import FLOAT, Ruler

@@ -134,14 +134,8 @@ def _describe_adapter(path: Path) -> str:
 
 def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     """Check a config.json's contents and bring it into the nested layout. `where` names it in messages."""
-    kind = raw.get("model_type")
     family = FAMILY
-    if kind != family.model_type:
-        why = f": {family.relatives[kind]}" if isinstance(kind, str) and kind in family.relatives else ""
-        raise OtherModelError(
-            f"{where}: model_type is {kind!r:.60}{why}, but glmq needs {family.model_type!r} ({family.members}); "
-            f"give the folder of a {family.title}"
-        )
+    _check_family(raw.get("model_type"), where)
     nested = _nest(raw, where)
     text = _with_rope_fields(
         _section(nested, "text_config", where), where, "text_config " if "text_config" in raw else ""
@@ -194,6 +188,15 @@ def parse_config(raw: JsonObject, where: str) -> ModelConfig:
     _check_consistency(config, number("vision_config", "num_heads", 1), where)
     _check_rope_sections(text, config.head_dim, where)
     return config
+
+
+def _check_family(kind: JsonValue, where: str) -> None:
+    if kind != FAMILY.model_type:
+        why = f": {FAMILY.relatives[kind]}" if isinstance(kind, str) and kind in FAMILY.relatives else ""
+        raise OtherModelError(
+            f"{where}: model_type is {kind!r:.60}{why}, but glmq needs {FAMILY.model_type!r} ({FAMILY.members}); "
+            f"give the folder of a {FAMILY.title}"
+        )
 
 
 def _untie(*sections: JsonObject) -> bool:

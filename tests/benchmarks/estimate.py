@@ -27,7 +27,8 @@ import glmq
 from glmq import CalibrationOptions, CaseOptions, Event, Recipe, SweepOptions, Variant
 from glmq.calibration.samples import default_images
 from glmq.cli.remaining import Remaining
-from glmq.jobs.quantize import QuantizationJob, run_quantization
+from glmq.jobs.quantization_job import QuantizationJob
+from glmq.jobs.quantize import run_quantization
 from glmq.progress import Watch
 
 SHARES = (0.1, 0.25, 0.5)

@@ -7,7 +7,7 @@ from helpers import W8A8S, quantize, tree, without_sensitivity
 
 from glmq.checkpoint.workplace import RESULT, make_work
 from glmq.jobs.calibration_options import CalibrationOptions
-from glmq.jobs.quantize import QuantizationJob
+from glmq.jobs.quantization_job import QuantizationJob
 from glmq.jobs.quantize import quantize as quantize_job
 from glmq.progress import Note
 from glmq.quantization.options import Options

@@ -22,7 +22,8 @@ from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import DeviceError, StatisticsError, UsageError
 from glmq.inspection.statistics import summarize_statistics
-from glmq.jobs.quantize import QuantizationJob, forecast_quantization
+from glmq.jobs.quantization_job import QuantizationJob
+from glmq.jobs.quantize import forecast_quantization
 from glmq.model.config import read_config
 from glmq.model.inputs import Preprocessor
 from glmq.progress import Event, Note, no_step
