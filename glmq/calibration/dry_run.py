@@ -16,7 +16,8 @@ from glmq.calibration.convergence import Convergence, convergence_order
 from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.manifest import MANIFEST, SampleTokens, SiteShape, field_specs, site_entry
 from glmq.calibration.samples import GeneratedAnswer, Sample, open_image
-from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
+from glmq.calibration.stats import Settings
+from glmq.calibration.stats_writer import SAMPLE_ROWS, StatsWriter, StoredBlock, has_moment
 from glmq.checkpoint.json_file import JsonObject
 from glmq.checkpoint.layout import TensorSpec, bare_file_bytes
 from glmq.checkpoint.reader import Checkpoint, dtype_code

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from glmq.calibration import text_inputs
 from glmq.calibration.manifest import parse_digests
 from glmq.calibration.samples import GeneratedAnswer
-from glmq.calibration.stats import StoredBlock
+from glmq.calibration.stats_writer import StoredBlock
 from glmq.checkpoint.checksums import is_as_written
 from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.journal import NAME, NO_OPTIONS, Journal

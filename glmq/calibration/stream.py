@@ -19,7 +19,8 @@ from glmq.calibration.encode import encode_sample
 from glmq.calibration.layer_watch import LayerWatch
 from glmq.calibration.resume import CalibrationJournal, Calls
 from glmq.calibration.samples import Sample
-from glmq.calibration.stats import SAMPLE_ROWS, Settings, StatsWriter, StoredBlock, has_moment
+from glmq.calibration.stats import Settings
+from glmq.calibration.stats_writer import SAMPLE_ROWS, StatsWriter, StoredBlock, has_moment
 from glmq.device import has_float16_alone, release
 from glmq.errors import NonFiniteError
 from glmq.model.family import Block

@@ -5,10 +5,11 @@
     tensors       by sorted name: xxh3-128 of the tensor's bytes, in hexadecimal
     headers       by weight file: xxh3-128 of everything before its tensors
     files         by sorted name: xxh3-128 of every other file: config.json, description, index, side files, reports
+    source        by sorted name: xxh3-128 of each tensor of the float model that it was made from, if that is known
     digest        xxh3-128 of this document without this entry, keys sorted, no spaces
 
 They find damage, not forgery. The weights alone cannot tell a scale or a norm from one whose lowest bits were flipped.
-Files of schema 1, which older versions of glmq wrote, have tensors only.
+Files of schema 1, which older versions of glmq wrote, have tensors only; some of schema 2 have no source.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Checksums:
     tensors: Mapping[str, str]
     headers: Mapping[str, str]
     files: Mapping[str, str]
+    source: Mapping[str, str]
+    """Of the float model's tensors, not of the folder's; empty where that is not known."""
     covers_files: bool
     """Whether headers and files are listed; not in schema 1."""
     digest: str
@@ -51,12 +54,13 @@ class Checksums:
         return document_digest(dict(self.tensors))
 
 
-def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
+def write_checksums(folder: Path, tensors: Mapping[str, str], source: Mapping[str, str]) -> None:
     """Write the file for a folder as it is now; the same folder gives the same bytes.
 
     Args:
         folder: holds the weight files and the rest.
         tensors: xxh3-128 of each tensor's bytes, in hexadecimal.
+        source: the same of the tensors of the float model that it was made from; empty if not known.
     """
     document: JsonObject = {
         "schema": SCHEMA,
@@ -64,13 +68,15 @@ def write_checksums(folder: Path, tensors: Mapping[str, str]) -> None:
         "tensors": {name: tensors[name] for name in sorted(tensors)},
         "headers": {path.name: header_checksum(path) for path in sorted(folder.glob("*.safetensors"))},
         "files": {path.name: file_checksum(path) for path in covered_files(folder)},
+        "source": {name: source[name] for name in sorted(source)},
     }
     write_json(folder / CHECKSUMS, {**document, "digest": document_digest(document)}, indent=1)
 
 
 def cover_new_files(folder: Path) -> None:
     """Write the file again, after others were added beside the same weights."""
-    write_checksums(folder, read_checksums(folder).tensors)
+    known = read_checksums(folder)
+    write_checksums(folder, known.tensors, known.source)
 
 
 def covered_files(folder: Path) -> list[Path]:
@@ -132,7 +138,8 @@ def read_checksums(folder: Path) -> Checksums:
     fields = Fields(document, str(path), lambda sentence: DamagedError(f"{sentence}; copy it again"))
     tensors = fields.texts("tensors")
     headers, files = (fields.texts("headers"), fields.texts("files")) if covers_files else ({}, {})
-    return Checksums(tensors, headers, files, covers_files, digest)
+    source = fields.texts("source") if "source" in document else {}
+    return Checksums(tensors, headers, files, source, covers_files, digest)
 
 
 def digest_of(content: bytes) -> str:

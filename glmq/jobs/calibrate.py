@@ -14,7 +14,8 @@ from glmq.calibration.generate import GenerationPlan, generate_answers, plan_gen
 from glmq.calibration.pictures import PictureRules
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, builtin_texts, default_images, digest, list_images, read_samples
-from glmq.calibration.stats import Settings, Statistics, StatsWriter
+from glmq.calibration.stats import Settings, Statistics
+from glmq.calibration.stats_writer import StatsWriter
 from glmq.calibration.stream import calibrate_checkpoint
 from glmq.checkpoint.disk import check_file_size, check_room
 from glmq.checkpoint.folder import OutputFolder, check_apart

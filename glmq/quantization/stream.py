@@ -107,7 +107,7 @@ def quantize_checkpoint(
             sink.leave()
     if is_first:
         write_side_files(run.source, run.config, recipe, plan, folder)
-        write_checksums(folder, sink.checksums)
+        write_checksums(folder, sink.checksums, run.folds.statistics.weights)
     yield QuantizedBlock(block_done(REST, total - 1, total, time.perf_counter() - started, run), ())
 
 

@@ -24,13 +24,20 @@ from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
 from glmq.model.family import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.spec import INT4, INT8
+from glmq.spec import INT4, INT8, assert_never
 from glmq.threads import run_ahead
 from glmq.verification.distance import Distance, WeightDistance
 from glmq.verification.files import row_of
 from glmq.verification.findings import Check, Finding
+from glmq.verification.origin import Origin
 
 FP16_LIMIT: Final = 65504.0
+LARGEST_RMS_STEPS: Final = 1.0
+"""Root mean square of (W_q - W) / step up to which a linear is at most coarse: rounding to nearest gives 0.29, error
+compensation usually up to 0.8, whatever the steps."""
+UNRELATED: Final = 0.7
+"""Where it is larger, the share of the weights' own root mean square that is wrong. Unrelated weights give 1.4; error
+compensation for inputs that are nearly parallel moves weights by many steps, up to 0.3 of their size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +127,43 @@ def check_norms(candidate: Checkpoint, source: Checkpoint, groups: Iterable[Inpu
 
 
 def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Finding]:
-    """What is wrong with the numbers of one linear."""
-
-    def finding(suffix: str, message: str) -> Finding:
-        return Check.INTEGERS.error(f"{numbers.name}.{suffix}", message)
-
+    """Check 30: can its sums or its bias overflow?"""
+    name = f"{numbers.name}.quant_bias"
     if numbers.accumulator_share >= 1:
-        yield finding(
-            "quant_bias", f"lets int32 sums reach {numbers.accumulator_share:.3g} times what an int32 can hold"
-        )
+        message = f"lets int32 sums reach {numbers.accumulator_share:.3g} times what an int32 can hold"
+        yield Check.INTEGERS.error(name, message)
     if is_fp16 and numbers.bias_output > FP16_LIMIT:
-        yield finding("quant_bias", f"stands for {numbers.bias_output:.4g}, float16 results end at {FP16_LIMIT:g}")
-    distance = numbers.against
-    if distance is None:
+        message = f"stands for {numbers.bias_output:.4g}, float16 results end at {FP16_LIMIT:g}"
+        yield Check.INTEGERS.error(name, message)
+
+
+def judge_distance(linear: str, distance: WeightDistance, origin: Origin) -> Iterator[Finding]:
+    """Checks 16 and 30: do the integers stand for the float weight? No more than a warning where quantizing left them so."""
+    if distance.is_zeroed:
+        yield Check.WEIGHT_DISTANCE.error(f"{linear}.weight", "is all zeros, the float weight is not")
         return
+    for check, fact, cause in _strange(distance):
+        match origin:
+            case Origin.UNKNOWN:
+                yield check.error(f"{linear}.weight", f"{fact}; {cause}")
+            case Origin.OWN:
+                told = "quantize left it so: every byte is as it wrote it, and the float weight is the one it read"
+                yield check.warning(f"{linear}.weight", f"{fact}; {told}")
+            case Origin.OTHER:
+                yield check.error(f"{linear}.weight", f"{fact}; it was made from another float model than --reference")
+            case unknown:
+                assert_never(unknown)
+
+
+def _strange(distance: WeightDistance) -> Iterator[tuple[Check, str, str]]:
+    """What rounding does not do, as check, fact and likely cause."""
+    if not distance.rms_steps <= max(LARGEST_RMS_STEPS, UNRELATED * distance.size_steps):
+        yield (
+            Check.WEIGHT_DISTANCE,
+            f"is {distance.rms_steps:.3g} steps from the float weight, root mean square, which itself is "
+            f"{distance.size_steps:.3g} steps: rounding to nearest gives 0.29",
+            "it is another weight, or its steps are wrong",
+        )
     for what, worst, cause in (
         ("row", distance.row_gain, "its step"),
         ("column", distance.column_gain, "the norm in front"),
@@ -141,23 +171,22 @@ def judge_linear(numbers: LinearArithmetic, *, is_fp16: bool) -> Iterator[Findin
     ):
         index, gain, allowed = worst or (0, 1.0, 0.0)
         if not abs(gain - 1) <= allowed:
-            yield finding(
-                "weight",
-                f"{what} {index} is {gain:.3g} times the float {what}, wanted 1 within {allowed:.2g}; "
+            yield (
+                Check.INTEGERS,
+                f"{what} {index} is {gain:.3g} times the float {what}, wanted 1 within {allowed:.2g}",
                 f"{cause} or the {what} is wrong",
             )
     gain, allowed = distance.gain
     if not abs(gain - 1) <= allowed:
-        yield finding(
-            "weight",
-            f"is {gain:.4g} times the float weight, wanted 1 within {allowed:.2g}; its steps or the norm in front are wrong",
-        )
+        fact = f"is {gain:.4g} times the float weight, wanted 1 within {allowed:.2g}"
+        yield Check.INTEGERS, fact, "its steps or the norm in front are wrong"
     row, column, steps, limit = distance.outlier
     if not steps <= limit:
-        yield finding(
-            "weight",
+        yield (
+            Check.INTEGERS,
             f"has a weight {steps:.3g} steps from the float one in row {row}, column {column}, wanted at most {limit:.3g} "
-            "in that column: was a bit flipped?",
+            "in that column",
+            "was a bit flipped?",
         )
 
 

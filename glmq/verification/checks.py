@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
@@ -21,6 +22,7 @@ from glmq.verification.arithmetic import (
     check_norms,
     check_shifts,
     judge_against_report,
+    judge_distance,
     judge_linear,
     measure_linears,
 )
@@ -30,6 +32,7 @@ from glmq.verification.engines.check import check_lookups
 from glmq.verification.files import check_config_kept, check_side_files, read_report
 from glmq.verification.findings import Check, Checked, Finding, Skipped
 from glmq.verification.limits import Limits
+from glmq.verification.origin import Origins, find_origins
 from glmq.verification.parts import check_manifest, check_parts
 from glmq.verification.portable import check_portable
 from glmq.verification.predictions import Predictions
@@ -131,7 +134,10 @@ def _verify_linears(
     with checkpoint:
         tensors = f"names, dtypes, shapes and values of {counted(len(checkpoint), 'tensor')}"
         yield Checked(tensors) if is_whole else Skipped(f"{tensors} (an error in a file that says what they must be)")
-        yield from check_checksums(checkpoint, report)
+        bytes_of = list(check_checksums(checkpoint, report))
+        yield from bytes_of
+        is_proven = not any(isinstance(record, Finding) for record in bytes_of) and (candidate / CHECKSUMS).exists()
+        origins = find_origins(candidate, source) if is_proven else Origins({}, None)
         yield from check_shifts(checkpoint, groups)
         if source is not None:
             yield from check_norms(checkpoint, source, groups)
@@ -144,6 +150,8 @@ def _verify_linears(
                 weight = stored_weight(record.name, checkpoint)
                 read(weight, checkpoint.nbytes(weight))
                 yield from judge_linear(record, is_fp16=_is_fp16(checkpoint, record.name))
+                if record.against is not None:
+                    yield from judge_distance(record.name, record.against, origins.of(record.name))
                 yield from judge_against_report(record, report)
         against = "" if source is None else " and their distance from the float weights"
         yield Checked(f"the integers of {counted(linears, 'linear')}{against}")

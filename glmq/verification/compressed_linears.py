@@ -11,20 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from glmq.checkpoint.compressed_config import CompressedConfig, read_compressed_config
 from glmq.checkpoint.json_file import read_json_object
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError
-from glmq.inspection.scaling import Scaling
-from glmq.inspection.weights import StoredMatrix
 from glmq.model.config import ModelConfig
 from glmq.model.family import LinearShape
-from glmq.numerics.grouped import expand_groups
 from glmq.spec import FloatDtype, QuantType
 from glmq.verification.findings import Check, Finding
-from glmq.verification.linears import FLOATING, LARGEST_RMS_STEPS, UNRELATED
+from glmq.verification.linears import FLOATING
 
 SUFFIXES: Final = {
     QuantType.W8A8: ("weight", "weight_scale", "input_scale", "input_zero_point"),
@@ -48,11 +43,8 @@ class CompressedSubject:
     group_size: int
     """By quantization_config; 0: one step per row."""
     checkpoint: Checkpoint
-    source: Checkpoint | None
     dtype: FloatDtype | None
     """The run dtype of config.json; None where it does not say."""
-    scaling: Scaling
-    """What smoothing did to it."""
 
     @property
     def name(self) -> str:
@@ -84,12 +76,10 @@ def check_compressed_config(directory: Path, config: ModelConfig) -> Generator[F
 
 
 def check_compressed_linear(subject: CompressedSubject) -> Iterator[Finding]:
-    """Checks 7 to 10 and 16 of one linear. What a failed check would make meaningless is not checked further."""
+    """Checks 7 to 10 of one linear. What a failed check would make meaningless is not checked further."""
     problems = list(_check_suffixes(subject)) or list(_check_layout(subject))
     problems = problems or list(_check_values(subject))
     yield from problems
-    if not problems and subject.source is not None:
-        yield from _check_distance(subject, subject.source)
 
 
 def _check_suffixes(subject: CompressedSubject) -> Iterator[Finding]:
@@ -138,24 +128,3 @@ def _check_values(subject: CompressedSubject) -> Iterator[Finding]:
             shape, wanted = subject.checkpoint.read(name).tolist(), [subject.shape.rows, subject.shape.cols]
             if shape != wanted:
                 yield Check.VALUES.error(name, f"is {shape}, wanted {wanted}")
-
-
-def _check_distance(subject: CompressedSubject, source: Checkpoint) -> Iterator[Finding]:
-    """Check 16: the root mean square of (W_q - W) / step on the smoothed weight."""
-    matrix, original = StoredMatrix(subject.checkpoint, subject.name), StoredMatrix(source, subject.name)
-    if (original.rows, original.cols) != (matrix.rows, matrix.cols):
-        return  # reported with the names and shapes of the source
-    square = size = 0.0
-    for start, stop in matrix.pieces():
-        found = matrix.values(matrix.stored(start, stop), start)
-        wanted = subject.scaling.applied(original.values(original.stored(start, stop), start), start)
-        steps = expand_groups(matrix.steps(slice(start, stop)), matrix.cols)
-        square += float(((found - wanted) / steps).square().sum(dtype=torch.float64))
-        size += float((wanted / steps).square().sum(dtype=torch.float64))
-    rms_steps, size_steps = (math.sqrt(total / max(1, matrix.rows * matrix.cols)) for total in (square, size))
-    if not rms_steps <= max(LARGEST_RMS_STEPS, UNRELATED * size_steps):
-        message = (
-            f"is {rms_steps:.3g} steps from the float weight, root mean square, which itself is {size_steps:.3g} steps: "
-            "rounding to nearest gives 0.29"
-        )
-        yield Check.WEIGHT_DISTANCE.error(f"{subject.name}.{SUFFIXES[subject.quant_type][0]}", message)

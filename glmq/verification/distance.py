@@ -48,6 +48,8 @@ class WeightDistance:
     """||W_q - W|| / ||W||."""
     rms_steps: float
     """Root mean square of W_q - W in steps of its row (and group)."""
+    size_steps: float
+    """That of W."""
     outlier: tuple[int, int, float, float]
     """The weight that is farthest off, measured by the others of its column: row, column, |W_q - W| in steps beyond what
     the ends of the grid cut off, and what is allowed. Steps are those of its group, or if these are larger the root mean square
@@ -61,6 +63,8 @@ class WeightDistance:
     """The same of the groups of a two-stage linear, counted along the rows; None for others."""
     gain: tuple[float, float]
     """Of the whole linear, and its allowed distance from 1."""
+    is_zeroed: bool
+    """All integers are 0, and a float weight is a whole step or more."""
 
 
 class _Gains:
@@ -124,7 +128,8 @@ class Distance:
         self._groups = _Gains(rows * groups) if groups else None
         self._size, self._grid = (rows, cols, groups), grid
         self._floor = ROUNDED_FACTORS * UNIT_ROUNDOFF[dtype]
-        self._noise = self._signal = self._square_steps = 0.0
+        self._noise = self._signal = self._square_steps = self._size_steps = self._largest_steps = 0.0
+        self._has_integers = False
         self._squares = torch.zeros(cols, dtype=torch.float64)
         self._largest, self._largest_row = torch.zeros(cols), torch.zeros(cols, dtype=torch.int64)
 
@@ -143,6 +148,9 @@ class Distance:
             cut = slice(start * groups, (start + q.shape[0]) * groups)
             self._groups.add(cut, *(product.reshape(cut.stop - cut.start, -1).sum(1) for product in products))
         self._square_steps += float((q - in_steps).square_().sum())
+        self._size_steps += float(products[1].sum(dtype=torch.float64))
+        self._has_integers = self._has_integers or bool(q.any())
+        self._largest_steps = max(self._largest_steps, float(in_steps.abs().max()))
         # What the grid cannot reach is no error of a single weight.
         error = (q - in_steps.clamp_(grid.qmin - 0.5, grid.qmax + 0.5)).abs_()
         if steps.shape[1] > 1:  # errors of groups with coarse steps are made up for in those with fine ones
@@ -155,7 +163,7 @@ class Distance:
     def finish(self) -> WeightDistance:
         (rows, cols, groups), floor = self._size, self._floor
         ratio = self._noise / self._signal if self._signal else (0.0 if self._noise == 0 else math.inf)
-        rms = math.sqrt(self._square_steps / max(1, rows * cols))
+        rms, size = (math.sqrt(total / max(1, rows * cols)) for total in (self._square_steps, self._size_steps))
 
         def in_row(left: Tensor, size: Tensor, most: float) -> Tensor:
             return ROW_DEVIATIONS / math.sqrt(cols) * left.clamp_max(most) / size
@@ -171,11 +179,13 @@ class Distance:
         return WeightDistance(
             relative_l2=math.sqrt(ratio),
             rms_steps=rms,
+            size_steps=size,
             outlier=self._outlier(),
             row_gain=self._rows.worst(cols, in_row, floor),
             column_gain=self._cols.worst(rows, parallel, floor),
             group_gain=None if self._groups is None else self._groups.worst(cols // groups, parallel, floor),
             gain=(gain, allowed),
+            is_zeroed=not self._has_integers and self._largest_steps >= 1,
         )
 
     def _outlier(self) -> tuple[int, int, float, float]:

@@ -23,7 +23,8 @@ class Situation(Enum):
         "that, any bit of a float tensor, config.json and side files against the float model, norms and steps off by a few "
         "per cent (coarse steps: some ten), one weight off by more than 2 steps or 12 times the error of its column",
         "what rounding could have done: smaller changes of weights and steps, a quant_bias off by 1; and static ranges "
-        "(input_scale and deq_scale changed together), of which no stored tensor tells",
+        "(input_scale and deq_scale changed together; input_zero_point in the compressed-tensors form), of which no stored "
+        "tensor tells",
     )
     SAMPLES = (
         "no checksums, --reference and pictures",

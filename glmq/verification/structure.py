@@ -187,12 +187,8 @@ def _check_compressed_tensors(candidate: Path, source: Checkpoint | None, read: 
         yield from _check_floats(case, scalings, read)
         for linear, group in found:
             if group is not None:
-                scaling = scalings.get(linear.name, UNSCALED)
-                yield from check_compressed_linear(
-                    CompressedSubject(
-                        linear, group.quant_type, group.group_size, checkpoint, source, case.dtype, scaling
-                    )
-                )
+                subject = CompressedSubject(linear, group.quant_type, group.group_size, checkpoint, case.dtype)
+                yield from check_compressed_linear(subject)
                 _tell_weight(linear.name, checkpoint, read)
     return True
 

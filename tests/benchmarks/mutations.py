@@ -117,7 +117,7 @@ def prepare(folder: Path, situation: str) -> None:
         report["linears"] = []  # nothing that the integers could contradict
         (folder / OWN[1]).write_text(json.dumps(report))
         (folder / CHECKSUMS).unlink()
-        write_checksums(folder, sums)
+        write_checksums(folder, sums, {})
 
 
 def measure(reference: Path, good: Path, work: Path, most: int) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glmq.calibration.resume import CalibrationJournal
-from glmq.calibration.stats import StoredBlock
+from glmq.calibration.stats_writer import StoredBlock
 from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.journal import Journal
 from glmq.checkpoint.reader import Checkpoint

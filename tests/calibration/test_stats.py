@@ -14,18 +14,13 @@ from glmq.calibration.convergence import Convergence
 from glmq.calibration.manifest import MANIFEST, SampleTokens
 from glmq.calibration.samples import Sample, digest
 from glmq.calibration.soundness import find_defect
-from glmq.calibration.stats import (
-    Settings,
-    Statistics,
-    StatsWriter,
-    has_moment,
-    pack_triangle,
-    unpack_triangle,
-)
+from glmq.calibration.stats import Settings, Statistics
+from glmq.calibration.stats_writer import StatsWriter, has_moment
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, StatisticsError
 from glmq.model.config import read_config
 from glmq.numerics.moments import InputAccumulator, InputStats
+from glmq.numerics.triangle import pack_triangle, unpack_triangle
 from glmq.version import __version__
 
 SAMPLES = (

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from glmq.calibration.resume import CalibrationJournal
 from glmq.calibration.samples import Sample, list_images, open_image, read_samples
-from glmq.calibration.stats import SAMPLE_ROWS, Settings, Statistics, StatsWriter
+from glmq.calibration.stats import Settings, Statistics
+from glmq.calibration.stats_writer import SAMPLE_ROWS, StatsWriter
 from glmq.calibration.stream import _check_finite, _Run, calibrate_checkpoint
 from glmq.checkpoint.reader import Checkpoint
 from glmq.errors import CheckpointError, NonFiniteError, SampleError, StatisticsError

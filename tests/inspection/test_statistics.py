@@ -9,7 +9,8 @@ from torch import Tensor
 
 from glmq.calibration.convergence import Convergence
 from glmq.calibration.samples import GeneratedAnswer, Sample
-from glmq.calibration.stats import Settings, StatsWriter
+from glmq.calibration.stats import Settings
+from glmq.calibration.stats_writer import StatsWriter
 from glmq.errors import StatisticsError
 from glmq.inspection.statistics import InputChange, StatisticsComparison, compare_statistics, summarize_statistics
 from glmq.numerics.moments import InputAccumulator

@@ -18,11 +18,13 @@ from glmq.verification.arithmetic import (
     FP16_LIMIT,
     LinearArithmetic,
     judge_against_report,
+    judge_distance,
     judge_linear,
     measure_linears,
 )
 from glmq.verification.distance import Distance, WeightDistance
-from glmq.verification.findings import Finding
+from glmq.verification.findings import Check, Finding
+from glmq.verification.origin import Origin
 
 LAYER = "model.language_model.layers.0"
 O = f"{LAYER}.self_attn.o_proj"
@@ -144,7 +146,8 @@ def good_linear(**changes: object) -> LinearArithmetic:
 
 def distance(**changes: object) -> WeightDistance:
     fields = {
-        "relative_l2": 0.01, "rms_steps": 0.29, "outlier": (3, 5, 0.5, 2.0), "row_gain": (0, 1.0, 0.05),
+        "relative_l2": 0.01, "rms_steps": 0.29, "size_steps": 40.0, "is_zeroed": False,
+        "outlier": (3, 5, 0.5, 2.0), "row_gain": (0, 1.0, 0.05),
         "column_gain": (0, 1.0, 0.05), "group_gain": None, "gain": (1.0, 0.01),
     }  # fmt: skip
     return WeightDistance(**{**fields, **changes})  # type: ignore[arg-type]
@@ -152,36 +155,62 @@ def distance(**changes: object) -> WeightDistance:
 
 def test_a_good_linear_has_no_findings() -> None:
     assert list(judge_linear(good_linear(), is_fp16=True)) == []
-    assert list(judge_linear(good_linear(against=None), is_fp16=True)) == []
+    assert list(judge_distance(O, distance(), Origin.UNKNOWN)) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "severity", "tensor", "message"),
+    ("changes", "message"),
     [
-        ({"accumulator_share": 1.5}, "error", "quant_bias",
-         "lets int32 sums reach 1.5 times what an int32 can hold"),
-        ({"bias_output": FP16_LIMIT * 2}, "error", "quant_bias",
-         "stands for 1.31e+05, float16 results end at 65504"),
-        ({"against": distance(outlier=(3, 5, 40.0, 3.6))}, "error", "weight",
-         "has a weight 40 steps from the float one in row 3, column 5, wanted at most 3.6 in that column: "
+        ({"accumulator_share": 1.5}, "lets int32 sums reach 1.5 times what an int32 can hold"),
+        ({"bias_output": FP16_LIMIT * 2}, "stands for 1.31e+05, float16 results end at 65504"),
+    ],
+)
+def test_sums_that_overflow_are_errors(changes: dict[str, object], message: str) -> None:
+    (finding,) = judge_linear(good_linear(**changes), is_fp16=True)
+    assert (finding.severity, finding.tensor, finding.message) == ("error", f"{O}.quant_bias", message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "fact", "cause"),
+    [
+        ({"rms_steps": 1.5, "size_steps": 2.0}, Check.WEIGHT_DISTANCE,
+         "is 1.5 steps from the float weight, root mean square, which itself is 2 steps: rounding to nearest gives 0.29",
+         "it is another weight, or its steps are wrong"),
+        ({"outlier": (3, 5, 40.0, 3.6)}, Check.INTEGERS,
+         "has a weight 40 steps from the float one in row 3, column 5, wanted at most 3.6 in that column",
          "was a bit flipped?"),
-        ({"type": "INT4", "against": distance(group_gain=(9, 2.0, 0.4))}, "error", "weight",
-         "group 9 is 2 times the float group, wanted 1 within 0.4; its second scale or the group is wrong"),
-        ({"against": distance(row_gain=(7, 2.0, 0.05))}, "error", "weight",
-         "row 7 is 2 times the float row, wanted 1 within 0.05; its step or the row is wrong"),
-        ({"against": distance(row_gain=(7, math.nan, 0.05))}, "error", "weight",
-         "row 7 is nan times the float row, wanted 1 within 0.05; its step or the row is wrong"),
-        ({"against": distance(column_gain=(7, 0.5, 0.05))}, "error", "weight",
-         "column 7 is 0.5 times the float column, wanted 1 within 0.05; the norm in front or the column is wrong"),
-        ({"against": distance(gain=(1.02, 0.01))}, "error", "weight",
-         "is 1.02 times the float weight, wanted 1 within 0.01; its steps or the norm in front are wrong"),
+        ({"group_gain": (9, 2.0, 0.4)}, Check.INTEGERS,
+         "group 9 is 2 times the float group, wanted 1 within 0.4", "its second scale or the group is wrong"),
+        ({"row_gain": (7, 2.0, 0.05)}, Check.INTEGERS,
+         "row 7 is 2 times the float row, wanted 1 within 0.05", "its step or the row is wrong"),
+        ({"row_gain": (7, math.nan, 0.05)}, Check.INTEGERS,
+         "row 7 is nan times the float row, wanted 1 within 0.05", "its step or the row is wrong"),
+        ({"column_gain": (7, 0.5, 0.05)}, Check.INTEGERS,
+         "column 7 is 0.5 times the float column, wanted 1 within 0.05", "the norm in front or the column is wrong"),
+        ({"gain": (1.02, 0.01)}, Check.INTEGERS,
+         "is 1.02 times the float weight, wanted 1 within 0.01", "its steps or the norm in front are wrong"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_linear_is_said(
-    changes: dict[str, object], severity: str, tensor: str, message: str
+def test_what_rounding_does_not_do_is_said_with_whose_doing_it_is(
+    changes: dict[str, object], check: Check, fact: str, cause: str
 ) -> None:
-    (finding,) = judge_linear(good_linear(**changes), is_fp16=True)
-    assert (finding.severity, finding.tensor, finding.message) == (severity, f"{O}.{tensor}", message)
+    strange = distance(**changes)
+    own = "quantize left it so: every byte is as it wrote it, and the float weight is the one it read"
+    other = "it was made from another float model than --reference"
+    assert list(judge_distance(O, strange, Origin.UNKNOWN)) == [check.error(f"{O}.weight", f"{fact}; {cause}")]
+    assert list(judge_distance(O, strange, Origin.OWN)) == [check.warning(f"{O}.weight", f"{fact}; {own}")]
+    assert list(judge_distance(O, strange, Origin.OTHER)) == [check.error(f"{O}.weight", f"{fact}; {other}")]
+
+
+def test_a_coarse_weight_is_judged_by_its_own_size() -> None:
+    assert list(judge_distance(O, distance(rms_steps=1.5, size_steps=2.2), Origin.UNKNOWN)) == []
+    assert list(judge_distance(O, distance(rms_steps=1.0, size_steps=0.1), Origin.UNKNOWN)) == []
+
+
+@pytest.mark.parametrize("origin", Origin)
+def test_a_weight_of_zeros_is_wrong_whoever_wrote_it(origin: Origin) -> None:
+    (finding,) = judge_distance(O, distance(is_zeroed=True, gain=(0.0, 0.01)), origin)
+    assert finding == Check.WEIGHT_DISTANCE.error(f"{O}.weight", "is all zeros, the float weight is not")
 
 
 def test_a_bfloat16_model_may_have_large_biases() -> None:

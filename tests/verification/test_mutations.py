@@ -566,7 +566,7 @@ def retouch(folder: Path) -> None:
     """Change a tensor and its checksum alike, as one does who rewrites the file."""
     edit_tensors(folder, lambda found: found[f"{O}.quant_bias"].__setitem__(0, found[f"{O}.quant_bias"][0] + 1))
     with Checkpoint.open(folder) as checkpoint:
-        write_checksums(folder, {name: checksum_of(checkpoint, name) for name in checkpoint})
+        write_checksums(folder, {name: checksum_of(checkpoint, name) for name in checkpoint}, {})
 
 
 @pytest.mark.slow
