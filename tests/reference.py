@@ -23,7 +23,7 @@ def clamp(value: int, low: int, high: int) -> int:
 
 def activation_qparams(low: float, high: float) -> tuple[float, int]:
     bottom, top = min(F32(low), F32(0)), max(F32(high), F32(0))
-    scale = max(F32(F32(top - bottom) / F32(255)), F32(2.0**-23))
+    scale = max(F32(F32(top - bottom) / F32(255)), F32(257 * 2.0**-24))
     return float(scale), clamp(nearest_integer(float(F32(F32(-128) - F32(bottom / scale)))), -128, 127)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from glmq.calibration.pictures import InlinePicture, PictureFile
 from glmq.checkpoint.json_file import SURROGATE, JsonObject, JsonValue
@@ -145,7 +145,7 @@ def locate_image(named: str, folder: Path) -> PictureFile:
     if has_scheme and rest.startswith("//"):
         if scheme.lower() != "file":
             raise LineError(f"image {shortened(named)} lies elsewhere; glmq downloads nothing, save it as a file")
-        return Path(unquote(urlsplit(named).path))
+        named = f"/{unquote(rest[2:].partition('/')[2])}"  # no picture's address has a query or a fragment, many a name has #
     if "\0" in named:
         raise LineError(f"image {shortened(named)} has a name that no file can have")
     path = folder / named

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from glmq.checkpoint.header import Header
@@ -23,6 +23,8 @@ BESIDE: Final[Mapping[str, str]] = {
     "optimizer*.safetensors": "the state of a trainer, which no engine reads",
 }
 """Weight files that trainers leave beside a checkpoint's own, and what each is."""
+SHARD: Final = re.compile(r"(?P<stem>.+)-[0-9]{5}-of-(?P<total>[0-9]{5})\.safetensors")
+"""What a file of a checkpoint in several files is called."""
 PART_FOLDER: Final = re.compile(r"part([0-9]{1,4})-of-([0-9]{1,4})")
 """What MindIE calls the folder of one rank's weights."""
 RANK_FILE: Final = re.compile(r"model-rank-([0-9]{1,4})-part-[0-9]{1,4}\.safetensors")
@@ -57,7 +59,22 @@ def bare_files(directory: Path) -> list[Path]:
             f"{directory}: wanted *.safetensors weight files, but there are none; {_found_instead(directory)}"
         )
     check_downloaded(files)
+    _check_shards(directory, files)
     return files
+
+
+def _check_shards(directory: Path, files: Iterable[Path]) -> None:
+    """Raise DamagedError where files are numbered and one of the numbers is not there: no index tells what is in it."""
+    names = {path.name for path in files}
+    shards = filter(None, map(SHARD.fullmatch, sorted(names)))
+    for (stem, total), name in {(shard["stem"], shard["total"]): shard[0] for shard in shards}.items():
+        wanted = (f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1))
+        missing = [other for other in wanted if other not in names]
+        if missing:
+            raise DamagedError(
+                f"{directory}: is incomplete: {name} is one of {int(total)} files, of which {list_names(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not there, nor is their index; download them"
+            )
 
 
 def _is_cut(directory: Path, parts: Iterable[str]) -> WrongFolderError:
@@ -109,8 +126,11 @@ def read_index(path: Path) -> dict[str, str]:
         raise DamagedError(f"{path}: its weight_map is empty; download it again")
     for name, file in weight_map.items():
         if not file.endswith(".safetensors") or any(char in file for char in "/\\\0"):
+            advice = "download it again"
+            if file.endswith(".safetensors") and not PurePath(file).is_absolute() and "\0" not in file:
+                advice = "move all weight files beside it, and take the folders out of their names"
             raise DamagedError(
-                f"{path}: says that {name!r} is in {file!r}, which is not a safetensors file name; download it again"
+                f"{path}: says that {name!r} is in {file!r}, which is no name of a file beside it; {advice}"
             )
     missing = [file for file in sorted(set(weight_map.values())) if not (path.parent / file).is_file()]
     if missing:

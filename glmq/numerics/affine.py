@@ -14,8 +14,9 @@ from torch import Tensor
 from glmq.records import ActivationQParams
 from glmq.spec import INT8, FloatDtype, IntGrid
 
-SMALLEST_SCALE: Final = torch.finfo(torch.float32).eps
-"""An input that never leaves zero still gets a positive scale: 2^-23, as in PyTorch's observers."""
+SMALLEST_SCALE: Final = {FloatDtype.FP16: 257 * 2.0**-24, FloatDtype.BF16: torch.finfo(torch.float32).eps}
+"""An input that never leaves zero still gets a positive scale: in bfloat16 2^-23, as in PyTorch's observers, in float16 the
+first number above 1 / 65504. Engines multiply by 1 / scale in the run dtype, and infinity times zero is no number."""
 
 NEIGHBOURS: Final = torch.tensor([0, 1, -1, 2, -2, 3], dtype=torch.int16)
 """Steps to the next numbers of a half-precision type, the nearest first: a tie is the nearest's."""
@@ -25,7 +26,7 @@ TORCH_DTYPE: Final = {FloatDtype.FP16: torch.float16, FloatDtype.BF16: torch.bfl
 def activation_qparams(low: float, high: float, *, dtype: FloatDtype = FloatDtype.FP16) -> ActivationQParams:
     """Scale and offset of an int8 activation that covers low..high.
 
-    low = min(low, 0), high = max(high, 0); scale = (high - low) / 255, at least 2^-23;
+    low = min(low, 0), high = max(high, 0); scale = (high - low) / 255, at least SMALLEST_SCALE;
     offset = round(-128 - low / scale), clamped to -128..127. Float32 arithmetic.
 
     Args:
@@ -36,7 +37,7 @@ def activation_qparams(low: float, high: float, *, dtype: FloatDtype = FloatDtyp
     """
     bottom = torch.tensor(low, dtype=torch.float32).clamp_max(0.0)
     top = torch.tensor(high, dtype=torch.float32).clamp_min(0.0)
-    scale = ((top - bottom) / 255).clamp_min(SMALLEST_SCALE)
+    scale = ((top - bottom) / 255).clamp_min(SMALLEST_SCALE[dtype])
     if dtype is FloatDtype.BF16:
         scale = scale.bfloat16().float()
     return ActivationQParams(scale=float(scale), offset=_offset(bottom, scale))

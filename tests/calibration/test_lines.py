@@ -128,6 +128,7 @@ def test_a_line_that_is_no_sample_says_why(document: object, why: str) -> None:
         ("/data/a.png", "/data/a.png"),
         ("file:///data/a%20b.png", "/data/a b.png"),
         ("FILE://localhost/data/a.png", "/data/a.png"),
+        ("file:///data/a#1?.png", "/data/a#1?.png"),
         ("images\\a.png", "folder/images/a.png"),
         ("a:b.png", "folder/a:b.png"),
     ],
@@ -242,7 +243,7 @@ def test_all_bad_lines_are_counted_and_the_first_are_named(tmp_path: Path) -> No
     nothing = "has neither image nor prompt nor text; give at least one"
     assert str(caught.value) == (
         f"{path}: 7 of 8 samples cannot be used: "
-        "line 2 is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)); "
+        "line 2 is not valid JSON (Expecting property name enclosed in double quotes in column 2); "
         "line 3 text is 1, a string or null is needed; line 4 image /no.png is not usable (no such file); "
         f"line 5 {nothing}; line 6 {nothing} and 2 more; correct them"
     )

@@ -268,11 +268,35 @@ def test_an_index_without_a_weight_map_is_refused(single: Path, weight_map: obje
     assert refusal(single) == f"{path}: {what}; download it again"
 
 
-@pytest.mark.parametrize("file", ["../model.safetensors", "a\\b.safetensors", "model.bin", "x\0.safetensors"])
-def test_an_index_that_names_something_else_than_a_weight_file_is_refused(single: Path, file: str) -> None:
+MOVE = "move all weight files beside it, and take the folders out of their names"
+AGAIN = "download it again"
+
+
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("../model.safetensors", MOVE),
+        ("sub/model.safetensors", MOVE),
+        ("a\\b.safetensors", MOVE),
+        ("/etc/model.safetensors", AGAIN),
+        ("model.bin", AGAIN),
+        ("x\0.safetensors", AGAIN),
+    ],
+)
+def test_an_index_that_names_something_else_than_a_weight_file_is_refused(single: Path, file: str, advice: str) -> None:
     path = write_index(single, {"mask": file})
     assert refusal(single) == (
-        f"{path}: says that 'mask' is in {file!r}, which is not a safetensors file name; download it again"
+        f"{path}: says that 'mask' is in {file!r}, which is no name of a file beside it; {advice}"
+    )
+
+
+def test_numbered_files_without_an_index_are_all_wanted(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    assert len(Checkpoint.open(sharded)) > 1
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    assert refusal(sharded) == (
+        f"{sharded}: is incomplete: model-00001-of-00002.safetensors is one of 2 files, of which "
+        "model-00002-of-00002.safetensors is not there, nor is their index; download them"
     )
 
 

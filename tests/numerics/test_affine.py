@@ -1,3 +1,6 @@
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import reference
 import torch
@@ -39,7 +42,7 @@ def test_zero_is_always_representable(a: float, b: float) -> None:
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
     [
-        (0.0, 0.0, ActivationQParams(2.0**-23, -128)),
+        (0.0, 0.0, ActivationQParams(257 * 2.0**-24, -128)),
         (0.0, 255.0, ActivationQParams(1.0, -128)),
         (3.0, 255.0, ActivationQParams(1.0, -128)),
         (-255.0, -3.0, ActivationQParams(1.0, 127)),
@@ -56,7 +59,7 @@ def test_known_ranges_give_known_parameters(low: float, high: float, expected: A
 def test_bfloat16_scale_is_rounded_before_the_offset_is_chosen(a: float, b: float) -> None:
     low, high = min(a, b, 0.0), max(a, b, 0.0)
     params = activation_qparams(low, high, dtype=FloatDtype.BF16)
-    scale = torch.tensor(activation_qparams(low, high).scale).bfloat16().float()
+    scale = torch.tensor((np.float32(high) - np.float32(low)) / np.float32(255)).clamp_min(2.0**-23).bfloat16().float()
     assert params.scale == scale.item()
     assert params.offset == torch.round(-128 - torch.tensor(low) / scale).clamp(-128, 127).item()
 
@@ -124,5 +127,15 @@ def test_a_steady_scale_of_bfloat16_ends_a_gain_of_a_third_percent() -> None:
     assert abs(params.scale * reciprocal - 1) < 2e-4 < 1e-3 < abs(wanted * 14.4375 - 1)
 
 
-def test_an_input_that_is_always_zero_keeps_its_smallest_scale() -> None:
-    assert steady_qparams(0.0, 0.0, dtype=FloatDtype.FP16) == activation_qparams(0.0, 0.0)
+@pytest.mark.parametrize("choose", [activation_qparams, steady_qparams])
+@pytest.mark.parametrize("dtype", FloatDtype)
+@pytest.mark.parametrize("high", [0.0, 1e-8, 1e-3])
+def test_an_input_of_zeros_times_the_reciprocal_is_a_number_in_every_engine(
+    choose: Callable[..., ActivationQParams], dtype: FloatDtype, high: float
+) -> None:
+    params = choose(0.0, high, dtype=dtype)
+    half = torch.float16 if dtype is FloatDtype.FP16 else torch.bfloat16
+    stored = torch.tensor(params.scale).to(half)
+    assert params.offset == -128
+    assert float(stored) > 0
+    assert (1 / stored).isfinite()
