@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from glmq.checkpoint.header import DTYPE_BYTES, MAX_HEADER_BYTES, TensorInfo
+from glmq.checkpoint.weight_files import shard_names
 from glmq.errors import CheckpointError
 
 _DTYPE_ORDER: Final = {code: order for order, code in enumerate(DTYPE_BYTES)}
@@ -102,10 +103,7 @@ def plan_shards(specs: Sequence[TensorSpec], stem: str, shard_bytes: int | None)
             filled = _EMPTY_FILE_BYTES
         shards[-1].append(spec)
         filled += needed
-    if shard_bytes is None:
-        file_names = [f"{stem}.safetensors"]
-    else:
-        file_names = [f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    file_names = [f"{stem}.safetensors"] if shard_bytes is None else shard_names(stem, len(shards))
     files = tuple(_lay_out(name, shard) for name, shard in zip(file_names, shards))
     return ShardPlan(stem, files, is_numbered=shard_bytes is not None)
 

@@ -63,13 +63,17 @@ def bare_files(directory: Path) -> list[Path]:
     return files
 
 
+def shard_names(stem: str, count: int) -> list[str]:
+    """What the files of a checkpoint in several files are called."""
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def _check_shards(directory: Path, files: Iterable[Path]) -> None:
     """Raise DamagedError where files are numbered and one of the numbers is not there: no index tells what is in it."""
     names = {path.name for path in files}
     shards = filter(None, map(SHARD.fullmatch, sorted(names)))
     for (stem, total), name in {(shard["stem"], shard["total"]): shard[0] for shard in shards}.items():
-        wanted = (f"{stem}-{number:05}-of-{total}.safetensors" for number in range(1, int(total) + 1))
-        missing = [other for other in wanted if other not in names]
+        missing = [other for other in shard_names(stem, int(total)) if other not in names]
         if missing:
             raise DamagedError(
                 f"{directory}: is incomplete: {name} is one of {int(total)} files, of which {list_names(missing)} "

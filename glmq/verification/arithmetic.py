@@ -24,7 +24,7 @@ from glmq.inspection.weights import CACHE_ELEMENTS, StoredMatrix, row_ranges
 from glmq.model.family import InputGroup
 from glmq.numerics.int8_linear import INT32_LIMIT
 from glmq.numerics.metrics import count_int8, entropy_bits
-from glmq.spec import INT4, INT8, assert_never
+from glmq.spec import INT4, INT8
 from glmq.threads import run_ahead
 from glmq.verification.distance import Distance, WeightDistance
 from glmq.verification.files import row_of
@@ -143,16 +143,8 @@ def judge_distance(linear: str, distance: WeightDistance, origin: Origin) -> Ite
         yield Check.WEIGHT_DISTANCE.error(f"{linear}.weight", "is all zeros, the float weight is not")
         return
     for check, fact, cause in _strange(distance):
-        match origin:
-            case Origin.UNKNOWN:
-                yield check.error(f"{linear}.weight", f"{fact}; {cause}")
-            case Origin.OWN:
-                told = "quantize left it so: every byte is as it wrote it, and the float weight is the one it read"
-                yield check.warning(f"{linear}.weight", f"{fact}; {told}")
-            case Origin.OTHER:
-                yield check.error(f"{linear}.weight", f"{fact}; it was made from another float model than --reference")
-            case unknown:
-                assert_never(unknown)
+        finding = check.warning if origin is Origin.OWN else check.error
+        yield finding(f"{linear}.weight", f"{fact}; {origin.value or cause}")
 
 
 def _strange(distance: WeightDistance) -> Iterator[tuple[Check, str, str]]:

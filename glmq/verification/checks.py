@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from glmq.checkpoint.checksums import CHECKSUMS
 from glmq.checkpoint.linears import stored_weight
 from glmq.checkpoint.reader import Checkpoint
 from glmq.engines import Engine
@@ -32,7 +31,7 @@ from glmq.verification.engines.check import check_lookups
 from glmq.verification.files import check_config_kept, check_side_files, read_report
 from glmq.verification.findings import Check, Checked, Finding, Skipped
 from glmq.verification.limits import Limits
-from glmq.verification.origin import Origins, find_origins
+from glmq.verification.origin import find_origins
 from glmq.verification.parts import check_manifest, check_parts
 from glmq.verification.portable import check_portable
 from glmq.verification.predictions import Predictions
@@ -134,10 +133,7 @@ def _verify_linears(
     with checkpoint:
         tensors = f"names, dtypes, shapes and values of {counted(len(checkpoint), 'tensor')}"
         yield Checked(tensors) if is_whole else Skipped(f"{tensors} (an error in a file that says what they must be)")
-        bytes_of = list(check_checksums(checkpoint, report))
-        yield from bytes_of
-        is_proven = not any(isinstance(record, Finding) for record in bytes_of) and (candidate / CHECKSUMS).exists()
-        origins = find_origins(candidate, source) if is_proven else Origins({}, None)
+        origins = find_origins((yield from check_checksums(checkpoint, report)), source)
         yield from check_shifts(checkpoint, groups)
         if source is not None:
             yield from check_norms(checkpoint, source, groups)

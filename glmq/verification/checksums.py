@@ -5,7 +5,7 @@ The other checks see what a damage does to the numbers; one of a low mantissa bi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -28,12 +28,17 @@ from glmq.wording import list_names
 _AGAIN: Final = "copy the folder again, or quantize again"
 
 
-def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> Iterator[Finding | Checked | Skipped]:
+def check_checksums(
+    checkpoint: Checkpoint, report: Mapping[str, JsonValue]
+) -> Generator[Finding | Checked | Skipped, None, Checksums | None]:
     """Check 34: every tensor and every file has the checksum it was written with. A piece of a tensor is in memory at a time.
 
     Args:
         checkpoint: un-sharded.
         report: contents of glmq_report.json, which names the digest of the tensors' checksums.
+
+    Returns:
+        The checksums, if every byte that they cover fits them.
     """
     directory, wanted_digest = checkpoint.directory, report.get("checksums")
     if not (directory / CHECKSUMS).exists():
@@ -42,12 +47,22 @@ def check_checksums(checkpoint: Checkpoint, report: Mapping[str, JsonValue]) -> 
         else:
             message = f"{CHECKSUMS} is missing, glmq_report.json says it was written; {_AGAIN}"
             yield Check.CHECKSUMS.error("", message)
-        return
+        return None
     try:
         checksums = read_checksums(directory)
     except CheckpointError as error:
         yield Check.CHECKSUMS.error("", f"{error}; single bits cannot be proven")
-        return
+        return None
+    is_proven = True
+    for record in _compare(checkpoint, checksums, wanted_digest):
+        is_proven = is_proven and not isinstance(record, Finding)
+        yield record
+    return checksums if is_proven else None
+
+
+def _compare(
+    checkpoint: Checkpoint, checksums: Checksums, wanted_digest: JsonValue
+) -> Iterator[Finding | Checked | Skipped]:
     digest = checksums.tensors_digest if checksums.covers_files else checksums.digest
     if wanted_digest not in (None, digest):
         message = f"{CHECKSUMS} has digest {digest}, glmq_report.json says {wanted_digest}: it was replaced"

@@ -82,6 +82,16 @@ class _Gains:
         self._square[cut] += square
         self._nearest[cut] += nearest
 
+    @property
+    def signal(self) -> float:
+        """Sum of u u over all vectors."""
+        return float(self._signal.sum())
+
+    @property
+    def square(self) -> float:
+        """Sum of q q over all vectors."""
+        return float(self._square.sum())
+
     def worst(
         self, length: int, noise: Callable[[Tensor, Tensor, float], Tensor], floor: float
     ) -> tuple[int, float, float]:
@@ -128,8 +138,7 @@ class Distance:
         self._groups = _Gains(rows * groups) if groups else None
         self._size, self._grid = (rows, cols, groups), grid
         self._floor = ROUNDED_FACTORS * UNIT_ROUNDOFF[dtype]
-        self._noise = self._signal = self._square_steps = self._size_steps = self._largest_steps = 0.0
-        self._has_integers = False
+        self._noise = self._signal = self._square_steps = self._largest_unwritten = 0.0
         self._squares = torch.zeros(cols, dtype=torch.float64)
         self._largest, self._largest_row = torch.zeros(cols), torch.zeros(cols, dtype=torch.int64)
 
@@ -148,9 +157,8 @@ class Distance:
             cut = slice(start * groups, (start + q.shape[0]) * groups)
             self._groups.add(cut, *(product.reshape(cut.stop - cut.start, -1).sum(1) for product in products))
         self._square_steps += float((q - in_steps).square_().sum())
-        self._size_steps += float(products[1].sum(dtype=torch.float64))
-        self._has_integers = self._has_integers or bool(q.any())
-        self._largest_steps = max(self._largest_steps, float(in_steps.abs().max()))
+        if not bool(q.any()):
+            self._largest_unwritten = max(self._largest_unwritten, float(in_steps.abs().max()))
         # What the grid cannot reach is no error of a single weight.
         error = (q - in_steps.clamp_(grid.qmin - 0.5, grid.qmax + 0.5)).abs_()
         if steps.shape[1] > 1:  # errors of groups with coarse steps are made up for in those with fine ones
@@ -163,7 +171,7 @@ class Distance:
     def finish(self) -> WeightDistance:
         (rows, cols, groups), floor = self._size, self._floor
         ratio = self._noise / self._signal if self._signal else (0.0 if self._noise == 0 else math.inf)
-        rms, size = (math.sqrt(total / max(1, rows * cols)) for total in (self._square_steps, self._size_steps))
+        rms, size = (math.sqrt(total / max(1, rows * cols)) for total in (self._square_steps, self._all.signal))
 
         def in_row(left: Tensor, size: Tensor, most: float) -> Tensor:
             return ROW_DEVIATIONS / math.sqrt(cols) * left.clamp_max(most) / size
@@ -185,7 +193,7 @@ class Distance:
             column_gain=self._cols.worst(rows, parallel, floor),
             group_gain=None if self._groups is None else self._groups.worst(cols // groups, parallel, floor),
             gain=(gain, allowed),
-            is_zeroed=not self._has_integers and self._largest_steps >= 1,
+            is_zeroed=self._all.square == 0 and self._largest_unwritten >= 1,
         )
 
     def _outlier(self) -> tuple[int, int, float, float]:

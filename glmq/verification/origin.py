@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Final
 
-from glmq.checkpoint.checksums import read_checksums
+from glmq.checkpoint.checksums import Checksums
 from glmq.checkpoint.contents import ContentDigests
 from glmq.checkpoint.reader import Checkpoint
 
@@ -22,9 +21,9 @@ CHANGED: Final = "what it was when verify read it first; let nothing write into 
 class Origin(Enum):
     """What checksums tell of a quantized linear and the float one beside it."""
 
-    UNKNOWN = "no checksums tell"
-    OWN = "the integers are as written, and were made from that float weight"
-    OTHER = "the integers are as written, and were made from another float weight"
+    UNKNOWN = ""
+    OWN = "quantize left it so: every byte is as it wrote it, and the float weight is the one it read"
+    OTHER = "it was made from another float model than --reference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +46,9 @@ class Origins:
         return Origin.OWN if found == self.made_from[name] else Origin.OTHER
 
 
-def find_origins(candidate: Path, reference: Checkpoint | None) -> Origins:
-    """Of a checkpoint whose bytes are those that its checksums tell; `reference` learns the digests of what is read of it."""
-    if reference is not None:
-        reference.contents = ContentDigests({}, CHANGED)
-    return Origins(read_checksums(candidate).source, reference)
+def find_origins(checksums: Checksums | None, reference: Checkpoint | None) -> Origins:
+    """Of a checkpoint that fits its checksums, None if it does not; `reference` learns the digests of what is read of it."""
+    if checksums is None or reference is None:
+        return Origins({}, None)
+    reference.contents = ContentDigests({}, CHANGED)
+    return Origins(checksums.source, reference)

@@ -1,8 +1,8 @@
 """check_structure(): whether a folder is a quantized GLM-4.1V that the engines load and compute rightly with.
 
 The checks are numbered: 1-3 description, 4-5 weight files, 6-7 which tensors, 8-9 shapes and dtypes, 10-11 values and
-their relations, 12-14 what must agree between linears, 15 norms, 16 distance from the float weights, 17 config.json,
-18 side files, 19 modes and names. One tensor, or a piece of one, is in memory at a time.
+their relations, 12-14 what must agree between linears, 15 norms, 17 config.json, 18 side files, 19 modes and names. One
+tensor, or a piece of one, is in memory at a time.
 """
 
 from __future__ import annotations
